@@ -1,0 +1,284 @@
+"""The bundle: a directory that holds everything needed to run a model, and nothing else.
+
+    manifest.json                 this file's ``Manifest``; hashes of every other file
+    graphs/segment-00.onnx ...    one graph per segment, weights by reference into the store
+    graphs/weights.bin            the weight store
+    graphs/dense.onnx             the static model, for comparison (optional)
+    calibration/widths.safetensors, calibration/tokens.safetensors
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+
+from dyexport.errors import BundleError, EngineMismatch
+from dyexport.tables import FloatArray, TokenStats, WidthTable
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+WIDTHS = "calibration/widths.safetensors"
+TOKENS = "calibration/tokens.safetensors"
+
+TokenPath = Literal["all", "masked", "capacity", "dynamic"]
+
+
+def _inside(path: str) -> str:
+    """A relative path that cannot leave the bundle."""
+    pure = PurePosixPath(path)
+    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path:
+        raise ValueError(f"{path!r} points outside the bundle")
+    return path
+
+
+BundlePath = Annotated[str, AfterValidator(_inside)]
+
+
+class Frozen(BaseModel):
+    """Base of what is read from disk: immutable, and unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Segment(Frozen):
+    """A half-open interval of t, and the slim network that serves it.
+
+    ``heads`` and ``groups`` list, per block, the dense indices of the units that are physically
+    there, in the order in which they stand in the weights: the union over the interval. A block
+    whose mask changes inside the interval is marked in ``gated_heads`` / ``gated_groups``; its units
+    are multiplied by their entries of the ``width_gate`` input.
+
+    ``token_paths`` says how each block's MLP skips tokens: ``all`` (no token router), ``masked``
+    (runs on every token, times the mask), ``capacity`` (the top ``capacities[l]`` tokens) or
+    ``dynamic`` (the top ``capacities[l] + len(slots)`` tokens, ``slots`` being an input whose length
+    is chosen at run time from ``slot_buckets``).
+    """
+
+    start: float
+    end: float
+    heads: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int, ...], ...]
+    gated_heads: tuple[bool, ...]
+    gated_groups: tuple[bool, ...]
+    token_paths: tuple[TokenPath, ...]
+    capacities: tuple[int, ...]
+    slot_buckets: tuple[int, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Segment:
+        depth = len(self.heads)
+        lists = (self.groups, self.gated_heads, self.gated_groups, self.token_paths, self.capacities)
+        if not depth or any(len(values) != depth for values in lists):
+            raise ValueError("every list of a segment must have one entry per block")
+        if not self.start < self.end:
+            raise ValueError(f"segment [{self.start}, {self.end}) is empty")
+        if ("dynamic" in self.token_paths) != bool(self.slot_buckets):
+            raise ValueError("slot_buckets belong to, and only to, segments with a dynamic token path")
+        return self
+
+    @property
+    def depth(self) -> int:
+        return len(self.heads)
+
+    @property
+    def gate_size(self) -> int:
+        """Length W of the ``width_gate`` input; 0 when every mask is constant over the interval."""
+        heads = sum(len(kept) for kept, gated in zip(self.heads, self.gated_heads, strict=True) if gated)
+        groups = sum(len(kept) for kept, gated in zip(self.groups, self.gated_groups, strict=True) if gated)
+        return heads + groups
+
+    def width_gate(self, table: WidthTable, row: int) -> FloatArray:
+        """The gates at one row of the table, block by block, heads before groups: (W,) float32."""
+        parts = []
+        for block in range(self.depth):
+            if self.gated_heads[block]:
+                parts.append(table.heads[row, block, list(self.heads[block])])
+            if self.gated_groups[block]:
+                parts.append(table.groups[row, block, list(self.groups[block])])
+        return np.concatenate(parts).astype(np.float32) if parts else np.zeros(0, np.float32)
+
+    def slots(self, stats: TokenStats, t: float) -> int:
+        """The smallest bucket that holds the largest kept count seen near ``t`` in calibration."""
+        needed = 1
+        for block, highest in enumerate(stats.highest(t, t)):
+            if self.token_paths[block] == "dynamic":
+                needed = max(needed, int(highest) - self.capacities[block])
+        return next((bucket for bucket in self.slot_buckets if bucket >= needed), self.slot_buckets[-1])
+
+
+class SegmentPlan(Frozen):
+    """Ordered segments that cover the whole range of t, and what they are predicted to cost.
+
+    FLOPs are shares of the dense model's, averaged over the trajectory: ``flops_ratio`` is the
+    paper's lambda (attention and MLP only, masks as run), ``network_flops_ratio`` counts static
+    layers too, ``executed_flops_ratio`` is ``network_flops_ratio`` with what the graphs really run
+    (unions of units, token capacities, token routers).
+    """
+
+    segments: tuple[Segment, ...]
+    flops_ratio: float
+    network_flops_ratio: float
+    executed_flops_ratio: float
+    disk_bytes: int
+    resident_bytes: int
+
+    @model_validator(mode="after")
+    def _covers(self) -> SegmentPlan:
+        if not self.segments:
+            raise ValueError("a plan needs at least one segment")
+        for left, right in zip(self.segments, self.segments[1:], strict=False):
+            if left.end != right.start:
+                raise ValueError(f"segments leave a gap or overlap at t = {left.end:g}")
+        return self
+
+    def segment_for(self, t: float) -> int:
+        """Index of the segment that serves ``t``; the end of the range belongs to the last."""
+        for index, segment in enumerate(self.segments):
+            if segment.start <= t < segment.end:
+                return index
+        if t == self.segments[-1].end:
+            return len(self.segments) - 1
+        span = f"[{self.segments[0].start:g}, {self.segments[-1].end:g}]"
+        raise EngineMismatch(f"timestep {t:g} is outside {span}, the range this bundle was built for")
+
+
+class ModelSpec(Frozen):
+    """What a pipeline needs to know of the model; ``config`` is its diffusers configuration."""
+
+    name: str
+    backbone: str
+    objective: Literal["ddpm", "flow"]
+    timestep_range: tuple[float, float]
+    tokens: int
+    classes: int
+    pixel_space: bool
+    config: dict[str, Any]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one sample."""
+        size = int(self.config["sample_size"])
+        return (int(self.config["in_channels"]), size, size)
+
+
+class EngineRecord(Frozen):
+    """One engine file. ``segment`` is an index into the plan, or -1 for the dense baseline."""
+
+    target: str
+    segment: int
+    path: BundlePath
+
+
+class Reference(Frozen):
+    """The masked torch model the bundle was cut from, for ``dyexport verify``."""
+
+    path: str
+    sha256: str
+
+
+class FileRecord(Frozen):
+    sha256: str
+    bytes: int
+
+
+class Manifest(Frozen):
+    schema_version: int
+    dyexport_version: str
+    model: ModelSpec
+    budget: float | None
+    plan: SegmentPlan
+    engines: tuple[EngineRecord, ...]
+    reference: Reference | None
+    metrics: dict[str, float]
+    files: dict[BundlePath, FileRecord]
+
+    @model_validator(mode="after")
+    def _complete(self) -> Manifest:
+        for engine in self.engines:
+            if engine.path not in self.files:
+                raise ValueError(f"{engine.path} has no hash")
+            if not -1 <= engine.segment < len(self.plan.segments):
+                raise ValueError(f"{engine.path} serves segment {engine.segment}, which is not in the plan")
+        return self
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. Use ``Bundle.open``, which checks it."""
+
+    root: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, root: str | Path, *, check_hashes: bool = True) -> Bundle:
+        """Read the manifest and check every file against it.
+
+        Raises ``BundleError`` for a missing, truncated or altered file, a path outside the bundle,
+        or a schema newer than this version of dyexport reads.
+        """
+        root = Path(root)
+        bundle = cls(root, read_manifest(root / MANIFEST))
+        for name, record in bundle.manifest.files.items():
+            bundle._check(name, record, check_hashes)
+        return bundle
+
+    def _check(self, name: str, record: FileRecord, check_hashes: bool) -> None:
+        path = self.root / name
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise BundleError(f"{path} points outside the bundle")
+        if not path.is_file():
+            raise BundleError(f"{path} is missing; build the bundle again")
+        if path.stat().st_size != record.bytes:
+            raise BundleError(f"{path} has {path.stat().st_size} bytes instead of {record.bytes}; build the bundle again")
+        if check_hashes and sha256_of(path) != record.sha256:
+            raise BundleError(f"{path} does not match its hash; build the bundle again")
+
+    def engine_paths(self, target: str) -> dict[int, Path]:
+        """Engine files of one target, by segment index (-1: dense baseline)."""
+        found = {e.segment: self.root / e.path for e in self.manifest.engines if e.target == target}
+        if not found:
+            built = ", ".join(sorted({e.target for e in self.manifest.engines}))
+            raise EngineMismatch(f"{self.root} has no {target!r} engines; it was built for {built}")
+        return found
+
+    @cached_property
+    def widths(self) -> WidthTable:
+        return WidthTable.load(self.root / WIDTHS)
+
+    @cached_property
+    def token_stats(self) -> TokenStats | None:
+        path = self.root / TOKENS
+        return TokenStats.load(path) if TOKENS in self.manifest.files else None
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Parse a manifest; every way in which it can be wrong is a ``BundleError``."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BundleError(f"{path.parent} is not a bundle: it has no {MANIFEST}") from error
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot read {path}: {error}") from error
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if not isinstance(version, int):
+        raise BundleError(f"{path} is not a dyexport manifest: it has no schema_version")
+    if version > SCHEMA_VERSION:
+        raise BundleError(f"{path} has schema {version}, this dyexport reads up to {SCHEMA_VERSION}; upgrade dyexport")
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{path}: {where}: {first['msg']}") from error
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

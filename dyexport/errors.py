@@ -1,0 +1,65 @@
+"""Every error dyexport raises on purpose.
+
+    DyexportError
+    ├── UsageError          a value the caller passed is out of range or unknown
+    │   └── BudgetError     the FLOPs budget cannot be read or cannot be met
+    ├── CheckpointError     weights are missing, mis-shaped, NaN, or of another architecture
+    ├── DataError           training or calibration data cannot be read
+    ├── ExportError         a graph could not be written or did not pass its checks
+    ├── EngineBuildError    a backend refused a graph
+    ├── EngineMismatch      an engine or its inputs do not fit this machine, version or shape
+    ├── BundleError         a bundle is damaged, tampered with, or of a newer schema
+    └── MissingDependency   an optional library is absent; the message says how to install it
+
+Messages are one sentence that names the offending value and the cure. Vendor errors are mapped
+once, where they enter, with ``raise ... from``.
+"""
+
+from __future__ import annotations
+
+
+class DyexportError(Exception):
+    """Base of every error dyexport raises on purpose; ``exit_code`` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UsageError(DyexportError):
+    """A value the caller passed is out of range or unknown."""
+
+    exit_code = 2
+
+
+class BudgetError(UsageError):
+    """The FLOPs budget cannot be read, or no configuration of the model meets it."""
+
+
+class CheckpointError(DyexportError):
+    """Weights are missing, mis-shaped, not finite, or belong to another architecture."""
+
+
+class DataError(DyexportError):
+    """Training or calibration data cannot be found or read."""
+
+
+class ExportError(DyexportError):
+    """A graph could not be written, or did not pass its checks."""
+
+
+class EngineBuildError(DyexportError):
+    """A backend refused to build an engine from a graph."""
+
+
+class EngineMismatch(DyexportError):
+    """An engine, or the inputs given to it, do not fit this machine, version or shape."""
+
+
+class BundleError(DyexportError):
+    """A bundle is damaged, tampered with, or written by a newer schema."""
+
+
+class MissingDependency(DyexportError):
+    """An optional library is absent."""
+
+    def __init__(self, library: str, extra: str) -> None:
+        super().__init__(f"{library} is not installed; run: pip install 'dyexport[{extra}]'")

@@ -1,0 +1,88 @@
+"""The engine contract. Implementations stand beside this file, one per backend."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dyexport.errors import EngineMismatch
+
+if TYPE_CHECKING:
+    import torch
+
+Tensors = Mapping[str, "torch.Tensor"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """Name, dtype (``float32``, ``int64``, ...) and shape of a binding; a symbol is a dimension free at run time."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineIO:
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def check(self, inputs: Tensors) -> None:
+        """Raise ``EngineMismatch`` unless names, dtypes and shapes fit, symbols being equal wherever they recur."""
+        expected = {spec.name for spec in self.inputs}
+        if expected != set(inputs):
+            raise EngineMismatch(f"engine takes {sorted(expected)}, was given {sorted(inputs)}")
+        symbols: dict[str, int] = {}
+        for spec in self.inputs:
+            _check_tensor(spec, inputs[spec.name], symbols)
+
+
+def _check_tensor(spec: TensorSpec, tensor: torch.Tensor, symbols: dict[str, int]) -> None:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype != spec.dtype:
+        raise EngineMismatch(f"{spec.name} must be {spec.dtype}, is {dtype}")
+    fits = len(spec.shape) == tensor.ndim and all(
+        size == (symbols.setdefault(want, size) if isinstance(want, str) else want)
+        for want, size in zip(spec.shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        raise EngineMismatch(f"{spec.name} must have shape {list(spec.shape)}, has {list(tensor.shape)}")
+
+
+class Engine(ABC):
+    """One executable network.
+
+    Made cheaply; nothing touches a device or reads weights before ``activate``. ``run`` activates on
+    first use, and after ``close`` a later ``run`` activates again.
+    """
+
+    @property
+    @abstractmethod
+    def io(self) -> EngineIO:
+        """Bindings; may be read before ``activate``."""
+
+    @property
+    @abstractmethod
+    def active(self) -> bool:
+        """Whether weights and workspace are resident."""
+
+    @abstractmethod
+    def activate(self) -> None:
+        """Load weights and make ready to run. Idempotent."""
+
+    @abstractmethod
+    def run(self, inputs: Tensors) -> dict[str, torch.Tensor]:
+        """Execute once. Raises ``EngineMismatch`` for inputs that do not fit ``io``."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything ``activate`` took. Idempotent."""
+
+    def __enter__(self) -> Engine:
+        self.activate()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
