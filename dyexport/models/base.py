@@ -33,7 +33,7 @@ class BackboneAdapter(Protocol):
     """Everything architecture-specific on the build side, as functions of a stock diffusers module."""
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
-        """A stock module of that configuration, with torch's default initialisation."""
+        """A stock module of that configuration, shared embedders shared, with torch's default initialisation."""
 
     def initialise(self, backbone: nn.Module) -> None:
         """Overwrite the weights with the published initialisation for training from scratch."""

@@ -17,7 +17,10 @@ class DiTAdapter:
     """Backbone adapter for ``DiTTransformer2DModel`` (DiT, arXiv 2212.09748; SiT, arXiv 2401.08740)."""
 
     def build(self, config: Mapping[str, Any]) -> DiTTransformer2DModel:
-        return DiTTransformer2DModel(**config)
+        backbone = DiTTransformer2DModel(**config)
+        for block in backbone.transformer_blocks:
+            block.norm1.emb = backbone.transformer_blocks[0].norm1.emb
+        return backbone
 
     def initialise(self, backbone: nn.Module) -> None:
         """DiT section 3.2: Xavier linears, N(0, 0.02) embedders, zero modulation and output (adaLN-Zero)."""

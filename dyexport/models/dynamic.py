@@ -85,6 +85,7 @@ class _Pass:
     head_masks: Tensor  # (B, L, H), as multiplied, noise included
     group_masks: Tensor  # (B, L, G)
     noise: GateNoise | None
+    route_tokens: bool = True
     token_mask: Tensor | None = None  # (B, N) of the block under way
     tokens: list[Tensor] = field(default_factory=list)  # L x (B, N), free of noise
     token_logits: list[Tensor] = field(default_factory=list)
@@ -167,13 +168,24 @@ class DynamicTransformer(nn.Module):
         """Denoise with routed gates: latents (B, C, H, W), timestep (B,), labels (B,)."""
         heads, groups = self.width_gates(timestep)
         masks = (heads, groups) if noise is None else self.width_gates(timestep, noise)
-        self._pass = current = _Pass(head_masks=masks[0], group_masks=masks[1], noise=noise)
+        run = _Pass(head_masks=masks[0], group_masks=masks[1], noise=noise)
+        sample = self._run(run, hidden_states, timestep, class_labels)
+        tokens = torch.stack(run.tokens, dim=1)  # (B, L, N)
+        return DynamicOutput(sample, heads, groups, tokens, torch.stack(run.token_logits, dim=1))
+
+    def masked(
+        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, *, heads: Tensor, groups: Tensor
+    ) -> Tensor:
+        """Denoise with given width masks (B, L, H), (B, L, G) and every token: (B, C_out, H, W)."""
+        run = _Pass(head_masks=heads, group_masks=groups, noise=None, route_tokens=False)
+        return self._run(run, hidden_states, timestep, class_labels)
+
+    def _run(self, run: _Pass, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        self._pass = run
         try:
-            sample = self.backbone(hidden_states, timestep=timestep, class_labels=class_labels).sample
+            return self.complete(hidden_states, timestep, class_labels)
         finally:
             self._pass = None
-        tokens = torch.stack(current.tokens, dim=1)  # (B, L, N)
-        return DynamicOutput(sample, heads, groups, tokens, torch.stack(current.token_logits, dim=1))
 
     def complete(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
         """The complete model, every gate open: (B, C_out, H, W) (section 3.5)."""
@@ -197,7 +209,7 @@ class DynamicTransformer(nn.Module):
         return _mask_units(output, self._pass.group_masks[:, index])
 
     def _route_tokens(self, index: int, module: nn.Module, inputs: tuple[Tensor]) -> None:
-        if self._pass is None:
+        if self._pass is None or not self._pass.route_tokens:
             return
         residual = inputs[0]  # (B, N, C)
         router = self.routers[index].tokens

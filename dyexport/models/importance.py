@@ -1,0 +1,59 @@
+"""How much each head and MLP group matters to the output, and putting the most important first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.inputs import ModelInputs, NoisedInputs
+
+PROBES = 4
+
+
+def unit_importance(
+    model: DynamicTransformer, inputs: NoisedInputs, timesteps: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Squared output change per unit, to first order: heads (T, L, H) and groups (T, L, G).
+
+    The importance of unit u is ||d f / d m_u||^2, m_u being its mask at 1: what the output loses, to
+    first order, when the unit goes. It is estimated with random output probes v, as
+    E[(d (v . f) / d m_u)^2]; masks are per sample, so one backward pass serves a whole batch.
+    """
+    heads, groups = zip(*(_at(model, inputs, float(t)) for t in timesteps), strict=True)
+    return torch.stack(heads).numpy(), torch.stack(groups).numpy()
+
+
+def _at(model: DynamicTransformer, inputs: NoisedInputs, t: float) -> tuple[Tensor, Tensor]:
+    totals = [torch.zeros(model.depth, model.heads), torch.zeros(model.depth, model.groups)]
+    for draw in range(PROBES):
+        for total, gradient in zip(totals, _probe(model, inputs.at(t, draw), draw), strict=True):
+            total += gradient.square().mean(dim=0) / PROBES
+    return totals[0], totals[1]
+
+
+def _probe(model: DynamicTransformer, inputs: ModelInputs, seed: int) -> tuple[Tensor, Tensor]:
+    """Gradients of one random projection of the output: (B, L, H), (B, L, G)."""
+    batch, channels = inputs.hidden_states.shape[:2]
+    heads = torch.ones(batch, model.depth, model.heads, requires_grad=True)
+    groups = torch.ones(batch, model.depth, model.groups, requires_grad=True)
+    with torch.enable_grad():
+        sample = model.masked(**inputs.arguments(), heads=heads, groups=groups)[:, :channels]
+    probe = torch.randn(sample.shape, generator=torch.Generator().manual_seed(seed))
+    gradients = torch.autograd.grad(sample, (heads, groups), probe)
+    return gradients[0], gradients[1]
+
+
+def rank_units(model: DynamicTransformer, inputs: NoisedInputs, timesteps: Sequence[float]) -> None:
+    """Reorder the units of every block, most important first, so that the unit forced on is the best one.
+
+    The function computed by the complete model does not change. Routers, which refer to units by
+    position, must not have been trained yet.
+    """
+    heads, groups = unit_importance(model, inputs, timesteps)
+    for block in range(model.depth):
+        orders = [torch.from_numpy(np.argsort(-scores[:, block].mean(axis=0), kind="stable").copy()) for scores in (heads, groups)]
+        model.adapter.permute_units(model.backbone, block, *orders)
