@@ -1,10 +1,10 @@
 """The bundle: a directory that holds everything needed to run a model, and nothing else.
 
-    manifest.json                 this file's ``Manifest``; hashes of every other file
-    graphs/segment-00.onnx ...    one graph per segment, weights by reference into the store
-    graphs/weights.bin            the weight store
-    graphs/dense.onnx             the static model, for comparison (optional)
-    calibration/widths.safetensors, calibration/tokens.safetensors
+manifest.json                 this file's ``Manifest``; hashes of every other file
+graphs/segment-00.onnx ...    one graph per segment, weights by reference into the store
+graphs/weights.bin            the weight store
+graphs/dense.onnx             the static model, for comparison (optional)
+calibration/widths.safetensors, calibration/tokens.safetensors
 """
 
 from __future__ import annotations
@@ -236,7 +236,9 @@ class Bundle:
         if not path.is_file():
             raise BundleError(f"{path} is missing; build the bundle again")
         if path.stat().st_size != record.bytes:
-            raise BundleError(f"{path} has {path.stat().st_size} bytes instead of {record.bytes}; build the bundle again")
+            raise BundleError(
+                f"{path} has {path.stat().st_size} bytes instead of {record.bytes}; build the bundle again"
+            )
         if check_hashes and sha256_of(path) != record.sha256:
             raise BundleError(f"{path} does not match its hash; build the bundle again")
 

@@ -40,7 +40,9 @@ class WidthTable:
     def __post_init__(self) -> None:
         rows = len(self.grid)
         if rows == 0 or self.heads.shape[0] != rows or self.groups.shape[0] != rows:
-            raise BundleError(f"width table: {rows} timesteps, {len(self.heads)} head rows, {len(self.groups)} group rows")
+            raise BundleError(
+                f"width table: {rows} timesteps, {len(self.heads)} head rows, {len(self.groups)} group rows"
+            )
         if not (np.diff(self.grid) > 0).all() or not self.grid[-1] < self.end:
             raise BundleError("width table: timesteps must ascend and stay below its end")
         if not (self.heads[..., 0].all() and self.groups[..., 0].all()):
@@ -53,7 +55,9 @@ class WidthTable:
     def row(self, t: float) -> int:
         """Index of the row that holds at ``t``; ``t == end`` belongs to the last row."""
         if not self.start <= t <= self.end:
-            raise EngineMismatch(f"timestep {t:g} is outside [{self.start:g}, {self.end:g}], the range this model was built for")
+            raise EngineMismatch(
+                f"timestep {t:g} is outside [{self.start:g}, {self.end:g}], the range this model was built for"
+            )
         return int(np.searchsorted(self.grid, t, side="right")) - 1
 
     def measure(self) -> FloatArray:
@@ -65,7 +69,9 @@ class WidthTable:
         """The same function of t without rows that repeat the one before."""
         changes = [True]
         for i in range(1, len(self.grid)):
-            same = np.array_equal(self.heads[i], self.heads[i - 1]) and np.array_equal(self.groups[i], self.groups[i - 1])
+            same = np.array_equal(self.heads[i], self.heads[i - 1]) and np.array_equal(
+                self.groups[i], self.groups[i - 1]
+            )
             changes.append(not same)
         keep = np.array(changes)
         return WidthTable(grid=self.grid[keep], end=self.end, heads=self.heads[keep], groups=self.groups[keep])

@@ -1,0 +1,26 @@
+"""What every test may count on: no network, one thread, the same random numbers each time."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Tests run in two processes, and their tensors are small: more threads only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+settings.register_profile("dyexport", deadline=None)
+settings.load_profile("dyexport")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:  # tests that need no torch do not wait for it
+        sys.modules["torch"].manual_seed(0)

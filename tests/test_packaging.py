@@ -1,0 +1,86 @@
+"""The wheel holds every package once, under one import root, however it was built."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import dyexport
+
+ROOT = Path(__file__).parents[1]
+LINKED = ("calibration", "engines", "exporters")
+
+
+def repository_files(root: Path) -> list[Path]:
+    """Files that are committed or about to be, relative to the root."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    names = [Path(name) for name in listed.split("\0") if name]
+    return [name for name in names if (root / name).is_symlink() or (root / name).exists()]
+
+
+def module_name(path: Path) -> Path:
+    """Where a file of the repository stands in the wheel."""
+    return Path("dyexport", path) if path.parts[0] in LINKED else path
+
+
+def expected_modules() -> set[str]:
+    files = [path for path in repository_files(ROOT) if path.parts[0] in ("dyexport", *LINKED)]
+    return {str(module_name(path)) for path in files if path.suffix == ".py"}
+
+
+def packages(names: set[str]) -> set[str]:
+    return {str(Path(name).parent).replace("/", ".") for name in names if name.endswith("/__init__.py")}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in repository_files(ROOT):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
+    return copy
+
+
+@pytest.fixture(scope="module", params=["wheel", "sdist, then wheel"])
+def wheel(request: pytest.FixtureRequest, checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Names of the files in a wheel."""
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out)]
+    command += ["--wheel"] if request.param == "wheel" else []
+    done = subprocess.run([*command, str(checkout)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = out.glob("*.whl")
+    return zipfile.ZipFile(built).namelist()
+
+
+def test_wheel_holds_every_module_once(wheel: list[str]) -> None:
+    modules = [name for name in wheel if name.endswith(".py")]
+    assert len(wheel) == len(set(wheel))
+    assert set(modules) == expected_modules()
+
+
+def test_wheel_has_one_import_root(wheel: list[str]) -> None:
+    roots = {name.split("/")[0] for name in wheel}
+    assert roots == {"dyexport", f"dyexport-{dyexport.__version__}.dist-info"}
+
+
+def test_wheel_is_typed_licensed_and_has_a_command(wheel: list[str]) -> None:
+    info = f"dyexport-{dyexport.__version__}.dist-info"
+    assert {"dyexport/py.typed", f"{info}/licenses/LICENSE", f"{info}/entry_points.txt"} <= set(wheel)
+
+
+def test_pyproject_lists_every_package() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(packages(expected_modules()))
+
+
+def test_every_folder_with_modules_is_a_package() -> None:
+    folders = {str(Path(name).parent).replace("/", ".") for name in expected_modules()}
+    assert folders == packages(expected_modules())
