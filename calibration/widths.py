@@ -1,0 +1,195 @@
+"""Reading widths off the routers, and meeting a FLOPs budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from dyexport.errors import BudgetError
+from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.importance import unit_importance
+from dyexport.models.inputs import NoisedInputs
+from dyexport.slicing.flops import FlopsModel
+from dyexport.tables import WidthTable
+
+SAMPLES = 4096  # timesteps at which routers are read before their switching points are refined
+TOLERANCE = 0.01  # largest accepted distance between lambda as run and the budget
+IMPORTANCE_POINTS = 32
+
+
+@torch.no_grad()
+def read_widths(model: DynamicTransformer, timestep_range: tuple[float, float]) -> WidthTable:
+    """The routers' decisions as a step function of t, its steps found by bisection to fp32 resolution.
+
+    A gate that switches on and off again between two of the ``SAMPLES`` timesteps is not seen.
+    """
+    if model.table is not None:
+        return model.table.compressed()
+    start, end = timestep_range
+    coarse = np.linspace(start, end, SAMPLES, endpoint=False, dtype=np.float32)
+    masks = _gates(model, coarse)  # (S, U)
+    cells, units = np.nonzero(masks[1:] != masks[:-1])
+    breaks = _bisect(model, coarse, masks, cells, units)
+    grid = np.unique(np.concatenate([[start], breaks]).astype(np.float64))
+    middles = (grid + np.append(grid[1:], end)) / 2  # at the steps themselves rounding would decide
+    heads, groups = _split(_gates(model, middles.astype(np.float32)), model)
+    return WidthTable(grid=grid, end=end, heads=heads, groups=groups).compressed()
+
+
+def _bisect(
+    model: DynamicTransformer, coarse: np.ndarray, masks: np.ndarray, cells: np.ndarray, units: np.ndarray
+) -> np.ndarray:
+    """First fp32 timestep at which each listed unit has its new value: (n,)."""
+    low, high = coarse[cells].copy(), coarse[cells + 1].copy()
+    before = masks[cells, units]
+    while True:
+        middle = ((low.astype(np.float64) + high) / 2).astype(np.float32)
+        open_ = (middle > low) & (middle < high)
+        if not open_.any():
+            return high
+        changed = np.zeros(len(cells), bool)
+        changed[open_] = _gates(model, middle[open_])[np.arange(int(open_.sum())), units[open_]] != before[open_]
+        high = np.where(open_ & changed, middle, high)
+        low = np.where(open_ & ~changed, middle, low)
+
+
+def _gates(model: DynamicTransformer, timesteps: np.ndarray) -> np.ndarray:
+    """Router decisions, heads then groups of every block: (T,) -> (T, L * (H + G)) bool."""
+    rows = []
+    for chunk in np.array_split(timesteps, max(len(timesteps) // 1024, 1)):
+        heads, groups = model.width_logits(torch.from_numpy(chunk))
+        rows.append(torch.cat([heads.flatten(1), groups.flatten(1)], dim=1) > 0)
+    return torch.cat(rows).numpy()
+
+
+def _split(masks: np.ndarray, model: DynamicTransformer) -> tuple[np.ndarray, np.ndarray]:
+    heads, groups = np.split(masks, [model.depth * model.heads], axis=1)
+    rows = len(masks)
+    return heads.reshape(rows, model.depth, model.heads), groups.reshape(rows, model.depth, model.groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSample:
+    """Token router logits on calibration inputs: ``logits`` (P, L, B * N) at ``points`` (P,)."""
+
+    points: np.ndarray
+    logits: np.ndarray
+
+    def kept(self, shift: float) -> np.ndarray:
+        """Mean kept share if ``shift`` were added to every logit: (P, L)."""
+        return (self.logits + shift > 0).mean(axis=-1)
+
+
+def trajectory_points(timestep_range: tuple[float, float], count: int) -> np.ndarray:
+    """Midpoints of ``count`` equal cells: what a sampler visits, whatever its number of steps."""
+    start, end = timestep_range
+    return start + (np.arange(count) + 0.5) * (end - start) / count
+
+
+@torch.no_grad()
+def sample_tokens(model: DynamicTransformer, inputs: NoisedInputs, points: np.ndarray) -> TokenSample:
+    """Run the masked model over the trajectory and keep its token logits."""
+    logits = [model(**inputs.at(float(t)).arguments()).token_logits for t in points]
+    return TokenSample(points=points, logits=torch.stack(logits).transpose(1, 2).flatten(2).numpy())
+
+
+def flops_ratio(table: WidthTable, kept_tokens: np.ndarray, points: np.ndarray, flops: FlopsModel) -> float:
+    """Lambda as run: mean over ``points`` (P,) with kept token shares (P, L)."""
+    rows = [table.row(float(t)) for t in points]
+    heads, groups = table.heads[rows].mean(axis=-1), table.groups[rows].mean(axis=-1)
+    return float(flops.flops_ratio(heads, groups * kept_tokens).mean())
+
+
+def meet_budget(model: DynamicTransformer, inputs: NoisedInputs, budget: float, flops: FlopsModel) -> None:
+    """Shift every router's logits by one constant, so that lambda as run equals ``budget``.
+
+    The shift goes into the routers' biases. Skipping tokens changes what later routers see, so the
+    shift is refined until the masked model itself is within ``TOLERANCE`` / 4. Raises ``BudgetError``.
+    """
+    points = trajectory_points(inputs.preset.timestep_range, 16)
+    fine = trajectory_points(inputs.preset.timestep_range, 512).astype(np.float32)
+    ratio = float("nan")
+    for _ in range(8):
+        tokens = sample_tokens(model, inputs, points)
+        widths = _width_shares(model, fine)
+        ratio = _ratio_at(0.0, widths, tokens, fine, flops)
+        if abs(ratio - budget) <= TOLERANCE / 4:
+            return
+        _shift(model, _solve(lambda s, w=widths, k=tokens: _ratio_at(s, w, k, fine, flops), budget))  # type: ignore[misc]
+    if abs(ratio - budget) > TOLERANCE:
+        raise BudgetError(
+            f"budget {budget:g} cannot be met by shifting these routers (nearest {ratio:.3f}); "
+            "fine-tune under that budget, or build without --budget"
+        )
+
+
+@torch.no_grad()
+def _width_shares(model: DynamicTransformer, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    heads, groups = model.width_logits(torch.from_numpy(points))
+    return heads.numpy(), groups.numpy()
+
+
+def _ratio_at(
+    shift: float, widths: tuple[np.ndarray, np.ndarray], tokens: TokenSample, points: np.ndarray, flops: FlopsModel
+) -> float:
+    heads, groups = ((logits + shift > 0).mean(axis=-1) for logits in widths)  # (P, L) each
+    kept = tokens.kept(shift)
+    nearest = np.abs(points[:, None] - tokens.points[None]).argmin(axis=1)
+    return float(flops.flops_ratio(heads, groups * kept[nearest]).mean())
+
+
+def _solve(ratio: Callable[[float], float], budget: float) -> float:
+    """Bisection on a function that grows with its argument."""
+    low, high = -64.0, 64.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if ratio(middle) < budget else (low, middle)
+    return (low + high) / 2
+
+
+@torch.no_grad()
+def _shift(model: DynamicTransformer, amount: float) -> None:
+    for module in model.routers.modules():
+        if isinstance(module, nn.Linear) and not _feeds_relu(module, model):
+            module.bias.add_(amount)
+
+
+def _feeds_relu(linear: nn.Linear, model: DynamicTransformer) -> bool:
+    return any(router.tokens is not None and router.tokens[0] is linear for router in model.routers)
+
+
+def choose_widths(model: DynamicTransformer, inputs: NoisedInputs, budget: float, flops: FlopsModel) -> WidthTable:
+    """Widths for a model without trained routers: the units that matter most per FLOP, at each t.
+
+    Keeps a unit where its importance (``unit_importance``) per multiply-add exceeds one threshold for
+    the whole trajectory, the threshold that meets the budget. All tokens run.
+    """
+    count = IMPORTANCE_POINTS
+    points = trajectory_points(inputs.preset.timestep_range, count)
+    heads, groups = unit_importance(model, inputs, [float(t) for t in points])
+    value = np.concatenate(
+        [heads / (flops.attention / model.heads), groups / (flops.mlp / model.groups)], axis=-1
+    )  # (T, L, H + G)
+    scores = np.log(value + np.finfo(np.float32).tiny)
+    scores[..., [0, model.heads]] = np.inf
+
+    def ratio(shift: float) -> float:
+        kept = scores + shift > 0
+        return float(flops.flops_ratio(kept[..., : model.heads].mean(-1), kept[..., model.heads :].mean(-1)).mean())
+
+    offset = -float(np.median(scores[np.isfinite(scores)]))
+    kept = scores + offset + _solve(lambda shift: ratio(offset + shift), budget) > 0
+    table = WidthTable(
+        grid=np.linspace(*inputs.preset.timestep_range, count, endpoint=False),
+        end=inputs.preset.timestep_range[1],
+        heads=kept[..., : model.heads],
+        groups=kept[..., model.heads :],
+    )
+    reached = flops_ratio(table, np.ones((count, model.depth)), points, flops)
+    if abs(reached - budget) > TOLERANCE:
+        raise BudgetError(f"budget {budget:g} cannot be met with whole heads and groups (nearest {reached:.3f}); raise it")
+    return table.compressed()
