@@ -39,22 +39,21 @@ def packages(names: set[str]) -> set[str]:
     return {str(Path(name).parent).replace("/", ".") for name in names if name.endswith("/__init__.py")}
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("checkout")
+def copy_checkout(copy: Path, *, links: bool) -> None:
     for name in repository_files(ROOT):
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
-    return copy
+        if links or not (ROOT / name).is_symlink():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
 
 
-@pytest.fixture(scope="module", params=["wheel", "sdist, then wheel"])
-def wheel(request: pytest.FixtureRequest, checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Names of the files in a wheel."""
-    out = tmp_path_factory.mktemp("dist")
+@pytest.fixture(scope="module", params=["wheel", "wheel by way of an sdist", "wheel where links are not supported"])
+def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Names of the files in a wheel, built from a copy of the checkout."""
+    copy, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("dist")
+    copy_checkout(copy, links="links" not in request.param)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out)]
-    command += ["--wheel"] if request.param == "wheel" else []
-    done = subprocess.run([*command, str(checkout)], capture_output=True, text=True)
+    command += [] if "sdist" in request.param else ["--wheel"]
+    done = subprocess.run([*command, str(copy)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (built,) = out.glob("*.whl")
     return zipfile.ZipFile(built).namelist()
