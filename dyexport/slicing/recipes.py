@@ -1,0 +1,110 @@
+"""How each tensor of a slim network is made from dense ones, and where it lies in the weight store.
+
+A recipe says what to read and which units to keep; nothing is read until ``materialise``, so graphs
+of networks larger than memory can be planned and exported first and their weights streamed later.
+Tensors that shrink with width are laid out unit by unit: the first n units of a longer tensor are a
+contiguous run of its bytes, so that segments whose units are a prefix of another's share storage.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 4096  # bytes; lets every tensor be mapped as whole pages
+
+Read = Callable[[str], Tensor]
+"""Returns a dense tensor by its name in the stock state dict."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One tensor of a slim network.
+
+    ``copy``     the dense tensor as it is
+    ``rows``     (out, in) or (out,) -> rows of the kept units
+    ``columns``  (out, in) -> columns of the kept units, stored transposed (kept, out)
+    ``qkv``      query, key and value rows interleaved head by head: (H', 3, head_dim, in) flattened to
+                 2-D; queries are scaled by head_dim ** -0.5, which attention then need not do
+    """
+
+    kind: Literal["copy", "rows", "columns", "qkv"]
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    units: tuple[int, ...] = ()
+    unit_size: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def family(self) -> tuple[object, ...]:
+        """Recipes of one family differ only in the units they keep."""
+        tail = self.shape if self.kind == "copy" else self.shape[1:]
+        return (self.kind, self.sources, self.unit_size, self.dtype, tail)
+
+
+def materialise(recipe: Recipe, read: Read) -> Tensor:
+    """Make the tensor: contiguous, of ``recipe.shape`` and ``recipe.dtype``."""
+    dense = [read(name).to(recipe.dtype) for name in recipe.sources]
+    return _MAKERS[recipe.kind](recipe, dense).reshape(recipe.shape).contiguous()
+
+
+def _rows(recipe: Recipe, dense: list[Tensor]) -> Tensor:
+    return dense[0].unflatten(0, (-1, recipe.unit_size))[list(recipe.units)]
+
+
+def _columns(recipe: Recipe, dense: list[Tensor]) -> Tensor:
+    return dense[0].T.unflatten(0, (-1, recipe.unit_size))[list(recipe.units)]
+
+
+def _qkv(recipe: Recipe, dense: list[Tensor]) -> Tensor:
+    query, key, value = (tensor.unflatten(0, (-1, recipe.unit_size))[list(recipe.units)] for tensor in dense)
+    return torch.stack([query * recipe.unit_size**-0.5, key, value], dim=1)
+
+
+_MAKERS: Mapping[str, Callable[[Recipe, list[Tensor]], Tensor]] = {
+    "copy": lambda recipe, dense: dense[0],
+    "rows": _rows,
+    "columns": _columns,
+    "qkv": _qkv,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreLayout:
+    """Where every recipe lies in one file: ``offsets`` in bytes; ``owners`` are written, the rest are prefixes of them."""
+
+    offsets: Mapping[Recipe, int]
+    owners: tuple[Recipe, ...]
+    nbytes: int
+
+
+def lay_out(recipes: Iterable[Recipe]) -> StoreLayout:
+    """Assign offsets; a recipe whose units are a prefix of another's takes no bytes of its own."""
+    families: dict[tuple[object, ...], list[Recipe]] = defaultdict(list)
+    for recipe in dict.fromkeys(recipes):
+        families[recipe.family].append(recipe)
+    offsets: dict[Recipe, int] = {}
+    owners: list[Recipe] = []
+    end = 0
+    for family in families.values():
+        placed: list[Recipe] = []
+        for recipe in sorted(family, key=lambda r: len(r.units), reverse=True):
+            owner = next((o for o in placed if o.units[: len(recipe.units)] == recipe.units), None)
+            if owner is not None:
+                offsets[recipe] = offsets[owner]
+                continue
+            placed.append(recipe)
+            owners.append(recipe)
+            offsets[recipe] = end
+            end += -(-recipe.nbytes // ALIGNMENT) * ALIGNMENT
+    return StoreLayout(offsets=offsets, owners=tuple(owners), nbytes=end)
