@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from dyexport.tables import TokenStats, WidthTable
 
 ATOMS = 256  # candidate boundaries; more would change the FLOPs in the third digit only
 NEARLY_ALL = 0.9  # from this share of tokens on, gathering rows costs more than it saves
+ALL: TokenPath = "all"
+DYNAMIC: TokenPath = "dynamic"
 SLOT_STEPS = 4  # buckets of the dynamic path
 
 
@@ -58,7 +61,7 @@ def make_segments(
     order = unit_order(widths)
     return tuple(
         _segment(widths, stats, order, settings, float(atoms.edges[i]), float(atoms.edges[j]))
-        for i, j in zip(cuts, cuts[1:], strict=False)
+        for i, j in pairwise(cuts)
     )
 
 
@@ -68,7 +71,7 @@ def _atomise(widths: WidthTable, stats: TokenStats | None, settings: PlanSetting
     rows = np.searchsorted(widths.grid, starts)
     edges = np.append(starts, widths.end)
     depth = widths.heads.shape[1]
-    capacity = np.stack([_capacity(stats, settings, a, b, depth) for a, b in zip(edges, edges[1:], strict=False)])
+    capacity = np.stack([_capacity(stats, settings, a, b, depth) for a, b in pairwise(edges)])
     return _Atoms(
         edges=edges,
         any_heads=np.logical_or.reduceat(widths.heads, rows, axis=0),
@@ -150,7 +153,7 @@ def _segment(
 
 def _union(masks: np.ndarray, order: Sequence[np.ndarray]) -> tuple[tuple[tuple[int, ...], ...], tuple[bool, ...]]:
     """Units on at any time, in storage order, and whether they are not all on all the time: masks (R, L, U)."""
-    on, always = masks.any(axis=0), masks.all(axis=0)
+    on, always = np.any(masks, axis=0), np.all(masks, axis=0)  # (L, U)
     kept = tuple(tuple(int(u) for u in order[block] if on[block, u]) for block in range(masks.shape[1]))
     return kept, tuple(bool(x) for x in (on != always).any(axis=-1))
 
@@ -160,13 +163,15 @@ def _token_paths(
 ) -> tuple[tuple[TokenPath, ...], tuple[int, ...], tuple[int, ...]]:
     """Path and capacity of each block, and the buckets of the dynamic path."""
     if stats is None:
-        return ("all",) * depth, (0,) * depth, ()
+        return (ALL,) * depth, (0,) * depth, ()
     slots = _capacity(stats, settings, start, end, depth)
     if settings.token_path == "dynamic":
         return _dynamic_paths(stats, slots, start, end)
     paths: list[TokenPath] = []
     for count in slots:
-        masked = settings.token_path == "masked" or (settings.token_path == "auto" and count >= NEARLY_ALL * stats.tokens)
+        masked = settings.token_path == "masked" or (
+            settings.token_path == "auto" and count >= NEARLY_ALL * stats.tokens
+        )
         paths.append("masked" if masked else "capacity")
     return tuple(paths), tuple(int(count) for count in slots), ()
 
@@ -177,12 +182,10 @@ def _dynamic_paths(
     """``capacities`` are floors that even the emptiest timestep needs; buckets add what the fullest one needs."""
     measured = stats.counts[stats.bracket(start, end), :, -1]  # (T', L)
     floors = np.clip(measured.min(axis=0) - 1, 0, stats.tokens - 1).astype(int)
-    spread = max(int((slots - floors).max()), 1)
-    room = int((stats.tokens - floors).min())  # no block can be given more slots than it has tokens
-    widest = min(spread, room)
-    floors = np.where(slots - floors > widest, stats.tokens - widest, floors)
+    widest = max(int((slots - floors).max()), 1)
+    floors = np.minimum(floors, stats.tokens - widest)  # no block may be given more slots than it has tokens
     buckets = sorted({max(round(widest * step / SLOT_STEPS), 1) for step in range(1, SLOT_STEPS + 1)})
-    return ("dynamic",) * len(slots), tuple(int(x) for x in floors), tuple(buckets)
+    return (DYNAMIC,) * len(slots), tuple(int(x) for x in floors), tuple(buckets)
 
 
 def price_plan(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from torch import nn
 
 from dyexport.errors import BudgetError
 from dyexport.models.dynamic import DynamicTransformer
@@ -116,10 +116,12 @@ def meet_budget(model: DynamicTransformer, inputs: NoisedInputs, budget: float, 
     for _ in range(8):
         tokens = sample_tokens(model, inputs, points)
         widths = _width_shares(model, fine)
-        ratio = _ratio_at(0.0, widths, tokens, fine, flops)
+        ratio = _ratio_at(0.0, widths=widths, tokens=tokens, points=fine, flops=flops)
         if abs(ratio - budget) <= TOLERANCE / 4:
             return
-        _shift(model, _solve(lambda s, w=widths, k=tokens: _ratio_at(s, w, k, fine, flops), budget))  # type: ignore[misc]
+        amount = _solve(partial(_ratio_at, widths=widths, tokens=tokens, points=fine, flops=flops), budget)
+        for router in model.block_routers:
+            router.shift(amount)
     if abs(ratio - budget) > TOLERANCE:
         raise BudgetError(
             f"budget {budget:g} cannot be met by shifting these routers (nearest {ratio:.3f}); "
@@ -134,7 +136,12 @@ def _width_shares(model: DynamicTransformer, points: np.ndarray) -> tuple[np.nda
 
 
 def _ratio_at(
-    shift: float, widths: tuple[np.ndarray, np.ndarray], tokens: TokenSample, points: np.ndarray, flops: FlopsModel
+    shift: float,
+    *,
+    widths: tuple[np.ndarray, np.ndarray],
+    tokens: TokenSample,
+    points: np.ndarray,
+    flops: FlopsModel,
 ) -> float:
     heads, groups = ((logits + shift > 0).mean(axis=-1) for logits in widths)  # (P, L) each
     kept = tokens.kept(shift)
@@ -149,17 +156,6 @@ def _solve(ratio: Callable[[float], float], budget: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if ratio(middle) < budget else (low, middle)
     return (low + high) / 2
-
-
-@torch.no_grad()
-def _shift(model: DynamicTransformer, amount: float) -> None:
-    for module in model.routers.modules():
-        if isinstance(module, nn.Linear) and not _feeds_relu(module, model):
-            module.bias.add_(amount)
-
-
-def _feeds_relu(linear: nn.Linear, model: DynamicTransformer) -> bool:
-    return any(router.tokens is not None and router.tokens[0] is linear for router in model.routers)
 
 
 def choose_widths(model: DynamicTransformer, inputs: NoisedInputs, budget: float, flops: FlopsModel) -> WidthTable:
@@ -191,5 +187,7 @@ def choose_widths(model: DynamicTransformer, inputs: NoisedInputs, budget: float
     )
     reached = flops_ratio(table, np.ones((count, model.depth)), points, flops)
     if abs(reached - budget) > TOLERANCE:
-        raise BudgetError(f"budget {budget:g} cannot be met with whole heads and groups (nearest {reached:.3f}); raise it")
+        raise BudgetError(
+            f"budget {budget:g} cannot be met with whole heads and groups (nearest {reached:.3f}); raise it"
+        )
     return table.compressed()

@@ -35,19 +35,19 @@ class BackboneAdapter(Protocol):
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """A stock module of that configuration, shared embedders shared, with torch's default initialisation."""
 
-    def initialise(self, backbone: nn.Module) -> None:
+    def initialise(self, backbone: Any) -> None:
         """Overwrite the weights with the published initialisation for training from scratch."""
 
-    def share_embedders(self, backbone: nn.Module) -> None:
-        """Make what the architecture shares between blocks one module; raises ``CheckpointError`` where copies differ."""
+    def share_embedders(self, backbone: Any) -> None:
+        """Make what blocks share in the architecture one module; raises ``CheckpointError`` where copies differ."""
 
-    def sites(self, backbone: nn.Module) -> list[BlockSites]:
+    def sites(self, backbone: Any) -> list[BlockSites]:
         """Mask sites of every block, in order of execution."""
 
-    def timestep_embedding(self, backbone: nn.Module, timestep: Tensor) -> Tensor:
+    def timestep_embedding(self, backbone: Any, timestep: Tensor) -> Tensor:
         """What width routers see, a function of t alone: (B,) -> (B, C)."""
 
-    def permute_units(self, backbone: nn.Module, block: int, heads: Tensor, groups: Tensor) -> None:
+    def permute_units(self, backbone: Any, block: int, heads: Tensor, groups: Tensor) -> None:
         """Reorder heads (H,) and MLP groups (G,) of a block in place; the function computed is unchanged."""
 
 

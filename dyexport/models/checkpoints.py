@@ -110,7 +110,9 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     try:
         weights: dict[str, Tensor] = torch.load(binary, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling errors have no common base
-        raise CheckpointError(f"{binary} is damaged or holds code, which is never run; convert it to safetensors") from error
+        raise CheckpointError(
+            f"{binary} is damaged or holds code, which is never run; convert it to safetensors"
+        ) from error
     return weights
 
 

@@ -22,7 +22,7 @@ class DiTAdapter:
             block.norm1.emb = backbone.transformer_blocks[0].norm1.emb
         return backbone
 
-    def initialise(self, backbone: nn.Module) -> None:
+    def initialise(self, backbone: DiTTransformer2DModel) -> None:
         """DiT section 3.2: Xavier linears, N(0, 0.02) embedders, zero modulation and output (adaLN-Zero)."""
         for module in backbone.modules():
             if isinstance(module, nn.Linear):
@@ -40,7 +40,7 @@ class DiTAdapter:
         for layer in (backbone.proj_out_1, backbone.proj_out_2):
             nn.init.zeros_(layer.weight)
 
-    def share_embedders(self, backbone: nn.Module) -> None:
+    def share_embedders(self, backbone: DiTTransformer2DModel) -> None:
         """DiT has one timestep and label embedder; diffusers stores a copy of it in every block."""
         shared = backbone.transformer_blocks[0].norm1.emb
         reference = shared.state_dict()
@@ -53,13 +53,15 @@ class DiTAdapter:
                     )
             block.norm1.emb = shared
 
-    def sites(self, backbone: nn.Module) -> list[BlockSites]:
+    def sites(self, backbone: DiTTransformer2DModel) -> list[BlockSites]:
         return [
-            BlockSites(attention_out=block.attn1.to_out[0], mlp_in=block.ff.net[0].proj, mlp=block.ff, token_input=block.norm3)
+            BlockSites(
+                attention_out=block.attn1.to_out[0], mlp_in=block.ff.net[0].proj, mlp=block.ff, token_input=block.norm3
+            )
             for block in backbone.transformer_blocks
         ]
 
-    def timestep_embedding(self, backbone: nn.Module, timestep: Tensor) -> Tensor:
+    def timestep_embedding(self, backbone: DiTTransformer2DModel, timestep: Tensor) -> Tensor:
         embedder = backbone.transformer_blocks[0].norm1.emb
         sinusoid = embedder.time_proj(timestep)  # (B, 256)
         dtype = embedder.timestep_embedder.linear_1.weight.dtype
@@ -67,7 +69,7 @@ class DiTAdapter:
         return embedding
 
     @torch.no_grad()
-    def permute_units(self, backbone: nn.Module, block: int, heads: Tensor, groups: Tensor) -> None:
+    def permute_units(self, backbone: DiTTransformer2DModel, block: int, heads: Tensor, groups: Tensor) -> None:
         layer = backbone.transformer_blocks[block]
         attention, mlp = layer.attn1, layer.ff
         rows = unit_channels(heads, attention.to_q.out_features // len(heads))  # (C,)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,20 @@ def hard_gate(logits: Tensor, noise: GateNoise | None = None) -> Tensor:
     return (logits > 0).float() - soft.detach() + soft
 
 
+class TokenRouter(nn.Module):
+    """Linear -> ReLU -> Linear on every token, in fp32 (SDT, section 3.3)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(channels // 16, 1)
+        self.inner = nn.Linear(channels, hidden)
+        self.outer = nn.Linear(hidden, 1)
+
+    def forward(self, residual: Tensor) -> Tensor:
+        """(B, N, C) -> logits (B, N)."""
+        return _fp32_linear(self.outer, F.relu(_fp32_linear(self.inner, residual))).squeeze(-1)
+
+
 class BlockRouter(nn.Module):
     """Routers of one block: two on the timestep embedding (TDW), one on every token (SDT)."""
 
@@ -60,7 +74,7 @@ class BlockRouter(nn.Module):
         super().__init__()
         self.heads = nn.Linear(channels, heads - 1)
         self.groups = nn.Linear(channels, groups - 1)
-        self.tokens = _token_router(channels) if tokens else None
+        self.tokens = TokenRouter(channels) if tokens else None
         self.open()
 
     @torch.no_grad()
@@ -70,12 +84,13 @@ class BlockRouter(nn.Module):
             nn.init.trunc_normal_(router.weight, std=0.02)
             nn.init.constant_(router.bias, WIDTH_BIAS)
         if self.tokens is not None:
-            nn.init.constant_(self.tokens[-1].bias, TOKEN_BIAS)
+            nn.init.constant_(self.tokens.outer.bias, TOKEN_BIAS)
 
-
-def _token_router(channels: int) -> nn.Sequential:
-    hidden = max(channels // 16, 1)
-    return nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+    @torch.no_grad()
+    def shift(self, amount: float) -> None:
+        """Add a constant to every logit: more units and tokens for a positive amount."""
+        for linear in (self.heads, self.groups, *([self.tokens.outer] if self.tokens is not None else [])):
+            linear.bias.add_(amount)
 
 
 @dataclass
@@ -102,7 +117,13 @@ class DynamicTransformer(nn.Module):
     table: WidthTable | None = None
 
     def __init__(
-        self, backbone: nn.Module, adapter: BackboneAdapter, *, heads: int, groups: int | None = None, tokens: bool = True
+        self,
+        backbone: nn.Module,
+        adapter: BackboneAdapter,
+        *,
+        heads: int,
+        groups: int | None = None,
+        tokens: bool = True,
     ) -> None:
         super().__init__()
         adapter.share_embedders(backbone)
@@ -120,12 +141,16 @@ class DynamicTransformer(nn.Module):
             self._attach(index, block)
 
     @property
+    def block_routers(self) -> list[BlockRouter]:
+        return cast(list[BlockRouter], list(self.routers))
+
+    @property
     def depth(self) -> int:
         return len(self.routers)
 
     @property
     def has_token_routers(self) -> bool:
-        return self.routers[0].tokens is not None
+        return self.block_routers[0].tokens is not None
 
     @property
     def config(self) -> Any:
@@ -139,8 +164,8 @@ class DynamicTransformer(nn.Module):
     def width_logits(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Router logits in fp32: (B,) -> (B, L, H), (B, L, G). Unit 0 has +inf: it is always on."""
         embedding = self.adapter.timestep_embedding(self.backbone, timestep).float()  # (B, C)
-        heads = torch.stack([_fp32_linear(router.heads, embedding) for router in self.routers], dim=1)
-        groups = torch.stack([_fp32_linear(router.groups, embedding) for router in self.routers], dim=1)
+        heads = torch.stack([_fp32_linear(router.heads, embedding) for router in self.block_routers], dim=1)
+        groups = torch.stack([_fp32_linear(router.groups, embedding) for router in self.block_routers], dim=1)
         return F.pad(heads, (1, 0), value=torch.inf), F.pad(groups, (1, 0), value=torch.inf)
 
     def width_gates(self, timestep: Tensor, noise: GateNoise | None = None) -> tuple[Tensor, Tensor]:
@@ -212,13 +237,13 @@ class DynamicTransformer(nn.Module):
         if self._pass is None or not self._pass.route_tokens:
             return
         residual = inputs[0]  # (B, N, C)
-        router = self.routers[index].tokens
+        router = self.block_routers[index].tokens
         if router is None:
             logits = torch.full(residual.shape[:2], torch.inf, device=residual.device)  # (B, N)
             gates = torch.ones_like(logits)
             self._pass.token_mask = None
         else:
-            logits = _fp32_mlp(router, residual).squeeze(-1)  # (B, N)
+            logits = router(residual)  # (B, N)
             gates = hard_gate(logits)
             self._pass.token_mask = gates if self._pass.noise is None else hard_gate(logits, self._pass.noise)
         self._pass.tokens.append(gates)
@@ -242,7 +267,3 @@ def _force_first(gates: Tensor) -> Tensor:
 
 def _fp32_linear(linear: nn.Linear, value: Tensor) -> Tensor:
     return F.linear(value.float(), linear.weight.float(), linear.bias.float())
-
-
-def _fp32_mlp(router: nn.Sequential, value: Tensor) -> Tensor:
-    return _fp32_linear(router[2], F.relu(_fp32_linear(router[0], value)))

@@ -55,5 +55,8 @@ def rank_units(model: DynamicTransformer, inputs: NoisedInputs, timesteps: Seque
     """
     heads, groups = unit_importance(model, inputs, timesteps)
     for block in range(model.depth):
-        orders = [torch.from_numpy(np.argsort(-scores[:, block].mean(axis=0), kind="stable").copy()) for scores in (heads, groups)]
+        orders = [
+            torch.from_numpy(np.argsort(-scores[:, block].mean(axis=0), kind="stable").copy())
+            for scores in (heads, groups)
+        ]
         model.adapter.permute_units(model.backbone, block, *orders)

@@ -6,14 +6,14 @@ Its pictures are noise; its shapes, FLOPs and gate patterns are those of a real 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dyexport.models.base import get_adapter
-from dyexport.models.dynamic import BlockRouter, DynamicTransformer
+from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 from dyexport.presets import Preset
 
-TREND = 1.0  # std over t of what all units of a model share: wider at one end of the trajectory
+TREND = 0.5  # std over t of what all units of a model share: wider at one end of the trajectory
 SPREAD = 0.35  # std over t of what each unit does on its own
 KEPT_TOKENS = 0.85  # share of tokens a random token router keeps, on average
 
@@ -45,9 +45,9 @@ def _spread_widths(model: DynamicTransformer, preset: Preset) -> None:
     embedding = model.adapter.timestep_embedding(model.backbone, points).float()  # (T, C)
     centre = embedding.mean(dim=0)
     _, scales, directions = torch.linalg.svd(embedding - centre, full_matrices=False)
-    basis = directions[:4] / (scales[:4, None] / len(points) ** 0.5)  # (4, C): each has unit variance over t
-    for router in model.routers:
-        assert isinstance(router, BlockRouter)
+    used = scales[:4] > 0.05 * scales[0]  # fainter directions would amplify rounding into the gates
+    basis = directions[:4][used] / (scales[:4][used, None] / len(points) ** 0.5)  # (P, C): unit variance over t each
+    for router in model.block_routers:
         for linear in (router.heads, router.groups):
             own = torch.randn(linear.out_features, len(basis)) * SPREAD / len(basis) ** 0.5
             own[:, 0] += TREND
@@ -62,10 +62,10 @@ def _spread_tokens(model: DynamicTransformer, preset: Preset) -> None:
     inputs = NoisedInputs(preset=preset, batch_size=2)
     logits = [model(**inputs.at(start + share * (end - start)).arguments()).token_logits for share in (0.2, 0.8)]
     stacked = torch.cat(logits)  # (B, L, N)
-    for block, router in enumerate(model.routers):
-        assert isinstance(router, BlockRouter) and router.tokens is not None
-        last = router.tokens[-1]
-        values: Tensor = stacked[:, block] - last.bias
+    for block, router in enumerate(model.block_routers):
+        assert router.tokens is not None
+        last = router.tokens.outer
+        values = stacked[:, block] - last.bias  # (B, N)
         scale = 1 / values.std()
         last.weight.mul_(scale)
         last.bias.fill_(-float(torch.quantile(values.flatten(), 1 - KEPT_TOKENS) * scale))

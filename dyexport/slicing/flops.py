@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-Array = TypeVar("Array")  # numpy array or torch tensor: every method is plain arithmetic
+Array = Any  # numpy array or torch tensor: every method is plain arithmetic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +48,12 @@ class FlopsModel:
 
     def dynamic(self, heads: Array, mlp: Array) -> Array:
         """Attention and MLP cost from kept shares per block: (..., L), (..., L) -> (...)."""
-        return (self.attention * heads + self.mlp * mlp).sum(-1)  # type: ignore[operator, no-any-return]
+        return (self.attention * heads + self.mlp * mlp).sum(-1)
 
     def flops_ratio(self, heads: Array, mlp: Array) -> Array:
         """The paper's lambda: attention and MLP against dense, static layers left out (eq. 6)."""
-        return self.dynamic(heads, mlp) / (self.depth * (self.attention + self.mlp))  # type: ignore[operator, no-any-return]
+        return self.dynamic(heads, mlp) / (self.depth * (self.attention + self.mlp))
 
     def network_ratio(self, heads: Array, mlp: Array, *, routers: int) -> Array:
         """The whole network against dense, with ``routers`` token routers running."""
-        return (self.dynamic(heads, mlp) + self.static + routers * self.router) / self.dense  # type: ignore[operator, no-any-return]
+        return (self.dynamic(heads, mlp) + self.static + routers * self.router) / self.dense

@@ -81,7 +81,7 @@ _MAKERS: Mapping[str, Callable[[Recipe, list[Tensor]], Tensor]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class StoreLayout:
-    """Where every recipe lies in one file: ``offsets`` in bytes; ``owners`` are written, the rest are prefixes of them."""
+    """Where every recipe lies in one file: ``offsets`` in bytes; all but ``owners`` are prefixes of one of those."""
 
     offsets: Mapping[Recipe, int]
     owners: tuple[Recipe, ...]

@@ -11,7 +11,7 @@ import torch
 from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor, nn
 
-from dyexport.bundle import ModelSpec, Segment
+from dyexport.bundle import ModelSpec, Segment, TokenPath
 from dyexport.errors import UsageError
 from dyexport.slicing.recipes import Read, Recipe, materialise
 from dyexport.slicing.slim_dit import SlimDiT
@@ -49,6 +49,7 @@ def slice_segment(spec: ModelSpec, segment: Segment, *, groups: int) -> Slice:
 def dense_segment(spec: ModelSpec, *, groups: int) -> Segment:
     """The static model as a segment: every unit, every token, the whole range of t."""
     depth, heads = int(spec.config["num_layers"]), int(spec.config["num_attention_heads"])
+    every_token: TokenPath = "all"
     return Segment(
         start=spec.timestep_range[0],
         end=spec.timestep_range[1],
@@ -56,7 +57,7 @@ def dense_segment(spec: ModelSpec, *, groups: int) -> Segment:
         groups=(tuple(range(groups)),) * depth,
         gated_heads=(False,) * depth,
         gated_groups=(False,) * depth,
-        token_paths=("all",) * depth,
+        token_paths=(every_token,) * depth,
         capacities=(spec.tokens,) * depth,
     )
 
@@ -119,7 +120,7 @@ def _dit_block(
         add(f"qkv.{kind}", "qkv", tuple(f"{stock}.attn1.to_{part}.{kind}" for part in "qkv"), heads, head_dim)
         add(f"fc1.{kind}", "rows", (f"{stock}.ff.net.0.proj.{kind}",), groups, group_size)
         if segment.token_paths[index] != "all":
-            for layer, name in ((0, "router_in"), (2, "router_out")):
+            for layer, name in (("inner", "router_in"), ("outer", "router_out")):
                 add(f"{name}.{kind}", "copy", (TOKEN_ROUTER.format(block=index, layer=layer, kind=kind),))
     add("out.weight", "columns", (f"{stock}.attn1.to_out.0.weight",), heads, head_dim)
     add("out.bias", "copy", (f"{stock}.attn1.to_out.0.bias",))

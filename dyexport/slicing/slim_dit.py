@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from dyexport.bundle import Segment
 
-
 NORM_EPS = 1e-6  # of diffusers' AdaLayerNormZero and final norm; the MLP's norm has its own
 
 
@@ -64,7 +63,9 @@ class SlimBlock(nn.Module):
 
     def forward(self, hidden: Tensor, conditioning: Tensor, gates: Gates, slots: int) -> tuple[Tensor, Tensor | None]:
         """(B, N, C), (B, C) -> (B, N, C) and the number of tokens the router kept (B,)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(conditioning).unsqueeze(1).chunk(6, dim=2)  # (B, 1, C)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            self.modulation(conditioning).unsqueeze(1).chunk(6, dim=2)
+        )  # (B, 1, C)
         normed = modulated_norm(hidden, shift1, scale1)  # (B, N, C)
         hidden = hidden + gate1 * self.attend(normed, gates.heads)  # (B, N, C)
         if self.path == "all":
@@ -98,7 +99,14 @@ class SlimBlock(nn.Module):
         return self.fc2(F.gelu(wide, approximate="tanh")).view(hidden.shape)
 
     def feed_kept(
-        self, hidden: Tensor, scores: Tensor, shift: Tensor, scale: Tensor, gate: Tensor, width: Tensor | None, slots: int
+        self,
+        hidden: Tensor,
+        scores: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        gate: Tensor,
+        width: Tensor | None,
+        slots: int,
     ) -> Tensor:
         """MLP on the highest-scored tokens only; the other rows of (B, N, C) pass through."""
         batch, tokens, channels = hidden.shape
@@ -142,7 +150,10 @@ class SlimDiT(nn.Module):
         width_gate: Tensor | None = None,
         slots: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Latents (B, C, H, W), t (B,), labels (B,), gates (W,), slots (S,) -> sample (B, C_out, H, W), kept tokens (B, L)."""
+        """Latents (B, C, H, W), t (B,), labels (B,), gates (W,), slots (S,) -> sample (B, C_out, H, W), kept (B, L).
+
+        ``kept`` is what the token routers wanted, before any capacity; absent without token routers.
+        """
         hidden = self.patch(hidden_states).flatten(2).transpose(1, 2) + self.position  # (B, N, C)
         conditioning = F.silu(self.embed_time(timestep) + self.labels(class_labels))  # (B, C)
         extra = 0 if slots is None else slots.shape[0]

@@ -1,0 +1,25 @@
+"""The weight store: one file that all graphs of a bundle refer to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dyexport.slicing.recipes import Read, StoreLayout, materialise
+
+Progress = Callable[[int, int], None]
+"""Called with bytes written and bytes in all."""
+
+
+def write_store(layout: StoreLayout, read: Read, path: Path, progress: Progress | None = None) -> None:
+    """Write every owned tensor at its offset. One tensor is in memory at a time."""
+    with path.open("wb") as file:
+        file.truncate(layout.nbytes)
+        for recipe in layout.owners:
+            file.seek(layout.offsets[recipe])
+            tensor = materialise(recipe, read)
+            file.write(tensor.view(torch.uint8).numpy().data)
+            if progress is not None:
+                progress(file.tell(), layout.nbytes)
