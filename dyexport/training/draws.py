@@ -1,0 +1,89 @@
+"""Randomness as a pure function of (seed, step): drawn for the global batch, sliced per process.
+
+So a run on two processes sees the numbers a run on one sees, and a resumed run those of a run that
+was never stopped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dyexport.training.data import LatentSource
+from dyexport.training.losses import DiffusionObjective, NoisyBatch
+
+Stream = Literal["data", "noise", "gates"]
+_STREAMS: tuple[Stream, ...] = ("data", "noise", "gates")
+TIMESTEP_BINS = 4
+
+
+def step_generator(seed: int, step: int, stream: Stream, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh generator; streams and steps are independent of each other."""
+    entropy = np.random.SeedSequence((seed, step, _STREAMS.index(stream))).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(entropy >> np.uint64(1)))
+
+
+def stratified_uniform(count: int, generator: torch.Generator) -> Tensor:
+    """Uniform numbers spread evenly over four bins, in turn, so that every slice is spread too: (B,)."""
+    bins = torch.arange(count) % TIMESTEP_BINS
+    return (bins + torch.rand(count, generator=generator)) / TIMESTEP_BINS  # (B,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """The part of a global batch that one process works on."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, values: Tensor) -> Tensor:
+        """This process's rows: (B, ...) -> (B / count, ...)."""
+        return values.chunk(self.count)[self.index]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchDraws:
+    """The noisy batch of every step; ``batch_size`` is global."""
+
+    source: LatentSource
+    objective: DiffusionObjective
+    null_label: int
+    label_dropout: float
+    batch_size: int
+    seed: int
+    share: Share
+    device: torch.device
+
+    def at(self, step: int) -> NoisyBatch:
+        """This process's share of the batch of one step."""
+        data = step_generator(self.seed, step, "data")
+        indices = self.share.of(torch.randint(len(self.source), (self.batch_size,), generator=data))
+        uniform = self.share.of(stratified_uniform(self.batch_size, data))
+        dropped = self.share.of(torch.rand(self.batch_size, generator=data) < self.label_dropout)
+        clean, labels = self.source.batch(indices)
+        labels = labels.masked_fill(dropped, self.null_label)
+        noise = self._noise(step, clean)
+        return self.objective.noisy(clean.to(self.device), labels.to(self.device), noise, uniform.to(self.device))
+
+    def _noise(self, step: int, like: Tensor) -> Tensor:
+        generator = step_generator(self.seed, step, "noise", self.device)
+        shape = (self.batch_size, *like.shape[1:])
+        return self.share.of(torch.randn(shape, generator=generator, device=self.device))  # (B, C, H, W)
+
+
+class LogisticNoise:
+    """Gate noise of one step (the difference of two Gumbel variables), block by block as gates ask for it."""
+
+    def __init__(self, generator: torch.Generator, share: Share, scale: float) -> None:
+        self.generator = generator
+        self.share = share
+        self.scale = scale
+
+    def __call__(self, shape: torch.Size) -> Tensor:
+        overall = (shape[0] * self.share.count, *shape[1:])
+        uniform = torch.rand(overall, generator=self.generator, device=self.generator.device)
+        return self.scale * torch.logit(self.share.of(uniform), eps=1e-6)

@@ -1,0 +1,196 @@
+"""What is minimised: diffusion losses (DDPM, flow matching) and the FLOPs penalty."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+
+from dyexport.models.dynamic import DynamicOutput, DynamicTransformer, GateNoise
+from dyexport.presets import Objective
+from dyexport.slicing.flops import FlopsModel
+
+FLOPS_WEIGHT = 2.0  # arXiv 2410.03456 eq. 7
+DDPM_STEPS = 1000
+
+
+class NoisyBatch(NamedTuple):
+    """What the network sees and what it should say."""
+
+    latents: Tensor  # (B, C, H, W), noise mixed in
+    timestep: Tensor  # (B,), as the network is called
+    labels: Tensor  # (B,)
+    target: Tensor  # (B, C, H, W)
+    clean: Tensor  # (B, C, H, W)
+
+
+class Losses(NamedTuple):
+    """Means over the samples of this process; scalars that carry gradients."""
+
+    diffusion: Tensor
+    complete: Tensor | None  # None once the complete model is no longer trained
+    flops_ratio: Tensor | None  # None for a static model
+
+
+class DiffusionObjective(Protocol):
+    """How data and noise are mixed, and how far off a prediction is."""
+
+    def noisy(self, clean: Tensor, labels: Tensor, noise: Tensor, uniform: Tensor) -> NoisyBatch:
+        """Mix (B, C, H, W) data with noise at the timesteps that ``uniform`` (B,), in [0, 1], stands for."""
+
+    def loss(self, prediction: Tensor, batch: NoisyBatch) -> Tensor:
+        """Loss of each sample, from the network's raw output (B, C or 2C, H, W): (B,)."""
+
+
+def get_objective(name: Objective) -> DiffusionObjective:
+    return DdpmObjective() if name == "ddpm" else FlowObjective()
+
+
+class FlowObjective:
+    """Velocity of the straight path from noise (t = 0) to data (t = 1), SiT, arXiv 2401.08740 section 2."""
+
+    def noisy(self, clean: Tensor, labels: Tensor, noise: Tensor, uniform: Tensor) -> NoisyBatch:
+        t = uniform[:, None, None, None]  # (B, 1, 1, 1)
+        return NoisyBatch(t * clean + (1 - t) * noise, uniform, labels, clean - noise, clean)
+
+    def loss(self, prediction: Tensor, batch: NoisyBatch) -> Tensor:
+        velocity = prediction[:, : batch.target.shape[1]]  # (B, C, H, W); SiT ignores the channels of a learned sigma
+        return (velocity.float() - batch.target).square().flatten(1).mean(1)  # (B,)
+
+
+class DdpmObjective:
+    """Noise prediction over 1000 linear steps (DiT, arXiv 2212.09748 section 3.1).
+
+    A network with 2C output channels also learns the variance, through the variational bound on the
+    frozen mean (improved DDPM, arXiv 2102.09672 section 3.1); as in DiT the bound is in bits per
+    dimension and weighs 1.
+    """
+
+    def __init__(self) -> None:
+        self.scheduler = DDPMScheduler(DDPM_STEPS, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+
+    def noisy(self, clean: Tensor, labels: Tensor, noise: Tensor, uniform: Tensor) -> NoisyBatch:
+        timestep = (uniform * DDPM_STEPS).long().clamp(max=DDPM_STEPS - 1)  # (B,)
+        return NoisyBatch(self.scheduler.add_noise(clean, noise, timestep), timestep, labels, noise, clean)
+
+    def loss(self, prediction: Tensor, batch: NoisyBatch) -> Tensor:
+        noise, *variance = prediction.float().split(batch.target.shape[1], dim=1)
+        loss = (noise - batch.target).square().flatten(1).mean(1)  # (B,)
+        if variance:
+            loss = loss + self.variational_bound(noise.detach(), variance[0], batch)
+        return loss
+
+    def variational_bound(self, noise: Tensor, variance: Tensor, batch: NoisyBatch) -> Tensor:
+        """KL from the true posterior to the predicted step in bits per dimension; at t = 0 the data's own code length: (B,).
+
+        ``variance`` in [-1, 1] interpolates, in log space, between the least and the largest possible.
+        """
+        alphas = self.scheduler.alphas_cumprod.to(noise.device, torch.float64)  # (1000,)
+        posterior = _Posterior.at(alphas, batch.timestep)
+        predicted = (batch.latents - posterior.noise_scale * noise) / posterior.signal_scale  # x_0, (B, C, H, W)
+        mean = posterior.mean(predicted, batch.latents)
+        share = (variance + 1) / 2
+        log_variance = share * posterior.log_beta + (1 - share) * posterior.log_variance  # (B, C, H, W)
+        kl = _gaussian_kl(posterior.mean(batch.clean, batch.latents), posterior.log_variance, mean, log_variance)
+        code = _code_length(batch.clean, mean, log_variance)
+        first = (batch.timestep == 0)[:, None, None, None]
+        return torch.where(first, code, kl).flatten(1).mean(1) / math.log(2)
+
+
+class _Posterior(NamedTuple):
+    """Coefficients of q(x_{t-1} | x_t, x_0), each (B, 1, 1, 1)."""
+
+    clean_weight: Tensor
+    noisy_weight: Tensor
+    log_variance: Tensor
+    log_beta: Tensor
+    signal_scale: Tensor
+    noise_scale: Tensor
+
+    @classmethod
+    def at(cls, alphas: Tensor, timestep: Tensor) -> _Posterior:
+        before = F.pad(alphas[:-1], (1, 0), value=1.0)  # (1000,)
+        beta = 1 - alphas / before
+        variance = beta * (1 - before) / (1 - alphas)
+        variance[0] = variance[1]  # it is 0 at t = 0; its logarithm is needed
+        rows = (
+            beta * before.sqrt() / (1 - alphas),
+            (1 - before) * (1 - beta).sqrt() / (1 - alphas),
+            variance.log(),
+            beta.log(),
+            alphas.sqrt(),
+            (1 - alphas).sqrt(),
+        )
+        return cls(*(row[timestep].float()[:, None, None, None] for row in rows))
+
+    def mean(self, clean: Tensor, noisy: Tensor) -> Tensor:
+        return self.clean_weight * clean + self.noisy_weight * noisy  # (B, C, H, W)
+
+
+def _gaussian_kl(mean: Tensor, log_variance: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N(mean, ...) || N(mean2, ...)) in nats, per element."""
+    spread = torch.exp(log_variance - log_variance2)
+    distance = (mean - mean2).square() * torch.exp(-log_variance2)
+    return 0.5 * (log_variance2 - log_variance + spread + distance - 1)
+
+
+def _code_length(clean: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Nats to code 8-bit data in [-1, 1] under a Gaussian, per element (Ho et al. 2020, eq. 13)."""
+    scale = torch.exp(-0.5 * log_variance)
+    upper = torch.special.ndtr((clean - mean + 1 / 255) * scale).masked_fill(clean > 0.999, 1.0)
+    lower = torch.special.ndtr((clean - mean - 1 / 255) * scale).masked_fill(clean < -0.999, 0.0)
+    return -(upper - lower).clamp(min=1e-12).log()
+
+
+def flops_ratio(output: DynamicOutput, flops: FlopsModel) -> Tensor:
+    """Lambda of each sample under the gates that will run, with straight-through gradients: (B,)."""
+    heads = output.heads.mean(-1)  # (B, L)
+    mlp = output.groups.mean(-1) * output.tokens.mean(-1)  # (B, L)
+    return flops.flops_ratio(heads, mlp)
+
+
+def flops_penalty(local: Tensor, overall: Tensor, target: float) -> Tensor:
+    """2 (ratio - lambda)^2 of the global batch, from this process's mean ratio and the detached global one.
+
+    Gradients are averaged over processes, so multiplying the local ratio by the global error gives
+    the gradient of the global penalty; squaring each process's own error would not.
+    """
+    error = overall.detach() - target
+    return FLOPS_WEIGHT * (error.square() + 2 * error * (local - local.detach()))
+
+
+class StaticLosses(nn.Module):
+    """The loss of a stock backbone, as one forward pass."""
+
+    def __init__(self, model: nn.Module, objective: DiffusionObjective) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+
+    def forward(self, batch: NoisyBatch) -> Losses:
+        sample = self.model(batch.latents, timestep=batch.timestep, class_labels=batch.labels).sample
+        return Losses(self.objective.loss(sample, batch).mean(), None, None)
+
+
+class DynamicLosses(nn.Module):
+    """All losses of a dynamic model as one forward pass, so that DistributedDataParallel sees one."""
+
+    def __init__(self, model: DynamicTransformer, objective: DiffusionObjective, flops: FlopsModel) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.flops = flops
+
+    def forward(self, batch: NoisyBatch, noise: GateNoise | None, complete: bool) -> Losses:
+        output: DynamicOutput = self.model(batch.latents, batch.timestep, batch.labels, noise=noise)
+        diffusion = self.objective.loss(output.sample, batch).mean()
+        ratio = flops_ratio(output, self.flops).mean()
+        return Losses(diffusion, self._complete(batch) if complete else None, ratio)
+
+    def _complete(self, batch: NoisyBatch) -> Tensor:
+        sample = self.model.complete(batch.latents, batch.timestep, batch.labels)
+        return self.objective.loss(sample, batch).mean()

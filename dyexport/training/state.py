@@ -1,0 +1,70 @@
+"""A run's state on disk: one safetensors file, replaced atomically, never pickled."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dyexport.errors import CheckpointError
+
+
+class SavedState(NamedTuple):
+    step: int  # steps done
+    tensors: dict[str, Tensor]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write under a temporary name, sync, rename: a kill at any moment leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, partial, dict(metadata))
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_state(path: Path, state: SavedState, run: str) -> None:
+    write_tensors(path, state.tensors, {"run": run, "step": str(state.step)})
+
+
+def load_state(path: Path, run: str) -> SavedState | None:
+    """The state saved by the same run, or None where there is none; raises ``CheckpointError`` on damage."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("run") != run:
+                return None
+            return SavedState(int(metadata["step"]), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError) as error:
+        raise CheckpointError(f"cannot read {path} ({error}); delete it to train from the start") from error
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """Identifies a model's weights."""
+    digest = hashlib.sha256()
+    for name, value in model.named_parameters():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

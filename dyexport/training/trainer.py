@@ -1,0 +1,280 @@
+"""Training, static and dynamic: named steps, run on one process or, under ``accelerate launch``, on several."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dyexport.errors import DataError, DyexportError, UsageError
+from dyexport.models.base import get_adapter
+from dyexport.models.dynamic import DynamicTransformer
+from dyexport.presets import Preset
+from dyexport.slicing.flops import FlopsModel
+from dyexport.training.config import FinetuneConfig, TrainConfig
+from dyexport.training.data import LatentSource
+from dyexport.training.draws import BatchDraws, LogisticNoise, Share, step_generator
+from dyexport.training.ema import Ema
+from dyexport.training.losses import (
+    DynamicLosses,
+    Losses,
+    NoisyBatch,
+    StaticLosses,
+    flops_penalty,
+    flops_ratio,
+    get_objective,
+)
+from dyexport.training.state import SavedState, fingerprint, load_state, save_state
+
+LOG_EVERY = 10  # steps; reading losses waits for the device
+MEASURED_SAMPLES = 512
+
+Progress = Callable[[int, int, Mapping[str, float]], None]
+"""Called with steps done, steps in all, and the latest metrics."""
+
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+class HistoryPoint(NamedTuple):
+    """Global means at one step; NaN where a loss is not trained."""
+
+    step: int
+    diffusion: float
+    complete: float
+    flops_ratio: float
+
+    def metrics(self) -> dict[str, float]:
+        """What applies at this step, by name."""
+        return {name: value for name, value in self._asdict().items() if name != "step" and not math.isnan(value)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """``flops_ratio`` is lambda as run, with the averaged weights the model now holds; None for a static model."""
+
+    steps: int
+    history: tuple[HistoryPoint, ...] = field(repr=False)
+    flops_ratio: float | None
+
+
+def train_static(
+    backbone: nn.Module,
+    preset: Preset,
+    source: LatentSource,
+    config: TrainConfig,
+    *,
+    work_dir: Path,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Train a stock backbone in place: from scratch, or as the control that a dynamic model is compared with."""
+    get_adapter(preset.backbone).share_embedders(backbone)
+    return Trainer(backbone, preset, source, config, work_dir=work_dir, progress=progress).train()
+
+
+def finetune(
+    model: DynamicTransformer,
+    preset: Preset,
+    source: LatentSource,
+    config: FinetuneConfig,
+    *,
+    work_dir: Path,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Fine-tune a dynamic model in place until its FLOPs ratio meets the budget (arXiv 2410.03456 section 3.5)."""
+    return DynamicTrainer(model, preset, source, config, work_dir=work_dir, progress=progress).train()
+
+
+class Trainer(Generic[Config]):
+    """Trains ``model`` in place, resumes where a killed run of the same settings stopped, ends on averaged weights.
+
+    A subclass overrides ``losses``, what a step computes, and ``total``, what it minimises.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preset: Preset,
+        source: LatentSource,
+        config: Config,
+        *,
+        work_dir: Path,
+        progress: Progress | None = None,
+    ) -> None:
+        self.accelerator = Accelerator()
+        self.share = Share(index=self.accelerator.process_index, count=self.accelerator.num_processes)
+        _check_shapes(source, config, self.share)
+        self.model = model.eval()  # in train mode diffusers drops labels by dice of its own; nothing else differs
+        self.config = config
+        self.progress = progress
+        self.path = work_dir / "training-state.safetensors"
+        self.run = _run_digest(config, preset, source, model)
+        self.draws = BatchDraws(
+            source=source,
+            objective=get_objective(preset.objective),
+            null_label=preset.classes,
+            label_dropout=config.label_dropout,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            share=self.share,
+            device=self.accelerator.device,
+        )
+        self.flops = FlopsModel.of_dit(preset.transformer_config())
+        self.parameters = dict(model.named_parameters())
+        self.module, self.optimizer = self.accelerator.prepare(self.loss_module(), self.new_optimizer())
+        self.ema = Ema(self.parameters, config.ema_decay)
+        self.step = 0  # steps done
+        self.history: list[HistoryPoint] = []
+        self._unread: list[Tensor] = []  # metrics of the latest steps, still on the device
+
+    def train(self) -> TrainResult:
+        self.resume()
+        while self.step < self.config.steps:
+            losses = self.losses(self.draws.at(self.step))
+            self.update(self.total(losses))
+            self.record(losses)
+            self.checkpoint()
+        return self.finish()
+
+    def loss_module(self) -> nn.Module:
+        return StaticLosses(self.model, self.draws.objective)
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, weight_decay=0, fused=True)
+
+    def losses(self, batch: NoisyBatch) -> Losses:
+        losses: Losses = self.module(batch)
+        return losses
+
+    def total(self, losses: Losses) -> Tensor:
+        return losses.diffusion
+
+    def update(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update(self.step)
+        self.step += 1
+
+    def record(self, losses: Losses) -> None:
+        """Note the metrics; they leave the device every ``LOG_EVERY`` steps, since reading them waits for it."""
+        absent = torch.full_like(losses.diffusion, torch.nan)
+        values = [absent if value is None else value for value in losses]
+        self._unread.append(torch.stack(values).detach())  # (3,)
+        if self.step % LOG_EVERY == 0 or self.step == self.config.steps:
+            self._read_metrics()
+
+    def _read_metrics(self) -> None:
+        if not self._unread:
+            return
+        rows = self.accelerator.reduce(torch.stack(self._unread), "mean").tolist()  # S x 3
+        first = self.step - len(rows)
+        self._unread.clear()
+        self.history += [HistoryPoint(first + offset, *row) for offset, row in enumerate(rows)]
+        for point in self.history[-len(rows) :]:
+            self._check_finite(point)
+        if self.progress is not None and self.accelerator.is_main_process:
+            self.progress(self.step, self.config.steps, self.history[-1].metrics())
+
+    def _check_finite(self, point: HistoryPoint) -> None:
+        if not math.isfinite(point.diffusion):
+            raise DyexportError(
+                f"the loss is {point.diffusion} at step {point.step}; lower the learning rate"
+                f" ({self.config.learning_rate:g}) and check the checkpoint's weights"
+            )
+
+    def checkpoint(self) -> None:
+        if self.step % self.config.checkpoint_every and self.step != self.config.steps:
+            return
+        self._read_metrics()
+        if self.accelerator.is_main_process:
+            save_state(self.path, SavedState(self.step, self._tensors()), self.run)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        state = load_state(self.path, self.run)
+        if state is None:
+            return
+        self.step = state.step
+        self.history = [HistoryPoint(int(row[0]), *row[1:]) for row in state.tensors["history"].tolist()]
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(state.tensors[f"model.{name}"])
+            self.ema.averages[name].copy_(state.tensors[f"ema.{name}"])
+            prefix = f"optimizer.{name}."
+            moments = {key.removeprefix(prefix): value for key, value in state.tensors.items() if key.startswith(prefix)}
+            self.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"history": torch.tensor(self.history, dtype=torch.float64)}
+        for name, parameter in self.parameters.items():
+            tensors[f"model.{name}"] = parameter
+            tensors[f"ema.{name}"] = self.ema.averages[name]
+            moments = self.optimizer.state[parameter]
+            tensors.update({f"optimizer.{name}.{key}": value for key, value in moments.items()})
+        return tensors
+
+    def finish(self) -> TrainResult:
+        self.ema.apply()
+        return TrainResult(steps=self.step, history=tuple(self.history), flops_ratio=None)
+
+
+class DynamicTrainer(Trainer[FinetuneConfig]):
+    """Fine-tunes a ``DynamicTransformer``: diffusion loss, complete-model loss and FLOPs penalty."""
+
+    model: DynamicTransformer
+
+    def loss_module(self) -> nn.Module:
+        return DynamicLosses(self.model, self.draws.objective, self.flops)
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        groups = [
+            {"params": self.model.backbone.parameters()},
+            {"params": self.model.routers.parameters(), "lr": self.config.router_learning_rate},
+        ]
+        return torch.optim.AdamW(groups, lr=self.config.learning_rate, weight_decay=0, fused=True)
+
+    def losses(self, batch: NoisyBatch) -> Losses:
+        generator = step_generator(self.config.seed, self.step, "gates", self.accelerator.device)
+        noise = LogisticNoise(generator, self.share, self.config.noise_scale(self.step))
+        losses: Losses = self.module(batch, noise, self.step < self.config.complete_steps)
+        return losses
+
+    def total(self, losses: Losses) -> Tensor:
+        assert losses.flops_ratio is not None
+        overall = self.accelerator.reduce(losses.flops_ratio.detach(), "mean")
+        total = losses.diffusion + flops_penalty(losses.flops_ratio, overall, self.config.target(self.step))
+        return total if losses.complete is None else total + losses.complete
+
+    def finish(self) -> TrainResult:
+        return replace(super().finish(), flops_ratio=self.measured_ratio())
+
+    @torch.no_grad()
+    def measured_ratio(self) -> float:
+        """Lambda under hard gates, over noisy batches that no step has seen."""
+        draws = replace(self.draws, share=Share())
+        batches = math.ceil(MEASURED_SAMPLES / self.config.batch_size)
+        ratios = []
+        for step in range(self.config.steps, self.config.steps + batches):
+            batch = draws.at(step)
+            ratios.append(flops_ratio(self.model(batch.latents, batch.timestep, batch.labels), self.flops).mean())
+        return float(torch.stack(ratios).mean())
+
+
+def _check_shapes(source: LatentSource, config: TrainConfig, share: Share) -> None:
+    if len(source) == 0:
+        raise DataError(f"{source.name} holds no samples; give at least one")
+    if config.batch_size % share.count:
+        raise UsageError(f"batch_size {config.batch_size} does not divide by {share.count} processes; use a multiple of it")
+
+
+def _run_digest(config: TrainConfig, preset: Preset, source: LatentSource, model: nn.Module) -> str:
+    """Identifies a run: what it trains, how, and on what."""
+    parts = (config.digest(), preset.name, source.name, str(len(source)), fingerprint(model))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
