@@ -39,7 +39,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": {"errors", "tables", "bundle", "engines", "runtime"},
     "build": EITHER_SIDE,
     "demo": EITHER_SIDE | {"build"},
-    "cli": EITHER_SIDE | {"build", "demo"},
+    "console": {"errors"},
+    "commands": EITHER_SIDE | {"build", "demo", "console"},
+    "cli": {"errors", "console", "commands"},
     "__main__": {"cli"},
     "__init__": {"errors", "bundle", "runtime"},
 }

@@ -1,0 +1,5 @@
+"""``python -m dyexport``."""
+
+from dyexport.cli import main
+
+main()

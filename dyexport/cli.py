@@ -1,0 +1,49 @@
+"""The ``dyexport`` command. Imports no torch; each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import typer
+
+from dyexport.commands import build_side, run_side
+from dyexport.console import stderr
+from dyexport.errors import DyexportError
+
+app = typer.Typer(
+    name="dyexport",
+    help="Turn a dynamic diffusion transformer into slim engines that switch as sampling proceeds.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(build_side.app)
+app.add_typer(run_side.app)
+
+
+def main() -> None:
+    """Run the command line. Exit code 0, 1 (failed), 2 (bad usage) or 130 (Ctrl-C); errors are one sentence on stderr."""
+    try:
+        code = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        if "--debug" in sys.argv and not hasattr(error, "format_message"):
+            traceback.print_exc()
+        code = _report(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: Exception) -> int:
+    """One sentence for the error, and the exit code that belongs to it."""
+    if isinstance(error, DyexportError):
+        message, code = str(error), error.exit_code
+    elif hasattr(error, "format_message"):  # the argument parser's own errors
+        message, code = error.format_message() or "no command given; see dyexport --help", 2
+    elif isinstance(error, OSError):
+        message, code = f"{error.filename or 'input/output'}: {error.strerror or error}", 1
+    else:
+        message, code = f"{type(error).__name__}: {error} (this is a bug; --debug shows where)", 1
+    stderr().print(f"dyexport: {' '.join(message.split())}", markup=False, soft_wrap=True)
+    return code
