@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dyexport.errors import EngineMismatch
@@ -29,14 +30,31 @@ class EngineIO:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
-    def check(self, inputs: Tensors) -> None:
-        """Raise ``EngineMismatch`` unless names, dtypes and shapes fit, symbols being equal wherever they recur."""
+    def check(self, inputs: Tensors) -> dict[str, int]:
+        """The size of every symbol in ``inputs``.
+
+        Raises ``EngineMismatch`` unless names, dtypes and shapes fit, symbols being equal wherever they recur.
+        """
         expected = {spec.name for spec in self.inputs}
         if expected != set(inputs):
             raise EngineMismatch(f"engine takes {sorted(expected)}, was given {sorted(inputs)}")
         symbols: dict[str, int] = {}
         for spec in self.inputs:
             _check_tensor(spec, inputs[spec.name], symbols)
+        return symbols
+
+    def output_shapes(self, symbols: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the outputs, so that they can be allocated before a run."""
+        sizes = {
+            spec.name: [symbols.get(size) if isinstance(size, str) else size for size in spec.shape]
+            for spec in self.outputs
+        }
+        for spec in self.outputs:
+            if None in sizes[spec.name]:
+                raise EngineMismatch(
+                    f"output {spec.name} has shape {list(spec.shape)}, which the inputs do not determine"
+                )
+        return {name: tuple(size for size in shape if size is not None) for name, shape in sizes.items()}
 
 
 def _check_tensor(spec: TensorSpec, tensor: torch.Tensor, symbols: dict[str, int]) -> None:
@@ -51,6 +69,15 @@ def _check_tensor(spec: TensorSpec, tensor: torch.Tensor, symbols: dict[str, int
         raise EngineMismatch(f"{spec.name} must have shape {list(spec.shape)}, has {list(tensor.shape)}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightSpan:
+    """A run of bytes in a file that an engine reads its weights from."""
+
+    path: Path
+    offset: int
+    length: int
+
+
 class Engine(ABC):
     """One executable network.
 
@@ -62,6 +89,16 @@ class Engine(ABC):
     @abstractmethod
     def io(self) -> EngineIO:
         """Bindings; may be read before ``activate``."""
+
+    @property
+    @abstractmethod
+    def weights(self) -> tuple[WeightSpan, ...]:
+        """Where the weights lie; may be read before ``activate``."""
+
+    @property
+    @abstractmethod
+    def shares_weights(self) -> bool:
+        """Whether weights are used in place, in the mapped file, so that engines over one file hold them once."""
 
     @property
     @abstractmethod

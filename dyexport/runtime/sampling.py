@@ -1,0 +1,157 @@
+"""From noise to pictures: the two sampling loops, and diffusers' stock pipeline around a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.autoencoders.vae import DecoderOutput
+
+from dyexport.bundle import ModelSpec
+from dyexport.errors import UsageError
+
+if TYPE_CHECKING:
+    from diffusers import DiTPipeline
+
+DDPM_SCHEDULERS = ("ddim", "dpm++")
+FLOW_SCHEDULERS = ("euler",)
+BETAS: dict[str, Any] = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}  # DiT's
+
+
+class Denoiser(Protocol):
+    """A bundle, a diffusers transformer or a masked torch model: what the loops call."""
+
+    def __call__(self, *, hidden_states: Any, timestep: Any, class_labels: Any) -> Any: ...
+
+
+class PixelVAE(torch.nn.Module):
+    """Stands in for ``vae`` where latents are pixels already."""
+
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = FrozenDict(scaling_factor=1.0)
+
+    def decode(self, latents: torch.Tensor) -> DecoderOutput:
+        return DecoderOutput(sample=latents)
+
+
+def make_scheduler(spec: ModelSpec, name: str | None = None) -> Any:
+    """A diffusers scheduler: ``ddim`` (default) or ``dpm++`` for DDPM models, ``euler`` for flow matching."""
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+
+    known = DDPM_SCHEDULERS if spec.objective == "ddpm" else FLOW_SCHEDULERS
+    if name is not None and name not in known:
+        raise UsageError(f"scheduler {name!r} does not sample {spec.name}; use {' or '.join(known)}")
+    if spec.objective == "flow":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
+    if name == "dpm++":
+        return DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", **BETAS)
+    return DDIMScheduler(clip_sample=spec.pixel_space, **BETAS)  # pixels are bounded, a VAE's latents are not
+
+
+def make_pipeline(
+    transformer: torch.nn.Module, spec: ModelSpec, scheduler: str = "ddim", vae: torch.nn.Module | None = None
+) -> DiTPipeline:
+    """diffusers' ``DiTPipeline`` around a transformer of a DDPM model; ``vae`` is needed unless it works on pixels."""
+    from diffusers import DiTPipeline
+
+    if spec.objective != "ddpm":
+        raise UsageError(f"DiTPipeline samples DDPM models, and {spec.name} is a flow-matching model; use sample()")
+    if vae is None and not spec.pixel_space:
+        raise UsageError(f"{spec.name} works on latents; give the vae that decodes them")
+    return DiTPipeline(transformer=transformer, vae=vae or PixelVAE(), scheduler=make_scheduler(spec, scheduler))
+
+
+@torch.no_grad()
+def sample(
+    transformer: Denoiser,
+    spec: ModelSpec,
+    labels: Sequence[int] | torch.Tensor,
+    *,
+    steps: int = 20,
+    scheduler: str | None = None,
+    guidance_scale: float = 4.0,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Draw one picture for each label (B,): pixels in [0, 1], or latents where a VAE must follow, (B, C, H, W).
+
+    The same seed starts from the same noise on every device. ``guidance_scale`` 1 turns classifier-free
+    guidance off. Raises ``UsageError`` for values out of range.
+    """
+    if not 1 <= steps <= BETAS["num_train_timesteps"]:
+        raise UsageError(f"steps is {steps}; use 1 to {BETAS['num_train_timesteps']}")
+    labels = torch.as_tensor(labels, dtype=torch.int64)  # (B,)
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= spec.classes:
+        raise UsageError(f"labels must be in [0, {spec.classes}], {spec.classes} being no class: {labels.tolist()}")
+    generator = torch.Generator().manual_seed(seed)
+    loop = sample_ddpm if spec.objective == "ddpm" else sample_flow
+    latents = loop(transformer, spec, labels, steps, guidance_scale, generator, make_scheduler(spec, scheduler))
+    return (latents / 2 + 0.5).clamp(0, 1) if spec.pixel_space else latents  # (B, C, H, W)
+
+
+def sample_ddpm(
+    transformer: Denoiser,
+    spec: ModelSpec,
+    labels: torch.Tensor,
+    steps: int,
+    guidance_scale: float,
+    generator: torch.Generator,
+    scheduler: Any,
+) -> torch.Tensor:
+    """From noise at t = 999 down to data, the network predicting the noise (arXiv 2212.09748): (B, C, H, W)."""
+    latents = torch.randn(len(labels), *spec.latent_shape, generator=generator)  # (B, C, H, W)
+    latents = latents.to(device_of(transformer)) * scheduler.init_noise_sigma
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        noise = guided(transformer, spec, latents, float(t), labels, guidance_scale)  # (B, C, H, W)
+        latents = scheduler.step(noise, t, latents, generator=generator, return_dict=False)[0]
+    return latents
+
+
+def sample_flow(
+    transformer: Denoiser,
+    spec: ModelSpec,
+    labels: torch.Tensor,
+    steps: int,
+    guidance_scale: float,
+    generator: torch.Generator,
+    scheduler: Any,
+) -> torch.Tensor:
+    """Along the velocity from noise at t = 0 to data at t = 1 (arXiv 2401.08740): (B, C, H, W).
+
+    The scheduler counts sigma = 1 - t downwards and expects the opposite velocity, noise - data.
+    """
+    latents = torch.randn(len(labels), *spec.latent_shape, generator=generator)  # (B, C, H, W)
+    latents = latents.to(device_of(transformer))
+    scheduler.set_timesteps(steps)
+    for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):  # sigmas has the end, 0, too
+        t = min(1.0 - float(sigma), spec.timestep_range[1])
+        velocity = guided(transformer, spec, latents, t, labels, guidance_scale)  # (B, C, H, W)
+        latents = scheduler.step(-velocity, timestep, latents, generator=generator, return_dict=False)[0]
+    return latents
+
+
+def guided(
+    transformer: Denoiser, spec: ModelSpec, latents: torch.Tensor, t: float, labels: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """One prediction under classifier-free guidance, in one call; without a learned sigma: (B, C, H, W)."""
+    labels = labels.to(latents.device)  # (B,)
+    if scale != 1.0:
+        latents = torch.cat([latents, latents])  # (2B, C, H, W)
+        labels = torch.cat([labels, torch.full_like(labels, spec.classes)])  # (2B,)
+    timestep = torch.full((len(latents),), t, device=latents.device)  # (B or 2B,)
+    output = transformer(hidden_states=latents, timestep=timestep, class_labels=labels).sample
+    output = output[:, : spec.latent_shape[0]]  # (B or 2B, C, H, W)
+    if scale == 1.0:
+        return output
+    conditional, unconditional = output.chunk(2)  # (B, C, H, W) each
+    return unconditional + scale * (conditional - unconditional)
+
+
+def device_of(transformer: Denoiser) -> torch.device:
+    return torch.device(getattr(transformer, "device", "cpu"))

@@ -1,0 +1,124 @@
+"""From t to the segment that serves it, and to the inputs its engine wants besides. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dyexport.bundle import Segment, SegmentPlan
+from dyexport.engines.base import Tensors
+from dyexport.engines.switching import Choice
+from dyexport.errors import BundleError, EngineMismatch
+from dyexport.tables import FloatArray, TokenStats, WidthTable
+
+if TYPE_CHECKING:
+    import torch
+
+UNLIMITED = int(np.iinfo(np.int64).max)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """What happens at one t.
+
+    segment, row   indices into the plan and the width table
+    gate           (W,) float32, or None where the segment's masks are constant
+    slots          length of the ``slots`` input, or None where the segment has none
+    token_limits   tokens each block can keep, ``UNLIMITED`` where it runs on all: L of them
+    """
+
+    segment: int
+    row: int
+    gate: FloatArray | None
+    slots: int | None
+    token_limits: tuple[int, ...]
+
+
+def route(plan: SegmentPlan, widths: WidthTable, stats: TokenStats | None, t: float) -> Route:
+    """Look ``t`` up. Raises ``EngineMismatch`` outside the range of the plan."""
+    index = plan.segment_for(t)
+    segment, row = plan.segments[index], widths.row(t)
+    slots = _slots(segment, stats, t)
+    return Route(
+        segment=index,
+        row=row,
+        gate=segment.width_gate(widths, row) if segment.gate_size else None,
+        slots=slots,
+        token_limits=_token_limits(segment, slots or 0),
+    )
+
+
+def dense_route(t: float) -> Route:
+    """The route of a static model: one engine, whatever the t."""
+    return Route(segment=0, row=0, gate=None, slots=None, token_limits=(UNLIMITED,))
+
+
+def _slots(segment: Segment, stats: TokenStats | None, t: float) -> int | None:
+    if not segment.slot_buckets:
+        return None
+    if stats is None:
+        raise BundleError("a segment has a dynamic token path but the bundle has no token statistics; build it again")
+    return segment.slots(stats, t)
+
+
+def _token_limits(segment: Segment, slots: int) -> tuple[int, ...]:
+    extra = {"all": UNLIMITED, "masked": UNLIMITED, "capacity": 0, "dynamic": slots}
+    paths = zip(segment.token_paths, segment.capacities, strict=True)
+    return tuple(min(capacity + extra[path], UNLIMITED) for path, capacity in paths)
+
+
+def shared_timestep(timestep: torch.Tensor | float, batch: int) -> float:
+    """The one t of a batch, read from the device once.
+
+    Raises ``EngineMismatch`` where samples differ in t: they would need different engines.
+    """
+    import torch
+
+    values = torch.as_tensor(timestep).to(torch.float32).reshape(-1).tolist()  # as the network will see it
+    if len(values) not in (1, batch):
+        raise EngineMismatch(f"timestep has {len(values)} values for a batch of {batch}")
+    if any(value != values[0] for value in values):
+        several = ", ".join(f"{value:g}" for value in sorted(set(values)))
+        raise EngineMismatch(
+            f"all samples of a batch must be at the same timestep, not at {several}; call once for each"
+        )
+    return float(values[0])
+
+
+@dataclass(frozen=True)
+class Step:
+    """A route made ready for a device: the choice of engine, and token limits (L,) int64 where a block has one."""
+
+    choice: Choice
+    token_limits: torch.Tensor | None = None
+
+
+class Scheduler:
+    """Steps by t, remembered: every image asks for the same few."""
+
+    def __init__(self, find: Callable[[float], Route], device: str = "cpu") -> None:
+        self._find = find
+        self._device = device
+        self.step = lru_cache(maxsize=4096)(self._step)
+
+    def choose(self, inputs: Tensors) -> Choice:
+        """What a ``SwitchingEngine`` asks."""
+        timestep = inputs["timestep"]
+        return self.step(shared_timestep(timestep, len(timestep))).choice
+
+    def _step(self, t: float) -> Step:
+        import torch
+
+        found = self._find(t)
+        inputs = {}
+        if found.gate is not None:
+            inputs["width_gate"] = torch.from_numpy(found.gate).to(self._device)  # (W,)
+        if found.slots is not None:
+            inputs["slots"] = torch.zeros(found.slots, device=self._device)  # (S,)
+        limits = torch.tensor(found.token_limits, device=self._device)  # (L,)
+        limited = min(found.token_limits) < UNLIMITED
+        return Step(Choice(engine=found.segment, inputs=inputs), limits if limited else None)

@@ -1,0 +1,60 @@
+"""An engine without a backend, for tests of what drives engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from dyexport.engines.base import Engine, EngineIO, Tensors, WeightSpan
+
+if TYPE_CHECKING:
+    import torch
+
+
+class FakeEngine(Engine):
+    """Runs a Python function and counts what is asked of it."""
+
+    def __init__(
+        self,
+        io: EngineIO,
+        function: Callable[[Tensors], dict[str, torch.Tensor]],
+        *,
+        weights: tuple[WeightSpan, ...] = (),
+    ) -> None:
+        self._io = io
+        self._weights = weights
+        self._function = function
+        self._active = False
+        self.activations = 0
+        self.runs = 0
+        self.closes = 0
+
+    @property
+    def io(self) -> EngineIO:
+        return self._io
+
+    @property
+    def weights(self) -> tuple[WeightSpan, ...]:
+        return self._weights
+
+    @property
+    def shares_weights(self) -> bool:
+        return False
+
+    @property
+    def active(self) -> bool:
+        return self._active
+
+    def activate(self) -> None:
+        self.activations += not self._active
+        self._active = True
+
+    def run(self, inputs: Tensors) -> dict[str, torch.Tensor]:
+        self.io.check(inputs)
+        self.activate()
+        self.runs += 1
+        return self._function(inputs)
+
+    def close(self) -> None:
+        self.closes += self._active
+        self._active = False

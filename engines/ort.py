@@ -1,0 +1,226 @@
+"""ONNX Runtime, on the CPU or on CUDA. The weights stay in the file beside the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from dyexport.engines.base import Engine, EngineIO, Tensors, TensorSpec, WeightSpan
+from dyexport.errors import DyexportError, EngineBuildError, EngineMismatch, MissingDependency
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+Providers = list[str | tuple[str, dict[str, Any]]]
+
+
+class OrtEngine(Engine):
+    """Runs one ONNX graph.
+
+    ``share_weights`` leaves the weights in the mapped file, so that any number of engines over one
+    file hold them once, and lets these engines share one arena of activations; without it ONNX
+    Runtime copies them into the layout its kernels like best. ``threads`` defaults to torch's.
+    ``rewrite`` is applied to the graph, without its weights, each time it is activated.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str = "cpu",
+        share_weights: bool = False,
+        threads: int | None = None,
+        rewrite: Callable[[onnx.ModelProto], onnx.ModelProto] | None = None,
+    ) -> None:
+        self.path = path
+        self.device = device
+        self._share_weights = share_weights
+        self._threads = threads
+        self._rewrite = rewrite
+        self._session: Any = None
+
+    @cached_property
+    def io(self) -> EngineIO:
+        return graph_io(read_graph(self.path))
+
+    @cached_property
+    def weights(self) -> tuple[WeightSpan, ...]:
+        return graph_weights(read_graph(self.path), self.path)
+
+    @property
+    def shares_weights(self) -> bool:
+        return self._share_weights and self.device == "cpu"
+
+    @property
+    def active(self) -> bool:
+        return self._session is not None
+
+    def activate(self) -> None:
+        if self._session is not None:
+            return
+        ort = _onnxruntime()
+        model = read_graph(self.path)
+        graph_weights(model, self.path)  # refuses weights outside the bundle before anything reads them
+        if self._rewrite is not None:
+            model = self._rewrite(model)
+        providers = providers_for(self.device, ort.get_available_providers())
+        with vendor_errors(ort, EngineBuildError, f"ONNX Runtime cannot load {self.path}"):
+            self._session = ort.InferenceSession(model.SerializeToString(), self._options(ort), providers=providers)
+
+    def _options(self, ort: Any) -> Any:
+        import torch
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self._threads or torch.get_num_threads()
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.path.parent))
+        if self._share_weights:
+            # Without prepacking the weights stay file pages; an arena of its own would hold activations per session.
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.add_session_config_entry("session.use_env_allocators", "1")
+            _register_shared_arena()
+        return options
+
+    def run(self, inputs: Tensors) -> dict[str, torch.Tensor]:
+        shapes = self.io.output_shapes(self.io.check(inputs))
+        inputs = {name: tensor.detach().contiguous() for name, tensor in inputs.items()}
+        outputs = {spec.name: self._empty(spec, shapes[spec.name]) for spec in self.io.outputs}
+        self.activate()
+        binding = self._session.io_binding()
+        for name, tensor in inputs.items():
+            binding.bind_input(name, **self._location(name, tensor))
+        for name, tensor in outputs.items():
+            binding.bind_output(name, **self._location(name, tensor))
+        self._synchronise()
+        with vendor_errors(_onnxruntime(), EngineMismatch, f"ONNX Runtime cannot run {self.path}"):
+            self._session.run_with_iobinding(binding)
+        return outputs
+
+    def close(self) -> None:
+        self._session = None
+
+    def _empty(self, spec: TensorSpec, shape: tuple[int, ...]) -> torch.Tensor:
+        import torch
+
+        return torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self.device)
+
+    def _location(self, name: str, tensor: torch.Tensor) -> dict[str, Any]:
+        """What binds a tensor in place: nothing is copied on its way in or out."""
+        import torch
+
+        if torch.device(self.device).type != tensor.device.type:
+            raise EngineMismatch(f"{name} is on {tensor.device}, the engine on {self.device}")
+        return {
+            "device_type": tensor.device.type,
+            "device_id": tensor.device.index or 0,
+            "element_type": _onnx_dtype(str(tensor.dtype).removeprefix("torch.")),
+            "shape": list(tensor.shape),
+            "buffer_ptr": tensor.data_ptr(),
+        }
+
+    def _synchronise(self) -> None:
+        """ONNX Runtime works on a stream of its own, which does not wait for torch's."""
+        if self.device != "cpu":
+            import torch
+
+            torch.cuda.current_stream(self.device).synchronize()
+
+
+def has_cuda() -> bool:
+    return "CUDAExecutionProvider" in _onnxruntime().get_available_providers()
+
+
+def providers_for(device: str, available: Sequence[str]) -> Providers:
+    """Execution providers for ``cpu``, ``cuda`` or ``cuda:N``; CUDA falls back to the CPU operator by operator."""
+    kind, _, index = device.partition(":")
+    if kind == "cpu":
+        return ["CPUExecutionProvider"]
+    if kind != "cuda":
+        raise EngineMismatch(f"ONNX Runtime engines run on cpu or cuda, not on {device!r}")
+    if "CUDAExecutionProvider" not in available:
+        raise MissingDependency("onnxruntime-gpu", "gpu")
+    return [("CUDAExecutionProvider", {"device_id": int(index or 0)}), "CPUExecutionProvider"]
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """The graph without its weights."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
+
+    try:
+        return onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise EngineBuildError(f"cannot read {path}: {error}") from error
+
+
+def graph_io(model: onnx.ModelProto) -> EngineIO:
+    initialised = {tensor.name for tensor in model.graph.initializer}
+    inputs = tuple(_spec(value) for value in model.graph.input if value.name not in initialised)
+    return EngineIO(inputs=inputs, outputs=tuple(_spec(value) for value in model.graph.output))
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    from onnx.helper import tensor_dtype_to_np_dtype
+
+    tensor = value.type.tensor_type
+    dims = enumerate(tensor.shape.dim)
+    shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or f"{value.name}_{axis}" for axis, d in dims)
+    return TensorSpec(name=value.name, dtype=str(tensor_dtype_to_np_dtype(tensor.elem_type)), shape=shape)
+
+
+def graph_weights(model: onnx.ModelProto, path: Path) -> tuple[WeightSpan, ...]:
+    """Every initializer's bytes. Raises ``EngineBuildError`` where they lie outside the graph's folder."""
+    spans = {span for tensor in model.graph.initializer if (span := _span(tensor, path)) is not None}
+    return tuple(sorted(spans, key=lambda span: (span.path, span.offset)))
+
+
+def _span(tensor: onnx.TensorProto, path: Path) -> WeightSpan | None:
+    fields = {entry.key: entry.value for entry in tensor.external_data}
+    if not fields:
+        return None
+    location = PurePosixPath(fields["location"])
+    if location.is_absolute() or ".." in location.parts:
+        raise EngineBuildError(f"{path}: weight {tensor.name} lies in {location}, outside the bundle; build it again")
+    return WeightSpan(path=path.parent / location, offset=int(fields.get("offset", 0)), length=int(fields["length"]))
+
+
+def _onnx_dtype(dtype: str) -> int:
+    import numpy as np
+    from onnx import TensorProto
+    from onnx.helper import np_dtype_to_tensor_dtype
+
+    return TensorProto.BFLOAT16 if dtype == "bfloat16" else np_dtype_to_tensor_dtype(np.dtype(dtype))
+
+
+@cache
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependency("onnxruntime", "cpu") from error
+    return onnxruntime
+
+
+@cache
+def _register_shared_arena() -> None:
+    """Once in a process: the allocator that sessions with ``use_env_allocators`` share."""
+    ort = _onnxruntime()
+    kind = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(kind, None)
+
+
+@contextmanager
+def vendor_errors(ort: Any, mapped: type[DyexportError], what: str) -> Iterator[None]:
+    """Everything ONNX Runtime raises becomes ``mapped``."""
+    values = vars(ort.capi.onnxruntime_pybind11_state).values()
+    theirs: list[type[Exception]] = [
+        value for value in values if isinstance(value, type) and issubclass(value, Exception)
+    ]
+    try:
+        yield
+    except (*theirs, RuntimeError, ValueError) as error:
+        raise mapped(f"{what}: {str(error).strip().splitlines()[0]}") from error

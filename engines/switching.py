@@ -1,0 +1,170 @@
+"""The engine of engines: one per segment of t, activated when sampling reaches it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from dyexport.engines.base import Engine, EngineIO, Tensors, WeightSpan
+from dyexport.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+ROUTED_INPUTS = frozenset({"width_gate", "slots"})  # what the caller does not give: they follow from t
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The engine that serves some inputs, and its routed inputs."""
+
+    engine: int
+    inputs: Tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwitchCost:
+    """Seconds spent between two engines' runs, over ``count`` switches."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(kw_only=True)
+class Clock:
+    """Where the time of an engine of engines went. ``activations`` includes those in the background."""
+
+    run_seconds: float = 0.0
+    outside_seconds: float = 0.0  # choosing, waiting, activating: all that is not an engine's run
+    activations: list[int]
+    activation_seconds: list[float]
+    switches: dict[tuple[int | None, int], SwitchCost]
+
+
+class SwitchingEngine(Engine):
+    """Runs each input on the engine that ``choose`` names.
+
+    At most ``max_resident`` engines are active (all of them by default), the one used longest ago
+    making room. While engine i runs, engine ``i + ahead`` is activated in the background: ``ahead``
+    is the direction in which sampling walks through the engines. For use by one thread at a time.
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        choose: Callable[[Tensors], Choice],
+        *,
+        ahead: int = 1,
+        max_resident: int | None = None,
+    ) -> None:
+        if max_resident is not None and max_resident < 1:
+            raise UsageError(f"max_resident is {max_resident}; at least one engine must be resident")
+        self.engines = tuple(engines)
+        self.max_resident = max_resident or len(self.engines)
+        self._choose = choose
+        self._ahead = ahead
+        self._current: int | None = None
+        self._recent: list[int] = []  # engines that were activated, the one used longest ago first
+        self._pending: Future[None] | None = None
+        self._background: ThreadPoolExecutor | None = None
+        count = len(self.engines)
+        self.clock = Clock(activations=[0] * count, activation_seconds=[0.0] * count, switches={})
+
+    @property
+    def io(self) -> EngineIO:
+        first = self.engines[0].io
+        return EngineIO(
+            inputs=tuple(spec for spec in first.inputs if spec.name not in ROUTED_INPUTS), outputs=first.outputs
+        )
+
+    @property
+    def weights(self) -> tuple[WeightSpan, ...]:
+        return tuple(dict.fromkeys(span for engine in self.engines for span in engine.weights))
+
+    @property
+    def shares_weights(self) -> bool:
+        return all(engine.shares_weights for engine in self.engines)
+
+    @property
+    def active(self) -> bool:
+        return any(engine.active for engine in self.engines)
+
+    def activate(self) -> None:
+        """Activate the engine that sampling starts with; the others follow when they are needed."""
+        if not self.active:
+            self._load(0 if self._ahead > 0 else len(self.engines) - 1, keep=None)
+
+    def run(self, inputs: Tensors) -> dict[str, torch.Tensor]:
+        self.io.check(inputs)
+        begin = perf_counter()
+        choice = self._choose(inputs)
+        self.clock.outside_seconds += perf_counter() - begin
+        return self.run_on(choice, inputs)
+
+    def run_on(self, choice: Choice, inputs: Tensors) -> dict[str, torch.Tensor]:
+        """``run`` for a caller that has already chosen."""
+        begin = perf_counter()
+        engine = self._switch_to(choice.engine)
+        self._prefetch(choice.engine + self._ahead)
+        ready = perf_counter()
+        outputs = engine.run({**inputs, **choice.inputs})
+        self.clock.outside_seconds += ready - begin
+        self.clock.run_seconds += perf_counter() - ready
+        return outputs
+
+    def close(self) -> None:
+        self._settle()
+        for engine in self.engines:
+            engine.close()
+        if self._background is not None:
+            self._background.shutdown()
+            self._background = None
+        self._recent.clear()
+        self._current = None
+
+    def _switch_to(self, index: int) -> Engine:
+        engine = self.engines[index]
+        if index == self._current and engine.active:
+            return engine
+        begin = perf_counter()
+        self._settle()
+        self._load(index, keep=None)
+        self._record_switch(index, perf_counter() - begin)
+        self._current = index
+        return engine
+
+    def _record_switch(self, index: int, seconds: float) -> None:
+        cost = self.clock.switches.get((self._current, index), SwitchCost())
+        cost = SwitchCost(count=cost.count + 1, seconds=cost.seconds + seconds)
+        self.clock.switches[self._current, index] = cost
+
+    def _load(self, index: int, *, keep: int | None) -> None:
+        """Make ``index`` active and the one used last, closing others, but never ``keep``, to make room."""
+        if index in self._recent:
+            self._recent.remove(index)
+        while len(self._recent) >= self.max_resident:
+            oldest = next(i for i in self._recent if i != keep)
+            self.engines[oldest].close()
+            self._recent.remove(oldest)
+        if not self.engines[index].active:
+            begin = perf_counter()
+            self.engines[index].activate()
+            self.clock.activations[index] += 1
+            self.clock.activation_seconds[index] += perf_counter() - begin
+        self._recent.append(index)
+
+    def _prefetch(self, index: int) -> None:
+        wanted = 0 <= index < len(self.engines) and self.max_resident > 1 and self._pending is None
+        if wanted and not self.engines[index].active:
+            if self._background is None:
+                self._background = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+            self._pending = self._background.submit(self._load, index, keep=self._current)
+
+    def _settle(self) -> None:
+        """Wait for the background. If it failed, activating in the foreground fails again, and is heard."""
+        if self._pending is not None:
+            self._pending.exception()
+            self._pending = None

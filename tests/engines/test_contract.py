@@ -1,0 +1,144 @@
+"""One suite that every engine passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dyexport.engines.base import Engine, Tensors
+from dyexport.engines.fake import FakeEngine
+from dyexport.engines.ort import OrtEngine
+from dyexport.engines.switching import Choice, SwitchingEngine
+from dyexport.engines.torch_rt import TorchEngine
+from dyexport.errors import EngineMismatch
+from tests.engines.tiny import (
+    DEPTH,
+    GROUPS,
+    HEADS,
+    Store,
+    make_inputs,
+    make_weights,
+    reference,
+    tiny_io,
+    whole_segment,
+    write_onnx,
+    write_pt2,
+)
+
+WEIGHTS = make_weights()
+SEGMENT = whole_segment(gated=False)
+ON = np.ones((DEPTH, HEADS), bool), np.ones((DEPTH, GROUPS), bool)
+
+
+def expected(inputs: Tensors) -> dict[str, torch.Tensor]:
+    return reference(WEIGHTS, dict(inputs), *ON)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("graphs")
+    store = Store(folder / "weights.bin")
+    write_onnx(folder / "segment-00.onnx", WEIGHTS, SEGMENT, store)
+    write_pt2(folder / "segment-00.pt2", WEIGHTS, SEGMENT, store)
+    return folder
+
+
+def switching(folder: Path) -> Engine:
+    engines = [OrtEngine(folder / "segment-00.onnx", threads=1) for _ in range(2)]
+    return SwitchingEngine(engines, lambda inputs: Choice(engine=int(inputs["timestep"][0] > 500), inputs={}))
+
+
+MAKERS: dict[str, Callable[[Path], Engine]] = {
+    "ort": lambda folder: OrtEngine(folder / "segment-00.onnx", threads=1),
+    "ort-shared": lambda folder: OrtEngine(folder / "segment-00.onnx", share_weights=True, threads=1),
+    "torch": lambda folder: TorchEngine(folder / "segment-00.pt2"),
+    "fake": lambda folder: FakeEngine(tiny_io(SEGMENT), expected),
+    "switching": switching,
+}
+
+
+@pytest.fixture(params=MAKERS)
+def engine(request: pytest.FixtureRequest, folder: Path) -> Engine:
+    return MAKERS[request.param](folder)
+
+
+def assert_close(outputs: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert outputs.keys() == wanted.keys()
+    torch.testing.assert_close(outputs["sample"], wanted["sample"], atol=1e-5, rtol=0)
+    assert torch.equal(outputs["kept_tokens"], wanted["kept_tokens"])
+
+
+def test_io_is_known_before_activation(engine: Engine) -> None:
+    assert engine.io == tiny_io(SEGMENT)
+    assert all(span.path.name == "weights.bin" for span in engine.weights)
+    assert not engine.active
+
+
+def test_activate_is_idempotent(engine: Engine) -> None:
+    engine.activate()
+    engine.activate()
+    assert engine.active
+    engine.close()
+    assert not engine.active
+    engine.close()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_run_activates_and_computes(engine: Engine, batch: int) -> None:
+    inputs = make_inputs(batch)
+    assert_close(engine.run(inputs), expected(inputs))
+    assert engine.active
+
+
+def test_runs_again_after_close(engine: Engine) -> None:
+    inputs = make_inputs(2)
+    with engine:
+        first = engine.run(inputs)
+    assert not engine.active
+    assert_close(engine.run(inputs), first)
+
+
+def test_outputs_outlive_the_next_run(engine: Engine) -> None:
+    inputs = make_inputs(2)
+    first = engine.run(inputs)
+    engine.run(make_inputs(2, seed=1))
+    engine.close()
+    assert_close(first, expected(inputs))
+
+
+def test_takes_views_and_tensors_that_want_gradients(engine: Engine) -> None:
+    inputs = make_inputs(3)
+    inputs["timestep"] = inputs["timestep"][:1].expand(3)
+    inputs["hidden_states"] = inputs["hidden_states"].mT.contiguous().mT.requires_grad_()
+    outputs = engine.run(inputs)
+    assert_close(
+        {name: value.detach() for name, value in outputs.items()}, {k: v.detach() for k, v in expected(inputs).items()}
+    )
+
+
+def changed(**tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    inputs = {**make_inputs(2), **tensors}
+    return {name: tensor for name, tensor in inputs.items() if tensor is not None}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "named"),
+    [
+        (changed(class_labels=None), "class_labels"),
+        (changed(width_gate=torch.ones(3)), "width_gate"),
+        (changed(timestep=torch.zeros(2, dtype=torch.float64)), "timestep must be float32, is float64"),
+        (changed(class_labels=torch.zeros(2, dtype=torch.int32)), "class_labels must be int64, is int32"),
+        (changed(hidden_states=torch.zeros(2, 2, 2, 3)), r"\[2, 2, 2, 3\]"),
+        (changed(hidden_states=torch.zeros(2, 2, 2)), r"\[2, 2, 2\]"),
+        (changed(timestep=torch.zeros(3)), "timestep"),
+        (changed(timestep=torch.zeros(2, 1)), "timestep"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(engine: Engine, inputs: dict[str, torch.Tensor], named: str) -> None:
+    with pytest.raises(EngineMismatch, match=named):
+        engine.run(inputs)
+    assert not engine.active, "inputs are looked at before anything is loaded"

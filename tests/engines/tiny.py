@@ -1,0 +1,241 @@
+"""A network small enough to write by hand, as torch, as an ONNX graph and as an exported program.
+
+It has what a slim segment has: blocks of heads and groups, some of them gone, some gated, a time and a
+class embedding, kept-token counts and slots.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper
+
+from dyexport.bundle import Segment
+from dyexport.engines.base import EngineIO, TensorSpec
+
+DEPTH, HEADS, GROUPS = 2, 4, 4
+CHANNELS, SIZE, CLASSES = 2, 2, 10
+FEATURES = CHANNELS * SIZE * SIZE
+
+
+@dataclass(frozen=True)
+class Weights:
+    """first, second (L, units, F), time (L, units), classes (CLASSES + 1, F); units are heads, then groups."""
+
+    first: np.ndarray
+    second: np.ndarray
+    time: np.ndarray
+    classes: np.ndarray
+
+
+def make_weights(seed: int = 0, end: float = 1000.0) -> Weights:
+    rng = np.random.default_rng(seed)
+    shape = (DEPTH, HEADS + GROUPS, FEATURES)
+    first, second = rng.normal(size=(2, *shape)).astype(np.float32) / 3
+    time = (rng.normal(size=shape[:2]) / end).astype(np.float32)
+    return Weights(first, second, time, rng.normal(size=(CLASSES + 1, FEATURES)).astype(np.float32))
+
+
+def whole_segment(gated: bool = True) -> Segment:
+    """Every unit is there."""
+    return Segment(
+        start=0.0,
+        end=1000.0,
+        heads=(tuple(range(HEADS)),) * DEPTH,
+        groups=(tuple(range(GROUPS)),) * DEPTH,
+        gated_heads=(gated,) * DEPTH,
+        gated_groups=(gated,) * DEPTH,
+        token_paths=("all",) * DEPTH,
+        capacities=(FEATURES,) * DEPTH,
+    )
+
+
+def kept_units(segment: Segment, block: int) -> list[int]:
+    return [*segment.heads[block], *(HEADS + group for group in segment.groups[block])]
+
+
+def reference(
+    weights: Weights, inputs: dict[str, torch.Tensor], heads: np.ndarray, groups: np.ndarray, slots: int = 0
+) -> dict[str, torch.Tensor]:
+    """The masked network: all units, times the masks heads (L, H) and groups (L, G)."""
+    x = inputs["hidden_states"].flatten(1) + torch.from_numpy(weights.classes)[inputs["class_labels"]]  # (B, F)
+    kept = []
+    for block in range(DEPTH):
+        mask = torch.from_numpy(np.concatenate([heads[block], groups[block]]).astype(np.float32))  # (units,)
+        kept.append((x > 0).sum(1))
+        time = inputs["timestep"][:, None] * torch.from_numpy(weights.time[block])  # (B, units)
+        hidden = (x @ torch.from_numpy(weights.first[block]).T + time).relu() * mask  # (B, units)
+        x = x + hidden @ torch.from_numpy(weights.second[block])  # (B, F)
+    return {"sample": x.reshape(-1, CHANNELS, SIZE, SIZE) + 0.01 * slots, "kept_tokens": torch.stack(kept, 1)}
+
+
+class Slim(torch.nn.Module):
+    """One segment of the network, for ``torch.export``."""
+
+    def __init__(self, weights: Weights, segment: Segment) -> None:
+        super().__init__()
+        self.segment = segment
+        units = [kept_units(segment, block) for block in range(DEPTH)]
+        self.first = torch.nn.ParameterList(torch.from_numpy(weights.first[b][units[b]]) for b in range(DEPTH))
+        self.second = torch.nn.ParameterList(torch.from_numpy(weights.second[b][units[b]]) for b in range(DEPTH))
+        self.time = torch.nn.ParameterList(torch.from_numpy(weights.time[b][units[b]]) for b in range(DEPTH))
+        self.classes = torch.nn.Parameter(torch.from_numpy(weights.classes))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        width_gate: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x = hidden_states.flatten(1) + self.classes[class_labels]  # (B, F)
+        kept = []
+        for block, (start, stop) in enumerate(gate_slices(self.segment)):
+            kept.append((x > 0).sum(1))
+            hidden = (x @ self.first[block].T + timestep[:, None] * self.time[block]).relu()  # (B, units)
+            if width_gate is not None:
+                hidden = hidden * width_gate[start:stop]
+            x = x + hidden @ self.second[block]  # (B, F)
+        sample = x.reshape(-1, CHANNELS, SIZE, SIZE)
+        if slots is not None:
+            sample = sample + 0.01 * slots.shape[0]
+        return sample, torch.stack(kept, 1)
+
+
+def gate_slices(segment: Segment) -> list[tuple[int, int]]:
+    """Where each block's gates lie in ``width_gate``. Here a segment is gated everywhere or nowhere."""
+    ends = np.cumsum([len(kept_units(segment, block)) for block in range(DEPTH)]).tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def tiny_io(segment: Segment) -> EngineIO:
+    shape: tuple[int | str, ...] = ("batch", CHANNELS, SIZE, SIZE)
+    inputs = [
+        TensorSpec(name="hidden_states", dtype="float32", shape=shape),
+        TensorSpec(name="timestep", dtype="float32", shape=("batch",)),
+        TensorSpec(name="class_labels", dtype="int64", shape=("batch",)),
+    ]
+    if segment.gate_size:
+        inputs.append(TensorSpec(name="width_gate", dtype="float32", shape=(segment.gate_size,)))
+    if segment.slot_buckets:
+        inputs.append(TensorSpec(name="slots", dtype="float32", shape=("slots",)))
+    outputs = (
+        TensorSpec(name="sample", dtype="float32", shape=shape),
+        TensorSpec(name="kept_tokens", dtype="int64", shape=("batch", DEPTH)),
+    )
+    return EngineIO(inputs=tuple(inputs), outputs=outputs)
+
+
+class Store:
+    """A weight store that grows: arrays one after another in one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.touch()
+
+    def add(self, array: np.ndarray) -> int:
+        with self.path.open("ab") as file:
+            offset = file.tell()
+            file.write(np.ascontiguousarray(array).tobytes())
+        return offset
+
+
+def write_onnx(path: Path, weights: Weights, segment: Segment, store: Store) -> None:
+    io, nodes, initializers = tiny_io(segment), [], []
+
+    def weight(name: str, array: np.ndarray) -> str:
+        tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        fields = {"location": store.path.name, "offset": store.add(array), "length": array.nbytes}
+        for key, value in fields.items():
+            tensor.external_data.add(key=key, value=str(value))
+        initializers.append(tensor)
+        return name
+
+    def constant(name: str, values: list[int] | float, dtype: type = np.int64) -> str:
+        initializers.append(onnx.numpy_helper.from_array(np.array(values, dtype), name))
+        return name
+
+    def op(kind: str, *inputs: str, out: str, **attributes: int) -> str:
+        nodes.append(helper.make_node(kind, list(inputs), [out], **attributes))
+        return out
+
+    one, zero = constant("one", [1]), constant("zero", 0.0, np.float32)
+    flat = op("Flatten", "hidden_states", out="flat")
+    x = op("Add", flat, op("Gather", weight("classes", weights.classes), "class_labels", out="label"), out="x")
+    time = op("Unsqueeze", "timestep", one, out="time")
+    kept = []
+    for b, (start, stop) in enumerate(gate_slices(segment)):
+        units = kept_units(segment, b)
+        positive = op("Cast", op("Greater", x, zero, out=f"positive{b}"), out=f"count{b}", to=TensorProto.INT64)
+        kept.append(op("ReduceSum", positive, one, out=f"kept{b}", keepdims=1))
+        linear = op("Gemm", x, weight(f"first{b}", weights.first[b][units]), out=f"linear{b}", transB=1)
+        timed = op("Mul", time, weight(f"time{b}", weights.time[b][units]), out=f"timed{b}")
+        hidden = op("Relu", op("Add", linear, timed, out=f"sum{b}"), out=f"hidden{b}")
+        if segment.gate_size:
+            bounds = constant(f"start{b}", [start]), constant(f"stop{b}", [stop])
+            hidden = op("Mul", hidden, op("Slice", "width_gate", *bounds, out=f"gate{b}"), out=f"gated{b}")
+        branch = op("Gemm", hidden, weight(f"second{b}", weights.second[b][units]), out=f"branch{b}")
+        x = op("Add", x, branch, out=f"x{b}")
+    sample = op("Reshape", x, constant("shape", [-1, CHANNELS, SIZE, SIZE]), out="shaped")
+    if segment.slot_buckets:
+        count = op("Cast", op("Size", "slots", out="slot_count"), out="slot_float", to=TensorProto.FLOAT)
+        shift = op("Mul", count, constant("per_slot", 0.01, np.float32), out="shift")
+        sample = op("Add", sample, shift, out="shifted")
+    op("Identity", sample, out="sample")
+    op("Concat", *kept, out="kept_tokens", axis=1)
+    inputs, outputs = ([_value(spec) for spec in specs] for specs in (io.inputs, io.outputs))
+    graph = helper.make_graph(nodes, "tiny", inputs, outputs, initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    path.write_bytes(model.SerializeToString())
+    onnx.checker.check_model(path, full_check=True)
+
+
+def _value(spec: TensorSpec) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(spec.name, helper.np_dtype_to_tensor_dtype(np.dtype(spec.dtype)), spec.shape)
+
+
+def export_program(weights: Weights, segment: Segment) -> torch.export.ExportedProgram:
+    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("slots", min=1, max=64)
+    inputs = {"hidden_states": torch.zeros(2, CHANNELS, SIZE, SIZE), "timestep": torch.zeros(2)}
+    inputs["class_labels"] = torch.zeros(2, dtype=torch.int64)
+    dynamic: dict[str, dict[int, object]] = {name: {0: batch} for name in inputs}
+    if segment.gate_size:
+        inputs["width_gate"], dynamic["width_gate"] = torch.ones(segment.gate_size), {}
+    if segment.slot_buckets:
+        inputs["slots"], dynamic["slots"] = torch.zeros(2), {0: length}
+    return torch.export.export(Slim(weights, segment), (), inputs, dynamic_shapes=dynamic)
+
+
+def write_pt2(path: Path, weights: Weights, segment: Segment, store: Store) -> None:
+    program = export_program(weights, segment)
+    stored = {}
+    for name, tensor in program.state_dict.items():
+        transposed = name.startswith("second")  # as a consumer whose input units are a prefix is stored
+        array = tensor.detach().numpy()
+        entry = {"offset": store.add(array.T if transposed else array), "shape": array.shape, "dtype": "float32"}
+        stored[name] = {**entry, "strides": (1, array.shape[0])} if transposed else entry
+        program.state_dict[name] = torch.nn.Parameter(tensor.to("meta"), requires_grad=False)
+    io = tiny_io(segment)
+    bindings = {"inputs": io.inputs, "outputs": io.outputs}
+    listed = {key: [vars(spec) for spec in specs] for key, specs in bindings.items()}
+    engine = json.dumps({"store": store.path.name, "weights": stored, **listed})
+    torch.export.save(program, path, extra_files={"engine.json": engine})
+
+
+def make_inputs(batch: int, segment: Segment | None = None, t: float = 300.0, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {
+        "hidden_states": torch.randn(batch, CHANNELS, SIZE, SIZE, generator=generator),
+        "timestep": torch.full((batch,), t),
+        "class_labels": torch.randint(CLASSES, (batch,), generator=generator),
+    }
+    if segment is not None and segment.gate_size:
+        inputs["width_gate"] = (torch.rand(segment.gate_size, generator=generator) > 0.5).float()
+    return inputs
