@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 
 from dyexport.bundle import Segment, SegmentPlan, TokenPath
 from dyexport.errors import UsageError
 from dyexport.slicing.flops import FlopsModel
+from dyexport.slicing.slicer import UnitOrder
 from dyexport.tables import TokenStats, WidthTable
 
 ATOMS = 256  # candidate boundaries; more would change the FLOPs in the third digit only
-NEARLY_ALL = 0.9  # from this share of tokens on, gathering rows costs more than it saves
+NEARLY_ALL = 0.95  # from this share of tokens on, gathering rows costs more than it saves
 ALL: TokenPath = "all"
 DYNAMIC: TokenPath = "dynamic"
 SLOT_STEPS = 4  # buckets of the dynamic path
@@ -22,18 +23,22 @@ SLOT_STEPS = 4  # buckets of the dynamic path
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """How to cut: ``engines`` is K; ``token_path`` 'auto' picks masked or capacity block by block."""
+    """How to cut: ``engines`` is K.
+
+    ``token_path`` 'auto' picks, block by block, what is fast and exact for every input: ``compact``, or
+    ``masked`` where nearly all tokens are kept.
+    """
 
     engines: int
-    token_path: TokenPath | str = "auto"
+    token_path: str = "auto"
     capacity_level: float = 1.0  # quantile of the kept-token count that a capacity holds
     capacity_margin: float = 0.02  # share of N on top, for inputs calibration has not seen
 
     def __post_init__(self) -> None:
         if self.engines < 1:
             raise UsageError(f"--engines is {self.engines}; a plan needs at least 1")
-        if self.token_path not in ("auto", "masked", "capacity", "dynamic"):
-            raise UsageError(f"--token-path is {self.token_path!r}; use auto, masked, capacity or dynamic")
+        if self.token_path not in ("auto", "masked", "capacity", "dynamic", "compact"):
+            raise UsageError(f"--token-path is {self.token_path!r}; use auto, masked, capacity, dynamic or compact")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +48,7 @@ class _Atoms:
     edges: np.ndarray
     any_heads: np.ndarray
     any_groups: np.ndarray
-    capacity: np.ndarray  # (M, L): largest token count over the cell
+    tokens: np.ndarray  # (M, L): share of tokens the MLP runs on, in (0, 1]
     measure: np.ndarray
 
 
@@ -56,9 +61,9 @@ def make_segments(
     optimal, for one that does not.
     """
     atoms = _atomise(widths, stats, settings)
-    cost = _interval_costs(atoms, flops, stats)
+    cost = _interval_costs(atoms, flops, settings)
     cuts = _best_cuts(cost, min(settings.engines, len(atoms.measure)))
-    order = unit_order(widths)
+    order = UnitOrder.of(widths)
     return tuple(
         _segment(widths, stats, order, settings, float(atoms.edges[i]), float(atoms.edges[j]))
         for i, j in pairwise(cuts)
@@ -70,36 +75,45 @@ def _atomise(widths: WidthTable, stats: TokenStats | None, settings: PlanSetting
     starts = np.unique(widths.grid[[widths.row(t) for t in targets]])  # every edge is a step of the table
     rows = np.searchsorted(widths.grid, starts)
     edges = np.append(starts, widths.end)
-    depth = widths.heads.shape[1]
-    capacity = np.stack([_capacity(stats, settings, a, b, depth) for a, b in pairwise(edges)])
+    cells = list(pairwise(edges))
+    tokens = [_cell_tokens(stats, settings, *cell) if stats else np.ones(1) for cell in cells]
     return _Atoms(
         edges=edges,
         any_heads=np.logical_or.reduceat(widths.heads, rows, axis=0),
         any_groups=np.logical_or.reduceat(widths.groups, rows, axis=0),
-        capacity=capacity,
+        tokens=np.stack(tokens),
         measure=np.diff(edges) / (widths.end - widths.start),
     )
 
 
-def _capacity(stats: TokenStats | None, settings: PlanSettings, start: float, end: float, depth: int) -> np.ndarray:
+def _cell_tokens(stats: TokenStats, settings: PlanSettings, start: float, end: float) -> np.ndarray:
+    """Share of tokens each block's MLP would run on over one cell: (L,)."""
+    if settings.token_path in ("auto", "compact"):
+        return stats.mean_fraction([(start + end) / 2])[0]
+    if settings.token_path == "masked":
+        return np.ones(stats.mean.shape[1])
+    return _capacity(stats, settings, start, end) / stats.tokens
+
+
+def _capacity(stats: TokenStats, settings: PlanSettings, start: float, end: float) -> np.ndarray:
     """Token slots each block needs over [start, end): (L,)."""
-    if stats is None:
-        return np.ones(depth)
     margin = settings.capacity_margin * stats.tokens
     return np.clip(np.ceil(stats.highest(start, end, settings.capacity_level) + margin), 1, stats.tokens)
 
 
-def _interval_costs(atoms: _Atoms, flops: FlopsModel, stats: TokenStats | None) -> np.ndarray:
+def _interval_costs(atoms: _Atoms, flops: FlopsModel, settings: PlanSettings) -> np.ndarray:
     """Expected dynamic FLOPs of serving atoms i..j-1 with one engine: (M, M + 1), infinite where j <= i."""
     count = len(atoms.measure)
-    tokens = stats.tokens if stats is not None else 1
     cost = np.full((count, count + 1), np.inf)
     for i in range(count):
+        measure = np.cumsum(atoms.measure[i:])  # (M - i,)
         heads = np.logical_or.accumulate(atoms.any_heads[i:], axis=0).mean(axis=-1)  # (M - i, L)
         groups = np.logical_or.accumulate(atoms.any_groups[i:], axis=0).mean(axis=-1)  # (M - i, L)
-        slots = np.maximum.accumulate(atoms.capacity[i:], axis=0) / tokens  # (M - i, L)
-        share = np.where(slots >= NEARLY_ALL, 1.0, slots)
-        cost[i, i + 1 :] = flops.dynamic(heads, groups * share) * np.cumsum(atoms.measure[i:])
+        if settings.token_path == "capacity":
+            tokens = np.maximum.accumulate(atoms.tokens[i:], axis=0)
+        else:
+            tokens = np.cumsum(atoms.tokens[i:] * atoms.measure[i:, None], axis=0) / measure[:, None]
+        cost[i, i + 1 :] = flops.dynamic(heads, groups * tokens) * measure
     return cost
 
 
@@ -119,24 +133,17 @@ def _best_cuts(cost: np.ndarray, engines: int) -> list[int]:
     return cuts[::-1]
 
 
-def unit_order(widths: WidthTable) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Units of each block, those that are on longest first, so that unions tend to be prefixes."""
-    time_on = [np.tensordot(widths.measure(), masks, axes=1) for masks in (widths.heads, widths.groups)]  # (L, U)
-    heads, groups = ([np.argsort(-row, kind="stable") for row in times] for times in time_on)
-    return heads, groups
-
-
 def _segment(
     widths: WidthTable,
     stats: TokenStats | None,
-    order: tuple[list[np.ndarray], list[np.ndarray]],
+    order: UnitOrder,
     settings: PlanSettings,
     start: float,
     end: float,
 ) -> Segment:
     rows = slice(widths.row(start), int(np.searchsorted(widths.grid, end)))
-    heads, gated_heads = _union(widths.heads[rows], order[0])
-    groups, gated_groups = _union(widths.groups[rows], order[1])
+    heads, gated_heads = _union(widths.heads[rows], order.heads)
+    groups, gated_groups = _union(widths.groups[rows], order.groups)
     paths, capacities, buckets = _token_paths(stats, settings, start, end, len(heads))
     return Segment(
         start=start,
@@ -151,10 +158,12 @@ def _segment(
     )
 
 
-def _union(masks: np.ndarray, order: Sequence[np.ndarray]) -> tuple[tuple[tuple[int, ...], ...], tuple[bool, ...]]:
+def _union(
+    masks: np.ndarray, order: tuple[tuple[int, ...], ...]
+) -> tuple[tuple[tuple[int, ...], ...], tuple[bool, ...]]:
     """Units on at any time, in storage order, and whether they are not all on all the time: masks (R, L, U)."""
     on, always = np.any(masks, axis=0), np.all(masks, axis=0)  # (L, U)
-    kept = tuple(tuple(int(u) for u in order[block] if on[block, u]) for block in range(masks.shape[1]))
+    kept = tuple(tuple(unit for unit in units if on[block, unit]) for block, units in enumerate(order))
     return kept, tuple(bool(x) for x in (on != always).any(axis=-1))
 
 
@@ -164,16 +173,18 @@ def _token_paths(
     """Path and capacity of each block, and the buckets of the dynamic path."""
     if stats is None:
         return (ALL,) * depth, (0,) * depth, ()
-    slots = _capacity(stats, settings, start, end, depth)
+    slots = _capacity(stats, settings, start, end)
     if settings.token_path == "dynamic":
         return _dynamic_paths(stats, slots, start, end)
-    paths: list[TokenPath] = []
-    for count in slots:
-        masked = settings.token_path == "masked" or (
-            settings.token_path == "auto" and count >= NEARLY_ALL * stats.tokens
-        )
-        paths.append("masked" if masked else "capacity")
-    return tuple(paths), tuple(int(count) for count in slots), ()
+    kept = stats.mean_fraction(np.linspace(start, end, 9)).mean(axis=0)  # (L,)
+    paths = tuple(_static_path(settings.token_path, float(share)) for share in kept)
+    return paths, tuple(int(count) for count in slots), ()
+
+
+def _static_path(requested: str, kept: float) -> TokenPath:
+    if requested == "auto":
+        return "masked" if kept >= NEARLY_ALL else "compact"
+    return cast(TokenPath, requested)
 
 
 def _dynamic_paths(
@@ -232,8 +243,11 @@ def _token_share(segment: Segment, stats: TokenStats | None) -> np.ndarray:
     if stats is None:
         return shares
     middle = (segment.start + segment.end) / 2
+    kept = stats.mean_fraction(np.linspace(segment.start, segment.end, 17)).mean(axis=0)  # (L,)
     for block, path in enumerate(segment.token_paths):
         extra = segment.slots(stats, middle) if path == "dynamic" else 0
         if path in ("capacity", "dynamic"):
             shares[block] = min((segment.capacities[block] + extra) / stats.tokens, 1.0)
+        elif path == "compact":
+            shares[block] = kept[block]
     return shares

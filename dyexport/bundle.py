@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 WIDTHS = "calibration/widths.safetensors"
 TOKENS = "calibration/tokens.safetensors"
 
-TokenPath = Literal["all", "masked", "capacity", "dynamic"]
+TokenPath = Literal["all", "masked", "capacity", "dynamic", "compact"]
 
 
 def _inside(path: str) -> str:
@@ -56,9 +56,11 @@ class Segment(Frozen):
     are multiplied by their entries of the ``width_gate`` input.
 
     ``token_paths`` says how each block's MLP skips tokens: ``all`` (no token router), ``masked``
-    (runs on every token, times the mask), ``capacity`` (the top ``capacities[l]`` tokens) or
-    ``dynamic`` (the top ``capacities[l] + len(slots)`` tokens, ``slots`` being an input whose length
-    is chosen at run time from ``slot_buckets``).
+    (runs on every token, times the mask), ``capacity`` (the top ``capacities[l]`` tokens), ``dynamic``
+    (the top ``capacities[l] + len(slots)`` tokens, ``slots`` being an input whose length is chosen at
+    run time from ``slot_buckets``) or ``compact`` (exactly the kept tokens, for runtimes that can
+    allocate by data). ``masked`` and ``compact`` are exact for every input, the other two as long as
+    the kept tokens fit.
     """
 
     start: float

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor, nn
@@ -15,10 +16,29 @@ from dyexport.bundle import ModelSpec, Segment, TokenPath
 from dyexport.errors import UsageError
 from dyexport.slicing.recipes import Read, Recipe, materialise
 from dyexport.slicing.slim_dit import SlimDiT
+from dyexport.tables import WidthTable
 
 POSITION = "pos_embed.pos_embed"
 FREQUENCIES = "time_proj.frequencies"
 TOKEN_ROUTER = "routers.{block}.tokens.{layer}.{kind}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitOrder:
+    """The order in which units stand in the weights, per block: dense indices, longest on first."""
+
+    heads: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, widths: WidthTable) -> UnitOrder:
+        """Units that are on longest first, so that the unions of segments tend to be prefixes."""
+        return cls(heads=_longest_first(widths, widths.heads), groups=_longest_first(widths, widths.groups))
+
+
+def _longest_first(widths: WidthTable, masks: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    time_on = np.tensordot(widths.measure(), masks, axes=1)  # (L, U)
+    return tuple(tuple(int(unit) for unit in np.argsort(-row, kind="stable")) for row in time_on)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +66,18 @@ def slice_segment(spec: ModelSpec, segment: Segment, *, groups: int) -> Slice:
     return _SLICERS[spec.backbone](spec.config, segment, groups)
 
 
-def dense_segment(spec: ModelSpec, *, groups: int) -> Segment:
-    """The static model as a segment: every unit, every token, the whole range of t."""
-    depth, heads = int(spec.config["num_layers"]), int(spec.config["num_attention_heads"])
+def dense_segment(spec: ModelSpec, order: UnitOrder) -> Segment:
+    """The static model as a segment: every unit, every token, the whole range of t.
+
+    ``order`` is that of the slim segments, so that those share the dense weights' bytes.
+    """
+    depth = len(order.heads)
     every_token: TokenPath = "all"
     return Segment(
         start=spec.timestep_range[0],
         end=spec.timestep_range[1],
-        heads=(tuple(range(heads)),) * depth,
-        groups=(tuple(range(groups)),) * depth,
+        heads=order.heads,
+        groups=order.groups,
         gated_heads=(False,) * depth,
         gated_groups=(False,) * depth,
         token_paths=(every_token,) * depth,

@@ -26,6 +26,14 @@ class Gates(NamedTuple):
     groups: Tensor | None  # (G',)
 
 
+class Modulation(NamedTuple):
+    """adaLN-Zero parameters of one branch, each (B, 1, C) or one row per token."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
 class TransposedLinear(nn.Module):
     """A Linear stored (in, out), so that the first inputs are a contiguous run of its weight."""
 
@@ -68,15 +76,16 @@ class SlimBlock(nn.Module):
         )  # (B, 1, C)
         normed = modulated_norm(hidden, shift1, scale1)  # (B, N, C)
         hidden = hidden + gate1 * self.attend(normed, gates.heads)  # (B, N, C)
+        modulation = Modulation(shift2, scale2, gate2)
         if self.path == "all":
-            return hidden + gate2 * self.feed_forward(hidden, shift2, scale2, gates.groups), None
+            return hidden + self.feed_forward(hidden, modulation, gates.groups), None
         scores = self.router_out(F.relu(self.router_in(hidden.flatten(0, 1)))).view(hidden.shape[:2])  # (B, N)
         keep = (scores > 0).to(hidden.dtype)  # (B, N)
         kept = keep.sum(dim=1).to(torch.int64)  # (B,)
         if self.path == "masked":
-            update = gate2 * self.feed_forward(hidden, shift2, scale2, gates.groups)  # (B, N, C)
-            return hidden + keep.unsqueeze(2) * update, kept
-        return self.feed_kept(hidden, scores, shift2, scale2, gate2, gates.groups, slots), kept
+            return hidden + keep.unsqueeze(2) * self.feed_forward(hidden, modulation, gates.groups), kept
+        feed = self.feed_compact if self.path == "compact" else self.feed_top
+        return feed(hidden, scores, modulation, gates.groups, slots), kept
 
     def attend(self, normed: Tensor, gate: Tensor | None) -> Tensor:
         """Self-attention of the kept heads: (B, N, C) -> (B, N, C)."""
@@ -91,33 +100,40 @@ class SlimBlock(nn.Module):
         mixed = mixed.transpose(1, 2).reshape(batch * tokens, self.heads * self.head_dim)  # (B * N, H' * D)
         return self.out(mixed).view(batch, tokens, channels)
 
-    def feed_forward(self, hidden: Tensor, shift: Tensor, scale: Tensor, gate: Tensor | None) -> Tensor:
-        """MLP of the kept groups: (B, N, C) -> (B, N, C)."""
-        wide = self.fc1(modulated_norm(hidden, shift, scale, self.mlp_eps).flatten(0, 1))  # (B * N, G' * S)
+    def feed_forward(self, hidden: Tensor, modulation: Modulation, gate: Tensor | None) -> Tensor:
+        """MLP branch of the kept groups: (..., C) -> (..., C), to be added to the residual."""
+        normed = modulated_norm(hidden, modulation.shift, modulation.scale, self.mlp_eps)  # (..., C)
+        wide = self.fc1(normed.reshape(-1, normed.shape[-1]))  # (M, G' * S)
         if gate is not None:
             wide = (wide.view(-1, self.groups, wide.shape[1] // self.groups) * gate.view(1, -1, 1)).flatten(1)
-        return self.fc2(F.gelu(wide, approximate="tanh")).view(hidden.shape)
+        update = self.fc2(F.gelu(wide, approximate="tanh"))  # (M, C)
+        return modulation.gate * update.view(hidden.shape)
 
-    def feed_kept(
-        self,
-        hidden: Tensor,
-        scores: Tensor,
-        shift: Tensor,
-        scale: Tensor,
-        gate: Tensor,
-        width: Tensor | None,
-        slots: int,
+    def feed_top(
+        self, hidden: Tensor, scores: Tensor, modulation: Modulation, width: Tensor | None, slots: int
     ) -> Tensor:
-        """MLP on the highest-scored tokens only; the other rows of (B, N, C) pass through."""
+        """MLP on the highest-scored tokens of each sample; the other rows of (B, N, C) pass through."""
         batch, tokens, channels = hidden.shape
         count = self.capacity + slots if self.path == "dynamic" else self.capacity
         top, index = scores.topk(count, dim=1, sorted=False)  # (B, K)
         rows = (index + tokens * torch.arange(batch, device=index.device).unsqueeze(1)).flatten()  # (B * K,)
         flat = hidden.reshape(batch * tokens, channels)  # (B * N, C)
-        picked = flat[rows].view(batch, count, channels)  # (B, K, C)
+        picked = flat.index_select(0, rows).view(batch, count, channels)  # (B, K, C)
         keep = (top > 0).to(hidden.dtype).unsqueeze(2)  # (B, K, 1): spare slots change nothing
-        updated = picked + keep * gate * self.feed_forward(picked, shift, scale, width)  # (B, K, C)
+        updated = picked + keep * self.feed_forward(picked, modulation, width)  # (B, K, C)
         return flat.index_put((rows,), updated.flatten(0, 1)).view(batch, tokens, channels)
+
+    def feed_compact(
+        self, hidden: Tensor, scores: Tensor, modulation: Modulation, width: Tensor | None, slots: int
+    ) -> Tensor:
+        """MLP on exactly the kept tokens; their number R depends on the data."""
+        batch, tokens, channels = hidden.shape
+        samples, index = (scores > 0).nonzero().unbind(1)  # (R,), (R,)
+        rows = samples * tokens + index  # (R,)
+        flat = hidden.reshape(batch * tokens, channels)  # (B * N, C)
+        picked = flat.index_select(0, rows)  # (R, C)
+        own = Modulation(*(part.squeeze(1).index_select(0, samples) for part in modulation))  # 3 x (R, C)
+        return flat.index_put((rows,), picked + self.feed_forward(picked, own, width)).view(hidden.shape)
 
 
 class SlimDiT(nn.Module):
