@@ -1,0 +1,183 @@
+"""``dyexport bench``: a bundle against its dense graph and the dense diffusers module, all in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from statistics import median
+
+import numpy as np
+import torch
+
+from dyexport.bench.latency import BenchReport, Blocks, Progress, SegmentTime, over_trajectory, time_variants
+from dyexport.bench.memory import MemoryProbe, added_bytes
+from dyexport.bench.variants import (
+    DenseGraph,
+    Variant,
+    compiled_variant,
+    example_inputs,
+    module_variant,
+    segment_variants,
+    stock_transformer,
+)
+from dyexport.bundle import Bundle, Segment, SegmentPlan
+from dyexport.errors import UsageError
+from dyexport.runtime.pipeline import BundleTransformer, load
+from dyexport.runtime.sampling import sample
+
+OVERHEAD_LOOPS = 3
+LOOP_BLOCKS = Blocks(rounds=3, timed=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """``batch`` 2 is one picture under classifier-free guidance. ``trajectory`` times whole sampling loops too."""
+
+    target: str = "onnx"
+    batch: int = 2
+    steps: int = 50
+    threads: int | None = None
+    share_weights: bool = False
+    trajectory: bool = False
+    blocks: Blocks = Blocks()
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "steps", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} is {value}; it must be at least 1")
+
+
+def compare(bundle: Bundle, settings: BenchSettings, progress: Progress | None = None) -> BenchReport:
+    """Time everything; raises ``BundleError`` for a bundle without its dense graph."""
+    with _threads(settings.threads), torch.inference_mode():
+        dense = DenseGraph.of(bundle, settings.target)
+        loaded = load(
+            bundle.root, target=settings.target, device="cpu", share_weights=settings.share_weights, check_hashes=False
+        )
+        seconds = time_variants(_variants(bundle, dense, loaded, settings.batch), settings.blocks, progress=progress)
+        report = _report(bundle, settings, seconds, overhead=switch_overhead(loaded, settings))
+        if settings.trajectory:
+            report = replace(report, trajectory_speedup=_trajectory_speedup(dense, loaded, settings))
+        loaded.close()
+        return report
+
+
+def _variants(bundle: Bundle, dense: DenseGraph, loaded: BundleTransformer, batch: int) -> dict[str, Variant]:
+    spec = bundle.manifest.model
+    start, end = spec.timestep_range
+    inputs = example_inputs(spec, batch, (start + end) / 2)
+    stock = stock_transformer(spec)
+    variants = {"dense": module_variant(dense, inputs, "cpu")}
+    variants |= {f"segment {i}": run for i, run in enumerate(segment_variants(loaded, bundle, batch))}
+    compiled = compiled_variant(stock, inputs, "cpu")
+    if compiled is not None:
+        variants["torch.compile"] = compiled
+    return {**variants, "eager": module_variant(stock, inputs, "cpu")}
+
+
+def _report(bundle: Bundle, settings: BenchSettings, seconds: Mapping[str, float], *, overhead: float) -> BenchReport:
+    plan, spec = bundle.manifest.plan, bundle.manifest.model
+    segments = _segment_times(plan, bundle, seconds)
+    dynamic = over_trajectory([s.share for s in segments], [s.seconds for s in segments])
+    compiled = seconds.get("torch.compile")
+    probe = MemoryProbe(
+        bundle=str(bundle.root),
+        target=settings.target,
+        batch=settings.batch,
+        threads=torch.get_num_threads(),
+        share_weights=settings.share_weights,
+        dense=False,
+    )
+    speedup = seconds["dense"] / dynamic
+    baselines = {name: value for name, value in seconds.items() if not name.startswith("segment")}
+    return BenchReport(
+        model=spec.name,
+        target=settings.target,
+        batch=settings.batch,
+        threads=torch.get_num_threads(),
+        steps=settings.steps,
+        flops_ratio=plan.flops_ratio,
+        network_flops_ratio=plan.network_flops_ratio,
+        executed_flops_ratio=plan.executed_flops_ratio,
+        seconds={**baselines, "dynamic": dynamic},
+        speedup_vs_dense=speedup,
+        speedup_vs_torch_compile=None if compiled is None else compiled / dynamic,
+        speedup_vs_eager=seconds["eager"] / dynamic,
+        realised=speedup * plan.network_flops_ratio,
+        switch_overhead=overhead,
+        trajectory_speedup=None,
+        resident_bytes=added_bytes(probe),
+        dense_bytes=added_bytes(replace(probe, dense=True)),
+        segments=segments,
+    )
+
+
+def _segment_times(plan: SegmentPlan, bundle: Bundle, seconds: Mapping[str, float]) -> tuple[SegmentTime, ...]:
+    widths = bundle.widths
+    return tuple(
+        SegmentTime(
+            start=segment.start,
+            end=segment.end,
+            share=(segment.end - segment.start) / (widths.end - widths.start),
+            heads=_mean_share(segment.heads, widths.heads.shape[-1]),
+            groups=_mean_share(segment.groups, widths.groups.shape[-1]),
+            tokens=_kept_tokens(bundle, segment),
+            seconds=seconds[f"segment {index}"],
+            speedup_vs_dense=seconds["dense"] / seconds[f"segment {index}"],
+        )
+        for index, segment in enumerate(plan.segments)
+    )
+
+
+def _mean_share(kept: tuple[tuple[int, ...], ...], units: int) -> float:
+    return float(np.mean([len(block) / units for block in kept]))
+
+
+def _kept_tokens(bundle: Bundle, segment: Segment) -> float:
+    middle = (segment.start + segment.end) / 2
+    return 1.0 if bundle.token_stats is None else float(bundle.token_stats.mean_fraction([middle]).mean())
+
+
+def switch_overhead(loaded: BundleTransformer, settings: BenchSettings) -> float:
+    """Share of a step spent outside the engines, in a sampling loop whose engines are all resident.
+
+    Routing, switching and moving tensors, everything that a single engine would not need, is in it.
+    The median over a few loops, after one that activates the engines.
+    """
+    shares = []
+    for seed in range(OVERHEAD_LOOPS + 1):
+        before = loaded.residency
+        _sampling_loop(loaded, loaded, settings, seed)
+        after = loaded.residency
+        outside = after.outside_seconds - before.outside_seconds
+        shares.append(outside / (outside + after.run_seconds - before.run_seconds))
+    return median(shares[1:])
+
+
+def _trajectory_speedup(dense: DenseGraph, loaded: BundleTransformer, settings: BenchSettings) -> float:
+    loops = {
+        "dense": lambda: _sampling_loop(dense, loaded, settings),
+        "dynamic": lambda: _sampling_loop(loaded, loaded, settings),
+    }
+    seconds = time_variants(loops, LOOP_BLOCKS)
+    return seconds["dense"] / seconds["dynamic"]
+
+
+def _sampling_loop(
+    transformer: DenseGraph | BundleTransformer, loaded: BundleTransformer, settings: BenchSettings, seed: int = 0
+) -> None:
+    labels = [index % loaded.spec.classes for index in range(settings.batch)]
+    sample(transformer, loaded.spec, labels, steps=settings.steps, guidance_scale=1.0, seed=seed)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """torch's threads, which ONNX Runtime's engines copy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
