@@ -98,6 +98,7 @@ def _digits(backbone: Literal["dit", "sit"]) -> Preset:
         sample_size=8,
         in_channels=1,
         learn_sigma=False,
+        classes=10,
         pixel_space=True,
         about="scikit-learn's handwritten digits, 8 x 8 pixels, trains from scratch in minutes on a CPU",
     )

@@ -1,4 +1,4 @@
-"""Where training latents come from. Sources are indexed, so which samples a step sees is a pure function of the step."""
+"""Where training latents come from. Sources are indexed: which samples a step sees is a function of the step alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def open_source(spec: str, preset: Preset) -> LatentSource:
     if spec != "digits":
         return ShardDirectory(Path(spec), preset)
     if (preset.in_channels, preset.sample_size) != (1, 8):
-        raise DataError(f"digits are (1, 8, 8) and {preset.name} takes {_latent_shape(preset)}; use {preset.backbone}-digits")
+        raise DataError(
+            f"digits are (1, 8, 8) and {preset.name} takes {_latent_shape(preset)}; use {preset.backbone}-digits"
+        )
     return digits()
 
 
@@ -84,7 +86,9 @@ class ShardDirectory:
     def __init__(self, directory: Path, preset: Preset) -> None:
         paths = sorted(directory.glob("*.safetensors"))
         if not paths:
-            raise DataError(f"{directory} holds no .safetensors files; give a directory of latents, or 'digits' or 'synthetic'")
+            raise DataError(
+                f"{directory} holds no .safetensors files; give a directory of latents, or 'digits' or 'synthetic'"
+            )
         self.shards = [_Shard(path, preset) for path in paths]
         self.starts = torch.tensor([0, *(len(shard.labels) for shard in self.shards)]).cumsum(0)  # (S + 1,)
         self.name = " ".join(f"{shard.path.name}:{shard.path.stat().st_size}" for shard in self.shards)
@@ -94,7 +98,8 @@ class ShardDirectory:
 
     def batch(self, indices: Tensor) -> Batch:
         shards = torch.bucketize(indices, self.starts, right=True) - 1  # (B,)
-        rows = [self.shards[s].row(i) for s, i in zip(shards.tolist(), (indices - self.starts[shards]).tolist(), strict=True)]
+        offsets = indices - self.starts[shards]  # (B,)
+        rows = [self.shards[s].row(i) for s, i in zip(shards.tolist(), offsets.tolist(), strict=True)]
         return Batch(torch.cat([row.latents for row in rows]), torch.cat([row.labels for row in rows]))
 
 
@@ -116,10 +121,14 @@ class _Shard:
         if shape[1:] != wanted:
             raise DataError(f"{self.path}: latents are {shape}; {preset.name} takes (n, {', '.join(map(str, wanted))})")
         if self.labels.shape != shape[:1] or self.labels.is_floating_point():
-            raise DataError(f"{self.path}: labels are {self.labels.dtype} {tuple(self.labels.shape)}; give ({shape[0]},) integers")
+            raise DataError(
+                f"{self.path}: labels are {self.labels.dtype} {tuple(self.labels.shape)}; give ({shape[0]},) integers"
+            )
         outside = self.labels[(self.labels < 0) | (self.labels >= preset.classes)]
         if len(outside):
-            raise DataError(f"{self.path}: label {int(outside[0])} is outside [0, {preset.classes}), the classes of {preset.name}")
+            raise DataError(
+                f"{self.path}: label {int(outside[0])} is outside [0, {preset.classes}), the classes of {preset.name}"
+            )
 
     def row(self, index: int) -> Batch:
         latents = self.latents[index : index + 1].float()  # (1, C, H, W)

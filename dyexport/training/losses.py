@@ -11,11 +11,11 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from dyexport.models.dynamic import DynamicOutput, DynamicTransformer, GateNoise
+from dyexport.models.inputs import DDPM_BETAS, DDPM_STEPS
 from dyexport.presets import Objective
 from dyexport.slicing.flops import FlopsModel
 
 FLOPS_WEIGHT = 2.0  # arXiv 2410.03456 eq. 7
-DDPM_STEPS = 1000
 
 
 class NoisyBatch(NamedTuple):
@@ -71,7 +71,9 @@ class DdpmObjective:
     """
 
     def __init__(self) -> None:
-        self.scheduler = DDPMScheduler(DDPM_STEPS, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+        start, end = DDPM_BETAS
+        self.scheduler = DDPMScheduler(DDPM_STEPS, beta_start=start, beta_end=end, beta_schedule="linear")
+        self.posterior = _posterior_table()
 
     def noisy(self, clean: Tensor, labels: Tensor, noise: Tensor, uniform: Tensor) -> NoisyBatch:
         timestep = (uniform * DDPM_STEPS).long().clamp(max=DDPM_STEPS - 1)  # (B,)
@@ -85,12 +87,12 @@ class DdpmObjective:
         return loss
 
     def variational_bound(self, noise: Tensor, variance: Tensor, batch: NoisyBatch) -> Tensor:
-        """KL from the true posterior to the predicted step in bits per dimension; at t = 0 the data's own code length: (B,).
+        """KL from the true posterior to the predicted step, in bits per dimension: (B,).
 
-        ``variance`` in [-1, 1] interpolates, in log space, between the least and the largest possible.
+        At t = 0, where there is no posterior, it is the code length of the data. ``variance`` in
+        [-1, 1] interpolates, in log space, between the least and the largest possible.
         """
-        alphas = self.scheduler.alphas_cumprod.to(noise.device, torch.float64)  # (1000,)
-        posterior = _Posterior.at(alphas, batch.timestep)
+        posterior = _Posterior(*self.posterior.to(noise.device)[:, batch.timestep, None, None, None])
         predicted = (batch.latents - posterior.noise_scale * noise) / posterior.signal_scale  # x_0, (B, C, H, W)
         mean = posterior.mean(predicted, batch.latents)
         share = (variance + 1) / 2
@@ -111,24 +113,21 @@ class _Posterior(NamedTuple):
     signal_scale: Tensor
     noise_scale: Tensor
 
-    @classmethod
-    def at(cls, alphas: Tensor, timestep: Tensor) -> _Posterior:
-        before = F.pad(alphas[:-1], (1, 0), value=1.0)  # (1000,)
-        beta = 1 - alphas / before
-        variance = beta * (1 - before) / (1 - alphas)
-        variance[0] = variance[1]  # it is 0 at t = 0; its logarithm is needed
-        rows = (
-            beta * before.sqrt() / (1 - alphas),
-            (1 - before) * (1 - beta).sqrt() / (1 - alphas),
-            variance.log(),
-            beta.log(),
-            alphas.sqrt(),
-            (1 - alphas).sqrt(),
-        )
-        return cls(*(row[timestep].float()[:, None, None, None] for row in rows))
-
     def mean(self, clean: Tensor, noisy: Tensor) -> Tensor:
         return self.clean_weight * clean + self.noisy_weight * noisy  # (B, C, H, W)
+
+
+def _posterior_table() -> Tensor:
+    """Fields of ``_Posterior`` for every timestep: (6, 1000)."""
+    beta = torch.linspace(*DDPM_BETAS, DDPM_STEPS, dtype=torch.float64)  # (1000,)
+    signal = torch.cumprod(1 - beta, dim=0)
+    before = F.pad(signal[:-1], (1, 0), value=1.0)
+    variance = beta * (1 - before) / (1 - signal)
+    variance[0] = variance[1]  # it is 0 at t = 0; its logarithm is needed
+    clean_weight = beta * before.sqrt() / (1 - signal)
+    noisy_weight = (1 - before) * (1 - beta).sqrt() / (1 - signal)
+    rows = (clean_weight, noisy_weight, variance.log(), beta.log(), signal.sqrt(), (1 - signal).sqrt())
+    return torch.stack(rows).float()
 
 
 def _gaussian_kl(mean: Tensor, log_variance: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -208,8 +208,9 @@ class Trainer(Generic[Config]):
             parameter.data.copy_(state.tensors[f"model.{name}"])
             self.ema.averages[name].copy_(state.tensors[f"ema.{name}"])
             prefix = f"optimizer.{name}."
-            moments = {key.removeprefix(prefix): value for key, value in state.tensors.items() if key.startswith(prefix)}
-            self.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+            names = [key for key in state.tensors if key.startswith(prefix)]
+            moments = {key.removeprefix(prefix): state.tensors[key].to(parameter.device) for key in names}
+            self.optimizer.state[parameter] = moments
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"history": torch.tensor(self.history, dtype=torch.float64)}
@@ -234,7 +235,7 @@ class DynamicTrainer(Trainer[FinetuneConfig]):
         return DynamicLosses(self.model, self.draws.objective, self.flops)
 
     def new_optimizer(self) -> torch.optim.Optimizer:
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": self.model.backbone.parameters()},
             {"params": self.model.routers.parameters(), "lr": self.config.router_learning_rate},
         ]
@@ -271,7 +272,9 @@ def _check_shapes(source: LatentSource, config: TrainConfig, share: Share) -> No
     if len(source) == 0:
         raise DataError(f"{source.name} holds no samples; give at least one")
     if config.batch_size % share.count:
-        raise UsageError(f"batch_size {config.batch_size} does not divide by {share.count} processes; use a multiple of it")
+        raise UsageError(
+            f"batch_size {config.batch_size} does not divide by {share.count} processes; use a multiple of it"
+        )
 
 
 def _run_digest(config: TrainConfig, preset: Preset, source: LatentSource, model: nn.Module) -> str:

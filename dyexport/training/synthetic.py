@@ -1,0 +1,115 @@
+"""Training data for people with no data: latents that the static model samples itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from dyexport.errors import UsageError
+from dyexport.models.inputs import DDPM_BETAS, DDPM_STEPS
+from dyexport.presets import Preset
+from dyexport.training.data import ShardDirectory
+from dyexport.training.draws import step_generator
+from dyexport.training.state import fingerprint, write_tensors
+
+SHARD_SAMPLES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticConfig:
+    """``guidance`` is the scale of classifier-free guidance; 1 turns it off."""
+
+    samples: int = 4096
+    steps: int = 50
+    guidance: float = 1.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or not 1 <= self.steps <= DDPM_STEPS:
+            raise UsageError(
+                f"{self.samples} samples of {self.steps} steps; give at least 1 sample, and 1 to {DDPM_STEPS} steps"
+            )
+
+
+def generate(
+    backbone: nn.Module,
+    preset: Preset,
+    config: SyntheticConfig,
+    directory: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> ShardDirectory:
+    """Sample latents into safetensors shards and open them; ``progress`` gets samples done and samples in all.
+
+    Shards already there, made by the same weights and settings, are kept: a killed run goes on where it stopped.
+    """
+    backbone = backbone.eval()
+    origin = hashlib.sha256(f"{preset.name} {config} {fingerprint(backbone)}".encode()).hexdigest()
+    wanted = {
+        directory / f"synthetic-{start:08d}.safetensors": start for start in range(0, config.samples, SHARD_SAMPLES)
+    }
+    for path in set(directory.glob("synthetic-*.safetensors")) - set(wanted):
+        path.unlink()
+    for path, start in wanted.items():
+        stop = min(start + SHARD_SAMPLES, config.samples)
+        if _origin(path) != origin:
+            labels = torch.arange(start, stop) % preset.classes  # (B,)
+            latents = _sample(backbone, preset, labels, config, step_generator(config.seed, start, "noise"))
+            write_tensors(path, {"latents": latents.cpu(), "labels": labels}, {"origin": origin})
+        if progress is not None:
+            progress(stop, config.samples)
+    return ShardDirectory(directory, preset)
+
+
+def _origin(path: Path) -> str | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("origin")
+    except (OSError, SafetensorError):
+        return None
+
+
+@torch.no_grad()
+def _sample(
+    backbone: nn.Module, preset: Preset, labels: Tensor, config: SyntheticConfig, generator: torch.Generator
+) -> Tensor:
+    """From noise to latents: labels (B,) -> (B, C, H, W)."""
+    scheduler = _scheduler(preset)
+    scheduler.set_timesteps(config.steps)
+    shape = (len(labels), preset.in_channels, preset.sample_size, preset.sample_size)
+    device = next(backbone.parameters()).device
+    latents = torch.randn(shape, generator=generator).to(device)  # (B, C, H, W)
+    labels = labels.to(device)
+    for index, step in enumerate(scheduler.timesteps):
+        t = step if preset.objective == "ddpm" else 1 - scheduler.sigmas[index]
+        output = _guided(backbone, preset, latents, t, labels, config.guidance)  # (B, C, H, W)
+        # The scheduler integrates from data to noise; SiT's velocity points from noise to data.
+        direction = output if preset.objective == "ddpm" else -output
+        latents = scheduler.step(direction, step, latents).prev_sample
+    return latents
+
+
+def _scheduler(preset: Preset) -> Any:
+    if preset.objective == "flow":
+        return FlowMatchEulerDiscreteScheduler()
+    start, end = DDPM_BETAS
+    return DDIMScheduler(
+        DDPM_STEPS, beta_start=start, beta_end=end, beta_schedule="linear", clip_sample=preset.pixel_space
+    )
+
+
+def _guided(backbone: nn.Module, preset: Preset, latents: Tensor, t: Tensor, labels: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance in one forward pass; channels of a learned sigma are dropped."""
+    doubled = torch.cat([latents, latents])  # (2B, C, H, W)
+    both = torch.cat([labels, torch.full_like(labels, preset.classes)])  # (2B,)
+    timestep = t.to(latents.device).expand(len(doubled))
+    output = backbone(doubled, timestep=timestep, class_labels=both).sample[:, : preset.in_channels]
+    labelled, unlabelled = output.chunk(2)
+    return unlabelled + scale * (labelled - unlabelled)  # (B, C, H, W)

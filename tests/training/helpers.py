@@ -1,0 +1,41 @@
+"""A dynamic DiT small enough to train in a test."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from dyexport.models.base import get_adapter
+from dyexport.models.dynamic import DynamicTransformer
+from dyexport.presets import Preset, get_preset
+from dyexport.training.data import MemorySource
+
+SIT = replace(get_preset("sit-digits"), name="tiny-sit", hidden_size=16, heads=4, depth=2, patch_size=2)
+DIT = replace(SIT, name="tiny-dit", backbone="dit", learn_sigma=True)
+
+
+def backbone(preset: Preset, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    adapter = get_adapter(preset.backbone)
+    module = adapter.build(preset.transformer_config())
+    adapter.initialise(module)
+    return module.eval()
+
+
+def dynamic(preset: Preset, seed: int = 0) -> DynamicTransformer:
+    """Every gate matters: the layers that adaLN-Zero starts at zero are random."""
+    module = backbone(preset, seed)
+    for value in module.parameters():
+        if not value.any():
+            torch.nn.init.normal_(value, std=0.1)
+    return DynamicTransformer(module, get_adapter(preset.backbone), heads=preset.heads)
+
+
+def blobs(preset: Preset, count: int = 64) -> MemorySource:
+    """Latents that are constant per class, so that there is something to learn quickly."""
+    labels = torch.arange(count) % preset.classes
+    shape = (count, preset.in_channels, preset.sample_size, preset.sample_size)
+    levels = labels.float().div(preset.classes / 2).sub(1)
+    return MemorySource("blobs", levels[:, None, None, None].expand(shape).clone(), labels)
