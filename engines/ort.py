@@ -217,10 +217,9 @@ def _register_shared_arena() -> None:
 def vendor_errors(ort: Any, mapped: type[DyexportError], what: str) -> Iterator[None]:
     """Everything ONNX Runtime raises becomes ``mapped``."""
     values = vars(ort.capi.onnxruntime_pybind11_state).values()
-    theirs: list[type[Exception]] = [
-        value for value in values if isinstance(value, type) and issubclass(value, Exception)
-    ]
+    theirs = [value for value in values if isinstance(value, type) and issubclass(value, Exception)]
+    mapped_errors: tuple[type[Exception], ...] = (*theirs, RuntimeError, ValueError)
     try:
         yield
-    except (*theirs, RuntimeError, ValueError) as error:
+    except mapped_errors as error:
         raise mapped(f"{what}: {str(error).strip().splitlines()[0]}") from error

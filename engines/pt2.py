@@ -29,13 +29,14 @@ RECORDS = re.compile(
     r"|archive_format|archive_version|byteorder|\.data/(version|serialization_id)"
 )
 OPERATORS = re.compile(
-    r"torch\.ops\.aten\.(?!from_file\b)\w+\.\w+|torch\.sym_\w+"
+    r"torch\.ops\.aten\.(?!from_file\b)\w+\.\w+|torch\.sym_\w+|math\.(ceil|floor|trunc|sqrt)"
     r"|_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|eq|ne|lt|le|gt|ge|and_|or_|getitem)"
 )
-SYMBOL = re.compile(r"Symbol\('[su]\d+'")
+QUOTED = re.compile(r"(?<=Symbol\()'[su]\d+'|(?<=Float\()'[-+.e\d]+'")
 WORD = re.compile(
-    r"[su]\d+|\d+|Symbol|Integer|Add|Mul|Pow|Max|Min|Mod|PythonMod|FloorDiv|CleanDiv|CeilDiv|IntTrueDiv"
-    r"|ModularIndexing|TruncToInt|positive|integer|nonnegative|True|False"
+    r"[su]\d+|\d+|Symbol|Integer|Float|Rational|Add|Mul|Pow|Max|Min|Mod|PythonMod|FloorDiv|CleanDiv|CeilDiv|IntTrueDiv"
+    r"|FloatTrueDiv|ModularIndexing|Where|CeilToInt|FloorToInt|RoundToInt|TruncToInt|TruncToFloat|ToFloat"
+    r"|And|Or|Not|Equality|Unequality|(Strict)?(Less|Greater)Than|Eq|Ne|L[te]|G[te]|positive|integer|precision|nonnegative|True|False"
 )
 
 
@@ -123,6 +124,6 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def is_arithmetic(expression: str) -> bool:
     """Whether sympy can evaluate an expression without being led to anything but arithmetic."""
-    bare = SYMBOL.sub("Symbol(", expression)
+    bare = QUOTED.sub("", expression)
     plain = re.fullmatch(r"[\w\s,()=+*/<>-]*", bare) is not None
     return plain and all(WORD.fullmatch(word) for word in re.findall(r"\w+", bare))

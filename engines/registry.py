@@ -52,3 +52,8 @@ def get_backend(target: str) -> Backend:
     if target not in BACKENDS:
         raise UsageError(f"unknown target {target!r}; known: {', '.join(BACKENDS)}")
     return BACKENDS[target]()
+
+
+def make_engine(target: str, path: Path, options: EngineOptions | None = None) -> Engine:
+    """An engine over one file of a bundle, not yet active. Raises ``UsageError`` for an unknown target."""
+    return get_backend(target).make(path, options or EngineOptions())

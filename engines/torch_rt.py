@@ -8,15 +8,15 @@ The file is an archive of ``torch.export.save`` with one extra file, ``engine.js
      "weights": {"blocks.0.attn.to_q.weight": {"offset": 0, "shape": [384, 384], "dtype": "float32"}, ...}}
 
 ``weights`` has every name of the program's ``state_dict``; each lies in row-major order at ``offset``
-bytes of ``store``, a file in the archive's folder, unless ``strides`` (in elements) says otherwise,
-as it does for a weight that is stored transposed. In the archive itself these tensors are on the meta
-device: before saving, put ``tensor.to("meta")`` in their place in ``program.state_dict``. The program
-takes its inputs by name, and returns its outputs as a tuple in the order of ``outputs``.
+bytes of ``store``, a file in the archive's folder. In the archive itself these tensors are on the meta
+device, as they are when the module was exported from there; other constants must have values. The
+program takes its inputs by name, and returns its outputs as a tuple in the order of ``outputs``.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -29,6 +29,7 @@ from dyexport.errors import EngineBuildError, EngineMismatch
 
 if TYPE_CHECKING:
     import torch
+    from torch.fx import GraphModule
 
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "bool"]
 Size = Annotated[int, Field(ge=0)]
@@ -41,12 +42,9 @@ class Binding(Frozen):
 
 
 class StoredWeight(Frozen):
-    """``strides`` of ``None`` mean row-major order."""
-
     offset: Size
     shape: tuple[Size, ...]
     dtype: DType
-    strides: tuple[Size, ...] | None = None
 
 
 class ProgramRecord(Frozen):
@@ -64,7 +62,7 @@ class TorchEngine(Engine):
     def __init__(self, path: Path, *, device: str = "cpu") -> None:
         self.path = path
         self.device = device
-        self._module: torch.nn.Module | None = None
+        self._module: GraphModule | None = None
 
     @cached_property
     def record(self) -> ProgramRecord:
@@ -96,25 +94,19 @@ class TorchEngine(Engine):
         if self._module is None:
             self._module = self._load()
 
-    def _load(self) -> torch.nn.Module:
+    def _load(self) -> GraphModule:
         import torch
-        from torch.export.passes import move_to_device_pass
 
         if self.device != "cpu" and not torch.cuda.is_available():
-            raise EngineMismatch(
-                f"torch sees no CUDA device, the engine was asked for on {self.device}; use device='cpu'"
-            )
-        program = load_program(self.path)
-        weights = self._views()
-        if self.device != "cpu":
-            program = move_to_device_pass(program, self.device)
-            weights = {name: tensor.to(self.device) for name, tensor in weights.items()}
-        module = program.module(check_guards=False)  # io.check has done it, and guards are evaluated source text
+            raise EngineMismatch(f"torch sees no CUDA device for an engine on {self.device}; use device='cpu'")
+        module = load_program(self.path).module(
+            check_guards=False
+        )  # guards are source text, and io.check does their work
         try:
-            module.load_state_dict(weights, assign=True)
+            module.load_state_dict(self._views(), assign=True)
         except RuntimeError as error:
             raise EngineBuildError(f"{self.path}: {' '.join(str(error).split())}") from error
-        return module
+        return _moved(module, self.device)
 
     def _views(self) -> dict[str, torch.Tensor]:
         import torch
@@ -131,8 +123,7 @@ class TorchEngine(Engine):
         end = weight.offset + _length(weight)
         if end > len(store):
             raise EngineBuildError(f"{self.path}: weight {name} ends at byte {end}, the store has {len(store)}")
-        flat = store[weight.offset : end].view(getattr(torch, weight.dtype))  # (elements,)
-        return flat.as_strided(weight.shape, weight.strides or _row_major(weight.shape), flat.storage_offset())
+        return store[weight.offset : end].view(getattr(torch, weight.dtype)).view(weight.shape)
 
     def run(self, inputs: Tensors) -> dict[str, torch.Tensor]:
         import torch
@@ -162,19 +153,16 @@ def _spec(binding: Binding) -> TensorSpec:
     return TensorSpec(name=binding.name, dtype=binding.dtype, shape=binding.shape)
 
 
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return tuple(strides[: len(shape)])
-
-
 def _length(weight: StoredWeight) -> int:
-    """Bytes from the first element to the end of the last."""
     import torch
 
-    if 0 in weight.shape:
-        return 0
-    strides = weight.strides or _row_major(weight.shape)
-    last = sum((size - 1) * stride for size, stride in zip(weight.shape, strides, strict=True))
-    return (last + 1) * getattr(torch, weight.dtype).itemsize
+    return prod(weight.shape) * int(getattr(torch, weight.dtype).itemsize)
+
+
+def _moved(module: GraphModule, device: str) -> GraphModule:
+    """The program on a device: its weights, and the tensors that it creates where it was exported."""
+    for node in module.graph.nodes:
+        if "device" in node.kwargs:
+            node.update_kwarg("device", device)
+    module.recompile()
+    return module.to(device)

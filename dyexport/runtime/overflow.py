@@ -31,8 +31,8 @@ class OverflowCounter:
         self._dropped: torch.Tensor | int = 0
 
     def add(self, kept: torch.Tensor, limits: torch.Tensor) -> None:
-        """Tokens wanted (B, L) int64 against tokens there is room for (L,) int64."""
-        excess = (kept - limits).clamp(min=0)  # (B, L)
+        """Tokens that R routers wanted, (B, R) int64, against tokens there is room for, (R,) int64."""
+        excess = (kept - limits).clamp(min=0)  # (B, R)
         self._routed += kept.numel()
         self._over = self._over + (excess > 0).sum()
         self._dropped = self._dropped + excess.sum()

@@ -14,10 +14,11 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from dyexport.bundle import Bundle, ModelSpec
-from dyexport.engines.registry import Backend, EngineOptions, get_backend
+from dyexport.engines.registry import EngineOptions, get_backend, make_engine
 from dyexport.engines.switching import SwitchingEngine
 from dyexport.errors import BundleError, EngineMismatch, UsageError
 from dyexport.runtime.overflow import Overflow, OverflowCounter
+from dyexport.runtime.placeholder import offloading_placeholder
 from dyexport.runtime.residency import Residency, measure
 from dyexport.runtime.scheduler import Scheduler, dense_route, route, shared_timestep
 
@@ -25,7 +26,7 @@ DIT_PIPELINE_NULL_CLASS = 1000  # what diffusers' DiTPipeline gives as "no class
 
 
 class BundleTransformer(torch.nn.Module):
-    """The denoising network of a bundle, without parameters: engines hold the weights.
+    """The denoising network of a bundle. Engines hold the weights; the module has none.
 
     ``forward`` has the signature of diffusers' ``DiTTransformer2DModel``. Tensors come back on the
     device and in the dtype they came in; the engines stay where they were loaded, so a pipeline's
@@ -43,6 +44,7 @@ class BundleTransformer(torch.nn.Module):
         self._overflow = OverflowCounter()
         self._step_seconds = 0.0
         self._lock = Lock()
+        self.placeholder = offloading_placeholder()
 
     def forward(
         self,
@@ -124,12 +126,12 @@ def load(
     """
     # Only a graph is data: the engines of every other target are code, and run only as they were built.
     bundle = Bundle.open(bundle_path, check_hashes=check_hashes or target != "onnx")
-    backend, spec = get_backend(target), bundle.manifest.model
-    options = EngineOptions(device=_device(backend, device), share_weights=share_weights)
+    paths, spec = _engine_paths(bundle, target, dense), bundle.manifest.model
+    options = EngineOptions(device=_device(target, device), share_weights=share_weights)
     find = dense_route if dense else partial(route, bundle.manifest.plan, bundle.widths, bundle.token_stats)
     scheduler = Scheduler(find, options.device)
     engine = SwitchingEngine(
-        [backend.make(path, options) for path in _engine_paths(bundle, target, dense)],
+        [make_engine(target, path, options) for path in paths],
         scheduler.choose,
         ahead=-1 if spec.objective == "ddpm" else 1,  # sampling goes from noise to data: t falls, or rises
         max_resident=max_resident,
@@ -147,9 +149,9 @@ def _engine_paths(bundle: Bundle, target: str, dense: bool) -> list[Path]:
     return [paths[index] for index in wanted]
 
 
-def _device(backend: Backend, device: str | None) -> str:
+def _device(target: str, device: str | None) -> str:
     if device is None:
-        return "cuda" if torch.cuda.is_available() and backend.has_cuda() else "cpu"
+        return "cuda" if torch.cuda.is_available() and get_backend(target).has_cuda() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UsageError(f"unknown device {device!r}; use cpu, cuda or cuda:N")
     return device

@@ -11,13 +11,20 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 
 from dyexport.bundle import ModelSpec
 from dyexport.errors import UsageError
+from dyexport.runtime.placeholder import offloading_placeholder
 
 if TYPE_CHECKING:
     from diffusers import DiTPipeline
 
 DDPM_SCHEDULERS = ("ddim", "dpm++")
 FLOW_SCHEDULERS = ("euler",)
-BETAS: dict[str, Any] = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}  # DiT's
+TRAIN_STEPS = 1000
+BETAS: dict[str, Any] = {  # DiT's
+    "num_train_timesteps": TRAIN_STEPS,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+}
 
 
 class Denoiser(Protocol):
@@ -29,12 +36,18 @@ class Denoiser(Protocol):
 class PixelVAE(torch.nn.Module):
     """Stands in for ``vae`` where latents are pixels already."""
 
-    dtype = torch.float32
-    device = torch.device("cpu")
-
     def __init__(self) -> None:
         super().__init__()
         self.config = FrozenDict(scaling_factor=1.0)
+        self.placeholder = offloading_placeholder()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.placeholder.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.placeholder.device
 
     def decode(self, latents: torch.Tensor) -> DecoderOutput:
         return DecoderOutput(sample=latents)
@@ -48,7 +61,7 @@ def make_scheduler(spec: ModelSpec, name: str | None = None) -> Any:
     if name is not None and name not in known:
         raise UsageError(f"scheduler {name!r} does not sample {spec.name}; use {' or '.join(known)}")
     if spec.objective == "flow":
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_STEPS)
     if name == "dpm++":
         return DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", **BETAS)
     return DDIMScheduler(clip_sample=spec.pixel_space, **BETAS)  # pixels are bounded, a VAE's latents are not
@@ -83,8 +96,8 @@ def sample(
     The same seed starts from the same noise on every device. ``guidance_scale`` 1 turns classifier-free
     guidance off. Raises ``UsageError`` for values out of range.
     """
-    if not 1 <= steps <= BETAS["num_train_timesteps"]:
-        raise UsageError(f"steps is {steps}; use 1 to {BETAS['num_train_timesteps']}")
+    if not 1 <= steps <= TRAIN_STEPS:
+        raise UsageError(f"steps is {steps}; use 1 to {TRAIN_STEPS}")
     labels = torch.as_tensor(labels, dtype=torch.int64)  # (B,)
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= spec.classes:
         raise UsageError(f"labels must be in [0, {spec.classes}], {spec.classes} being no class: {labels.tolist()}")

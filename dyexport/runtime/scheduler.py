@@ -28,7 +28,7 @@ class Route:
     segment, row   indices into the plan and the width table
     gate           (W,) float32, or None where the segment's masks are constant
     slots          length of the ``slots`` input, or None where the segment has none
-    token_limits   tokens each block can keep, ``UNLIMITED`` where it runs on all: L of them
+    token_limits   tokens that fit, for each block with a token router; ``UNLIMITED`` where all do
     """
 
     segment: int
@@ -54,7 +54,7 @@ def route(plan: SegmentPlan, widths: WidthTable, stats: TokenStats | None, t: fl
 
 def dense_route(t: float) -> Route:
     """The route of a static model: one engine, whatever the t."""
-    return Route(segment=0, row=0, gate=None, slots=None, token_limits=(UNLIMITED,))
+    return Route(segment=0, row=0, gate=None, slots=None, token_limits=())
 
 
 def _slots(segment: Segment, stats: TokenStats | None, t: float) -> int | None:
@@ -66,9 +66,14 @@ def _slots(segment: Segment, stats: TokenStats | None, t: float) -> int | None:
 
 
 def _token_limits(segment: Segment, slots: int) -> tuple[int, ...]:
-    extra = {"all": UNLIMITED, "masked": UNLIMITED, "capacity": 0, "dynamic": slots}
-    paths = zip(segment.token_paths, segment.capacities, strict=True)
-    return tuple(min(capacity + extra[path], UNLIMITED) for path, capacity in paths)
+    spare = {"capacity": 0, "dynamic": slots}
+    routed = [block for block, path in enumerate(segment.token_paths) if path != "all"]
+    return tuple(
+        segment.capacities[block] + spare[segment.token_paths[block]]
+        if segment.token_paths[block] in spare
+        else UNLIMITED
+        for block in routed
+    )
 
 
 def shared_timestep(timestep: torch.Tensor | float, batch: int) -> float:
@@ -91,7 +96,7 @@ def shared_timestep(timestep: torch.Tensor | float, batch: int) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """A route made ready for a device: the choice of engine, and token limits (L,) int64 where a block has one."""
+    """A route as tensors: the choice of engine, and token limits (R,) int64 where one of R routers has any."""
 
     choice: Choice
     token_limits: torch.Tensor | None = None
@@ -119,6 +124,6 @@ class Scheduler:
             inputs["width_gate"] = torch.from_numpy(found.gate).to(self._device)  # (W,)
         if found.slots is not None:
             inputs["slots"] = torch.zeros(found.slots, device=self._device)  # (S,)
-        limits = torch.tensor(found.token_limits, device=self._device)  # (L,)
-        limited = min(found.token_limits) < UNLIMITED
+        limits = torch.tensor(found.token_limits, device=self._device, dtype=torch.int64)
+        limited = min(found.token_limits, default=UNLIMITED) < UNLIMITED
         return Step(Choice(engine=found.segment, inputs=inputs), limits if limited else None)

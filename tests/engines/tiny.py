@@ -217,10 +217,7 @@ def write_pt2(path: Path, weights: Weights, segment: Segment, store: Store) -> N
     program = export_program(weights, segment)
     stored = {}
     for name, tensor in program.state_dict.items():
-        transposed = name.startswith("second")  # as a consumer whose input units are a prefix is stored
-        array = tensor.detach().numpy()
-        entry = {"offset": store.add(array.T if transposed else array), "shape": array.shape, "dtype": "float32"}
-        stored[name] = {**entry, "strides": (1, array.shape[0])} if transposed else entry
+        stored[name] = {"offset": store.add(tensor.detach().numpy()), "shape": tensor.shape, "dtype": "float32"}
         program.state_dict[name] = torch.nn.Parameter(tensor.to("meta"), requires_grad=False)
     io = tiny_io(segment)
     bindings = {"inputs": io.inputs, "outputs": io.outputs}

@@ -1,0 +1,8 @@
+from __future__ import annotations
+
+import torch
+
+
+def offloading_placeholder() -> torch.nn.Parameter:
+    """A parameter of no elements: accelerate's offloading asks a module's first parameter where the module is."""
+    return torch.nn.Parameter(torch.empty(0), requires_grad=False)

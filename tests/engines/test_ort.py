@@ -1,0 +1,186 @@
+"""What is ONNX Runtime's alone: errors, graph rewrites, weights in place, devices."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from dyexport.engines import ort as ort_engine
+from dyexport.engines.ort import OrtEngine, providers_for
+from dyexport.errors import EngineBuildError, EngineMismatch, MissingDependency
+from tests.engines.tiny import CLASSES, Store, make_inputs, make_weights, whole_segment, write_onnx
+
+SEGMENT = whole_segment(gated=False)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Path:
+    path = tmp_path / "segment-00.onnx"
+    write_onnx(path, make_weights(), SEGMENT, Store(tmp_path / "weights.bin"))
+    return path
+
+
+def edit(path: Path, change: object) -> None:
+    model = onnx.load(path, load_external_data=False)
+    change(model)  # type: ignore[operator]
+    path.write_bytes(model.SerializeToString())
+
+
+def relocate(model: onnx.ModelProto, location: str) -> None:
+    external = (tensor for tensor in model.graph.initializer if tensor.external_data)
+    next(entry for entry in next(external).external_data if entry.key == "location").value = location
+
+
+def test_missing_file_is_a_build_error(tmp_path: Path) -> None:
+    with pytest.raises(EngineBuildError, match=r"absent\.onnx"):
+        _ = OrtEngine(tmp_path / "absent.onnx").io
+
+
+def test_garbage_is_a_build_error(tmp_path: Path) -> None:
+    path = tmp_path / "garbage.onnx"
+    path.write_bytes(b"\xff" * 100)
+    with pytest.raises(EngineBuildError, match=r"garbage\.onnx"):
+        OrtEngine(path).activate()
+
+
+def test_unknown_operator_is_a_build_error(graph: Path) -> None:
+    edit(graph, lambda model: setattr(model.graph.node[0], "op_type", "Flutter"))
+    with pytest.raises(EngineBuildError, match="Flutter"):
+        OrtEngine(graph).activate()
+
+
+def test_missing_weights_are_a_build_error(graph: Path) -> None:
+    (graph.parent / "weights.bin").unlink()
+    engine = OrtEngine(graph)
+    assert engine.weights, "the graph can still be read"
+    with pytest.raises(EngineBuildError, match="segment-00"):
+        engine.activate()
+
+
+@pytest.mark.parametrize("location", ["../weights.bin", "/etc/passwd", "a/../../weights.bin"])
+def test_weights_outside_the_folder_are_refused(graph: Path, location: str) -> None:
+    edit(graph, lambda model: relocate(model, location))
+    with pytest.raises(EngineBuildError, match="outside the bundle"):
+        OrtEngine(graph).activate()
+
+
+def test_undetermined_outputs_are_refused(graph: Path) -> None:
+    edit(graph, lambda model: setattr(model.graph.output[0].type.tensor_type.shape.dim[0], "dim_param", "other"))
+    with pytest.raises(EngineMismatch, match="sample"):
+        OrtEngine(graph).run(make_inputs(2))
+
+
+def test_label_out_of_range_is_a_mismatch(graph: Path) -> None:
+    inputs = make_inputs(2)
+    inputs["class_labels"][1] = CLASSES + 1
+    with pytest.raises(EngineMismatch, match="segment-00"):
+        OrtEngine(graph, threads=1).run(inputs)
+
+
+def test_rewrite_sees_the_graph_without_weights_and_is_what_runs(graph: Path) -> None:
+    def negate(model: onnx.ModelProto) -> onnx.ModelProto:
+        assert not any(tensor.raw_data for tensor in model.graph.initializer if tensor.external_data)
+        next(node for node in model.graph.node if node.output[0] == "sample").op_type = "Neg"
+        return model
+
+    inputs = make_inputs(2)
+    plain = OrtEngine(graph, threads=1).run(inputs)["sample"]
+    torch.testing.assert_close(OrtEngine(graph, threads=1, rewrite=negate).run(inputs)["sample"], -plain)
+
+
+def test_weight_spans_cover_what_the_graph_reads(graph: Path) -> None:
+    spans = OrtEngine(graph).weights
+    assert sum(span.length for span in spans) == (graph.parent / "weights.bin").stat().st_size
+
+
+SHARED = """
+import sys
+import numpy as np, onnx
+from onnx import TensorProto, helper
+from pathlib import Path
+from dyexport.engines.ort import OrtEngine
+from tests.engines.tiny import Store
+
+import torch
+torch.set_num_threads(1)
+size, folder = 2048, Path(sys.argv[1])
+store = Store(folder / "weights.bin")
+store.add(np.ones((size, size), np.float32))
+
+def pss():
+    rollup = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in rollup if line.startswith("Pss:")) * 1024
+
+def engine(rows):
+    tensor = TensorProto(name="w", data_type=1, dims=[rows, size], data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": "weights.bin", "offset": 0, "length": rows * size * 4}.items():
+        tensor.external_data.add(key=key, value=str(value))
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph([helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)], "g",
+                              [value("x", 1, ["b", size])], [value("y", 1, ["b", rows])], [tensor])
+    path = folder / f"{rows}.onnx"
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    path.write_bytes(model.SerializeToString())
+    return OrtEngine(path, share_weights=sys.argv[2] == "shared", threads=1)
+
+engines = [engine(rows) for rows in (2048, 2047, 2046, 2045)]
+x = {"x": torch.ones(1, size)}
+engine(1).run(x)
+before = pss()
+for each in engines:
+    each.run(x)
+print((pss() - before) / (size * size * 4))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the system does not tell resident bytes")
+def test_sessions_over_one_file_hold_its_weights_once(tmp_path: Path) -> None:
+    def copies(mode: str) -> float:
+        folder = tmp_path / mode
+        folder.mkdir()
+        command = [sys.executable, "-c", SHARED, str(folder), mode]
+        return float(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+
+    assert copies("shared") < 1.5
+    assert copies("copied") > 3.5
+
+
+def test_providers() -> None:
+    everything = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    assert providers_for("cpu", everything) == ["CPUExecutionProvider"]
+    assert providers_for("cuda:1", everything)[0] == ("CUDAExecutionProvider", {"device_id": 1})
+    with pytest.raises(MissingDependency, match="gpu"):
+        providers_for("cuda", ["CPUExecutionProvider"])
+    with pytest.raises(EngineMismatch, match="tpu"):
+        providers_for("tpu", everything)
+
+
+def test_inputs_on_another_device_are_refused(graph: Path) -> None:
+    inputs = {name: tensor.to("meta") for name, tensor in make_inputs(2).items()}
+    with pytest.raises(EngineMismatch, match="is on meta, the engine on cpu"):
+        OrtEngine(graph, threads=1).run(inputs)
+
+
+def test_missing_library_names_the_extra(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    ort_engine._onnxruntime.cache_clear()
+    engine = OrtEngine(graph)
+    assert engine.io.inputs, "bindings need no onnxruntime"
+    with pytest.raises(MissingDependency, match=r"dyexport\[cpu\]"):
+        engine.activate()
+    ort_engine._onnxruntime.cache_clear()
+
+
+@pytest.mark.gpu
+def test_cuda_runs_in_place(graph: Path) -> None:
+    inputs = make_inputs(3)
+    with OrtEngine(graph, device="cuda") as engine:
+        outputs = engine.run({name: tensor.cuda() for name, tensor in inputs.items()})
+    assert outputs["sample"].device.type == "cuda"
+    torch.testing.assert_close(outputs["sample"].cpu(), OrtEngine(graph).run(inputs)["sample"], atol=1e-4, rtol=0)

@@ -1,0 +1,251 @@
+"""A bundle stands in for the transformer: same output at every t, in stock pipelines and from many threads."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+import dyexport
+from dyexport.bundle import Manifest
+from dyexport.errors import BundleError, EngineMismatch, UsageError
+from dyexport.runtime.pipeline import BundleTransformer, load
+from dyexport.tables import WidthTable
+from tests.engines.tiny import CLASSES, FEATURES, make_inputs, reference
+from tests.runtime.bundles import TinyBundle, write_bundle, write_manifest
+
+
+def predict(transformer: object, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return transformer(**inputs).sample  # type: ignore[operator]
+
+
+def random_times(bundle: TinyBundle, count: int) -> list[float]:
+    low, high = bundle.spec.timestep_range
+    return [*np.random.uniform(low, high, count), low, high, *bundle.widths.grid]
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "flow"])
+def test_equals_the_masked_network_at_every_t(objective: str, request: pytest.FixtureRequest) -> None:
+    bundle = request.getfixturevalue(objective)
+    transformer = load(bundle.root)
+    for t in random_times(bundle, 32):
+        inputs = make_inputs(2, t=t, seed=int(t))
+        torch.testing.assert_close(predict(transformer, inputs), predict(bundle, inputs), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("segments", "path", "capacity"), [(1, "all", 8), (6, "masked", 8), (3, "dynamic", 1)])
+@pytest.mark.parametrize("target", ["onnx", "torch"])
+def test_every_kind_of_bundle(own: Path, segments: int, path: str, capacity: int, target: str) -> None:
+    bundle = write_bundle(own, segments=segments, path=path, capacity=capacity, targets=(target,))
+    transformer = load(own, target=target, share_weights=True, max_resident=2)
+    for t in random_times(bundle, 4):
+        inputs = make_inputs(2, t=t)
+        torch.testing.assert_close(predict(transformer, inputs), predict(bundle, inputs), atol=1e-4, rtol=0)
+
+
+def test_a_flipped_gate_changes_the_output(own: Path) -> None:
+    bundle = write_bundle(own, segments=1)
+    inputs = make_inputs(2, t=10.0)
+    before = predict(load(own), inputs)
+    heads = bundle.widths.heads.copy()
+    unit = int(np.flatnonzero(heads[0, 0])[-1])
+    heads[0, 0, unit] = False
+    WidthTable(grid=bundle.widths.grid, end=1000.0, heads=heads, groups=bundle.widths.groups).save(
+        own / "calibration/widths.safetensors"
+    )
+    write_manifest(
+        own, bundle.spec, bundle.plan, list(Manifest.model_validate_json((own / "manifest.json").read_bytes()).engines)
+    )
+    assert (predict(load(own), inputs) - before).abs().max() > 1e-3
+
+
+def test_dense_is_the_network_with_every_unit(ddpm: TinyBundle) -> None:
+    on = np.ones_like(ddpm.widths.heads[0]), np.ones_like(ddpm.widths.groups[0])
+    transformer = load(ddpm.root, dense=True)
+    for t in (0.0, 700.0):
+        inputs = make_inputs(3, t=t)
+        wanted = reference(ddpm.weights, inputs, *on)["sample"]
+        torch.testing.assert_close(predict(transformer, inputs), wanted, atol=1e-4, rtol=0)
+
+
+def test_signature_is_that_of_the_diffusers_transformer(ddpm: TinyBundle) -> None:
+    transformer = load(ddpm.root)
+    latents, labels = torch.randn(2, 2, 2, 2), torch.tensor([1, 2])
+    output = transformer(latents, timestep=torch.tensor(5), class_labels=labels, cross_attention_kwargs=None)
+    assert isinstance(output, Transformer2DModelOutput)
+    (sample,) = transformer(latents, torch.tensor([5, 5]), labels, return_dict=False)
+    assert torch.equal(output.sample, sample)
+    assert transformer.config.sample_size == 2
+    assert transformer.config.num_embeds_ada_norm == CLASSES
+    assert (transformer.dtype, transformer.device) == (torch.float32, torch.device("cpu"))
+    assert sum(parameter.numel() for parameter in transformer.parameters()) == 0
+    assert transformer(latents.half(), 5, labels).sample.dtype == torch.float16
+
+
+def test_loading_touches_no_weights(ddpm: TinyBundle) -> None:
+    transformer = dyexport.load(ddpm.root)
+    assert not transformer.engine.active
+    predict(transformer, make_inputs(1))
+    assert transformer.engine.active
+    transformer.close()
+    assert not transformer.engine.active
+    predict(transformer, make_inputs(1))
+
+
+def test_stock_null_class_is_the_models_own(ddpm: TinyBundle) -> None:
+    inputs = make_inputs(2)
+    stock = {**inputs, "class_labels": torch.tensor([1000, 3])}
+    ours = {**inputs, "class_labels": torch.tensor([CLASSES, 3])}
+    transformer = load(ddpm.root)
+    assert torch.equal(predict(transformer, stock), predict(transformer, ours))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"timestep": torch.tensor([3, 500])}, "3, 500"),
+        ({"timestep": torch.tensor(1001)}, "1001"),
+        ({"timestep": None}, "timestep"),
+        ({"class_labels": None}, "class_labels"),
+        ({"class_labels": torch.tensor([1, CLASSES + 1])}, "segment-00"),
+        ({"hidden_states": torch.zeros(2, 2, 4, 4)}, "hidden_states"),
+    ],
+)
+def test_inputs_that_do_not_fit(ddpm: TinyBundle, changes: dict[str, torch.Tensor], named: str) -> None:
+    transformer = load(ddpm.root)
+    with pytest.raises(EngineMismatch, match=named):
+        predict(transformer, {**make_inputs(2), **changes})
+    predict(transformer, make_inputs(2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        ({"target": "nonsense"}, EngineMismatch, "built for onnx"),
+        ({"max_resident": 0}, UsageError, "max_resident"),
+        ({"device": "tpu"}, UsageError, "tpu"),
+        ({"target": "torch"}, EngineMismatch, "built for onnx"),
+    ],
+)
+def test_arguments_that_do_not_fit(ddpm: TinyBundle, arguments: dict[str, object], error: type, named: str) -> None:
+    with pytest.raises(error, match=named):
+        load(ddpm.root, **arguments)
+
+
+def test_a_missing_engine_is_named(own: Path) -> None:
+    bundle = write_bundle(own)
+    engines = list(Manifest.model_validate_json((own / "manifest.json").read_bytes()).engines)
+    write_manifest(own, bundle.spec, bundle.plan, engines[1:-1])
+    with pytest.raises(BundleError, match="segment 0"):
+        load(own)
+    with pytest.raises(BundleError, match="dense"):
+        load(own, dense=True)
+
+
+def test_code_is_never_loaded_unhashed(own: Path) -> None:
+    write_bundle(own, targets=("onnx", "torch"))
+    program = own / "graphs/segment-00.pt2"
+    data = bytearray(program.read_bytes())
+    data[len(data) // 2] ^= 1
+    program.write_bytes(data)
+    load(own, check_hashes=False)
+    with pytest.raises(BundleError, match=r"segment-00\.pt2"):
+        load(own, target="torch", check_hashes=False)
+
+
+def test_residency_counts_bytes_and_switches(own: Path) -> None:
+    write_bundle(own, segments=3)
+    transformer = load(own, max_resident=1)
+    for t in (900.0, 800.0, 500.0, 100.0, 900.0):
+        predict(transformer, make_inputs(1, t=t))
+    residency = transformer.residency
+    assert [(switch.source, switch.target, switch.count) for switch in residency.switches] == [
+        (None, 2, 1),
+        (2, 1, 1),
+        (1, 0, 1),
+        (0, 2, 1),
+    ]
+    assert [engine.active for engine in residency.engines] == [False, False, True]
+    assert [engine.activations for engine in residency.engines] == [1, 1, 2]
+    assert residency.weight_bytes == residency.engines[2].weight_bytes > 0
+    assert 0 < residency.switch_overhead < 1
+    assert residency.run_seconds > 0
+    assert all(engine.activation_seconds > 0 for engine in residency.engines)
+    transformer.close()
+    assert transformer.residency.weight_bytes == 0
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "flow"])
+def test_the_next_engine_is_ready_when_sampling_reaches_it(objective: str, request: pytest.FixtureRequest) -> None:
+    bundle = request.getfixturevalue(objective)
+    transformer = load(bundle.root, max_resident=2)
+    end = bundle.spec.timestep_range[1]
+    walk = (0.9, 0.5, 0.1) if objective == "ddpm" else (0.1, 0.5, 0.9)
+    for share in walk:
+        predict(transformer, make_inputs(1, t=end * share))
+        transformer.engine._settle()
+        assert sum(engine.active for engine in transformer.engine.engines) == 2
+    assert [engine.activations for engine in transformer.residency.engines] == [1, 1, 1]
+
+
+def test_overflow_is_counted_where_capacity_is_less_than_wanted(own: Path) -> None:
+    bundle = write_bundle(own, path="capacity", capacity=3)
+    transformer = load(own)
+    inputs = make_inputs(4, t=100.0)
+    kept = bundle(**inputs).kept_tokens
+    predict(transformer, inputs)
+    predict(transformer, inputs)
+    overflow = transformer.overflow
+    assert overflow.routed == 2 * kept.numel()
+    assert overflow.over == 2 * int((kept > 3).sum()) > 0
+    assert overflow.dropped == 2 * int((kept - 3).clamp(min=0).sum())
+    assert overflow.rate == overflow.over / overflow.routed
+
+
+def test_no_capacity_no_overflow(ddpm: TinyBundle) -> None:
+    transformer = load(ddpm.root)
+    predict(transformer, make_inputs(4))
+    assert (transformer.overflow.routed, transformer.overflow.rate) == (0, 0.0)
+    assert FEATURES > 0
+
+
+def test_calls_from_many_threads(ddpm: TinyBundle) -> None:
+    transformer = load(ddpm.root, max_resident=1)
+    cases = [make_inputs(1 + seed % 3, t=float(150 * (seed % 7)), seed=seed) for seed in range(40)]
+    with ThreadPoolExecutor(8) as threads:
+        outputs = list(threads.map(lambda inputs: predict(transformer, inputs), cases))
+    for inputs, output in zip(cases, outputs, strict=True):
+        torch.testing.assert_close(output, predict(ddpm, inputs), atol=1e-4, rtol=0)
+    assert sum(engine.active for engine in transformer.engine.engines) == 1
+
+
+@pytest.mark.parametrize("offload", [accelerate.cpu_offload_with_hook, accelerate.cpu_offload])
+def test_offloading_passes_over_it(ddpm: TinyBundle, offload: object) -> None:
+    transformer = load(ddpm.root)
+    inputs = make_inputs(2)
+    before = predict(transformer, inputs)
+    offload(transformer, "cpu")  # type: ignore[operator]
+    assert torch.equal(predict(transformer, inputs), before)
+
+
+def test_moving_and_casting_pass_over_it(ddpm: TinyBundle) -> None:
+    transformer = load(ddpm.root)
+    moved = transformer.to("cpu", torch.float16).eval().requires_grad_(False)
+    assert moved is transformer
+    assert isinstance(moved, BundleTransformer)
+    assert predict(moved, make_inputs(1)).dtype == torch.float32
+
+
+def test_a_damaged_bundle_does_not_load(own: Path) -> None:
+    write_bundle(own)
+    manifest = json.loads((own / "manifest.json").read_text())
+    manifest["schema_version"] = 99
+    (own / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="schema 99"):
+        load(own)

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dyexport.engines.base import WeightSpan
+from dyexport.engines.registry import EngineOptions, make_engine
+from dyexport.engines.switching import Choice, SwitchingEngine
+from dyexport.runtime.residency import Residency, distinct_bytes, measure, process_bytes
+from tests.runtime.bundles import write_bundle
+
+spans = st.builds(
+    WeightSpan,
+    path=st.sampled_from([Path("a"), Path("b")]),
+    offset=st.integers(0, 40),
+    length=st.integers(0, 20),
+)
+
+
+@given(st.lists(spans, max_size=8))
+def test_overlapping_bytes_count_once(listed: list[WeightSpan]) -> None:
+    covered = {(span.path, byte) for span in listed for byte in range(span.offset, span.offset + span.length)}
+    assert distinct_bytes(listed) == len(covered)
+
+
+def test_process_bytes(tmp_path: Path) -> None:
+    rollup = tmp_path / "smaps_rollup"
+    rollup.write_text("00400000-7fff ---p 00000000 00:00 0  [rollup]\nRss:  999 kB\nPss:  123 kB\n")
+    assert process_bytes(rollup) == 123 * 1024
+    assert process_bytes(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_shared_weights_count_once(tmp_path: Path, shared: bool) -> None:
+    """Two engines over one graph: the same bytes, mapped once or copied twice."""
+    bundle = write_bundle(tmp_path / "bundle", segments=2)
+    first, second = (bundle.root / f"graphs/segment-{index:02}.onnx" for index in range(2))
+    options = EngineOptions(share_weights=shared)
+    engines = [make_engine("onnx", path, options) for path in (first, first, second)]
+    switching = SwitchingEngine(engines, lambda inputs: Choice(engine=0, inputs={}))
+    for engine in engines[:2]:
+        engine.activate()
+    residency = measure(switching, step_seconds=0.0)
+    once = residency.engines[0].weight_bytes
+    assert residency.weight_bytes == (once if shared else 2 * once) > 0
+    assert not residency.engines[2].active
+
+
+def test_overhead_is_what_engines_do_not_account_for() -> None:
+    residency = Residency(
+        engines=(), switches=(), weight_bytes=0, process_bytes=None, run_seconds=3.0, outside_seconds=1.0
+    )
+    assert residency.switch_overhead == 0.25
+    assert replace(residency, run_seconds=0.0, outside_seconds=0.0).switch_overhead == 0.0
