@@ -40,10 +40,10 @@ class BenchSettings:
     threads: int | None = None
     share_weights: bool = False
     trajectory: bool = False
-    blocks: Blocks = Blocks()
+    rounds: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("batch", "steps", "threads"):
+        for name in ("batch", "steps", "threads", "rounds"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name} is {value}; it must be at least 1")
@@ -56,7 +56,7 @@ def compare(bundle: Bundle, settings: BenchSettings, progress: Progress | None =
         loaded = load(
             bundle.root, target=settings.target, device="cpu", share_weights=settings.share_weights, check_hashes=False
         )
-        seconds = time_variants(_variants(bundle, dense, loaded, settings.batch), settings.blocks, progress=progress)
+        seconds = time_variants(_variants(bundle, dense, loaded, settings.batch), Blocks(rounds=settings.rounds), progress=progress)
         report = _report(bundle, settings, seconds, overhead=switch_overhead(loaded, settings))
         if settings.trajectory:
             report = replace(report, trajectory_speedup=_trajectory_speedup(dense, loaded, settings))

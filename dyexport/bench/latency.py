@@ -67,7 +67,10 @@ def _block(variant: Callable[[], object], blocks: Blocks, clock: Callable[[], fl
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentTime:
-    """``share`` of the trajectory it serves, ``seconds`` of one call; mean shares of heads and groups it has, and of tokens kept."""
+    """One engine: the share of the trajectory it serves, mean shares of the units it has and the tokens it keeps.
+
+    ``seconds`` of one call at the middle of its interval.
+    """
 
     start: float
     end: float
@@ -85,7 +88,7 @@ class BenchReport:
 
     flops_ratio           lambda: attention and MLP as gated, averaged over t; network_flops_ratio: static layers too
     executed_flops_ratio  what the graphs really run: unions of units, token capacities, routers
-    seconds               of one call: ``dense`` graph, ``dynamic`` averaged over the trajectory, ``torch.compile``, ``eager``
+    seconds               of one call: dense graph, dynamic (averaged over the trajectory), torch.compile, eager
     realised              speedup_vs_dense x network_flops_ratio: 1 where every saved FLOP saves its time
     switch_overhead       share of a sampling step not spent inside an engine, all engines being resident
     resident_bytes        what the bundle with all its engines adds to a fresh process (proportional set size), weights

@@ -1,0 +1,128 @@
+"""The width heat map: how much of each block is on, over t and depth, in a terminal or as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+from rich.console import Group
+from rich.text import Text
+
+from dyexport.bundle import Bundle
+
+Array = np.ndarray
+
+RAMP = ((13, 8, 65), (84, 2, 163), (185, 50, 137), (237, 121, 83), (240, 249, 33))  # dark = off, yellow = on
+SHADES = "·░▒▓█"  # says it again, for terminals and eyes without the colours
+CELL, MARGIN, LINE = 12, 44, 16  # pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeatMap:
+    """``values`` (L, P) in [0, 1]: the share of one kind of unit that is on in each block, at each of P timesteps."""
+
+    title: str
+    values: Array
+
+
+def heat_maps(bundle: Bundle, points: int) -> list[HeatMap]:
+    """Heads, groups and, with token routers, the tokens kept: over equal cells of the whole range of t."""
+    widths, stats = bundle.widths, bundle.token_stats
+    timesteps = cells(bundle, points)
+    rows = [widths.row(t) for t in timesteps]
+    maps = [
+        HeatMap(title="attention heads", values=widths.heads[rows].mean(axis=-1).T),
+        HeatMap(title="MLP groups", values=widths.groups[rows].mean(axis=-1).T),
+    ]
+    if stats is not None:
+        maps.append(HeatMap(title="MLP tokens", values=stats.mean_fraction(timesteps).T))
+    return maps
+
+
+def cells(bundle: Bundle, points: int) -> list[float]:
+    """Midpoints of ``points`` equal cells, in the order in which sampling visits them: noise first."""
+    start, end = bundle.manifest.model.timestep_range
+    middles = start + (np.arange(points) + 0.5) * (end - start) / points
+    forward = bundle.manifest.model.objective == "flow"  # there t = 0 is noise
+    return [float(t) for t in (middles if forward else middles[::-1])]
+
+
+def segment_of(bundle: Bundle, points: int) -> list[int]:
+    """The engine that serves each cell."""
+    return [bundle.manifest.plan.segment_for(t) for t in cells(bundle, points)]
+
+
+def colour(value: float) -> tuple[int, int, int]:
+    """A point of the ramp."""
+    channels = np.array(RAMP, dtype=float).T  # (3, R)
+    red, green, blue = (round(np.interp(value * (len(RAMP) - 1), range(len(RAMP)), channel)) for channel in channels)
+    return red, green, blue
+
+
+def draw_text(bundle: Bundle, points: int = 64) -> Group:
+    """For the terminal: one row per block, one column per cell of t."""
+    lines: list[Text] = []
+    for heat_map in heat_maps(bundle, points):
+        lines.append(Text(f"{heat_map.title}: {heat_map.values.mean():.0%} on", style="bold"))
+        lines += [_text_row(f"{block:>7} ", row) for block, row in enumerate(heat_map.values)]
+    lines.append(Text(" " * 8 + _engine_ruler(segment_of(bundle, points)), style="dim"))
+    lines.append(Text(" " * 8 + _axis(bundle).ljust(points), style="dim"))
+    return Group(*lines)
+
+
+def _text_row(label: str, values: Array) -> Text:
+    text = Text(label, style="dim")
+    for value in values:
+        shade = SHADES[min(int(value * len(SHADES)), len(SHADES) - 1)]
+        text.append(shade, style="rgb({},{},{})".format(*colour(value)))
+    return text
+
+
+def _engine_ruler(segments: Sequence[int]) -> str:
+    """Each engine's number where its stretch begins: ``0──────1──2───``."""
+    ruler = ["─"] * len(segments)
+    for place, segment in enumerate(segments):
+        if place == 0 or segments[place - 1] != segment:
+            label = str(segment)[: len(segments) - place]
+            ruler[place : place + len(label)] = label
+    return "".join(ruler)
+
+
+def _axis(bundle: Bundle) -> str:
+    first, last = cells(bundle, 2)
+    start, end = bundle.manifest.model.timestep_range
+    ends = (start, end) if first < last else (end, start)
+    return f"t = {ends[0]:g} (noise) to t = {ends[1]:g} (data); the numbers are engines"
+
+
+def draw_image(bundle: Bundle, points: int = 96) -> Image.Image:
+    """The same as a picture, one panel under the other, a white line where the engine changes."""
+    maps = heat_maps(bundle, points)
+    depth = maps[0].values.shape[0]
+    panel = LINE + depth * CELL + LINE // 2
+    image = Image.new("RGB", (MARGIN + points * CELL + CELL, len(maps) * panel + 2 * LINE), "white")
+    pen = ImageDraw.Draw(image)
+    segments = segment_of(bundle, points)
+    for index, heat_map in enumerate(maps):
+        top = index * panel + LINE
+        pen.text((MARGIN, top - LINE + 2), f"{heat_map.title}: {heat_map.values.mean():.0%} on", fill="black")
+        image.paste(_cells_image(heat_map.values), (MARGIN, top))
+        for block in range(0, depth, max(depth // 8, 1)):
+            pen.text((4, top + block * CELL), f"block {block}", fill="black", font_size=9)
+        _mark_engines(pen, segments, top, depth)
+    pen.text((MARGIN, len(maps) * panel + LINE // 2), _axis(bundle).split(";")[0], fill="black")
+    return image
+
+
+def _cells_image(values: Array) -> Image.Image:
+    pixels = np.array([[colour(value) for value in row] for row in values], dtype=np.uint8)  # (L, P, 3)
+    return Image.fromarray(pixels).resize((pixels.shape[1] * CELL, pixels.shape[0] * CELL), Image.Resampling.NEAREST)
+
+
+def _mark_engines(pen: ImageDraw.ImageDraw, segments: Sequence[int], top: int, depth: int) -> None:
+    for place in range(1, len(segments)):
+        if segments[place] != segments[place - 1]:
+            x = MARGIN + place * CELL
+            pen.line([(x, top), (x, top + depth * CELL - 1)], fill="white", width=2)

@@ -1,0 +1,56 @@
+"""Pictures as files: grids of samples, two models side by side."""
+
+from __future__ import annotations
+
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+Array = np.ndarray
+
+GAP, HEADER = 2, 16  # pixels
+
+
+def grid(pictures: Array, columns: int, *, zoom: int = 1) -> Image.Image:
+    """Tile pictures (n, C, H, W) with values in [0, 1], C being 1 or 3; ``zoom`` enlarges each pixel."""
+    count, _, height, width = pictures.shape
+    rows = ceil(count / columns)
+    sheet = np.ones((rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, 3))  # (Y, X, 3), white
+    for index, picture in enumerate(pictures):
+        top = GAP + index // columns * (height + GAP)
+        left = GAP + index % columns * (width + GAP)
+        sheet[top : top + height, left : left + width] = np.broadcast_to(picture.transpose(1, 2, 0), (height, width, 3))
+    pixels = np.rint(sheet.clip(0, 1) * 255).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+
+
+def side_by_side(images: dict[str, Image.Image]) -> Image.Image:
+    """Images next to each other under their names."""
+    space = 4 * GAP
+    width = sum(image.width for image in images.values()) + space * (len(images) - 1)
+    sheet = Image.new("RGB", (width, HEADER + max(image.height for image in images.values())), "white")
+    pen, left = ImageDraw.Draw(sheet), 0
+    for name, image in images.items():
+        pen.text((left + GAP, GAP), name, fill="black")
+        sheet.paste(image, (left, HEADER))
+        left += image.width + space
+    return sheet
+
+
+def zoom_for(height: int) -> int:
+    """How much to enlarge pictures that are too small to look at."""
+    return max(64 // height, 1)
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        image.save(partial, format="PNG")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

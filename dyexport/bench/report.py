@@ -1,0 +1,128 @@
+"""Tables for people: what was measured, as rich tables in the terminal and markdown in files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from dyexport.bench.latency import BenchReport
+from dyexport.bench.quality import EvalReport, mean_accuracy, mean_frechet
+from dyexport.bundle import Bundle, Segment
+
+Rows = list[tuple[str, ...]]
+
+
+def as_table(title: str, header: Sequence[str], rows: Rows) -> Table:
+    """First column left, the others right, as numbers want to stand."""
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def as_markdown(header: Sequence[str], rows: Rows) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def bench_rows(report: BenchReport) -> Rows:
+    return [
+        ("lambda as run (attention + MLP)", f"{report.flops_ratio:.3f}"),
+        ("whole-network FLOPs ratio", f"{report.network_flops_ratio:.3f}"),
+        ("FLOPs ratio the graphs execute", f"{report.executed_flops_ratio:.3f}"),
+        ("speed-up over the dense graph", f"{report.speedup_vs_dense:.2f}x"),
+        ("speed-up over torch.compile", _times(report.speedup_vs_torch_compile, "no C++ compiler here")),
+        ("speed-up over eager torch", f"{report.speedup_vs_eager:.2f}x"),
+        ("speed-up of whole sampling loops", _times(report.trajectory_speedup, "not timed")),
+        ("realised (speed-up x whole-network ratio)", f"{report.realised:.2f}"),
+        (f"switching, share of {report.steps} steps", f"{report.switch_overhead:.2%}"),
+        ("resident, all engines", megabytes(report.resident_bytes)),
+        ("resident, dense graph", megabytes(report.dense_bytes)),
+    ]
+
+
+def bench_tables(report: BenchReport) -> list[Table]:
+    title = f"{report.model}, batch {report.batch}, {report.threads} threads, {report.target}"
+    segments: Rows = [
+        (
+            f"[{s.start:.3g}, {s.end:.3g})",
+            f"{s.share:.0%}",
+            f"{s.heads:.0%}",
+            f"{s.groups:.0%}",
+            f"{s.tokens:.0%}",
+            f"{s.seconds * 1e3:.1f} ms",
+            f"{s.speedup_vs_dense:.2f}x",
+        )
+        for s in report.segments
+    ]
+    times: Rows = [(name, f"{seconds * 1e3:.1f} ms") for name, seconds in report.seconds.items()]
+    header = ("segment", "of t", "heads", "groups", "tokens kept", "one call", "over dense")
+    return [
+        as_table("Engines", header, segments),
+        as_table("Time of one call", ("variant", "25th percentile"), times),
+        as_table(title, ("measured in one run", "value"), bench_rows(report)),
+    ]
+
+
+def eval_rows(report: EvalReport) -> Rows:
+    """Each model's mean over seeds, and its seeds."""
+    rows: Rows = [
+        (
+            name,
+            f"{mean_frechet(scores):.3f}",
+            f"{mean_accuracy(scores):.2%}",
+            " ".join(f"{score.frechet:.3f}" for score in scores),
+        )
+        for name, scores in report.per_seed.items()
+    ]
+    return [*rows, ("held-out real digits", f"{report.frechet_real:.3f}", "", "")]
+
+
+EVAL_HEADER = ("model", "Frechet distance", "class accuracy", "by seed")
+
+
+def eval_table(report: EvalReport) -> Table:
+    title = f"{report.model}, {report.samples} samples, {report.steps} steps, lambda as run {report.flops_ratio:.3f}"
+    return as_table(title, EVAL_HEADER, eval_rows(report))
+
+
+def inspect_table(bundle: Bundle) -> Table:
+    """One row per segment: what is physically in its engine."""
+    manifest = bundle.manifest
+    units = (bundle.widths.heads[0].size, bundle.widths.groups[0].size)
+    rows = [(str(i), *_segment_row(bundle, segment, units)) for i, segment in enumerate(manifest.plan.segments)]
+    plan = manifest.plan
+    title = (
+        f"{manifest.model.name}: lambda as run {plan.flops_ratio:.3f}, whole network {plan.network_flops_ratio:.3f}, "
+        f"as executed {plan.executed_flops_ratio:.3f}, {megabytes(plan.disk_bytes)} of weights"
+    )
+    return as_table(title, ("engine", "t", "heads", "groups", "gates", "token path", "capacity"), rows)
+
+
+def _segment_row(bundle: Bundle, segment: Segment, units: tuple[int, int]) -> tuple[str, ...]:
+    heads, groups = (sum(len(kept) for kept in blocks) for blocks in (segment.heads, segment.groups))
+    paths = sorted(set(segment.token_paths))
+    capacities = zip(segment.capacities, segment.token_paths, strict=True)
+    limited = [capacity for capacity, path in capacities if path in ("capacity", "dynamic")]
+    tokens = bundle.manifest.model.tokens
+    capacity = f"{min(limited)}-{max(limited)} of {tokens}" if limited else "-"
+    slots = f" + {segment.slot_buckets[0]}-{segment.slot_buckets[-1]}" if segment.slot_buckets else ""
+    return (
+        f"[{segment.start:.3g}, {segment.end:.3g})",
+        f"{heads / units[0]:.0%}",
+        f"{groups / units[1]:.0%}",
+        str(segment.gate_size),
+        ", ".join(paths),
+        capacity + slots,
+    )
+
+
+def megabytes(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 1e6:.1f} MB"
+
+
+def _times(value: float | None, otherwise: str) -> str:
+    return otherwise if value is None else f"{value:.2f}x"
