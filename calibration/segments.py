@@ -71,8 +71,10 @@ def make_segments(
 
 
 def _atomise(widths: WidthTable, stats: TokenStats | None, settings: PlanSettings) -> _Atoms:
-    targets = np.linspace(widths.start, widths.end, ATOMS, endpoint=False)
-    starts = np.unique(widths.grid[[widths.row(t) for t in targets]])  # every edge is a step of the table
+    starts = widths.grid
+    if len(starts) > ATOMS:
+        targets = np.linspace(widths.start, widths.end, ATOMS, endpoint=False)
+        starts = np.unique(widths.grid[[widths.row(t) for t in targets]])  # every edge is a step of the table
     rows = np.searchsorted(widths.grid, starts)
     edges = np.append(starts, widths.end)
     cells = list(pairwise(edges))

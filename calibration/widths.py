@@ -18,6 +18,7 @@ from dyexport.tables import WidthTable
 
 SAMPLES = 4096  # timesteps at which routers are read before their switching points are refined
 TOLERANCE = 0.01  # largest accepted distance between lambda as run and the budget
+SHIFTS = 8
 IMPORTANCE_POINTS = 32
 
 
@@ -108,20 +109,23 @@ def meet_budget(model: DynamicTransformer, inputs: NoisedInputs, budget: float, 
     """Shift every router's logits by one constant, so that lambda as run equals ``budget``.
 
     The shift goes into the routers' biases. Skipping tokens changes what later routers see, so the
-    shift is refined until the masked model itself is within ``TOLERANCE`` / 4. Raises ``BudgetError``.
+    shift is refined until the masked model itself is within ``TOLERANCE`` / 4. Tokens that leave the
+    router's ReLU dead share one logit and switch all at once; where that makes the ratio jump over the
+    budget, the last rounds shift the width routers only. Raises ``BudgetError``.
     """
     points = trajectory_points(inputs.preset.timestep_range, 16)
     fine = trajectory_points(inputs.preset.timestep_range, 512).astype(np.float32)
     ratio = float("nan")
-    for _ in range(8):
-        tokens = sample_tokens(model, inputs, points)
-        widths = _width_shares(model, fine)
-        ratio = _ratio_at(0.0, widths=widths, tokens=tokens, points=fine, flops=flops)
+    for attempt in range(SHIFTS):
+        sample = sample_tokens(model, inputs, points)
+        measure = partial(_ratio_at, widths=_width_shares(model, fine), sample=sample, points=fine, flops=flops)
+        ratio = measure(0.0, tokens=True)
         if abs(ratio - budget) <= TOLERANCE / 4:
             return
-        amount = _solve(partial(_ratio_at, widths=widths, tokens=tokens, points=fine, flops=flops), budget)
+        tokens = attempt < SHIFTS // 2
+        amount = _solve(partial(measure, tokens=tokens), budget)
         for router in model.block_routers:
-            router.shift(amount)
+            router.shift(amount, tokens=tokens)
     if abs(ratio - budget) > TOLERANCE:
         raise BudgetError(
             f"budget {budget:g} cannot be met by shifting these routers (nearest {ratio:.3f}); "
@@ -138,14 +142,16 @@ def _width_shares(model: DynamicTransformer, points: np.ndarray) -> tuple[np.nda
 def _ratio_at(
     shift: float,
     *,
+    tokens: bool,
     widths: tuple[np.ndarray, np.ndarray],
-    tokens: TokenSample,
+    sample: TokenSample,
     points: np.ndarray,
     flops: FlopsModel,
 ) -> float:
+    """Lambda if ``shift`` were added to the width logits (P, L, U), and with ``tokens`` to the token logits."""
     heads, groups = ((logits + shift > 0).mean(axis=-1) for logits in widths)  # (P, L) each
-    kept = tokens.kept(shift)
-    nearest = np.abs(points[:, None] - tokens.points[None]).argmin(axis=1)
+    kept = sample.kept(shift if tokens else 0.0)
+    nearest = np.abs(points[:, None] - sample.points[None]).argmin(axis=1)
     return float(flops.flops_ratio(heads, groups * kept[nearest]).mean())
 
 

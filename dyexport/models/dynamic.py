@@ -87,10 +87,12 @@ class BlockRouter(nn.Module):
             nn.init.constant_(self.tokens.outer.bias, TOKEN_BIAS)
 
     @torch.no_grad()
-    def shift(self, amount: float) -> None:
-        """Add a constant to every logit: more units and tokens for a positive amount."""
-        for linear in (self.heads, self.groups, *([self.tokens.outer] if self.tokens is not None else [])):
-            linear.bias.add_(amount)
+    def shift(self, amount: float, *, tokens: bool) -> None:
+        """Add a constant to the logits, of the token router too if ``tokens``: more of each for a positive amount."""
+        self.heads.bias.add_(amount)
+        self.groups.bias.add_(amount)
+        if tokens and self.tokens is not None:
+            self.tokens.outer.bias.add_(amount)
 
 
 @dataclass

@@ -1,0 +1,112 @@
+"""Width tables against the routers they were read from; budgets as the masked model runs them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dyexport.calibration.tokens import measure_tokens
+from dyexport.calibration.widths import choose_widths, flops_ratio, meet_budget, read_widths, trajectory_points
+from dyexport.errors import BudgetError
+from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.inputs import NoisedInputs
+from dyexport.slicing.flops import FlopsModel
+from tests.factories import random_timesteps, shared_tiny_model, tiny_model, tiny_preset
+
+
+def ratio_as_run(model: DynamicTransformer, inputs: NoisedInputs, points: int = 64) -> float:
+    """Lambda from the gates of real forward passes, by the paper's formula and nothing of ours but the gates."""
+    preset = inputs.preset
+    channels, tokens = preset.hidden_size, preset.tokens
+    attention = 4 * channels**2 * tokens + 2 * tokens**2 * channels
+    mlp = 8 * channels**2 * tokens
+    ratios = []
+    for t in trajectory_points(preset.timestep_range, points):
+        with torch.no_grad():
+            output = model(**inputs.at(float(t)).arguments())
+        heads, groups, kept = output.heads.mean(-1), output.groups.mean(-1), output.tokens.mean(-1)
+        ratios.append(float(((attention * heads + mlp * groups * kept) / (attention + mlp)).mean()))
+    return float(np.mean(ratios))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["dit", "sit"])
+def test_table_equals_the_routers_at_any_t(backbone: str) -> None:
+    model, preset = shared_tiny_model(backbone), tiny_preset(backbone)
+    table = read_widths(model, preset.timestep_range)
+    assert len(table.grid) > 1, "widths must vary with t for this test to mean anything"
+    for t in random_timesteps(preset, 64):
+        heads, groups = model.width_gates(torch.tensor([t]))
+        assert np.array_equal(table.heads[table.row(t)], heads[0].numpy() > 0), t
+        assert np.array_equal(table.groups[table.row(t)], groups[0].numpy() > 0), t
+
+
+def test_table_steps_where_the_router_does() -> None:
+    model, preset = shared_tiny_model(), tiny_preset()
+    table = read_widths(model, preset.timestep_range)
+    for edge in table.grid[1:]:
+        before, after = model.width_logits(torch.tensor([edge - 1e-2, edge + 1e-2], dtype=torch.float32))[0] > 0
+        heads_moved = bool((before != after).any())
+        groups = model.width_logits(torch.tensor([edge - 1e-2, edge + 1e-2], dtype=torch.float32))[1] > 0
+        assert heads_moved or bool((groups[0] != groups[1]).any()), edge
+
+
+@pytest.mark.parametrize("budget", [0.4, 0.5, 0.7])
+@pytest.mark.parametrize("backbone", ["dit", "sit"])
+def test_budget_is_met_as_run(backbone: str, budget: float) -> None:
+    model, preset = tiny_model(backbone), tiny_preset(backbone)
+    inputs = NoisedInputs(preset=preset, batch_size=8)
+    flops = FlopsModel.of_dit(preset.transformer_config())
+    meet_budget(model, inputs, budget, flops)
+    assert ratio_as_run(model, inputs) == pytest.approx(budget, abs=0.01)
+
+
+def test_routers_that_cannot_meet_a_budget_say_so() -> None:
+    model = tiny_model(tokens=False)
+    for router in model.block_routers:
+        for linear in (router.heads, router.groups):
+            torch.nn.init.zeros_(linear.weight)
+            torch.nn.init.constant_(linear.bias, 15.0)
+    inputs = NoisedInputs(preset=tiny_preset(), batch_size=2)
+    with pytest.raises(BudgetError, match=r"budget 0\.6 cannot be met"):
+        meet_budget(model, inputs, 0.6, FlopsModel.of_dit(tiny_preset().transformer_config()))
+
+
+def test_predicted_ratio_is_the_ratio_run() -> None:
+    model, preset = shared_tiny_model(), tiny_preset()
+    inputs = NoisedInputs(preset=preset, batch_size=8)
+    points = trajectory_points(preset.timestep_range, 64)
+    stats = measure_tokens(model, inputs, points=64, draws=1)
+    table = read_widths(model, preset.timestep_range)
+    flops = FlopsModel.of_dit(preset.transformer_config())
+    predicted = flops_ratio(table, stats.mean_fraction(points), points, flops)
+    assert predicted == pytest.approx(ratio_as_run(model, inputs), abs=1e-3)
+
+
+@pytest.mark.parametrize("budget", [0.5, 0.75])
+def test_widths_chosen_by_importance_meet_the_budget_and_keep_what_matters(budget: float) -> None:
+    model, preset = tiny_model(tokens=False), tiny_preset()
+    with torch.no_grad():
+        for block in model.backbone.transformer_blocks:
+            block.attn1.to_out[0].weight.mul_(torch.tensor([1.0, 1.0, 1.0, 0.001]).repeat_interleave(8))
+    inputs = NoisedInputs(preset=preset, batch_size=4)
+    flops = FlopsModel.of_dit(preset.transformer_config())
+    model.table = choose_widths(model, inputs, budget, flops)
+    assert ratio_as_run(model, inputs) == pytest.approx(budget, abs=0.01)
+    assert not model.table.heads[..., 3].any()
+
+
+def test_importance_cannot_go_below_one_unit_per_block() -> None:
+    inputs = NoisedInputs(preset=tiny_preset(), batch_size=2)
+    flops = FlopsModel.of_dit(tiny_preset().transformer_config())
+    with pytest.raises(BudgetError, match="raise it"):
+        choose_widths(tiny_model(tokens=False), inputs, 0.05, flops)
+
+
+def test_flops_are_the_published_ones() -> None:
+    """GFLOPs of DiT, arXiv 2212.09748 table 4 (DiT-XL/2 118.64, S/2 6.06, B/2 23.01, L/2 80.71)."""
+    from dyexport.presets import PRESETS
+
+    for name, published in {"dit-xl-2": 118.64, "dit-s-2": 6.06, "dit-b-2": 23.01, "dit-l-2": 80.71}.items():
+        assert FlopsModel.of_dit(PRESETS[name].transformer_config()).dense / 1e9 == pytest.approx(published, rel=2e-3)

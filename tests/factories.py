@@ -1,0 +1,58 @@
+"""Small models that behave like large ones."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from dyexport.bundle import ModelSpec
+from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.random_weights import random_dynamic
+from dyexport.presets import Preset
+
+
+def tiny_preset(backbone: str = "dit") -> Preset:
+    """Three blocks of four heads, sixteen tokens."""
+    return Preset(
+        name=f"{backbone}-tiny",
+        backbone="dit" if backbone == "dit" else "sit",
+        depth=3,
+        hidden_size=32,
+        heads=4,
+        patch_size=2,
+        sample_size=8,
+        in_channels=2,
+        learn_sigma=True,
+        classes=10,
+    )
+
+
+def tiny_model(backbone: str = "dit", *, tokens: bool = True, seed: int = 0) -> DynamicTransformer:
+    return random_dynamic(tiny_preset(backbone), tokens=tokens, seed=seed)
+
+
+def spec_of(preset: Preset) -> ModelSpec:
+    return ModelSpec(
+        name=preset.name,
+        backbone=preset.backbone,
+        objective=preset.objective,
+        timestep_range=preset.timestep_range,
+        tokens=preset.tokens,
+        classes=preset.classes,
+        pixel_space=preset.pixel_space,
+        config=preset.transformer_config(),
+    )
+
+
+def random_timesteps(preset: Preset, count: int, seed: int = 0) -> list[float]:
+    """Uniform over the whole range, at fp32 resolution."""
+    start, end = preset.timestep_range
+    draws = torch.rand(count, generator=torch.Generator().manual_seed(seed))
+    return (start + draws * (end - start)).tolist()
+
+
+@cache
+def shared_tiny_model(backbone: str = "dit", tokens: bool = True) -> DynamicTransformer:
+    """One model for tests that only read it."""
+    return tiny_model(backbone, tokens=tokens)
