@@ -20,6 +20,7 @@ from dyexport.errors import (
     EngineMismatch,
     ExportError,
     MissingDependency,
+    StorageError,
     UsageError,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "EngineMismatch",
     "ExportError",
     "MissingDependency",
+    "StorageError",
     "UsageError",
     "__version__",
     "load",

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dyexport.errors import DyexportError
 
@@ -44,14 +44,46 @@ def chatter_on_stderr() -> Iterator[None]:
         yield
 
 
+class StageLines:
+    """One line on stderr for each stage of a build; on a terminal also a bar with time left for the stage under way."""
+
+    def __init__(self) -> None:
+        self._console = stderr()
+        self._progress = _bars(self._console)
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> StageLines:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._progress.stop()
+
+    def started(self, stage: str, why: str) -> None:
+        self._task = self._progress.add_task(f"{stage} [dim]({why})[/dim]", total=None)
+
+    def advanced(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        if self._task is not None:
+            self._progress.update(self._task, description=f"{stage}  {detail}", completed=done, total=total)
+
+    def finished(self, stage: str, seconds: float, *, reused: bool) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+        self._console.print(f"{stage}: {'up to date' if reused else f'done in {seconds:.1f} s'}")
+
+
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     """A bar with time left on stderr; nothing when stderr is not a terminal. Call it with done and total."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    console = stderr()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with _bars(stderr()) as progress:
         task = progress.add_task(description, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _bars(console: Console) -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def format_bytes(count: float) -> str:

@@ -9,6 +9,7 @@
     ├── EngineBuildError    a backend refused a graph
     ├── EngineMismatch      an engine or its inputs do not fit this machine, version or shape
     ├── BundleError         a bundle is damaged, tampered with, or of a newer schema
+    ├── StorageError        a file cannot be written: the disk is full, read-only, or in use by another build
     └── MissingDependency   an optional library is absent; the message says how to install it
 
 Messages are one sentence that names the offending value and the cure. Vendor errors are mapped
@@ -56,6 +57,10 @@ class EngineMismatch(DyexportError):
 
 class BundleError(DyexportError):
     """A bundle is damaged, tampered with, or written by a newer schema."""
+
+
+class StorageError(DyexportError):
+    """A file or directory cannot be written, or another build is writing it."""
 
 
 class MissingDependency(DyexportError):

@@ -1,0 +1,133 @@
+"""Putting the bundle together. The manifest comes last, so a bundle that is not complete is not a bundle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import dyexport
+from dyexport.build.ledger import (
+    PARTIAL,
+    Listener,
+    Outcome,
+    describe,
+    remove,
+    storage_errors,
+    sync,
+    write_atomically,
+)
+from dyexport.build.settings import BuildSettings
+from dyexport.build.stages import METRICS
+from dyexport.bundle import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Bundle,
+    EngineRecord,
+    FileRecord,
+    Manifest,
+    ModelSpec,
+    Reference,
+    SegmentPlan,
+    read_manifest,
+)
+from dyexport.errors import BundleError, StorageError
+
+STAGING = f"{PARTIAL}bundle"
+
+
+class Source(NamedTuple):
+    """Where a file of the bundle is taken from, and what it must be."""
+
+    path: Path
+    record: FileRecord
+
+    @classmethod
+    def of(cls, outcome: Outcome, name: str = ".") -> Source:
+        return cls(outcome.path / name, outcome.files[name])
+
+
+def describe_bundle(
+    settings: BuildSettings,
+    spec: ModelSpec,
+    plan: SegmentPlan,
+    files: Mapping[str, Source],
+    engines: Mapping[tuple[str, int], str],
+    reference: Outcome,
+) -> Manifest:
+    """The manifest of ``files``, which are named by their place in the bundle."""
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        dyexport_version=dyexport.__version__,
+        model=spec,
+        budget=settings.budget,
+        plan=plan,
+        engines=tuple(EngineRecord(target=t, segment=index, path=path) for (t, index), path in engines.items()),
+        reference=Reference(path=os.path.relpath(reference.path, settings.out), sha256=reference.digest),
+        metrics=json.loads((reference.path / METRICS).read_text(encoding="utf-8")),
+        files={name: source.record for name, source in sorted(files.items())},
+    )
+
+
+def assemble(out: Path, manifest: Manifest, files: Mapping[str, Source], listener: Listener) -> None:
+    """Make ``out`` this bundle. A kill at any moment leaves the bundle of before, none, or this one.
+
+    Files that neither the new bundle nor the one before it names stay where they are.
+    """
+    if _is_current(out, manifest):
+        listener.finished("bundle", 0.0, reused=True)
+        return
+    listener.started("bundle", "not done yet")
+    with storage_errors(out):
+        created = not out.exists()
+        staging = out / STAGING
+        try:
+            _stage(staging, files)
+            _publish(out, staging, manifest)
+        finally:
+            remove(staging)
+            if created and out.is_dir() and not any(out.iterdir()):
+                out.rmdir()
+    listener.finished("bundle", 0.0, reused=False)
+
+
+def _is_current(out: Path, manifest: Manifest) -> bool:
+    try:
+        return Bundle.open(out).manifest == manifest
+    except BundleError:
+        return False
+
+
+def _stage(staging: Path, files: Mapping[str, Source]) -> None:
+    """Copy: a file with two names (a hard link) is refused as external data by ONNX's checker."""
+    remove(staging)
+    for name, source in files.items():
+        (staging / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.path, staging / name)
+        if describe(staging / name)["."] != source.record:
+            raise StorageError(f"{staging / name} was not written as it should be; check the disk, then repeat")
+    sync(staging)
+
+
+def _publish(out: Path, staging: Path, manifest: Manifest) -> None:
+    """From the moment the old manifest is gone until the new one is there, ``out`` is not a bundle."""
+    before = _files_of(out)
+    (out / MANIFEST).unlink(missing_ok=True)
+    for name in before - manifest.files.keys():
+        (out / name).unlink(missing_ok=True)
+    for name in manifest.files:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (staging / name).replace(out / name)
+    remove(staging)
+    sync(out)
+    write_atomically(out / MANIFEST, manifest.model_dump_json(indent=1).encode())
+
+
+def _files_of(out: Path) -> set[str]:
+    try:
+        return set(read_manifest(out / MANIFEST).files)
+    except BundleError:
+        return set()

@@ -1,0 +1,236 @@
+"""What has been built, from what. A stage is redone when its inputs changed or its output is not what it was.
+
+A stage writes under a temporary name beside its output, syncs, renames and is then recorded, so a
+kill at any moment loses at most the stage it hit.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any, Protocol
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+
+from dyexport.bundle import FileRecord, Frozen, sha256_of
+from dyexport.errors import StorageError, UsageError
+
+LEDGER = "ledger.json"
+LOCK = ".lock"
+PARTIAL = ".partial-"
+
+
+class Listener(Protocol):
+    """Is told what a build is doing."""
+
+    def started(self, stage: str, why: str) -> None: ...
+
+    def advanced(self, stage: str, done: int, total: int, detail: str = "") -> None: ...
+
+    def finished(self, stage: str, seconds: float, *, reused: bool) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """``inputs`` are the settings that matter and the digests of what is read; ``make`` writes ``output`` where told.
+
+    ``output`` is a file or a directory, relative to the work directory.
+    """
+
+    name: str
+    output: str
+    inputs: Mapping[str, Any]
+    make: Callable[[Path], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """``digest`` identifies the contents of ``path``, a file ('.' in ``files``) or a directory."""
+
+    path: Path
+    files: Mapping[str, FileRecord]
+    digest: str
+    reused: bool
+    seconds: float
+
+
+class Record(Frozen):
+    inputs: str
+    files: dict[str, FileRecord]
+
+    @property
+    def digest(self) -> str:
+        return digest_of({name: record.sha256 for name, record in self.files.items()})
+
+
+class _Page(Frozen):
+    stages: dict[str, Record] = {}
+
+
+class Ledger:
+    """The stages of one work directory. ``allowed`` limits which may be redone; None means all."""
+
+    def __init__(self, work: Path, listener: Listener, *, allowed: frozenset[str] | None = None) -> None:
+        self.work = work
+        self.outcomes: dict[str, Outcome] = {}
+        self._listener = listener
+        self._allowed = allowed
+        self._page = _read_page(work / LEDGER)
+
+    def run(self, stage: Stage) -> Outcome:
+        """Make the stage's output unless it is there, whole, and made from the same inputs."""
+        inputs, record = digest_of(stage.inputs), self._page.stages.get(stage.name)
+        why = self._stale(stage, inputs, record)
+        begin = perf_counter()
+        if why:
+            self._listener.started(stage.name, why)
+            record = self._redo(stage, inputs, why)
+        assert record is not None
+        seconds = perf_counter() - begin
+        path = self.work / stage.output
+        outcome = Outcome(path=path, files=record.files, digest=record.digest, reused=not why, seconds=seconds)
+        self._listener.finished(stage.name, seconds, reused=outcome.reused)
+        self.outcomes[stage.name] = outcome
+        return outcome
+
+    def _stale(self, stage: Stage, inputs: str, record: Record | None) -> str:
+        """Why a stage must run; empty when it need not."""
+        if record is None:
+            return "not done yet"
+        if record.inputs != inputs:
+            return "its inputs changed"
+        return next(damage(self.work / stage.output, record.files), "")
+
+    def _redo(self, stage: Stage, inputs: str, why: str) -> Record:
+        if self._allowed is not None and stage.name not in self._allowed:
+            raise UsageError(f"stage {stage.name!r} must run first ({why}); use `dyexport build` with the same settings")
+        output = self.work / stage.output
+        partial = output.with_name(PARTIAL + output.name)
+        with storage_errors(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            remove(partial)
+            try:
+                stage.make(partial)
+                sync(partial)
+                record = Record(inputs=inputs, files=describe(partial))
+                remove(output)
+                partial.rename(output)
+            finally:
+                remove(partial)
+            self._record(stage.name, record)
+        return record
+
+    def _record(self, name: str, record: Record) -> None:
+        self._page = _Page(stages={**self._page.stages, name: record})
+        write_atomically(self.work / LEDGER, self._page.model_dump_json(indent=1).encode())
+
+
+@contextmanager
+def locked(work: Path) -> Iterator[None]:
+    """Hold the work directory; raises ``StorageError`` while another process does. Leaves none where nothing was done."""
+    with storage_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
+        file = (work / LOCK).open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StorageError(f"another build is using {work}; wait for it, or give this one its own --work") from error
+        try:
+            yield
+        finally:
+            if [path.name for path in work.iterdir()] == [LOCK]:
+                shutil.rmtree(work)
+
+
+def check_writable(path: Path) -> None:
+    """Find out now, not after hours, that a directory cannot be made or written."""
+    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    with storage_errors(path), TemporaryDirectory(dir=nearest, prefix=PARTIAL):
+        pass
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn what the file system says into one ``StorageError``."""
+    try:
+        yield
+    except OSError as error:
+        raise _unwritable(error.filename or path, error.strerror or str(error)) from error
+    except SafetensorError as error:
+        if "os error" not in str(error):
+            raise
+        raise _unwritable(path, str(error)) from error
+
+
+def _unwritable(path: Path | str, why: str) -> StorageError:
+    return StorageError(f"cannot write {path}: {why}; make room or choose another place with -o and --work, then repeat")
+
+
+def digest_of(value: Any) -> str:
+    """Identifies a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def describe(path: Path) -> dict[str, FileRecord]:
+    """Every file below ``path``, or ``path`` itself under the name '.'."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return {
+        str(file.relative_to(path)): FileRecord(sha256=sha256_of(file), bytes=file.stat().st_size) for file in files
+    }
+
+
+def damage(path: Path, files: Mapping[str, FileRecord]) -> Iterator[str]:
+    """What differs between ``path`` and what was recorded of it."""
+    for name, record in files.items():
+        file = path / name
+        if not file.is_file():
+            yield f"{file} is missing"
+        elif file.stat().st_size != record.bytes or sha256_of(file) != record.sha256:
+            yield f"{file} is damaged"
+    found = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+    yield from (f"{path / name} is not of this build" for name in sorted(found - files.keys()))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    partial = path.with_name(PARTIAL + path.name)
+    partial.write_bytes(content)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a directory and all in it, to the disk."""
+    for child in path.iterdir() if path.is_dir() else ():
+        sync(child)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _read_page(path: Path) -> _Page:
+    """A ledger that cannot be read says nothing is done; outputs are then made again."""
+    try:
+        return _Page.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return _Page()

@@ -1,0 +1,281 @@
+"""From settings to a bundle: the stages in order, each recorded in the ledger."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dyexport
+from dyexport.build import stages
+from dyexport.build.assemble import Source, assemble, describe_bundle
+from dyexport.build.ledger import Ledger, Listener, Outcome, Stage, check_writable, describe, digest_of, locked, remove
+from dyexport.build.settings import BuildSettings, Schedule
+from dyexport.build.targets import TARGETS
+from dyexport.bundle import TOKENS, WIDTHS, Manifest, ModelSpec, Segment, SegmentPlan
+from dyexport.calibration.segments import PlanSettings, make_segments, price_plan
+from dyexport.exporters.onnx_graph import STORE
+from dyexport.exporters.weight_store import write_store
+from dyexport.models.inputs import NoisedInputs
+from dyexport.slicing.flops import FlopsModel
+from dyexport.slicing.recipes import Recipe, StoreLayout, lay_out
+from dyexport.slicing.slicer import Slice, UnitOrder, dense_reader, dense_segment, slice_segment
+from dyexport.tables import TokenStats, WidthTable
+from dyexport.training.data import LatentSource
+
+STATIC_PREFIX = "static."
+GRAPHS = "graphs"
+DENSE = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """One graph to export: a segment of the plan, or the dense baseline (index -1)."""
+
+    index: int
+    segment: Segment
+    slice: Slice
+
+    @property
+    def name(self) -> str:
+        return "dense" if self.index == DENSE else f"segment-{self.index:02d}"
+
+
+class Pipeline:
+    """The stages of one build. Each method runs what it needs first; what is up to date is only checked."""
+
+    def __init__(self, settings: BuildSettings, listener: Listener, *, allowed: frozenset[str] | None = None) -> None:
+        logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # says of every weight that it has no value yet
+        self.settings = settings
+        self.listener = listener
+        self.ledger = Ledger(settings.work, listener, allowed=allowed)
+
+    @cached_property
+    def static(self) -> Outcome:
+        """The static model, as a diffusers directory."""
+        source = stages.checkpoint_source(self.settings)
+        inputs: dict[str, Any] = {"model": self.settings.model, "seed": self.settings.seed}
+        if source is not None:
+            inputs = {"model": self.settings.model, "checkpoint": _contents(source)}
+        elif self.settings.from_scratch:
+            inputs |= self._training(self.settings.static_schedule)
+        scratch = self._scratch("static")
+        data = self.data if self.settings.from_scratch else None
+        make = partial(stages.make_static, self.settings, source, data, scratch, self._trained("static"))
+        return self._run("static", "static", inputs, make, scratch)
+
+    @cached_property
+    def dynamic(self) -> Outcome:
+        """The dynamic checkpoint, before it is moved onto the budget."""
+        inputs: dict[str, Any] = {"static": self.static.digest, "routers": self.settings.routers, "seed": self.settings.seed}
+        if self.settings.routers == "given":
+            inputs["checkpoint"] = _contents(Path(str(self.settings.checkpoint)))
+        elif self.settings.routers != "random":
+            inputs["data"] = self._data_digest
+        if self.settings.routers == "trained":
+            inputs |= {"budget": self.settings.budget, **self._training(self.settings.finetune_schedule)}
+        scratch = self._scratch("dynamic")
+        source = self.data if self.settings.routers in ("trained", "none") else None
+        make = partial(stages.make_dynamic, self.settings, self.static.path, source, scratch, self._trained("dynamic"))
+        return self._run("dynamic", "dynamic", inputs, make, scratch)
+
+    @cached_property
+    def calibrated(self) -> Outcome:
+        """The reference model on budget, with its width table and token statistics."""
+        upstream = {"static": self.static.digest, "dynamic": self.dynamic.digest, "data": self._data_digest}
+        inputs = {**upstream, "budget": self.settings.budget, "routers": self.settings.routers, "seed": self.settings.seed}
+
+        def make(out: Path) -> None:
+            stages.make_calibrated(self.settings, self.static.path, self.dynamic.path, self.calibration_inputs, out)
+
+        return self._run("calibrate", "calibrated", inputs, make)
+
+    @cached_property
+    def control(self) -> Outcome:
+        """The static model trained on for as long as the dynamic one was: what fine-tuning alone would have given."""
+        pace = self.settings.finetune_schedule
+        inputs = {"static": self.static.digest, "seed": self.settings.seed, **self._training(pace)}
+        scratch = self._scratch("control")
+
+        def make(out: Path) -> None:
+            stages.make_control(self.settings, self.static.path, self.data, scratch, self._trained("control"), out)
+
+        return self._run("control", "control", inputs, make, scratch)
+
+    @cached_property
+    def plan(self) -> SegmentPlan:
+        """Segments for K engines."""
+        settings = {"engines": self.settings.engines, "token_path": self.settings.token_path}
+        inputs = {"calibrated": self.calibrated.digest, "dyexport": dyexport.__version__, **settings}
+        outcome = self._run("plan", "plan.json", inputs, self._make_plan)
+        return SegmentPlan.model_validate_json(outcome.path.read_bytes())
+
+    def _make_plan(self, out: Path) -> None:
+        out.write_text(self.priced(self.settings.engines).model_dump_json(indent=1), encoding="utf-8")
+
+    def priced(self, engines: int) -> SegmentPlan:
+        """The plan for K engines and what it costs; exports nothing."""
+        spec, widths, stats = self.tables
+        return plan_for(spec, widths, stats, PlanSettings(engines=engines, token_path=self.settings.token_path))
+
+    @cached_property
+    def tables(self) -> tuple[ModelSpec, WidthTable, TokenStats | None]:
+        return stages.read_calibrated(self.calibrated.path, self.settings.preset)
+
+    @cached_property
+    def networks(self) -> list[Network]:
+        """What is exported: the plan's segments, and unless it is left out the dense baseline."""
+        spec, widths, _ = self.tables
+        groups = widths.groups.shape[-1]
+        numbered = dict(enumerate(self.plan.segments))
+        if self.settings.baseline:
+            numbered[DENSE] = dense_segment(spec, UnitOrder.of(widths))
+        slices = {index: slice_segment(spec, segment, groups=groups) for index, segment in numbered.items()}
+        if self.settings.baseline and self._has_own_dense:
+            slices[DENSE] = _renamed(slices[DENSE], STATIC_PREFIX)
+        return [Network(index=i, segment=segment, slice=slices[i]) for i, segment in numbered.items()]
+
+    @property
+    def _has_own_dense(self) -> bool:
+        """Fine-tuning moves the backbone, and the baseline is the static model as it was before."""
+        return self.settings.routers == "trained"
+
+    @cached_property
+    def layout(self) -> StoreLayout:
+        return lay_out(recipe for network in self.networks for recipe in network.slice.recipes.values())
+
+    @cached_property
+    def store(self) -> Outcome:
+        """The weight store."""
+        places = [(_identity(recipe), self.layout.offsets[recipe]) for recipe in self.layout.owners]
+        inputs = {"calibrated": self.calibrated.digest, "static": self.static.digest, "layout": digest_of(places)}
+        return self._run("weights", f"{GRAPHS}/{STORE}", inputs, self._make_store)
+
+    def _make_store(self, out: Path) -> None:
+        weights = stages.calibrated_weights(self.calibrated.path)
+        config = self.tables[0].config
+        read = dense_reader(weights, config)
+        if self._has_own_dense:
+            static = stages.static_weights(self.static.path, self.settings.preset)
+            mine, theirs = read, dense_reader(static, config)
+
+            def read(name: str) -> torch.Tensor:
+                return theirs(name.removeprefix(STATIC_PREFIX)) if name.startswith(STATIC_PREFIX) else mine(name)
+
+        write_store(self.layout, read, out, lambda done, total: self.listener.advanced("weights", done, total))
+
+    @cached_property
+    def graphs(self) -> dict[tuple[str, int], Outcome]:
+        """Every graph, by target and segment."""
+        return {(target, n.index): self._graph(target, n) for target in self.settings.targets for n in self.networks}
+
+    def _graph(self, target: str, network: Network) -> Outcome:
+        spec = self.tables[0]
+        weights = {name: (_identity(r), self.layout.offsets[r]) for name, r in network.slice.recipes.items()}
+        inputs = {
+            "model": spec.model_dump(mode="json"),
+            "segment": network.segment.model_dump(mode="json"),
+            "weights": digest_of(weights),
+            "store": self.store.digest,  # graphs are checked together with their weights
+            "versions": [dyexport.__version__, torch.__version__],
+        }
+
+        def make(out: Path) -> None:
+            TARGETS[target].export(spec, network.segment, network.slice, self.layout, out)
+            if (check := TARGETS[target].check) is not None:
+                check(out)
+
+        name = f"{network.name}{TARGETS[target].suffix}"
+        return self._run(f"{target} {network.name}", f"{GRAPHS}/{name}", inputs, make)
+
+    def bundle(self) -> Manifest:
+        """Everything, assembled at ``settings.out``."""
+        files = {f"{GRAPHS}/{STORE}": Source.of(self.store)}
+        files |= {name: Source.of(self.calibrated, name) for name in (WIDTHS, TOKENS) if name in self.calibrated.files}
+        files |= {f"{GRAPHS}/{outcome.path.name}": Source.of(outcome) for outcome in self.graphs.values()}
+        engines = {key: f"{GRAPHS}/{outcome.path.name}" for key, outcome in self.graphs.items()}
+        manifest = describe_bundle(self.settings, self.tables[0], self.plan, files, engines, self.calibrated)
+        assemble(self.settings.out, manifest, files, self.listener)
+        return manifest
+
+    @cached_property
+    def data(self) -> LatentSource:
+        """Training and calibration data; call only where ``settings.data_source`` says there is some."""
+        return stages.open_data(self.settings, self._synthetic)
+
+    @property
+    def calibration_inputs(self) -> NoisedInputs:
+        return stages.calibration_inputs(self.settings, self.data if self.settings.data_source else None)
+
+    @property
+    def _data_digest(self) -> str:
+        return digest_of([self.data.name, len(self.data)] if self.settings.data_source else None)
+
+    @cached_property
+    def _synthetic(self) -> Path:
+        if self.settings.data_source != "synthetic":
+            return self.settings.work
+        inputs = {"static": self.static.digest, "seed": self.settings.seed}
+        make = partial(stages.make_synthetic, self.settings, self.static.path, partial(self.listener.advanced, "synthetic"))
+        return self._run("synthetic", "synthetic", inputs, make).path
+
+    def _training(self, pace: Schedule) -> dict[str, Any]:
+        return {"schedule": asdict(pace), "data": self._data_digest}
+
+    def _trained(self, stage: str) -> Any:
+        def progress(done: int, total: int, metrics: Mapping[str, float]) -> None:
+            self.listener.advanced(stage, done, total, "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+
+        return progress
+
+    def _scratch(self, stage: str) -> Path:
+        """Where a training run keeps what it needs to resume."""
+        return self.settings.work / "training" / stage
+
+    def _run(self, name: str, output: str, inputs: Mapping[str, Any], make: Any, scratch: Path | None = None) -> Outcome:
+        outcome = self.ledger.run(Stage(name=name, output=output, inputs=inputs, make=make))
+        if scratch is not None:
+            remove(scratch)
+        return outcome
+
+
+@contextmanager
+def opened(settings: BuildSettings, listener: Listener, *, allowed: frozenset[str] | None = None) -> Iterator[Pipeline]:
+    """The pipeline, its work directory held and its output found writable."""
+    check_writable(settings.out)
+    with locked(settings.work):
+        yield Pipeline(settings, listener, allowed=allowed)
+
+
+def plan_for(spec: ModelSpec, widths: WidthTable, stats: TokenStats | None, settings: PlanSettings) -> SegmentPlan:
+    """Segments for K engines with their FLOPs and bytes: ``resident_bytes`` counts each engine's own copy of its weights."""
+    flops = FlopsModel.of_dit(spec.config)
+    segments = make_segments(widths, stats, flops, settings)
+    slices = [slice_segment(spec, segment, groups=widths.groups.shape[-1]) for segment in segments]
+    layout = lay_out(recipe for piece in slices for recipe in piece.recipes.values())
+    resident = sum(piece.nbytes for piece in slices)
+    return price_plan(segments, widths, stats, flops, disk_bytes=layout.nbytes, resident_bytes=resident)
+
+
+def _renamed(piece: Slice, prefix: str) -> Slice:
+    """The same network with weights read from sources of other names."""
+
+    def renamed(recipe: Recipe) -> Recipe:
+        return replace(recipe, sources=tuple(f"{prefix}{source}" for source in recipe.sources))
+
+    return replace(piece, recipes={name: renamed(recipe) for name, recipe in piece.recipes.items()})
+
+
+def _identity(recipe: Recipe) -> list[Any]:
+    return [recipe.kind, recipe.sources, recipe.shape, str(recipe.dtype), recipe.units, recipe.unit_size]
+
+
+def _contents(directory: Path) -> str:
+    """Identifies a checkpoint by what is in it, not by where it is."""
+    return digest_of({name: record.sha256 for name, record in describe(directory).items()})

@@ -1,0 +1,146 @@
+"""What a build is asked to do, checked before anything is written. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from dyexport.build.targets import TARGETS
+from dyexport.calibration.segments import PlanSettings
+from dyexport.errors import BudgetError, UsageError
+from dyexport.presets import Preset, get_preset
+
+Routers = Literal["given", "random", "trained", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Length and pace of a training run."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    ema_decay: float
+
+
+FROM_SCRATCH = Schedule(steps=1500, batch_size=128, learning_rate=1e-3, ema_decay=0.99)
+FINETUNE_DIGITS = Schedule(steps=1000, batch_size=128, learning_rate=5e-4, ema_decay=0.99)
+FINETUNE = Schedule(steps=150_000, batch_size=256, learning_rate=1e-4, ema_decay=0.9999)  # as published
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSettings:
+    """One build. ``budget`` is the FLOPs ratio lambda; None keeps the routers of a dynamic checkpoint as they are."""
+
+    model: str
+    out: Path
+    work: Path
+    budget: float | None = None
+    checkpoint: str | None = None
+    random_weights: bool = False
+    data: str | None = None
+    engines: int = 4
+    targets: tuple[str, ...] = ("onnx",)
+    token_path: str = "auto"
+    train_steps: int | None = None
+    finetune_steps: int | None = None
+    seed: int = 0
+    baseline: bool = True
+
+    def __post_init__(self) -> None:
+        preset = get_preset(self.model)
+        PlanSettings(engines=self.engines, token_path=self.token_path)
+        for target in self.targets or ("",):
+            if target not in TARGETS:
+                raise UsageError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise BudgetError(f"budget is {self.budget:g}; give a FLOPs ratio above 0 and at most 1, such as 0.5")
+        if self.checkpoint is not None and self.random_weights:
+            raise UsageError("--checkpoint and --random-weights exclude each other; give one of them")
+        if self.seed < 0:
+            raise UsageError(f"--seed is {self.seed}; give 0 or more")
+        self._check_steps(preset)
+        self._check_routers(preset)
+        self._check_paths()
+
+    def _check_steps(self, preset: Preset) -> None:
+        if self.data == "synthetic" and self.from_scratch:
+            raise UsageError("--data synthetic is sampled from a static model; give its --checkpoint")
+        if self.train_steps is not None and not self.from_scratch:
+            raise UsageError("--train-steps is for training from scratch, which needs a digits model and no --checkpoint")
+        for name, steps, least in (("train", self.train_steps, 1), ("finetune", self.finetune_steps, 0)):
+            if steps is not None and steps < least:
+                raise UsageError(f"--{name}-steps is {steps}; give {least} or more")
+
+    def _check_routers(self, preset: Preset) -> None:
+        if self.routers == "given" and self.finetune_steps:
+            raise UsageError(f"{self.checkpoint} has routers already and is taken as it is; leave --finetune-steps out")
+        if self.routers in ("trained", "none") and self.budget is None:
+            raise BudgetError(f"{self.model} has no routers yet, so it needs a --budget, such as 0.5")
+        if self.routers == "trained" and self.data_source is None:
+            raise UsageError(
+                f"fine-tuning {self.model} needs --data, a directory of latents; or give --finetune-steps 0 to only calibrate"
+            )
+
+    def _check_paths(self) -> None:
+        if self.out.resolve() == self.work.resolve():
+            raise UsageError(f"-o and --work are both {self.out}; give two directories")
+        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / "manifest.json").exists():
+            if not any(self.out.glob(".partial*")):
+                raise UsageError(f"{self.out} is not empty and not a bundle; choose another -o")
+
+    @property
+    def preset(self) -> Preset:
+        return get_preset(self.model)
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the static model must first be trained; digits take minutes on a CPU."""
+        return self.preset.pixel_space and self.checkpoint is None and not self.random_weights
+
+    @property
+    def routers(self) -> Routers:
+        """Where the routers come from; with ``none``, widths are chosen by importance and all tokens run."""
+        if self.checkpoint is not None and (Path(self.checkpoint) / "dynamic.json").is_file():
+            return "given"
+        if self.finetune_steps == 0:
+            return "none"
+        return "random" if self.random_weights and self.finetune_steps is None else "trained"
+
+    @property
+    def data_source(self) -> str | None:
+        """Training and calibration data; None means noise."""
+        if self.data is not None:
+            return self.data
+        return "digits" if self.preset.pixel_space and self.routers != "random" else None
+
+    @property
+    def static_schedule(self) -> Schedule:
+        return _lasting(FROM_SCRATCH, self.train_steps)
+
+    @property
+    def finetune_schedule(self) -> Schedule:
+        return _lasting(FINETUNE_DIGITS if self.preset.pixel_space else FINETUNE, self.finetune_steps)
+
+
+def _lasting(schedule: Schedule, steps: int | None) -> Schedule:
+    return schedule if steps is None else replace(schedule, steps=steps)
+
+
+def parse_budget(text: str | None) -> float | None:
+    """A FLOPs ratio from the command line; raises ``BudgetError`` for what is not a number."""
+    if text is None:
+        return None
+    try:
+        budget = float(text)
+    except ValueError as error:
+        raise BudgetError(f"budget {text!r} is not a number; give a FLOPs ratio above 0 and at most 1, such as 0.5") from error
+    if not math.isfinite(budget):
+        raise BudgetError(f"budget is {text}; give a FLOPs ratio above 0 and at most 1, such as 0.5")
+    return budget
+
+
+def default_out(model: str, budget: float | None) -> Path:
+    return Path(model if budget is None else f"{model}-{budget:g}")

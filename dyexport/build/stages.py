@@ -1,0 +1,228 @@
+"""What each stage does: functions from settings and earlier outputs to files. Nothing here knows of the ledger."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dyexport.build.settings import BuildSettings, Schedule
+from dyexport.bundle import TOKENS, WIDTHS, ModelSpec
+from dyexport.calibration.tokens import measure_tokens
+from dyexport.calibration.widths import (
+    choose_widths,
+    flops_ratio,
+    meet_budget,
+    read_widths,
+    sample_tokens,
+    trajectory_points,
+)
+from dyexport.errors import CheckpointError
+from dyexport.models.base import get_adapter
+from dyexport.models.checkpoints import CONFIG, find_checkpoint, load_dynamic, load_static, save_dynamic, save_static
+from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.importance import rank_units
+from dyexport.models.inputs import NoisedInputs
+from dyexport.models.random_weights import random_backbone, random_dynamic
+from dyexport.presets import Preset
+from dyexport.slicing.flops import FlopsModel
+from dyexport.tables import TokenStats, WidthTable
+from dyexport.training.config import FinetuneConfig, TrainConfig
+from dyexport.training.data import LatentSource, open_source
+from dyexport.training.synthetic import SyntheticConfig, generate
+from dyexport.training.trainer import Progress, finetune, train_static
+
+METRICS = "metrics.json"
+RANKING_POINTS = 8
+TRAJECTORY_POINTS = 32
+CALIBRATION_SAMPLES = 512  # latents that calibration draws from
+
+Advance = Callable[[int, int], None]
+
+
+def checkpoint_source(settings: BuildSettings) -> Path | None:
+    """The directory the static weights come from, downloaded if need be; None where they are made here."""
+    if settings.random_weights or settings.from_scratch:
+        return None
+    source = settings.checkpoint or settings.preset.hub_id
+    if source is None:
+        raise CheckpointError(
+            f"no published weights are known for {settings.model}; "
+            "pass --checkpoint with a diffusers directory or a hub id, or --random-weights"
+        )
+    return find_checkpoint(source, settings.preset)
+
+
+def make_static(
+    settings: BuildSettings,
+    source: Path | None,
+    data: LatentSource | None,
+    scratch: Path,
+    progress: Progress,
+    out: Path,
+) -> None:
+    """The static model as a diffusers directory: read from ``source``, trained on ``data``, or random."""
+    preset = settings.preset
+    if source is not None:
+        save_static(load_static(str(source), preset), out)
+        return
+    backbone = random_backbone(preset, settings.seed)
+    if data is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            get_adapter(preset.backbone).initialise(backbone)
+        train_on(backbone, settings, settings.static_schedule, data, scratch, progress)
+    save_static(backbone, out)
+
+
+def train_on(
+    backbone: nn.Module, settings: BuildSettings, pace: Schedule, source: LatentSource, scratch: Path, progress: Progress
+) -> None:
+    """Plain training, in place."""
+    config = TrainConfig(**asdict(pace), seed=settings.seed)
+    train_static(backbone, settings.preset, source, config, work_dir=scratch, progress=progress)
+
+
+def make_control(
+    settings: BuildSettings, static: Path, source: LatentSource, scratch: Path, progress: Progress, out: Path
+) -> None:
+    """The static model trained plainly for as long as the dynamic one is fine-tuned."""
+    backbone = load_static(str(static), settings.preset)
+    train_on(backbone, settings, settings.finetune_schedule, source, scratch, progress)
+    save_static(backbone, out)
+
+
+def make_synthetic(settings: BuildSettings, static: Path, advance: Advance, out: Path) -> None:
+    """Latents that the static model samples."""
+    out.mkdir()
+    backbone = load_static(str(static), settings.preset)
+    generate(backbone, settings.preset, SyntheticConfig(seed=settings.seed), out, advance)
+
+
+def open_data(settings: BuildSettings, synthetic: Path) -> LatentSource:
+    """``--data``; ``synthetic`` is where that kind of data has been generated."""
+    spec = settings.data_source
+    assert spec is not None
+    return open_source(str(synthetic) if spec == "synthetic" else spec, settings.preset)
+
+
+def calibration_inputs(settings: BuildSettings, source: LatentSource | None) -> NoisedInputs:
+    """Noised training latents where there are any, else noise. Small models can afford more samples."""
+    batch = 16 if settings.preset.pixel_space else 2
+    if source is None:
+        return NoisedInputs(preset=settings.preset, batch_size=batch, seed=settings.seed)
+    rows = torch.linspace(0, len(source) - 1, min(len(source), CALIBRATION_SAMPLES)).long()
+    data = source.batch(rows)
+    return NoisedInputs(
+        preset=settings.preset, batch_size=batch, seed=settings.seed, latents=data.latents, labels=data.labels
+    )
+
+
+def make_dynamic(
+    settings: BuildSettings, static: Path, source: LatentSource | None, scratch: Path, progress: Progress, out: Path
+) -> None:
+    """The dynamic checkpoint: given, random, or the static model with routers attached (and trained)."""
+    preset = settings.preset
+    if settings.routers == "given":
+        assert settings.checkpoint is not None
+        model, found = load_dynamic(Path(settings.checkpoint))
+        if found.name != preset.name:
+            raise CheckpointError(f"{settings.checkpoint} is a checkpoint of {found.name}; build it with --model {found.name}")
+    elif settings.routers == "random":
+        model = random_dynamic(preset, seed=settings.seed)
+    else:
+        model = attach_routers(settings, static, calibration_inputs(settings, source))
+    if settings.routers == "trained":
+        assert source is not None and settings.budget is not None
+        config = FinetuneConfig(**asdict(settings.finetune_schedule), seed=settings.seed, budget=settings.budget)
+        finetune(model, preset, source, config, work_dir=scratch, progress=progress)
+    save_dynamic(model, out, preset)
+
+
+def attach_routers(settings: BuildSettings, static: Path, inputs: NoisedInputs) -> DynamicTransformer:
+    """The static model with every gate open, its most important units first."""
+    preset = settings.preset
+    backbone = load_static(str(static), preset)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = DynamicTransformer(
+            backbone, get_adapter(preset.backbone), heads=preset.heads, tokens=settings.routers == "trained"
+        )
+    rank_units(model.eval(), inputs, [float(t) for t in trajectory_points(preset.timestep_range, RANKING_POINTS)])
+    return model
+
+
+def make_calibrated(settings: BuildSettings, static: Path, dynamic: Path, inputs: NoisedInputs, out: Path) -> None:
+    """The reference of the bundle: the dynamic model on budget, its tables, and what the budget costs in fidelity."""
+    model, preset = load_dynamic(dynamic)
+    flops = FlopsModel.of_dit(model.config)
+    if settings.budget is not None:
+        if settings.routers == "none" or model.table is not None:
+            model.table = choose_widths(model, inputs, settings.budget, flops)
+        else:
+            meet_budget(model, inputs, settings.budget, flops)
+    widths = read_widths(model, preset.timestep_range)
+    stats = measure_tokens(model, inputs) if model.has_token_routers else None
+    save_dynamic(model, out, preset)
+    (out / WIDTHS).parent.mkdir()
+    widths.save(out / WIDTHS)
+    if stats is not None:
+        stats.save(out / TOKENS)
+    metrics = _metrics(model, load_static(str(static), preset), inputs, widths, flops)
+    (out / METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _metrics(
+    model: DynamicTransformer, dense: nn.Module, inputs: NoisedInputs, widths: WidthTable, flops: FlopsModel
+) -> dict[str, float]:
+    points = trajectory_points(inputs.preset.timestep_range, TRAJECTORY_POINTS)
+    kept = sample_tokens(model, inputs, points).kept(0.0)  # (P, L)
+    return {
+        "flops_ratio": flops_ratio(widths, kept, points, flops),
+        "output_relative_mse": _relative_mse(model, dense, inputs, points.tolist()),
+    }
+
+
+@torch.no_grad()
+def _relative_mse(model: DynamicTransformer, dense: nn.Module, inputs: NoisedInputs, points: list[float]) -> float:
+    """Squared distance to the static model's output over its squared norm, over the trajectory."""
+    apart = norm = torch.zeros((), dtype=torch.float64)
+    for t in points:
+        arguments = inputs.at(t).arguments()
+        truth = dense(**arguments).sample  # (B, C_out, H, W)
+        apart = apart + (model(**arguments).sample - truth).double().square().sum()
+        norm = norm + truth.double().square().sum()
+    return float(apart / norm)
+
+
+def read_calibrated(directory: Path, preset: Preset) -> tuple[ModelSpec, WidthTable, TokenStats | None]:
+    """What planning needs to know of a calibrated model; reads no weights."""
+    config = preset.transformer_config()
+    config["norm_eps"] = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["norm_eps"]
+    spec = ModelSpec(
+        name=preset.name,
+        backbone=preset.backbone,
+        objective=preset.objective,
+        timestep_range=preset.timestep_range,
+        tokens=preset.tokens,
+        classes=preset.classes,
+        pixel_space=preset.pixel_space,
+        config=config,
+    )
+    stats = TokenStats.load(directory / TOKENS) if (directory / TOKENS).is_file() else None
+    return spec, WidthTable.load(directory / WIDTHS), stats
+
+
+def calibrated_weights(directory: Path) -> dict[str, Tensor]:
+    """Backbone and routers by the names that slices read."""
+    model, _ = load_dynamic(directory)
+    routers = {f"routers.{name}": value for name, value in model.routers.state_dict().items()}
+    return {**model.backbone.state_dict(), **routers}
+
+
+def static_weights(directory: Path, preset: Preset) -> dict[str, Tensor]:
+    return load_static(str(directory), preset).state_dict()
