@@ -9,11 +9,13 @@ import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
+from onnxscript import opset20 as op
 from torch import Tensor, nn
 
 from dyexport.bundle import ModelSpec, Segment
@@ -75,6 +77,7 @@ def _export(module: nn.Module, inputs: Mapping[str, Tensor], segment: Segment) -
                 dynamic_shapes=shapes,
                 input_names=list(inputs),
                 output_names=["sample", "kept_tokens"] if has_routers else ["sample"],
+                custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: attention},
                 optimize=False,  # would try to read the weights; ``_optimize`` does not
                 verbose=False,
             )
@@ -82,6 +85,23 @@ def _export(module: nn.Module, inputs: Mapping[str, Tensor], segment: Segment) -
         raise ExportError(f"torch cannot export the segment [{segment.start:g}, {segment.end:g}): {error}") from error
     assert program is not None
     return program.model
+
+
+def attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Attention as three standard nodes: the form that ONNX Runtime and TensorRT fuse, and opset 20 has no other."""
+    if attn_mask is not None or is_causal or enable_gqa or scale != 1.0:
+        raise ExportError("only plain attention with the scale folded into its query weights is exported")
+    scores = op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2]))  # (B, H, N, N)
+    return op.MatMul(op.Softmax(scores, axis=-1), value)  # (B, H, N, D)
 
 
 def _optimize(model: ir.Model, slice_: Slice) -> None:

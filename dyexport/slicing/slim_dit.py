@@ -93,8 +93,7 @@ class SlimBlock(nn.Module):
         qkv = self.qkv(normed.flatten(0, 1))  # (B * N, H' * 3 * D)
         qkv = qkv.view(batch, tokens, self.heads, 3, self.head_dim).permute(3, 0, 2, 1, 4)  # (3, B, H', N, D)
         query, key, value = qkv.unbind(0)  # (B, H', N, D)
-        scores = query @ key.transpose(2, 3)  # (B, H', N, N), scaled through the query weights
-        mixed = scores.softmax(dim=-1) @ value  # (B, H', N, D)
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)  # (B, H', N, D), scaled by query weights
         if gate is not None:
             mixed = mixed * gate.view(1, -1, 1, 1)
         mixed = mixed.transpose(1, 2).reshape(batch * tokens, self.heads * self.head_dim)  # (B * N, H' * D)
