@@ -62,9 +62,9 @@ def _gates(model: DynamicTransformer, timesteps: np.ndarray) -> np.ndarray:
     """Router decisions, heads then groups of every block: (T,) -> (T, L * (H + G)) bool."""
     rows = []
     for chunk in np.array_split(timesteps, max(len(timesteps) // 1024, 1)):
-        heads, groups = model.width_logits(torch.from_numpy(chunk))
+        heads, groups = model.width_logits(torch.from_numpy(chunk).to(model.device))
         rows.append(torch.cat([heads.flatten(1), groups.flatten(1)], dim=1) > 0)
-    return torch.cat(rows).numpy()
+    return torch.cat(rows).cpu().numpy()
 
 
 def _split(masks: np.ndarray, model: DynamicTransformer) -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +94,7 @@ def trajectory_points(timestep_range: tuple[float, float], count: int) -> np.nda
 @torch.no_grad()
 def sample_tokens(model: DynamicTransformer, inputs: NoisedInputs, points: np.ndarray) -> TokenSample:
     """Run the masked model over the trajectory and keep its token logits."""
-    logits = [model(**inputs.at(float(t)).arguments()).token_logits for t in points]
+    logits = [model(**inputs.at(float(t)).arguments(model.device)).token_logits.cpu() for t in points]
     return TokenSample(points=points, logits=torch.stack(logits).transpose(1, 2).flatten(2).numpy())
 
 
@@ -135,8 +135,8 @@ def meet_budget(model: DynamicTransformer, inputs: NoisedInputs, budget: float, 
 
 @torch.no_grad()
 def _width_shares(model: DynamicTransformer, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    heads, groups = model.width_logits(torch.from_numpy(points))
-    return heads.numpy(), groups.numpy()
+    heads, groups = model.width_logits(torch.from_numpy(points).to(model.device))
+    return heads.cpu().numpy(), groups.cpu().numpy()
 
 
 def _ratio_at(

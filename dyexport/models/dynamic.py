@@ -163,6 +163,10 @@ class DynamicTransformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.backbone.parameters()).dtype
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
+
     def width_logits(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Router logits in fp32: (B,) -> (B, L, H), (B, L, G). Unit 0 has +inf: it is always on."""
         embedding = self.adapter.timestep_embedding(self.backbone, timestep).float()  # (B, C)

@@ -38,13 +38,13 @@ def _at(model: DynamicTransformer, inputs: NoisedInputs, t: float) -> tuple[Tens
 def _probe(model: DynamicTransformer, inputs: ModelInputs, seed: int) -> tuple[Tensor, Tensor]:
     """Gradients of one random projection of the output: (B, L, H), (B, L, G)."""
     batch, channels = inputs.hidden_states.shape[:2]
-    heads = torch.ones(batch, model.depth, model.heads, requires_grad=True)
-    groups = torch.ones(batch, model.depth, model.groups, requires_grad=True)
+    heads = torch.ones(batch, model.depth, model.heads, device=model.device, requires_grad=True)
+    groups = torch.ones(batch, model.depth, model.groups, device=model.device, requires_grad=True)
     with torch.enable_grad():
-        sample = model.masked(**inputs.arguments(), heads=heads, groups=groups)[:, :channels]
-    probe = torch.randn(sample.shape, generator=torch.Generator().manual_seed(seed))
+        sample = model.masked(**inputs.arguments(model.device), heads=heads, groups=groups)[:, :channels]
+    probe = torch.randn(sample.shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
     gradients = torch.autograd.grad(sample, (heads, groups), probe)
-    return gradients[0], gradients[1]
+    return gradients[0].cpu(), gradients[1].cpu()
 
 
 def rank_units(model: DynamicTransformer, inputs: NoisedInputs, timesteps: Sequence[float]) -> None:

@@ -21,8 +21,9 @@ class ModelInputs:
     timestep: Tensor  # (B,)
     class_labels: Tensor  # (B,)
 
-    def arguments(self) -> dict[str, Tensor]:
-        return {"hidden_states": self.hidden_states, "timestep": self.timestep, "class_labels": self.class_labels}
+    def arguments(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        tensors = {"hidden_states": self.hidden_states, "timestep": self.timestep, "class_labels": self.class_labels}
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
