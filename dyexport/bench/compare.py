@@ -32,13 +32,18 @@ LOOP_BLOCKS = Blocks(rounds=3, timed=1)
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
-    """``batch`` 2 is one picture under classifier-free guidance. ``trajectory`` times whole sampling loops too."""
+    """``batch`` 2 is one picture under classifier-free guidance.
+
+    ``compiled`` also times ``torch.compile``, whose compilation takes a minute or more; ``trajectory``
+    whole sampling loops of ``steps``.
+    """
 
     target: str = "onnx"
     batch: int = 2
     steps: int = 50
     threads: int | None = None
     share_weights: bool = False
+    compiled: bool = True
     trajectory: bool = False
     rounds: int = 10
 
@@ -56,7 +61,8 @@ def compare(bundle: Bundle, settings: BenchSettings, progress: Progress | None =
         loaded = load(
             bundle.root, target=settings.target, device="cpu", share_weights=settings.share_weights, check_hashes=False
         )
-        seconds = time_variants(_variants(bundle, dense, loaded, settings.batch), Blocks(rounds=settings.rounds), progress=progress)
+        variants = _variants(bundle, dense, loaded, settings)
+        seconds = time_variants(variants, Blocks(rounds=settings.rounds), progress=progress)
         report = _report(bundle, settings, seconds, overhead=switch_overhead(loaded, settings))
         if settings.trajectory:
             report = replace(report, trajectory_speedup=_trajectory_speedup(dense, loaded, settings))
@@ -64,15 +70,16 @@ def compare(bundle: Bundle, settings: BenchSettings, progress: Progress | None =
         return report
 
 
-def _variants(bundle: Bundle, dense: DenseGraph, loaded: BundleTransformer, batch: int) -> dict[str, Variant]:
+def _variants(
+    bundle: Bundle, dense: DenseGraph, loaded: BundleTransformer, settings: BenchSettings
+) -> dict[str, Variant]:
     spec = bundle.manifest.model
     start, end = spec.timestep_range
-    inputs = example_inputs(spec, batch, (start + end) / 2)
+    inputs = example_inputs(spec, settings.batch, (start + end) / 2)
     stock = stock_transformer(spec)
     variants = {"dense": module_variant(dense, inputs, "cpu")}
-    variants |= {f"segment {i}": run for i, run in enumerate(segment_variants(loaded, bundle, batch))}
-    compiled = compiled_variant(stock, inputs, "cpu")
-    if compiled is not None:
+    variants |= {f"segment {i}": run for i, run in enumerate(segment_variants(loaded, bundle, settings.batch))}
+    if settings.compiled and (compiled := compiled_variant(stock, inputs, "cpu")) is not None:
         variants["torch.compile"] = compiled
     return {**variants, "eager": module_variant(stock, inputs, "cpu")}
 

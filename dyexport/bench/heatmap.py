@@ -16,7 +16,7 @@ Array = np.ndarray
 
 RAMP = ((13, 8, 65), (84, 2, 163), (185, 50, 137), (237, 121, 83), (240, 249, 33))  # dark = off, yellow = on
 SHADES = "·░▒▓█"  # says it again, for terminals and eyes without the colours
-CELL, MARGIN, LINE = 12, 44, 16  # pixels
+CELL, MARGIN, LINE = 12, 48, 16  # pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +68,14 @@ def draw_text(bundle: Bundle, points: int = 64) -> Group:
         lines.append(Text(f"{heat_map.title}: {heat_map.values.mean():.0%} on", style="bold"))
         lines += [_text_row(f"{block:>7} ", row) for block, row in enumerate(heat_map.values)]
     lines.append(Text(" " * 8 + _engine_ruler(segment_of(bundle, points)), style="dim"))
-    lines.append(Text(" " * 8 + _axis(bundle).ljust(points), style="dim"))
+    lines.append(Text(" " * 8 + f"{_axis(bundle)}; the numbers are engines", style="dim"))
     return Group(*lines)
 
 
 def _text_row(label: str, values: Array) -> Text:
     text = Text(label, style="dim")
     for value in values:
-        shade = SHADES[min(int(value * len(SHADES)), len(SHADES) - 1)]
+        shade = SHADES[round(value * (len(SHADES) - 1))]
         text.append(shade, style="rgb({},{},{})".format(*colour(value)))
     return text
 
@@ -94,7 +94,7 @@ def _axis(bundle: Bundle) -> str:
     first, last = cells(bundle, 2)
     start, end = bundle.manifest.model.timestep_range
     ends = (start, end) if first < last else (end, start)
-    return f"t = {ends[0]:g} (noise) to t = {ends[1]:g} (data); the numbers are engines"
+    return f"t = {ends[0]:g} (noise) to t = {ends[1]:g} (data)"
 
 
 def draw_image(bundle: Bundle, points: int = 96) -> Image.Image:
@@ -112,7 +112,8 @@ def draw_image(bundle: Bundle, points: int = 96) -> Image.Image:
         for block in range(0, depth, max(depth // 8, 1)):
             pen.text((4, top + block * CELL), f"block {block}", fill="black", font_size=9)
         _mark_engines(pen, segments, top, depth)
-    pen.text((MARGIN, len(maps) * panel + LINE // 2), _axis(bundle).split(";")[0], fill="black")
+    legend = f"{_axis(bundle)}; dark is off, yellow is on, a white line is the next engine"
+    pen.text((MARGIN, len(maps) * panel + LINE // 2), legend, fill="black")
     return image
 
 

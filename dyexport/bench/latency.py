@@ -10,8 +10,8 @@ import numpy as np
 
 from dyexport.errors import UsageError
 
-Progress = Callable[[int, int, str], None]
-"""Called with blocks done, blocks in all, and the variant that comes next."""
+Progress = Callable[[int, int], None]
+"""Called with blocks done and blocks in all."""
 
 PERCENTILE = 25  # what a shared machine does to a run only ever makes it longer
 
@@ -49,7 +49,7 @@ def time_variants(
     for done in range(total):
         name = list(variants)[done % len(variants)]
         if progress is not None:
-            progress(done, total, name)
+            progress(done, total)
         seconds[name] += _block(variants[name], blocks, clock)
     return {name: float(np.percentile(times, PERCENTILE)) for name, times in seconds.items()}
 

@@ -8,21 +8,14 @@ distance of the held-out 20 %, says what real digits would score.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from dyexport.bundle import ModelSpec
-from dyexport.errors import MissingDependency, UsageError
-from dyexport.runtime.sampling import Denoiser, sample
+from dyexport.errors import MissingDependency
 
 Array = np.ndarray
-Progress = Callable[[int, int], None]
-
-CHUNK = 300  # pictures drawn at a time
 
 
 @dataclass(frozen=True)
@@ -86,44 +79,6 @@ def _square_root(covariance: Array) -> Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """How samples are drawn: ``samples`` pictures, every class equally often."""
-
-    samples: int = 1800
-    steps: int = 50
-    guidance: float = 1.0
-    scheduler: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.samples < 2:
-            raise UsageError(f"--samples is {self.samples}; a distance needs at least 2")
-
-
-def draw_digits(
-    transformer: Denoiser, spec: ModelSpec, drawing: Drawing, seed: int, progress: Progress | None = None
-) -> Digits:
-    """Sample a model of the digits. Raises ``UsageError`` for a model of anything else."""
-    if spec.latent_shape != (1, 8, 8) or not spec.pixel_space:
-        raise UsageError(f"{spec.name} does not draw digits, and there is nothing here to score its pictures by")
-    labels = np.arange(drawing.samples) % spec.classes % 10
-    pictures = []
-    for start in range(0, drawing.samples, CHUNK):
-        if progress is not None:
-            progress(start, drawing.samples)
-        drawn = sample(
-            transformer,
-            spec,
-            labels[start : start + CHUNK].tolist(),
-            steps=drawing.steps,
-            guidance_scale=drawing.guidance,
-            scheduler=drawing.scheduler,
-            seed=seed * 100_003 + start,
-        )  # (B, 1, 8, 8)
-        pictures.append(drawn.cpu().numpy())
-    return Digits(np.concatenate(pictures), labels)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Score:
     seed: int
     frechet: float
@@ -143,57 +98,3 @@ class Judge:
     def score(self, digits: Digits, seed: int) -> Score:
         frechet, accuracy = self.frechet(digits.pictures), self.classifier.accuracy(digits)
         return Score(seed=seed, frechet=frechet, class_accuracy=accuracy)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalReport:
-    """What ``dyexport eval`` found: means over seeds, and each seed's scores by model.
-
-    ``frechet_control`` is the static model trained as long as the dynamic one; None where there is none.
-    ``class_accuracy`` is the dynamic model's; ``frechet_real`` what held-out real digits score.
-    """
-
-    model: str
-    samples: int
-    steps: int
-    guidance: float
-    flops_ratio: float
-    network_flops_ratio: float
-    frechet_dense: float
-    frechet_control: float | None
-    frechet_dynamic: float
-    frechet_real: float
-    class_accuracy: float
-    class_accuracy_dense: float
-    class_accuracy_control: float | None
-    per_seed: Mapping[str, tuple[Score, ...]]
-
-
-def evaluate(
-    models: Mapping[str, Denoiser],
-    spec: ModelSpec,
-    judge: Judge,
-    drawing: Drawing,
-    seeds: Sequence[int],
-    progress: Progress | None = None,
-) -> dict[str, tuple[Score, ...]]:
-    """Score each model with each seed; equal seeds start from equal noise."""
-    runs = [(name, seed) for name in models for seed in seeds]
-    total = len(runs) * drawing.samples
-    scores: dict[str, list[Score]] = {name: [] for name in models}
-    for index, (name, seed) in enumerate(runs):
-        part = _offset(progress, index * drawing.samples, total)
-        scores[name].append(judge.score(draw_digits(models[name], spec, drawing, seed, part), seed))
-    return {name: tuple(found) for name, found in scores.items()}
-
-
-def _offset(progress: Progress | None, done: int, total: int) -> Progress | None:
-    return None if progress is None else lambda part, _: progress(done + part, total)
-
-
-def mean_frechet(scores: Sequence[Score]) -> float:
-    return fmean(score.frechet for score in scores)
-
-
-def mean_accuracy(scores: Sequence[Score]) -> float:
-    return fmean(score.class_accuracy for score in scores)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from dyexport.bench.evaluation import EvalReport, mean_accuracy, mean_frechet
 from dyexport.bench.latency import BenchReport
-from dyexport.bench.quality import EvalReport, mean_accuracy, mean_frechet
 from dyexport.bundle import Bundle, Segment
 
 Rows = list[tuple[str, ...]]
@@ -34,7 +34,7 @@ def bench_rows(report: BenchReport) -> Rows:
         ("whole-network FLOPs ratio", f"{report.network_flops_ratio:.3f}"),
         ("FLOPs ratio the graphs execute", f"{report.executed_flops_ratio:.3f}"),
         ("speed-up over the dense graph", f"{report.speedup_vs_dense:.2f}x"),
-        ("speed-up over torch.compile", _times(report.speedup_vs_torch_compile, "no C++ compiler here")),
+        ("speed-up over torch.compile", _times(report.speedup_vs_torch_compile, "not timed")),
         ("speed-up over eager torch", f"{report.speedup_vs_eager:.2f}x"),
         ("speed-up of whole sampling loops", _times(report.trajectory_speedup, "not timed")),
         ("realised (speed-up x whole-network ratio)", f"{report.realised:.2f}"),

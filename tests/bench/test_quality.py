@@ -7,16 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dyexport.bench.quality import (
-    Digits,
-    Drawing,
-    Judge,
-    draw_digits,
-    frechet_distance,
-    gaussian_frechet,
-)
-from dyexport.bundle import ModelSpec
-from dyexport.errors import UsageError
+from dyexport.bench.quality import Digits, Judge, frechet_distance, gaussian_frechet
 from dyexport.training.data import digits
 
 spreads = st.lists(st.floats(0, 10), min_size=3, max_size=3)
@@ -82,19 +73,3 @@ def test_a_missing_class_shows(judge: Judge) -> None:
 def test_wrong_labels_show_in_class_accuracy(judge: Judge) -> None:
     held_out = real("held-out")
     assert judge.score(Digits(held_out.pictures, (held_out.labels + 1) % 10), 0).class_accuracy < 0.1
-
-
-def test_other_models_cannot_be_scored() -> None:
-    config = {"sample_size": 32, "in_channels": 4}
-    spec = ModelSpec(
-        name="dit-s-2",
-        backbone="dit",
-        objective="ddpm",
-        timestep_range=(0, 1000),
-        tokens=256,
-        classes=1000,
-        pixel_space=False,
-        config=config,
-    )
-    with pytest.raises(UsageError, match="dit-s-2 does not draw digits"):
-        draw_digits(lambda **_: None, spec, Drawing(), 0)

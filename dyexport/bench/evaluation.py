@@ -1,0 +1,169 @@
+"""``dyexport eval``: pictures of a bundle, its dense graph and the control, drawn alike and judged alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from dyexport.bench.quality import Digits, Judge, Score
+from dyexport.bench.variants import DenseGraph
+from dyexport.bundle import Bundle, ModelSpec
+from dyexport.errors import CheckpointError, UsageError
+from dyexport.runtime.pipeline import load
+from dyexport.runtime.sampling import Denoiser, sample
+
+Progress = Callable[[int, int], None]
+"""Called with pictures drawn and pictures in all."""
+
+CHUNK = 300  # pictures drawn at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How samples are drawn: ``samples`` pictures, every class equally often."""
+
+    samples: int = 1800
+    steps: int = 50
+    guidance: float = 1.0
+    scheduler: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples < 2:
+            raise UsageError(f"--samples is {self.samples}; a distance needs at least 2")
+
+
+def draw_digits(
+    transformer: Denoiser, spec: ModelSpec, drawing: Drawing, seed: int, progress: Progress | None = None
+) -> Digits:
+    """Sample a model of the digits. Raises ``UsageError`` for a model of anything else."""
+    if spec.latent_shape != (1, 8, 8) or not spec.pixel_space:
+        raise UsageError(f"{spec.name} does not draw digits, and there is nothing here to score its pictures by")
+    labels = np.arange(drawing.samples) % spec.classes
+    pictures = []
+    for start in range(0, drawing.samples, CHUNK):
+        if progress is not None:
+            progress(start, drawing.samples)
+        drawn = sample(
+            transformer,
+            spec,
+            labels[start : start + CHUNK].tolist(),
+            steps=drawing.steps,
+            guidance_scale=drawing.guidance,
+            scheduler=drawing.scheduler,
+            seed=seed * 100_003 + start,
+        )  # (B, 1, 8, 8)
+        pictures.append(drawn.cpu().numpy())
+    return Digits(np.concatenate(pictures), labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalReport:
+    """What ``dyexport eval`` found: means over seeds, and each seed's scores by model.
+
+    ``frechet_control`` is the static model trained as long as the dynamic one; None where there is none.
+    ``class_accuracy`` is the dynamic model's; ``frechet_real`` what held-out real digits score.
+    """
+
+    model: str
+    samples: int
+    steps: int
+    guidance: float
+    flops_ratio: float
+    network_flops_ratio: float
+    frechet_dense: float
+    frechet_control: float | None
+    frechet_dynamic: float
+    frechet_real: float
+    class_accuracy: float
+    class_accuracy_dense: float
+    class_accuracy_control: float | None
+    per_seed: Mapping[str, tuple[Score, ...]]
+
+
+def evaluate(
+    bundle: Bundle,
+    control: Path | None,
+    judge: Judge,
+    held_out: Digits,
+    drawing: Drawing,
+    seeds: Sequence[int],
+    progress: Progress | None = None,
+) -> EvalReport:
+    """Score each model with each seed; equal seeds start from equal noise.
+
+    ``control`` is a diffusers directory. Raises ``UsageError`` for a model of anything but digits.
+    """
+    loaded = load(bundle.root, check_hashes=False)
+    models: dict[str, Denoiser] = {"dense": DenseGraph.of(bundle, "onnx")}
+    if control is not None:
+        models["control"] = _load_control(control)
+    models["dynamic"] = loaded
+    scores = score_models(models, bundle.manifest.model, judge, drawing, seeds, progress)
+    loaded.close()
+    return _report(bundle, drawing, scores, frechet_real=judge.frechet(held_out.pictures))
+
+
+def _load_control(directory: Path) -> Any:
+    from diffusers import DiTTransformer2DModel
+
+    try:
+        return DiTTransformer2DModel.from_pretrained(directory).eval()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read the control in {directory}: {error}") from error
+
+
+def score_models(
+    models: Mapping[str, Denoiser],
+    spec: ModelSpec,
+    judge: Judge,
+    drawing: Drawing,
+    seeds: Sequence[int],
+    progress: Progress | None = None,
+) -> dict[str, tuple[Score, ...]]:
+    runs = [(name, seed) for name in models for seed in seeds]
+    total = len(runs) * drawing.samples
+    scores: dict[str, list[Score]] = {name: [] for name in models}
+    for index, (name, seed) in enumerate(runs):
+        part = _offset(progress, index * drawing.samples, total)
+        scores[name].append(judge.score(draw_digits(models[name], spec, drawing, seed, part), seed))
+    return {name: tuple(found) for name, found in scores.items()}
+
+
+def _report(
+    bundle: Bundle, drawing: Drawing, scores: dict[str, tuple[Score, ...]], *, frechet_real: float
+) -> EvalReport:
+    manifest = bundle.manifest
+    control = scores.get("control")
+    return EvalReport(
+        model=manifest.model.name,
+        samples=drawing.samples,
+        steps=drawing.steps,
+        guidance=drawing.guidance,
+        flops_ratio=manifest.plan.flops_ratio,
+        network_flops_ratio=manifest.plan.network_flops_ratio,
+        frechet_dense=mean_frechet(scores["dense"]),
+        frechet_control=None if control is None else mean_frechet(control),
+        frechet_dynamic=mean_frechet(scores["dynamic"]),
+        frechet_real=frechet_real,
+        class_accuracy=mean_accuracy(scores["dynamic"]),
+        class_accuracy_dense=mean_accuracy(scores["dense"]),
+        class_accuracy_control=None if control is None else mean_accuracy(control),
+        per_seed=scores,
+    )
+
+
+def _offset(progress: Progress | None, done: int, total: int) -> Progress | None:
+    return None if progress is None else lambda part, _: progress(done + part, total)
+
+
+def mean_frechet(scores: Sequence[Score]) -> float:
+    return fmean(score.frechet for score in scores)
+
+
+def mean_accuracy(scores: Sequence[Score]) -> float:
+    return fmean(score.class_accuracy for score in scores)

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dyexport.build.pipeline import Pipeline
+from dyexport.build.settings import BuildSettings
+from dyexport.bundle import Bundle
+from dyexport.console import StageLines
+from dyexport.presets import PRESETS
+from tests.factories import tiny_preset
+from tests.runtime.bundles import TinyBundle, write_bundle
+
+
+@pytest.fixture(scope="session")
+def flow(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    """A bundle written by hand: quick to make, but no diffusers module has its shape."""
+    return write_bundle(tmp_path_factory.mktemp("bench") / "flow", objective="flow", segments=3)
+
+
+@pytest.fixture(scope="session")
+def ddpm(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return write_bundle(tmp_path_factory.mktemp("bench") / "ddpm", segments=2)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle that the pipeline built, of a tiny SiT with random weights."""
+    root: Path = tmp_path_factory.mktemp("bench") / "built"
+    preset = tiny_preset("sit")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, preset.name, preset)
+        settings = BuildSettings(
+            model=preset.name, out=root, work=root.with_suffix(".work"), budget=0.5, random_weights=True, engines=2
+        )
+        Pipeline(settings, StageLines()).bundle()
+    return Bundle.open(root)

@@ -1,0 +1,122 @@
+"""A benchmark's numbers belong together; how large they are is the machine's business."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from dyexport.bench.compare import BenchSettings, compare
+from dyexport.bench.latency import BenchReport
+from dyexport.bench.memory import MemoryProbe, added_bytes
+from dyexport.bench.report import bench_tables
+from dyexport.bench.variants import DenseGraph, compiled_variant, example_inputs, stock_transformer
+from dyexport.bundle import Bundle
+from dyexport.errors import BundleError, DyexportError, UsageError
+from dyexport.runtime.pipeline import load
+from tests.bench.text import rendered
+
+
+@pytest.fixture(scope="module")
+def report(built: Bundle) -> BenchReport:
+    return compare(built, BenchSettings(rounds=1, steps=4, compiled=False, trajectory=True))
+
+
+def test_dynamic_time_is_the_mean_over_the_trajectory(report: BenchReport) -> None:
+    assert sum(s.share for s in report.segments) == pytest.approx(1)
+    mean = sum(s.share * s.seconds for s in report.segments)
+    assert report.seconds["dynamic"] == pytest.approx(mean)
+    assert report.speedup_vs_dense == pytest.approx(report.seconds["dense"] / mean)
+    assert report.speedup_vs_eager == pytest.approx(report.seconds["eager"] / mean)
+
+
+def test_realised_is_speedup_times_network_ratio(report: BenchReport, built: Bundle) -> None:
+    assert report.network_flops_ratio == built.manifest.plan.network_flops_ratio
+    assert report.realised == pytest.approx(report.speedup_vs_dense * report.network_flops_ratio)
+
+
+def test_segments_tell_what_is_in_their_engines(report: BenchReport, built: Bundle) -> None:
+    for time, segment in zip(report.segments, built.manifest.plan.segments, strict=True):
+        kept = sum(len(heads) for heads in segment.heads)
+        assert (time.start, time.end) == (segment.start, segment.end)
+        assert time.heads == pytest.approx(kept / built.widths.heads[0].size)
+        assert 0 < time.tokens <= 1
+
+
+def test_overhead_and_memory_are_measured(report: BenchReport) -> None:
+    assert 0 < report.switch_overhead < 1
+    for value in (report.resident_bytes, report.dense_bytes, report.trajectory_speedup):
+        assert (value or 0) > 0
+    assert report.speedup_vs_torch_compile is None
+
+
+def test_json_has_what_is_promised(report: BenchReport) -> None:
+    promised = {
+        "flops_ratio",
+        "network_flops_ratio",
+        "speedup_vs_dense",
+        "speedup_vs_torch_compile",
+        "realised",
+        "switch_overhead",
+        "resident_bytes",
+        "dense_bytes",
+    }
+    assert promised <= json.loads(json.dumps(asdict(report), allow_nan=False)).keys()
+
+
+def test_tables_show_the_numbers(report: BenchReport) -> None:
+    text = rendered(*bench_tables(report))
+    for value in (f"{report.speedup_vs_dense:.2f}x", f"{report.realised:.2f}", f"{report.network_flops_ratio:.3f}"):
+        assert value in text
+
+
+def test_threads_are_put_back(built: Bundle) -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(DyexportError):
+        compare(built, BenchSettings(target="fake", threads=before + 1))
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("name", ["batch", "steps", "threads", "rounds"])
+def test_settings_out_of_range_are_bad_usage(name: str) -> None:
+    with pytest.raises(UsageError, match=f"--{name} is 0"):
+        BenchSettings(**{name: 0})
+
+
+def test_dense_graph_is_the_dense_network(built: Bundle) -> None:
+    """The baseline equals the stock module with the same weights, so the comparison is with the right thing."""
+    from diffusers import DiTTransformer2DModel
+
+    static = DiTTransformer2DModel.from_pretrained(built.root.with_suffix(".work") / "static").eval()
+    inputs = example_inputs(built.manifest.model, 3, 0.3)
+    with torch.no_grad():
+        expected = static(**inputs).sample
+    torch.testing.assert_close(DenseGraph.of(built, "onnx")(**inputs).sample, expected, atol=1e-4, rtol=0)
+
+
+def test_a_bundle_without_baseline_is_refused(built: Bundle) -> None:
+    engines = tuple(engine for engine in built.manifest.engines if engine.segment >= 0)
+    without = Bundle(built.root, built.manifest.model_copy(update={"engines": engines}))
+    with pytest.raises(BundleError, match="no dense 'onnx' graph"):
+        DenseGraph.of(without, "onnx")
+
+
+def test_stock_module_has_the_bundles_shape(built: Bundle) -> None:
+    inputs = example_inputs(built.manifest.model, 2, 0.5)
+    shapes = [module(**inputs).sample.shape for module in (stock_transformer(built.manifest.model), load(built.root))]
+    assert shapes[0] == shapes[1]
+
+
+def test_no_compiler_is_no_error(built: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    spec = built.manifest.model
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        assert compiled_variant(stock_transformer(spec), example_inputs(spec, 2, 0.5), "cpu") is None
+
+
+def test_memory_errors_come_in_one_sentence(built: Bundle) -> None:
+    probe = MemoryProbe(bundle=str(built.root), target="fake", batch=2, threads=1, share_weights=False, dense=True)
+    with pytest.raises(DyexportError, match=r"measuring memory failed .*'fake'"):
+        added_bytes(probe)
