@@ -48,6 +48,16 @@ class Preset:
     def tokens(self) -> int:
         return (self.sample_size // self.patch_size) ** 2
 
+    @property
+    def parameters(self) -> int:
+        """Weights of the static model, shared embedders counted once; the position table is not trained."""
+        width, patch = self.hidden_size, self.patch_size**2
+        outputs = patch * self.in_channels * (2 if self.learn_sigma else 1)
+        embedders = (patch * self.in_channels + 1) * width + (256 + 1) * width + (width + 1) * width
+        blocks = self.depth * (18 * width**2 + 15 * width)  # modulation 6, attention 4, MLP 8
+        final = 2 * width * (width + 1) + outputs * (width + 1)
+        return embedders + (self.classes + 1) * width + blocks + final
+
     def transformer_config(self) -> dict[str, object]:
         """Arguments of diffusers' ``DiTTransformer2DModel``."""
         return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -21,7 +20,6 @@ from dyexport.build.ledger import (
     write_atomically,
 )
 from dyexport.build.settings import BuildSettings
-from dyexport.build.stages import METRICS
 from dyexport.bundle import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -57,6 +55,7 @@ def describe_bundle(
     files: Mapping[str, Source],
     engines: Mapping[tuple[str, int], str],
     reference: Outcome,
+    metrics: Mapping[str, float],
 ) -> Manifest:
     """The manifest of ``files``, which are named by their place in the bundle."""
     return Manifest(
@@ -67,7 +66,7 @@ def describe_bundle(
         plan=plan,
         engines=tuple(EngineRecord(target=t, segment=index, path=path) for (t, index), path in engines.items()),
         reference=Reference(path=os.path.relpath(reference.path, settings.out), sha256=reference.digest),
-        metrics=json.loads((reference.path / METRICS).read_text(encoding="utf-8")),
+        metrics=dict(metrics),
         files={name: source.record for name, source in sorted(files.items())},
     )
 

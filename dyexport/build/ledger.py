@@ -78,13 +78,13 @@ class _Page(Frozen):
 
 
 class Ledger:
-    """The stages of one work directory. ``allowed`` limits which may be redone; None means all."""
+    """The stages of one work directory; those named in ``without`` may be used but not redone."""
 
-    def __init__(self, work: Path, listener: Listener, *, allowed: frozenset[str] | None = None) -> None:
+    def __init__(self, work: Path, listener: Listener, *, without: frozenset[str] = frozenset()) -> None:
         self.work = work
         self.outcomes: dict[str, Outcome] = {}
         self._listener = listener
-        self._allowed = allowed
+        self._without = without
         self._page = _read_page(work / LEDGER)
 
     def run(self, stage: Stage) -> Outcome:
@@ -112,8 +112,10 @@ class Ledger:
         return next(damage(self.work / stage.output, record.files), "")
 
     def _redo(self, stage: Stage, inputs: str, why: str) -> Record:
-        if self._allowed is not None and stage.name not in self._allowed:
-            raise UsageError(f"stage {stage.name!r} must run first ({why}); use `dyexport build` with the same settings")
+        if stage.name in self._without:
+            raise UsageError(
+                f"stage {stage.name!r} must run first ({why}); use `dyexport build` with the same settings"
+            )
         output = self.work / stage.output
         partial = output.with_name(PARTIAL + output.name)
         with storage_errors(output):
@@ -145,7 +147,9 @@ def locked(work: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise StorageError(f"another build is using {work}; wait for it, or give this one its own --work") from error
+            raise StorageError(
+                f"another build is using {work}; wait for it, or give this one its own --work"
+            ) from error
         try:
             yield
         finally:
@@ -174,7 +178,9 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def _unwritable(path: Path | str, why: str) -> StorageError:
-    return StorageError(f"cannot write {path}: {why}; make room or choose another place with -o and --work, then repeat")
+    return StorageError(
+        f"cannot write {path}: {why}; make room or choose another place with -o and --work, then repeat"
+    )
 
 
 def digest_of(value: Any) -> str:

@@ -50,11 +50,11 @@ class Network:
 class Pipeline:
     """The stages of one build. Each method runs what it needs first; what is up to date is only checked."""
 
-    def __init__(self, settings: BuildSettings, listener: Listener, *, allowed: frozenset[str] | None = None) -> None:
+    def __init__(self, settings: BuildSettings, listener: Listener, *, without: frozenset[str] = frozenset()) -> None:
         logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # says of every weight that it has no value yet
         self.settings = settings
         self.listener = listener
-        self.ledger = Ledger(settings.work, listener, allowed=allowed)
+        self.ledger = Ledger(settings.work, listener, without=without)
 
     @cached_property
     def static(self) -> Outcome:
@@ -73,7 +73,11 @@ class Pipeline:
     @cached_property
     def dynamic(self) -> Outcome:
         """The dynamic checkpoint, before it is moved onto the budget."""
-        inputs: dict[str, Any] = {"static": self.static.digest, "routers": self.settings.routers, "seed": self.settings.seed}
+        inputs: dict[str, Any] = {
+            "static": self.static.digest,
+            "routers": self.settings.routers,
+            "seed": self.settings.seed,
+        }
         if self.settings.routers == "given":
             inputs["checkpoint"] = _contents(Path(str(self.settings.checkpoint)))
         elif self.settings.routers != "random":
@@ -89,7 +93,12 @@ class Pipeline:
     def calibrated(self) -> Outcome:
         """The reference model on budget, with its width table and token statistics."""
         upstream = {"static": self.static.digest, "dynamic": self.dynamic.digest, "data": self._data_digest}
-        inputs = {**upstream, "budget": self.settings.budget, "routers": self.settings.routers, "seed": self.settings.seed}
+        inputs = {
+            **upstream,
+            "budget": self.settings.budget,
+            "routers": self.settings.routers,
+            "seed": self.settings.seed,
+        }
 
         def make(out: Path) -> None:
             stages.make_calibrated(self.settings, self.static.path, self.dynamic.path, self.calibration_inputs, out)
@@ -194,13 +203,28 @@ class Pipeline:
         name = f"{network.name}{TARGETS[target].suffix}"
         return self._run(f"{target} {network.name}", f"{GRAPHS}/{name}", inputs, make)
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What calibration measured."""
+        return stages.read_metrics(self.calibrated.path)
+
+    @property
+    def stage_report(self) -> dict[str, dict[str, Any]]:
+        """What was done and what was not, stage by stage."""
+        outcomes = self.ledger.outcomes.items()
+        return {
+            name: {"status": "reused" if o.reused else "done", "seconds": round(o.seconds, 3)} for name, o in outcomes
+        }
+
     def bundle(self) -> Manifest:
         """Everything, assembled at ``settings.out``."""
         files = {f"{GRAPHS}/{STORE}": Source.of(self.store)}
         files |= {name: Source.of(self.calibrated, name) for name in (WIDTHS, TOKENS) if name in self.calibrated.files}
         files |= {f"{GRAPHS}/{outcome.path.name}": Source.of(outcome) for outcome in self.graphs.values()}
         engines = {key: f"{GRAPHS}/{outcome.path.name}" for key, outcome in self.graphs.items()}
-        manifest = describe_bundle(self.settings, self.tables[0], self.plan, files, engines, self.calibrated)
+        manifest = describe_bundle(
+            self.settings, self.tables[0], self.plan, files, engines, self.calibrated, self.metrics
+        )
         assemble(self.settings.out, manifest, files, self.listener)
         return manifest
 
@@ -222,7 +246,9 @@ class Pipeline:
         if self.settings.data_source != "synthetic":
             return self.settings.work
         inputs = {"static": self.static.digest, "seed": self.settings.seed}
-        make = partial(stages.make_synthetic, self.settings, self.static.path, partial(self.listener.advanced, "synthetic"))
+        make = partial(
+            stages.make_synthetic, self.settings, self.static.path, partial(self.listener.advanced, "synthetic")
+        )
         return self._run("synthetic", "synthetic", inputs, make).path
 
     def _training(self, pace: Schedule) -> dict[str, Any]:
@@ -230,7 +256,9 @@ class Pipeline:
 
     def _trained(self, stage: str) -> Any:
         def progress(done: int, total: int, metrics: Mapping[str, float]) -> None:
-            self.listener.advanced(stage, done, total, "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+            self.listener.advanced(
+                stage, done, total, "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            )
 
         return progress
 
@@ -238,7 +266,9 @@ class Pipeline:
         """Where a training run keeps what it needs to resume."""
         return self.settings.work / "training" / stage
 
-    def _run(self, name: str, output: str, inputs: Mapping[str, Any], make: Any, scratch: Path | None = None) -> Outcome:
+    def _run(
+        self, name: str, output: str, inputs: Mapping[str, Any], make: Any, scratch: Path | None = None
+    ) -> Outcome:
         outcome = self.ledger.run(Stage(name=name, output=output, inputs=inputs, make=make))
         if scratch is not None:
             remove(scratch)
@@ -246,11 +276,11 @@ class Pipeline:
 
 
 @contextmanager
-def opened(settings: BuildSettings, listener: Listener, *, allowed: frozenset[str] | None = None) -> Iterator[Pipeline]:
+def opened(settings: BuildSettings, listener: Listener, *, without: frozenset[str] = frozenset()) -> Iterator[Pipeline]:
     """The pipeline, its work directory held and its output found writable."""
     check_writable(settings.out)
     with locked(settings.work):
-        yield Pipeline(settings, listener, allowed=allowed)
+        yield Pipeline(settings, listener, without=without)
 
 
 def plan_for(spec: ModelSpec, widths: WidthTable, stats: TokenStats | None, settings: PlanSettings) -> SegmentPlan:

@@ -69,7 +69,9 @@ class BuildSettings:
         if self.data == "synthetic" and self.from_scratch:
             raise UsageError("--data synthetic is sampled from a static model; give its --checkpoint")
         if self.train_steps is not None and not self.from_scratch:
-            raise UsageError("--train-steps is for training from scratch, which needs a digits model and no --checkpoint")
+            raise UsageError(
+                "--train-steps is for training from scratch, which needs a digits model and no --checkpoint"
+            )
         for name, steps, least in (("train", self.train_steps, 1), ("finetune", self.finetune_steps, 0)):
             if steps is not None and steps < least:
                 raise UsageError(f"--{name}-steps is {steps}; give {least} or more")
@@ -136,7 +138,9 @@ def parse_budget(text: str | None) -> float | None:
     try:
         budget = float(text)
     except ValueError as error:
-        raise BudgetError(f"budget {text!r} is not a number; give a FLOPs ratio above 0 and at most 1, such as 0.5") from error
+        raise BudgetError(
+            f"budget {text!r} is not a number; give a FLOPs ratio above 0 and at most 1, such as 0.5"
+        ) from error
     if not math.isfinite(budget):
         raise BudgetError(f"budget is {text}; give a FLOPs ratio above 0 and at most 1, such as 0.5")
     return budget

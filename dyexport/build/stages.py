@@ -80,7 +80,12 @@ def make_static(
 
 
 def train_on(
-    backbone: nn.Module, settings: BuildSettings, pace: Schedule, source: LatentSource, scratch: Path, progress: Progress
+    backbone: nn.Module,
+    settings: BuildSettings,
+    pace: Schedule,
+    source: LatentSource,
+    scratch: Path,
+    progress: Progress,
 ) -> None:
     """Plain training, in place."""
     config = TrainConfig(**asdict(pace), seed=settings.seed)
@@ -131,7 +136,9 @@ def make_dynamic(
         assert settings.checkpoint is not None
         model, found = load_dynamic(Path(settings.checkpoint))
         if found.name != preset.name:
-            raise CheckpointError(f"{settings.checkpoint} is a checkpoint of {found.name}; build it with --model {found.name}")
+            raise CheckpointError(
+                f"{settings.checkpoint} is a checkpoint of {found.name}; build it with --model {found.name}"
+            )
     elif settings.routers == "random":
         model = random_dynamic(preset, seed=settings.seed)
     else:
@@ -215,6 +222,11 @@ def read_calibrated(directory: Path, preset: Preset) -> tuple[ModelSpec, WidthTa
     )
     stats = TokenStats.load(directory / TOKENS) if (directory / TOKENS).is_file() else None
     return spec, WidthTable.load(directory / WIDTHS), stats
+
+
+def read_metrics(directory: Path) -> dict[str, float]:
+    metrics: dict[str, float] = json.loads((directory / METRICS).read_text(encoding="utf-8"))
+    return metrics
 
 
 def calibrated_weights(directory: Path) -> dict[str, Tensor]:

@@ -2,6 +2,212 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
 import typer
+from rich.table import Table
+
+from dyexport.commands.options import BuildOptions, takes_build_options
+from dyexport.console import (
+    DebugOption,
+    Interrupted,
+    JsonOption,
+    StageLines,
+    chatter_on_stderr,
+    emit,
+    format_bytes,
+    progress_bar,
+)
+
+if TYPE_CHECKING:
+    from dyexport.build.pipeline import Pipeline
+    from dyexport.build.settings import BuildSettings
+    from dyexport.bundle import SegmentPlan
 
 app = typer.Typer()
+
+BEFORE_EXPORT = frozenset({"static", "synthetic", "dynamic", "calibrate"})
+PLANNED_ENGINES = (1, 2, 4, 8, 16)
+
+
+@app.command()
+@takes_build_options
+def build(options: BuildOptions, json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Turn a checkpoint into a bundle of slim engines: the whole pipeline, going on where it stopped."""
+    _build(options.settings(), json)
+
+
+@app.command()
+@takes_build_options
+def finetune(options: BuildOptions, json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Attach routers to the static model and train them under the budget: build's first stages."""
+    with _pipeline(options.settings()) as pipeline:
+        payload = {"checkpoint": str(pipeline.dynamic.path), "stages": pipeline.stage_report}
+    emit(payload, as_json=json, human=lambda console: console.print(payload["checkpoint"], markup=False))
+
+
+@app.command()
+@takes_build_options
+def calibrate(options: BuildOptions, json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Meet the budget and read widths and token counts off the routers: build's stages up to there."""
+    with _pipeline(options.settings()) as pipeline:
+        payload = {"checkpoint": str(pipeline.calibrated.path), **pipeline.metrics, "stages": pipeline.stage_report}
+    emit(payload, as_json=json, human=lambda console: console.print(_pairs(_calibration_lines(payload))))
+
+
+@app.command()
+@takes_build_options
+def export(options: BuildOptions, json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Cut a calibrated model into engines: build's last stages, refusing to run those before."""
+    _build(options.settings(), json, without=BEFORE_EXPORT)
+
+
+def _build(settings: BuildSettings, json: bool, without: frozenset[str] = frozenset()) -> None:
+    with _pipeline(settings, without) as pipeline:
+        manifest = pipeline.bundle()
+    payload = {
+        "bundle": str(settings.out),
+        "model": settings.model,
+        "budget": settings.budget,
+        **_costs(manifest.plan),
+        "disk_bytes": sum(record.bytes for record in manifest.files.values()),
+        **manifest.metrics,
+        "flops_ratio": manifest.plan.flops_ratio,
+        "stages": pipeline.stage_report,
+    }
+    emit(payload, as_json=json, human=lambda console: console.print(_pairs(_build_lines(payload))))
+
+
+@app.command()
+@takes_build_options
+def plan(
+    options: BuildOptions,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show, before anything is exported, what K = 1, 2, 4, 8, 16 engines would cost; calibrates first where that is not done."""
+    with _pipeline(options.settings()) as pipeline:
+        plans = [pipeline.priced(engines) for engines in PLANNED_ENGINES]
+    rows = [_costs(found) for found in plans]
+    emit({"model": options.model, "plans": rows}, as_json=json, human=lambda console: console.print(_plan_table(rows)))
+
+
+@app.command()
+def models(json: JsonOption = False, debug: DebugOption = False) -> None:
+    """List the models known by name."""
+    from dyexport.presets import PRESETS
+    from dyexport.slicing.flops import FlopsModel
+
+    rows = [
+        {
+            "name": preset.name,
+            "parameters": preset.parameters,
+            "gflops": FlopsModel.of_dit(preset.transformer_config()).dense / 1e9,
+            "tokens": preset.tokens,
+            "objective": preset.objective,
+            "weights": preset.hub_id,
+            "about": preset.about,
+        }
+        for preset in PRESETS.values()
+    ]
+    emit({"models": rows}, as_json=json, human=lambda console: console.print(_model_table(rows)))
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="A bundle directory.")],
+    timesteps: Annotated[int, typer.Option(help="How many random timesteps to compare at.")] = 64,
+    tolerance: Annotated[float, typer.Option(help="Largest accepted absolute error.")] = 1e-4,
+    target: Annotated[str, typer.Option(help="Which of the bundle's engine formats to run.")] = "onnx",
+    reference: Annotated[
+        Path | None, typer.Option(help="The dynamic checkpoint to compare with; by default the one it was built from.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of timesteps and inputs.")] = 0,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare a bundle with the masked torch model it was cut from, in fp32 at random timesteps."""
+    from dyexport.build.verify import VerifySettings, verify_bundle
+
+    settings = VerifySettings(timesteps=timesteps, tolerance=tolerance, target=target, seed=seed)
+    with chatter_on_stderr(), progress_bar("verifying") as advance:
+        report = verify_bundle(bundle, settings, reference=reference, advance=advance)
+    payload = report.as_json()
+    emit(payload, as_json=json, human=lambda console: console.print(_pairs(_verify_lines(payload))))
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _pipeline(settings: BuildSettings, without: frozenset[str] = frozenset()) -> Iterator[Pipeline]:
+    try:
+        with chatter_on_stderr(), StageLines() as lines:
+            from dyexport.build.pipeline import opened
+
+            with opened(settings, lines, without=without) as pipeline:
+                yield pipeline
+    except KeyboardInterrupt as error:
+        raise Interrupted("interrupted; the same command goes on after the last finished stage") from error
+
+
+def _costs(found: SegmentPlan) -> dict[str, Any]:
+    values = found.model_dump(exclude={"segments"})
+    return {"engines": len(found.segments), **values}
+
+
+def _build_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+    return (
+        ("bundle", payload["bundle"]),
+        ("engines", str(payload["engines"])),
+        ("attention + MLP FLOPs (lambda)", f"{payload['flops_ratio']:.3f} of dense"),
+        ("whole network's FLOPs", f"{payload['network_flops_ratio']:.3f} of dense"),
+        ("as executed by these engines", f"{payload['executed_flops_ratio']:.3f} of dense"),
+        ("output error against dense", f"{payload['output_relative_mse']:.4f} (relative MSE)"),
+        ("on disk", format_bytes(payload["disk_bytes"])),
+    )
+
+
+def _calibration_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+    return (
+        ("checkpoint", payload["checkpoint"]),
+        ("attention + MLP FLOPs (lambda)", f"{payload['flops_ratio']:.3f} of dense"),
+        ("output error against dense", f"{payload['output_relative_mse']:.4f} (relative MSE)"),
+    )
+
+
+def _verify_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+    error = payload["max_abs_error"]
+    return (
+        ("result", "passed" if payload["passed"] else "FAILED"),
+        ("largest error", "not a number" if error is None else f"{error:.2e} (at most {payload['tolerance']:g})"),
+        ("timesteps compared", f"{payload['timesteps']}"),
+        ("left out, tokens over capacity", f"{payload['overflow']}"),
+        ("redrawn, a token on its threshold", f"{payload['redrawn']}"),
+    )
+
+
+def _pairs(lines: Sequence[tuple[str, str]]) -> Table:
+    table = Table(show_header=False, box=None)
+    for name, value in lines:
+        table.add_row(name, value)
+    return table
+
+
+def _plan_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("engines", "lambda", "network FLOPs", "executed FLOPs", "disk", "resident", "resident, shared")
+    for row in rows:
+        ratios = (f"{row[name]:.3f}" for name in ("flops_ratio", "network_flops_ratio", "executed_flops_ratio"))
+        sizes = (format_bytes(row[name]) for name in ("disk_bytes", "resident_bytes", "disk_bytes"))
+        table.add_row(str(row["engines"]), *ratios, *sizes)
+    return table
+
+
+def _model_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table("model", "parameters", "GFLOPs", "tokens", "objective", "weights on the hub")
+    for row in rows:
+        size, flops = f"{row['parameters'] / 1e6:.1f} M", f"{row['gflops']:.2f}"
+        table.add_row(row["name"], size, flops, str(row["tokens"]), row["objective"], row["weights"] or "-")
+    return table

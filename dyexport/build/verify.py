@@ -1,0 +1,241 @@
+"""The masked torch model against the bundle: equal in fp32 at every timestep, or the bundle is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dyexport.build.ledger import describe, digest_of
+from dyexport.bundle import Bundle, Manifest
+from dyexport.errors import BundleError, MissingDependency, UsageError
+from dyexport.models.checkpoints import load_dynamic
+from dyexport.models.dynamic import DynamicOutput, DynamicTransformer
+from dyexport.models.inputs import ModelInputs, NoisedInputs
+from dyexport.presets import Preset
+from dyexport.runtime.pipeline import BundleTransformer, load
+from dyexport.runtime.scheduler import route
+from dyexport.training.data import digits
+
+BATCH = 2
+UNDECIDED = 1e-5  # logits this near to zero, in units of their spread, may fall either way in fp32
+MOST_REDRAWS = 50  # for one timestep
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifySettings:
+    timesteps: int = 64
+    tolerance: float = 1e-4
+    target: str = "onnx"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.timesteps < 1:
+            raise UsageError(f"--timesteps is {self.timesteps}; give at least 1")
+        if not self.tolerance > 0:
+            raise UsageError(f"--tolerance is {self.tolerance}; give a number above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentErrors:
+    """``max_abs_error`` is None where nothing could be compared, or where an output was not finite."""
+
+    segment: int
+    start: float
+    end: float
+    compared: int
+    overflow: int
+    max_abs_error: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """What was compared.
+
+    ``timesteps`` inputs were drawn; ``overflow`` of them kept more tokens than a capacity holds and are
+    left out of the error. ``redrawn`` more had a token so near its threshold that fp32 does not decide.
+    ``gates`` of the width table, all of them, were compared with the routers; ``wrong_gates`` differ.
+    """
+
+    target: str
+    timesteps: int
+    overflow: int
+    overflow_share: float
+    redrawn: int
+    gates: int
+    wrong_gates: int
+    tolerance: float
+    max_abs_error: float | None
+    segments: tuple[SegmentErrors, ...]
+
+    @property
+    def passed(self) -> bool:
+        error = self.max_abs_error
+        return error is not None and error <= self.tolerance and self.wrong_gates == 0
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+
+class Comparison(NamedTuple):
+    segment: int
+    error: float | None  # None: tokens overflowed
+
+
+def verify_bundle(
+    path: Path,
+    settings: VerifySettings,
+    *,
+    reference: Path | None = None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> VerifyReport:
+    """Compare. Raises ``BundleError`` where there is no reference, or not the one the bundle was cut from."""
+    bundle = Bundle.open(path)
+    model, preset = load_dynamic(reference or find_reference(bundle))
+    truth = Truth(model, preset, settings.seed)
+    comparisons: list[Comparison] = []
+    transformer = load(path, target=settings.target, device="cpu", check_hashes=False)
+    try:
+        for t in draw_timesteps(bundle.manifest, settings):
+            comparisons.append(_compare(bundle, truth, transformer, t))
+            advance(len(comparisons), settings.timesteps)
+    finally:
+        transformer.close()
+    gates, wrong = check_gates(bundle, model)
+    return _report(bundle.manifest, settings, comparisons, truth.redrawn, gates, wrong)
+
+
+def find_reference(bundle: Bundle) -> Path:
+    """The dynamic checkpoint named by the manifest, unchanged."""
+    reference = bundle.manifest.reference
+    if reference is None:
+        raise BundleError(
+            f"{bundle.root} names no reference; pass --reference with the dynamic checkpoint it was cut from"
+        )
+    path = bundle.root / reference.path
+    if not path.is_dir():
+        raise BundleError(f"the reference {path} is gone; pass --reference with the dynamic checkpoint, or build again")
+    if digest_of({name: record.sha256 for name, record in describe(path).items()}) != reference.sha256:
+        raise BundleError(f"the reference {path} has changed since the bundle was built; build again")
+    return path
+
+
+def draw_timesteps(manifest: Manifest, settings: VerifySettings) -> list[float]:
+    """Uniform over the range, and where there are enough at least one in each segment; fp32 values."""
+    random = np.random.default_rng(settings.seed)
+    spans = [(segment.start, segment.end) for segment in manifest.plan.segments]
+    whole = manifest.model.timestep_range
+    spans = spans if len(spans) <= settings.timesteps else []
+    spans += [whole] * (settings.timesteps - len(spans))
+    drawn = [float(np.float32(random.uniform(*span))) for span in spans]
+    return [min(t, float(np.nextafter(np.float32(whole[1]), np.float32(0)))) for t in drawn]
+
+
+class Truth:
+    """The masked model, and inputs on which its token decisions do not depend on rounding."""
+
+    def __init__(self, model: DynamicTransformer, preset: Preset, seed: int) -> None:
+        self.model = model
+        self.inputs = _inputs(preset, seed)
+        self.redrawn = 0
+
+    @torch.no_grad()
+    def at(self, t: float) -> tuple[ModelInputs, DynamicOutput]:
+        for draw in range(MOST_REDRAWS):
+            inputs = self.inputs.at(t, draw)
+            output = self.model(**inputs.arguments())
+            if not undecided(output.token_logits).any():
+                break
+            self.redrawn += 1
+        return inputs, output
+
+
+def undecided(logits: Tensor) -> Tensor:
+    """Where rounding may decide a gate, given the logits of each block in the last dimension."""
+    finite = logits.masked_fill(~logits.isfinite(), 0.0)
+    spread = finite.std(dim=-1, keepdim=True) if logits.shape[-1] > 1 else finite.abs()
+    return logits.abs() <= UNDECIDED * spread
+
+
+def _inputs(preset: Preset, seed: int) -> NoisedInputs:
+    """Noised digits where the model draws them, else noise."""
+    if preset.pixel_space and preset.sample_size == 8:
+        try:
+            data = digits("held-out")
+        except MissingDependency:
+            return NoisedInputs(preset=preset, batch_size=BATCH, seed=seed)
+        return NoisedInputs(preset=preset, batch_size=BATCH, seed=seed, latents=data.latents, labels=data.labels)
+    return NoisedInputs(preset=preset, batch_size=BATCH, seed=seed)
+
+
+def _compare(bundle: Bundle, truth: Truth, transformer: BundleTransformer, t: float) -> Comparison:
+    inputs, expected = truth.at(t)
+    found = route(bundle.manifest.plan, bundle.widths, bundle.token_stats, t)
+    kept = expected.tokens.sum(dim=-1)  # (B, L)
+    if any((kept[:, block] > limit).any() for block, limit in enumerate(found.token_limits)):
+        return Comparison(found.segment, None)
+    with torch.no_grad():
+        sample = transformer(inputs.hidden_states, t, inputs.class_labels).sample  # (B, C_out, H, W)
+    return Comparison(found.segment, float((sample - expected.sample).abs().max()))
+
+
+@torch.no_grad()
+def check_gates(bundle: Bundle, model: DynamicTransformer) -> tuple[int, int]:
+    """Every gate of the bundle's width table against the model's own, in the middle of its row: compared, wrong."""
+    table = bundle.widths
+    middles = (table.grid + np.append(table.grid[1:], table.end)) / 2
+    timesteps = torch.from_numpy(middles.astype(np.float32))  # (T,)
+    heads, groups = model.width_gates(timesteps)  # (T, L, H), (T, L, G)
+    open_ = [torch.zeros_like(gates, dtype=torch.bool) for gates in (heads, groups)]
+    if model.table is None:
+        open_ = [undecided(logits) for logits in model.width_logits(timesteps)]
+    wrong = sum(
+        int(((torch.from_numpy(theirs) != (ours > 0.5)) & ~doubtful).sum())
+        for theirs, ours, doubtful in zip((table.heads, table.groups), (heads, groups), open_, strict=True)
+    )
+    return heads.numel() + groups.numel(), wrong
+
+
+def _report(
+    manifest: Manifest, settings: VerifySettings, comparisons: list[Comparison], redrawn: int, gates: int, wrong: int
+) -> VerifyReport:
+    segments = tuple(_per_segment(manifest, comparisons))
+    overflow = sum(segment.overflow for segment in segments)
+    return VerifyReport(
+        target=settings.target,
+        timesteps=len(comparisons),
+        overflow=overflow,
+        overflow_share=overflow / len(comparisons),
+        redrawn=redrawn,
+        gates=gates,
+        wrong_gates=wrong,
+        tolerance=settings.tolerance,
+        max_abs_error=_worst(comparisons),
+        segments=segments,
+    )
+
+
+def _per_segment(manifest: Manifest, comparisons: list[Comparison]) -> Iterator[SegmentErrors]:
+    for index, segment in enumerate(manifest.plan.segments):
+        mine = [comparison for comparison in comparisons if comparison.segment == index]
+        overflow = sum(comparison.error is None for comparison in mine)
+        yield SegmentErrors(
+            segment=index,
+            start=segment.start,
+            end=segment.end,
+            compared=len(mine) - overflow,
+            overflow=overflow,
+            max_abs_error=_worst(mine),
+        )
+
+
+def _worst(comparisons: list[Comparison]) -> float | None:
+    """The largest error; None where there is none, or it is not finite."""
+    errors = [comparison.error for comparison in comparisons if comparison.error is not None]
+    return max(errors) if errors and all(math.isfinite(error) for error in errors) else None

@@ -1,0 +1,116 @@
+"""The options of every command that builds, in one place: what a stage was run with, the next one accepts too."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from dyexport.build.settings import BuildSettings
+
+
+def _option(help_text: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help_text, metavar=metavar)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """As given on the command line; ``settings`` checks them."""
+
+    model: Annotated[str, _option("A preset; `dyexport models` lists them.", "--model", "-m")]
+    budget: Annotated[
+        str | None,
+        _option(
+            "FLOPs of attention and MLP against dense, such as 0.5. Without it routers stay as they are.",
+            "--budget",
+            "-b",
+        ),
+    ] = None
+    checkpoint: Annotated[
+        str | None, _option("A diffusers directory, a hub id, or a dynamic checkpoint, whose routers are kept.")
+    ] = None
+    random_weights: Annotated[
+        bool, _option("Random weights instead of a checkpoint, for timing.", "--random-weights")
+    ] = False
+    data: Annotated[
+        str | None, _option("What to train and calibrate on: digits, synthetic, or a directory of safetensors latents.")
+    ] = None
+    engines: Annotated[int, _option("K, how many engines sampling switches between.", "--engines", "-k")] = 4
+    target: Annotated[str, _option("Engine formats to write, separated by commas.")] = "onnx"
+    token_path: Annotated[
+        str, _option("How skipped tokens are left out: auto, masked, capacity, dynamic or compact.")
+    ] = "auto"
+    train_steps: Annotated[
+        int | None, _option("Steps of training from scratch, for a digits model without a checkpoint.")
+    ] = None
+    finetune_steps: Annotated[
+        int | None, _option("Steps of dynamic fine-tuning; 0 only calibrates, choosing units by importance.")
+    ] = None
+    seed: Annotated[int, _option("Seed of all that is random.")] = 0
+    no_baseline: Annotated[bool, _option("Leave out the dense graph that bench compares with.", "--no-baseline")] = (
+        False
+    )
+    out: Annotated[Path | None, _option("The bundle; by default ./MODEL-BUDGET.", "--out", "-o")] = None
+    work: Annotated[
+        Path | None, _option("Finished stages, for resuming; by default beside the bundle, with .work added.")
+    ] = None
+
+    def settings(self) -> BuildSettings:
+        """Raises ``UsageError`` for what cannot be built."""
+        from dyexport.build.settings import BuildSettings, default_out, parse_budget
+
+        budget = parse_budget(self.budget)
+        out = self.out or default_out(self.model, budget)
+        return BuildSettings(
+            model=self.model,
+            budget=budget,
+            out=out,
+            work=self.work or out.absolute().with_name(f"{out.absolute().name}.work"),
+            checkpoint=self.checkpoint,
+            random_weights=self.random_weights,
+            data=self.data,
+            engines=self.engines,
+            targets=tuple(self.target.split(",")),
+            token_path=self.token_path,
+            train_steps=self.train_steps,
+            finetune_steps=self.finetune_steps,
+            seed=self.seed,
+            baseline=not self.no_baseline,
+        )
+
+
+def takes_build_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let typer see the fields of the command's first argument, ``options``, as options of their own."""
+    parameters = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=_default(field.default), annotation=hint)
+        for field, hint in zip(fields(BuildOptions), _hints(BuildOptions).values(), strict=True)
+    ]
+    own = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in list(inspect.signature(command).parameters.values())[1:]
+    ]
+    hints = _hints(command)
+
+    @functools.wraps(command)
+    def flattened(**values: Any) -> None:
+        options = BuildOptions(**{field.name: values.pop(field.name) for field in fields(BuildOptions)})
+        command(options, **values)
+
+    del flattened.__wrapped__  # type: ignore[attr-defined]  # its signature is not the one to show
+    signature = inspect.Signature([*parameters, *(p.replace(annotation=hints[p.name]) for p in own)])
+    flattened.__signature__ = signature  # type: ignore[attr-defined]
+    flattened.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    return flattened
+
+
+def _hints(described: Any) -> dict[str, Any]:
+    return get_type_hints(described, include_extras=True)
+
+
+def _default(value: Any) -> Any:
+    return inspect.Parameter.empty if value is MISSING else value
