@@ -38,6 +38,7 @@ class OrtEngine(Engine):
     ) -> None:
         self.path = path
         self.device = device
+        self._device_type = device.partition(":")[0]
         self._share_weights = share_weights
         self._threads = threads
         self._rewrite = rewrite
@@ -53,7 +54,7 @@ class OrtEngine(Engine):
 
     @property
     def shares_weights(self) -> bool:
-        return self._share_weights and self.device == "cpu"
+        return self._share_weights and self._device_type == "cpu"
 
     @property
     def active(self) -> bool:
@@ -68,7 +69,7 @@ class OrtEngine(Engine):
         if self._rewrite is not None:
             model = self._rewrite(model)
         providers = providers_for(self.device, ort.get_available_providers())
-        with vendor_errors(ort, EngineBuildError, f"ONNX Runtime cannot load {self.path}"):
+        with vendor_errors(EngineBuildError, f"ONNX Runtime cannot load {self.path}"):
             self._session = ort.InferenceSession(model.SerializeToString(), self._options(ort), providers=providers)
 
     def _options(self, ort: Any) -> Any:
@@ -78,7 +79,7 @@ class OrtEngine(Engine):
         options.log_severity_level = 3
         options.intra_op_num_threads = self._threads or torch.get_num_threads()
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.path.parent))
-        if self._share_weights:
+        if self.shares_weights:
             # Without prepacking the weights stay file pages; an arena of its own would hold activations per session.
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.add_session_config_entry("session.use_env_allocators", "1")
@@ -96,7 +97,7 @@ class OrtEngine(Engine):
         for name, tensor in outputs.items():
             binding.bind_output(name, **self._location(name, tensor))
         self._synchronise()
-        with vendor_errors(_onnxruntime(), EngineMismatch, f"ONNX Runtime cannot run {self.path}"):
+        with vendor_errors(EngineMismatch, f"ONNX Runtime cannot run {self.path}"):
             self._session.run_with_iobinding(binding)
         return outputs
 
@@ -110,21 +111,19 @@ class OrtEngine(Engine):
 
     def _location(self, name: str, tensor: torch.Tensor) -> dict[str, Any]:
         """What binds a tensor in place: nothing is copied on its way in or out."""
-        import torch
-
-        if torch.device(self.device).type != tensor.device.type:
+        if tensor.device.type != self._device_type:
             raise EngineMismatch(f"{name} is on {tensor.device}, the engine on {self.device}")
         return {
             "device_type": tensor.device.type,
             "device_id": tensor.device.index or 0,
-            "element_type": _onnx_dtype(str(tensor.dtype).removeprefix("torch.")),
+            "element_type": _onnx_dtype(tensor.dtype),
             "shape": list(tensor.shape),
             "buffer_ptr": tensor.data_ptr(),
         }
 
     def _synchronise(self) -> None:
         """ONNX Runtime works on a stream of its own, which does not wait for torch's."""
-        if self.device != "cpu":
+        if self._device_type == "cuda":
             import torch
 
             torch.cuda.current_stream(self.device).synchronize()
@@ -188,12 +187,14 @@ def _span(tensor: onnx.TensorProto, path: Path) -> WeightSpan | None:
     return WeightSpan(path=path.parent / location, offset=int(fields.get("offset", 0)), length=int(fields["length"]))
 
 
-def _onnx_dtype(dtype: str) -> int:
+@cache
+def _onnx_dtype(dtype: torch.dtype) -> int:
     import numpy as np
     from onnx import TensorProto
     from onnx.helper import np_dtype_to_tensor_dtype
 
-    return TensorProto.BFLOAT16 if dtype == "bfloat16" else np_dtype_to_tensor_dtype(np.dtype(dtype))
+    name = str(dtype).removeprefix("torch.")
+    return TensorProto.BFLOAT16 if name == "bfloat16" else np_dtype_to_tensor_dtype(np.dtype(name))
 
 
 @cache
@@ -213,13 +214,17 @@ def _register_shared_arena() -> None:
     ort.create_and_register_allocator(kind, None)
 
 
-@contextmanager
-def vendor_errors(ort: Any, mapped: type[DyexportError], what: str) -> Iterator[None]:
-    """Everything ONNX Runtime raises becomes ``mapped``."""
-    values = vars(ort.capi.onnxruntime_pybind11_state).values()
+@cache
+def _their_errors() -> tuple[type[Exception], ...]:
+    values = vars(_onnxruntime().capi.onnxruntime_pybind11_state).values()
     theirs = [value for value in values if isinstance(value, type) and issubclass(value, Exception)]
-    mapped_errors: tuple[type[Exception], ...] = (*theirs, RuntimeError, ValueError)
+    return (*theirs, RuntimeError, ValueError)
+
+
+@contextmanager
+def vendor_errors(mapped: type[DyexportError], what: str) -> Iterator[None]:
+    """Everything ONNX Runtime raises becomes ``mapped``."""
     try:
         yield
-    except mapped_errors as error:
+    except _their_errors() as error:
         raise mapped(f"{what}: {str(error).strip().splitlines()[0]}") from error

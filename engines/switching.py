@@ -95,7 +95,7 @@ class SwitchingEngine(Engine):
     def activate(self) -> None:
         """Activate the engine that sampling starts with; the others follow when they are needed."""
         if not self.active:
-            self._load(0 if self._ahead > 0 else len(self.engines) - 1, keep=None)
+            self._load(0 if self._ahead > 0 else len(self.engines) - 1)
 
     def run(self, inputs: Tensors) -> dict[str, torch.Tensor]:
         self.io.check(inputs)
@@ -131,7 +131,7 @@ class SwitchingEngine(Engine):
             return engine
         begin = perf_counter()
         self._settle()
-        self._load(index, keep=None)
+        self._load(index)
         self._record_switch(index, perf_counter() - begin)
         self._current = index
         return engine
@@ -141,14 +141,12 @@ class SwitchingEngine(Engine):
         cost = SwitchCost(count=cost.count + 1, seconds=cost.seconds + seconds)
         self.clock.switches[self._current, index] = cost
 
-    def _load(self, index: int, *, keep: int | None) -> None:
-        """Make ``index`` active and the one used last, closing others, but never ``keep``, to make room."""
+    def _load(self, index: int) -> None:
+        """Make ``index`` active and the one used last, closing others to make room."""
         if index in self._recent:
             self._recent.remove(index)
         while len(self._recent) >= self.max_resident:
-            oldest = next(i for i in self._recent if i != keep)
-            self.engines[oldest].close()
-            self._recent.remove(oldest)
+            self.engines[self._recent.pop(0)].close()
         if not self.engines[index].active:
             begin = perf_counter()
             self.engines[index].activate()
@@ -157,11 +155,12 @@ class SwitchingEngine(Engine):
         self._recent.append(index)
 
     def _prefetch(self, index: int) -> None:
+        """Activate in the background. The engine that runs was used last: where two fit, it is not what makes room."""
         wanted = 0 <= index < len(self.engines) and self.max_resident > 1 and self._pending is None
         if wanted and not self.engines[index].active:
             if self._background is None:
                 self._background = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-            self._pending = self._background.submit(self._load, index, keep=self._current)
+            self._pending = self._background.submit(self._load, index)
 
     def _settle(self) -> None:
         """Wait for the background. If it failed, activating in the foreground fails again, and is heard."""

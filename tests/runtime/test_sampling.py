@@ -182,6 +182,8 @@ def test_pipelines_that_cannot_be_made_are_refused(ddpm: TinyBundle, flow: TinyB
 def test_schedulers() -> None:
     assert isinstance(make_scheduler(make_spec(), "dpm++"), DPMSolverMultistepScheduler)
     assert make_scheduler(make_spec()).config.beta_end == 0.02
+    assert make_scheduler(make_spec()).config.clip_sample, "pixels are bounded"
+    assert not make_scheduler(make_spec().model_copy(update={"pixel_space": False})).config.clip_sample
     assert make_scheduler(make_spec("flow")).config.num_train_timesteps == 1000
 
 
