@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from math import ceil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from dyexport.bundle import ModelSpec
+from dyexport.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
 Array = np.ndarray
 
 GAP, HEADER = 2, 16  # pixels
+COLUMNS = 10  # pictures in a row
 
 
 def grid(pictures: Array, columns: int, *, zoom: int = 1) -> Image.Image:
@@ -43,6 +51,35 @@ def side_by_side(images: dict[str, Image.Image]) -> Image.Image:
 def zoom_for(height: int) -> int:
     """How much to enlarge pictures that are too small to look at."""
     return max(64 // height, 1)
+
+
+def save_sample(drawn: torch.Tensor, spec: ModelSpec, vae: str | None, path: Path) -> Path:
+    """Write what ``sample`` drew, (B, C, H, W), and return where: a picture, or latents beside where it would be."""
+    if spec.pixel_space or vae is not None:
+        pixels = drawn if vae is None else decode(drawn, vae)  # (B, 1 or 3, H, W)
+        save_png(grid(pixels.cpu().numpy(), min(len(pixels), COLUMNS), zoom=zoom_for(pixels.shape[-2])), path)
+        return path
+    from safetensors.torch import save_file
+
+    latents = path.with_suffix(".safetensors")
+    latents.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"latents": drawn.contiguous().cpu()}, latents)
+    return latents
+
+
+def decode(latents: torch.Tensor, vae: str) -> torch.Tensor:
+    """Latents (B, 4, h, w) to pixels in [0, 1], (B, 3, H, W). Raises ``CheckpointError``."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    try:
+        decoder = AutoencoderKL.from_pretrained(vae).eval()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read an AutoencoderKL from {vae}: {error}") from error
+    with torch.inference_mode():
+        decoded = decoder.decode(latents.cpu() / decoder.config.scaling_factor).sample  # (B, 3, H, W)
+    pixels: torch.Tensor = (decoded / 2 + 0.5).clamp(0, 1)
+    return pixels
 
 
 def save_png(image: Image.Image, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -100,6 +101,37 @@ def inspect_table(bundle: Bundle) -> Table:
         f"as executed {plan.executed_flops_ratio:.3f}, {megabytes(plan.disk_bytes)} of weights"
     )
     return as_table(title, ("engine", "t", "heads", "groups", "gates", "token path", "capacity"), rows)
+
+
+def inspect_payload(bundle: Bundle) -> dict[str, Any]:
+    """The same, and more exactly, for ``--json``."""
+    manifest = bundle.manifest
+    plan = manifest.plan
+    on = {"heads": bundle.widths.heads.mean(axis=-1), "groups": bundle.widths.groups.mean(axis=-1)}
+    return {
+        "model": manifest.model.name,
+        "budget": manifest.budget,
+        **plan.model_dump(mode="json", exclude={"segments"}),
+        "segments": [
+            {
+                **segment.model_dump(mode="json", exclude={"heads", "groups"}),
+                **_kept(segment),
+                "gates": segment.gate_size,
+            }
+            for segment in plan.segments
+        ],
+        "widths": {
+            "t": bundle.widths.grid.tolist(),
+            **{name: shares.round(4).tolist() for name, shares in on.items()},
+        },
+        "metrics": dict(manifest.metrics),
+        "targets": sorted({engine.target for engine in manifest.engines}),
+        "bytes": sum(record.bytes for record in manifest.files.values()),
+    }
+
+
+def _kept(segment: Segment) -> dict[str, list[int]]:
+    return {"heads": [len(kept) for kept in segment.heads], "groups": [len(kept) for kept in segment.groups]}
 
 
 def _segment_row(bundle: Bundle, segment: Segment, units: tuple[int, int]) -> tuple[str, ...]:

@@ -2,6 +2,250 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
 import typer
 
+from dyexport.commands.options import BuildOptions
+from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
+from dyexport.errors import UsageError
+
 app = typer.Typer()
+
+BundleArgument = Annotated[Path, typer.Argument(help="A bundle directory.")]
+StepsOption = Annotated[int, typer.Option(help="Denoising steps.")]
+SchedulerOption = Annotated[
+    str | None, typer.Option(help="ddim or dpm++ for DiT, euler for SiT; by default the first that fits.")
+]
+TargetOption = Annotated[str, typer.Option(help="Which of the bundle's engine formats to run.")]
+
+
+@app.command()
+def sample(
+    bundle: BundleArgument,
+    labels: Annotated[str, typer.Option(help="Classes to draw: 0-9, 3,7 or both kinds mixed.")] = "0-9",
+    steps: StepsOption = 50,
+    scheduler: SchedulerOption = None,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 turns it off.")] = 1.5,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    target: TargetOption = "onnx",
+    vae: Annotated[
+        str | None, typer.Option(help="AutoencoderKL that decodes latents: a directory or a hub id.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The picture.")] = Path("samples.png"),
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Draw a grid of pictures, one for each label; without --vae a latent-space model's latents are saved instead."""
+    classes = parse_labels(labels)
+    with chatter_on_stderr(), progress_bar("sampling") as advance:
+        from dyexport.bench.pictures import save_sample
+        from dyexport.runtime.pipeline import load
+        from dyexport.runtime.sampling import sample as draw
+
+        loaded = load(bundle, target=target)
+        counted = _Counted(loaded, steps, advance)
+        drawn = draw(
+            counted, loaded.spec, classes, steps=steps, scheduler=scheduler, guidance_scale=guidance, seed=seed
+        )  # (B, C, H, W)
+        written = save_sample(drawn, loaded.spec, vae, out)
+    payload = {"path": str(written), "labels": classes, "steps": steps, "guidance": guidance, "seed": seed}
+    what = "" if written == out else " (latents; pass --vae with the autoencoder of this model to get pictures)"
+    emit(payload, as_json=json, human=lambda console: console.print(f"{written}{what}", markup=False, soft_wrap=True))
+
+
+class _Counted:
+    """A transformer that moves a progress bar on with every call."""
+
+    def __init__(self, transformer: Any, steps: int, advance: Any) -> None:
+        self.transformer = transformer
+        self.device = transformer.device
+        self._steps, self._advance, self._done = steps, advance, 0
+
+    def __call__(self, **inputs: Any) -> Any:
+        output = self.transformer(**inputs)
+        self._done += 1
+        self._advance(self._done, self._steps)
+        return output
+
+
+def parse_labels(text: str) -> list[int]:
+    """``0-2,7`` is 0, 1, 2, 7. Raises ``UsageError`` for anything else."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
+            raise UsageError(f"--labels {text!r} is not a list of classes; write 0-9 or 3,7")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+@app.command()
+def bench(
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle directory; or give --model to build one.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="A preset to build and time.")] = None,
+    budget: Annotated[str | None, typer.Option("--budget", "-b", help="FLOPs ratio to build for, such as 0.5.")] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="With --model: random weights, which take the same time.")
+    ] = False,
+    engines: Annotated[int, typer.Option("--engines", "-k", help="With --model: how many engines to build.")] = 4,
+    token_path: Annotated[str, typer.Option(help="With --model: how skipped tokens are left out.")] = "auto",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="With --model: the bundle; by default ./MODEL-BUDGET.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Samples in a call; 2 is one picture under guidance.")] = 2,
+    steps: StepsOption = 50,
+    rounds: Annotated[int, typer.Option(help="Rounds of alternating blocks, each 1 warm-up and 4 timed calls.")] = 10,
+    threads: Annotated[int | None, typer.Option(help="Threads of every variant; by default torch's choice.")] = None,
+    target: TargetOption = "onnx",
+    share_weights: Annotated[
+        bool, typer.Option("--share-weights", help="Engines map one copy of the weights.")
+    ] = False,
+    no_compile: Annotated[
+        bool, typer.Option("--no-compile", help="Leave torch.compile out, which takes minutes.")
+    ] = False,
+    trajectory: Annotated[bool, typer.Option("--trajectory", help="Time whole sampling loops as well.")] = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Time a bundle over the trajectory against its dense graph and the dense torch module, all in one run."""
+    if (bundle is None) == (model is None):
+        raise UsageError("bench takes a bundle, or --model with --budget to build one; give one of the two")
+    if model is not None:
+        bundle = _built(model, budget, random_weights, engines, token_path, out)
+    with chatter_on_stderr(), progress_bar("timing") as advance:
+        from dyexport.bench.compare import BenchSettings, compare
+        from dyexport.bench.report import bench_tables
+        from dyexport.bundle import Bundle
+
+        settings = BenchSettings(
+            target=target,
+            batch=batch,
+            steps=steps,
+            rounds=rounds,
+            threads=threads,
+            share_weights=share_weights,
+            compiled=not no_compile,
+            trajectory=trajectory,
+        )
+        report = compare(Bundle.open(str(bundle)), settings, advance)
+    emit(asdict(report), as_json=json, human=lambda console: console.print(*bench_tables(report), sep="\n\n"))
+
+
+def _built(
+    model: str, budget: str | None, random_weights: bool, engines: int, token_path: str, out: Path | None
+) -> Path:
+    from dyexport.commands.building import building
+
+    options = BuildOptions(
+        model=model, budget=budget, random_weights=random_weights, engines=engines, token_path=token_path, out=out
+    )
+    settings = options.settings()
+    with building(settings) as pipeline:
+        pipeline.bundle()
+    return settings.out
+
+
+@app.command(name="eval")
+def evaluate(
+    bundle: BundleArgument,
+    samples: Annotated[int, typer.Option(help="Pictures to draw of each model, every class equally often.")] = 1800,
+    seeds: Annotated[int, typer.Option(help="Repetitions with other noise.")] = 1,
+    steps: StepsOption = 50,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 scores the bare model.")] = 1.0,
+    scheduler: SchedulerOption = None,
+    control: Annotated[
+        bool,
+        typer.Option(
+            "--control", help="Also score the static model trained as long, training it where that is not done."
+        ),
+    ] = False,
+    train_steps: Annotated[int | None, typer.Option(help="With --control: as given to build.")] = None,
+    finetune_steps: Annotated[int | None, typer.Option(help="With --control: as given to build.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="With --control: as given to build.")] = None,
+    seed: Annotated[int, typer.Option(help="With --control: as given to build.")] = 0,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Score digits by Frechet distance and class accuracy: the dense model, the dynamic one and the control."""
+    if seeds < 1:
+        raise UsageError(f"--seeds is {seeds}; give at least 1")
+    path = _control(bundle, train_steps, finetune_steps, checkpoint, seed) if control else None
+    with chatter_on_stderr(), progress_bar("drawing") as advance:
+        from dyexport.bench.evaluation import Drawing
+        from dyexport.bench.evaluation import evaluate as score
+        from dyexport.bench.quality import Judge
+        from dyexport.bench.report import eval_table
+        from dyexport.bundle import Bundle
+        from dyexport.demo import real_digits
+
+        drawing = Drawing(samples=samples, steps=steps, guidance=guidance, scheduler=scheduler)
+        opened = Bundle.open(bundle)
+        judge = Judge(real_digits("train"))
+        report = score(opened, path, judge, real_digits("held-out"), drawing, range(seeds), advance)
+    emit(asdict(report), as_json=json, human=lambda console: console.print(eval_table(report)))
+
+
+def _control(
+    bundle: Path, train_steps: int | None, finetune_steps: int | None, checkpoint: str | None, seed: int
+) -> Path:
+    """The control of the build that made the bundle; its ledger refuses other settings than that build's."""
+    from dyexport.build.verify import find_reference
+    from dyexport.bundle import Bundle
+    from dyexport.commands.building import building
+
+    found = Bundle.open(bundle, check_hashes=False)
+    options = BuildOptions(
+        model=found.manifest.model.name,
+        budget=None if found.manifest.budget is None else str(found.manifest.budget),
+        train_steps=train_steps,
+        finetune_steps=finetune_steps,
+        checkpoint=checkpoint,
+        seed=seed,
+        out=bundle,
+        work=find_reference(found).parent,
+    )
+    with building(options.settings(), without=frozenset({"static", "synthetic", "dynamic"})) as pipeline:
+        assert pipeline.dynamic.reused
+        return pipeline.control.path
+
+
+@app.command()
+def inspect(
+    bundle: BundleArgument,
+    png: Annotated[Path | None, typer.Option(help="Also write the heat map as a picture.")] = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show what is in a bundle: its segments, and a heat map of widths over t and depth."""
+    with chatter_on_stderr():
+        from dyexport.bench.heatmap import draw_image, draw_text
+        from dyexport.bench.pictures import save_png
+        from dyexport.bench.report import inspect_payload, inspect_table
+        from dyexport.bundle import Bundle
+
+        opened = Bundle.open(bundle)
+        if png is not None:
+            save_png(draw_image(opened), png)
+    parts = (inspect_table(opened), "", draw_text(opened))
+    emit(inspect_payload(opened), as_json=json, human=lambda console: console.print(*parts, sep="\n"))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where everything goes.")] = Path("out/demo"),
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """The main job from nothing: train digits, make them dynamic, build, verify, time, score and draw."""
+    from dyexport.commands.building import stage_lines
+
+    with stage_lines() as lines:
+        from dyexport.bench.report import as_table
+        from dyexport.demo import demo_rows, demo_settings, run_demo
+
+        report = run_demo(demo_settings(out), lines)
+    table = as_table(f"bundle: {report.bundle}   pictures: {report.pictures}", ("measured", "value"), demo_rows(report))
+    emit(asdict(report), as_json=json, human=lambda console: console.print(table))

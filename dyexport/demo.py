@@ -1,0 +1,155 @@
+"""The main job from nothing: ``dyexport build --model sit-digits --budget 0.5``, and a look at what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+from dyexport.bench.compare import BenchSettings, compare
+from dyexport.bench.evaluation import Drawing, EvalReport, evaluate
+from dyexport.bench.heatmap import draw_image
+from dyexport.bench.latency import BenchReport
+from dyexport.bench.pictures import grid, save_png, side_by_side, zoom_for
+from dyexport.bench.quality import Digits, Judge
+from dyexport.bench.variants import DenseGraph
+from dyexport.build.ledger import Listener
+from dyexport.build.pipeline import opened
+from dyexport.build.settings import BuildSettings
+from dyexport.build.verify import VerifyReport, VerifySettings, verify_bundle
+from dyexport.bundle import Bundle
+from dyexport.errors import DyexportError
+from dyexport.runtime.pipeline import load
+from dyexport.runtime.sampling import Denoiser, sample
+from dyexport.training.data import Split, digits
+
+Advance = Callable[[int, int], None]
+
+DRAWING = Drawing(samples=1800, steps=25)
+BENCH = BenchSettings(batch=64, compiled=False)  # small batches of so small a model time the calls, not the network
+PICTURE_ROWS = 6
+PICTURE_GUIDANCE = 1.5
+
+
+def demo_settings(out: Path) -> BuildSettings:
+    """What ``dyexport build`` would be told; every default is build's own."""
+    return BuildSettings(model="sit-digits", budget=0.5, out=out / "bundle", work=out / "work")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoReport:
+    """Paths, and everything that was measured. ``max_abs_error`` is against masked torch, in fp32."""
+
+    bundle: str
+    pictures: str
+    widths: str
+    flops_ratio: float
+    network_flops_ratio: float
+    speedup_vs_dense: float
+    max_abs_error: float
+    frechet_dense: float
+    frechet_dynamic: float
+    frechet_real: float
+    class_accuracy: float
+    seconds: float
+
+
+def run_demo(
+    settings: BuildSettings,
+    listener: Listener,
+    *,
+    drawing: Drawing = DRAWING,
+    bench: BenchSettings = BENCH,
+) -> DemoReport:
+    """Build, verify, time, score and draw. The build resumes; the rest is measured anew each time."""
+    begin = perf_counter()
+    with opened(settings, listener) as pipeline:
+        pipeline.bundle()
+    bundle = Bundle.open(settings.out)
+    with _stage(listener, "verify") as advance:
+        verified = verify_bundle(settings.out, VerifySettings(), advance=advance)
+    with _stage(listener, "bench") as advance:
+        timed = compare(bundle, bench, advance)
+    with _stage(listener, "eval") as advance:
+        judge = Judge(real_digits("train"))
+        scored = evaluate(bundle, None, judge, real_digits("held-out"), drawing, [settings.seed], advance)
+    with _stage(listener, "pictures"):
+        pictures, widths = draw(bundle, settings.out.parent, drawing.steps)
+    return _report(bundle, pictures, widths, verified, timed, scored, perf_counter() - begin)
+
+
+@contextmanager
+def _stage(listener: Listener, name: str) -> Iterator[Advance]:
+    begin = perf_counter()
+    listener.started(name, "always")
+    yield lambda done, total: listener.advanced(name, done, total)
+    listener.finished(name, perf_counter() - begin, reused=False)
+
+
+def real_digits(split: Split) -> Digits:
+    """The data set as pictures in [0, 1]."""
+    source = digits(split)
+    return Digits((source.latents.numpy() + 1) / 2, source.labels.numpy())
+
+
+def draw(bundle: Bundle, folder: Path, steps: int) -> tuple[Path, Path]:
+    """Digits of the dense and the dynamic model from the same noise, and the width heat map."""
+    loaded = load(bundle.root, check_hashes=False)
+    models: dict[str, Denoiser] = {"dense": DenseGraph.of(bundle, "onnx"), "dynamic": loaded}
+    spec = bundle.manifest.model
+    labels = [*range(spec.classes)] * PICTURE_ROWS
+    images = {}
+    for name, model in models.items():
+        drawn = sample(model, spec, labels, steps=steps, guidance_scale=PICTURE_GUIDANCE)  # (B, 1, 8, 8)
+        images[name] = grid(drawn.numpy(), spec.classes, zoom=zoom_for(spec.latent_shape[1]) // 2)
+    loaded.close()
+    pictures, widths = folder / "digits.png", folder / "widths.png"
+    save_png(side_by_side(images), pictures)
+    save_png(draw_image(bundle), widths)
+    return pictures, widths
+
+
+def _report(
+    bundle: Bundle,
+    pictures: Path,
+    widths: Path,
+    verified: VerifyReport,
+    timed: BenchReport,
+    scored: EvalReport,
+    seconds: float,
+) -> DemoReport:
+    if not verified.passed or verified.max_abs_error is None:
+        raise DyexportError(
+            f"{bundle.root} differs from masked torch by {verified.max_abs_error}, "
+            f"with {verified.wrong_gates} gates wrong; see `dyexport verify {bundle.root}`"
+        )
+    return DemoReport(
+        bundle=str(bundle.root),
+        pictures=str(pictures),
+        widths=str(widths),
+        flops_ratio=timed.flops_ratio,
+        network_flops_ratio=timed.network_flops_ratio,
+        speedup_vs_dense=timed.speedup_vs_dense,
+        max_abs_error=verified.max_abs_error,
+        frechet_dense=scored.frechet_dense,
+        frechet_dynamic=scored.frechet_dynamic,
+        frechet_real=scored.frechet_real,
+        class_accuracy=scored.class_accuracy,
+        seconds=seconds,
+    )
+
+
+def demo_rows(report: DemoReport) -> list[tuple[str, ...]]:
+    return [
+        ("lambda as run (attention + MLP)", f"{report.flops_ratio:.3f}"),
+        ("whole-network FLOPs ratio", f"{report.network_flops_ratio:.3f}"),
+        ("speed-up over dense", f"{report.speedup_vs_dense:.2f}x"),
+        ("error against masked torch", f"{report.max_abs_error:.1e}"),
+        ("Frechet distance, dense", f"{report.frechet_dense:.3f}"),
+        ("Frechet distance, dynamic", f"{report.frechet_dynamic:.3f}"),
+        ("Frechet distance, unseen real digits", f"{report.frechet_real:.3f}"),
+        ("class accuracy, dynamic", f"{report.class_accuracy:.1%}"),
+        ("minutes", f"{report.seconds / 60:.1f}"),
+    ]
