@@ -73,6 +73,25 @@ def test_prefetch_overlaps_the_run() -> None:
     switching.run(make_inputs(1))
 
 
+def test_a_switch_waits_for_its_engine_to_be_prefetched() -> None:
+    release, entered = threading.Event(), []
+
+    class Slow(FakeEngine):
+        def activate(self) -> None:
+            if not self.active:
+                entered.append(threading.current_thread().name)
+                assert release.wait(10)
+            super().activate()
+
+    engines = [fake(0), Slow(IO, dict)]
+    switching = SwitchingEngine(engines, lambda inputs: Choice(engine=int(inputs["timestep"][0]), inputs={}))
+    run_at(switching, 0)
+    threading.Timer(0.05, release.set).start()
+    switching.run(make_inputs(1, t=1.0))
+    assert len(entered) == 1
+    assert entered[0].startswith("prefetch")
+
+
 @pytest.mark.parametrize(("ahead", "first"), [(1, 0), (-1, 2)])
 def test_activate_starts_where_sampling_does(ahead: int, first: int) -> None:
     switching, engines = make(3, ahead)
