@@ -23,7 +23,7 @@ app.add_typer(run_side.app)
 
 
 def main() -> None:
-    """Run the command line. Exit code 0, 1 (failed), 2 (bad usage) or 130 (Ctrl-C); errors are one sentence on stderr."""
+    """Exit code 0, 1 (failed), 2 (bad usage) or 130 (Ctrl-C); errors are one sentence on stderr."""
     try:
         code = app(standalone_mode=False)
     except KeyboardInterrupt:

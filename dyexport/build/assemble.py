@@ -11,7 +11,6 @@ from typing import NamedTuple
 import dyexport
 from dyexport.build.ledger import (
     PARTIAL,
-    Listener,
     Outcome,
     describe,
     remove,
@@ -71,26 +70,24 @@ def describe_bundle(
     )
 
 
-def assemble(out: Path, manifest: Manifest, files: Mapping[str, Source], listener: Listener) -> None:
-    """Make ``out`` this bundle. A kill at any moment leaves the bundle of before, none, or this one.
+def assemble(out: Path, manifest: Manifest, files: Mapping[str, Source]) -> bool:
+    """Make ``out`` this bundle; returns whether it was so already.
 
-    Files that neither the new bundle nor the one before it names stay where they are.
+    A kill at any moment leaves the bundle of before, none, or this one. Files that neither the new
+    bundle nor the one before it names stay where they are.
     """
-    if _is_current(out, manifest):
-        listener.finished("bundle", 0.0, reused=True)
-        return
-    listener.started("bundle", "not done yet")
+    current, staging = _is_current(out, manifest), out / STAGING
     with storage_errors(out):
         created = not out.exists()
-        staging = out / STAGING
         try:
-            _stage(staging, files)
-            _publish(out, staging, manifest)
+            if not current:
+                _stage(staging, files)
+                _publish(out, staging, manifest)
         finally:
             remove(staging)
-            if created and out.is_dir() and not any(out.iterdir()):
+            if created and not any(out.iterdir()):
                 out.rmdir()
-    listener.finished("bundle", 0.0, reused=False)
+    return current
 
 
 def _is_current(out: Path, manifest: Manifest) -> bool:
@@ -120,7 +117,6 @@ def _publish(out: Path, staging: Path, manifest: Manifest) -> None:
     for name in manifest.files:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (staging / name).replace(out / name)
-    remove(staging)
     sync(out)
     write_atomically(out / MANIFEST, manifest.model_dump_json(indent=1).encode())
 

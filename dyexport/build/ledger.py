@@ -19,9 +19,10 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any, Protocol
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 
+from dyexport.build.team import Alone, Team
 from dyexport.bundle import FileRecord, Frozen, sha256_of
 from dyexport.errors import StorageError, UsageError
 
@@ -40,17 +41,29 @@ class Listener(Protocol):
     def finished(self, stage: str, seconds: float, *, reused: bool) -> None: ...
 
 
+class Silent:
+    """A listener that says nothing."""
+
+    def started(self, stage: str, why: str) -> None: ...
+
+    def advanced(self, stage: str, done: int, total: int, detail: str = "") -> None: ...
+
+    def finished(self, stage: str, seconds: float, *, reused: bool) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """``inputs`` are the settings that matter and the digests of what is read; ``make`` writes ``output`` where told.
 
-    ``output`` is a file or a directory, relative to the work directory.
+    ``output`` is a file or a directory, relative to the work directory. Where processes work as a team,
+    all of them make a ``shared`` stage, and the leader's output counts.
     """
 
     name: str
     output: str
     inputs: Mapping[str, Any]
     make: Callable[[Path], None]
+    shared: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,48 +87,60 @@ class Record(Frozen):
 
 
 class _Page(Frozen):
-    stages: dict[str, Record] = {}
+    stages: dict[str, Record] = Field(default_factory=dict)
 
 
 class Ledger:
     """The stages of one work directory; those named in ``without`` may be used but not redone."""
 
-    def __init__(self, work: Path, listener: Listener, *, without: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, work: Path, listener: Listener, *, without: frozenset[str] = frozenset(), team: Team | None = None
+    ) -> None:
         self.work = work
+        self.team = team or Alone()
         self.outcomes: dict[str, Outcome] = {}
         self._listener = listener
         self._without = without
-        self._page = _read_page(work / LEDGER)
 
     def run(self, stage: Stage) -> Outcome:
         """Make the stage's output unless it is there, whole, and made from the same inputs."""
-        inputs, record = digest_of(stage.inputs), self._page.stages.get(stage.name)
-        why = self._stale(stage, inputs, record)
-        begin = perf_counter()
+        inputs, begin = digest_of(stage.inputs), perf_counter()
+        why = self.team.agree(self._stale(stage, inputs) if self.team.leads else "")
         if why:
             self._listener.started(stage.name, why)
-            record = self._redo(stage, inputs, why)
-        assert record is not None
-        seconds = perf_counter() - begin
-        path = self.work / stage.output
-        outcome = Outcome(path=path, files=record.files, digest=record.digest, reused=not why, seconds=seconds)
-        self._listener.finished(stage.name, seconds, reused=outcome.reused)
-        self.outcomes[stage.name] = outcome
+            if self.team.leads:
+                self._redo(stage, inputs, why)
+            elif stage.shared:
+                _help(stage)
+            self.team.agree("done")
+        record = self._read_page().stages[stage.name]
+        outcome = Outcome(
+            path=self.work / stage.output,
+            files=record.files,
+            digest=record.digest,
+            reused=not why,
+            seconds=perf_counter() - begin,
+        )
+        self.note(stage.name, outcome)
         return outcome
 
-    def _stale(self, stage: Stage, inputs: str, record: Record | None) -> str:
+    def note(self, name: str, outcome: Outcome) -> None:
+        """Keep what came of a stage, and tell the listener."""
+        self.outcomes[name] = outcome
+        self._listener.finished(name, outcome.seconds, reused=outcome.reused)
+
+    def _stale(self, stage: Stage, inputs: str) -> str:
         """Why a stage must run; empty when it need not."""
+        record = self._read_page().stages.get(stage.name)
         if record is None:
             return "not done yet"
         if record.inputs != inputs:
             return "its inputs changed"
         return next(damage(self.work / stage.output, record.files), "")
 
-    def _redo(self, stage: Stage, inputs: str, why: str) -> Record:
+    def _redo(self, stage: Stage, inputs: str, why: str) -> None:
         if stage.name in self._without:
-            raise UsageError(
-                f"stage {stage.name!r} must run first ({why}); use `dyexport build` with the same settings"
-            )
+            raise UsageError(f"stage {stage.name!r} must run first ({why}); use `dyexport build` with these settings")
         output = self.work / stage.output
         partial = output.with_name(PARTIAL + output.name)
         with storage_errors(output):
@@ -130,16 +155,31 @@ class Ledger:
             finally:
                 remove(partial)
             self._record(stage.name, record)
-        return record
 
     def _record(self, name: str, record: Record) -> None:
-        self._page = _Page(stages={**self._page.stages, name: record})
-        write_atomically(self.work / LEDGER, self._page.model_dump_json(indent=1).encode())
+        page = _Page(stages={**self._read_page().stages, name: record})
+        write_atomically(self.work / LEDGER, page.model_dump_json(indent=1).encode())
+
+    def _read_page(self) -> _Page:
+        """A ledger that cannot be read says nothing is done; outputs are then made again."""
+        try:
+            return _Page.model_validate_json((self.work / LEDGER).read_bytes())
+        except (OSError, ValidationError):
+            return _Page()
+
+
+def _help(stage: Stage) -> None:
+    """Take part in making a shared stage, and leave its output to the leader."""
+    with TemporaryDirectory() as directory:
+        stage.make(Path(directory) / Path(stage.output).name)
 
 
 @contextmanager
 def locked(work: Path) -> Iterator[None]:
-    """Hold the work directory; raises ``StorageError`` while another process does. Leaves none where nothing was done."""
+    """Hold the work directory; raises ``StorageError`` while another process does.
+
+    Where nothing was done, no directory is left behind.
+    """
     with storage_errors(work):
         work.mkdir(parents=True, exist_ok=True)
         file = (work / LOCK).open("w")
@@ -147,9 +187,7 @@ def locked(work: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise StorageError(
-                f"another build is using {work}; wait for it, or give this one its own --work"
-            ) from error
+            raise StorageError(f"another build is using {work}; wait for it, or give another --work") from error
         try:
             yield
         finally:
@@ -178,9 +216,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def _unwritable(path: Path | str, why: str) -> StorageError:
-    return StorageError(
-        f"cannot write {path}: {why}; make room or choose another place with -o and --work, then repeat"
-    )
+    return StorageError(f"cannot write {path}: {why}; make room, or choose another -o and --work, then repeat")
 
 
 def digest_of(value: Any) -> str:
@@ -232,11 +268,3 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _read_page(path: Path) -> _Page:
-    """A ledger that cannot be read says nothing is done; outputs are then made again."""
-    try:
-        return _Page.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return _Page()

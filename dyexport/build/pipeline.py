@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -15,46 +17,49 @@ import torch
 import dyexport
 from dyexport.build import stages
 from dyexport.build.assemble import Source, assemble, describe_bundle
-from dyexport.build.ledger import Ledger, Listener, Outcome, Stage, check_writable, describe, digest_of, locked, remove
+from dyexport.build.ledger import (
+    Ledger,
+    Listener,
+    Outcome,
+    Silent,
+    Stage,
+    check_writable,
+    describe,
+    digest_of,
+    locked,
+    remove,
+)
+from dyexport.build.networks import STATIC_PREFIX, Network, cut_networks, identity, plan_for, store_reader
 from dyexport.build.settings import BuildSettings, Schedule
 from dyexport.build.targets import TARGETS
-from dyexport.bundle import TOKENS, WIDTHS, Manifest, ModelSpec, Segment, SegmentPlan
-from dyexport.calibration.segments import PlanSettings, make_segments, price_plan
+from dyexport.build.team import Alone, Team, find_team
+from dyexport.bundle import TOKENS, WIDTHS, Manifest, ModelSpec, SegmentPlan
+from dyexport.calibration.segments import PlanSettings
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.exporters.weight_store import write_store
 from dyexport.models.inputs import NoisedInputs
-from dyexport.slicing.flops import FlopsModel
-from dyexport.slicing.recipes import Recipe, StoreLayout, lay_out
-from dyexport.slicing.slicer import Slice, UnitOrder, dense_reader, dense_segment, slice_segment
+from dyexport.slicing.recipes import StoreLayout, lay_out
 from dyexport.tables import TokenStats, WidthTable
 from dyexport.training.data import LatentSource
 
-STATIC_PREFIX = "static."
 GRAPHS = "graphs"
-DENSE = -1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Network:
-    """One graph to export: a segment of the plan, or the dense baseline (index -1)."""
-
-    index: int
-    segment: Segment
-    slice: Slice
-
-    @property
-    def name(self) -> str:
-        return "dense" if self.index == DENSE else f"segment-{self.index:02d}"
 
 
 class Pipeline:
     """The stages of one build. Each method runs what it needs first; what is up to date is only checked."""
 
-    def __init__(self, settings: BuildSettings, listener: Listener, *, without: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        settings: BuildSettings,
+        listener: Listener,
+        *,
+        without: frozenset[str] = frozenset(),
+        team: Team | None = None,
+    ) -> None:
         logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # says of every weight that it has no value yet
         self.settings = settings
         self.listener = listener
-        self.ledger = Ledger(settings.work, listener, without=without)
+        self.ledger = Ledger(settings.work, listener, without=without, team=team)
 
     @cached_property
     def static(self) -> Outcome:
@@ -73,19 +78,16 @@ class Pipeline:
     @cached_property
     def dynamic(self) -> Outcome:
         """The dynamic checkpoint, before it is moved onto the budget."""
-        inputs: dict[str, Any] = {
-            "static": self.static.digest,
-            "routers": self.settings.routers,
-            "seed": self.settings.seed,
-        }
-        if self.settings.routers == "given":
+        routers = self.settings.routers
+        inputs: dict[str, Any] = {"static": self.static.digest, "routers": routers, "seed": self.settings.seed}
+        if routers == "given":
             inputs["checkpoint"] = _contents(Path(str(self.settings.checkpoint)))
-        elif self.settings.routers != "random":
+        elif routers != "random":
             inputs["data"] = self._data_digest
-        if self.settings.routers == "trained":
+        if routers == "trained":
             inputs |= {"budget": self.settings.budget, **self._training(self.settings.finetune_schedule)}
         scratch = self._scratch("dynamic")
-        source = self.data if self.settings.routers in ("trained", "none") else None
+        source = self.data if routers in ("trained", "none") and self.settings.data_source else None
         make = partial(stages.make_dynamic, self.settings, self.static.path, source, scratch, self._trained("dynamic"))
         return self._run("dynamic", "dynamic", inputs, make, scratch)
 
@@ -93,17 +95,12 @@ class Pipeline:
     def calibrated(self) -> Outcome:
         """The reference model on budget, with its width table and token statistics."""
         upstream = {"static": self.static.digest, "dynamic": self.dynamic.digest, "data": self._data_digest}
-        inputs = {
-            **upstream,
-            "budget": self.settings.budget,
-            "routers": self.settings.routers,
-            "seed": self.settings.seed,
-        }
+        settings = {"budget": self.settings.budget, "routers": self.settings.routers, "seed": self.settings.seed}
 
         def make(out: Path) -> None:
             stages.make_calibrated(self.settings, self.static.path, self.dynamic.path, self.calibration_inputs, out)
 
-        return self._run("calibrate", "calibrated", inputs, make)
+        return self._run("calibrate", "calibrated", {**upstream, **settings}, make)
 
     @cached_property
     def control(self) -> Outcome:
@@ -141,18 +138,17 @@ class Pipeline:
     def networks(self) -> list[Network]:
         """What is exported: the plan's segments, and unless it is left out the dense baseline."""
         spec, widths, _ = self.tables
-        groups = widths.groups.shape[-1]
-        numbered = dict(enumerate(self.plan.segments))
-        if self.settings.baseline:
-            numbered[DENSE] = dense_segment(spec, UnitOrder.of(widths))
-        slices = {index: slice_segment(spec, segment, groups=groups) for index, segment in numbered.items()}
-        if self.settings.baseline and self._has_own_dense:
-            slices[DENSE] = _renamed(slices[DENSE], STATIC_PREFIX)
-        return [Network(index=i, segment=segment, slice=slices[i]) for i, segment in numbered.items()]
+        return cut_networks(
+            spec,
+            widths,
+            self.plan.segments,
+            baseline=self.settings.baseline,
+            dense_prefix=STATIC_PREFIX if self._has_own_dense else "",
+        )
 
     @property
     def _has_own_dense(self) -> bool:
-        """Fine-tuning moves the backbone, and the baseline is the static model as it was before."""
+        """Fine-tuning moves the backbone; the baseline is the static model as it was."""
         return self.settings.routers == "trained"
 
     @cached_property
@@ -162,36 +158,28 @@ class Pipeline:
     @cached_property
     def store(self) -> Outcome:
         """The weight store."""
-        places = [(_identity(recipe), self.layout.offsets[recipe]) for recipe in self.layout.owners]
+        places = [(identity(recipe), self.layout.offsets[recipe]) for recipe in self.layout.owners]
         inputs = {"calibrated": self.calibrated.digest, "static": self.static.digest, "layout": digest_of(places)}
         return self._run("weights", f"{GRAPHS}/{STORE}", inputs, self._make_store)
 
     def _make_store(self, out: Path) -> None:
-        weights = stages.calibrated_weights(self.calibrated.path)
-        config = self.tables[0].config
-        read = dense_reader(weights, config)
-        if self._has_own_dense:
-            static = stages.static_weights(self.static.path, self.settings.preset)
-            mine, theirs = read, dense_reader(static, config)
-
-            def read(name: str) -> torch.Tensor:
-                return theirs(name.removeprefix(STATIC_PREFIX)) if name.startswith(STATIC_PREFIX) else mine(name)
-
-        write_store(self.layout, read, out, lambda done, total: self.listener.advanced("weights", done, total))
+        static = stages.static_weights(self.static.path, self.settings.preset) if self._has_own_dense else {}
+        read = store_reader(self.tables[0].config, stages.calibrated_weights(self.calibrated.path), static)
+        write_store(self.layout, read, out, partial(self.listener.advanced, "weights"))
 
     @cached_property
     def graphs(self) -> dict[tuple[str, int], Outcome]:
         """Every graph, by target and segment."""
+        self.store  # noqa: B018  # graphs are checked with their weights beside them
         return {(target, n.index): self._graph(target, n) for target in self.settings.targets for n in self.networks}
 
     def _graph(self, target: str, network: Network) -> Outcome:
         spec = self.tables[0]
-        weights = {name: (_identity(r), self.layout.offsets[r]) for name, r in network.slice.recipes.items()}
+        weights = {name: (identity(r), self.layout.offsets[r]) for name, r in network.slice.recipes.items()}
         inputs = {
             "model": spec.model_dump(mode="json"),
             "segment": network.segment.model_dump(mode="json"),
             "weights": digest_of(weights),
-            "store": self.store.digest,  # graphs are checked together with their weights
             "versions": [dyexport.__version__, torch.__version__],
         }
 
@@ -211,9 +199,9 @@ class Pipeline:
     @property
     def stage_report(self) -> dict[str, dict[str, Any]]:
         """What was done and what was not, stage by stage."""
-        outcomes = self.ledger.outcomes.items()
         return {
-            name: {"status": "reused" if o.reused else "done", "seconds": round(o.seconds, 3)} for name, o in outcomes
+            name: {"status": "reused" if outcome.reused else "done", "seconds": round(outcome.seconds, 3)}
+            for name, outcome in self.ledger.outcomes.items()
         }
 
     def bundle(self) -> Manifest:
@@ -222,10 +210,15 @@ class Pipeline:
         files |= {name: Source.of(self.calibrated, name) for name in (WIDTHS, TOKENS) if name in self.calibrated.files}
         files |= {f"{GRAPHS}/{outcome.path.name}": Source.of(outcome) for outcome in self.graphs.values()}
         engines = {key: f"{GRAPHS}/{outcome.path.name}" for key, outcome in self.graphs.items()}
-        manifest = describe_bundle(
-            self.settings, self.tables[0], self.plan, files, engines, self.calibrated, self.metrics
+        spec = self.tables[0]
+        manifest = describe_bundle(self.settings, spec, self.plan, files, engines, self.calibrated, self.metrics)
+        begin = perf_counter()
+        reused = assemble(self.settings.out, manifest, files)
+        seconds = perf_counter() - begin
+        path, digest = self.settings.out, digest_of(manifest.model_dump(mode="json"))
+        self.ledger.note(
+            "bundle", Outcome(path=path, files=manifest.files, digest=digest, reused=reused, seconds=seconds)
         )
-        assemble(self.settings.out, manifest, files, self.listener)
         return manifest
 
     @cached_property
@@ -243,22 +236,21 @@ class Pipeline:
 
     @cached_property
     def _synthetic(self) -> Path:
-        if self.settings.data_source != "synthetic":
-            return self.settings.work
-        inputs = {"static": self.static.digest, "seed": self.settings.seed}
-        make = partial(
-            stages.make_synthetic, self.settings, self.static.path, partial(self.listener.advanced, "synthetic")
-        )
-        return self._run("synthetic", "synthetic", inputs, make).path
+        """Where synthetic data lies; it is made only if the settings ask for it."""
+        if self.settings.data_source == "synthetic":
+            inputs = {"static": self.static.digest, "seed": self.settings.seed}
+            advance = partial(self.listener.advanced, "synthetic")
+            make = partial(stages.make_synthetic, self.settings, self.static.path, advance)
+            self._run("synthetic", "synthetic", inputs, make)
+        return self.settings.work / "synthetic"
 
     def _training(self, pace: Schedule) -> dict[str, Any]:
         return {"schedule": asdict(pace), "data": self._data_digest}
 
     def _trained(self, stage: str) -> Any:
         def progress(done: int, total: int, metrics: Mapping[str, float]) -> None:
-            self.listener.advanced(
-                stage, done, total, "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-            )
+            detail = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            self.listener.advanced(stage, done, total, detail)
 
         return progress
 
@@ -269,41 +261,31 @@ class Pipeline:
     def _run(
         self, name: str, output: str, inputs: Mapping[str, Any], make: Any, scratch: Path | None = None
     ) -> Outcome:
-        outcome = self.ledger.run(Stage(name=name, output=output, inputs=inputs, make=make))
-        if scratch is not None:
+        """``scratch``, where there is one, is what a training run resumes from: of no use once it is done."""
+        stage = Stage(name=name, output=output, inputs=inputs, make=make, shared=scratch is not None)
+        outcome = self.ledger.run(stage)
+        if scratch is not None and self.ledger.team.leads:
             remove(scratch)
         return outcome
 
 
 @contextmanager
 def opened(settings: BuildSettings, listener: Listener, *, without: frozenset[str] = frozenset()) -> Iterator[Pipeline]:
-    """The pipeline, its work directory held and its output found writable."""
+    """The pipeline, its work directory held and its output found writable.
+
+    Started by ``accelerate launch``, all processes train; then the leader goes on alone and the others exit.
+    """
+    team = find_team()
+    if not team.leads:
+        Pipeline(settings, Silent(), without=without, team=team).dynamic  # noqa: B018
+        sys.exit(0)
     check_writable(settings.out)
     with locked(settings.work):
-        yield Pipeline(settings, listener, without=without)
-
-
-def plan_for(spec: ModelSpec, widths: WidthTable, stats: TokenStats | None, settings: PlanSettings) -> SegmentPlan:
-    """Segments for K engines with their FLOPs and bytes: ``resident_bytes`` counts each engine's own copy of its weights."""
-    flops = FlopsModel.of_dit(spec.config)
-    segments = make_segments(widths, stats, flops, settings)
-    slices = [slice_segment(spec, segment, groups=widths.groups.shape[-1]) for segment in segments]
-    layout = lay_out(recipe for piece in slices for recipe in piece.recipes.values())
-    resident = sum(piece.nbytes for piece in slices)
-    return price_plan(segments, widths, stats, flops, disk_bytes=layout.nbytes, resident_bytes=resident)
-
-
-def _renamed(piece: Slice, prefix: str) -> Slice:
-    """The same network with weights read from sources of other names."""
-
-    def renamed(recipe: Recipe) -> Recipe:
-        return replace(recipe, sources=tuple(f"{prefix}{source}" for source in recipe.sources))
-
-    return replace(piece, recipes={name: renamed(recipe) for name, recipe in piece.recipes.items()})
-
-
-def _identity(recipe: Recipe) -> list[Any]:
-    return [recipe.kind, recipe.sources, recipe.shape, str(recipe.dtype), recipe.units, recipe.unit_size]
+        pipeline = Pipeline(settings, listener, without=without, team=team)
+        if not isinstance(team, Alone):
+            pipeline.dynamic  # noqa: B018
+            pipeline.ledger.team = Alone()
+        yield pipeline
 
 
 def _contents(directory: Path) -> str:

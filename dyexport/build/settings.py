@@ -56,7 +56,7 @@ class BuildSettings:
             if target not in TARGETS:
                 raise UsageError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
         if self.budget is not None and not 0 < self.budget <= 1:
-            raise BudgetError(f"budget is {self.budget:g}; give a FLOPs ratio above 0 and at most 1, such as 0.5")
+            raise BudgetError(f"budget is {self.budget:g}; give a FLOPs ratio in (0, 1], such as 0.5")
         if self.checkpoint is not None and self.random_weights:
             raise UsageError("--checkpoint and --random-weights exclude each other; give one of them")
         if self.seed < 0:
@@ -83,15 +83,18 @@ class BuildSettings:
             raise BudgetError(f"{self.model} has no routers yet, so it needs a --budget, such as 0.5")
         if self.routers == "trained" and self.data_source is None:
             raise UsageError(
-                f"fine-tuning {self.model} needs --data, a directory of latents; or give --finetune-steps 0 to only calibrate"
+                f"fine-tuning {self.model} needs --data, such as a directory of latents or 'synthetic'; "
+                "to do without, give --finetune-steps 0"
             )
 
     def _check_paths(self) -> None:
         if self.out.resolve() == self.work.resolve():
             raise UsageError(f"-o and --work are both {self.out}; give two directories")
-        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / "manifest.json").exists():
-            if not any(self.out.glob(".partial*")):
-                raise UsageError(f"{self.out} is not empty and not a bundle; choose another -o")
+        if self.out.exists() and not self.out.is_dir():
+            raise UsageError(f"{self.out} is a file; -o takes a directory")
+        ours = any((self.out / name).exists() for name in ("manifest.json", ".partial-bundle"))
+        if self.out.is_dir() and any(self.out.iterdir()) and not ours:
+            raise UsageError(f"{self.out} is not empty and not a bundle; choose another -o")
 
     @property
     def preset(self) -> Preset:
@@ -138,11 +141,9 @@ def parse_budget(text: str | None) -> float | None:
     try:
         budget = float(text)
     except ValueError as error:
-        raise BudgetError(
-            f"budget {text!r} is not a number; give a FLOPs ratio above 0 and at most 1, such as 0.5"
-        ) from error
+        raise BudgetError(f"budget {text!r} is not a number; give a FLOPs ratio in (0, 1], such as 0.5") from error
     if not math.isfinite(budget):
-        raise BudgetError(f"budget is {text}; give a FLOPs ratio above 0 and at most 1, such as 0.5")
+        raise BudgetError(f"budget is {text}; give a FLOPs ratio in (0, 1], such as 0.5")
     return budget
 
 

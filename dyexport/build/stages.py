@@ -144,7 +144,8 @@ def make_dynamic(
     else:
         model = attach_routers(settings, static, calibration_inputs(settings, source))
     if settings.routers == "trained":
-        assert source is not None and settings.budget is not None
+        assert source is not None
+        assert settings.budget is not None
         config = FinetuneConfig(**asdict(settings.finetune_schedule), seed=settings.seed, budget=settings.budget)
         finetune(model, preset, source, config, work_dir=scratch, progress=progress)
     save_dynamic(model, out, preset)

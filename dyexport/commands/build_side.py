@@ -88,7 +88,7 @@ def plan(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show, before anything is exported, what K = 1, 2, 4, 8, 16 engines would cost; calibrates first where that is not done."""
+    """Show what K = 1, 2, 4, 8, 16 engines would cost, before any is exported. Calibrates first if that is not done."""
     with _pipeline(options.settings()) as pipeline:
         plans = [pipeline.priced(engines) for engines in PLANNED_ENGINES]
     rows = [_costs(found) for found in plans]

@@ -101,7 +101,7 @@ def takes_build_options(command: Callable[..., None]) -> Callable[..., None]:
         options = BuildOptions(**{field.name: values.pop(field.name) for field in fields(BuildOptions)})
         command(options, **values)
 
-    del flattened.__wrapped__  # type: ignore[attr-defined]  # its signature is not the one to show
+    del flattened.__wrapped__  # its signature is not the one to show
     signature = inspect.Signature([*parameters, *(p.replace(annotation=hints[p.name]) for p in own)])
     flattened.__signature__ = signature  # type: ignore[attr-defined]
     flattened.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}

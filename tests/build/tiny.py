@@ -1,4 +1,4 @@
-"""The smallest model that has everything: two blocks, four heads, 16 tokens. As a script it is ``dyexport`` that knows it."""
+"""The smallest model that has everything: two blocks, four heads, 16 tokens. As a script: dyexport that knows it."""
 
 from __future__ import annotations
 

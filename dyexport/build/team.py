@@ -1,0 +1,44 @@
+"""Several processes on one build, as ``accelerate launch`` starts them: one leads, all train."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any, Protocol
+
+PATIENCE = timedelta(days=2)  # followers wait while the leader samples or calibrates
+
+
+class Team(Protocol):
+    """``leads`` is true in exactly one process, which alone writes to the work directory."""
+
+    leads: bool
+
+    def agree(self, value: str) -> str:
+        """The leader's value, in every process; they go on together."""
+
+
+class Alone:
+    leads = True
+
+    def agree(self, value: str) -> str:
+        return value
+
+
+class Processes:
+    def __init__(self) -> None:
+        from accelerate import PartialState
+
+        self._state: Any = PartialState(timeout=PATIENCE)
+        self.leads = self._state.is_main_process
+
+    def agree(self, value: str) -> str:
+        from accelerate.utils import broadcast_object_list
+
+        values = [value]
+        broadcast_object_list(values)
+        return values[0]
+
+
+def find_team() -> Team:
+    return Processes() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else Alone()
