@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
+from dyexport.commands.building import building
 from dyexport.commands.options import BuildOptions, takes_build_options
 from dyexport.console import (
     DebugOption,
-    Interrupted,
     JsonOption,
-    StageLines,
     chatter_on_stderr,
     emit,
     format_bytes,
@@ -23,7 +21,6 @@ from dyexport.console import (
 )
 
 if TYPE_CHECKING:
-    from dyexport.build.pipeline import Pipeline
     from dyexport.build.settings import BuildSettings
     from dyexport.bundle import SegmentPlan
 
@@ -44,7 +41,7 @@ def build(options: BuildOptions, json: JsonOption = False, debug: DebugOption = 
 @takes_build_options
 def finetune(options: BuildOptions, json: JsonOption = False, debug: DebugOption = False) -> None:
     """Attach routers to the static model and train them under the budget: build's first stages."""
-    with _pipeline(options.settings()) as pipeline:
+    with building(options.settings()) as pipeline:
         payload = {"checkpoint": str(pipeline.dynamic.path), "stages": pipeline.stage_report}
     emit(payload, as_json=json, human=lambda console: console.print(payload["checkpoint"], markup=False))
 
@@ -53,7 +50,7 @@ def finetune(options: BuildOptions, json: JsonOption = False, debug: DebugOption
 @takes_build_options
 def calibrate(options: BuildOptions, json: JsonOption = False, debug: DebugOption = False) -> None:
     """Meet the budget and read widths and token counts off the routers: build's stages up to there."""
-    with _pipeline(options.settings()) as pipeline:
+    with building(options.settings()) as pipeline:
         payload = {"checkpoint": str(pipeline.calibrated.path), **pipeline.metrics, "stages": pipeline.stage_report}
     emit(payload, as_json=json, human=lambda console: console.print(_pairs(_calibration_lines(payload))))
 
@@ -66,7 +63,7 @@ def export(options: BuildOptions, json: JsonOption = False, debug: DebugOption =
 
 
 def _build(settings: BuildSettings, json: bool, without: frozenset[str] = frozenset()) -> None:
-    with _pipeline(settings, without) as pipeline:
+    with building(settings, without) as pipeline:
         manifest = pipeline.bundle()
     payload = {
         "bundle": str(settings.out),
@@ -89,7 +86,7 @@ def plan(
     debug: DebugOption = False,
 ) -> None:
     """Show what K = 1, 2, 4, 8, 16 engines would cost, before any is exported. Calibrates first if that is not done."""
-    with _pipeline(options.settings()) as pipeline:
+    with building(options.settings()) as pipeline:
         plans = [pipeline.priced(engines) for engines in PLANNED_ENGINES]
     rows = [_costs(found) for found in plans]
     emit({"model": options.model, "plans": rows}, as_json=json, human=lambda console: console.print(_plan_table(rows)))
@@ -139,18 +136,6 @@ def verify(
     emit(payload, as_json=json, human=lambda console: console.print(_pairs(_verify_lines(payload))))
     if not report.passed:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _pipeline(settings: BuildSettings, without: frozenset[str] = frozenset()) -> Iterator[Pipeline]:
-    try:
-        with chatter_on_stderr(), StageLines() as lines:
-            from dyexport.build.pipeline import opened
-
-            with opened(settings, lines, without=without) as pipeline:
-                yield pipeline
-    except KeyboardInterrupt as error:
-        raise Interrupted("interrupted; the same command goes on after the last finished stage") from error
 
 
 def _costs(found: SegmentPlan) -> dict[str, Any]:

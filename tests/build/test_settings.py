@@ -1,0 +1,103 @@
+"""Settings are checked before anything is written, in sentences that name the value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dyexport.build.settings import BuildSettings, default_out, parse_budget
+from dyexport.errors import BudgetError, UsageError
+
+
+def settings(tmp_path: Path, **values: Any) -> BuildSettings:
+    given = {"model": "dit-s-2", "budget": 0.5, "random_weights": True, **values}
+    return BuildSettings(out=tmp_path / "out", work=tmp_path / "work", **given)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": "dit-s-3"}, "unknown model 'dit-s-3'; did you mean 'dit-s-2'"),
+        ({"budget": 0.0}, "budget is 0"),
+        ({"budget": 1.5}, "budget is 1.5"),
+        ({"budget": -0.5}, "budget is -0.5"),
+        ({"engines": 0}, "--engines is 0"),
+        ({"targets": ("onnx", "paper")}, "unknown target 'paper'; known: onnx"),
+        ({"targets": ("",)}, "unknown target ''"),
+        ({"token_path": "some"}, "--token-path is 'some'"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"finetune_steps": -1}, "--finetune-steps is -1"),
+        ({"train_steps": 10}, "--train-steps is for training from scratch"),
+        ({"checkpoint": "somewhere"}, "exclude each other"),
+        ({"random_weights": False, "data": "latents", "budget": None}, "needs a --budget"),
+        ({"finetune_steps": 0, "budget": None}, "needs a --budget"),
+        ({"random_weights": False}, "needs --data"),
+        ({"random_weights": False, "model": "dit-digits", "data": "synthetic"}, "--checkpoint"),
+    ],
+)
+def test_bad_values_are_named(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message.replace("(", r"\(")):
+        settings(tmp_path, **values)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["abc", "", "nan", "inf", "0,5", "50%"])
+def test_budgets_that_are_not_numbers(text: str) -> None:
+    with pytest.raises(BudgetError, match="give a FLOPs ratio"):
+        parse_budget(text)
+
+
+def test_budgets() -> None:
+    assert parse_budget("0.5") == 0.5
+    assert parse_budget(None) is None
+    assert default_out("dit-s-2", 0.5) == Path("dit-s-2-0.5")
+    assert default_out("dit-s-2", None) == Path("dit-s-2")
+
+
+def test_an_output_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    settings(tmp_path)
+    (tmp_path / "out" / "thesis.tex").write_text("...")
+    with pytest.raises(UsageError, match="not empty and not a bundle"):
+        settings(tmp_path)
+    (tmp_path / "out" / "manifest.json").write_text("{}")
+    settings(tmp_path)
+
+
+def test_an_output_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("...")
+    with pytest.raises(UsageError, match="is a file"):
+        settings(tmp_path)
+
+
+def test_output_and_work_are_two_places(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="two directories"):
+        BuildSettings(model="dit-s-2", budget=0.5, random_weights=True, out=tmp_path, work=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "routers", "data"),
+    [
+        ({}, "random", None),
+        ({"finetune_steps": 0}, "none", None),
+        ({"random_weights": False, "data": "here"}, "trained", "here"),
+        ({"random_weights": False, "model": "dit-digits"}, "trained", "digits"),
+        ({"model": "dit-digits"}, "random", None),
+        ({"model": "dit-digits", "finetune_steps": 5}, "trained", "digits"),
+    ],
+)
+def test_where_routers_and_data_come_from(tmp_path: Path, values: dict[str, Any], routers: str, data: str | None) -> None:
+    found = settings(tmp_path, **values)
+    assert (found.routers, found.data_source) == (routers, data)
+
+
+def test_a_dynamic_checkpoint_is_taken_as_it_is(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "dynamic"
+    checkpoint.mkdir()
+    (checkpoint / "dynamic.json").write_text("{}")
+    given = {"random_weights": False, "checkpoint": str(checkpoint)}
+    assert settings(tmp_path, **given, budget=None).routers == "given"
+    with pytest.raises(UsageError, match="has routers already"):
+        settings(tmp_path, **given, finetune_steps=10)

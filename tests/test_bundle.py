@@ -1,0 +1,206 @@
+"""Opening a bundle: whatever is wrong with it is one ``BundleError`` that names the file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dyexport.bundle import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    WIDTHS,
+    Bundle,
+    EngineRecord,
+    FileRecord,
+    Manifest,
+    ModelSpec,
+    Segment,
+    SegmentPlan,
+    sha256_of,
+)
+from dyexport.errors import BundleError, EngineMismatch
+from dyexport.tables import WidthTable
+
+GRAPH = "graphs/segment-00.onnx"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A bundle of two blocks with one segment; its graph is only bytes."""
+    root = tmp_path / "bundle"
+    (root / "calibration").mkdir(parents=True)
+    (root / "graphs").mkdir()
+    on = np.ones((1, 2, 2), bool)
+    WidthTable(grid=np.zeros(1), end=1.0, heads=on, groups=on).save(root / WIDTHS)
+    (root / GRAPH).write_bytes(bytes(range(256)))
+    write(root, manifest_of(root))
+    return root
+
+
+def manifest_of(root: Path) -> dict[str, Any]:
+    both = ((0, 1), (0, 1))
+    segment = Segment(
+        start=0.0,
+        end=1.0,
+        heads=both,
+        groups=both,
+        gated_heads=(False, False),
+        gated_groups=(False, False),
+        token_paths=("all", "all"),
+        capacities=(0, 0),
+    )
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        dyexport_version="0",
+        model=ModelSpec(
+            name="m",
+            backbone="sit",
+            objective="flow",
+            timestep_range=(0.0, 1.0),
+            tokens=4,
+            classes=2,
+            pixel_space=True,
+            config={"in_channels": 1, "sample_size": 2},
+        ),
+        budget=0.5,
+        plan=SegmentPlan(
+            segments=(segment,),
+            flops_ratio=0.5,
+            network_flops_ratio=0.5,
+            executed_flops_ratio=0.5,
+            disk_bytes=1,
+            resident_bytes=1,
+        ),
+        engines=(EngineRecord(target="onnx", segment=0, path=GRAPH),),
+        reference=None,
+        metrics={},
+        files={
+            name: FileRecord(sha256=sha256_of(root / name), bytes=(root / name).stat().st_size)
+            for name in (GRAPH, WIDTHS)
+        },
+    )
+    content: dict[str, Any] = manifest.model_dump(mode="json")
+    return content
+
+
+def write(root: Path, manifest: Any) -> None:
+    (root / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_a_bundle_opens(root: Path) -> None:
+    bundle = Bundle.open(root)
+    assert bundle.engine_paths("onnx") == {0: root / GRAPH}
+    assert bundle.widths.heads.shape == (1, 2, 2)
+    assert bundle.token_stats is None
+    with pytest.raises(EngineMismatch, match="no 'tensorrt' engines; it was built for onnx"):
+        bundle.engine_paths("tensorrt")
+
+
+@pytest.mark.parametrize("name", [GRAPH, WIDTHS])
+def test_any_flipped_bit_is_found(root: Path, name: str) -> None:
+    content = bytearray((root / name).read_bytes())
+    for position in (0, len(content) // 2, len(content) - 1):
+        content[position] ^= 1
+        (root / name).write_bytes(content)
+        with pytest.raises(BundleError, match=f"{name} does not match its hash"):
+            Bundle.open(root)
+        content[position] ^= 1
+    (root / name).write_bytes(content)
+    Bundle.open(root)
+
+
+def test_a_truncated_file_is_found_without_hashing(root: Path) -> None:
+    os.truncate(root / GRAPH, 255)
+    with pytest.raises(BundleError, match=r"has 255 bytes instead of 256; build the bundle again"):
+        Bundle.open(root, check_hashes=False)
+
+
+def test_a_missing_file_is_named(root: Path) -> None:
+    (root / GRAPH).unlink()
+    with pytest.raises(BundleError, match=r"segment-00\.onnx is missing"):
+        Bundle.open(root)
+
+
+def test_a_directory_without_a_manifest(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is not a bundle"):
+        Bundle.open(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../secret", "graphs/../../secret", "C:\\secret", "c:secret", ""])
+def test_a_manifest_names_only_what_is_inside(root: Path, path: str) -> None:
+    (root.parent / "secret").write_text("!")
+    for place in ("files", "engines"):
+        manifest = manifest_of(root)
+        if place == "files":
+            manifest["files"][path] = manifest["files"][GRAPH]
+        else:
+            manifest["engines"][0]["path"] = path
+        write(root, manifest)
+        with pytest.raises(BundleError, match="points outside the bundle"):
+            Bundle.open(root)
+
+
+def test_a_link_out_of_the_bundle_is_refused(root: Path) -> None:
+    outside = root.parent / "outside.onnx"
+    (root / GRAPH).rename(outside)
+    (root / GRAPH).symlink_to(outside)
+    with pytest.raises(BundleError, match="points outside the bundle"):
+        Bundle.open(root)
+
+
+def _newer(manifest: dict[str, Any]) -> None:
+    manifest["schema_version"] = SCHEMA_VERSION + 1
+    manifest["something"] = "new"
+
+
+def _gap(manifest: dict[str, Any]) -> None:
+    first = manifest["plan"]["segments"][0]
+    manifest["plan"]["segments"] = [{**first, "end": 0.4}, {**first, "start": 0.5}]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_newer, "has schema 2, this dyexport reads up to 1; upgrade dyexport"),
+        (lambda m: m.pop("schema_version"), "is not a dyexport manifest"),
+        (lambda m: m.update(schema_version="1"), "is not a dyexport manifest"),
+        (lambda m: m.pop("plan"), "plan: Field required"),
+        (lambda m: m.update(surprise=1), "surprise: Extra inputs"),
+        (lambda m: m["engines"][0].update(segment=1), "serves segment 1, which is not in the plan"),
+        (lambda m: m["files"].pop(GRAPH), "has no hash"),
+        (lambda m: m["plan"].update(segments=[]), "a plan needs at least one segment"),
+        (_gap, "segments leave a gap or overlap at t = 0.4"),
+    ],
+)
+def test_a_manifest_that_is_wrong(root: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    manifest = manifest_of(root)
+    change(manifest)
+    write(root, manifest)
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(root)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"manifest"', '{"schema_version": true, "x": [1'])
+def test_a_manifest_that_is_no_manifest(root: Path, text: str) -> None:
+    (root / MANIFEST).write_text(text)
+    with pytest.raises(BundleError, match="manifest"):
+        Bundle.open(root)
+
+
+def test_a_manifest_that_is_not_text(root: Path) -> None:
+    (root / MANIFEST).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BundleError, match="cannot read"):
+        Bundle.open(root)
+
+
+def test_every_t_of_the_range_has_a_segment(root: Path) -> None:
+    plan = Bundle.open(root).manifest.plan
+    assert [plan.segment_for(t) for t in (0.0, 0.5, 1.0)] == [0, 0, 0]
+    with pytest.raises(EngineMismatch, match=r"timestep 1\.5 is outside \[0, 1\]"):
+        plan.segment_for(1.5)
