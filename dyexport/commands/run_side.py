@@ -75,10 +75,11 @@ def parse_labels(text: str) -> list[int]:
     """``0-2,7`` is 0, 1, 2, 7. Raises ``UsageError`` for anything else."""
     found: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal() or int(last or first) < int(first):
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise UsageError(f"--labels {text!r} is not a list of classes; write 0-9 or 3,7")
-        found += range(int(first), int(last or first) + 1)
+        found += range(int(first), int(last) + 1)
     return found
 
 

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dyexport.bench.compare import BenchSettings
+from dyexport.bench.evaluation import Drawing
 from dyexport.build.pipeline import Pipeline
 from dyexport.build.settings import BuildSettings
 from dyexport.bundle import Bundle
 from dyexport.console import StageLines
+from dyexport.demo import DemoReport, demo_settings, run_demo
 from dyexport.presets import PRESETS
 from tests.factories import tiny_preset
 from tests.runtime.bundles import TinyBundle, write_bundle
@@ -36,3 +40,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         )
         Pipeline(settings, StageLines()).bundle()
     return Bundle.open(root)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoReport:
+    """The demo, all of it, but hardly trained."""
+    settings = demo_settings(tmp_path_factory.mktemp("bench") / "demo")
+    settings = replace(settings, train_steps=2, finetune_steps=2, engines=2)
+    bench = BenchSettings(rounds=1, steps=2, compiled=False, threads=1)
+    return run_demo(settings, StageLines(), drawing=Drawing(samples=20, steps=2), bench=bench)

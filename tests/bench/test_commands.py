@@ -1,0 +1,162 @@
+"""The run-side commands, from the command line to files and JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from dyexport.cli import main
+from dyexport.commands.run_side import parse_labels
+from dyexport.demo import DemoReport
+from dyexport.errors import UsageError
+from tests.runtime.bundles import TinyBundle
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run ``dyexport`` with arguments: exit code, stdout, stderr."""
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dyexport", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        return int(exit_.value.code or 0), captured.out, captured.err
+
+    return command
+
+
+def test_labels_are_numbers_and_ranges() -> None:
+    assert parse_labels("0-2, 7,4") == [0, 1, 2, 7, 4]
+
+
+@pytest.mark.parametrize("text", ["", "x", "3-", "-3", "5-2", "1,,2", "1.5"])
+def test_other_labels_are_bad_usage(text: str) -> None:
+    with pytest.raises(UsageError, match="--labels"):
+        parse_labels(text)
+
+
+def test_sample_draws_a_grid(run: Any, demo: DemoReport, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "grid.png"
+    code, stdout, _ = run("sample", demo.bundle, "--labels", "0-2", "--steps", 2, "-o", out, "--json")
+    assert (code, json.loads(stdout)["path"]) == (0, str(out))
+    assert Image.open(out).width > Image.open(out).height
+
+
+def test_same_seed_same_picture(run: Any, demo: DemoReport, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
+    for file, seed in zip(files, (1, 1, 2), strict=True):
+        assert run("sample", demo.bundle, "--labels", "0-2", "--steps", 2, "--seed", seed, "-o", file)[0] == 0
+    first, again, other = (file.read_bytes() for file in files)
+    assert first == again
+    assert first != other
+
+
+def test_latents_are_saved_where_no_vae_is_given(run: Any, built: Any, tmp_path: Path) -> None:
+    code, stdout, _ = run("sample", built.root, "--labels", "1,2", "--steps", 2, "-o", tmp_path / "a.png")
+    assert code == 0
+    assert "--vae" in stdout
+    assert load_file(tmp_path / "a.safetensors")["latents"].shape == (2, *built.manifest.model.latent_shape)
+
+
+def test_vae_decodes_latents(run: Any, built: Any, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    channels = built.manifest.model.latent_shape[0]
+    AutoencoderKL(latent_channels=channels, block_out_channels=(32,), norm_num_groups=8).save_pretrained(
+        tmp_path / "vae"
+    )
+    out = tmp_path / "a.png"
+    assert run("sample", built.root, "--labels", "1,2", "--steps", 2, "--vae", tmp_path / "vae", "-o", out)[0] == 0
+    assert len(Image.open(out).convert("RGB").getcolors(1 << 20) or ()) > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--labels", "11"), 2, "labels must be in"),
+        (("--steps", "0"), 2, "steps is 0"),
+        (("--scheduler", "ddim"), 2, "use euler"),
+        (("--target", "tensorrt"), 1, "no 'tensorrt' engines"),
+    ],
+)
+def test_bad_arguments_leave_nothing_behind(
+    run: Any, flow: TinyBundle, tmp_path: Path, arguments: tuple[str, str], code: int, said: str
+) -> None:
+    found, stdout, stderr = run("sample", flow.root, "-o", tmp_path / "a.png", *arguments)
+    assert (found, stdout) == (code, "")
+    assert said in stderr
+    assert stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_vae_is_named(run: Any, built: Any, tmp_path: Path) -> None:
+    code, _, stderr = run("sample", built.root, "--steps", 1, "--vae", tmp_path / "none", "-o", tmp_path / "a.png")
+    assert code == 1
+    assert f"cannot read an AutoencoderKL from {tmp_path / 'none'}" in stderr
+
+
+def test_inspect_shows_and_writes_the_heat_map(run: Any, ddpm: TinyBundle, tmp_path: Path) -> None:
+    code, stdout, _ = run("inspect", ddpm.root, "--png", tmp_path / "w.png")
+    assert code == 0
+    assert "attention heads" in stdout
+    assert Image.open(tmp_path / "w.png").width > 100
+
+
+def test_inspect_json_is_complete(run: Any, ddpm: TinyBundle) -> None:
+    found = json.loads(run("inspect", ddpm.root, "--json")[1])
+    assert [s["gates"] for s in found["segments"]] == [s.gate_size for s in ddpm.plan.segments]
+    assert found["segments"][0]["heads"] == [len(kept) for kept in ddpm.plan.segments[0].heads]
+    assert len(found["widths"]["heads"]) == len(found["widths"]["t"]) == len(ddpm.widths.grid)
+
+
+def test_bench_prints_one_json_object(run: Any, built: Any) -> None:
+    code, stdout, _ = run("bench", built.root, "--rounds", 1, "--steps", 2, "--no-compile", "--threads", 1, "--json")
+    assert code == 0
+    assert json.loads(stdout)["speedup_vs_dense"] > 0
+
+
+@pytest.mark.parametrize("arguments", [(), ("some-bundle", "--model", "dit-s-2")])
+def test_bench_wants_a_bundle_or_a_model(run: Any, arguments: tuple[str, ...]) -> None:
+    code, _, stderr = run("bench", *arguments)
+    assert code == 2
+    assert "give one of the two" in stderr
+
+
+@pytest.mark.parametrize("command", ["sample", "bench", "eval", "inspect"])
+def test_a_directory_that_is_no_bundle_is_one_sentence(run: Any, command: str, tmp_path: Path) -> None:
+    code, stdout, stderr = run(command, tmp_path, "--json")
+    assert (code, stdout) == (1, "")
+    assert stderr == f"dyexport: {tmp_path} is not a bundle: it has no manifest.json\n"
+
+
+def test_eval_compares_with_a_control_trained_as_long(run: Any, demo: DemoReport) -> None:
+    arguments = ("--samples", 20, "--steps", 2, "--seeds", 2, "--json")
+    steps = ("--train-steps", 2, "--finetune-steps", 2)
+    code, stdout, stderr = run("eval", demo.bundle, *arguments, "--control", *steps)
+    assert code == 0, stderr
+    report = json.loads(stdout)
+    promised = ("frechet_dense", "frechet_control", "frechet_dynamic", "class_accuracy", "flops_ratio")
+    assert all(isinstance(report[name], float) for name in promised)
+    assert [[score["seed"] for score in scores] for scores in report["per_seed"].values()] == [[0, 1]] * 3
+    assert "control: done" in stderr
+    assert "control: up to date" in run("eval", demo.bundle, *arguments, "--control", *steps)[2]
+    assert json.loads(run("eval", demo.bundle, *arguments)[1])["frechet_control"] is None
+
+
+def test_a_control_of_another_build_is_refused(run: Any, demo: DemoReport) -> None:
+    code, _, stderr = run("eval", demo.bundle, "--control", "--train-steps", 3, "--finetune-steps", 2)
+    assert code == 2
+    assert "'static' must run first" in stderr
+
+
+def test_eval_of_anything_but_digits_is_refused(run: Any, built: Any) -> None:
+    code, _, stderr = run("eval", built.root)
+    assert code == 2
+    assert "does not draw digits" in stderr
