@@ -88,7 +88,9 @@ def test_output_and_work_are_two_places(tmp_path: Path) -> None:
         ({"model": "dit-digits", "finetune_steps": 5}, "trained", "digits"),
     ],
 )
-def test_where_routers_and_data_come_from(tmp_path: Path, values: dict[str, Any], routers: str, data: str | None) -> None:
+def test_where_routers_and_data_come_from(
+    tmp_path: Path, values: dict[str, Any], routers: str, data: str | None
+) -> None:
     found = settings(tmp_path, **values)
     assert (found.routers, found.data_source) == (routers, data)
 

@@ -1,14 +1,51 @@
-"""The smallest model that has everything: two blocks, four heads, 16 tokens. As a script: dyexport that knows it."""
+"""The smallest model that has everything: two blocks, eight heads, 16 tokens. As a script: dyexport that knows it."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+from dyexport.build.ledger import Silent
+from dyexport.build.pipeline import opened
+from dyexport.build.settings import BuildSettings
+from dyexport.bundle import MANIFEST, Bundle, sha256_of
 from dyexport.cli import main
 from dyexport.presets import PRESETS
 
-TINY = replace(PRESETS["sit-digits"], name="sit-tiny", depth=2, hidden_size=48, heads=4, sample_size=4)
+TINY = replace(PRESETS["sit-digits"], name="sit-tiny", depth=2, hidden_size=48, heads=8, patch_size=2)
 PRESETS[TINY.name] = TINY
+
+
+def tiny_settings(root: Path, **values: Any) -> BuildSettings:
+    """Random weights at half the FLOPs, in one engine and without baseline unless ``values`` say otherwise."""
+    given = {"budget": 0.5, "random_weights": True, "engines": 1, "baseline": False, **values}
+    return BuildSettings(model=TINY.name, out=root / "bundle", work=root / "work", **given)
+
+
+def build(settings: BuildSettings) -> Bundle:
+    with opened(settings, Silent()) as pipeline:
+        pipeline.bundle()
+    return Bundle.open(settings.out)
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    """Every file of a directory by its hash."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): sha256_of(path) for path in files}
+
+
+def tamper(root: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    """Change a file of a bundle, and its hash in the manifest as a forger would."""
+    content = change((root / name).read_bytes())
+    (root / name).write_bytes(content)
+    manifest = json.loads((root / MANIFEST).read_text())
+    manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    (root / MANIFEST).write_text(json.dumps(manifest))
+
 
 if __name__ == "__main__":
     main()
