@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dyexport.errors import CheckpointError
+from dyexport.errors import CheckpointError, DyexportError
 
 
 class SavedState(NamedTuple):
@@ -22,16 +23,22 @@ class SavedState(NamedTuple):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write under a temporary name, sync, rename: a kill at any moment leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write under a temporary name, sync, rename: a kill at any moment leaves the old file or the new one.
+
+    Raises ``DyexportError`` where the disk is full or the directory cannot be written.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: value.detach().contiguous() for name, value in tensors.items()}, partial, dict(metadata))
         _sync(partial)
         partial.replace(path)
         _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise DyexportError(f"cannot write {path} ({error}); free space or choose another directory") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def save_state(path: Path, state: SavedState, run: str) -> None:

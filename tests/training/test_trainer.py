@@ -198,6 +198,12 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
         trainer(tmp_path).train()
 
 
+def test_a_work_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DyexportError, match=r"cannot write .*file/state.*; free space or choose another directory"):
+        trainer(tmp_path / "file" / "state").train()
+
+
 def test_nan_loss_names_the_step_and_is_never_saved(tmp_path: Path) -> None:
     class Broken(Trainer[TrainConfig]):
         def total(self, losses):  # type: ignore[no-untyped-def]
