@@ -6,15 +6,17 @@ Its pictures are noise; its shapes, FLOPs and gate patterns are those of a real 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dyexport.models.base import get_adapter
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 from dyexport.presets import Preset
 
-TREND = 0.5  # std over t of what all units of a model share: wider at one end of the trajectory
-SPREAD = 0.35  # std over t of what each unit does on its own
+TREND = 0.5  # amplitude over t of what all units of a model share: wider at one end of the trajectory
+SPREAD = 0.1  # std of the amplitude of each slow wave that a unit follows on its own
+WAVES = 3
+FIT_POINTS = 2048
 KEPT_TOKENS = 0.85  # share of tokens a random token router keeps, on average
 
 
@@ -39,21 +41,27 @@ def random_dynamic(preset: Preset, *, tokens: bool = True, seed: int = 0) -> Dyn
 
 
 def _spread_widths(model: DynamicTransformer, preset: Preset) -> None:
-    """Make every logit trend(t) + own(t) + offset, in units of its standard deviation over t."""
+    """Make every logit trend(t) + own(t) + offset, both functions smooth as those of trained routers are."""
     start, end = preset.timestep_range
-    points = torch.linspace(start, end, 257)[:-1]
-    embedding = model.adapter.timestep_embedding(model.backbone, points).float()  # (T, C)
-    centre = embedding.mean(dim=0)
-    _, scales, directions = torch.linalg.svd(embedding - centre, full_matrices=False)
-    used = scales[:4] > 0.05 * scales[0]  # fainter directions would amplify rounding into the gates
-    basis = directions[:4][used] / (scales[:4][used, None] / len(points) ** 0.5)  # (P, C): unit variance over t each
+    share = (torch.arange(FIT_POINTS) + 0.5) / FIT_POINTS  # (T,) in (0, 1)
+    embedding = model.adapter.timestep_embedding(model.backbone, start + share * (end - start)).float()  # (T, C)
+    waves = torch.stack([torch.cos(torch.pi * k * share) for k in range(1, WAVES + 1)], dim=1)  # (T, K)
+    basis = _fit(embedding, waves)  # (K, C): the embedding's projection on row k follows wave k
     for router in model.block_routers:
         for linear in (router.heads, router.groups):
-            own = torch.randn(linear.out_features, len(basis)) * SPREAD / len(basis) ** 0.5
+            own = torch.randn(linear.out_features, WAVES) * SPREAD
             own[:, 0] += TREND
             linear.weight.copy_(own @ basis)
             offsets = torch.linspace(1.5, -1.5, linear.out_features + 2)[1:-1]
-            linear.bias.copy_(offsets - linear.weight @ centre)
+            linear.bias.copy_(offsets - linear.weight @ embedding.mean(dim=0))
+
+
+def _fit(embedding: Tensor, waves: Tensor) -> Tensor:
+    """Ridge regression of waves (T, K) on the centred embedding (T, C): (K, C)."""
+    centred = (embedding - embedding.mean(dim=0)).double()
+    gram = centred.T @ centred
+    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve(gram + ridge, centred.T @ waves.double()).T.float()
 
 
 def _spread_tokens(model: DynamicTransformer, preset: Preset) -> None:
