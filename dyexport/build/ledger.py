@@ -198,8 +198,10 @@ def locked(work: Path) -> Iterator[None]:
 def check_writable(path: Path) -> None:
     """Find out now, not after hours, that a directory cannot be made or written."""
     nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    with storage_errors(path), TemporaryDirectory(dir=nearest, prefix=PARTIAL):
-        pass
+    try:
+        TemporaryDirectory(dir=nearest, prefix=PARTIAL).cleanup()
+    except OSError as error:
+        raise _unwritable(path, error.strerror) from error
 
 
 @contextmanager

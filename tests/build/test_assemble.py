@@ -1,0 +1,95 @@
+"""A bundle appears whole or not at all, and what was there before stays until then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dyexport.build.assemble import STAGING, Source, assemble
+from dyexport.build.ledger import describe
+from dyexport.bundle import MANIFEST, Bundle, Manifest
+from dyexport.errors import StorageError
+from tests.build.tiny import hashes
+from tests.test_bundle import GRAPH, manifest_of, root
+
+__all__ = ["root"]  # a fixture
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def parts(root: Path) -> tuple[Manifest, dict[str, Source]]:
+    manifest = Manifest.model_validate(manifest_of(root))
+    return manifest, {name: Source(root / name, record) for name, record in manifest.files.items()}
+
+
+def test_a_bundle_is_assembled_once(root: Path, out: Path) -> None:
+    assert not assemble(out, *parts(root))
+    assert Bundle.open(out).manifest == parts(root)[0]
+    assert assemble(out, *parts(root))
+    assert hashes(out).keys() == {MANIFEST, *parts(root)[0].files}
+
+
+@pytest.mark.parametrize("harm", ["gone", "changed"])
+def test_a_failure_leaves_the_bundle_of_before(root: Path, out: Path, harm: str) -> None:
+    assemble(out, *parts(root))
+    before = hashes(out)
+    (root / GRAPH).write_bytes(b"a new graph")
+    manifest, files = parts(root)
+    if harm == "gone":
+        (root / GRAPH).unlink()
+    else:
+        (root / GRAPH).write_bytes(b"a bad graph")
+    with pytest.raises(StorageError):
+        assemble(out, manifest, files)
+    assert hashes(out) == before
+    assert not (out / STAGING).exists()
+    Bundle.open(out)
+
+
+def test_a_failure_leaves_no_directory_that_was_not_there(root: Path, out: Path) -> None:
+    manifest, files = parts(root)
+    (root / GRAPH).unlink()
+    with pytest.raises(StorageError, match=r"segment-00\.onnx: No such file"):
+        assemble(out, manifest, files)
+    assert not out.exists()
+
+
+def test_files_of_the_bundle_before_go_and_others_stay(root: Path, out: Path) -> None:
+    assemble(out, *parts(root))
+    (out / "graphs" / "notes.txt").write_text("mine")
+    other = root / "graphs" / "segment-99.onnx"
+    (root / GRAPH).rename(other)
+    manifest, _ = parts_renamed(root, other.name)
+    files = {name: Source(root / name, record) for name, record in manifest.files.items()}
+    assemble(out, manifest, files)
+    assert sorted(path.name for path in (out / "graphs").iterdir()) == ["notes.txt", "segment-99.onnx"]
+    Bundle.open(out)
+
+
+def parts_renamed(root: Path, graph: str) -> tuple[Manifest, Path]:
+    """The manifest with its graph under another name."""
+    (root / GRAPH).write_bytes((root / "graphs" / graph).read_bytes())
+    content = manifest_of(root)
+    (root / GRAPH).unlink()
+    content["files"][f"graphs/{graph}"] = content["files"].pop(GRAPH)
+    content["engines"][0]["path"] = f"graphs/{graph}"
+    return Manifest.model_validate(content), root / "graphs" / graph
+
+
+def test_a_kill_between_old_and_new_leaves_no_bundle_and_is_mended(root: Path, out: Path) -> None:
+    """As a kill leaves it while files are being moved: no manifest, half the files, the staging directory."""
+    manifest, files = parts(root)
+    (out / STAGING / "graphs").mkdir(parents=True)
+    (out / "calibration").mkdir()
+    (out / STAGING / GRAPH).write_bytes(b"half")
+    assert not assemble(out, manifest, files)
+    assert hashes(out).keys() == {MANIFEST, *manifest.files}
+
+
+def test_records_are_of_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("x")
+    assert describe(tmp_path / "a")["."].bytes == 1

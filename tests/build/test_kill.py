@@ -1,0 +1,75 @@
+"""``kill -9`` at random moments, then the same command again: the bundle is that of an undisturbed build."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dyexport.bundle import MANIFEST, Bundle
+from dyexport.errors import BundleError
+from tests.build.tiny import hashes
+
+ROOT = Path(__file__).parents[2]
+STAGE = re.compile(r"^(.+): (done|up to date)", re.MULTILINE)
+
+
+def start(root: Path, *arguments: str) -> subprocess.Popen[str]:
+    places = ["-o", str(root / "bundle"), "--work", str(root / "work")]
+    command = [sys.executable, "-m", "tests.build.tiny", "build", "-m", "sit-tiny", "-b", "0.5", *arguments, *places]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def stages(stderr: str) -> dict[str, bool]:
+    """Finished stages, and whether each was done rather than found done."""
+    return {name: state == "done" for name, state in STAGE.findall(stderr)}
+
+
+def interrupt(root: Path, delay: float, arguments: tuple[str, ...]) -> dict[str, bool]:
+    """Start a build, kill it after a while, and look at what it leaves behind."""
+    process = start(root, *arguments)
+    time.sleep(delay)
+    process.kill()
+    _, stderr = process.communicate()
+    if (root / "bundle" / MANIFEST).exists():
+        Bundle.open(root / "bundle")
+    else:
+        with pytest.raises(BundleError):
+            Bundle.open(root / "bundle")
+    return stages(stderr)
+
+
+@pytest.mark.parametrize(
+    ("kills", "arguments"),
+    [
+        (3, ("--random-weights", "-k", "1", "--no-baseline")),
+        pytest.param(20, ("--train-steps", "20", "--finetune-steps", "20", "-k", "4"), marks=pytest.mark.slow),
+    ],
+)
+def test_killed_builds_end_in_the_same_bundle(tmp_path: Path, kills: int, arguments: tuple[str, ...]) -> None:
+    begin = time.perf_counter()
+    undisturbed = start(tmp_path / "undisturbed", *arguments)
+    _, stderr = undisturbed.communicate()
+    seconds = time.perf_counter() - begin
+    assert undisturbed.returncode == 0, stderr
+    every = stages(stderr)
+
+    done: set[str] = set()
+    moments = random.Random(kills)
+    for _ in range(kills):
+        seen = interrupt(tmp_path / "killed", moments.uniform(0.2, 1.0) * seconds, arguments)
+        redone = {name for name, again in seen.items() if again}
+        assert not redone & done
+        done |= seen.keys()
+
+    last = start(tmp_path / "killed", *arguments)
+    _, stderr = last.communicate()
+    assert last.returncode == 0, stderr
+    assert stages(stderr).keys() == every.keys()
+    assert not {name for name, again in stages(stderr).items() if again} & done
+    assert hashes(tmp_path / "killed" / "bundle") == hashes(tmp_path / "undisturbed" / "bundle")

@@ -1,0 +1,228 @@
+"""From settings to a bundle: what each stage leaves, what is redone, and what a bundle needs nothing else for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dyexport.build.ledger import Silent
+from dyexport.build.networks import DENSE
+from dyexport.build.pipeline import opened
+from dyexport.build.settings import BuildSettings
+from dyexport.bundle import MANIFEST, Bundle
+from dyexport.engines.registry import make_engine
+from dyexport.errors import BudgetError, CheckpointError, DyexportError, UsageError
+from dyexport.models.checkpoints import load_dynamic, load_static, save_static
+from dyexport.models.random_weights import random_backbone
+from tests.build.tiny import TINY, build, hashes, tiny_settings
+
+
+def reused(settings: BuildSettings) -> dict[str, bool]:
+    with opened(settings, Silent()) as pipeline:
+        pipeline.bundle()
+        return {name: outcome.reused for name, outcome in pipeline.ledger.outcomes.items()}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> BuildSettings:
+    """A build of one engine that was done once; tests change a copy of it."""
+    settings = tiny_settings(tmp_path_factory.mktemp("built"))
+    build(settings)
+    return settings
+
+
+@pytest.fixture
+def settings(built: BuildSettings, tmp_path: Path) -> BuildSettings:
+    shutil.copytree(built.out.parent, tmp_path / "copy")
+    return replace(built, out=tmp_path / "copy" / "bundle", work=tmp_path / "copy" / "work")
+
+
+def test_a_second_build_does_nothing(settings: BuildSettings) -> None:
+    before = {path: path.stat().st_mtime_ns for path in settings.out.rglob("*")}
+    assert all(reused(settings).values())
+    assert {path: path.stat().st_mtime_ns for path in settings.out.rglob("*")} == before
+
+
+def test_the_same_build_elsewhere_is_the_same_to_the_byte(built: BuildSettings, tmp_path: Path) -> None:
+    build(tiny_settings(tmp_path))
+    assert hashes(tmp_path / "bundle") == hashes(built.out)
+
+
+def test_the_manifest_says_nothing_of_where_or_when(settings: BuildSettings) -> None:
+    text = (settings.out / MANIFEST).read_text()
+    assert json.loads(text)["reference"]["path"] == "../work/calibrated"
+    assert str(settings.out.parent) not in text
+
+
+@pytest.mark.parametrize("victim", ["calibrated/routers.safetensors", "graphs/weights.bin", "plan.json"])
+def test_damage_to_a_stage_is_repaired(settings: BuildSettings, victim: str) -> None:
+    content = bytearray((settings.work / victim).read_bytes())
+    content[len(content) // 2] ^= 1
+    (settings.work / victim).write_bytes(content)
+    before = hashes(settings.out)
+    outcomes = reused(settings)
+    assert [name for name, again in outcomes.items() if not again] == [
+        {"calibrated": "calibrate", "graphs": "weights", "plan.json": "plan"}[victim.split("/")[0]]
+    ]
+    assert hashes(settings.out) == before
+
+
+def test_damage_to_the_bundle_is_repaired(settings: BuildSettings) -> None:
+    before = hashes(settings.out)
+    (settings.out / "graphs" / "segment-00.onnx").write_bytes(b"")
+    (settings.out / "graphs" / "weights.bin").unlink()
+    (settings.out / "notes.txt").write_text("mine")
+    assert [name for name, again in reused(settings).items() if not again] == ["bundle"]
+    assert hashes(settings.out) == {**before, "notes.txt": hashes(settings.out)["notes.txt"]}
+
+
+def test_fewer_engines_leave_no_graph_behind(settings: BuildSettings) -> None:
+    two = replace(settings, engines=2)
+    outcomes = reused(two)
+    assert not outcomes["plan"]
+    assert outcomes["calibrate"]
+    assert (settings.out / "graphs" / "segment-01.onnx").exists()
+    build(settings)
+    assert not (settings.out / "graphs" / "segment-01.onnx").exists()
+    assert len(Bundle.open(settings.out).manifest.plan.segments) == 1
+
+
+def test_a_budget_is_met_as_run(settings: BuildSettings) -> None:
+    plan = Bundle.open(settings.out).manifest.plan
+    assert plan.flops_ratio == pytest.approx(0.5, abs=0.01)
+    assert plan.flops_ratio <= plan.network_flops_ratio <= plan.executed_flops_ratio
+
+
+def test_without_routers_and_training_units_are_chosen_by_importance(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, finetune_steps=0)
+    with opened(settings, Silent()) as pipeline:
+        model, _ = load_dynamic(pipeline.calibrated.path)
+        metrics = pipeline.metrics
+        plan = pipeline.priced(4)
+    assert model.table is not None
+    assert not model.has_token_routers
+    assert metrics["flops_ratio"] == pytest.approx(0.5, abs=0.01)
+    assert 0 < metrics["output_relative_mse"] < 1
+    assert {path for segment in plan.segments for path in segment.token_paths} == {"all"}
+
+
+def test_a_calibrated_checkpoint_without_budget_is_kept(settings: BuildSettings, tmp_path: Path) -> None:
+    checkpoint = str(settings.work / "calibrated")
+    given = tiny_settings(tmp_path, budget=None, random_weights=False, checkpoint=checkpoint)
+    with opened(given, Silent()) as pipeline:
+        again, _ = load_dynamic(pipeline.calibrated.path)
+    before, _ = load_dynamic(settings.work / "calibrated")
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+
+
+def test_training_leaves_a_dense_baseline_of_the_static_model(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, random_weights=False, train_steps=3, finetune_steps=3, baseline=True)
+    bundle = build(settings)
+    assert not (settings.work / "training").exists() or not any((settings.work / "training").iterdir())
+    static = load_static(str(settings.work / "static"), TINY)
+    inputs = {
+        "hidden_states": torch.randn(2, 1, 8, 8),
+        "timestep": torch.tensor([0.3, 0.3]),
+        "class_labels": torch.tensor([1, 2]),
+    }
+    with torch.no_grad():
+        truth = static(**inputs).sample
+    with make_engine("onnx", bundle.engine_paths("onnx")[DENSE]) as engine:
+        sample = engine.run(inputs)["sample"]
+    assert (sample - truth).abs().max() < 1e-5
+    with opened(settings, Silent()) as pipeline:
+        pipeline.bundle()
+        assert all(outcome.reused for outcome in pipeline.ledger.outcomes.values())
+        control = load_static(str(pipeline.control.path), TINY)
+    assert not torch.equal(control.proj_out_2.weight, static.proj_out_2.weight)
+
+
+def static_checkpoint(directory: Path) -> Path:
+    save_static(random_backbone(TINY), directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("sit-digits", r"pos_embed\.proj\.weight has shape \(48, 1, 2, 2\), sit-digits needs \(96, 1, 1, 1\)"),
+        ("dit-s-2", "pos_embed"),
+    ],
+)
+def test_a_checkpoint_of_another_architecture_names_the_first_key(tmp_path: Path, model: str, message: str) -> None:
+    checkpoint = static_checkpoint(tmp_path / "static")
+    settings = BuildSettings(
+        model=model,
+        out=tmp_path / "bundle",
+        work=tmp_path / "work",
+        budget=0.5,
+        checkpoint=str(checkpoint),
+        finetune_steps=0,
+    )
+    with pytest.raises(CheckpointError, match=message):
+        build(settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["static"]
+
+
+def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+    backbone = random_backbone(TINY)
+    with torch.no_grad():
+        backbone.proj_out_1.weight[3, 5] = torch.nan
+    save_static(backbone, tmp_path / "static")
+    settings = tiny_settings(tmp_path, random_weights=False, checkpoint=str(tmp_path / "static"), finetune_steps=0)
+    with pytest.raises(CheckpointError, match=r"proj_out_1\.weight holds NaN or infinity"):
+        build(settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["static"]
+
+
+@pytest.mark.parametrize("model", ["dit-s-2", "dit-xl-2"])
+def test_no_checkpoint_names_both_ways_out(tmp_path: Path, model: str) -> None:
+    settings = BuildSettings(model=model, out=tmp_path / "b", work=tmp_path / "w", budget=0.5, finetune_steps=0)
+    with pytest.raises(CheckpointError, match=r"--checkpoint .*--random-weights"):
+        build(settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dynamic_checkpoint_of_another_model(settings: BuildSettings, tmp_path: Path) -> None:
+    given = {"checkpoint": str(settings.work / "calibrated"), "out": tmp_path / "b", "work": tmp_path / "w"}
+    with pytest.raises(CheckpointError):
+        build(BuildSettings(model="sit-digits", budget=0.5, **given))
+
+
+def test_a_budget_out_of_reach_is_said(tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match=r"budget 0\.001"):
+        build(tiny_settings(tmp_path, budget=0.001, finetune_steps=0))
+
+
+def test_export_alone_runs_no_stage_before_it(settings: BuildSettings, tmp_path: Path) -> None:
+    barred = frozenset({"static", "dynamic", "calibrate"})
+    with opened(replace(settings, engines=2), Silent(), without=barred) as pipeline:
+        assert len(pipeline.plan.segments) == 2
+    with (
+        pytest.raises(UsageError, match="stage 'static' must run first"),
+        opened(tiny_settings(tmp_path), Silent(), without=barred) as fresh,
+    ):
+        fresh.bundle()
+    with (
+        pytest.raises(UsageError, match="stage 'calibrate' must run first"),
+        opened(replace(settings, budget=0.6), Silent(), without=barred) as other,
+    ):
+        other.bundle()
+
+
+def test_a_read_only_output_is_found_first(built: BuildSettings) -> None:
+    with pytest.raises(DyexportError, match="cannot write /proc/bundle"):
+        build(replace(built, out=Path("/proc/bundle")))
+
+
+def test_widths_change_with_t(settings: BuildSettings) -> None:
+    widths = Bundle.open(settings.out).widths
+    shares = widths.heads.mean(axis=(1, 2))
+    assert np.ptp(shares) > 0.1

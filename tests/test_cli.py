@@ -1,0 +1,202 @@
+"""The command line: exit codes, one sentence on stderr, one JSON object on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from dyexport.build.ledger import locked
+from dyexport.cli import main
+from dyexport.presets import PRESETS
+
+ROOT = Path(__file__).parents[1]
+TINY = ["-m", "sit-tiny", "-b", "0.5", "--random-weights", "-k", "1", "--no-baseline"]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def sentence(self) -> str:
+        """The last line of stderr, which must be all there is besides stage lines."""
+        lines = self.err.strip().splitlines()
+        assert not any("Traceback" in line for line in lines), self.err
+        return lines[-1]
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run ``dyexport`` in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["dyexport", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        return Result(int(exit_.value.code or 0), captured.out, captured.err)
+
+    return command
+
+
+def tiny(root: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+    """``dyexport build`` of the smallest model, in a process of its own."""
+    command = [sys.executable, "-m", "tests.build.tiny", "build", *TINY, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=root, env=environment, **pipes, **options)
+
+
+BUILD = ["build", "--model", "dit-s-2", "--random-weights"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build", "--model", "dit-x", "--budget", "0.5"], "unknown model 'dit-x'"),
+        ([*BUILD, "--budget", "0"], "budget is 0; give a FLOPs ratio"),
+        ([*BUILD, "--budget", "1.5"], "budget is 1.5; give a FLOPs ratio"),
+        ([*BUILD, "--budget", "abc"], "budget 'abc' is not a number"),
+        ([*BUILD, "--budget", "0.5", "--engines", "0"], "--engines is 0"),
+        ([*BUILD, "--budget", "0.5", "--engines", "few"], "--engines"),
+        ([*BUILD, "--budget", "0.5", "--target", "onnx,paper"], "unknown target 'paper'"),
+        ([*BUILD, "--budget", "0.5", "--checkpoint", "x"], "exclude each other"),
+        (["build", "--budget", "0.5"], "--model"),
+        ([*BUILD, "--colour", "red"], "--colour"),
+        (["plan", "--model", "dit-s-2"], "needs a --budget"),
+        (["finetune", "--model", "dit-s-2", "--budget", "0.5"], "needs --data"),
+        (["nonsense"], "No such command 'nonsense'"),
+        (["verify", "nowhere", "--timesteps", "0"], "--timesteps is 0"),
+    ],
+)
+def test_bad_usage_is_one_sentence_and_exit_code_2(
+    run: Run, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = run(*arguments)
+    assert result.code == 2
+    assert result.out == ""
+    assert message in result.sentence
+    assert len(result.err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build", "--model", "dit-s-2", "--budget", "0.5", "--finetune-steps", "0"], "pass --checkpoint"),
+        ([*BUILD, "--budget", "0.5", "-o", "/proc/bundle"], "cannot write /proc/bundle"),
+        (["verify", "nowhere"], "nowhere is not a bundle"),
+        (
+            ["build", "--model", "dit-s-2", "-b", "0.5", "--checkpoint", "./gone", "--finetune-steps", "0"],
+            "./gone does not exist",
+        ),
+        (["build", "--model", "dit-digits", "-b", "0.5", "--data", "gone"], "gone holds no .safetensors files"),
+    ],
+)
+def test_failures_are_one_sentence_and_exit_code_1(
+    run: Run, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = run(*arguments)
+    assert result.code == 1
+    assert result.out == ""
+    assert message in result.sentence
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(run: Run) -> None:
+    result = run("verify", "nowhere", "--debug")
+    assert result.code == 1
+    assert "Traceback" in result.err
+    assert "Traceback" not in run("verify", "nowhere").err
+
+
+def test_help_names_every_command(run: Run) -> None:
+    result = run("--help")
+    assert result.code == 0
+    for command in ("build", "models", "plan", "finetune", "calibrate", "export", "verify"):
+        assert command in result.out
+
+
+def test_models_as_json(run: Run) -> None:
+    models = json.loads(run("models", "--json").out)["models"]
+    assert [model["name"] for model in models] == [name for name in PRESETS if name in {m["name"] for m in models}]
+    xl = next(model for model in models if model["name"] == "dit-xl-2")
+    assert xl["gflops"] == pytest.approx(118.6, abs=0.1)
+    assert xl["parameters"] == 674_834_720
+
+
+def test_models_as_a_table(run: Run) -> None:
+    assert "dit-s-2" in run("models").out
+
+
+def test_json_is_one_object_and_a_second_build_reuses_everything(tmp_path: Path) -> None:
+    processes = [tiny(tmp_path, "--json", "-o", "bundle")]
+    first_out, first_err = processes[0].communicate()
+    assert processes[0].returncode == 0, first_err
+    first = json.loads(first_out)
+    assert "calibrate: done in" in first_err
+    second_out, second_err = tiny(tmp_path, "--json", "-o", "bundle").communicate()
+    second = json.loads(second_out)
+    assert "calibrate: up to date" in second_err
+    assert {stage["status"] for stage in first["stages"].values()} == {"done"}
+    assert {stage["status"] for stage in second["stages"].values()} == {"reused"}
+    names = {"bundle", "flops_ratio", "network_flops_ratio", "executed_flops_ratio", "engines", "disk_bytes", "stages"}
+    assert names <= first.keys()
+    for name in names - {"stages"}:
+        assert first[name] == second[name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "bundle.work"]
+
+
+def limit_file_size() -> None:
+    """What a disk with no room looks like to anyone who is not root: files end at 200 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    process = tiny(tmp_path, "-o", "bundle", preexec_fn=limit_file_size)
+    out, err = process.communicate()
+    assert process.returncode == 1, err
+    assert out == ""
+    assert "cannot write" in err.strip().splitlines()[-1]
+    assert "Traceback" not in err
+    assert not (tmp_path / "bundle").exists()
+    assert list(tmp_path.rglob(".partial*")) == []
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    process = tiny(tmp_path, "-o", "bundle")
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("static: done")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130, err
+    assert out == ""
+    assert (
+        err.strip().splitlines()[-1] == "dyexport: interrupted; the same command goes on after the last finished stage"
+    )
+    assert "Traceback" not in err
+    assert not (tmp_path / "bundle").exists()
+    assert list(tmp_path.rglob(".partial*")) == []
+
+
+def test_one_build_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path / "bundle.work"):
+        process = tiny(tmp_path, "-o", "bundle")
+        _, err = process.communicate()
+    assert process.returncode == 1
+    assert err.startswith("dyexport: another build is using")
+    assert list(tmp_path.iterdir()) == []
