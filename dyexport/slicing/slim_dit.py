@@ -102,10 +102,10 @@ class SlimBlock(nn.Module):
     def feed_forward(self, hidden: Tensor, modulation: Modulation, gate: Tensor | None) -> Tensor:
         """MLP branch of the kept groups: (..., C) -> (..., C), to be added to the residual."""
         normed = modulated_norm(hidden, modulation.shift, modulation.scale, self.mlp_eps)  # (..., C)
-        wide = self.fc1(normed.reshape(-1, normed.shape[-1]))  # (M, G' * S)
-        if gate is not None:
+        wide = F.gelu(self.fc1(normed.reshape(-1, normed.shape[-1])), approximate="tanh")  # (M, G' * S)
+        if gate is not None:  # after GELU, which is the same for gates of 0 and 1 and cheaper
             wide = (wide.view(-1, self.groups, wide.shape[1] // self.groups) * gate.view(1, -1, 1)).flatten(1)
-        update = self.fc2(F.gelu(wide, approximate="tanh"))  # (M, C)
+        update = self.fc2(wide)  # (M, C)
         return modulation.gate * update.view(hidden.shape)
 
     def feed_top(
