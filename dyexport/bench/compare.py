@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
 import torch
 
 from dyexport.bench.latency import BenchReport, Blocks, Progress, SegmentTime, over_trajectory, time_variants
+from dyexport.bench.machine import cpu_time, taken_by_others
 from dyexport.bench.memory import MemoryProbe, added_bytes
 from dyexport.bench.variants import (
     DenseGraph,
@@ -54,20 +55,37 @@ class BenchSettings:
                 raise UsageError(f"--{name} is {value}; it must be at least 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    seconds: Mapping[str, float]
+    others: float | None
+    switch_overhead: float
+    trajectory_speedup: float | None
+
+
 def compare(bundle: Bundle, settings: BenchSettings, progress: Progress | None = None) -> BenchReport:
     """Time everything; raises ``BundleError`` for a bundle without its dense graph."""
     with _threads(settings.threads), torch.inference_mode():
-        dense = DenseGraph.of(bundle, settings.target)
-        loaded = load(
-            bundle.root, target=settings.target, device="cpu", share_weights=settings.share_weights, check_hashes=False
-        )
-        variants = _variants(bundle, dense, loaded, settings)
-        seconds = time_variants(variants, Blocks(rounds=settings.rounds), progress=progress)
-        report = _report(bundle, settings, seconds, overhead=switch_overhead(loaded, settings))
-        if settings.trajectory:
-            report = replace(report, trajectory_speedup=_trajectory_speedup(dense, loaded, settings))
-        loaded.close()
-        return report
+        return _report(bundle, settings, _measure(bundle, settings, progress))
+
+
+def _measure(bundle: Bundle, settings: BenchSettings, progress: Progress | None) -> _Measured:
+    dense = DenseGraph.of(bundle, settings.target)
+    loaded = load(
+        bundle.root, target=settings.target, device="cpu", share_weights=settings.share_weights, check_hashes=False
+    )
+    variants = _variants(bundle, dense, loaded, settings)
+    before = cpu_time()
+    seconds = time_variants(variants, Blocks(rounds=settings.rounds), progress=progress)
+    measured = _Measured(
+        seconds=seconds,
+        others=taken_by_others(before, cpu_time()),
+        switch_overhead=switch_overhead(loaded, settings),
+        trajectory_speedup=_trajectory_speedup(dense, loaded, settings) if settings.trajectory else None,
+    )
+    loaded.close()
+    dense.engine.close()
+    return measured
 
 
 def _variants(
@@ -84,23 +102,15 @@ def _variants(
     return {**variants, "eager": module_variant(stock, inputs, "cpu")}
 
 
-def _report(bundle: Bundle, settings: BenchSettings, seconds: Mapping[str, float], *, overhead: float) -> BenchReport:
-    plan, spec = bundle.manifest.plan, bundle.manifest.model
+def _report(bundle: Bundle, settings: BenchSettings, measured: _Measured) -> BenchReport:
+    plan, seconds = bundle.manifest.plan, measured.seconds
     segments = _segment_times(plan, bundle, seconds)
     dynamic = over_trajectory([s.share for s in segments], [s.seconds for s in segments])
-    compiled = seconds.get("torch.compile")
-    probe = MemoryProbe(
-        bundle=str(bundle.root),
-        target=settings.target,
-        batch=settings.batch,
-        threads=torch.get_num_threads(),
-        share_weights=settings.share_weights,
-        dense=False,
-    )
     speedup = seconds["dense"] / dynamic
-    baselines = {name: value for name, value in seconds.items() if not name.startswith("segment")}
+    compiled = seconds.get("torch.compile")
+    whole_networks = {name: value for name, value in seconds.items() if not name.startswith("segment")}
     return BenchReport(
-        model=spec.name,
+        model=bundle.manifest.model.name,
         target=settings.target,
         batch=settings.batch,
         threads=torch.get_num_threads(),
@@ -108,16 +118,30 @@ def _report(bundle: Bundle, settings: BenchSettings, seconds: Mapping[str, float
         flops_ratio=plan.flops_ratio,
         network_flops_ratio=plan.network_flops_ratio,
         executed_flops_ratio=plan.executed_flops_ratio,
-        seconds={**baselines, "dynamic": dynamic},
+        seconds={**whole_networks, "dynamic": dynamic},
         speedup_vs_dense=speedup,
         speedup_vs_torch_compile=None if compiled is None else compiled / dynamic,
         speedup_vs_eager=seconds["eager"] / dynamic,
         realised=speedup * plan.network_flops_ratio,
-        switch_overhead=overhead,
-        trajectory_speedup=None,
-        resident_bytes=added_bytes(probe),
-        dense_bytes=added_bytes(replace(probe, dense=True)),
+        switch_overhead=measured.switch_overhead,
+        trajectory_speedup=measured.trajectory_speedup,
+        others=measured.others,
+        resident_bytes=_added_bytes(bundle, settings, dense=False),
+        dense_bytes=_added_bytes(bundle, settings, dense=True),
         segments=segments,
+    )
+
+
+def _added_bytes(bundle: Bundle, settings: BenchSettings, *, dense: bool) -> int | None:
+    return added_bytes(
+        MemoryProbe(
+            bundle=str(bundle.root),
+            target=settings.target,
+            batch=settings.batch,
+            threads=torch.get_num_threads(),
+            share_weights=settings.share_weights,
+            dense=dense,
+        )
     )
 
 

@@ -93,6 +93,7 @@ class BenchReport:
     switch_overhead       share of a sampling step not spent inside an engine, all engines being resident
     resident_bytes        what the bundle with all its engines adds to a fresh process (proportional set size), weights
                           and activations; dense_bytes: what the dense graph adds. None where the system does not tell
+    others                share of the CPU time that other processes took meanwhile; torch suffers most from it
     trajectory_speedup    whole sampling loops, dense over dynamic; None unless asked for
     """
 
@@ -110,6 +111,7 @@ class BenchReport:
     speedup_vs_eager: float
     realised: float
     switch_overhead: float
+    others: float | None
     trajectory_speedup: float | None
     resident_bytes: int | None
     dense_bytes: int | None

@@ -40,6 +40,7 @@ def bench_rows(report: BenchReport) -> Rows:
         ("speed-up of whole sampling loops", _times(report.trajectory_speedup, "not timed")),
         ("realised (speed-up x whole-network ratio)", f"{report.realised:.2f}"),
         (f"switching, share of {report.steps} steps", f"{report.switch_overhead:.2%}"),
+        ("CPU time taken by other processes", "unknown" if report.others is None else f"{report.others:.0%}"),
         ("resident, all engines", megabytes(report.resident_bytes)),
         ("resident, dense graph", megabytes(report.dense_bytes)),
     ]
