@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -266,6 +266,8 @@ class Pipeline:
         outcome = self.ledger.run(stage)
         if scratch is not None and self.ledger.team.leads:
             remove(scratch)
+            with suppress(OSError):  # the folder of another run's scratch stays
+                scratch.parent.rmdir()
         return outcome
 
 

@@ -25,8 +25,8 @@ class Schedule:
     ema_decay: float
 
 
-FROM_SCRATCH = Schedule(steps=1500, batch_size=128, learning_rate=1e-3, ema_decay=0.99)
-FINETUNE_DIGITS = Schedule(steps=1000, batch_size=128, learning_rate=5e-4, ema_decay=0.99)
+FROM_SCRATCH = Schedule(steps=1000, batch_size=64, learning_rate=1e-3, ema_decay=0.99)
+FINETUNE_DIGITS = Schedule(steps=600, batch_size=64, learning_rate=5e-4, ema_decay=0.99)
 FINETUNE = Schedule(steps=150_000, batch_size=256, learning_rate=1e-4, ema_decay=0.9999)  # as published
 
 

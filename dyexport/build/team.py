@@ -28,9 +28,11 @@ class Alone:
 class Processes:
     def __init__(self) -> None:
         from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
 
-        self._state: Any = PartialState(timeout=PATIENCE)
-        self.leads = self._state.is_main_process
+        # Unless told, PartialState does not look where Accelerator does for whether to train on CPUs.
+        state: Any = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+        self.leads = bool(state.is_main_process)
 
     def agree(self, value: str) -> str:
         from accelerate.utils import broadcast_object_list

@@ -48,7 +48,7 @@ def interrupt(root: Path, delay: float, arguments: tuple[str, ...]) -> dict[str,
     ("kills", "arguments"),
     [
         (3, ("--random-weights", "-k", "1", "--no-baseline")),
-        pytest.param(20, ("--train-steps", "20", "--finetune-steps", "20", "-k", "4"), marks=pytest.mark.slow),
+        pytest.param(20, ("--train-steps", "4", "--finetune-steps", "4", "-k", "4"), marks=pytest.mark.slow),
     ],
 )
 def test_killed_builds_end_in_the_same_bundle(tmp_path: Path, kills: int, arguments: tuple[str, ...]) -> None:

@@ -125,7 +125,7 @@ def test_a_calibrated_checkpoint_without_budget_is_kept(settings: BuildSettings,
 def test_training_leaves_a_dense_baseline_of_the_static_model(tmp_path: Path) -> None:
     settings = tiny_settings(tmp_path, random_weights=False, train_steps=3, finetune_steps=3, baseline=True)
     bundle = build(settings)
-    assert not (settings.work / "training").exists() or not any((settings.work / "training").iterdir())
+    assert not (settings.work / "training").exists()
     static = load_static(str(settings.work / "static"), TINY)
     inputs = {
         "hidden_states": torch.randn(2, 1, 8, 8),
