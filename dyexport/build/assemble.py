@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import dyexport
+from dyexport import __version__
 from dyexport.build.ledger import (
     PARTIAL,
     Outcome,
@@ -59,7 +59,7 @@ def describe_bundle(
     """The manifest of ``files``, which are named by their place in the bundle."""
     return Manifest(
         schema_version=SCHEMA_VERSION,
-        dyexport_version=dyexport.__version__,
+        dyexport_version=__version__,
         model=spec,
         budget=settings.budget,
         plan=plan,

@@ -201,7 +201,7 @@ def check_writable(path: Path) -> None:
     try:
         TemporaryDirectory(dir=nearest, prefix=PARTIAL).cleanup()
     except OSError as error:
-        raise _unwritable(path, error.strerror) from error
+        raise _unwritable(path, error.strerror or str(error)) from error
 
 
 @contextmanager

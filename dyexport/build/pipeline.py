@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-import dyexport
+from dyexport import __version__
 from dyexport.build import stages
 from dyexport.build.assemble import Source, assemble, describe_bundle
 from dyexport.build.ledger import (
@@ -118,7 +118,7 @@ class Pipeline:
     def plan(self) -> SegmentPlan:
         """Segments for K engines."""
         settings = {"engines": self.settings.engines, "token_path": self.settings.token_path}
-        inputs = {"calibrated": self.calibrated.digest, "dyexport": dyexport.__version__, **settings}
+        inputs = {"calibrated": self.calibrated.digest, "dyexport": __version__, **settings}
         outcome = self._run("plan", "plan.json", inputs, self._make_plan)
         return SegmentPlan.model_validate_json(outcome.path.read_bytes())
 
@@ -180,7 +180,7 @@ class Pipeline:
             "model": spec.model_dump(mode="json"),
             "segment": network.segment.model_dump(mode="json"),
             "weights": digest_of(weights),
-            "versions": [dyexport.__version__, torch.__version__],
+            "versions": [__version__, torch.__version__],
         }
 
         def make(out: Path) -> None:
