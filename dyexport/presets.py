@@ -101,9 +101,9 @@ def _digits(backbone: Literal["dit", "sit"]) -> Preset:
     return Preset(
         name=f"{backbone}-digits",
         backbone=backbone,
-        depth=6,
-        hidden_size=96,
-        heads=6,
+        depth=4,
+        hidden_size=64,
+        heads=4,
         patch_size=1,
         sample_size=8,
         in_channels=1,

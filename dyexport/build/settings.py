@@ -23,10 +23,11 @@ class Schedule:
     batch_size: int
     learning_rate: float
     ema_decay: float
+    lr_decay: float = 0.0
 
 
-FROM_SCRATCH = Schedule(steps=1000, batch_size=64, learning_rate=1e-3, ema_decay=0.99)
-FINETUNE_DIGITS = Schedule(steps=600, batch_size=64, learning_rate=5e-4, ema_decay=0.99)
+FROM_SCRATCH = Schedule(steps=2000, batch_size=32, learning_rate=3e-3, ema_decay=0.99, lr_decay=0.5)
+FINETUNE_DIGITS = Schedule(steps=1500, batch_size=32, learning_rate=3e-3, ema_decay=0.99, lr_decay=0.5)
 FINETUNE = Schedule(steps=150_000, batch_size=256, learning_rate=1e-4, ema_decay=0.9999)  # as published
 
 

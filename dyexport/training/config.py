@@ -17,6 +17,7 @@ class TrainConfig:
     steps: int
     batch_size: int = 256
     learning_rate: float = 1e-4
+    lr_decay: float = 0.0  # share of the run, at its end, over which the learning rate falls linearly to zero
     ema_decay: float = 0.9999
     grad_clip: float = 1.0
     label_dropout: float = 0.1  # share of labels replaced by the null class, for classifier-free guidance
@@ -27,8 +28,13 @@ class TrainConfig:
         for name in ("steps", "batch_size", "learning_rate", "grad_clip", "checkpoint_every"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
+        _require(0 <= self.lr_decay <= 1, "lr_decay", self.lr_decay, "in [0, 1], a share of the run")
         _require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "in [0, 1)")
         _require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+    def rate_scale(self, step: int) -> float:
+        """What learning rates are multiplied by at a step."""
+        return min((self.steps - step) / max(self.lr_decay * self.steps, 1), 1.0)
 
     def digest(self) -> str:
         """Identifies everything here that decides the weights trained."""

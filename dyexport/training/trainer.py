@@ -128,6 +128,7 @@ class Trainer(Generic[Config]):
         self.flops = FlopsModel.of_dit(preset.transformer_config())
         self.parameters = dict(model.named_parameters())
         self.module, self.optimizer = self.accelerator.prepare(self.loss_module(), self.new_optimizer())
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.ema = Ema(self.parameters, config.ema_decay)
         self.step = 0  # steps done
         self.history: list[HistoryPoint] = []
@@ -158,6 +159,8 @@ class Trainer(Generic[Config]):
     def update(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
         self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.grad_clip)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.config.rate_scale(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(self.step)

@@ -43,3 +43,9 @@ def test_digest_tells_runs_apart_but_not_how_often_they_are_saved() -> None:
     assert base.digest() == TrainConfig(steps=10, checkpoint_every=3).digest()
     assert base.digest() != TrainConfig(steps=11).digest()
     assert base.digest() != FinetuneConfig(steps=10).digest()
+
+
+def test_learning_rate_falls_to_zero_over_the_last_share() -> None:
+    config = TrainConfig(steps=100, lr_decay=0.5)
+    assert [config.rate_scale(step) for step in (0, 49, 50, 75, 99)] == [1.0, 1.0, 1.0, 0.5, 0.02]
+    assert {TrainConfig(steps=100).rate_scale(step) for step in range(100)} == {1.0}
