@@ -70,6 +70,18 @@ def test_files_of_the_bundle_before_go_and_others_stay(root: Path, out: Path) ->
     Bundle.open(out)
 
 
+def test_while_files_are_being_replaced_there_is_no_bundle(root: Path, out: Path) -> None:
+    """The first file that cannot be placed stops it, when some of the new files are there already."""
+    assemble(out, *parts(root))
+    (root / GRAPH).rename(root / "graphs" / "segment-99.onnx")
+    manifest, _ = parts_renamed(root, "segment-99.onnx")
+    (out / "graphs" / "segment-99.onnx" / "in the way").mkdir(parents=True)
+    files = {name: Source(root / name, record) for name, record in manifest.files.items()}
+    with pytest.raises(StorageError, match="Is a directory"):
+        assemble(out, manifest, files)
+    assert not (out / MANIFEST).exists()
+
+
 def parts_renamed(root: Path, graph: str) -> tuple[Manifest, Path]:
     """The manifest with its graph under another name."""
     (root / GRAPH).write_bytes((root / "graphs" / graph).read_bytes())
