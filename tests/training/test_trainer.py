@@ -24,7 +24,7 @@ from tests.training.helpers import DIT, SIT, backbone, blobs, dynamic
 
 ROOT = Path(__file__).parents[2]
 STATIC = TrainConfig(steps=60, batch_size=16, learning_rate=5e-3)
-DYNAMIC = FinetuneConfig(steps=20, batch_size=8, checkpoint_every=5, seed=3)
+DYNAMIC = FinetuneConfig(steps=20, batch_size=8, checkpoint_every=5, seed=3, lr_decay=0.5)
 
 
 def trainer(work_dir: Path, config: FinetuneConfig = DYNAMIC) -> DynamicTrainer:
@@ -98,7 +98,7 @@ def test_without_noise_the_gates_trained_are_the_gates_run(tmp_path: Path) -> No
     run.step = DYNAMIC.steps - 1  # noise is annealed to zero
     with torch.no_grad():
         for router in run.model.routers:
-            router.shift(-15.0)  # logits near zero, where noise would decide
+            router.shift(-15.0, tokens=-15.0)  # logits near zero, where noise would decide
     batch = run.draws.at(run.step)
     trained = run.losses(batch)
     evaluated = run.model(batch.latents, batch.timestep, batch.labels)
@@ -119,6 +119,21 @@ def test_clipping_clips(tmp_path: Path) -> None:
     run.optimizer.optimizer.register_step_pre_hook(note)
     run.train()
     assert norms == pytest.approx([1e-3] * 5, rel=1e-2)
+
+
+def test_weights_settle_as_the_learning_rate_decays(tmp_path: Path) -> None:
+    run = Trainer(backbone(SIT), SIT, blobs(SIT), replace(STATIC, steps=20, lr_decay=0.5), work_dir=tmp_path)
+    moved: list[float] = []
+    update = run.update
+
+    def note(loss: torch.Tensor) -> None:
+        before = weights(run.model)
+        update(loss)
+        moved.append(max(float((value.detach() - before[name]).abs().max()) for name, value in run.parameters.items()))
+
+    run.update = note  # type: ignore[method-assign]
+    run.train()
+    assert moved[9] > 5 * moved[19] > 0
 
 
 def test_ema_decays_as_published_and_warms_up() -> None:
