@@ -21,7 +21,7 @@ def run(work_dir: Path) -> list[list[float]]:
     """Loss and ratio of every step; noisy gates, so that noise must be shared out too."""
     model = dynamic(SIT)
     for router in model.routers:
-        router.shift(-14.0, tokens=-14.0)
+        router.shift(-14.0, tokens=True)
     config = FinetuneConfig(steps=8, batch_size=8, complete=0.5, warmup=0.5, learning_rate=1e-3)
     result = finetune(model, SIT, blobs(SIT), config, work_dir=work_dir)
     return [[point.diffusion, point.flops_ratio] for point in result.history]

@@ -98,7 +98,7 @@ def test_without_noise_the_gates_trained_are_the_gates_run(tmp_path: Path) -> No
     run.step = DYNAMIC.steps - 1  # noise is annealed to zero
     with torch.no_grad():
         for router in run.model.routers:
-            router.shift(-15.0, tokens=-15.0)  # logits near zero, where noise would decide
+            router.shift(-15.0, tokens=True)  # logits near zero, where noise would decide
     batch = run.draws.at(run.step)
     trained = run.losses(batch)
     evaluated = run.model(batch.latents, batch.timestep, batch.labels)
