@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import time
+from pathlib import Path
+
 import pytest
 
+from dyexport.build.settings import BuildSettings
 from dyexport.bundle import Bundle
+from dyexport.errors import StorageError
 from tests.build.tiny import build, tiny_settings
 
 VARIANTS = {"masked": 16, "compact": 4, "capacity": 1, "dynamic": 2}  # token path: engines
@@ -12,6 +18,19 @@ VARIANTS = {"masked": 16, "compact": 4, "capacity": 1, "dynamic": 2}  # token pa
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """One bundle for each token path, each with another number of engines."""
+    """One bundle for each token path, each with another number of engines; built by one test process for all."""
     path: str = request.param
-    return build(tiny_settings(tmp_path_factory.mktemp(path), token_path=path, engines=VARIANTS[path]))
+    base = tmp_path_factory.getbasetemp()
+    shared: Path = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return build_in_turn(tiny_settings(shared / f"shared-{path}", token_path=path, engines=VARIANTS[path]))
+
+
+def build_in_turn(settings: BuildSettings) -> Bundle:
+    """Build, or wait for the process that is building and find everything done."""
+    while True:
+        try:
+            return build(settings)
+        except StorageError as error:
+            if "another build" not in str(error):
+                raise
+            time.sleep(0.5)
