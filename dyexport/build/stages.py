@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +19,6 @@ from dyexport.calibration.widths import (
     flops_ratio,
     meet_budget,
     read_widths,
-    sample_tokens,
     trajectory_points,
 )
 from dyexport.errors import CheckpointError
@@ -38,7 +38,7 @@ from dyexport.training.trainer import Progress, finetune, train_static
 
 METRICS = "metrics.json"
 RANKING_POINTS = 8
-TRAJECTORY_POINTS = 32
+TRAJECTORY_POINTS = 16
 CALIBRATION_SAMPLES = 512  # latents that calibration draws from
 
 Advance = Callable[[int, int], None]
@@ -180,19 +180,13 @@ def make_calibrated(settings: BuildSettings, static: Path, dynamic: Path, inputs
     widths.save(out / WIDTHS)
     if stats is not None:
         stats.save(out / TOKENS)
-    metrics = _metrics(model, load_static(str(static), preset), inputs, widths, flops)
-    (out / METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _metrics(
-    model: DynamicTransformer, dense: nn.Module, inputs: NoisedInputs, widths: WidthTable, flops: FlopsModel
-) -> dict[str, float]:
-    points = trajectory_points(inputs.preset.timestep_range, TRAJECTORY_POINTS)
-    kept = sample_tokens(model, inputs, points).kept(0.0)  # (P, L)
-    return {
+    points = trajectory_points(preset.timestep_range, TRAJECTORY_POINTS)
+    kept = stats.mean_fraction(points) if stats is not None else np.ones((len(points), model.depth))  # (P, L)
+    metrics = {
         "flops_ratio": flops_ratio(widths, kept, points, flops),
-        "output_relative_mse": _relative_mse(model, dense, inputs, points.tolist()),
+        "output_relative_mse": _relative_mse(model, load_static(str(static), preset), inputs, points.tolist()),
     }
+    (out / METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
