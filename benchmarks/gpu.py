@@ -5,7 +5,7 @@
 Compared in one run, alternating: the dense model (diffusers' module, and the slim module with every unit
 kept) and the slim segments of a plan for half the FLOPs, all in bf16 under torch.compile with CUDA graphs.
 ``realised`` is the speed-up times the share of FLOPs executed: 1.0 means that every FLOP saved is time
-saved. ONNX Runtime's CUDA provider and TensorRT-RTX are tried where they are installed.
+saved. Written but not yet run on a GPU; no published figure comes from it.
 """
 
 from __future__ import annotations
