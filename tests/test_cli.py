@@ -178,7 +178,11 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
-    process = tiny(tmp_path, "-o", "bundle")
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits it ignored
+    try:
+        process = tiny(tmp_path, "-o", "bundle")
+    finally:
+        signal.signal(signal.SIGINT, heard)
     assert process.stderr is not None
     assert process.stderr.readline().startswith("static: done")
     process.send_signal(signal.SIGINT)
