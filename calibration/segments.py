@@ -195,7 +195,7 @@ def _dynamic_paths(
     """``capacities`` are floors that even the emptiest timestep needs; buckets add what the fullest one needs."""
     measured = stats.counts[stats.bracket(start, end), :, -1]  # (T', L)
     floors = np.clip(measured.min(axis=0) - 1, 0, stats.tokens - 1).astype(int)
-    widest = max(int((slots - floors).max()), 1)
+    widest = max(int((slots - floors).max()), 3)  # an example input of 2 would be taken for a constant at export
     floors = np.minimum(floors, stats.tokens - widest)  # no block may be given more slots than it has tokens
     buckets = sorted({max(round(widest * step / SLOT_STEPS), 1) for step in range(1, SLOT_STEPS + 1)})
     return (DYNAMIC,) * len(slots), tuple(int(x) for x in floors), tuple(buckets)
