@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyexport.bundle import ModelSpec, Segment
+from dyexport.bundle import Segment
 from dyexport.calibration.segments import PlanSettings, make_segments, price_plan
 from dyexport.calibration.tokens import measure_tokens
 from dyexport.calibration.widths import meet_budget, read_widths
@@ -31,7 +31,7 @@ from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
 from dyexport.presets import PRESETS, Preset
 from dyexport.slicing.flops import FlopsModel
-from dyexport.slicing.slicer import UnitOrder, dense_reader, dense_segment, slice_segment
+from dyexport.slicing.slicer import UnitOrder, dense_reader, dense_segment, slice_segment, spec_of
 from dyexport.tables import TokenStats, WidthTable
 
 DTYPE = torch.bfloat16
@@ -88,16 +88,7 @@ class Case:
     def __init__(self, preset: Preset, path: str, model: DynamicTransformer) -> None:
         self.preset, self.path, self.model = preset, path, model
         self.flops = FlopsModel.of_dit(model.config)
-        self.spec = ModelSpec(
-            name=preset.name,
-            backbone=preset.backbone,
-            objective=preset.objective,
-            timestep_range=preset.timestep_range,
-            tokens=preset.tokens,
-            classes=preset.classes,
-            pixel_space=preset.pixel_space,
-            config=preset.transformer_config(),
-        )
+        self.spec = spec_of(preset, preset.transformer_config())
         self.widths: WidthTable
         self.stats: TokenStats | None = None
         self.segments: tuple[Segment, ...] = ()

@@ -10,6 +10,7 @@ from dyexport.bundle import ModelSpec
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.random_weights import random_dynamic
 from dyexport.presets import Preset
+from dyexport.slicing import slicer
 
 
 def tiny_preset(backbone: str = "dit") -> Preset:
@@ -33,16 +34,7 @@ def tiny_model(backbone: str = "dit", *, tokens: bool = True, seed: int = 0) -> 
 
 
 def spec_of(preset: Preset) -> ModelSpec:
-    return ModelSpec(
-        name=preset.name,
-        backbone=preset.backbone,
-        objective=preset.objective,
-        timestep_range=preset.timestep_range,
-        tokens=preset.tokens,
-        classes=preset.classes,
-        pixel_space=preset.pixel_space,
-        config=preset.transformer_config(),
-    )
+    return slicer.spec_of(preset, preset.transformer_config())
 
 
 def random_timesteps(preset: Preset, count: int, seed: int = 0) -> list[float]:

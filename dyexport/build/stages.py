@@ -30,6 +30,7 @@ from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic
 from dyexport.presets import Preset
 from dyexport.slicing.flops import FlopsModel
+from dyexport.slicing.slicer import spec_of
 from dyexport.tables import TokenStats, WidthTable
 from dyexport.training.config import FinetuneConfig, TrainConfig
 from dyexport.training.data import LatentSource, open_source
@@ -205,16 +206,7 @@ def read_calibrated(directory: Path, preset: Preset) -> tuple[ModelSpec, WidthTa
     """What planning needs to know of a calibrated model; reads no weights."""
     config = preset.transformer_config()
     config["norm_eps"] = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["norm_eps"]
-    spec = ModelSpec(
-        name=preset.name,
-        backbone=preset.backbone,
-        objective=preset.objective,
-        timestep_range=preset.timestep_range,
-        tokens=preset.tokens,
-        classes=preset.classes,
-        pixel_space=preset.pixel_space,
-        config=config,
-    )
+    spec = spec_of(preset, config)
     stats = TokenStats.load(directory / TOKENS) if (directory / TOKENS).is_file() else None
     return spec, WidthTable.load(directory / WIDTHS), stats
 

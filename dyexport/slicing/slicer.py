@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dyexport.bundle import ModelSpec, Segment, TokenPath
 from dyexport.errors import UsageError
+from dyexport.presets import Preset
 from dyexport.slicing.recipes import Read, Recipe, materialise
 from dyexport.slicing.slim_dit import SlimDiT
 from dyexport.tables import WidthTable
@@ -57,6 +58,20 @@ class Slice:
         module = self.module.to_empty(device="cpu")
         module.load_state_dict({name: materialise(recipe, read) for name, recipe in self.recipes.items()})
         return module.eval()
+
+
+def spec_of(preset: Preset, config: Mapping[str, Any]) -> ModelSpec:
+    """What a bundle says of a preset's model; ``config`` is the checkpoint's own."""
+    return ModelSpec(
+        name=preset.name,
+        backbone=preset.backbone,
+        objective=preset.objective,
+        timestep_range=preset.timestep_range,
+        tokens=preset.tokens,
+        classes=preset.classes,
+        pixel_space=preset.pixel_space,
+        config=dict(config),
+    )
 
 
 def slice_segment(spec: ModelSpec, segment: Segment, *, groups: int) -> Slice:
