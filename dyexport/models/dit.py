@@ -12,14 +12,23 @@ from torch import Tensor, nn
 from dyexport.errors import CheckpointError
 from dyexport.models.base import BlockSites
 
+FREQ_SHIFT = "freq_shift"  # config entry: the timestep's frequency i is 10000 ** (-i / (128 - shift)); diffusers has 1
+STORED_POSITIONS = "stored_positions"  # config entry: the position table is a weight; diffusers computes it
+
 
 class DiTAdapter:
     """Backbone adapter for ``DiTTransformer2DModel`` (DiT, arXiv 2212.09748; SiT, arXiv 2401.08740)."""
 
     def build(self, config: Mapping[str, Any]) -> DiTTransformer2DModel:
-        backbone = DiTTransformer2DModel(**config)
+        ours = {name: config[name] for name in (FREQ_SHIFT, STORED_POSITIONS) if name in config}
+        backbone = DiTTransformer2DModel(**{name: value for name, value in config.items() if name not in ours})
+        backbone.register_to_config(**ours)
+        shared = backbone.transformer_blocks[0].norm1.emb
+        shared.time_proj.downscale_freq_shift = ours.get(FREQ_SHIFT, 1)
         for block in backbone.transformer_blocks:
-            block.norm1.emb = backbone.transformer_blocks[0].norm1.emb
+            block.norm1.emb = shared
+        if ours.get(STORED_POSITIONS):
+            backbone.pos_embed.register_buffer("pos_embed", backbone.pos_embed.pos_embed, persistent=True)
         return backbone
 
     def initialise(self, backbone: DiTTransformer2DModel) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dyexport.bundle import ModelSpec, Segment, TokenPath
 from dyexport.errors import UsageError
+from dyexport.models.dit import FREQ_SHIFT
 from dyexport.presets import Preset
 from dyexport.slicing.recipes import Read, Recipe, materialise
 from dyexport.slicing.slim_dit import SlimDiT
@@ -101,9 +102,9 @@ def dense_segment(spec: ModelSpec, order: UnitOrder) -> Segment:
 
 
 def dense_reader(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Read:
-    """Reads a stock state dict (and ``routers.*``), plus the tables that no checkpoint stores."""
-    tables = {POSITION: _position_table(config), FREQUENCIES: _frequencies()}
-    return lambda name: tables[name] if name in tables else state[name]
+    """Reads a stock state dict (and ``routers.*``), plus the tables that few checkpoints store."""
+    tables = {POSITION: _position_table(config), FREQUENCIES: _frequencies(config)}
+    return lambda name: state[name] if name in state else tables[name]
 
 
 def _position_table(config: Mapping[str, Any]) -> Tensor:
@@ -113,10 +114,10 @@ def _position_table(config: Mapping[str, Any]) -> Tensor:
     return table
 
 
-def _frequencies() -> Tensor:
+def _frequencies(config: Mapping[str, Any]) -> Tensor:
     """Frequencies of diffusers' ``get_timestep_embedding`` as DiT calls it, bit for bit: (128,)."""
     exponent = -math.log(10000) * torch.arange(0, 128, dtype=torch.float32)
-    return torch.exp(exponent / (128 - 1))
+    return torch.exp(exponent / (128 - config.get(FREQ_SHIFT, 1)))
 
 
 def _slice_dit(config: Mapping[str, Any], segment: Segment, groups: int) -> Slice:
