@@ -102,7 +102,7 @@ class Case:
 
     def inputs(self, segment: Segment, batch: int) -> dict[str, Tensor]:
         middle = (segment.start + segment.end) / 2
-        drawn = NoisedInputs(preset=self.preset, batch_size=batch).at(middle).arguments()
+        drawn = dict(NoisedInputs(preset=self.preset, batch_size=batch).at(middle))
         if segment.gate_size:
             gate = segment.width_gate(self.widths, self.widths.row(middle))
             drawn["width_gate"] = torch.from_numpy(gate)

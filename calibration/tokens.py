@@ -30,5 +30,5 @@ def measure_tokens(model: DynamicTransformer, inputs: NoisedInputs, *, points: i
 
 def _counts(model: DynamicTransformer, inputs: NoisedInputs, t: float, draws: int) -> np.ndarray:
     """Kept tokens of each sample: (draws * B, L)."""
-    drawn = [inputs.at(t, draw).arguments(model.device) for draw in range(draws)]
-    return torch.cat([model(**arguments).tokens.sum(dim=-1) for arguments in drawn]).cpu().numpy().astype(np.float64)
+    kept = [model(inputs.at(t, draw, model.device)).tokens.sum(dim=-1) for draw in range(draws)]
+    return torch.cat(kept).cpu().numpy().astype(np.float64)

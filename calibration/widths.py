@@ -94,7 +94,7 @@ def trajectory_points(timestep_range: tuple[float, float], count: int) -> np.nda
 @torch.no_grad()
 def sample_tokens(model: DynamicTransformer, inputs: NoisedInputs, points: np.ndarray) -> TokenSample:
     """Run the masked model over the trajectory and keep its token logits."""
-    logits = [model(**inputs.at(float(t)).arguments(model.device)).token_logits.cpu() for t in points]
+    logits = [model(inputs.at(float(t), device=model.device)).token_logits.cpu() for t in points]
     return TokenSample(points=points, logits=torch.stack(logits).transpose(1, 2).flatten(2).numpy())
 
 

@@ -45,6 +45,11 @@ class Preset:
         return (0.0, 1000.0) if self.objective == "ddpm" else (0.0, 1.0)
 
     @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one sample: (C, H, W)."""
+        return self.in_channels, self.sample_size, self.sample_size
+
+    @property
     def tokens(self) -> int:
         return (self.sample_size // self.patch_size) ** 2
 

@@ -122,10 +122,7 @@ def calibration_inputs(settings: BuildSettings, source: LatentSource | None) -> 
     if source is None:
         return NoisedInputs(preset=settings.preset, batch_size=batch, seed=settings.seed)
     rows = torch.linspace(0, len(source) - 1, min(len(source), CALIBRATION_SAMPLES)).long()
-    data = source.batch(rows)
-    return NoisedInputs(
-        preset=settings.preset, batch_size=batch, seed=settings.seed, latents=data.latents, labels=data.labels
-    )
+    return NoisedInputs(preset=settings.preset, batch_size=batch, seed=settings.seed, clean=source.batch(rows))
 
 
 def make_dynamic(
@@ -195,9 +192,9 @@ def _relative_mse(model: DynamicTransformer, dense: nn.Module, inputs: NoisedInp
     """Squared distance to the static model's output over its squared norm, over the trajectory."""
     apart = norm = torch.zeros((), dtype=torch.float64)
     for t in points:
-        arguments = inputs.at(t).arguments()
-        truth = dense(**arguments).sample  # (B, C_out, H, W)
-        apart = apart + (model(**arguments).sample - truth).double().square().sum()
+        arguments = inputs.at(t)
+        truth = model.adapter.run(dense, arguments)  # (B, ...)
+        apart = apart + (model(arguments).sample - truth).double().square().sum()
         norm = norm + truth.double().square().sum()
     return float(apart / norm)
 

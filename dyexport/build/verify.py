@@ -15,9 +15,10 @@ from torch import Tensor
 from dyexport.build.ledger import describe, digest_of
 from dyexport.bundle import Bundle, Manifest
 from dyexport.errors import BundleError, MissingDependency, UsageError
+from dyexport.models.base import Inputs
 from dyexport.models.checkpoints import load_dynamic
 from dyexport.models.dynamic import DynamicOutput, DynamicTransformer
-from dyexport.models.inputs import ModelInputs, NoisedInputs
+from dyexport.models.inputs import NoisedInputs
 from dyexport.presets import Preset
 from dyexport.runtime.pipeline import BundleTransformer, load
 from dyexport.runtime.scheduler import route
@@ -146,10 +147,10 @@ class Truth:
         self.redrawn = 0
 
     @torch.no_grad()
-    def at(self, t: float) -> tuple[ModelInputs, DynamicOutput]:
+    def at(self, t: float) -> tuple[Inputs, DynamicOutput]:
         for draw in range(MOST_REDRAWS):
             inputs = self.inputs.at(t, draw)
-            output = self.model(**inputs.arguments())
+            output = self.model(inputs)
             if not undecided(output.token_logits).any():
                 break
             self.redrawn += 1
@@ -170,7 +171,7 @@ def _inputs(preset: Preset, seed: int) -> NoisedInputs:
             data = digits("held-out")
         except MissingDependency:
             return NoisedInputs(preset=preset, batch_size=BATCH, seed=seed)
-        return NoisedInputs(preset=preset, batch_size=BATCH, seed=seed, latents=data.latents, labels=data.labels)
+        return NoisedInputs(preset=preset, batch_size=BATCH, seed=seed, clean=data.batch(torch.arange(len(data))))
     return NoisedInputs(preset=preset, batch_size=BATCH, seed=seed)
 
 
@@ -181,7 +182,7 @@ def _compare(bundle: Bundle, truth: Truth, transformer: BundleTransformer, t: fl
     if any((kept[:, block] > limit).any() for block, limit in enumerate(found.token_limits)):
         return Comparison(found.segment, None)
     with torch.no_grad():
-        sample = transformer(inputs.hidden_states, t, inputs.class_labels).sample  # (B, C_out, H, W)
+        sample = transformer(**inputs).sample  # (B, C_out, H, W)
     return Comparison(found.segment, float((sample - expected.sample).abs().max()))
 
 

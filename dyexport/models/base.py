@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from dyexport.errors import UsageError
+from dyexport.models.gates import BlockGates, TokenRouter
 
-
-@dataclass(frozen=True, kw_only=True)
-class BlockSites:
-    """Where masks attach in one stock block. The mask is a multiplication, so slicing there is exact.
-
-    ``attention_out``  Linear whose input (..., H * head_dim) is multiplied by the head mask
-    ``mlp_in``         Linear whose output (..., G * group_size) is multiplied by the group mask,
-                       before GELU (GELU(0) = 0)
-    ``mlp``            module whose output (B, N, C) is multiplied by the token mask
-    ``token_input``    module whose input (B, N, C), the raw residual, the token router reads
-    """
-
-    attention_out: nn.Linear
-    mlp_in: nn.Linear
-    mlp: nn.Module
-    token_input: nn.Module
+Inputs = Mapping[str, Tensor]
+"""Arguments of one forward pass, by the names of the stock module: ``hidden_states``, ``timestep``, and so on."""
 
 
 class BackboneAdapter(Protocol):
@@ -41,8 +29,17 @@ class BackboneAdapter(Protocol):
     def share_embedders(self, backbone: Any) -> None:
         """Make what blocks share in the architecture one module; raises ``CheckpointError`` where copies differ."""
 
-    def sites(self, backbone: Any) -> list[BlockSites]:
-        """Mask sites of every block, in order of execution."""
+    def run(self, backbone: Any, inputs: Inputs) -> Tensor:
+        """The stock module's output, shaped as its latents or with more channels: (B, ...)."""
+
+    def blocks(self, backbone: Any) -> list[nn.Module]:
+        """Every block that has gates, in order of execution."""
+
+    def token_router(self, channels: int) -> TokenRouter:
+        """A new token router of one block, with torch's default initialisation."""
+
+    def attach(self, block: Any, gates: BlockGates) -> None:
+        """Hook a block's gates into the stock block; each multiplies, so that slicing there is exact."""
 
     def timestep_embedding(self, backbone: Any, timestep: Tensor) -> Tensor:
         """What width routers see, a function of t alone: (B,) -> (B, C)."""
@@ -61,3 +58,48 @@ def get_adapter(backbone: str) -> BackboneAdapter:
     module, _, name = _ADAPTERS[backbone].partition(":")
     adapter: BackboneAdapter = getattr(import_module(module), name)()
     return adapter
+
+
+def on_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Pass a module's first positional input through ``change``."""
+    module.register_forward_pre_hook(partial(_change_input, change))
+
+
+def on_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Pass a module's output through ``change``."""
+    module.register_forward_hook(partial(_change_output, change))
+
+
+def watch_input(module: nn.Module, watch: Callable[[Tensor], None]) -> None:
+    """Show a module's first positional input to ``watch``."""
+    module.register_forward_pre_hook(partial(_watch_input, watch))
+
+
+# Partials of functions, not closures: a copied model's hooks must act on the copy.
+def _change_input(change: Callable[[Tensor], Tensor], module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (change(inputs[0]), *inputs[1:])
+
+
+def _change_output(change: Callable[[Tensor], Tensor], module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return change(output)
+
+
+def _watch_input(watch: Callable[[Tensor], None], module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    watch(inputs[0])
+
+
+def unit_channels(units: Tensor, size: int) -> Tensor:
+    """Channel indices of contiguous units of ``size`` channels each: (U,) -> (U * size,)."""
+    return (units[:, None] * size + torch.arange(size)).flatten()
+
+
+def permute_outputs(linear: nn.Linear, channels: Tensor) -> None:
+    """Reorder a Linear's outputs in place."""
+    linear.weight.copy_(linear.weight[channels])
+    if linear.bias is not None:
+        linear.bias.copy_(linear.bias[channels])
+
+
+def permute_inputs(linear: nn.Linear, channels: Tensor) -> None:
+    """Reorder a Linear's inputs in place."""
+    linear.weight.copy_(linear.weight[:, channels])

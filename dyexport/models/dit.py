@@ -6,14 +6,44 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiTTransformer2DModel
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from dyexport.errors import CheckpointError
-from dyexport.models.base import BlockSites
+from dyexport.models.base import (
+    Inputs,
+    on_input,
+    on_output,
+    permute_inputs,
+    permute_outputs,
+    unit_channels,
+    watch_input,
+)
+from dyexport.models.gates import BlockGates, TokenRouter, fp32_linear
 
 FREQ_SHIFT = "freq_shift"  # config entry: the timestep's frequency i is 10000 ** (-i / (128 - shift)); diffusers has 1
 STORED_POSITIONS = "stored_positions"  # config entry: the position table is a weight; diffusers computes it
+
+
+class DiTTokenRouter(TokenRouter):
+    """Linear -> ReLU -> Linear on the residual after attention, as published."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(channels // 16, 1)
+        self.inner = nn.Linear(channels, hidden)
+        self.outer = nn.Linear(hidden, 1)
+
+    @property
+    def last(self) -> nn.Linear:
+        return self.outer
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Residual (B, N, C) -> logits (B, N)."""
+        (residual,) = inputs
+        return fp32_linear(self.outer, F.relu(fp32_linear(self.inner, residual))).squeeze(-1)
 
 
 class DiTAdapter:
@@ -62,13 +92,21 @@ class DiTAdapter:
                     )
             block.norm1.emb = shared
 
-    def sites(self, backbone: DiTTransformer2DModel) -> list[BlockSites]:
-        return [
-            BlockSites(
-                attention_out=block.attn1.to_out[0], mlp_in=block.ff.net[0].proj, mlp=block.ff, token_input=block.norm3
-            )
-            for block in backbone.transformer_blocks
-        ]
+    def run(self, backbone: DiTTransformer2DModel, inputs: Inputs) -> Tensor:
+        sample: Tensor = backbone(**inputs).sample  # (B, C_out, H, W)
+        return sample
+
+    def blocks(self, backbone: DiTTransformer2DModel) -> list[nn.Module]:
+        return list(backbone.transformer_blocks)
+
+    def token_router(self, channels: int) -> DiTTokenRouter:
+        return DiTTokenRouter(channels)
+
+    def attach(self, block: BasicTransformerBlock, gates: BlockGates) -> None:
+        on_input(block.attn1.to_out[0], gates.heads)
+        on_output(block.ff.net[0].proj, gates.groups)
+        watch_input(block.norm3, gates.route)  # the raw residual after attention, (B, N, C)
+        on_output(block.ff, gates.tokens)
 
     def timestep_embedding(self, backbone: DiTTransformer2DModel, timestep: Tensor) -> Tensor:
         embedder = backbone.transformer_blocks[0].norm1.emb
@@ -83,19 +121,8 @@ class DiTAdapter:
         attention, mlp = layer.attn1, layer.ff
         rows = unit_channels(heads, attention.to_q.out_features // len(heads))  # (C,)
         for linear in (attention.to_q, attention.to_k, attention.to_v):
-            _permute_outputs(linear, rows)
-        attention.to_out[0].weight.copy_(attention.to_out[0].weight[:, rows])
+            permute_outputs(linear, rows)
+        permute_inputs(attention.to_out[0], rows)
         hidden = unit_channels(groups, mlp.net[0].proj.out_features // len(groups))  # (4C,)
-        _permute_outputs(mlp.net[0].proj, hidden)
-        mlp.net[2].weight.copy_(mlp.net[2].weight[:, hidden])
-
-
-def unit_channels(units: Tensor, size: int) -> Tensor:
-    """Channel indices of contiguous units of ``size`` channels each: (U,) -> (U * size,)."""
-    return (units[:, None] * size + torch.arange(size)).flatten()
-
-
-def _permute_outputs(linear: nn.Linear, rows: Tensor) -> None:
-    linear.weight.copy_(linear.weight[rows])
-    if linear.bias is not None:
-        linear.bias.copy_(linear.bias[rows])
+        permute_outputs(mlp.net[0].proj, hidden)
+        permute_inputs(mlp.net[2], hidden)

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dyexport.models.base import Inputs
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.inputs import ModelInputs, NoisedInputs
+from dyexport.models.inputs import NoisedInputs
 
 PROBES = 4
 
@@ -30,18 +31,18 @@ def unit_importance(
 def _at(model: DynamicTransformer, inputs: NoisedInputs, t: float) -> tuple[Tensor, Tensor]:
     totals = [torch.zeros(model.depth, model.heads), torch.zeros(model.depth, model.groups)]
     for draw in range(PROBES):
-        for total, gradient in zip(totals, _probe(model, inputs.at(t, draw), draw), strict=True):
+        for total, gradient in zip(totals, _probe(model, inputs.at(t, draw, model.device), draw), strict=True):
             total += gradient.square().mean(dim=0) / PROBES
     return totals[0], totals[1]
 
 
-def _probe(model: DynamicTransformer, inputs: ModelInputs, seed: int) -> tuple[Tensor, Tensor]:
+def _probe(model: DynamicTransformer, inputs: Inputs, seed: int) -> tuple[Tensor, Tensor]:
     """Gradients of one random projection of the output: (B, L, H), (B, L, G)."""
-    batch, channels = inputs.hidden_states.shape[:2]
+    batch, channels = inputs["hidden_states"].shape[:2]
     heads = torch.ones(batch, model.depth, model.heads, device=model.device, requires_grad=True)
     groups = torch.ones(batch, model.depth, model.groups, device=model.device, requires_grad=True)
     with torch.enable_grad():
-        sample = model.masked(**inputs.arguments(model.device), heads=heads, groups=groups)[:, :channels]
+        sample = model.masked(inputs, heads=heads, groups=groups)[:, :channels]  # without a learned sigma
     probe = torch.randn(sample.shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
     gradients = torch.autograd.grad(sample, (heads, groups), probe)
     return gradients[0].cpu(), gradients[1].cpu()

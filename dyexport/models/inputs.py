@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dyexport.models.base import Inputs
+from dyexport.models.conditioning import Batch, get_conditioning
 from dyexport.presets import Preset
 
 DDPM_STEPS = 1000
@@ -14,47 +16,35 @@ DDPM_BETAS = (1e-4, 2e-2)  # linear schedule of DiT
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelInputs:
-    """Keyword arguments of one forward pass."""
-
-    hidden_states: Tensor  # (B, C, H, W)
-    timestep: Tensor  # (B,)
-    class_labels: Tensor  # (B,)
-
-    def arguments(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        tensors = {"hidden_states": self.hidden_states, "timestep": self.timestep, "class_labels": self.class_labels}
-        return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
 class NoisedInputs:
     """Draws inputs at any t, reproducibly: the same seed and t give the same tensors.
 
-    ``latents`` (n, C, H, W) with ``labels`` (n,) are clean samples; without them the network is fed
-    pure noise, which is what a model with random weights deserves.
+    ``clean`` holds samples to draw from; without them the network is fed pure noise, which is what a
+    model with random weights deserves.
     """
 
     preset: Preset
     batch_size: int
     seed: int = 0
-    latents: Tensor | None = None
-    labels: Tensor | None = None
+    clean: Batch | None = None
 
-    def at(self, t: float, draw: int = 0) -> ModelInputs:
+    def at(self, t: float, draw: int = 0, device: torch.device | str = "cpu") -> Inputs:
         generator = torch.Generator().manual_seed(hash((self.seed, round(t * 1e6), draw)) % 2**63)
-        clean, labels = self._clean(generator)
-        noise = torch.randn(clean.shape, generator=generator)  # (B, C, H, W)
-        signal, sigma = signal_and_noise(self.preset, t)
-        noised = noise if self.latents is None else signal * clean + sigma * noise
-        return ModelInputs(hidden_states=noised, timestep=torch.full((self.batch_size,), t), class_labels=labels)
+        conditioning = get_conditioning(self.preset)
+        if self.clean is None:
+            conditions = conditioning.random(self.batch_size, generator)
+            noised = torch.randn(self.batch_size, *self.preset.latent_shape, generator=generator)  # (B, ...)
+        else:
+            rows = torch.randint(len(self.clean.latents), (self.batch_size,), generator=generator)
+            conditions = {name: values[rows] for name, values in self.clean.conditions.items()}
+            noised = self._noised(self.clean.latents[rows], t, generator)
+        inputs = conditioning.inputs(noised, torch.full((self.batch_size,), t), conditions)
+        return {name: tensor.to(device) for name, tensor in inputs.items()}
 
-    def _clean(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        if self.latents is None or self.labels is None:
-            size = self.preset.sample_size
-            labels = torch.randint(self.preset.classes + 1, (self.batch_size,), generator=generator)
-            return torch.zeros(self.batch_size, self.preset.in_channels, size, size), labels
-        rows = torch.randint(len(self.latents), (self.batch_size,), generator=generator)
-        return self.latents[rows], self.labels[rows]
+    def _noised(self, latents: Tensor, t: float, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(latents.shape, generator=generator)  # (B, ...)
+        signal, sigma = signal_and_noise(self.preset, t)
+        return signal * latents + sigma * noise
 
 
 def signal_and_noise(preset: Preset, t: float) -> tuple[float, float]:

@@ -68,11 +68,11 @@ def _spread_tokens(model: DynamicTransformer, preset: Preset) -> None:
     """Scale each block's token logits to unit variance, with ``KEPT_TOKENS`` of them positive."""
     start, end = preset.timestep_range
     inputs = NoisedInputs(preset=preset, batch_size=2)
-    logits = [model(**inputs.at(start + share * (end - start)).arguments()).token_logits for share in (0.2, 0.8)]
+    logits = [model(inputs.at(start + share * (end - start))).token_logits for share in (0.2, 0.8)]
     stacked = torch.cat(logits)  # (B, L, N)
     for block, router in enumerate(model.block_routers):
         assert router.tokens is not None
-        last = router.tokens.outer
+        last = router.tokens.last
         values = stacked[:, block] - last.bias  # (B, N)
         scale = 1 / values.std()
         last.weight.mul_(scale)

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from dyexport.errors import BudgetError, UsageError
-from dyexport.models.dynamic import WIDTH_BIAS
+from dyexport.models.gates import WIDTH_BIAS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -11,19 +11,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dyexport.errors import DataError, MissingDependency
+from dyexport.models.conditioning import Batch, Column, get_conditioning
 from dyexport.presets import Preset
 
 Split = Literal["train", "held-out"]
 HELD_OUT_SHARE = 0.2
 
 
-class Batch(NamedTuple):
-    latents: Tensor  # (B, C, H, W) float32
-    labels: Tensor  # (B,) int64
-
-
 class LatentSource(Protocol):
-    """Latents and labels by index; ``name`` identifies the data between runs."""
+    """Latents and their conditions by index; ``name`` identifies the data between runs."""
 
     name: str
 
@@ -34,16 +30,14 @@ class LatentSource(Protocol):
 
 
 def open_source(spec: str, preset: Preset) -> LatentSource:
-    """``digits``, or a directory of safetensors files with keys ``latents`` and ``labels``.
+    """``digits``, or a directory of safetensors files with ``latents`` and what the model is conditioned on.
 
     Synthetic data is such a directory too (``dyexport.training.synthetic``). Raises ``DataError``.
     """
     if spec != "digits":
         return ShardDirectory(Path(spec), preset)
-    if (preset.in_channels, preset.sample_size) != (1, 8):
-        raise DataError(
-            f"digits are (1, 8, 8) and {preset.name} takes {_latent_shape(preset)}; use {preset.backbone}-digits"
-        )
+    if preset.latent_shape != (1, 8, 8):
+        raise DataError(f"digits are (1, 8, 8) and {preset.name} takes {preset.latent_shape}; use dit-digits")
     return digits()
 
 
@@ -59,7 +53,7 @@ class MemorySource:
         return len(self.labels)
 
     def batch(self, indices: Tensor) -> Batch:
-        return Batch(self.latents[indices], self.labels[indices])
+        return Batch(self.latents[indices], {"class_labels": self.labels[indices]})
 
 
 def digits(split: Split = "train") -> MemorySource:
@@ -79,8 +73,9 @@ def digits(split: Split = "train") -> MemorySource:
 class ShardDirectory:
     """A directory of safetensors shards, memory-mapped; only the rows asked for are read.
 
-    Each shard holds ``latents`` (n, C, H, W), any float type, and ``labels`` (n,), any integer type.
-    Shapes and labels are checked when opened, finiteness when read; raises ``DataError`` naming the file.
+    Each shard holds ``latents`` (n, *latent_shape), any float type, and the columns of the model's
+    conditioning, such as ``labels`` (n,). Shapes and labels are checked when opened, finiteness when
+    read; raises ``DataError`` naming the file.
     """
 
     def __init__(self, directory: Path, preset: Preset) -> None:
@@ -89,9 +84,11 @@ class ShardDirectory:
             raise DataError(
                 f"{directory} holds no .safetensors files; give a directory of latents, or 'digits' or 'synthetic'"
             )
-        self.shards = [_Shard(path, preset) for path in paths]
-        self.starts = torch.tensor([0, *(len(shard.labels) for shard in self.shards)]).cumsum(0)  # (S + 1,)
+        columns = (Column("latents", "latents", preset.latent_shape), *get_conditioning(preset).columns)
+        self.shards = [_Shard(path, preset.name, columns) for path in paths]
+        self.starts = torch.tensor([0, *(len(shard) for shard in self.shards)]).cumsum(0)  # (S + 1,)
         self.name = " ".join(f"{shard.path.name}:{shard.path.stat().st_size}" for shard in self.shards)
+        self._check_alike(columns)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -100,42 +97,69 @@ class ShardDirectory:
         shards = torch.bucketize(indices, self.starts, right=True) - 1  # (B,)
         offsets = indices - self.starts[shards]  # (B,)
         rows = [self.shards[s].row(i) for s, i in zip(shards.tolist(), offsets.tolist(), strict=True)]
-        return Batch(torch.cat([row.latents for row in rows]), torch.cat([row.labels for row in rows]))
+        values = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        return Batch(values.pop("latents"), values)
+
+    def _check_alike(self, columns: tuple[Column, ...]) -> None:
+        """Rows of different shards go into one batch."""
+        first = self.shards[0]
+        for shard in self.shards[1:]:
+            for name in (column.name for column in columns):
+                if shard.shape(name)[1:] != first.shape(name)[1:]:
+                    raise DataError(
+                        f"{shard.path}: {name} are {shard.shape(name)} and in {first.path.name} {first.shape(name)}; "
+                        "pad them to one length"
+                    )
 
 
 class _Shard:
     """One open file of a ``ShardDirectory``."""
 
-    def __init__(self, path: Path, preset: Preset) -> None:
+    def __init__(self, path: Path, model: str, columns: tuple[Column, ...]) -> None:
         self.path = path
+        self.model = model
+        self.columns = columns
         try:
             file: Any = safe_open(path, framework="pt")
-            self.latents = file.get_slice("latents")
-            self.labels = file.get_tensor("labels")  # (n,)
+            self.values = {column.name: file.get_slice(column.name) for column in columns}
         except (OSError, SafetensorError) as error:
-            raise DataError(f"cannot read {path}: {error}; a shard holds the tensors 'latents' and 'labels'") from error
-        self._check(preset)
+            names = " and ".join(f"{column.name!r}" for column in columns)
+            raise DataError(f"cannot read {path}: {error}; a shard holds the tensors {names}") from error
+        for column in columns:
+            self._check(column)
 
-    def _check(self, preset: Preset) -> None:
-        shape, wanted = tuple(self.latents.get_shape()), _latent_shape(preset)
-        if shape[1:] != wanted:
-            raise DataError(f"{self.path}: latents are {shape}; {preset.name} takes (n, {', '.join(map(str, wanted))})")
-        if self.labels.shape != shape[:1] or self.labels.is_floating_point():
-            raise DataError(
-                f"{self.path}: labels are {self.labels.dtype} {tuple(self.labels.shape)}; give ({shape[0]},) integers"
-            )
-        outside = self.labels[(self.labels < 0) | (self.labels >= preset.classes)]
+    def __len__(self) -> int:
+        return self.shape("latents")[0]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.values[name].get_shape())
+
+    def _check(self, column: Column) -> None:
+        shape, wanted = self.shape(column.name), (len(self), *column.shape)
+        if len(shape) != len(wanted) or any(w is not None and s != w for s, w in zip(shape, wanted, strict=True)):
+            sizes = ", ".join("any" if size is None else str(size) for size in wanted)
+            raise DataError(f"{self.path}: {column.name} are {shape}; {self.model} takes ({sizes})")
+        if column.classes is not None:
+            self._check_classes(column.name, column.classes)
+
+    def _check_classes(self, name: str, classes: int) -> None:
+        labels = self.values[name][:]
+        if labels.is_floating_point():
+            raise DataError(f"{self.path}: {name} are {labels.dtype}; give integers")
+        outside = labels[(labels < 0) | (labels >= classes)]
         if len(outside):
             raise DataError(
-                f"{self.path}: label {int(outside[0])} is outside [0, {preset.classes}), the classes of {preset.name}"
+                f"{self.path}: {name} hold {int(outside[0])}, outside [0, {classes}), the classes of {self.model}"
             )
 
-    def row(self, index: int) -> Batch:
-        latents = self.latents[index : index + 1].float()  # (1, C, H, W)
-        if not latents.isfinite().all():
-            raise DataError(f"{self.path}: latents[{index}] holds NaN or infinity; remove that sample")
-        return Batch(latents, self.labels[index : index + 1].long())
+    def row(self, index: int) -> dict[str, Tensor]:
+        """One sample, by argument: (1, ...) each."""
+        return {column.argument: self._value(column, index) for column in self.columns}
 
-
-def _latent_shape(preset: Preset) -> tuple[int, int, int]:
-    return preset.in_channels, preset.sample_size, preset.sample_size
+    def _value(self, column: Column, index: int) -> Tensor:
+        value: Tensor = self.values[column.name][index : index + 1]
+        if column.classes is not None:
+            return value.long()
+        if not value.isfinite().all():
+            raise DataError(f"{self.path}: {column.name}[{index}] holds NaN or infinity; remove that sample")
+        return value.float()

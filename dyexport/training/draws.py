@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dyexport.models.conditioning import Conditioning
 from dyexport.training.data import LatentSource
 from dyexport.training.losses import DiffusionObjective, NoisyBatch
 
@@ -51,8 +52,8 @@ class BatchDraws:
 
     source: LatentSource
     objective: DiffusionObjective
-    null_label: int
-    label_dropout: float
+    conditioning: Conditioning
+    dropout: float  # share of samples whose condition is dropped
     batch_size: int
     seed: int
     share: Share
@@ -63,16 +64,17 @@ class BatchDraws:
         data = step_generator(self.seed, step, "data")
         indices = self.share.of(torch.randint(len(self.source), (self.batch_size,), generator=data))
         uniform = self.share.of(stratified_uniform(self.batch_size, data))
-        dropped = self.share.of(torch.rand(self.batch_size, generator=data) < self.label_dropout)
-        clean, labels = self.source.batch(indices)
-        labels = labels.masked_fill(dropped, self.null_label)
-        noise = self._noise(step, clean)
-        return self.objective.noisy(clean.to(self.device), labels.to(self.device), noise, uniform.to(self.device))
+        dropped = self.share.of(torch.rand(self.batch_size, generator=data) < self.dropout)
+        clean, conditions = self.source.batch(indices)
+        conditions = self.conditioning.drop(conditions, dropped)
+        noised = self.objective.noisy(clean.to(self.device), self._noise(step, clean), uniform.to(self.device))
+        moved = {name: values.to(self.device) for name, values in conditions.items()}
+        return NoisyBatch(self.conditioning.inputs(noised.latents, noised.timestep, moved), noised)
 
     def _noise(self, step: int, like: Tensor) -> Tensor:
         generator = step_generator(self.seed, step, "noise", self.device)
         shape = (self.batch_size, *like.shape[1:])
-        return self.share.of(torch.randn(shape, generator=generator, device=self.device))  # (B, C, H, W)
+        return self.share.of(torch.randn(shape, generator=generator, device=self.device))  # (B, *latent_shape)
 
 
 class LogisticNoise:

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from dyexport.models.dynamic import DynamicOutput, DynamicTransformer, GateNoise
+from dyexport.models.base import BackboneAdapter, Inputs
+from dyexport.models.dynamic import DynamicOutput, DynamicTransformer
+from dyexport.models.gates import GateNoise
 from dyexport.models.inputs import DDPM_BETAS, DDPM_STEPS
 from dyexport.presets import Objective
 from dyexport.slicing.flops import FlopsModel
@@ -18,14 +20,20 @@ from dyexport.slicing.flops import FlopsModel
 FLOPS_WEIGHT = 2.0  # arXiv 2410.03456 eq. 7
 
 
-class NoisyBatch(NamedTuple):
-    """What the network sees and what it should say."""
+class Noised(NamedTuple):
+    """Data with noise mixed in, and what the network should say of it."""
 
-    latents: Tensor  # (B, C, H, W), noise mixed in
+    latents: Tensor  # (B, *latent_shape)
     timestep: Tensor  # (B,), as the network is called
-    labels: Tensor  # (B,)
-    target: Tensor  # (B, C, H, W)
-    clean: Tensor  # (B, C, H, W)
+    target: Tensor  # (B, *latent_shape)
+    clean: Tensor  # (B, *latent_shape)
+
+
+class NoisyBatch(NamedTuple):
+    """All arguments of the network, and the latents among them with their target."""
+
+    inputs: Inputs
+    noised: Noised
 
 
 class Losses(NamedTuple):
@@ -39,11 +47,11 @@ class Losses(NamedTuple):
 class DiffusionObjective(Protocol):
     """How data and noise are mixed, and how far off a prediction is."""
 
-    def noisy(self, clean: Tensor, labels: Tensor, noise: Tensor, uniform: Tensor) -> NoisyBatch:
-        """Mix (B, C, H, W) data with noise at the timesteps that ``uniform`` (B,), in [0, 1], stands for."""
+    def noisy(self, clean: Tensor, noise: Tensor, uniform: Tensor) -> Noised:
+        """Mix (B, *latent_shape) data with noise at the timesteps that ``uniform`` (B,), in [0, 1], stands for."""
 
-    def loss(self, prediction: Tensor, batch: NoisyBatch) -> Tensor:
-        """Loss of each sample, from the network's raw output (B, C or 2C, H, W): (B,)."""
+    def loss(self, prediction: Tensor, batch: Noised) -> Tensor:
+        """Loss of each sample, from the network's raw output: (B,)."""
 
 
 def get_objective(name: Objective) -> DiffusionObjective:
@@ -53,11 +61,11 @@ def get_objective(name: Objective) -> DiffusionObjective:
 class FlowObjective:
     """Velocity of the straight path from noise (t = 0) to data (t = 1), SiT, arXiv 2401.08740 section 2."""
 
-    def noisy(self, clean: Tensor, labels: Tensor, noise: Tensor, uniform: Tensor) -> NoisyBatch:
+    def noisy(self, clean: Tensor, noise: Tensor, uniform: Tensor) -> Noised:
         t = uniform[:, None, None, None]  # (B, 1, 1, 1)
-        return NoisyBatch(t * clean + (1 - t) * noise, uniform, labels, clean - noise, clean)
+        return Noised(t * clean + (1 - t) * noise, uniform, clean - noise, clean)
 
-    def loss(self, prediction: Tensor, batch: NoisyBatch) -> Tensor:
+    def loss(self, prediction: Tensor, batch: Noised) -> Tensor:
         velocity = prediction[:, : batch.target.shape[1]]  # (B, C, H, W); SiT ignores the channels of a learned sigma
         return (velocity.float() - batch.target).square().flatten(1).mean(1)  # (B,)
 
@@ -75,18 +83,18 @@ class DdpmObjective:
         self.scheduler = DDPMScheduler(DDPM_STEPS, beta_start=start, beta_end=end, beta_schedule="linear")
         self.posterior = _posterior_table()
 
-    def noisy(self, clean: Tensor, labels: Tensor, noise: Tensor, uniform: Tensor) -> NoisyBatch:
+    def noisy(self, clean: Tensor, noise: Tensor, uniform: Tensor) -> Noised:
         timestep = (uniform * DDPM_STEPS).long().clamp(max=DDPM_STEPS - 1)  # (B,)
-        return NoisyBatch(self.scheduler.add_noise(clean, noise, timestep), timestep, labels, noise, clean)
+        return Noised(self.scheduler.add_noise(clean, noise, timestep), timestep, noise, clean)
 
-    def loss(self, prediction: Tensor, batch: NoisyBatch) -> Tensor:
+    def loss(self, prediction: Tensor, batch: Noised) -> Tensor:
         noise, *variance = prediction.float().split(batch.target.shape[1], dim=1)
         loss = (noise - batch.target).square().flatten(1).mean(1)  # (B,)
         if variance:
             loss = loss + self.variational_bound(noise.detach(), variance[0], batch)
         return loss
 
-    def variational_bound(self, noise: Tensor, variance: Tensor, batch: NoisyBatch) -> Tensor:
+    def variational_bound(self, noise: Tensor, variance: Tensor, batch: Noised) -> Tensor:
         """KL from the true posterior to the predicted step, in bits per dimension: (B,).
 
         At t = 0, where there is no posterior, it is the code length of the data. ``variance`` in
@@ -165,14 +173,15 @@ def flops_penalty(local: Tensor, overall: Tensor, target: float) -> Tensor:
 class StaticLosses(nn.Module):
     """The loss of a stock backbone, as one forward pass."""
 
-    def __init__(self, model: nn.Module, objective: DiffusionObjective) -> None:
+    def __init__(self, model: nn.Module, adapter: BackboneAdapter, objective: DiffusionObjective) -> None:
         super().__init__()
         self.model = model
+        self.adapter = adapter
         self.objective = objective
 
     def forward(self, batch: NoisyBatch) -> Losses:
-        sample = self.model(batch.latents, timestep=batch.timestep, class_labels=batch.labels).sample
-        return Losses(self.objective.loss(sample, batch).mean(), None, None)
+        sample = self.adapter.run(self.model, batch.inputs)
+        return Losses(self.objective.loss(sample, batch.noised).mean(), None, None)
 
 
 class DynamicLosses(nn.Module):
@@ -185,11 +194,10 @@ class DynamicLosses(nn.Module):
         self.flops = flops
 
     def forward(self, batch: NoisyBatch, noise: GateNoise | None, complete: bool) -> Losses:
-        output: DynamicOutput = self.model(batch.latents, batch.timestep, batch.labels, noise=noise)
-        diffusion = self.objective.loss(output.sample, batch).mean()
+        output: DynamicOutput = self.model(batch.inputs, noise=noise)
+        diffusion = self.objective.loss(output.sample, batch.noised).mean()
         ratio = flops_ratio(output, self.flops).mean()
         return Losses(diffusion, self._complete(batch) if complete else None, ratio)
 
     def _complete(self, batch: NoisyBatch) -> Tensor:
-        sample = self.model.complete(batch.latents, batch.timestep, batch.labels)
-        return self.objective.loss(sample, batch).mean()
+        return self.objective.loss(self.model.complete(batch.inputs), batch.noised).mean()

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dyexport.errors import UsageError
+from dyexport.models.base import get_adapter
+from dyexport.models.conditioning import Conditions, get_conditioning
 from dyexport.models.inputs import DDPM_BETAS, DDPM_STEPS
 from dyexport.presets import Preset
 from dyexport.training.data import ShardDirectory
@@ -61,7 +63,8 @@ def generate(
         stop = min(start + SHARD_SAMPLES, config.samples)
         if _origin(path) != origin:
             labels = torch.arange(start, stop) % preset.classes  # (B,)
-            latents = _sample(backbone, preset, labels, config, step_generator(config.seed, start, "noise"))
+            conditions = {"class_labels": labels}
+            latents = _sample(backbone, preset, conditions, config, step_generator(config.seed, start, "noise"))
             write_tensors(path, {"latents": latents.cpu(), "labels": labels}, {"origin": origin})
         if progress is not None:
             progress(stop, config.samples)
@@ -78,18 +81,18 @@ def _origin(path: Path) -> str | None:
 
 @torch.no_grad()
 def _sample(
-    backbone: nn.Module, preset: Preset, labels: Tensor, config: SyntheticConfig, generator: torch.Generator
+    backbone: nn.Module, preset: Preset, conditions: Conditions, config: SyntheticConfig, generator: torch.Generator
 ) -> Tensor:
-    """From noise to latents: labels (B,) -> (B, C, H, W)."""
+    """From noise to latents: (B, *latent_shape)."""
     scheduler = _scheduler(preset)
     scheduler.set_timesteps(config.steps)
-    shape = (len(labels), preset.in_channels, preset.sample_size, preset.sample_size)
     device = next(backbone.parameters()).device
-    latents = torch.randn(shape, generator=generator).to(device)  # (B, C, H, W)
-    labels = labels.to(device)
+    conditions = {name: values.to(device) for name, values in conditions.items()}
+    shape = (len(next(iter(conditions.values()))), *preset.latent_shape)
+    latents = torch.randn(shape, generator=generator).to(device)  # (B, *latent_shape)
     for index, step in enumerate(scheduler.timesteps):
         t = step if preset.objective == "ddpm" else 1 - scheduler.sigmas[index]
-        output = _guided(backbone, preset, latents, t, labels, config.guidance)  # (B, C, H, W)
+        output = _guided(backbone, preset, latents, t, conditions, config.guidance)  # (B, *latent_shape)
         # The scheduler integrates from data to noise; SiT's velocity points from noise to data.
         direction = output if preset.objective == "ddpm" else -output
         latents = scheduler.step(direction, step, latents).prev_sample
@@ -105,11 +108,16 @@ def _scheduler(preset: Preset) -> Any:
     )
 
 
-def _guided(backbone: nn.Module, preset: Preset, latents: Tensor, t: Tensor, labels: Tensor, scale: float) -> Tensor:
+def _guided(
+    backbone: nn.Module, preset: Preset, latents: Tensor, t: Tensor, conditions: Conditions, scale: float
+) -> Tensor:
     """Classifier-free guidance in one forward pass; channels of a learned sigma are dropped."""
+    conditioning = get_conditioning(preset)
+    everything = torch.ones(len(latents), dtype=torch.bool, device=latents.device)  # (B,)
+    dropped = conditioning.drop(conditions, everything)
+    both = {name: torch.cat([values, dropped[name]]) for name, values in conditions.items()}
     doubled = torch.cat([latents, latents])  # (2B, C, H, W)
-    both = torch.cat([labels, torch.full_like(labels, preset.classes)])  # (2B,)
     timestep = t.to(latents.device).expand(len(doubled))
-    output = backbone(doubled, timestep=timestep, class_labels=both).sample[:, : preset.in_channels]
-    labelled, unlabelled = output.chunk(2)
+    output = get_adapter(preset.backbone).run(backbone, conditioning.inputs(doubled, timestep, both))
+    labelled, unlabelled = output[:, : latents.shape[1]].chunk(2)
     return unlabelled + scale * (labelled - unlabelled)  # (B, C, H, W)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dyexport.errors import DataError, DyexportError, UsageError
 from dyexport.models.base import get_adapter
+from dyexport.models.conditioning import get_conditioning
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.presets import Preset
 from dyexport.slicing.flops import FlopsModel
@@ -111,6 +112,7 @@ class Trainer(Generic[Config]):
         self.share = Share(index=self.accelerator.process_index, count=self.accelerator.num_processes)
         _check_shapes(source, config, self.share)
         self.model = model.eval()  # in train mode diffusers drops labels by dice of its own; nothing else differs
+        self.adapter = get_adapter(preset.backbone)
         self.config = config
         self.progress = progress
         self.path = work_dir / "training-state.safetensors"
@@ -118,8 +120,8 @@ class Trainer(Generic[Config]):
         self.draws = BatchDraws(
             source=source,
             objective=get_objective(preset.objective),
-            null_label=preset.classes,
-            label_dropout=config.label_dropout,
+            conditioning=get_conditioning(preset),
+            dropout=config.label_dropout,
             batch_size=config.batch_size,
             seed=config.seed,
             share=self.share,
@@ -144,7 +146,7 @@ class Trainer(Generic[Config]):
         return self.finish()
 
     def loss_module(self) -> nn.Module:
-        return StaticLosses(self.model, self.draws.objective)
+        return StaticLosses(self.model, self.adapter, self.draws.objective)
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, weight_decay=0, fused=True)
@@ -266,8 +268,7 @@ class DynamicTrainer(Trainer[FinetuneConfig]):
         batches = math.ceil(MEASURED_SAMPLES / self.config.batch_size)
         ratios = []
         for step in range(self.config.steps, self.config.steps + batches):
-            batch = draws.at(step)
-            ratios.append(flops_ratio(self.model(batch.latents, batch.timestep, batch.labels), self.flops).mean())
+            ratios.append(flops_ratio(self.model(draws.at(step).inputs), self.flops).mean())
         return float(torch.stack(ratios).mean())
 
 

@@ -24,7 +24,7 @@ def ratio_as_run(model: DynamicTransformer, inputs: NoisedInputs, points: int = 
     ratios = []
     for t in trajectory_points(preset.timestep_range, points):
         with torch.no_grad():
-            output = model(**inputs.at(float(t)).arguments())
+            output = model(inputs.at(float(t)))
         heads, groups, kept = output.heads.mean(-1), output.groups.mean(-1), output.tokens.mean(-1)
         ratios.append(float(((attention * heads + mlp * groups * kept) / (attention + mlp)).mean()))
     return float(np.mean(ratios))

@@ -60,8 +60,8 @@ def test_graph_equals_masked_model(stats, path: str, tmp_path: Path) -> None:
         if not segment.start <= t < segment.end:
             continue
         for batch in (1, 3):
-            inputs = NoisedInputs(preset=PRESET, batch_size=batch).at(t).arguments()
-            truth = MODEL(**inputs)
+            inputs = NoisedInputs(preset=PRESET, batch_size=batch).at(t)
+            truth = MODEL(inputs)
             extra = extra_inputs(segment, WIDTHS, stats, t)
             room = torch.tensor(segment.capacities) + len(extra.get("slots", ()))
             if path in ("capacity", "dynamic") and (truth.tokens.sum(-1) > room).any():

@@ -18,7 +18,7 @@ from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone
 from tests.factories import tiny_model, tiny_preset
 
-ARGUMENTS = NoisedInputs(preset=tiny_preset(), batch_size=2).at(10.0).arguments()
+ARGUMENTS = NoisedInputs(preset=tiny_preset(), batch_size=2).at(10.0)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_dynamic_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tok
     loaded, preset = load_dynamic(tmp_path)
     assert preset == tiny_preset()
     assert loaded.has_token_routers is tokens
-    for one, other in zip(loaded(**ARGUMENTS), model(**ARGUMENTS), strict=True):
+    for one, other in zip(loaded(ARGUMENTS), model(ARGUMENTS), strict=True):
         assert torch.equal(one, other)
 
 

@@ -7,14 +7,15 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from dyexport.errors import CheckpointError
-from dyexport.models.base import get_adapter
-from dyexport.models.dynamic import DynamicTransformer, hard_gate
+from dyexport.models.base import Inputs, get_adapter
+from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.gates import hard_gate
 from dyexport.models.inputs import NoisedInputs
 from tests.factories import random_timesteps, tiny_model, tiny_preset
 
 
-def inputs(t: float = 300.0, batch_size: int = 3) -> dict[str, torch.Tensor]:
-    return NoisedInputs(preset=tiny_preset(), batch_size=batch_size).at(t).arguments()
+def inputs(t: float = 300.0, batch_size: int = 3) -> Inputs:
+    return NoisedInputs(preset=tiny_preset(), batch_size=batch_size).at(t)
 
 
 @torch.no_grad()
@@ -25,8 +26,8 @@ def test_fresh_routers_change_nothing() -> None:
         block.norm1.emb = stock.transformer_blocks[0].norm1.emb
     expected = stock(**inputs()).sample
     model = DynamicTransformer(stock, get_adapter("dit"), heads=preset.heads)
-    assert torch.equal(model(**inputs()).sample, expected)
-    assert torch.equal(model.complete(**inputs()), expected)
+    assert torch.equal(model(inputs()).sample, expected)
+    assert torch.equal(model.complete(inputs()), expected)
 
 
 @torch.no_grad()
@@ -36,33 +37,33 @@ def test_masks_equal_zeroed_weights(t: float) -> None:
     model = tiny_model(tokens=False)
     heads, groups = (gates[0] for gates in model.width_gates(torch.tensor([t])))
     assert 0 < heads.mean() < 1, "this test needs some heads off"
-    masked = model(**inputs(t)).sample
+    masked = model(inputs(t)).sample
     for index, block in enumerate(model.backbone.transformer_blocks):
         block.attn1.to_out[0].weight.mul_(heads[index].repeat_interleave(8))
         block.ff.net[2].weight.mul_(groups[index].repeat_interleave(32))
-    torch.testing.assert_close(model.complete(**inputs(t)), masked, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.complete(inputs(t)), masked, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_skipped_tokens_miss_the_mlp() -> None:
     model = tiny_model()
     for router in model.block_routers:
-        router.tokens.outer.bias.fill_(-1e4)
-    skipped = model(**inputs())
+        router.tokens.last.bias.fill_(-1e4)
+    skipped = model(inputs())
     assert skipped.tokens.sum() == 0
     for block in model.backbone.transformer_blocks:
         block.ff.net[2].weight.zero_()
         block.ff.net[2].bias.zero_()
     arguments = inputs()
     heads, groups = model.width_gates(arguments["timestep"])
-    expected = model.masked(**arguments, heads=heads, groups=groups)
+    expected = model.masked(arguments, heads=heads, groups=groups)
     torch.testing.assert_close(skipped.sample, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_gates_report_hard_decisions_whatever_the_noise() -> None:
     model = tiny_model()
-    quiet = model(**inputs())
-    noisy = model(**inputs(), noise=lambda shape: torch.randn(shape) * 50)
+    quiet = model(inputs())
+    noisy = model(inputs(), noise=lambda shape: torch.randn(shape) * 50)
     assert torch.equal(noisy.heads, quiet.heads)
     assert torch.equal(noisy.groups, quiet.groups)
     assert not torch.equal(noisy.sample, quiet.sample)
@@ -72,7 +73,7 @@ def test_gates_report_hard_decisions_whatever_the_noise() -> None:
 
 def test_every_router_gets_a_gradient() -> None:
     model = tiny_model()
-    output = model(**inputs(), noise=lambda shape: torch.randn(shape))
+    output = model(inputs(), noise=lambda shape: torch.randn(shape))
     output.sample.square().mean().backward()
     for name, parameter in model.routers.named_parameters():
         assert parameter.grad is not None, name
@@ -91,10 +92,10 @@ def test_hard_gate_passes_the_gradient_of_its_sigmoid() -> None:
 @torch.no_grad()
 def test_permuting_units_changes_nothing() -> None:
     model = tiny_model()
-    before = model.complete(**inputs())
+    before = model.complete(inputs())
     for block in range(model.depth):
         model.adapter.permute_units(model.backbone, block, torch.tensor([2, 0, 3, 1]), torch.tensor([3, 2, 1, 0]))
-    torch.testing.assert_close(model.complete(**inputs()), before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.complete(inputs()), before, atol=1e-5, rtol=1e-5)
 
 
 def test_blocks_with_different_embedders_are_refused() -> None:
@@ -106,7 +107,7 @@ def test_blocks_with_different_embedders_are_refused() -> None:
 @torch.no_grad()
 def test_a_failed_pass_leaves_no_masks_behind() -> None:
     model = tiny_model()
-    expected = model.complete(**inputs())
+    expected = model.complete(inputs())
     with pytest.raises(RuntimeError):
-        model(**(inputs() | {"class_labels": torch.zeros(7, dtype=torch.int64)}))
-    assert torch.equal(model.complete(**inputs()), expected)
+        model({**inputs(), "class_labels": torch.zeros(7, dtype=torch.int64)})
+    assert torch.equal(model.complete(inputs()), expected)

@@ -53,8 +53,8 @@ def test_slim_equals_masked(backbone: str, path: str, engines: int) -> None:
         for t in random_timesteps(preset, 24):
             if not segment.start <= t < segment.end:
                 continue
-            arguments = inputs.at(t).arguments()
-            truth = model(**arguments)
+            arguments = inputs.at(t)
+            truth = model(arguments)
             extra = extra_inputs(segment, widths, stats, t)
             room = torch.tensor(segment.capacities) + len(extra.get("slots", ()))
             if path in ("capacity", "dynamic") and (truth.tokens.sum(-1) > room).any():
@@ -73,8 +73,8 @@ def test_dense_slim_equals_the_stock_model() -> None:
     dense = dense_segment(spec_of(preset), UnitOrder.of(widths))
     slim = slice_segment(spec_of(preset), dense, groups=model.groups).load(reader(model))
     for t in random_timesteps(preset, 4):
-        arguments = NoisedInputs(preset=preset, batch_size=3).at(t).arguments()
-        torch.testing.assert_close(slim(**arguments)[0], model.complete(**arguments), atol=2e-5, rtol=1e-5)
+        arguments = NoisedInputs(preset=preset, batch_size=3).at(t)
+        torch.testing.assert_close(slim(**arguments)[0], model.complete(arguments), atol=2e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -91,10 +91,10 @@ def test_no_token_kept_is_no_special_case(path: str) -> None:
     settings = PlanSettings(engines=1, token_path=path)
     (segment,) = make_segments(widths, stats, FlopsModel.of_dit(model.config), settings)
     slim = slice_segment(spec_of(preset), segment, groups=model.groups).load(reader(model))
-    arguments = inputs.at(400.0).arguments()
+    arguments = inputs.at(400.0)
     sample, kept = slim(**arguments, **extra_inputs(segment, widths, stats, 400.0))
     assert kept.sum() == 0
-    torch.testing.assert_close(sample, model(**arguments).sample, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(sample, model(arguments).sample, atol=2e-5, rtol=1e-5)
 
 
 def test_slim_is_physically_smaller() -> None:

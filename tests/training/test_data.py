@@ -49,7 +49,7 @@ def test_rows_come_from_the_right_shard(tmp_path: Path) -> None:
     source = open_source(str(tmp_path), SIT)
     batch = source.batch(torch.tensor([7, 0, 4, 3]))
     assert len(source) == 8
-    assert batch.labels.tolist() == [8, 0, 5, 3]
+    assert batch.conditions["class_labels"].tolist() == [8, 0, 5, 3]
     assert batch.latents.dtype == torch.float32
     assert torch.equal(batch.latents, torch.stack([second[3].float(), first[0], second[0].float(), first[3]]))
 
@@ -59,11 +59,11 @@ def test_rows_come_from_the_right_shard(tmp_path: Path) -> None:
     [
         (
             {"latents": torch.zeros(4, 1, 8, 4)},
-            r"a\.safetensors: latents are \(4, 1, 8, 4\); tiny-sit takes \(n, 1, 8, 8\)",
+            r"a\.safetensors: latents are \(4, 1, 8, 4\); tiny-sit takes \(4, 1, 8, 8\)",
         ),
-        ({"labels": torch.arange(3)}, r"a\.safetensors: labels are torch\.int64 \(3,\); give \(4,\) integers"),
+        ({"labels": torch.arange(3)}, r"a\.safetensors: labels are \(3,\); tiny-sit takes \(4\)"),
         ({"labels": torch.zeros(4)}, r"a\.safetensors: labels are torch\.float32"),
-        ({"labels": torch.tensor([0, 1, 10, 3])}, r"a\.safetensors: label 10 is outside \[0, 10\)"),
+        ({"labels": torch.tensor([0, 1, 10, 3])}, r"a\.safetensors: labels hold 10, outside \[0, 10\)"),
     ],
 )
 def test_a_bad_shard_is_named(tmp_path: Path, changes: dict[str, torch.Tensor], message: str) -> None:

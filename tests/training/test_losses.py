@@ -20,7 +20,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def test_flow_ends_are_noise_and_data() -> None:
     clean, noise = normal(2, 1, 4, 4), normal(2, 1, 4, 4, seed=1)
-    batch = FlowObjective().noisy(clean, torch.zeros(2), noise, torch.tensor([0.0, 1.0]))
+    batch = FlowObjective().noisy(clean, noise, torch.tensor([0.0, 1.0]))
     assert torch.equal(batch.latents[0], noise[0])
     assert torch.equal(batch.latents[1], clean[1])
     torch.testing.assert_close(batch.latents[0] + batch.target[0], clean[0])
@@ -28,20 +28,20 @@ def test_flow_ends_are_noise_and_data() -> None:
 
 def test_flow_ignores_the_channels_of_a_learned_sigma() -> None:
     objective = FlowObjective()
-    batch = objective.noisy(normal(2, 3, 4, 4), torch.zeros(2), normal(2, 3, 4, 4, seed=1), torch.rand(2))
+    batch = objective.noisy(normal(2, 3, 4, 4), normal(2, 3, 4, 4, seed=1), torch.rand(2))
     prediction = torch.cat([batch.target, normal(2, 3, 4, 4, seed=2)], dim=1)
     assert torch.equal(objective.loss(prediction, batch), torch.zeros(2))
 
 
 def test_ddpm_covers_its_thousand_timesteps() -> None:
     uniform = torch.tensor([0.0, 0.4999, 0.5, 1.0])
-    batch = DdpmObjective().noisy(normal(4, 1, 2, 2), torch.zeros(4), normal(4, 1, 2, 2), uniform)
+    batch = DdpmObjective().noisy(normal(4, 1, 2, 2), normal(4, 1, 2, 2), uniform)
     assert batch.timestep.tolist() == [0, 499, 500, 999]
 
 
 def test_ddpm_loss_is_the_error_in_the_noise() -> None:
     objective = DdpmObjective()
-    batch = objective.noisy(normal(4, 1, 2, 2), torch.zeros(4), normal(4, 1, 2, 2, seed=1), torch.rand(4))
+    batch = objective.noisy(normal(4, 1, 2, 2), normal(4, 1, 2, 2, seed=1), torch.rand(4))
     torch.testing.assert_close(objective.loss(batch.target + 3, batch), torch.full((4,), 9.0))
 
 
@@ -49,7 +49,7 @@ def test_ddpm_loss_is_the_error_in_the_noise() -> None:
 def test_variational_bound_is_the_kl_between_the_two_posteriors(timestep: int) -> None:
     objective = DdpmObjective()
     clean, noise = normal(1, 2, 3, 3), normal(1, 2, 3, 3, seed=1)
-    batch = objective.noisy(clean, torch.zeros(1), noise, torch.tensor([(timestep + 0.5) / 1000]))
+    batch = objective.noisy(clean, noise, torch.tensor([(timestep + 0.5) / 1000]))
     predicted, variance = noise + 0.3 * normal(1, 2, 3, 3, seed=2), normal(1, 2, 3, 3, seed=3).tanh()
 
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_variational_bound_is_the_kl_between_the_two_posteriors(timestep: int) -
 def test_the_last_step_is_priced_in_bits_of_the_data() -> None:
     objective = DdpmObjective()
     clean = torch.zeros(1, 1, 2, 2)
-    batch = objective.noisy(clean, torch.zeros(1), normal(1, 1, 2, 2), torch.zeros(1))
+    batch = objective.noisy(clean, normal(1, 1, 2, 2), torch.zeros(1))
     bound = objective.variational_bound(batch.target, torch.ones(1, 1, 2, 2), batch)
     # The true noise predicted: the mean is the data, and the deviation is sqrt(beta_0) = 0.01.
     mass = math.erf((1 / 255) / (0.01 * math.sqrt(2)))
@@ -81,7 +81,7 @@ def test_the_last_step_is_priced_in_bits_of_the_data() -> None:
 
 def test_variance_learns_without_moving_the_mean() -> None:
     objective = DdpmObjective()
-    batch = objective.noisy(normal(4, 1, 2, 2), torch.zeros(4), normal(4, 1, 2, 2, seed=1), torch.rand(4))
+    batch = objective.noisy(normal(4, 1, 2, 2), normal(4, 1, 2, 2, seed=1), torch.rand(4))
     noise = normal(4, 1, 2, 2, seed=2).requires_grad_()
     variance = torch.zeros(4, 1, 2, 2, requires_grad=True)
     objective.loss(torch.cat([noise, variance], dim=1), batch).sum().backward()

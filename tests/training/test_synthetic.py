@@ -22,14 +22,14 @@ class PointsAt(torch.nn.Module):
         self.preset = preset
         self.scale = torch.nn.Parameter(torch.ones(()))
 
-    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> PointsAt:
+    def forward(self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> PointsAt:
         clean = class_labels.float()[:, None, None, None] / 10
         t = timestep.float()[:, None, None, None]
         if self.preset.objective == "flow":
-            self.sample = (clean - latents) / (1 - t)
+            self.sample = (clean - hidden_states) / (1 - t)
         else:
             alpha = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)[timestep][:, None, None, None]
-            self.sample = (latents - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+            self.sample = (hidden_states - alpha.sqrt() * clean) / (1 - alpha).sqrt()
         return self
 
 
@@ -37,7 +37,9 @@ class PointsAt(torch.nn.Module):
 def test_sampling_reaches_what_the_model_points_at(preset: Preset, tmp_path: Path) -> None:
     config = SyntheticConfig(samples=20, steps=20, guidance=1.0)
     batch = generate(PointsAt(preset), preset, config, tmp_path).batch(torch.arange(20))
-    torch.testing.assert_close(batch.latents.mean(dim=(1, 2, 3)), batch.labels / 10, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        batch.latents.mean(dim=(1, 2, 3)), batch.conditions["class_labels"] / 10, atol=1e-3, rtol=0
+    )
 
 
 @pytest.mark.parametrize("preset", [SIT, DIT], ids=["flow", "ddpm"])
@@ -58,7 +60,7 @@ def test_killed_generation_goes_on_and_ends_the_same(preset: Preset, tmp_path: P
     assert first.stat().st_mtime_ns == written
     everything = torch.arange(COUNT)
     assert torch.equal(resumed.batch(everything).latents, whole.batch(everything).latents)
-    assert torch.equal(whole.batch(everything).labels, everything % preset.classes)
+    assert torch.equal(whole.batch(everything).conditions["class_labels"], everything % preset.classes)
 
 
 def test_other_weights_or_settings_start_over(tmp_path: Path) -> None:

@@ -75,10 +75,11 @@ def recomputed_ratio(model: torch.nn.Module) -> float:
     """Lambda from gates counted one by one, on inputs of this test's own."""
     flops = FlopsModel.of_dit(SIT.transformer_config())
     generator = torch.Generator().manual_seed(1)
-    clean, labels = blobs(SIT).batch(torch.arange(64))
+    clean, conditions = blobs(SIT).batch(torch.arange(64))
     t = torch.rand(64, generator=generator)
     share = t[:, None, None, None]
-    output = model.eval()(share * clean + (1 - share) * torch.randn(clean.shape, generator=generator), t, labels)
+    noisy = share * clean + (1 - share) * torch.randn(clean.shape, generator=generator)
+    output = model.eval()({"hidden_states": noisy, "timestep": t, **conditions})
     kept = [(gates > 0.5).double().mean(-1) for gates in (output.heads, output.groups, output.token_logits.sigmoid())]
     spent = sum(
         float(flops.attention * kept[0][sample, block] + flops.mlp * kept[1][sample, block] * kept[2][sample, block])
@@ -101,8 +102,8 @@ def test_without_noise_the_gates_trained_are_the_gates_run(tmp_path: Path) -> No
             router.shift(-15.0, tokens=True)  # logits near zero, where noise would decide
     batch = run.draws.at(run.step)
     trained = run.losses(batch)
-    evaluated = run.model(batch.latents, batch.timestep, batch.labels)
-    assert torch.equal(trained.diffusion, run.draws.objective.loss(evaluated.sample, batch).mean())
+    evaluated = run.model(batch.inputs)
+    assert torch.equal(trained.diffusion, run.draws.objective.loss(evaluated.sample, batch.noised).mean())
     run.step = 0
     assert not torch.equal(run.losses(batch).diffusion, trained.diffusion)
 
@@ -241,11 +242,11 @@ def test_labels_are_dropped_at_the_configured_rate_and_never_by_diffusers(tmp_pa
     run = Trainer(
         backbone(SIT), SIT, blobs(SIT), replace(STATIC, batch_size=2000, label_dropout=0.3), work_dir=tmp_path
     )
-    labels = run.draws.at(0).labels
+    labels = run.draws.at(0).inputs["class_labels"]
     assert float((labels == SIT.classes).double().mean()) == pytest.approx(0.3, abs=0.04)
-    kept = replace(run.draws, label_dropout=0.0)
+    kept = replace(run.draws, dropout=0.0)
     batch = kept.at(0)
-    assert int(batch.labels.max()) < SIT.classes
+    assert int(batch.inputs["class_labels"].max()) < SIT.classes
     torch.manual_seed(0)
     before = torch.get_rng_state()
     run.losses(batch)
@@ -256,7 +257,9 @@ def test_processes_share_a_batch_without_overlap_and_each_covers_all_timesteps(t
     draws = trainer(tmp_path).draws
     parts = [replace(draws, share=Share(index=index, count=2)).at(5) for index in range(2)]
     whole: NoisyBatch = draws.at(5)
-    for name in NoisyBatch._fields:
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    for name, values in whole.inputs.items():
+        assert torch.equal(torch.cat([part.inputs[name] for part in parts]), values)
+    for name, values in whole.noised._asdict().items():
+        assert torch.equal(torch.cat([getattr(part.noised, name) for part in parts]), values)
     for part in parts:
-        assert sorted((part.timestep * 4).long().tolist()) == [0, 1, 2, 3]
+        assert sorted((part.noised.timestep * 4).long().tolist()) == [0, 1, 2, 3]

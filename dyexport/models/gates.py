@@ -1,0 +1,152 @@
+"""Gates and routers: what is decided per timestep and per token, and how it multiplies activations."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GATE_TEMPERATURE = 5.0  # tau of the Gumbel-sigmoid, arXiv 2410.03456 section 3.4
+WIDTH_BIAS = 15.0  # everything starts on, so fine-tuning starts from the static model
+TOKEN_BIAS = 35.0
+
+GateNoise = Callable[[torch.Size], Tensor]
+"""Draws logistic noise of a shape, for training; absent at evaluation."""
+
+
+def hard_gate(logits: Tensor, noise: GateNoise | None = None) -> Tensor:
+    """1 where the logit is positive, with the gradient of sigmoid((logit + noise) / tau).
+
+    Gumbel-sigmoid with a hard straight-through estimator (section 3.4): the difference of two Gumbel
+    variables is logistic. Decided in fp32, whatever the network's precision.
+    """
+    logits = logits.float()
+    if noise is not None:
+        logits = logits + noise(logits.shape)
+    soft = torch.sigmoid(logits / GATE_TEMPERATURE)
+    return (logits > 0).float() - soft.detach() + soft
+
+
+def fp32_linear(linear: nn.Linear, value: Tensor) -> Tensor:
+    return F.linear(value.float(), linear.weight.float(), linear.bias.float())
+
+
+class TokenRouter(nn.Module, ABC):
+    """Decides for every token of a block whether its MLP runs (SDT, section 3.3), in fp32.
+
+    What it reads is the backbone's affair; its last layer is a ``Linear`` to one logit.
+    """
+
+    @property
+    @abstractmethod
+    def last(self) -> nn.Linear:
+        """The layer logits come out of."""
+
+    @abstractmethod
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Logits (B, N) of the tokens (B, N, C) that come first among ``inputs``."""
+
+
+class BlockRouter(nn.Module):
+    """Routers of one block: two on the timestep embedding (TDW), one on every token (SDT)."""
+
+    def __init__(
+        self, *, channels: int, heads: int, groups: int, token_router: Callable[[int], TokenRouter] | None
+    ) -> None:
+        super().__init__()
+        self.heads = nn.Linear(channels, heads - 1)
+        self.groups = nn.Linear(channels, groups - 1)
+        self.tokens = token_router(channels) if token_router is not None else None
+        self.open()
+
+    @torch.no_grad()
+    def open(self) -> None:
+        """Initialise as published: every gate on, whatever the input."""
+        for router in (self.heads, self.groups):
+            nn.init.trunc_normal_(router.weight, std=0.02)
+            nn.init.constant_(router.bias, WIDTH_BIAS)
+        if self.tokens is not None:
+            nn.init.constant_(self.tokens.last.bias, TOKEN_BIAS)
+
+    @torch.no_grad()
+    def shift(self, amount: float, *, tokens: bool) -> None:
+        """Add a constant to the logits, of the token router too if ``tokens``: more of each for a positive amount."""
+        self.heads.bias.add_(amount)
+        self.groups.bias.add_(amount)
+        if tokens and self.tokens is not None:
+            self.tokens.last.bias.add_(amount)
+
+
+@dataclass
+class GatedPass:
+    """Gates of one forward pass; blocks read the masks and append what their tokens did."""
+
+    head_masks: Tensor  # (B, L, H), as multiplied, noise included
+    group_masks: Tensor  # (B, L, G)
+    noise: GateNoise | None
+    route_tokens: bool = True
+    tokens: list[Tensor] = field(default_factory=list)  # L x (B, N), free of noise
+    token_logits: list[Tensor] = field(default_factory=list)
+
+
+class BlockGates:
+    """One block's gates, for a backbone adapter to hook into the stock block.
+
+    Every method takes and returns activations, and changes nothing outside a gated pass. A hook calls
+    ``route`` once per pass, before ``tokens``.
+    """
+
+    def __init__(self, router: BlockRouter, index: int) -> None:
+        self.router = router
+        self.index = index
+        self._pass: GatedPass | None = None
+        self._token_mask: Tensor | None = None  # (B, N)
+
+    def open(self, run: GatedPass | None) -> None:
+        """Follow the gates of a pass, or none."""
+        self._pass = run
+        self._token_mask = None
+
+    def heads(self, activations: Tensor) -> Tensor:
+        """Multiply each head's channels by its gate: (B, N, H * D) -> (B, N, H * D)."""
+        if self._pass is None:
+            return activations
+        return _mask_units(activations, self._pass.head_masks[:, self.index])
+
+    def groups(self, activations: Tensor) -> Tensor:
+        """Multiply each MLP group's channels by its gate, before GELU, GELU(0) being 0: (B, N, G * S)."""
+        if self._pass is None:
+            return activations
+        return _mask_units(activations, self._pass.group_masks[:, self.index])
+
+    def route(self, *inputs: Tensor) -> None:
+        """Decide which tokens run; ``inputs`` are the token router's, the tokens (B, N, C) first."""
+        if self._pass is None or not self._pass.route_tokens:
+            return
+        if self.router.tokens is None:
+            logits = torch.full(inputs[0].shape[:2], torch.inf, device=inputs[0].device)  # (B, N)
+            gates = torch.ones_like(logits)
+        else:
+            logits = self.router.tokens(*inputs)  # (B, N)
+            gates = hard_gate(logits)
+            self._token_mask = gates if self._pass.noise is None else hard_gate(logits, self._pass.noise)
+        self._pass.tokens.append(gates)
+        self._pass.token_logits.append(logits)
+
+    def tokens(self, update: Tensor) -> Tensor:
+        """Multiply a residual update by the token gates; rows before the last N always run: (B, M, C), M >= N."""
+        if self._token_mask is None:
+            return update
+        always = update.shape[1] - self._token_mask.shape[1]
+        mask = F.pad(self._token_mask, (always, 0), value=1.0) if always else self._token_mask  # (B, M)
+        return update * mask[..., None].to(update.dtype)  # (B, M, C)
+
+
+def _mask_units(activations: Tensor, mask: Tensor) -> Tensor:
+    """Multiply contiguous channel units by their gates: (B, N, U * size), (B, U) -> (B, N, U * size)."""
+    units = activations.unflatten(-1, (mask.shape[-1], -1))  # (B, N, U, size)
+    return (units * mask[:, None, :, None].to(activations.dtype)).flatten(-2)
