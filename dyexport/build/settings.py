@@ -109,7 +109,7 @@ class BuildSettings:
     @property
     def routers(self) -> Routers:
         """Where the routers come from; with ``none``, widths are chosen by importance and all tokens run."""
-        if self.checkpoint is not None and (Path(self.checkpoint) / "dynamic.json").is_file():
+        if self.checkpoint is not None and _has_routers(Path(self.checkpoint)):
             return "given"
         if self.finetune_steps == 0:
             return "none"
@@ -129,6 +129,15 @@ class BuildSettings:
     @property
     def finetune_schedule(self) -> Schedule:
         return _lasting(FINETUNE_DIGITS if self.preset.pixel_space else FINETUNE, self.finetune_steps)
+
+
+def _has_routers(checkpoint: Path) -> bool:
+    """Only a file must be looked into for it, which takes torch."""
+    if not checkpoint.is_file():
+        return (checkpoint / "dynamic.json").is_file()
+    from dyexport.models.checkpoints import has_routers
+
+    return has_routers(checkpoint)
 
 
 def _lasting(schedule: Schedule, steps: int | None) -> Schedule:

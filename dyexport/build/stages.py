@@ -23,7 +23,16 @@ from dyexport.calibration.widths import (
 )
 from dyexport.errors import CheckpointError
 from dyexport.models.base import get_adapter
-from dyexport.models.checkpoints import CONFIG, find_checkpoint, load_dynamic, load_static, save_dynamic, save_static
+from dyexport.models.checkpoints import (
+    all_weights,
+    find_checkpoint,
+    load_dynamic,
+    load_given,
+    load_static,
+    read_config,
+    save_dynamic,
+    save_static,
+)
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.importance import rank_units
 from dyexport.models.inputs import NoisedInputs
@@ -132,11 +141,7 @@ def make_dynamic(
     preset = settings.preset
     if settings.routers == "given":
         assert settings.checkpoint is not None
-        model, found = load_dynamic(Path(settings.checkpoint))
-        if found.name != preset.name:
-            raise CheckpointError(
-                f"{settings.checkpoint} is a checkpoint of {found.name}; build it with --model {found.name}"
-            )
+        model = load_given(Path(settings.checkpoint), preset)
     elif settings.routers == "random":
         model = random_dynamic(preset, seed=settings.seed)
     else:
@@ -201,9 +206,7 @@ def _relative_mse(model: DynamicTransformer, dense: nn.Module, inputs: NoisedInp
 
 def read_calibrated(directory: Path, preset: Preset) -> tuple[ModelSpec, WidthTable, TokenStats | None]:
     """What planning needs to know of a calibrated model; reads no weights."""
-    config = preset.transformer_config()
-    config["norm_eps"] = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["norm_eps"]
-    spec = spec_of(preset, config)
+    spec = spec_of(preset, read_config(directory, preset))
     stats = TokenStats.load(directory / TOKENS) if (directory / TOKENS).is_file() else None
     return spec, WidthTable.load(directory / WIDTHS), stats
 
@@ -215,9 +218,7 @@ def read_metrics(directory: Path) -> dict[str, float]:
 
 def calibrated_weights(directory: Path) -> dict[str, Tensor]:
     """Backbone and routers by the names that slices read."""
-    model, _ = load_dynamic(directory)
-    routers = {f"routers.{name}": value for name, value in model.routers.state_dict().items()}
-    return {**model.backbone.state_dict(), **routers}
+    return all_weights(load_dynamic(directory)[0])
 
 
 def static_weights(directory: Path, preset: Preset) -> dict[str, Tensor]:

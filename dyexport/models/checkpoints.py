@@ -1,8 +1,9 @@
-"""Reading and writing weights: diffusers directories, and dyexport's dynamic checkpoints.
+"""Models from and to disk: diffusers directories, single files, published files, dynamic checkpoints.
 
 A dynamic checkpoint is a diffusers directory (it loads as the stock, complete model) with three more
 files: ``dynamic.json``, ``routers.safetensors`` and, for a model without trained routers,
-``widths.safetensors``. Nothing is ever unpickled.
+``widths.safetensors``. The truth for a published DiT, SiT or DyDiT file is the published code, whose
+function two entries of ``config.json`` keep: ``freq_shift`` and ``stored_positions``.
 """
 
 from __future__ import annotations
@@ -14,22 +15,24 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dyexport.bundle import Frozen
 from dyexport.errors import CheckpointError, UsageError
+from dyexport.models import published
 from dyexport.models.base import get_adapter
+from dyexport.models.dit import FREQ_SHIFT, STORED_POSITIONS
 from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.stored import WEIGHTS, check_weights, read_names, read_weights
 from dyexport.presets import Preset, get_preset
 from dyexport.tables import WidthTable
 
 CONFIG = "config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 DYNAMIC = "dynamic.json"
 ROUTERS = "routers.safetensors"
 TABLE = "widths.safetensors"
+OWN_CONFIG = ("norm_eps", FREQ_SHIFT, STORED_POSITIONS)  # what a checkpoint may say otherwise than its preset
 
 
 class DynamicSpec(Frozen):
@@ -42,15 +45,19 @@ class DynamicSpec(Frozen):
 
 
 def find_checkpoint(source: str, preset: Preset) -> Path:
-    """The directory that holds ``config.json``: a local path, or a hub id that is downloaded."""
+    """The file, or the directory that holds ``config.json``: a local path, or a hub id that is downloaded."""
     local = Path(source)
+    if local.is_file():
+        return local
     if local.exists():
         for candidate in (local, local / "transformer"):
             if (candidate / CONFIG).is_file():
                 return candidate
-        raise CheckpointError(f"{source} has no {CONFIG}; --checkpoint takes a diffusers directory")
+        raise CheckpointError(f"{source} has no {CONFIG}; --checkpoint takes a diffusers directory, a file or a hub id")
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise CheckpointError(f"{source} does not exist; pass a diffusers directory, a hub id, or --random-weights")
+        raise CheckpointError(
+            f"{source} does not exist; pass a diffusers directory, a file, a hub id, or --random-weights"
+        )
     return _download(source, preset)
 
 
@@ -59,7 +66,7 @@ def _download(hub_id: str, preset: Preset) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        root = snapshot_download(hub_id, allow_patterns=["transformer/*", CONFIG, "*.safetensors"])
+        root = snapshot_download(hub_id, allow_patterns=["transformer/*", CONFIG, "diffusion_pytorch_model*"])
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot download {hub_id!r} for {preset.name} (no network?); "
@@ -69,76 +76,82 @@ def _download(hub_id: str, preset: Preset) -> Path:
 
 
 def load_static(source: str, preset: Preset) -> nn.Module:
-    """A stock backbone with the checkpoint's weights.
+    """A stock backbone in fp32 with the checkpoint's weights; routers in a published file are left out.
 
-    Raises ``CheckpointError`` naming the first key that is missing, unknown, of another shape or not
-    finite.
+    Raises ``CheckpointError`` naming what is missing, unknown, of another shape or not finite.
     """
-    directory = find_checkpoint(source, preset)
-    config = _merged_config(directory, preset)
+    return _load(find_checkpoint(source, preset), preset)[0]
+
+
+def load_given(source: Path, preset: Preset) -> DynamicTransformer:
+    """A model with its own routers: a dynamic checkpoint, or a published DyDiT file."""
+    if source.is_dir():
+        model, found = load_dynamic(source)
+        if found.name != preset.name:
+            raise CheckpointError(f"{source} is a checkpoint of {found.name}; build it with --model {found.name}")
+        return model
+    backbone, routers = _load(source, preset)
+    model = DynamicTransformer(backbone, get_adapter(preset.backbone), heads=preset.heads)
+    model.routers.load_state_dict(routers)
+    return model.eval()
+
+
+def has_routers(file: Path) -> bool:
+    """Whether a single file brings routers, as published DyDiT does; reads names only."""
+    return published.has_routers(read_names(file))
+
+
+def _load(path: Path, preset: Preset) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The backbone, and the routers' state dict, empty where the file has none."""
+    weights = read_weights(path)
+    foreign = published.is_published(weights)
+    config = {**preset.transformer_config(), **published.CONFIG} if foreign else read_config(path, preset)
+    if foreign:
+        target = _target(preset, config, routers=published.has_routers(weights))
+        check_weights(weights, published.expected(target, preset.depth), path, preset.name)
+        weights = published.translate(weights, target, preset.depth)
+    else:
+        check_weights(weights, _target(preset, config, routers=False), path, preset.name)
+    backbone = get_adapter(preset.backbone).build(config)  # buffers that no checkpoint stores need real memory
+    _check_copies(weights, backbone, path)
+    backbone.load_state_dict({name: tensor for name, tensor in weights.items() if not name.startswith("routers.")})
+    routers = {name.removeprefix("routers."): tensor for name, tensor in weights.items() if name.startswith("routers.")}
+    return backbone.eval(), routers
+
+
+def _target(preset: Preset, config: Mapping[str, Any], *, routers: bool) -> dict[str, Tensor]:
+    """Names and shapes of the model to fill, without memory."""
     adapter = get_adapter(preset.backbone)
     with torch.device("meta"):
         backbone = adapter.build(config)
-    weights = read_weights(directory)
-    check_weights(weights, backbone.state_dict(), directory, preset.name)
-    backbone = adapter.build(config)  # buffers that no checkpoint stores need real memory
-    _check_copies(weights, backbone, directory)
-    backbone.load_state_dict(weights)
-    return backbone.eval()
+        if not routers:
+            return dict(backbone.state_dict())
+        return all_weights(DynamicTransformer(backbone, adapter, heads=preset.heads))
 
 
-def _merged_config(directory: Path, preset: Preset) -> dict[str, Any]:
-    """The preset's sizes with the checkpoint's own epsilon."""
+def all_weights(model: DynamicTransformer) -> dict[str, Tensor]:
+    """Backbone and routers by the names that slices read."""
+    routers = {f"routers.{name}": value for name, value in model.routers.state_dict().items()}
+    return {**model.backbone.state_dict(), **routers}
+
+
+def read_config(path: Path, preset: Preset) -> dict[str, Any]:
+    """The preset's sizes with the checkpoint's own ``OWN_CONFIG``; a single file's config may lie beside it."""
     config = preset.transformer_config()
+    file = (path if path.is_dir() else path.parent) / CONFIG
+    if path.is_file() and not file.is_file():
+        return config
     try:
-        stored = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {directory / CONFIG}: {error}") from error
-    if "norm_eps" in stored:
-        config["norm_eps"] = stored["norm_eps"]
-    return config
-
-
-def read_weights(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a diffusers directory: safetensors (sharded or not), or a ``.bin`` read without unpickling."""
-    files = sorted(directory.glob("diffusion_pytorch_model*.safetensors"))
-    if files:
-        return {name: tensor for file in files for name, tensor in _read_safetensors(file).items()}
-    binary = directory / "diffusion_pytorch_model.bin"
-    if not binary.is_file():
-        raise CheckpointError(f"{directory} has neither {WEIGHTS} nor {binary.name}")
-    try:
-        weights: dict[str, Tensor] = torch.load(binary, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling errors have no common base
-        raise CheckpointError(
-            f"{binary} is damaged or holds code, which is never run; convert it to safetensors"
-        ) from error
-    return weights
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
-
-
-def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path, model: str) -> None:
-    """Names, shapes and finiteness against ``expected`` (which may be on the meta device)."""
-    for name, want in expected.items():
-        if name not in weights:
-            raise CheckpointError(f"{source} lacks {name}; it is not a checkpoint of {model}")
-        if weights[name].shape != want.shape:
+        stored = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from error
+    for name, want in json.loads(json.dumps(config)).items():
+        if name not in OWN_CONFIG and stored.get(name) not in (None, want):
             raise CheckpointError(
-                f"{source}: {name} has shape {tuple(weights[name].shape)}, {model} needs {tuple(want.shape)}; "
+                f"{file}: {name} is {stored[name]}, {preset.name} has {want}; "
                 "choose the --model this checkpoint was made for"
             )
-    unknown = next((name for name in weights if name not in expected), None)
-    if unknown is not None:
-        raise CheckpointError(f"{source}: {unknown} is not a weight of {model}")
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{source}: {name} holds NaN or infinity; the checkpoint is broken")
+    return config | {name: stored[name] for name in OWN_CONFIG if name in stored}
 
 
 def _check_copies(weights: Mapping[str, Tensor], backbone: nn.Module, source: Path) -> None:
@@ -171,11 +184,6 @@ def save_dynamic(model: DynamicTransformer, directory: Path, preset: Preset) -> 
         model.table.save(directory / TABLE)
 
 
-def is_dynamic(directory: Path) -> bool:
-    """Whether a directory is a dynamic checkpoint."""
-    return (directory / DYNAMIC).is_file()
-
-
 def load_dynamic(directory: Path) -> tuple[DynamicTransformer, Preset]:
     """Read a dynamic checkpoint; raises ``CheckpointError`` naming what does not fit."""
     try:
@@ -187,7 +195,7 @@ def load_dynamic(directory: Path) -> tuple[DynamicTransformer, Preset]:
     model = DynamicTransformer(
         backbone, get_adapter(preset.backbone), heads=spec.heads, groups=spec.groups, tokens=spec.tokens
     )
-    routers = _read_safetensors(directory / ROUTERS)
+    routers = read_weights(directory / ROUTERS)
     check_weights(routers, model.routers.state_dict(), directory / ROUTERS, preset.name)
     model.routers.load_state_dict(routers)
     if (directory / TABLE).is_file():
