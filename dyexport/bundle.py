@@ -2,8 +2,9 @@
 
 manifest.json                 this file's ``Manifest``; hashes of every other file
 graphs/segment-00.onnx ...    one graph per segment, weights by reference into the store
+graphs/conditioning.onnx      what depends on t and the label alone; runs once for all steps
+graphs/dense.onnx             the static model, for comparison (optional), with a conditioning of its own if need be
 graphs/weights.bin            the weight store
-graphs/dense.onnx             the static model, for comparison (optional)
 calibration/widths.safetensors, calibration/tokens.safetensors
 """
 
@@ -22,12 +23,21 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 from dyexport.errors import BundleError, EngineMismatch
 from dyexport.tables import FloatArray, TokenStats, WidthTable
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 WIDTHS = "calibration/widths.safetensors"
 TOKENS = "calibration/tokens.safetensors"
 
+CONDITIONING = "conditioning"
+DENSE = "dense"
+DENSE_CONDITIONING = "dense-conditioning"  # absent where the static model's is the dynamic one's
+
 TokenPath = Literal["all", "masked", "capacity", "dynamic", "compact"]
+
+
+def segment_name(index: int) -> str:
+    """The network of a segment, as engines and their files are called."""
+    return f"segment-{index:02d}"
 
 
 def _inside(path: str) -> str:
@@ -88,6 +98,11 @@ class Segment(Frozen):
     @property
     def depth(self) -> int:
         return len(self.heads)
+
+    @property
+    def limited_blocks(self) -> tuple[int, ...]:
+        """Blocks whose token router may want more tokens than there is room for."""
+        return tuple(block for block, path in enumerate(self.token_paths) if path in ("capacity", "dynamic"))
 
     @property
     def gate_size(self) -> int:
@@ -171,10 +186,10 @@ class ModelSpec(Frozen):
 
 
 class EngineRecord(Frozen):
-    """One engine file. ``segment`` is an index into the plan, or -1 for the dense baseline."""
+    """One engine file. ``network`` is a segment's name, ``conditioning``, ``dense`` or ``dense-conditioning``."""
 
     target: str
-    segment: int
+    network: str
     path: BundlePath
 
 
@@ -203,11 +218,13 @@ class Manifest(Frozen):
 
     @model_validator(mode="after")
     def _complete(self) -> Manifest:
+        known = {segment_name(index) for index in range(len(self.plan.segments))}
+        known |= {CONDITIONING, DENSE, DENSE_CONDITIONING}
         for engine in self.engines:
             if engine.path not in self.files:
                 raise ValueError(f"{engine.path} has no hash")
-            if not -1 <= engine.segment < len(self.plan.segments):
-                raise ValueError(f"{engine.path} serves segment {engine.segment}, which is not in the plan")
+            if engine.network not in known:
+                raise ValueError(f"{engine.path} is of {engine.network!r}, which is not in the plan")
         return self
 
 
@@ -244,9 +261,9 @@ class Bundle:
         if check_hashes and sha256_of(path) != record.sha256:
             raise BundleError(f"{path} does not match its hash; build the bundle again")
 
-    def engine_paths(self, target: str) -> dict[int, Path]:
-        """Engine files of one target, by segment index (-1: dense baseline)."""
-        found = {e.segment: self.root / e.path for e in self.manifest.engines if e.target == target}
+    def engine_paths(self, target: str) -> dict[str, Path]:
+        """Engine files of one target, by network."""
+        found = {e.network: self.root / e.path for e in self.manifest.engines if e.target == target}
         if not found:
             built = ", ".join(sorted({e.target for e in self.manifest.engines}))
             raise EngineMismatch(f"{self.root} has no {target!r} engines; it was built for {built}")
@@ -275,6 +292,8 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(f"{path} is not a dyexport manifest: it has no schema_version")
     if version > SCHEMA_VERSION:
         raise BundleError(f"{path} has schema {version}, this dyexport reads up to {SCHEMA_VERSION}; upgrade dyexport")
+    if version < SCHEMA_VERSION:
+        raise BundleError(f"{path} has schema {version}, of an older dyexport; build the bundle again")
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:

@@ -14,7 +14,6 @@ from dyexport.bench.heatmap import draw_image
 from dyexport.bench.latency import BenchReport
 from dyexport.bench.pictures import grid, save_png, side_by_side, zoom_for
 from dyexport.bench.quality import Digits, Judge
-from dyexport.bench.variants import DenseGraph
 from dyexport.build.ledger import Listener
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
@@ -97,7 +96,10 @@ def real_digits(split: Split) -> Digits:
 def draw(bundle: Bundle, folder: Path, steps: int) -> tuple[Path, Path]:
     """Digits of the dense and the dynamic model from the same noise, and the width heat map."""
     loaded = load(bundle.root, check_hashes=False)
-    models: dict[str, Denoiser] = {"dense": DenseGraph.of(bundle, "onnx"), "dynamic": loaded}
+    models: dict[str, Denoiser] = {
+        "dense": load(bundle.root, check_hashes=False, dense=True),
+        "dynamic": loaded,
+    }
     spec = bundle.manifest.model
     labels = [*range(spec.classes)] * PICTURE_ROWS
     images = {}

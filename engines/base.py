@@ -9,20 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dyexport.errors import EngineMismatch
+from dyexport.tensors import TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
 Tensors = Mapping[str, "torch.Tensor"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorSpec:
-    """Name, dtype (``float32``, ``int64``, ...) and shape of a binding; a symbol is a dimension free at run time."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

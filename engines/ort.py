@@ -8,8 +8,9 @@ from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from dyexport.engines.base import Engine, EngineIO, Tensors, TensorSpec, WeightSpan
+from dyexport.engines.base import Engine, EngineIO, Tensors, WeightSpan
 from dyexport.errors import DyexportError, EngineBuildError, EngineMismatch, MissingDependency
+from dyexport.tensors import TensorSpec
 
 if TYPE_CHECKING:
     import onnx

@@ -16,9 +16,8 @@ import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 from onnxscript import opset20 as op
-from torch import Tensor, nn
+from torch import Tensor
 
-from dyexport.bundle import ModelSpec, Segment
 from dyexport.errors import ExportError
 from dyexport.slicing.recipes import StoreLayout
 from dyexport.slicing.slicer import Slice
@@ -27,62 +26,54 @@ OPSET = 20
 STORE = "weights.bin"
 
 
-def export_onnx(spec: ModelSpec, segment: Segment, slice_: Slice, layout: StoreLayout, path: Path) -> None:
-    """Write the graph of one segment to ``path``; its weights are those of ``layout``, in ``weights.bin`` beside it.
+def export_onnx(slice_: Slice, layout: StoreLayout, path: Path) -> None:
+    """Write the graph of a slice to ``path``; its weights are those of ``layout``, in ``weights.bin`` beside it.
 
-    Inputs: ``hidden_states`` (batch, C, H, W), ``timestep`` (batch,), ``class_labels`` (batch,), and where
-    the segment needs them ``width_gate`` (W,) and ``slots`` (slots,). Outputs: ``sample`` and, with token
-    routers, ``kept_tokens`` (batch, L). Raises ``ExportError``.
+    Inputs and outputs are the slice's, symbols staying symbols. Raises ``ExportError``.
     """
-    inputs = _example_inputs(spec, segment)
-    model = _export(slice_.module, inputs, segment)
+    model = _export(slice_, path.stem)
     _optimize(model, slice_)
     refer_to_store(model, slice_, layout)
     strip_metadata(model)
     ir.save(model, path)
 
 
-def _example_inputs(spec: ModelSpec, segment: Segment) -> dict[str, Tensor]:
-    with torch.device("meta"):
-        inputs = {
-            "hidden_states": torch.empty(2, *spec.latent_shape),
-            "timestep": torch.empty(2),
-            "class_labels": torch.empty(2, dtype=torch.int64),
-        }
-        if segment.gate_size:
-            inputs["width_gate"] = torch.empty(segment.gate_size)
-        if segment.slot_buckets:
-            inputs["slots"] = torch.empty(max(segment.slot_buckets[-1], 2))
-    return inputs
+def _example_sizes(slice_: Slice) -> dict[str, int]:
+    """A size for every symbol, no two alike, none of them 0 or 1, which the exporter would take for constants."""
+    symbols = dict.fromkeys(size for spec in slice_.inputs for size in spec.shape if isinstance(size, str))
+    return {symbol: max(slice_.limits.get(symbol, 0), 2 + index) for index, symbol in enumerate(symbols)}
 
 
-def _export(module: nn.Module, inputs: Mapping[str, Tensor], segment: Segment) -> ir.Model:
-    batch, slots = (
-        torch.export.Dim("batch"),
-        torch.export.Dim("slots", max=segment.slot_buckets[-1] if segment.slot_buckets else None),
-    )
-    dynamic = {name: {0: batch} for name in ("hidden_states", "timestep", "class_labels")}
-    dynamic |= {"slots": {0: slots}} if "slots" in inputs else {}
-    shapes = {name: dynamic.get(name) for name in inputs}
-    has_routers = any(path != "all" for path in segment.token_paths)
+def _example_inputs(slice_: Slice, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    shapes = {s.name: [sizes[size] if isinstance(size, str) else size for size in s.shape] for s in slice_.inputs}
+    return {s.name: torch.empty(shapes[s.name], dtype=getattr(torch, s.dtype), device="meta") for s in slice_.inputs}
+
+
+def _export(slice_: Slice, name: str) -> ir.Model:
+    sizes = _example_sizes(slice_)
+    dims = {symbol: torch.export.Dim(symbol, max=slice_.limits.get(symbol)) for symbol in sizes}
+    shapes = {
+        spec.name: {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+        for spec in slice_.inputs
+    }
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                module.eval(),
-                kwargs=dict(inputs),
+                slice_.module.eval(),
+                kwargs=_example_inputs(slice_, sizes),
                 dynamo=True,
                 opset_version=OPSET,
                 dynamic_shapes=shapes,
-                input_names=list(inputs),
-                output_names=["sample", "kept_tokens"] if has_routers else ["sample"],
+                input_names=[spec.name for spec in slice_.inputs],
+                output_names=list(slice_.outputs),
                 custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: attention},
                 optimize=False,  # would try to read the weights; ``_optimize`` does not
                 verbose=False,
             )
     except Exception as error:  # the exporter wraps whatever went wrong in types of its own
-        raise ExportError(f"torch cannot export the segment [{segment.start:g}, {segment.end:g}): {error}") from error
+        raise ExportError(f"torch cannot export {name}: {error}") from error
     assert program is not None
     return program.model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -14,9 +15,9 @@ from dyexport.bench.latency import BenchReport, Blocks, Progress, SegmentTime, o
 from dyexport.bench.machine import cpu_time, taken_by_others
 from dyexport.bench.memory import MemoryProbe, added_bytes
 from dyexport.bench.variants import (
-    DenseGraph,
     Variant,
     compiled_variant,
+    conditioning_variant,
     example_inputs,
     module_variant,
     segment_variants,
@@ -70,10 +71,8 @@ def compare(bundle: Bundle, settings: BenchSettings, progress: Progress | None =
 
 
 def _measure(bundle: Bundle, settings: BenchSettings, progress: Progress | None) -> _Measured:
-    dense = DenseGraph.of(bundle, settings.target)
-    loaded = load(
-        bundle.root, target=settings.target, device="cpu", share_weights=settings.share_weights, check_hashes=False
-    )
+    open_ = partial(load, bundle.root, target=settings.target, device="cpu", check_hashes=False)
+    dense, loaded = open_(dense=True), open_(share_weights=settings.share_weights)
     variants = _variants(bundle, dense, loaded, settings)
     before = cpu_time()
     seconds = time_variants(variants, Blocks(rounds=settings.rounds), progress=progress)
@@ -84,18 +83,21 @@ def _measure(bundle: Bundle, settings: BenchSettings, progress: Progress | None)
         trajectory_speedup=_trajectory_speedup(dense, loaded, settings) if settings.trajectory else None,
     )
     loaded.close()
-    dense.engine.close()
+    dense.close()
     return measured
 
 
 def _variants(
-    bundle: Bundle, dense: DenseGraph, loaded: BundleTransformer, settings: BenchSettings
+    bundle: Bundle, dense: BundleTransformer, loaded: BundleTransformer, settings: BenchSettings
 ) -> dict[str, Variant]:
     spec = bundle.manifest.model
     start, end = spec.timestep_range
     inputs = example_inputs(spec, settings.batch, (start + end) / 2)
     stock = stock_transformer(spec)
-    variants = {"dense": module_variant(dense, inputs, "cpu")}
+    variants = {
+        "dense": module_variant(dense, inputs, "cpu"),
+        "conditioning": conditioning_variant(loaded, settings.batch, settings.steps),
+    }
     variants |= {f"segment {i}": run for i, run in enumerate(segment_variants(loaded, bundle, settings.batch))}
     if settings.compiled and (compiled := compiled_variant(stock, inputs, "cpu")) is not None:
         variants["torch.compile"] = compiled
@@ -103,7 +105,7 @@ def _variants(
 
 
 def _report(bundle: Bundle, settings: BenchSettings, measured: _Measured) -> BenchReport:
-    plan, seconds = bundle.manifest.plan, measured.seconds
+    plan, seconds = bundle.manifest.plan, with_conditioning(measured.seconds, settings.steps)
     segments = _segment_times(plan, bundle, seconds)
     dynamic = over_trajectory([s.share for s in segments], [s.seconds for s in segments])
     speedup = seconds["dense"] / dynamic
@@ -130,6 +132,14 @@ def _report(bundle: Bundle, settings: BenchSettings, measured: _Measured) -> Ben
         dense_bytes=_added_bytes(bundle, settings, dense=True),
         segments=segments,
     )
+
+
+def with_conditioning(seconds: Mapping[str, float], steps: int) -> dict[str, float]:
+    """Seconds of a step: to what runs at each step, its share of what runs once for all of them is added."""
+    once = seconds["conditioning"] / steps
+    shared = {name for name in seconds if name == "dense" or name.startswith("segment")}
+    each = {name: value + once if name in shared else value for name, value in seconds.items()}
+    return {**each, "conditioning": once}
 
 
 def _added_bytes(bundle: Bundle, settings: BenchSettings, *, dense: bool) -> int | None:
@@ -187,7 +197,7 @@ def switch_overhead(loaded: BundleTransformer, settings: BenchSettings) -> float
     return median(shares[1:])
 
 
-def _trajectory_speedup(dense: DenseGraph, loaded: BundleTransformer, settings: BenchSettings) -> float:
+def _trajectory_speedup(dense: BundleTransformer, loaded: BundleTransformer, settings: BenchSettings) -> float:
     loops = {
         "dense": lambda: _sampling_loop(dense, loaded, settings),
         "dynamic": lambda: _sampling_loop(loaded, loaded, settings),
@@ -197,7 +207,7 @@ def _trajectory_speedup(dense: DenseGraph, loaded: BundleTransformer, settings: 
 
 
 def _sampling_loop(
-    transformer: DenseGraph | BundleTransformer, loaded: BundleTransformer, settings: BenchSettings, seed: int = 0
+    transformer: BundleTransformer, loaded: BundleTransformer, settings: BenchSettings, seed: int = 0
 ) -> None:
     labels = [index % loaded.spec.classes for index in range(settings.batch)]
     sample(transformer, loaded.spec, labels, steps=settings.steps, guidance_scale=1.0, seed=seed)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from dyexport.bench.quality import Digits, Judge, Score
-from dyexport.bench.variants import DenseGraph
 from dyexport.bundle import Bundle, ModelSpec
 from dyexport.errors import CheckpointError, UsageError
 from dyexport.runtime.pipeline import load
@@ -99,7 +98,7 @@ def evaluate(
     ``control`` is a diffusers directory. Raises ``UsageError`` for a model of anything but digits.
     """
     loaded = load(bundle.root, check_hashes=False)
-    models: dict[str, Denoiser] = {"dense": DenseGraph.of(bundle, "onnx")}
+    models: dict[str, Denoiser] = {"dense": load(bundle.root, check_hashes=False, dense=True)}
     if control is not None:
         models["control"] = _load_control(control)
     models["dynamic"] = loaded

@@ -41,20 +41,24 @@ def _measure(probe: MemoryProbe) -> int | None:
     import torch
 
     import dyexport.runtime.pipeline as pipeline
-    from dyexport.bench.variants import DenseGraph, example_inputs, module_variant, segment_variants
+    from dyexport.bench.variants import example_inputs, module_variant, segment_variants
     from dyexport.bundle import Bundle
     from dyexport.runtime.residency import process_bytes
 
     torch.set_num_threads(probe.threads)
     bundle = Bundle.open(probe.bundle, check_hashes=False)  # the caller has checked them
     spec = bundle.manifest.model
+    loaded = pipeline.load(
+        probe.bundle,
+        target=probe.target,
+        device="cpu",
+        share_weights=probe.share_weights,
+        dense=probe.dense,
+        check_hashes=False,
+    )
     if probe.dense:
-        dense = DenseGraph.of(bundle, probe.target)
-        runs = [module_variant(dense, example_inputs(spec, probe.batch, spec.timestep_range[0]), "cpu")]
+        runs = [module_variant(loaded, example_inputs(spec, probe.batch, spec.timestep_range[0]), "cpu")]
     else:
-        loaded = pipeline.load(
-            probe.bundle, target=probe.target, device="cpu", share_weights=probe.share_weights, check_hashes=False
-        )
         runs = segment_variants(loaded, bundle, probe.batch)
     before = process_bytes()
     for run in runs:

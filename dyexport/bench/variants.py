@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from dyexport.bundle import Bundle, ModelSpec
-from dyexport.engines.base import Engine
-from dyexport.engines.registry import EngineOptions, make_engine
-from dyexport.errors import BundleError, UsageError
+from dyexport.errors import UsageError
 from dyexport.runtime.pipeline import BundleTransformer
-
-if TYPE_CHECKING:
-    from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-DENSE = -1  # the segment index of the dense baseline
 
 Variant = Callable[[], object]
 
@@ -40,26 +32,14 @@ def segment_variants(transformer: BundleTransformer, bundle: Bundle, batch: int)
     return [module_variant(transformer, example_inputs(spec, batch, t, device), device) for t in middles]
 
 
-@dataclass(frozen=True)
-class DenseGraph:
-    """The bundle's dense graph as a transformer that sampling loops can call."""
-
-    engine: Engine
-    device: str = "cpu"
-
-    @classmethod
-    def of(cls, bundle: Bundle, target: str, device: str = "cpu") -> DenseGraph:
-        """Raises ``BundleError`` where the bundle was built without its baseline."""
-        path = bundle.engine_paths(target).get(DENSE)
-        if path is None:
-            raise BundleError(f"{bundle.root} has no dense {target!r} graph to compare with; build the bundle again")
-        return cls(make_engine(target, path, EngineOptions(device=device)), device)
-
-    def __call__(self, *, hidden_states: Any, timestep: Any, class_labels: Any) -> Transformer2DModelOutput:
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-        inputs = {"hidden_states": hidden_states, "timestep": timestep, "class_labels": class_labels}
-        return Transformer2DModelOutput(sample=self.engine.run(inputs)["sample"])
+def conditioning_variant(transformer: BundleTransformer, batch: int, steps: int) -> Variant:
+    """The conditioning network for all steps of a trajectory at once, as a bundle runs it."""
+    spec, device = transformer.spec, str(transformer.device)
+    inputs = {
+        "timestep": torch.linspace(*spec.timestep_range, steps).repeat_interleave(batch).to(device),  # (S * B,)
+        "class_labels": (torch.arange(batch) % spec.classes).repeat(steps).to(device),  # (S * B,)
+    }
+    return lambda: transformer.conditioner.engine.run(inputs)
 
 
 def stock_transformer(spec: ModelSpec, device: str = "cpu") -> torch.nn.Module:

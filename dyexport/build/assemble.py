@@ -52,7 +52,7 @@ def describe_bundle(
     spec: ModelSpec,
     plan: SegmentPlan,
     files: Mapping[str, Source],
-    engines: Mapping[tuple[str, int], str],
+    engines: Mapping[tuple[str, str], str],
     reference: Outcome,
     metrics: Mapping[str, float],
 ) -> Manifest:
@@ -63,7 +63,7 @@ def describe_bundle(
         model=spec,
         budget=settings.budget,
         plan=plan,
-        engines=tuple(EngineRecord(target=t, segment=index, path=path) for (t, index), path in engines.items()),
+        engines=tuple(EngineRecord(target=t, network=name, path=path) for (t, name), path in engines.items()),
         reference=Reference(path=os.path.relpath(reference.path, settings.out), sha256=reference.digest),
         metrics=dict(metrics),
         files={name: source.record for name, source in sorted(files.items())},

@@ -8,44 +8,69 @@ from typing import Any
 
 from torch import Tensor
 
-from dyexport.bundle import ModelSpec, Segment, SegmentPlan
+from dyexport.bundle import CONDITIONING, DENSE, DENSE_CONDITIONING, ModelSpec, Segment, SegmentPlan, segment_name
 from dyexport.calibration.segments import PlanSettings, make_segments, price_plan
 from dyexport.slicing.flops import FlopsModel
 from dyexport.slicing.recipes import Read, Recipe, lay_out
-from dyexport.slicing.slicer import Slice, UnitOrder, dense_reader, dense_segment, slice_segment
+from dyexport.slicing.slicer import (
+    Architecture,
+    Slice,
+    UnitOrder,
+    dense_reader,
+    dense_segment,
+    slice_conditioning,
+    slice_segment,
+)
 from dyexport.tables import TokenStats, WidthTable
 
-DENSE = -1
 STATIC_PREFIX = "static."  # before names of the static model's weights, where they are not the dynamic one's
 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """One graph to export: a segment of the plan, or the dense baseline (index -1)."""
+    """One graph to export; ``segment`` is what it serves, None for a conditioning network."""
 
-    index: int
-    segment: Segment
+    name: str
+    segment: Segment | None
     slice: Slice
-
-    @property
-    def name(self) -> str:
-        return "dense" if self.index == DENSE else f"segment-{self.index:02d}"
 
 
 def cut_networks(
-    spec: ModelSpec, widths: WidthTable, segments: Sequence[Segment], *, baseline: bool, dense_prefix: str
+    architecture: Architecture,
+    widths: WidthTable,
+    segments: Sequence[Segment],
+    *,
+    baseline: bool,
+    own_dense: bool,
 ) -> list[Network]:
-    """One per segment and, with ``baseline``, the dense one, whose weights are called ``dense_prefix`` + name."""
-    groups = widths.groups.shape[-1]
+    """One per segment, their conditioning, and with ``baseline`` the dense network.
+
+    With ``own_dense`` the dense network's weights are called ``STATIC_PREFIX`` + name, and it has a
+    conditioning network of its own.
+    """
     networks = [
-        Network(index=index, segment=segment, slice=slice_segment(spec, segment, groups=groups))
+        Network(name=segment_name(index), segment=segment, slice=slice_segment(architecture, segment))
         for index, segment in enumerate(segments)
     ]
+    networks.append(Network(name=CONDITIONING, segment=None, slice=slice_conditioning(architecture)))
     if baseline:
-        segment = dense_segment(spec, UnitOrder.of(widths))
-        piece = slice_segment(spec, segment, groups=groups)
-        networks.append(Network(index=DENSE, segment=segment, slice=_renamed(piece, dense_prefix)))
+        networks += _dense_networks(architecture, UnitOrder.of(widths), own_dense)
     return networks
+
+
+def _dense_networks(architecture: Architecture, order: UnitOrder, own: bool) -> list[Network]:
+    segment = dense_segment(architecture.spec, order)
+    if not own:
+        return [Network(name=DENSE, segment=segment, slice=slice_segment(architecture, segment))]
+    static = replace(architecture, token_routers=False)
+    return [
+        Network(name=DENSE, segment=segment, slice=_renamed(slice_segment(static, segment), STATIC_PREFIX)),
+        Network(name=DENSE_CONDITIONING, segment=None, slice=_renamed(slice_conditioning(static), STATIC_PREFIX)),
+    ]
+
+
+def architecture_of(spec: ModelSpec, widths: WidthTable, stats: TokenStats | None) -> Architecture:
+    return Architecture(spec=spec, groups=widths.groups.shape[-1], token_routers=stats is not None)
 
 
 def _renamed(piece: Slice, prefix: str) -> Slice:
@@ -57,9 +82,9 @@ def _renamed(piece: Slice, prefix: str) -> Slice:
     return replace(piece, recipes=recipes)
 
 
-def store_reader(config: Mapping[str, Any], weights: Mapping[str, Tensor], static: Mapping[str, Tensor]) -> Read:
+def store_reader(spec: ModelSpec, weights: Mapping[str, Tensor], static: Mapping[str, Tensor]) -> Read:
     """Reads the dynamic model's weights and, under names with ``STATIC_PREFIX``, the static model's."""
-    mine, theirs = dense_reader(weights, config), dense_reader(static, config)
+    mine, theirs = dense_reader(weights, spec), dense_reader(static, spec)
     return lambda name: theirs(name[len(STATIC_PREFIX) :]) if name.startswith(STATIC_PREFIX) else mine(name)
 
 
@@ -72,7 +97,8 @@ def plan_for(spec: ModelSpec, widths: WidthTable, stats: TokenStats | None, sett
     """Segments for K engines, with FLOPs and bytes; ``resident_bytes`` counts a copy of its weights for each engine."""
     flops = FlopsModel.of_dit(spec.config)
     segments = make_segments(widths, stats, flops, settings)
-    slices = [slice_segment(spec, segment, groups=widths.groups.shape[-1]) for segment in segments]
+    architecture = architecture_of(spec, widths, stats)
+    slices = [slice_segment(architecture, segment) for segment in segments] + [slice_conditioning(architecture)]
     layout = lay_out(recipe for piece in slices for recipe in piece.recipes.values())
     resident = sum(piece.nbytes for piece in slices)
     return price_plan(segments, widths, stats, flops, disk_bytes=layout.nbytes, resident_bytes=resident)

@@ -29,7 +29,7 @@ from dyexport.build.ledger import (
     locked,
     remove,
 )
-from dyexport.build.networks import STATIC_PREFIX, Network, cut_networks, identity, plan_for, store_reader
+from dyexport.build.networks import Network, architecture_of, cut_networks, identity, plan_for, store_reader
 from dyexport.build.settings import BuildSettings, Schedule
 from dyexport.build.targets import TARGETS
 from dyexport.build.team import Alone, Team, find_team
@@ -136,14 +136,14 @@ class Pipeline:
 
     @cached_property
     def networks(self) -> list[Network]:
-        """What is exported: the plan's segments, and unless it is left out the dense baseline."""
-        spec, widths, _ = self.tables
+        """What is exported: the plan's segments, their conditioning and, unless it is left out, the dense baseline."""
+        spec, widths, stats = self.tables
         return cut_networks(
-            spec,
+            architecture_of(spec, widths, stats),
             widths,
             self.plan.segments,
             baseline=self.settings.baseline,
-            dense_prefix=STATIC_PREFIX if self._has_own_dense else "",
+            own_dense=self._has_own_dense,
         )
 
     @property
@@ -164,27 +164,27 @@ class Pipeline:
 
     def _make_store(self, out: Path) -> None:
         static = stages.static_weights(self.static.path, self.settings.preset) if self._has_own_dense else {}
-        read = store_reader(self.tables[0].config, stages.calibrated_weights(self.calibrated.path), static)
+        read = store_reader(self.tables[0], stages.calibrated_weights(self.calibrated.path), static)
         write_store(self.layout, read, out, partial(self.listener.advanced, "weights"))
 
     @cached_property
-    def graphs(self) -> dict[tuple[str, int], Outcome]:
-        """Every graph, by target and segment."""
+    def graphs(self) -> dict[tuple[str, str], Outcome]:
+        """Every graph, by target and network."""
         self.store  # noqa: B018  # graphs are checked with their weights beside them
-        return {(target, n.index): self._graph(target, n) for target in self.settings.targets for n in self.networks}
+        return {(target, n.name): self._graph(target, n) for target in self.settings.targets for n in self.networks}
 
     def _graph(self, target: str, network: Network) -> Outcome:
         spec = self.tables[0]
         weights = {name: (identity(r), self.layout.offsets[r]) for name, r in network.slice.recipes.items()}
         inputs = {
             "model": spec.model_dump(mode="json"),
-            "segment": network.segment.model_dump(mode="json"),
+            "segment": network.segment.model_dump(mode="json") if network.segment else None,
             "weights": digest_of(weights),
             "versions": [__version__, torch.__version__],
         }
 
         def make(out: Path) -> None:
-            TARGETS[target].export(spec, network.segment, network.slice, self.layout, out)
+            TARGETS[target].export(network.slice, self.layout, out)
             if (check := TARGETS[target].check) is not None:
                 check(out)
 

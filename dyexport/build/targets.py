@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """``export(spec, segment, slice, layout, path)`` writes one graph; ``check(path)`` raises where it is not valid."""
+    """``export(slice, layout, path)`` writes one graph; ``check(path)`` raises where it is not valid."""
 
     suffix: str
     module: str

@@ -13,10 +13,11 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from dyexport.bundle import Bundle, ModelSpec
+from dyexport.bundle import CONDITIONING, DENSE, DENSE_CONDITIONING, Bundle, ModelSpec, segment_name
 from dyexport.engines.registry import EngineOptions, get_backend, make_engine
 from dyexport.engines.switching import SwitchingEngine
 from dyexport.errors import BundleError, EngineMismatch, UsageError
+from dyexport.runtime.conditioning import Conditioner
 from dyexport.runtime.overflow import Overflow, OverflowCounter
 from dyexport.runtime.placeholder import offloading_placeholder
 from dyexport.runtime.residency import Residency, measure
@@ -33,11 +34,19 @@ class BundleTransformer(torch.nn.Module):
     ``to`` and its offloading pass over this module. Calls from several threads run one after another.
     """
 
-    def __init__(self, spec: ModelSpec, engine: SwitchingEngine, scheduler: Scheduler, device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        engine: SwitchingEngine,
+        conditioner: Conditioner,
+        scheduler: Scheduler,
+        device: torch.device,
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.config = FrozenDict(spec.config)
         self.engine = engine
+        self.conditioner = conditioner
         self.dtype = torch.float32
         self.device = device
         self._scheduler = scheduler
@@ -72,8 +81,7 @@ class BundleTransformer(torch.nn.Module):
         step = self._scheduler.step(t)
         inputs = {
             "hidden_states": latents.to(self.device, self.dtype),  # (B, C, H, W)
-            "timestep": torch.full((len(latents),), t, device=self.device),  # (B,)
-            "class_labels": self._labels(labels),  # (B,)
+            "modulation": self.conditioner.at(t, {"class_labels": self._labels(labels)}),  # (B, M)
         }
         outputs = self.engine.run_on(step.choice, inputs)
         if step.token_limits is not None:
@@ -90,7 +98,7 @@ class BundleTransformer(torch.nn.Module):
     def residency(self) -> Residency:
         """Bytes resident now, and what each switch has cost so far."""
         with self._lock:
-            return measure(self.engine, step_seconds=self._step_seconds)
+            return measure(self.engine, self.conditioner.engine, step_seconds=self._step_seconds)
 
     @property
     def overflow(self) -> Overflow:
@@ -102,6 +110,7 @@ class BundleTransformer(torch.nn.Module):
         """Free the engines; a later call loads them again."""
         with self._lock:
             self.engine.close()
+            self.conditioner.close()
 
 
 def load(
@@ -117,9 +126,10 @@ def load(
     """Open a bundle to run it.
 
     ``device`` is ``cpu``, ``cuda`` or ``cuda:N``, by default CUDA where torch and the backend have it.
-    ``max_resident`` bounds how many engines are in memory at a time (default: all), ``share_weights``
-    lets them map one copy of the weights. ``dense`` opens the static model that a bundle keeps for
-    comparison. No weights are read into memory before the first call.
+    ``max_resident`` bounds how many engines are in memory at a time (default: all; the conditioning engine
+    then leaves as soon as it has run), ``share_weights`` lets them map one copy of the weights. ``dense``
+    opens the static model that a bundle keeps for comparison. No weights are read into memory before the
+    first call.
 
     Raises ``BundleError`` for a damaged bundle, ``EngineMismatch`` for a target it was not built for,
     ``UsageError`` for an argument out of range, ``MissingDependency`` for an absent backend.
@@ -127,26 +137,29 @@ def load(
     # Only a graph is data: the engines of every other target are code, and run only as they were built.
     bundle = Bundle.open(bundle_path, check_hashes=check_hashes or target != "onnx")
     paths, spec = _engine_paths(bundle, target, dense), bundle.manifest.model
+    *networks, conditioning = paths
     options = EngineOptions(device=_device(target, device), share_weights=share_weights)
     find = dense_route if dense else partial(route, bundle.manifest.plan, bundle.widths, bundle.token_stats)
     scheduler = Scheduler(find, options.device)
     engine = SwitchingEngine(
-        [make_engine(target, path, options) for path in paths],
+        [make_engine(target, path, options) for path in networks],
         scheduler.choose,
         ahead=-1 if spec.objective == "ddpm" else 1,  # sampling goes from noise to data: t falls, or rises
         max_resident=max_resident,
     )
-    return BundleTransformer(spec, engine, scheduler, torch.device(options.device))
+    conditioner = Conditioner(make_engine(target, conditioning, options), resident=max_resident is None)
+    return BundleTransformer(spec, engine, conditioner, scheduler, torch.device(options.device))
 
 
 def _engine_paths(bundle: Bundle, target: str, dense: bool) -> list[Path]:
+    """Engines in the order of t, and last their conditioning network."""
     paths = bundle.engine_paths(target)
-    wanted = [-1] if dense else list(range(len(bundle.manifest.plan.segments)))
-    missing = [index for index in wanted if index not in paths]
+    own = DENSE_CONDITIONING if dense and DENSE_CONDITIONING in paths else CONDITIONING
+    networks = [DENSE] if dense else [segment_name(index) for index in range(len(bundle.manifest.plan.segments))]
+    missing = [name for name in (*networks, own) if name not in paths]
     if missing:
-        what = "of the dense model" if dense else f"for segment {missing[0]}"
-        raise BundleError(f"{bundle.root} has no {target!r} engine {what}; build the bundle again")
-    return [paths[index] for index in wanted]
+        raise BundleError(f"{bundle.root} has no {target!r} engine {missing[0]!r}; build the bundle again")
+    return [paths[name] for name in (*networks, own)]
 
 
 def _device(target: str, device: str | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dyexport.engines.base import WeightSpan
+from dyexport.engines.base import Engine, WeightSpan
 from dyexport.engines.switching import SwitchingEngine
 
 
@@ -35,7 +35,7 @@ class Switch:
 class Residency:
     """Bytes now, and seconds since the bundle was loaded.
 
-    weight_bytes     of the active engines; bytes that engines share count once
+    weight_bytes     of the active engines and their conditioning; bytes that engines share count once
     process_bytes    proportional set size of the whole process; None where the system does not tell
     run_seconds      inside engines
     outside_seconds  everything else in a step: routing, switching, moving tensors
@@ -55,10 +55,10 @@ class Residency:
         return self.outside_seconds / total if total else 0.0
 
 
-def measure(engine: SwitchingEngine, *, step_seconds: float) -> Residency:
+def measure(engine: SwitchingEngine, conditioning: Engine, *, step_seconds: float) -> Residency:
     """``step_seconds`` is the time in all steps so far, engines and everything around them."""
     clock = engine.clock
-    active = [each.weights for each in engine.engines if each.active]
+    active = [each.weights for each in (*engine.engines, conditioning) if each.active]
     engines = (
         EngineResidency(
             segment=index,

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from dyexport.bundle import Segment, SegmentPlan
 from dyexport.engines.base import Tensors
 from dyexport.engines.switching import Choice
@@ -18,8 +16,6 @@ from dyexport.tables import FloatArray, TokenStats, WidthTable
 if TYPE_CHECKING:
     import torch
 
-UNLIMITED = int(np.iinfo(np.int64).max)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
@@ -28,7 +24,7 @@ class Route:
     segment, row   indices into the plan and the width table
     gate           (W,) float32, or None where the segment's masks are constant
     slots          length of the ``slots`` input, or None where the segment has none
-    token_limits   tokens that fit, for each block with a token router; ``UNLIMITED`` where all do
+    token_limits   tokens that fit, for each block where not all do
     """
 
     segment: int
@@ -67,13 +63,7 @@ def _slots(segment: Segment, stats: TokenStats | None, t: float) -> int | None:
 
 def _token_limits(segment: Segment, slots: int) -> tuple[int, ...]:
     spare = {"capacity": 0, "dynamic": slots}
-    routed = [block for block, path in enumerate(segment.token_paths) if path != "all"]
-    return tuple(
-        segment.capacities[block] + spare[segment.token_paths[block]]
-        if segment.token_paths[block] in spare
-        else UNLIMITED
-        for block in routed
-    )
+    return tuple(segment.capacities[block] + spare[segment.token_paths[block]] for block in segment.limited_blocks)
 
 
 def shared_timestep(timestep: torch.Tensor | float, batch: int) -> float:
@@ -96,7 +86,7 @@ def shared_timestep(timestep: torch.Tensor | float, batch: int) -> float:
 
 @dataclass(frozen=True)
 class Step:
-    """A route as tensors: the choice of engine, and token limits (R,) int64 where one of R routers has any."""
+    """A route as tensors: the choice of engine, and the limits (R,) int64 of R blocks with limited room for tokens."""
 
     choice: Choice
     token_limits: torch.Tensor | None = None
@@ -125,5 +115,4 @@ class Scheduler:
         if found.slots is not None:
             inputs["slots"] = torch.zeros(found.slots, device=self._device)  # (S,)
         limits = torch.tensor(found.token_limits, device=self._device, dtype=torch.int64)
-        limited = min(found.token_limits, default=UNLIMITED) < UNLIMITED
-        return Step(Choice(engine=found.segment, inputs=inputs), limits if limited else None)
+        return Step(Choice(engine=found.segment, inputs=inputs), limits if found.token_limits else None)

@@ -1,28 +1,22 @@
-"""Cutting a segment out of a dense model: a slim module on the meta device, and recipes for its weights."""
+"""Cutting networks out of a dense model: slim modules on the meta device, and recipes for their weights."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor, nn
 
 from dyexport.bundle import ModelSpec, Segment, TokenPath
 from dyexport.errors import UsageError
-from dyexport.models.dit import FREQ_SHIFT
 from dyexport.presets import Preset
 from dyexport.slicing.recipes import Read, Recipe, materialise
-from dyexport.slicing.slim_dit import SlimDiT
 from dyexport.tables import WidthTable
-
-POSITION = "pos_embed.pos_embed"
-FREQUENCIES = "time_proj.frequencies"
-TOKEN_ROUTER = "routers.{block}.tokens.{layer}.{kind}"
+from dyexport.tensors import TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +38,26 @@ def _longest_first(widths: WidthTable, masks: np.ndarray) -> tuple[tuple[int, ..
 
 
 @dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What all networks cut from one model have in common. ``groups`` is G, the MLP groups of a dense block."""
+
+    spec: ModelSpec
+    groups: int
+    token_routers: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Slice:
-    """A slim network without weights, and how to make each of them."""
+    """A network without weights, how to make each of them, and what it is called with.
+
+    ``limits`` are the largest values of symbols in ``inputs`` that have one.
+    """
 
     module: nn.Module
     recipes: Mapping[str, Recipe]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+    limits: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -59,6 +68,39 @@ class Slice:
         module = self.module.to_empty(device="cpu")
         module.load_state_dict({name: materialise(recipe, read) for name, recipe in self.recipes.items()})
         return module.eval()
+
+
+class Slicer(Protocol):
+    """What a backbone's module in this folder provides."""
+
+    def slice_network(self, architecture: Architecture, segment: Segment) -> Slice:
+        """What runs at each step of a segment."""
+
+    def slice_conditioning(self, architecture: Architecture) -> Slice:
+        """What depends on t, labels or text alone, and runs once for all steps: ``modulation`` (rows, M)."""
+
+    def tables(self, config: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """Constants of the network that no checkpoint stores."""
+
+
+_SLICERS = {"dit": "dyexport.slicing.cut_dit", "sit": "dyexport.slicing.cut_dit"}
+
+
+def get_slicer(backbone: str) -> Slicer:
+    if backbone not in _SLICERS:
+        raise UsageError(f"no slim network for backbone {backbone!r}; known: {', '.join(_SLICERS)}")
+    slicer: Any = import_module(_SLICERS[backbone])
+    return slicer
+
+
+def slice_segment(architecture: Architecture, segment: Segment) -> Slice:
+    """The slim network of a segment."""
+    return get_slicer(architecture.spec.backbone).slice_network(architecture, segment)
+
+
+def slice_conditioning(architecture: Architecture) -> Slice:
+    """The conditioning network that all segments share."""
+    return get_slicer(architecture.spec.backbone).slice_conditioning(architecture)
 
 
 def spec_of(preset: Preset, config: Mapping[str, Any]) -> ModelSpec:
@@ -73,13 +115,6 @@ def spec_of(preset: Preset, config: Mapping[str, Any]) -> ModelSpec:
         pixel_space=preset.pixel_space,
         config=dict(config),
     )
-
-
-def slice_segment(spec: ModelSpec, segment: Segment, *, groups: int) -> Slice:
-    """The slim network of a segment; ``groups`` is G, the number of MLP groups of the dense model."""
-    if spec.backbone not in _SLICERS:
-        raise UsageError(f"no slim network for backbone {spec.backbone!r}; known: {', '.join(_SLICERS)}")
-    return _SLICERS[spec.backbone](spec.config, segment, groups)
 
 
 def dense_segment(spec: ModelSpec, order: UnitOrder) -> Segment:
@@ -101,75 +136,44 @@ def dense_segment(spec: ModelSpec, order: UnitOrder) -> Segment:
     )
 
 
-def dense_reader(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> Read:
+def dense_reader(state: Mapping[str, Tensor], spec: ModelSpec) -> Read:
     """Reads a stock state dict (and ``routers.*``), plus the tables that few checkpoints store."""
-    tables = {POSITION: _position_table(config), FREQUENCIES: _frequencies(config)}
+    tables = get_slicer(spec.backbone).tables(spec.config)
     return lambda name: state[name] if name in state else tables[name]
 
 
-def _position_table(config: Mapping[str, Any]) -> Tensor:
-    size, channels = config["sample_size"], config["num_attention_heads"] * config["attention_head_dim"]
-    embed = PatchEmbed(height=size, width=size, patch_size=config["patch_size"], in_channels=1, embed_dim=channels)
-    table: Tensor = embed.pos_embed  # (1, N, C)
-    return table
+def routed_inputs(segment: Segment) -> tuple[TensorSpec, ...]:
+    """The inputs that follow from t."""
+    inputs = []
+    if segment.gate_size:
+        inputs.append(TensorSpec(name="width_gate", dtype="float32", shape=(segment.gate_size,)))
+    if segment.slot_buckets:
+        inputs.append(TensorSpec(name="slots", dtype="float32", shape=("slots",)))
+    return tuple(inputs)
 
 
-def _frequencies(config: Mapping[str, Any]) -> Tensor:
-    """Frequencies of diffusers' ``get_timestep_embedding`` as DiT calls it, bit for bit: (128,)."""
-    exponent = -math.log(10000) * torch.arange(0, 128, dtype=torch.float32)
-    return torch.exp(exponent / (128 - config.get(FREQ_SHIFT, 1)))
+def routed_limits(segment: Segment) -> Mapping[str, int]:
+    return {"slots": max(segment.slot_buckets)} if segment.slot_buckets else {}
 
 
-def _slice_dit(config: Mapping[str, Any], segment: Segment, groups: int) -> Slice:
-    channels = config["num_attention_heads"] * config["attention_head_dim"]
-    with torch.device("meta"):
-        module = SlimDiT(config, segment, group_size=4 * channels // groups)
-    embedder = "transformer_blocks.0.norm1.emb"
-    sources = {
-        "position": POSITION,
-        "frequencies": FREQUENCIES,
-        "labels.weight": f"{embedder}.class_embedder.embedding_table.weight",
-        **_linear("patch", "pos_embed.proj"),
-        **_linear("time_in", f"{embedder}.timestep_embedder.linear_1"),
-        **_linear("time_out", f"{embedder}.timestep_embedder.linear_2"),
-        **_linear("final_modulation", "proj_out_1"),
-        **_linear("final", "proj_out_2"),
+def outputs_of(segment: Segment) -> tuple[str, ...]:
+    return ("sample", "kept_tokens") if segment.limited_blocks else ("sample",)
+
+
+def copies(module: nn.Module, sources: Mapping[str, str]) -> dict[str, Recipe]:
+    """Weights taken over as they are: name in the slim module -> dense name."""
+    state = module.state_dict()
+    return {
+        name: Recipe(kind="copy", sources=(source,), shape=tuple(state[name].shape)) for name, source in sources.items()
     }
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    recipes = {name: Recipe(kind="copy", sources=(source,), shape=shapes[name]) for name, source in sources.items()}
-    for index in range(segment.depth):
-        recipes |= _dit_block(index, segment, shapes, config["attention_head_dim"], 4 * channels // groups)
-    assert recipes.keys() == shapes.keys()
-    return Slice(module=module, recipes=recipes)
 
 
-def _dit_block(
-    index: int, segment: Segment, shapes: Mapping[str, tuple[int, ...]], head_dim: int, group_size: int
-) -> dict[str, Recipe]:
-    stock, slim = f"transformer_blocks.{index}", f"blocks.{index}"
-    heads, groups = segment.heads[index], segment.groups[index]
-    recipes: dict[str, Recipe] = {}
-
-    def add(name: str, kind: Any, sources: tuple[str, ...], units: tuple[int, ...] = (), size: int = 1) -> None:
-        shape = shapes[f"{slim}.{name}"]
-        recipes[f"{slim}.{name}"] = Recipe(kind=kind, sources=sources, shape=shape, units=units, unit_size=size)
-
-    for kind in ("weight", "bias"):
-        add(f"modulation.{kind}", "copy", (f"{stock}.norm1.linear.{kind}",))
-        add(f"qkv.{kind}", "qkv", tuple(f"{stock}.attn1.to_{part}.{kind}" for part in "qkv"), heads, head_dim)
-        add(f"fc1.{kind}", "rows", (f"{stock}.ff.net.0.proj.{kind}",), groups, group_size)
-        if segment.token_paths[index] != "all":
-            for layer, name in (("inner", "router_in"), ("outer", "router_out")):
-                add(f"{name}.{kind}", "copy", (TOKEN_ROUTER.format(block=index, layer=layer, kind=kind),))
-    add("out.weight", "columns", (f"{stock}.attn1.to_out.0.weight",), heads, head_dim)
-    add("out.bias", "copy", (f"{stock}.attn1.to_out.0.bias",))
-    add("fc2.weight", "columns", (f"{stock}.ff.net.2.weight",), groups, group_size)
-    add("fc2.bias", "copy", (f"{stock}.ff.net.2.bias",))
-    return recipes
-
-
-def _linear(slim: str, stock: str) -> dict[str, str]:
+def linear_names(slim: str, stock: str) -> dict[str, str]:
     return {f"{slim}.{kind}": f"{stock}.{kind}" for kind in ("weight", "bias")}
 
 
-_SLICERS: dict[str, Callable[[Mapping[str, Any], Segment, int], Slice]] = {"dit": _slice_dit, "sit": _slice_dit}
+def on_meta(make: Any, *args: Any, **settings: Any) -> nn.Module:
+    """A module without memory for its weights."""
+    with torch.device("meta"):
+        module: nn.Module = make(*args, **settings)
+    return module

@@ -1,49 +1,71 @@
 """The slim DiT: a static network from which a segment's unused heads and MLP channels are gone.
 
-Written for export. Activations are 2-D (B * N, C) wherever a Linear reads them, conditioning is
-computed once instead of once per block, and query, key and value are one product. The dense network is
-the same module with every unit kept, so the two are compared at equal effort.
+It comes in two parts. What depends on t and the label only, a third of DiT's weights, is the conditioning
+network; it runs once for all steps of a trajectory. The rest runs at each step, with query, key and value
+in one product. The dense network is the same module with every unit kept, so the two are compared at
+equal effort.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyexport.bundle import Segment
+from dyexport.slicing.slim_layers import (
+    Gates,
+    Selection,
+    TransposedLinear,
+    gate_units,
+    modulated_norm,
+    run_selected,
+    select_tokens,
+    split_gates,
+)
 
-NORM_EPS = 1e-6  # of diffusers' AdaLayerNormZero and final norm; the MLP's norm has its own
-
-
-class Gates(NamedTuple):
-    """Width gates of one block, absent where its mask is constant over the segment."""
-
-    heads: Tensor | None  # (H',)
-    groups: Tensor | None  # (G',)
-
-
-class Modulation(NamedTuple):
-    """adaLN-Zero parameters of one branch, each (B, 1, C) or one row per token."""
-
-    shift: Tensor
-    scale: Tensor
-    gate: Tensor
+BLOCK_PARTS = 6  # shift, scale and gate, of attention and of the MLP
+FINAL_PARTS = 2  # shift and scale of the final layer
 
 
-class TransposedLinear(nn.Module):
-    """A Linear stored (in, out), so that the first inputs are a contiguous run of its weight."""
+def modulation_parts(depth: int) -> int:
+    """Vectors of C channels that condition one sample at one t."""
+    return BLOCK_PARTS * depth + FINAL_PARTS
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+
+class DiTConditioning(nn.Module):
+    """Every adaLN parameter of a DiT from t and the label: all blocks', then the final layer's."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(inputs, outputs))
-        self.bias = nn.Parameter(torch.empty(outputs))
+        channels = config["num_attention_heads"] * config["attention_head_dim"]
+        self.frequencies = nn.Parameter(torch.empty(128))
+        self.time_in = nn.Linear(256, channels)
+        self.time_out = nn.Linear(channels, channels)
+        self.labels = nn.Embedding(config["num_embeds_ada_norm"] + 1, channels)
+        self.blocks = nn.ModuleList(nn.Linear(channels, BLOCK_PARTS * channels) for _ in range(config["num_layers"]))
+        self.final = nn.Linear(channels, FINAL_PARTS * channels)
 
-    def forward(self, value: Tensor) -> Tensor:
-        return torch.addmm(self.bias, value, self.weight)  # (M, out)
+    def forward(self, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        """t (R,), labels (R,) -> (R, (6 L + 2) C), scales with their 1 added."""
+        embedding = F.silu(self.embed_time(timestep) + self.labels(class_labels))  # (R, C)
+        parts = [part for block in self.blocks for part in scales_from_one(block(embedding), BLOCK_PARTS)]
+        return torch.cat([*parts, *scales_from_one(self.final(embedding), FINAL_PARTS)], dim=1)
+
+    def embed_time(self, timestep: Tensor) -> Tensor:
+        """(R,) -> (R, C). Frequencies are stored: an exp of another library would move the phase at t ~ 1000."""
+        angles = timestep.unsqueeze(1) * self.frequencies  # (R, 128)
+        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=1)  # (R, 256)
+        return self.time_out(F.silu(self.time_in(sinusoid)))
+
+
+def scales_from_one(parameters: Tensor, parts: int) -> list[Tensor]:
+    """Cut (R, P * C) into P parts (R, C), adding 1 to the scales, which come second of every three."""
+    chunks = parameters.chunk(parts, dim=1)
+    return [chunk + 1 if index % 3 == 1 else chunk for index, chunk in enumerate(chunks)]
 
 
 class SlimBlock(nn.Module):
@@ -54,38 +76,37 @@ class SlimBlock(nn.Module):
         head_dim = config["attention_head_dim"]
         channels = config["num_attention_heads"] * head_dim
         self.heads = len(segment.heads[index])
-        self.groups = len(segment.groups[index])
         self.head_dim = head_dim
         self.mlp_eps = config["norm_eps"]
         self.path = segment.token_paths[index]
         self.capacity = segment.capacities[index]
-        self.modulation = nn.Linear(channels, 6 * channels)
         self.qkv = nn.Linear(channels, 3 * self.heads * head_dim)
         self.out = TransposedLinear(self.heads * head_dim, channels)
-        self.fc1 = nn.Linear(channels, self.groups * group_size)
-        self.fc2 = TransposedLinear(self.groups * group_size, channels)
+        self.fc1 = nn.Linear(channels, len(segment.groups[index]) * group_size)
+        self.fc2 = TransposedLinear(len(segment.groups[index]) * group_size, channels)
         if self.path != "all":
             hidden = max(channels // 16, 1)
             self.router_in = nn.Linear(channels, hidden)
             self.router_out = nn.Linear(hidden, 1)
 
-    def forward(self, hidden: Tensor, conditioning: Tensor, gates: Gates, slots: int) -> tuple[Tensor, Tensor | None]:
-        """(B, N, C), (B, C) -> (B, N, C) and the number of tokens the router kept (B,)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            self.modulation(conditioning).unsqueeze(1).chunk(6, dim=2)
-        )  # (B, 1, C)
+    def forward(
+        self, hidden: Tensor, modulation: tuple[Tensor, ...], gates: Gates, slots: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, N, C), 6 x (B, 1, C) -> (B, N, C), and the tokens wanted (B,) where room for them is limited."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         normed = modulated_norm(hidden, shift1, scale1)  # (B, N, C)
         hidden = hidden + gate1 * self.attend(normed, gates.heads)  # (B, N, C)
-        modulation = Modulation(shift2, scale2, gate2)
+        selection = self.select(hidden, slots)
+        normed = modulated_norm(hidden, shift2, scale2, self.mlp_eps).flatten(0, 1)  # (B * N, C)
+        update = run_selected(selection, lambda rows: self.feed_forward(rows, gates.groups), normed)  # (B * N, C)
+        return hidden + gate2 * update.view(hidden.shape), selection.kept
+
+    def select(self, hidden: Tensor, slots: int) -> Selection:
+        """The tokens whose MLP runs, by the router on the residual (B, N, C)."""
         if self.path == "all":
-            return hidden + self.feed_forward(hidden, modulation, gates.groups), None
+            return Selection()
         scores = self.router_out(F.relu(self.router_in(hidden.flatten(0, 1)))).view(hidden.shape[:2])  # (B, N)
-        keep = (scores > 0).to(hidden.dtype)  # (B, N)
-        kept = keep.sum(dim=1).to(torch.int64)  # (B,)
-        if self.path == "masked":
-            return hidden + keep.unsqueeze(2) * self.feed_forward(hidden, modulation, gates.groups), kept
-        feed = self.feed_compact if self.path == "compact" else self.feed_top
-        return feed(hidden, scores, modulation, gates.groups, slots), kept
+        return select_tokens(self.path, scores, self.capacity + (slots if self.path == "dynamic" else 0))
 
     def attend(self, normed: Tensor, gate: Tensor | None) -> Tensor:
         """Self-attention of the kept heads: (B, N, C) -> (B, N, C)."""
@@ -99,44 +120,15 @@ class SlimBlock(nn.Module):
         mixed = mixed.transpose(1, 2).reshape(batch * tokens, self.heads * self.head_dim)  # (B * N, H' * D)
         return self.out(mixed).view(batch, tokens, channels)
 
-    def feed_forward(self, hidden: Tensor, modulation: Modulation, gate: Tensor | None) -> Tensor:
-        """MLP branch of the kept groups: (..., C) -> (..., C), to be added to the residual."""
-        normed = modulated_norm(hidden, modulation.shift, modulation.scale, self.mlp_eps)  # (..., C)
-        wide = F.gelu(self.fc1(normed.reshape(-1, normed.shape[-1])), approximate="tanh")  # (M, G' * S)
-        if gate is not None:  # after GELU, which is the same for gates of 0 and 1 and cheaper
-            wide = (wide.view(-1, self.groups, wide.shape[1] // self.groups) * gate.view(1, -1, 1)).flatten(1)
-        update = self.fc2(wide)  # (M, C)
-        return modulation.gate * update.view(hidden.shape)
-
-    def feed_top(
-        self, hidden: Tensor, scores: Tensor, modulation: Modulation, width: Tensor | None, slots: int
-    ) -> Tensor:
-        """MLP on the highest-scored tokens of each sample; the other rows of (B, N, C) pass through."""
-        batch, tokens, channels = hidden.shape
-        count = self.capacity + slots if self.path == "dynamic" else self.capacity
-        top, index = scores.topk(count, dim=1, sorted=False)  # (B, K)
-        rows = (index + tokens * torch.arange(batch, device=index.device).unsqueeze(1)).flatten()  # (B * K,)
-        flat = hidden.reshape(batch * tokens, channels)  # (B * N, C)
-        picked = flat.index_select(0, rows).view(batch, count, channels)  # (B, K, C)
-        keep = (top > 0).to(hidden.dtype).unsqueeze(2)  # (B, K, 1): spare slots change nothing
-        updated = picked + keep * self.feed_forward(picked, modulation, width)  # (B, K, C)
-        return flat.index_put((rows,), updated.flatten(0, 1)).view(batch, tokens, channels)
-
-    def feed_compact(
-        self, hidden: Tensor, scores: Tensor, modulation: Modulation, width: Tensor | None, slots: int
-    ) -> Tensor:
-        """MLP on exactly the kept tokens; their number R depends on the data."""
-        batch, tokens, channels = hidden.shape
-        samples, index = (scores > 0).nonzero().unbind(1)  # (R,), (R,)
-        rows = samples * tokens + index  # (R,)
-        flat = hidden.reshape(batch * tokens, channels)  # (B * N, C)
-        picked = flat.index_select(0, rows)  # (R, C)
-        own = Modulation(*(part.squeeze(1).index_select(0, samples) for part in modulation))  # 3 x (R, C)
-        return flat.index_put((rows,), picked + self.feed_forward(picked, own, width)).view(hidden.shape)
+    def feed_forward(self, rows: Tensor, gate: Tensor | None) -> Tensor:
+        """The kept MLP groups on normed tokens: (R, C) -> (R, C)."""
+        wide = F.gelu(self.fc1(rows), approximate="tanh")  # (R, G' * S)
+        # Gates after GELU: for 0 and 1 it is the same, and cheaper.
+        return self.fc2(gate_units(wide, gate))
 
 
 class SlimDiT(nn.Module):
-    """A whole DiT at the widths of one segment."""
+    """A DiT at the widths of one segment, without its conditioning network."""
 
     def __init__(self, config: Mapping[str, Any], segment: Segment, *, group_size: int) -> None:
         super().__init__()
@@ -147,70 +139,38 @@ class SlimDiT(nn.Module):
         self.out_channels = config["out_channels"]
         self.patch = nn.Conv2d(config["in_channels"], channels, self.patch_size, stride=self.patch_size)
         self.position = nn.Parameter(torch.empty(1, self.grid**2, channels))
-        self.frequencies = nn.Parameter(torch.empty(128))
-        self.time_in = nn.Linear(256, channels)
-        self.time_out = nn.Linear(channels, channels)
-        self.labels = nn.Embedding(config["num_embeds_ada_norm"] + 1, channels)
         self.blocks = nn.ModuleList(
             SlimBlock(config, segment, index, group_size=group_size) for index in range(segment.depth)
         )
-        self.final_modulation = nn.Linear(channels, 2 * channels)
         self.final = nn.Linear(channels, self.patch_size**2 * self.out_channels)
 
     def forward(
         self,
         hidden_states: Tensor,
-        timestep: Tensor,
-        class_labels: Tensor,
+        modulation: Tensor,
         width_gate: Tensor | None = None,
         slots: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Latents (B, C, H, W), t (B,), labels (B,), gates (W,), slots (S,) -> sample (B, C_out, H, W), kept (B, L).
+        """Latents (B, C_in, H, W), modulation (B, M), gates (W,), slots (S,) -> sample (B, C_out, H, W), kept (B, R).
 
-        ``kept`` is what the token routers wanted, before any capacity; absent without token routers.
+        ``kept`` is what the R token routers whose room is limited wanted; absent where there is none.
         """
         hidden = self.patch(hidden_states).flatten(2).transpose(1, 2) + self.position  # (B, N, C)
-        conditioning = F.silu(self.embed_time(timestep) + self.labels(class_labels))  # (B, C)
+        parts = modulation.unsqueeze(1).split(hidden.shape[2], dim=2)  # (6 L + 2) x (B, 1, C)
         extra = 0 if slots is None else slots.shape[0]
         counts = []
-        for block, gates in zip(self.blocks, self.split_gates(width_gate), strict=True):
-            hidden, kept = block(hidden, conditioning, gates, extra)
+        for index, gates in enumerate(split_gates(self.segment, width_gate)):
+            own = parts[BLOCK_PARTS * index : BLOCK_PARTS * (index + 1)]
+            hidden, kept = self.blocks[index](hidden, own, gates, extra)
             if kept is not None:
                 counts.append(kept)
-        sample = self.unpatchify(hidden, conditioning)  # (B, C_out, H, W)
+        sample = self.unpatchify(modulated_norm(hidden, *parts[-FINAL_PARTS:]))  # (B, C_out, H, W)
         return (sample, torch.stack(counts, dim=1)) if counts else (sample,)
 
-    def embed_time(self, timestep: Tensor) -> Tensor:
-        """(B,) -> (B, C). Frequencies are stored: an exp of another library would move the phase at t ~ 1000."""
-        angles = timestep.unsqueeze(1) * self.frequencies  # (B, 128)
-        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=1)  # (B, 256)
-        return self.time_out(F.silu(self.time_in(sinusoid)))
-
-    def split_gates(self, width_gate: Tensor | None) -> list[Gates]:
-        """Cut the gate vector into blocks, in the order of ``Segment.width_gate``."""
-        gates, start = [], 0
-        for block in range(self.segment.depth):
-            parts: list[Tensor | None] = []
-            for units, gated in (
-                (self.segment.heads[block], self.segment.gated_heads[block]),
-                (self.segment.groups[block], self.segment.gated_groups[block]),
-            ):
-                taken = len(units) if gated and width_gate is not None else 0
-                parts.append(width_gate[start : start + taken] if taken and width_gate is not None else None)
-                start += taken
-            gates.append(Gates(*parts))
-        return gates
-
-    def unpatchify(self, hidden: Tensor, conditioning: Tensor) -> Tensor:
+    def unpatchify(self, normed: Tensor) -> Tensor:
         """Final layer: (B, N, C) -> (B, C_out, H, W)."""
-        shift, scale = self.final_modulation(conditioning).unsqueeze(1).chunk(2, dim=2)  # (B, 1, C)
-        patches = self.final(modulated_norm(hidden, shift, scale).flatten(0, 1))  # (B * N, P * P * C_out)
+        patches = self.final(normed.flatten(0, 1))  # (B * N, P * P * C_out)
         patches = patches.view(-1, self.grid, self.grid, self.patch_size, self.patch_size, self.out_channels)
         pixels = patches.permute(0, 5, 1, 3, 2, 4)  # (B, C_out, grid, P, grid, P)
         side = self.grid * self.patch_size
         return pixels.reshape(-1, self.out_channels, side, side)
-
-
-def modulated_norm(hidden: Tensor, shift: Tensor, scale: Tensor, eps: float = NORM_EPS) -> Tensor:
-    """adaLN: LayerNorm(x) * (1 + scale) + shift, for (B, N, C) and (B, 1, C)."""
-    return F.layer_norm(hidden, hidden.shape[-1:], eps=eps) * (1 + scale) + shift

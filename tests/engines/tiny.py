@@ -1,7 +1,7 @@
 """A network small enough to write by hand, as torch, as an ONNX graph and as an exported program.
 
-It has what a slim segment has: blocks of heads and groups, some of them gone, some gated, a time and a
-class embedding, kept-token counts and slots.
+It has what a bundle has: blocks of heads and groups, some of them gone, some gated, kept-token counts and
+slots, and a conditioning network, which embeds the class and passes the time on.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import torch
 from onnx import TensorProto, helper
 
 from dyexport.bundle import Segment
-from dyexport.engines.base import EngineIO, TensorSpec
+from dyexport.engines.base import EngineIO
+from dyexport.tensors import TensorSpec
 
 DEPTH, HEADS, GROUPS = 2, 4, 4
 CHANNELS, SIZE, CLASSES = 2, 2, 10
 FEATURES = CHANNELS * SIZE * SIZE
+MODULATION = FEATURES + 1  # the class embedding and t
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,20 @@ def reference(
     weights: Weights, inputs: dict[str, torch.Tensor], heads: np.ndarray, groups: np.ndarray, slots: int = 0
 ) -> dict[str, torch.Tensor]:
     """The masked network: all units, times the masks heads (L, H) and groups (L, G)."""
-    x = inputs["hidden_states"].flatten(1) + torch.from_numpy(weights.classes)[inputs["class_labels"]]  # (B, F)
+    x = inputs["hidden_states"].flatten(1) + inputs["modulation"][:, :FEATURES]  # (B, F)
     kept = []
     for block in range(DEPTH):
         mask = torch.from_numpy(np.concatenate([heads[block], groups[block]]).astype(np.float32))  # (units,)
         kept.append((x > 0).sum(1))
-        time = inputs["timestep"][:, None] * torch.from_numpy(weights.time[block])  # (B, units)
+        time = inputs["modulation"][:, FEATURES:] * torch.from_numpy(weights.time[block])  # (B, units)
         hidden = (x @ torch.from_numpy(weights.first[block]).T + time).relu() * mask  # (B, units)
         x = x + hidden @ torch.from_numpy(weights.second[block])  # (B, F)
     return {"sample": x.reshape(-1, CHANNELS, SIZE, SIZE) + 0.01 * slots, "kept_tokens": torch.stack(kept, 1)}
+
+
+def modulate(weights: Weights, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+    """The conditioning network: t (R,), labels (R,) -> (R, M)."""
+    return torch.cat([torch.from_numpy(weights.classes)[class_labels], timestep[:, None]], dim=1)
 
 
 class Slim(torch.nn.Module):
@@ -84,21 +91,19 @@ class Slim(torch.nn.Module):
         self.first = torch.nn.ParameterList(torch.from_numpy(weights.first[b][units[b]]) for b in range(DEPTH))
         self.second = torch.nn.ParameterList(torch.from_numpy(weights.second[b][units[b]]) for b in range(DEPTH))
         self.time = torch.nn.ParameterList(torch.from_numpy(weights.time[b][units[b]]) for b in range(DEPTH))
-        self.classes = torch.nn.Parameter(torch.from_numpy(weights.classes))
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor,
+        modulation: torch.Tensor,
         width_gate: torch.Tensor | None = None,
         slots: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x = hidden_states.flatten(1) + self.classes[class_labels]  # (B, F)
+        x = hidden_states.flatten(1) + modulation[:, :FEATURES]  # (B, F)
         kept = []
         for block, (start, stop) in enumerate(gate_slices(self.segment)):
             kept.append((x > 0).sum(1))
-            hidden = (x @ self.first[block].T + timestep[:, None] * self.time[block]).relu()  # (B, units)
+            hidden = (x @ self.first[block].T + modulation[:, FEATURES:] * self.time[block]).relu()  # (B, units)
             if width_gate is not None:
                 hidden = hidden * width_gate[start:stop]
             x = x + hidden @ self.second[block]  # (B, F)
@@ -118,8 +123,7 @@ def tiny_io(segment: Segment) -> EngineIO:
     shape: tuple[int | str, ...] = ("batch", CHANNELS, SIZE, SIZE)
     inputs = [
         TensorSpec(name="hidden_states", dtype="float32", shape=shape),
-        TensorSpec(name="timestep", dtype="float32", shape=("batch",)),
-        TensorSpec(name="class_labels", dtype="int64", shape=("batch",)),
+        TensorSpec(name="modulation", dtype="float32", shape=("batch", MODULATION)),
     ]
     if segment.gate_size:
         inputs.append(TensorSpec(name="width_gate", dtype="float32", shape=(segment.gate_size,)))
@@ -146,16 +150,21 @@ class Store:
         return offset
 
 
+def stored(name: str, array: np.ndarray, store: Store) -> TensorProto:
+    """An array as a reference into the store."""
+    tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    fields = {"location": store.path.name, "offset": store.add(array), "length": array.nbytes}
+    for key, value in fields.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
 def write_onnx(path: Path, weights: Weights, segment: Segment, store: Store) -> None:
     io, nodes, initializers = tiny_io(segment), [], []
 
     def weight(name: str, array: np.ndarray) -> str:
-        tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
-        tensor.data_location = TensorProto.EXTERNAL
-        fields = {"location": store.path.name, "offset": store.add(array), "length": array.nbytes}
-        for key, value in fields.items():
-            tensor.external_data.add(key=key, value=str(value))
-        initializers.append(tensor)
+        initializers.append(stored(name, array, store))
         return name
 
     def constant(name: str, values: list[int] | float, dtype: type = np.int64) -> str:
@@ -167,9 +176,9 @@ def write_onnx(path: Path, weights: Weights, segment: Segment, store: Store) -> 
         return out
 
     one, zero = constant("one", [1]), constant("zero", 0.0, np.float32)
-    flat = op("Flatten", "hidden_states", out="flat")
-    x = op("Add", flat, op("Gather", weight("classes", weights.classes), "class_labels", out="label"), out="x")
-    time = op("Unsqueeze", "timestep", one, out="time")
+    parts = constant("parts", [FEATURES, 1])
+    nodes.append(helper.make_node("Split", ["modulation", parts], ["label", "time"], axis=1))
+    x, time = op("Add", op("Flatten", "hidden_states", out="flat"), "label", out="x"), "time"
     kept = []
     for b, (start, stop) in enumerate(gate_slices(segment)):
         units = kept_units(segment, b)
@@ -190,6 +199,31 @@ def write_onnx(path: Path, weights: Weights, segment: Segment, store: Store) -> 
         sample = op("Add", sample, shift, out="shifted")
     op("Identity", sample, out="sample")
     op("Concat", *kept, out="kept_tokens", axis=1)
+    _save(path, nodes, io, initializers)
+
+
+def write_conditioning_onnx(path: Path, weights: Weights, store: Store) -> None:
+    io = conditioning_io()
+    nodes = [
+        helper.make_node("Gather", ["classes", "class_labels"], ["label"]),
+        helper.make_node("Unsqueeze", ["timestep", "one"], ["time"]),
+        helper.make_node("Concat", ["label", "time"], ["modulation"], axis=1),
+    ]
+    one = onnx.numpy_helper.from_array(np.array([1]), "one")
+    _save(path, nodes, io, [stored("classes", weights.classes, store), one])
+
+
+def conditioning_io() -> EngineIO:
+    inputs = (
+        TensorSpec(name="timestep", dtype="float32", shape=("rows",)),
+        TensorSpec(name="class_labels", dtype="int64", shape=("rows",)),
+    )
+    return EngineIO(
+        inputs=inputs, outputs=(TensorSpec(name="modulation", dtype="float32", shape=("rows", MODULATION)),)
+    )
+
+
+def _save(path: Path, nodes: list[onnx.NodeProto], io: EngineIO, initializers: list[TensorProto]) -> None:
     inputs, outputs = ([_value(spec) for spec in specs] for specs in (io.inputs, io.outputs))
     graph = helper.make_graph(nodes, "tiny", inputs, outputs, initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
@@ -203,8 +237,7 @@ def _value(spec: TensorSpec) -> onnx.ValueInfoProto:
 
 def export_program(weights: Weights, segment: Segment) -> torch.export.ExportedProgram:
     batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("slots", min=1, max=64)
-    inputs = {"hidden_states": torch.zeros(2, CHANNELS, SIZE, SIZE), "timestep": torch.zeros(2)}
-    inputs["class_labels"] = torch.zeros(2, dtype=torch.int64)
+    inputs = {"hidden_states": torch.zeros(2, CHANNELS, SIZE, SIZE), "modulation": torch.zeros(2, MODULATION)}
     dynamic: dict[str, dict[int, object]] = {name: {0: batch} for name in inputs}
     if segment.gate_size:
         inputs["width_gate"], dynamic["width_gate"] = torch.ones(segment.gate_size), {}
@@ -213,26 +246,45 @@ def export_program(weights: Weights, segment: Segment) -> torch.export.ExportedP
     return torch.export.export(Slim(weights, segment), (), inputs, dynamic_shapes=dynamic)
 
 
+class TinyConditioning(torch.nn.Module):
+    """The conditioning network, for ``torch.export``."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self.classes = torch.nn.Parameter(torch.from_numpy(weights.classes))
+
+    def forward(self, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.classes[class_labels], timestep[:, None]], dim=1)
+
+
 def write_pt2(path: Path, weights: Weights, segment: Segment, store: Store) -> None:
-    program = export_program(weights, segment)
-    stored = {}
+    _save_program(path, export_program(weights, segment), tiny_io(segment), store)
+
+
+def write_conditioning_pt2(path: Path, weights: Weights, store: Store) -> None:
+    rows = torch.export.Dim("rows", min=1, max=4096)
+    inputs = {"timestep": torch.zeros(2), "class_labels": torch.zeros(2, dtype=torch.int64)}
+    dynamic = {name: {0: rows} for name in inputs}
+    program = torch.export.export(TinyConditioning(weights), (), inputs, dynamic_shapes=dynamic)
+    _save_program(path, program, conditioning_io(), store)
+
+
+def _save_program(path: Path, program: torch.export.ExportedProgram, io: EngineIO, store: Store) -> None:
+    weights = {}
     for name, tensor in program.state_dict.items():
-        stored[name] = {"offset": store.add(tensor.detach().numpy()), "shape": tensor.shape, "dtype": "float32"}
+        weights[name] = {"offset": store.add(tensor.detach().numpy()), "shape": tensor.shape, "dtype": "float32"}
         program.state_dict[name] = torch.nn.Parameter(tensor.to("meta"), requires_grad=False)
-    io = tiny_io(segment)
     bindings = {"inputs": io.inputs, "outputs": io.outputs}
     listed = {key: [vars(spec) for spec in specs] for key, specs in bindings.items()}
-    engine = json.dumps({"store": store.path.name, "weights": stored, **listed})
+    engine = json.dumps({"store": store.path.name, "weights": weights, **listed})
     torch.export.save(program, path, extra_files={"engine.json": engine})
 
 
 def make_inputs(batch: int, segment: Segment | None = None, t: float = 300.0, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    inputs = {
-        "hidden_states": torch.randn(batch, CHANNELS, SIZE, SIZE, generator=generator),
-        "timestep": torch.full((batch,), t),
-        "class_labels": torch.randint(CLASSES, (batch,), generator=generator),
-    }
+    hidden = torch.randn(batch, CHANNELS, SIZE, SIZE, generator=generator)
+    labels = torch.randn(batch, FEATURES, generator=generator)
+    inputs = {"hidden_states": hidden, "modulation": torch.cat([labels, torch.full((batch, 1), t)], dim=1)}
     if segment is not None and segment.gate_size:
         inputs["width_gate"] = (torch.rand(segment.gate_size, generator=generator) > 0.5).float()
     return inputs

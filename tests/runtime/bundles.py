@@ -12,6 +12,9 @@ import numpy as np
 import torch
 
 from dyexport.bundle import (
+    CONDITIONING,
+    DENSE,
+    SCHEMA_VERSION,
     TOKENS,
     WIDTHS,
     EngineRecord,
@@ -21,6 +24,7 @@ from dyexport.bundle import (
     Segment,
     SegmentPlan,
     TokenPath,
+    segment_name,
     sha256_of,
 )
 from dyexport.runtime.scheduler import route
@@ -36,14 +40,17 @@ from tests.engines.tiny import (
     Store,
     Weights,
     make_weights,
+    modulate,
     reference,
     whole_segment,
+    write_conditioning_onnx,
+    write_conditioning_pt2,
     write_onnx,
     write_pt2,
 )
 
 ROWS = 6
-WRITERS = {"onnx": (write_onnx, "onnx"), "torch": (write_pt2, "pt2")}
+WRITERS = {"onnx": (write_onnx, write_conditioning_onnx, "onnx"), "torch": (write_pt2, write_conditioning_pt2, "pt2")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +70,7 @@ class TinyBundle:
         t = float(timestep[0])
         found = route(self.plan, self.widths, self.stats, t)
         row = self.widths.row(t)
-        inputs = {"hidden_states": hidden_states, "timestep": timestep, "class_labels": class_labels}
+        inputs = {"hidden_states": hidden_states, "modulation": modulate(self.weights, timestep, class_labels)}
         masks = self.widths.heads[row], self.widths.groups[row]
         return SimpleNamespace(**reference(self.weights, inputs, *masks, slots=found.slots or 0))
 
@@ -149,13 +156,15 @@ def write_bundle(
     stats.save(root / TOKENS)
     store, engines = Store(root / "graphs" / "weights.bin"), []
     for target in targets:
-        write, suffix = WRITERS[target]
-        for index, segment in enumerate(plan.segments):
-            name = f"graphs/segment-{index:02}.{suffix}"
-            write(root / name, weights, segment, store)
-            engines.append(EngineRecord(target=target, segment=index, path=name))
-        write(root / f"graphs/dense.{suffix}", weights, whole_segment(gated=False), store)
-        engines.append(EngineRecord(target=target, segment=-1, path=f"graphs/dense.{suffix}"))
+        write, write_conditioning, suffix = WRITERS[target]
+        networks = {segment_name(index): segment for index, segment in enumerate(plan.segments)}
+        for name, segment in {**networks, DENSE: whole_segment(gated=False)}.items():
+            write(root / f"graphs/{name}.{suffix}", weights, segment, store)
+        write_conditioning(root / f"graphs/{CONDITIONING}.{suffix}", weights, store)
+        engines += [
+            EngineRecord(target=target, network=name, path=f"graphs/{name}.{suffix}")
+            for name in (*networks, DENSE, CONDITIONING)
+        ]
     write_manifest(root, spec, plan, engines)
     return TinyBundle(root=root, weights=weights, widths=widths, stats=stats, plan=plan, spec=spec)
 
@@ -166,7 +175,7 @@ def write_manifest(root: Path, spec: ModelSpec, plan: SegmentPlan, engines: list
         str(file.relative_to(root)): FileRecord(sha256=sha256_of(file), bytes=file.stat().st_size) for file in files
     }
     manifest = Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         dyexport_version="0",
         model=spec,
         budget=0.5,

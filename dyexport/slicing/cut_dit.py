@@ -1,0 +1,123 @@
+"""DiT and SiT: where the weights of the slim networks come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import PatchEmbed
+from torch import Tensor
+
+from dyexport.bundle import Segment
+from dyexport.models.dit import FREQ_SHIFT
+from dyexport.slicing.recipes import Recipe
+from dyexport.slicing.slicer import (
+    Architecture,
+    Slice,
+    copies,
+    linear_names,
+    on_meta,
+    outputs_of,
+    routed_inputs,
+    routed_limits,
+)
+from dyexport.slicing.slim_dit import DiTConditioning, SlimDiT, modulation_parts
+from dyexport.tensors import TensorSpec
+
+POSITION = "pos_embed.pos_embed"
+FREQUENCIES = "time_proj.frequencies"
+EMBEDDER = "transformer_blocks.0.norm1.emb"
+TOKEN_ROUTER = "routers.{block}.tokens.{layer}.{kind}"
+
+
+def slice_network(architecture: Architecture, segment: Segment) -> Slice:
+    spec, config = architecture.spec, architecture.spec.config
+    module = on_meta(SlimDiT, config, segment, group_size=4 * _channels(config) // architecture.groups)
+    sources = {"position": POSITION, **linear_names("patch", "pos_embed.proj"), **linear_names("final", "proj_out_2")}
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    recipes = copies(module, sources)
+    for index in range(segment.depth):
+        recipes |= _block(index, segment, shapes, config, architecture.groups)
+    assert recipes.keys() == shapes.keys()
+    inputs = (
+        TensorSpec(name="hidden_states", dtype="float32", shape=("batch", *spec.latent_shape)),
+        TensorSpec(name="modulation", dtype="float32", shape=("batch", _modulation_size(config))),
+        *routed_inputs(segment),
+    )
+    return Slice(
+        module=module, recipes=recipes, inputs=inputs, outputs=outputs_of(segment), limits=routed_limits(segment)
+    )
+
+
+def slice_conditioning(architecture: Architecture) -> Slice:
+    config = architecture.spec.config
+    module = on_meta(DiTConditioning, config)
+    sources = {
+        "frequencies": FREQUENCIES,
+        "labels.weight": f"{EMBEDDER}.class_embedder.embedding_table.weight",
+        **linear_names("time_in", f"{EMBEDDER}.timestep_embedder.linear_1"),
+        **linear_names("time_out", f"{EMBEDDER}.timestep_embedder.linear_2"),
+        **linear_names("final", "proj_out_1"),
+    }
+    for index in range(config["num_layers"]):
+        sources |= linear_names(f"blocks.{index}", f"transformer_blocks.{index}.norm1.linear")
+    inputs = (
+        TensorSpec(name="timestep", dtype="float32", shape=("rows",)),
+        TensorSpec(name="class_labels", dtype="int64", shape=("rows",)),
+    )
+    return Slice(module=module, recipes=copies(module, sources), inputs=inputs, outputs=("modulation",))
+
+
+def tables(config: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    return {POSITION: _position_table(config), FREQUENCIES: _frequencies(config)}
+
+
+def _channels(config: Mapping[str, Any]) -> int:
+    channels: int = config["num_attention_heads"] * config["attention_head_dim"]
+    return channels
+
+
+def _modulation_size(config: Mapping[str, Any]) -> int:
+    return modulation_parts(config["num_layers"]) * _channels(config)
+
+
+def _position_table(config: Mapping[str, Any]) -> Tensor:
+    size = config["sample_size"]
+    embed = PatchEmbed(
+        height=size, width=size, patch_size=config["patch_size"], in_channels=1, embed_dim=_channels(config)
+    )
+    table: Tensor = embed.pos_embed  # (1, N, C)
+    return table
+
+
+def _frequencies(config: Mapping[str, Any]) -> Tensor:
+    """Frequencies of diffusers' ``get_timestep_embedding`` as DiT calls it, bit for bit: (128,)."""
+    exponent = -math.log(10000) * torch.arange(0, 128, dtype=torch.float32)
+    return torch.exp(exponent / (128 - config.get(FREQ_SHIFT, 1)))
+
+
+def _block(
+    index: int, segment: Segment, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], groups: int
+) -> dict[str, Recipe]:
+    stock, slim = f"transformer_blocks.{index}", f"blocks.{index}"
+    head_dim, group_size = config["attention_head_dim"], 4 * _channels(config) // groups
+    heads, kept = segment.heads[index], segment.groups[index]
+    recipes: dict[str, Recipe] = {}
+
+    def add(name: str, kind: Any, sources: tuple[str, ...], units: tuple[int, ...] = (), size: int = 1) -> None:
+        shape = shapes[f"{slim}.{name}"]
+        recipes[f"{slim}.{name}"] = Recipe(kind=kind, sources=sources, shape=shape, units=units, unit_size=size)
+
+    for kind in ("weight", "bias"):
+        add(f"qkv.{kind}", "qkv", tuple(f"{stock}.attn1.to_{part}.{kind}" for part in "qkv"), heads, head_dim)
+        add(f"fc1.{kind}", "rows", (f"{stock}.ff.net.0.proj.{kind}",), kept, group_size)
+        if segment.token_paths[index] != "all":
+            for layer, name in (("inner", "router_in"), ("outer", "router_out")):
+                add(f"{name}.{kind}", "copy", (TOKEN_ROUTER.format(block=index, layer=layer, kind=kind),))
+    add("out.weight", "columns", (f"{stock}.attn1.to_out.0.weight",), heads, head_dim)
+    add("out.bias", "copy", (f"{stock}.attn1.to_out.0.bias",))
+    add("fc2.weight", "columns", (f"{stock}.ff.net.2.weight",), kept, group_size)
+    add("fc2.bias", "copy", (f"{stock}.ff.net.2.bias",))
+    return recipes

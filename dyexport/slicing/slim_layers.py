@@ -1,0 +1,104 @@
+"""Pieces that the slim networks share: width gates, token selection, adaLN, a Linear cut along its inputs.
+
+Written for export. Activations are 2-D (rows, C) wherever a Linear reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dyexport.bundle import Segment, TokenPath
+
+NORM_EPS = 1e-6  # of every adaLN in DiT and FLUX
+
+
+class Gates(NamedTuple):
+    """Width gates of one block, absent where its mask is constant over the segment."""
+
+    heads: Tensor | None  # (H',)
+    groups: Tensor | None  # (G',)
+
+
+def split_gates(segment: Segment, width_gate: Tensor | None) -> list[Gates]:
+    """Cut the gate vector (W,) into blocks, in the order of ``Segment.width_gate``."""
+    gates, start = [], 0
+    for block in range(segment.depth):
+        parts: list[Tensor | None] = []
+        for units, gated in (
+            (segment.heads[block], segment.gated_heads[block]),
+            (segment.groups[block], segment.gated_groups[block]),
+        ):
+            taken = len(units) if gated and width_gate is not None else 0
+            parts.append(width_gate[start : start + taken] if taken and width_gate is not None else None)
+            start += taken
+        gates.append(Gates(*parts))
+    return gates
+
+
+def gate_units(activations: Tensor, gate: Tensor | None) -> Tensor:
+    """Multiply contiguous channel units by their gates: (rows, U * size), (U,) -> (rows, U * size)."""
+    if gate is None:
+        return activations
+    units = gate.shape[0]
+    sized = activations.view(-1, units, activations.shape[1] // units)  # (rows, U, size)
+    return (sized * gate.view(1, -1, 1)).flatten(1)
+
+
+def modulated_norm(hidden: Tensor, shift: Tensor, scale: Tensor, eps: float = NORM_EPS) -> Tensor:
+    """adaLN: LayerNorm(x) * scale + shift, for (B, N, C) and (B, 1, C); the conditioning network has added the 1."""
+    return F.layer_norm(hidden, hidden.shape[-1:], eps=eps) * scale + shift
+
+
+class TransposedLinear(nn.Module):
+    """A Linear stored (in, out), so that the first inputs are a contiguous run of its weight."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(outputs))
+
+    def forward(self, value: Tensor) -> Tensor:
+        return torch.addmm(self.bias, value, self.weight)  # (rows, out)
+
+
+class Selection(NamedTuple):
+    """Which tokens a branch computes, and what their results are multiplied by.
+
+    rows    (R,) indices into B * N tokens, or None: all of them
+    weight  (R, 1), or None: 1
+    kept    (B,) how many tokens the router wanted, where there may be too little room for them
+    """
+
+    rows: Tensor | None = None
+    weight: Tensor | None = None
+    kept: Tensor | None = None
+
+
+def select_tokens(path: TokenPath, scores: Tensor, room: int) -> Selection:
+    """From router logits (B, N) to the tokens that run; ``room`` is what ``capacity`` and ``dynamic`` have."""
+    if path == "masked":
+        return Selection(weight=(scores > 0).to(scores.dtype).view(-1, 1))
+    if path == "compact":
+        return Selection(rows=(scores.flatten() > 0).nonzero().squeeze(1))
+    batch, tokens = scores.shape
+    top, index = scores.topk(room, dim=1, sorted=False)  # (B, K)
+    rows = index + tokens * torch.arange(batch, device=index.device).unsqueeze(1)  # (B, K)
+    spare = (top > 0).to(scores.dtype)  # (B, K): slots left over change nothing
+    return Selection(rows=rows.flatten(), weight=spare.view(-1, 1), kept=(scores > 0).sum(dim=1))
+
+
+def run_selected(selection: Selection, branch: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``branch`` on the selected rows of every input (B * N, K): (B * N, C), zero where a token was skipped."""
+    rows = selection.rows
+    picked = inputs if rows is None else tuple(value.index_select(0, rows) for value in inputs)
+    update = branch(*picked)  # (R, C)
+    if selection.weight is not None:
+        update = update * selection.weight
+    if rows is None:
+        return update
+    return update.new_zeros(inputs[0].shape[0], update.shape[1]).index_put((rows,), update)
