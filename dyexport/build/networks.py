@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -88,9 +88,9 @@ def store_reader(spec: ModelSpec, weights: Mapping[str, Tensor], static: Mapping
     return lambda name: theirs(name[len(STATIC_PREFIX) :]) if name.startswith(STATIC_PREFIX) else mine(name)
 
 
-def identity(recipe: Recipe) -> list[Any]:
+def identity(recipe: Recipe) -> dict[str, Any]:
     """A recipe as a JSON value."""
-    return [recipe.kind, recipe.sources, recipe.shape, str(recipe.dtype), recipe.units, recipe.unit_size]
+    return {**asdict(recipe), "dtype": str(recipe.dtype)}
 
 
 def plan_for(spec: ModelSpec, widths: WidthTable, stats: TokenStats | None, settings: PlanSettings) -> SegmentPlan:

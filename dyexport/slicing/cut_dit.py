@@ -106,12 +106,17 @@ def _block(
     heads, kept = segment.heads[index], segment.groups[index]
     recipes: dict[str, Recipe] = {}
 
-    def add(name: str, kind: Any, sources: tuple[str, ...], units: tuple[int, ...] = (), size: int = 1) -> None:
+    def add(
+        name: str, kind: Any, sources: tuple[str, ...], units: tuple[int, ...] = (), size: int = 1, scale: float = 1.0
+    ) -> None:
         shape = shapes[f"{slim}.{name}"]
-        recipes[f"{slim}.{name}"] = Recipe(kind=kind, sources=sources, shape=shape, units=units, unit_size=size)
+        recipes[f"{slim}.{name}"] = Recipe(
+            kind=kind, sources=sources, shape=shape, units=units, unit_size=size, scale=scale
+        )
 
     for kind in ("weight", "bias"):
-        add(f"qkv.{kind}", "qkv", tuple(f"{stock}.attn1.to_{part}.{kind}" for part in "qkv"), heads, head_dim)
+        qkv = tuple(f"{stock}.attn1.to_{part}.{kind}" for part in "qkv")
+        add(f"qkv.{kind}", "qkv", qkv, heads, head_dim, head_dim**-0.5)
         add(f"fc1.{kind}", "rows", (f"{stock}.ff.net.0.proj.{kind}",), kept, group_size)
         if segment.token_paths[index] != "all":
             for layer, name in (("inner", "router_in"), ("outer", "router_out")):

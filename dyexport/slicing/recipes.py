@@ -29,17 +29,24 @@ class Recipe:
 
     ``copy``     the dense tensor as it is
     ``rows``     (out, in) or (out,) -> rows of the kept units
-    ``columns``  (out, in) -> columns of the kept units, stored transposed (kept, out)
-    ``qkv``      query, key and value rows interleaved head by head: (H', 3, head_dim, in) flattened to
-                 2-D; queries are scaled by head_dim ** -0.5, which attention then need not do
+    ``columns``  (out, in) -> columns of the kept units, stored transposed (kept, out); ``span`` are the
+                 columns that the units divide, if not all
+    ``qkv``      query, key and value rows interleaved head by head: (H', 3, head_dim, in) flattened to 2-D
+    ``norm``     (head_dim,), the weight of a query's or a key's norm
+
+    ``scale`` multiplies the query, or the norm: head_dim ** -0.5 where attention is to be spared it.
+    ``halves`` puts the even channels of a query's or key's head before the odd ones.
     """
 
-    kind: Literal["copy", "rows", "columns", "qkv"]
+    kind: Literal["copy", "rows", "columns", "qkv", "norm"]
     sources: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     units: tuple[int, ...] = ()
     unit_size: int = 1
+    span: tuple[int, int] | None = None
+    scale: float = 1.0
+    halves: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -49,7 +56,7 @@ class Recipe:
     def family(self) -> tuple[object, ...]:
         """Recipes of one family differ only in the units they keep."""
         tail = self.shape if self.kind == "copy" else self.shape[1:]
-        return (self.kind, self.sources, self.unit_size, self.dtype, tail)
+        return (self.kind, self.sources, self.unit_size, self.dtype, self.span, self.scale, self.halves, tail)
 
 
 def materialise(recipe: Recipe, read: Read) -> Tensor:
@@ -63,12 +70,24 @@ def _rows(recipe: Recipe, dense: list[Tensor]) -> Tensor:
 
 
 def _columns(recipe: Recipe, dense: list[Tensor]) -> Tensor:
-    return dense[0].T.unflatten(0, (-1, recipe.unit_size))[list(recipe.units)]
+    start, end = recipe.span or (0, dense[0].shape[1])
+    return dense[0][:, start:end].T.unflatten(0, (-1, recipe.unit_size))[list(recipe.units)]
 
 
 def _qkv(recipe: Recipe, dense: list[Tensor]) -> Tensor:
     query, key, value = (tensor.unflatten(0, (-1, recipe.unit_size))[list(recipe.units)] for tensor in dense)
-    return torch.stack([query * recipe.unit_size**-0.5, key, value], dim=1)
+    if recipe.halves:
+        query, key = _halves(query, 1), _halves(key, 1)
+    return torch.stack([query * recipe.scale, key, value], dim=1)
+
+
+def _norm(recipe: Recipe, dense: list[Tensor]) -> Tensor:
+    return (_halves(dense[0], 0) if recipe.halves else dense[0]) * recipe.scale
+
+
+def _halves(tensor: Tensor, axis: int) -> Tensor:
+    size = tensor.shape[axis]
+    return tensor.index_select(axis, torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2)]))
 
 
 _MAKERS: Mapping[str, Callable[[Recipe, list[Tensor]], Tensor]] = {
@@ -76,6 +95,7 @@ _MAKERS: Mapping[str, Callable[[Recipe, list[Tensor]], Tensor]] = {
     "rows": _rows,
     "columns": _columns,
     "qkv": _qkv,
+    "norm": _norm,
 }
 
 

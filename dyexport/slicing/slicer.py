@@ -83,7 +83,11 @@ class Slicer(Protocol):
         """Constants of the network that no checkpoint stores."""
 
 
-_SLICERS = {"dit": "dyexport.slicing.cut_dit", "sit": "dyexport.slicing.cut_dit"}
+_SLICERS = {
+    "dit": "dyexport.slicing.cut_dit",
+    "sit": "dyexport.slicing.cut_dit",
+    "flux": "dyexport.slicing.cut_flux",
+}
 
 
 def get_slicer(backbone: str) -> Slicer:

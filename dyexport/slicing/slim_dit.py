@@ -20,9 +20,11 @@ from dyexport.slicing.slim_layers import (
     Gates,
     Selection,
     TransposedLinear,
+    embed_sinusoid,
     gate_units,
     modulated_norm,
     run_selected,
+    scales_from_one,
     select_tokens,
     split_gates,
 )
@@ -51,21 +53,10 @@ class DiTConditioning(nn.Module):
 
     def forward(self, timestep: Tensor, class_labels: Tensor) -> Tensor:
         """t (R,), labels (R,) -> (R, (6 L + 2) C), scales with their 1 added."""
-        embedding = F.silu(self.embed_time(timestep) + self.labels(class_labels))  # (R, C)
+        time = self.time_out(F.silu(self.time_in(embed_sinusoid(timestep, self.frequencies))))  # (R, C)
+        embedding = F.silu(time + self.labels(class_labels))  # (R, C)
         parts = [part for block in self.blocks for part in scales_from_one(block(embedding), BLOCK_PARTS)]
         return torch.cat([*parts, *scales_from_one(self.final(embedding), FINAL_PARTS)], dim=1)
-
-    def embed_time(self, timestep: Tensor) -> Tensor:
-        """(R,) -> (R, C). Frequencies are stored: an exp of another library would move the phase at t ~ 1000."""
-        angles = timestep.unsqueeze(1) * self.frequencies  # (R, 128)
-        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=1)  # (R, 256)
-        return self.time_out(F.silu(self.time_in(sinusoid)))
-
-
-def scales_from_one(parameters: Tensor, parts: int) -> list[Tensor]:
-    """Cut (R, P * C) into P parts (R, C), adding 1 to the scales, which come second of every three."""
-    chunks = parameters.chunk(parts, dim=1)
-    return [chunk + 1 if index % 3 == 1 else chunk for index, chunk in enumerate(chunks)]
 
 
 class SlimBlock(nn.Module):

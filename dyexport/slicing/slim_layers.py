@@ -54,6 +54,18 @@ def modulated_norm(hidden: Tensor, shift: Tensor, scale: Tensor, eps: float = NO
     return F.layer_norm(hidden, hidden.shape[-1:], eps=eps) * scale + shift
 
 
+def embed_sinusoid(timestep: Tensor, frequencies: Tensor) -> Tensor:
+    """(R,), (F,) -> (R, 2 F). Frequencies are stored: an exp of another library would move the phase at t ~ 1000."""
+    angles = timestep.unsqueeze(1) * frequencies  # (R, F)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def scales_from_one(parameters: Tensor, parts: int) -> list[Tensor]:
+    """Cut (R, P * C) into P parts (R, C), adding 1 to the scales, which come second of every three."""
+    chunks = parameters.chunk(parts, dim=1)
+    return [chunk + 1 if index % 3 == 1 else chunk for index, chunk in enumerate(chunks)]
+
+
 class TransposedLinear(nn.Module):
     """A Linear stored (in, out), so that the first inputs are a contiguous run of its weight."""
 

@@ -1,0 +1,192 @@
+"""FLUX: where the weights of the slim networks come from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dyexport.bundle import Segment
+from dyexport.slicing.recipes import Recipe
+from dyexport.slicing.slicer import (
+    Architecture,
+    Slice,
+    copies,
+    linear_names,
+    on_meta,
+    outputs_of,
+    routed_inputs,
+    routed_limits,
+)
+from dyexport.slicing.slim_flux import FluxConditioning, SlimFlux, channels_of, depth_of, modulation_size
+from dyexport.tensors import TensorSpec
+
+ROTARY = "pos_embed.frequencies"
+FREQUENCIES = "time_proj.frequencies"
+THETA = 10000
+MLP_RATIO = 4
+
+
+def slice_network(architecture: Architecture, segment: Segment) -> Slice:
+    config = architecture.spec.config
+    module = on_meta(
+        SlimFlux,
+        config,
+        segment,
+        group_size=_group_size(architecture),
+        token_routers=architecture.token_routers,
+    )
+    sources = {
+        "rotary": ROTARY,
+        **linear_names("image_in", "x_embedder"),
+        **linear_names("text_in", "context_embedder"),
+        **linear_names("final", "proj_out"),
+    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    recipes = copies(module, sources)
+    for index in range(segment.depth):
+        recipes |= _Cut(architecture, segment, index, shapes).recipes()
+    assert recipes.keys() == shapes.keys()
+    return Slice(
+        module=module,
+        recipes=recipes,
+        inputs=(*_inputs(architecture), *routed_inputs(segment)),
+        outputs=outputs_of(segment),
+        limits=routed_limits(segment),
+    )
+
+
+def _inputs(architecture: Architecture) -> tuple[TensorSpec, ...]:
+    config = architecture.spec.config
+    size = modulation_size(config, token_routers=architecture.token_routers)
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "hidden_states": ("batch", "image_tokens", config["in_channels"]),
+        "encoder_hidden_states": ("batch", "text_tokens", config["joint_attention_dim"]),
+        "modulation": ("batch", size),
+        "img_ids": ("image_tokens", 3),
+        "txt_ids": ("text_tokens", 3),
+    }
+    return tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in shapes.items())
+
+
+def slice_conditioning(architecture: Architecture) -> Slice:
+    config = architecture.spec.config
+    module = on_meta(FluxConditioning, config, token_routers=architecture.token_routers)
+    embedder = "time_text_embed"
+    sources = {"frequencies": FREQUENCIES, **linear_names("final", "norm_out.linear")}
+    embedders = {"time": "timestep_embedder", "pooled": "text_embedder"}
+    if config["guidance_embeds"]:
+        embedders["guidance"] = "guidance_embedder"
+    for slim, stock in embedders.items():
+        sources |= linear_names(f"{slim}.inner", f"{embedder}.{stock}.linear_1")
+        sources |= linear_names(f"{slim}.outer", f"{embedder}.{stock}.linear_2")
+    for index in range(config["num_layers"]):
+        for stream, norm in enumerate(("norm1", "norm1_context")):
+            sources |= linear_names(f"streams.{2 * index + stream}", f"transformer_blocks.{index}.{norm}.linear")
+    for index in range(config["num_single_layers"]):
+        sources |= linear_names(f"singles.{index}", f"single_transformer_blocks.{index}.norm.linear")
+    if architecture.token_routers:
+        for index in range(depth_of(config)):
+            sources |= dict(_router_names(index))
+    rows: dict[str, tuple[int | str, ...]] = {
+        "timestep": ("rows",),
+        "pooled_projections": ("rows", config["pooled_projection_dim"]),
+    }
+    if config["guidance_embeds"]:
+        rows["guidance"] = ("rows",)
+    inputs = tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in rows.items())
+    return Slice(module=module, recipes=copies(module, sources), inputs=inputs, outputs=("modulation",))
+
+
+def _router_names(index: int) -> Iterator[tuple[str, str]]:
+    slim, stock = f"routers.{index}", f"routers.{index}.tokens"
+    yield from linear_names(f"{slim}.linear_t", f"{stock}.linear_t").items()
+    yield from linear_names(f"{slim}.router", f"{stock}.router").items()
+    yield f"{slim}.norm_weight", f"{stock}.norm.weight"
+    yield f"{slim}.norm_bias", f"{stock}.norm.bias"
+
+
+def tables(config: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    return {ROTARY: _rotary(config), FREQUENCIES: _frequencies()}
+
+
+def _rotary(config: Mapping[str, Any]) -> Tensor:
+    """Angle per unit of position, of each pair of channels: theta ** (-2 j / d) on an axis of d channels: (D / 2,)."""
+    axes = [torch.arange(0, size, 2, dtype=torch.float64) / size for size in config["axes_dims_rope"]]
+    return torch.cat([THETA**-exponent for exponent in axes]).float()
+
+
+def _frequencies() -> Tensor:
+    """Frequencies of diffusers' ``get_timestep_embedding`` as FLUX calls it, bit for bit: (128,)."""
+    exponent = -math.log(THETA) * torch.arange(0, 128, dtype=torch.float32)
+    return torch.exp(exponent / 128)
+
+
+def _group_size(architecture: Architecture) -> int:
+    return MLP_RATIO * channels_of(architecture.spec.config) // architecture.groups
+
+
+class _Cut:
+    """Recipes of one block."""
+
+    def __init__(
+        self, architecture: Architecture, segment: Segment, index: int, shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        config = architecture.spec.config
+        self.doubles: int = config["num_layers"]
+        self.channels, self.head_dim = channels_of(config), config["attention_head_dim"]
+        self.group_size = _group_size(architecture)
+        self.index, self.shapes = index, shapes
+        self.heads, self.groups = segment.heads[index], segment.groups[index]
+        self.found: dict[str, Recipe] = {}
+
+    def recipes(self) -> dict[str, Recipe]:
+        if self.index < self.doubles:
+            self.double(f"transformer_blocks.{self.index}")
+        else:
+            self.single(f"single_transformer_blocks.{self.index - self.doubles}")
+        return self.found
+
+    def add(self, name: str, kind: Any, *sources: str, **settings: Any) -> None:
+        name = f"blocks.{self.index}.{name}"
+        self.found[name] = Recipe(kind=kind, sources=sources, shape=self.shapes[name], **settings)
+
+    def double(self, stock: str) -> None:
+        attention = f"{stock}.attn"
+        self.project("image", [f"{attention}.to_{part}" for part in "qkv"], f"{attention}.norm_{{}}")
+        self.project("text", [f"{attention}.add_{part}_proj" for part in "qkv"], f"{attention}.norm_added_{{}}")
+        self.columns("image_out", f"{attention}.to_out.0", self.heads, self.head_dim)
+        self.columns("text_out", f"{attention}.to_add_out", self.heads, self.head_dim)
+        for slim, feed in (("image_mlp", "ff"), ("text_mlp", "ff_context")):
+            self.rows(f"{slim}.fc1", f"{stock}.{feed}.net.0.proj")
+            self.columns(f"{slim}.fc2", f"{stock}.{feed}.net.2", self.groups, self.group_size)
+
+    def single(self, stock: str) -> None:
+        attention, out = f"{stock}.attn", f"{stock}.proj_out"
+        self.project("projection", [f"{attention}.to_{part}" for part in "qkv"], f"{attention}.norm_{{}}")
+        self.rows("fc1", f"{stock}.proj_mlp")
+        of_heads, of_groups = (0, self.channels), (self.channels, (1 + MLP_RATIO) * self.channels)
+        heads = {"units": self.heads, "unit_size": self.head_dim, "span": of_heads}
+        self.add("out", "columns", f"{out}.weight", **heads)
+        groups = {"units": self.groups, "unit_size": self.group_size, "span": of_groups}
+        self.add("fc2.weight", "columns", f"{out}.weight", **groups)
+        self.add("fc2.bias", "copy", f"{out}.bias")
+
+    def project(self, slim: str, qkv: list[str], norm: str) -> None:
+        for kind in ("weight", "bias"):
+            sources = [f"{name}.{kind}" for name in qkv]
+            self.add(f"{slim}.qkv.{kind}", "qkv", *sources, units=self.heads, unit_size=self.head_dim, halves=True)
+        scale = self.head_dim**-0.5
+        self.add(f"{slim}.query_norm", "norm", f"{norm.format('q')}.weight", scale=scale, halves=True)
+        self.add(f"{slim}.key_norm", "norm", f"{norm.format('k')}.weight", halves=True)
+
+    def rows(self, slim: str, stock: str) -> None:
+        for kind in ("weight", "bias"):
+            self.add(f"{slim}.{kind}", "rows", f"{stock}.{kind}", units=self.groups, unit_size=self.group_size)
+
+    def columns(self, slim: str, stock: str, units: tuple[int, ...], size: int) -> None:
+        self.add(f"{slim}.weight", "columns", f"{stock}.weight", units=units, unit_size=size)
+        self.add(f"{slim}.bias", "copy", f"{stock}.bias")

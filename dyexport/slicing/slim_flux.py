@@ -1,0 +1,384 @@
+"""The slim FLUX: double blocks (image and text side by side), then single blocks (both in one row of tokens).
+
+As for DiT, everything that depends on sigma, guidance and the pooled text alone is the conditioning network:
+a quarter of FLUX's weights. Heads are stored with the even channels of a query and key first, so that a
+rotary embedding turns one half against the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dyexport.bundle import Segment
+from dyexport.slicing.slim_layers import (
+    NORM_EPS,
+    Gates,
+    Selection,
+    TransposedLinear,
+    embed_sinusoid,
+    gate_units,
+    modulated_norm,
+    run_selected,
+    scales_from_one,
+    select_tokens,
+    split_gates,
+)
+
+STREAM_PARTS = 6  # of image and of text in a double block: shift, scale and gate of attention and of the FFN
+SINGLE_PARTS = 3  # shift, scale, gate
+FINAL_PARTS = 2  # scale, shift
+ROUTER_PARTS = 2  # weights of an image token and of the mean text token
+ROUTER_EPS = 1e-5
+
+
+def channels_of(config: Mapping[str, Any]) -> int:
+    channels: int = config["num_attention_heads"] * config["attention_head_dim"]
+    return channels
+
+
+def depth_of(config: Mapping[str, Any]) -> int:
+    depth: int = config["num_layers"] + config["num_single_layers"]
+    return depth
+
+
+def modulation_size(config: Mapping[str, Any], *, token_routers: bool) -> int:
+    """M: vectors of C channels for every block, then those of the token routers, the final layer's, and L constants."""
+    depth = depth_of(config)
+    parts = 2 * STREAM_PARTS * config["num_layers"] + SINGLE_PARTS * config["num_single_layers"] + FINAL_PARTS
+    routers = depth * (ROUTER_PARTS * channels_of(config) + 1) if token_routers else 0
+    return parts * channels_of(config) + routers
+
+
+class Embedder(nn.Module):
+    """Linear -> SiLU -> Linear."""
+
+    def __init__(self, inputs: int, channels: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(inputs, channels)
+        self.outer = nn.Linear(channels, channels)
+
+    def forward(self, value: Tensor) -> Tensor:
+        out: Tensor = self.outer(F.silu(self.inner(value)))
+        return out
+
+
+class RouterConditioning(nn.Module):
+    """What the conditioning makes of a token router: logit = norm(image) . a + mean(norm(text)) . b + c."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.linear_t = nn.Linear(channels, 4 * channels)
+        self.norm_weight = nn.Parameter(torch.empty(channels))
+        self.norm_bias = nn.Parameter(torch.empty(channels))
+        self.router = nn.Linear(channels, 1)
+
+    def forward(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, C) -> a and b (R, 2 C), c (R, 1)."""
+        shift, scale, text_shift, text_scale = self.linear_t(embedding).chunk(4, dim=1)  # (R, C)
+        scale, text_scale = scale + 1, text_scale + 1
+        weights = self.router.weight * self.norm_weight  # (1, C)
+        offset = self.norm_bias * (scale + text_scale) + shift + text_shift  # (R, C)
+        return torch.cat([weights * scale, weights * text_scale], dim=1), self.router(offset)
+
+
+class FluxConditioning(nn.Module):
+    """Every adaLN parameter and token router's weights, from sigma, guidance and the pooled text."""
+
+    def __init__(self, config: Mapping[str, Any], *, token_routers: bool) -> None:
+        super().__init__()
+        channels = channels_of(config)
+        self.frequencies = nn.Parameter(torch.empty(128))
+        self.time = Embedder(256, channels)
+        self.guidance = Embedder(256, channels) if config["guidance_embeds"] else None
+        self.pooled = Embedder(config["pooled_projection_dim"], channels)
+        widths = [2 * STREAM_PARTS] * config["num_layers"] + [SINGLE_PARTS] * config["num_single_layers"]
+        streams = 2 * config["num_layers"]
+        self.streams = nn.ModuleList(nn.Linear(channels, STREAM_PARTS * channels) for _ in range(streams))
+        self.singles = nn.ModuleList(
+            nn.Linear(channels, SINGLE_PARTS * channels) for _ in range(config["num_single_layers"])
+        )
+        self.final = nn.Linear(channels, FINAL_PARTS * channels)
+        self.routers = nn.ModuleList(RouterConditioning(channels) for _ in widths if token_routers)
+
+    def forward(self, timestep: Tensor, pooled_projections: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """sigma (R,), pooled text (R, P), guidance (R,) -> (R, M), scales with their 1 added."""
+        embedding = F.silu(self.embed(timestep, pooled_projections, guidance))  # (R, C)
+        parts = [part for stream in self.streams for part in scales_from_one(stream(embedding), STREAM_PARTS)]
+        parts += [part for single in self.singles for part in scales_from_one(single(embedding), SINGLE_PARTS)]
+        routers = [router(embedding) for router in self.routers]
+        parts += [weights for weights, _ in routers]
+        scale, shift = self.final(embedding).chunk(FINAL_PARTS, dim=1)  # (R, C)
+        return torch.cat([*parts, shift, scale + 1, *(constant for _, constant in routers)], dim=1)
+
+    def embed(self, timestep: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:
+        """(R, C)"""
+        embedding: Tensor = self.time(embed_sinusoid(timestep * 1000, self.frequencies)) + self.pooled(pooled)
+        if self.guidance is None or guidance is None:
+            return embedding
+        conditioned: Tensor = embedding + self.guidance(embed_sinusoid(guidance * 1000, self.frequencies))
+        return conditioned
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of every token's angles, each (S, D / 2)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def turn(self, heads: Tensor) -> Tensor:
+        """(B, H', S, D) -> (B, H', S, D)."""
+        first, second = heads.chunk(2, dim=-1)  # (B, H', S, D / 2)
+        return torch.cat([first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1)
+
+
+class Projection(nn.Module):
+    """Normed query and key, and value, of the kept heads of one stream of tokens."""
+
+    def __init__(self, channels: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+        self.qkv = nn.Linear(channels, 3 * heads * head_dim)
+        self.query_norm = nn.Parameter(torch.empty(head_dim))
+        self.key_norm = nn.Parameter(torch.empty(head_dim))
+
+    def forward(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, C) -> 3 x (B, H', N, D)."""
+        batch, tokens, _ = normed.shape
+        qkv = self.qkv(normed.flatten(0, 1)).view(batch, tokens, self.heads, 3, self.head_dim)
+        query, key, value = qkv.permute(3, 0, 2, 1, 4).unbind(0)  # (B, H', N, D)
+        return rms_norm(query, self.query_norm), rms_norm(key, self.key_norm), value
+
+
+def rms_norm(heads: Tensor, weight: Tensor) -> Tensor:
+    """Over the last dimension, as diffusers' ``RMSNorm``: (..., D) -> (..., D)."""
+    return heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + NORM_EPS) * weight
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, rotary: Rotary, gate: Tensor | None) -> Tensor:
+    """Attention of the kept heads: 3 x (B, H', S, D) -> (B, S, H' * D). The query's norm has scaled it."""
+    mixed = F.scaled_dot_product_attention(rotary.turn(query), rotary.turn(key), value, scale=1.0)  # (B, H', S, D)
+    if gate is not None:
+        mixed = mixed * gate.view(1, -1, 1, 1)
+    return mixed.transpose(1, 2).flatten(2)
+
+
+class FeedForward(nn.Module):
+    """The kept groups of an FFN."""
+
+    def __init__(self, channels: int, wide: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, wide)
+        self.fc2 = TransposedLinear(wide, channels)
+
+    def forward(self, rows: Tensor, gate: Tensor | None) -> Tensor:
+        """(R, C) -> (R, C)."""
+        out: Tensor = self.fc2(gate_units(F.gelu(self.fc1(rows), approximate="tanh"), gate))
+        return out
+
+
+class RouterInput(NamedTuple):
+    """A token router's weights at this sigma: (B, 1, C), (B, 1, C), (B, 1)."""
+
+    image: Tensor
+    text: Tensor
+    constant: Tensor
+
+    def scores(self, image: Tensor, text: Tensor) -> Tensor:
+        """Logits of image tokens (B, N, C) beside text tokens (B, T, C): (B, N)."""
+        channels = image.shape[-1:]
+        text_mean = F.layer_norm(text, channels, eps=ROUTER_EPS).mean(1)  # (B, C)
+        offset = (text_mean * self.text.squeeze(1)).sum(1, keepdim=True) + self.constant  # (B, 1)
+        normed = F.layer_norm(image, channels, eps=ROUTER_EPS)  # (B, N, C)
+        return (normed @ self.image.transpose(1, 2)).squeeze(2) + offset
+
+
+class DoubleBlock(nn.Module):
+    """Joint attention, then an FFN of its own for image and text; image tokens may skip theirs."""
+
+    def __init__(self, config: Mapping[str, Any], segment: Segment, index: int, *, group_size: int) -> None:
+        super().__init__()
+        channels, head_dim = channels_of(config), config["attention_head_dim"]
+        heads, wide = len(segment.heads[index]), len(segment.groups[index]) * group_size
+        self.path, self.capacity = segment.token_paths[index], segment.capacities[index]
+        self.image = Projection(channels, heads, head_dim)
+        self.text = Projection(channels, heads, head_dim)
+        self.image_out = TransposedLinear(heads * head_dim, channels)
+        self.text_out = TransposedLinear(heads * head_dim, channels)
+        self.image_mlp = FeedForward(channels, wide)
+        self.text_mlp = FeedForward(channels, wide)
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        parts: tuple[Tensor, ...],
+        router: RouterInput | None,
+        rotary: Rotary,
+        gates: Gates,
+        slots: int,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(B, N, C), (B, T, C), 12 x (B, 1, C) -> both streams, and the tokens wanted (B,) where room is limited."""
+        of_image, of_text = parts[:STREAM_PARTS], parts[STREAM_PARTS:]
+        mixed_image, mixed_text = self.mix(image, text, of_image, of_text, rotary, gates.heads)
+        image = image + of_image[2] * project(self.image_out, mixed_image)  # (B, N, C)
+        text = text + of_text[2] * project(self.text_out, mixed_text)  # (B, T, C)
+        selection = Selection()
+        if self.path != "all" and router is not None:
+            room = self.capacity + (slots if self.path == "dynamic" else 0)
+            selection = select_tokens(self.path, router.scores(image, text), room)
+        image = image + of_image[5] * self.feed(self.image_mlp, image, of_image, gates.groups, selection)
+        text = text + of_text[5] * self.feed(self.text_mlp, text, of_text, gates.groups, Selection())
+        return image, text, selection.kept
+
+    def mix(
+        self,
+        image: Tensor,
+        text: Tensor,
+        of_image: tuple[Tensor, ...],
+        of_text: tuple[Tensor, ...],
+        rotary: Rotary,
+        gate: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Joint attention, text before image: (B, N, H' * D), (B, T, H' * D)."""
+        from_image = self.image(modulated_norm(image, of_image[0], of_image[1]))
+        from_text = self.text(modulated_norm(text, of_text[0], of_text[1]))
+        query, key, value = (torch.cat(pair, dim=2) for pair in zip(from_text, from_image, strict=True))
+        mixed = attend(query, key, value, rotary, gate)  # (B, T + N, H' * D)
+        return mixed[:, text.shape[1] :], mixed[:, : text.shape[1]]
+
+    @staticmethod
+    def feed(
+        mlp: FeedForward, stream: Tensor, parts: tuple[Tensor, ...], gate: Tensor | None, selection: Selection
+    ) -> Tensor:
+        """The FFN's update of one stream: (B, N, C) -> (B, N, C)."""
+        normed = modulated_norm(stream, parts[3], parts[4]).flatten(0, 1)  # (B * N, C)
+        return run_selected(selection, lambda rows: mlp(rows, gate), normed).view(stream.shape)
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP side by side with one output projection; a skipped image token misses both updates."""
+
+    def __init__(self, config: Mapping[str, Any], segment: Segment, index: int, *, group_size: int) -> None:
+        super().__init__()
+        channels, head_dim = channels_of(config), config["attention_head_dim"]
+        heads, wide = len(segment.heads[index]), len(segment.groups[index]) * group_size
+        self.path, self.capacity = segment.token_paths[index], segment.capacities[index]
+        self.projection = Projection(channels, heads, head_dim)
+        self.fc1 = nn.Linear(channels, wide)
+        self.out = nn.Parameter(torch.empty(heads * head_dim, channels))
+        self.fc2 = TransposedLinear(wide, channels)
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        parts: tuple[Tensor, ...],
+        router: RouterInput | None,
+        rotary: Rotary,
+        gates: Gates,
+        slots: int,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(B, N, C), (B, T, C), 3 x (B, 1, C) -> both, and the tokens wanted (B,) where room for them is limited."""
+        shift, scale, gate = parts
+        tokens = torch.cat([text, image], dim=1)  # (B, T + N, C)
+        normed = modulated_norm(tokens, shift, scale)  # (B, T + N, C)
+        query, key, value = self.projection(normed)  # (B, H', T + N, D)
+        mixed = attend(query, key, value, rotary, gates.heads)  # (B, T + N, H' * D)
+        selection, kept = Selection(), None
+        if self.path != "all" and router is not None:
+            selection, kept = self.select(router.scores(image, text), text.shape[1], slots)
+
+        def branch(rows: Tensor, attention: Tensor) -> Tensor:
+            wide = gate_units(F.gelu(self.fc1(rows), approximate="tanh"), gates.groups)  # (R, G' * S)
+            return torch.addmm(self.fc2(wide), attention, self.out)  # (R, C)
+
+        update = run_selected(selection, branch, normed.flatten(0, 1), mixed.flatten(0, 1))  # (B * (T + N), C)
+        tokens = tokens + gate * update.view(tokens.shape)
+        return tokens[:, text.shape[1] :], tokens[:, : text.shape[1]], kept
+
+    def select(self, scores: Tensor, text: int, slots: int) -> tuple[Selection, Tensor | None]:
+        """Every text token, and image tokens by their scores (B, N); the image tokens wanted (B,)."""
+        always = scores.abs().amax(1, keepdim=True).expand(-1, text) + 1  # on, and ahead of every image token
+        room = text + self.capacity + (slots if self.path == "dynamic" else 0)
+        selection = select_tokens(self.path, torch.cat([always, scores], dim=1), room)
+        return selection, None if selection.kept is None else selection.kept - text
+
+
+def project(out: TransposedLinear, mixed: Tensor) -> Tensor:
+    """(B, N, H' * D) -> (B, N, C)."""
+    return out(mixed.flatten(0, 1)).view(*mixed.shape[:2], -1)
+
+
+class SlimFlux(nn.Module):
+    """A FLUX at the widths of one segment, without its conditioning network."""
+
+    def __init__(self, config: Mapping[str, Any], segment: Segment, *, group_size: int, token_routers: bool) -> None:
+        super().__init__()
+        self.segment, self.token_routers = segment, token_routers
+        self.doubles, self.channels = config["num_layers"], channels_of(config)
+        self.axes = tuple(size // 2 for size in config["axes_dims_rope"])
+        self.image_in = nn.Linear(config["in_channels"], self.channels)
+        self.text_in = nn.Linear(config["joint_attention_dim"], self.channels)
+        self.rotary = nn.Parameter(torch.empty(config["attention_head_dim"] // 2))
+        kinds = [DoubleBlock] * self.doubles + [SingleBlock] * config["num_single_layers"]
+        self.blocks = nn.ModuleList(
+            kind(config, segment, index, group_size=group_size) for index, kind in enumerate(kinds)
+        )
+        self.final = nn.Linear(self.channels, config["out_channels"] or config["in_channels"])
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        modulation: Tensor,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+        width_gate: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Latents (B, N, C_in), text (B, T, J), modulation (B, M), positions (N, 3), (T, 3), gates (W,), slots (S,).
+
+        Returns sample (B, N, C_out) and, where R token routers have limited room, what they wanted (B, R).
+        """
+        image, text = self.image_in(hidden_states), self.text_in(encoder_hidden_states)  # (B, N, C), (B, T, C)
+        rotary = self.angles(torch.cat([txt_ids, img_ids]))
+        parts, routers = self.split_modulation(modulation)
+        extra = 0 if slots is None else slots.shape[0]
+        counts = []
+        for index, gates in enumerate(split_gates(self.segment, width_gate)):
+            image, text, kept = self.blocks[index](image, text, parts[index], routers[index], rotary, gates, extra)
+            if kept is not None:
+                counts.append(kept)
+        shift, scale = parts[-1]
+        sample = self.final(modulated_norm(image, shift, scale))  # (B, N, C_out)
+        return (sample, torch.stack(counts, dim=1)) if counts else (sample,)
+
+    def split_modulation(self, modulation: Tensor) -> tuple[list[tuple[Tensor, ...]], list[RouterInput | None]]:
+        """Vectors (B, 1, C) of every block, and at the end of the final layer; token routers of every block."""
+        depth = self.segment.depth
+        constants = depth if self.token_routers else 0
+        vectors = modulation[:, : modulation.shape[1] - constants].unsqueeze(1).split(self.channels, dim=2)
+        sizes = [2 * STREAM_PARTS] * self.doubles + [SINGLE_PARTS] * (depth - self.doubles)
+        parts, start = [], 0
+        for size in sizes:
+            parts.append(vectors[start : start + size])
+            start += size
+        routers: list[RouterInput | None] = [None] * depth
+        if self.token_routers:
+            offsets = modulation[:, modulation.shape[1] - depth :].split(1, dim=1)  # L x (B, 1)
+            routers = [
+                RouterInput(vectors[start + 2 * index], vectors[start + 2 * index + 1], offsets[index])
+                for index in range(depth)
+            ]
+        return [*parts, vectors[-FINAL_PARTS:]], routers
+
+    def angles(self, ids: Tensor) -> Rotary:
+        """Positions (S, 3) -> angles: the channels of a head are split among the three axes."""
+        parts = zip(ids.unsqueeze(2).unbind(1), self.rotary.split(self.axes), strict=True)
+        angles = torch.cat([position * frequencies for position, frequencies in parts], dim=1)  # (S, D / 2)
+        return Rotary(angles.cos(), angles.sin())
