@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,21 @@ from dyexport.engines.base import Engine, Tensors
 if TYPE_CHECKING:
     import torch
 
-MEMORY = 256 * 2**20  # bytes of modulation that are kept
+MEMORY = 512 * 2**20  # bytes of modulation that are kept
+TRAJECTORIES = 2  # at a time: guidance in two calls alternates between prompt and negative prompt
+
+
+@dataclass(kw_only=True)
+class _Trajectory:
+    """One set of conditions, the timesteps asked for under it in order, and the rows that are ready."""
+
+    conditions: Tensors
+    seen: dict[float, None] = field(default_factory=dict)
+    rows: dict[float, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def batch(self) -> int:
+        return len(next(iter(self.conditions.values())))
 
 
 class Conditioner:
@@ -25,59 +40,63 @@ class Conditioner:
     def __init__(self, engine: Engine, *, resident: bool = True, memory: int = MEMORY) -> None:
         self.engine = engine
         self._resident = resident
-        self._memory = memory
-        self._conditions: Tensors = {}
-        self._rows: dict[float, torch.Tensor] = {}
-        self._seen: dict[float, None] = {}  # timesteps asked for under these conditions, in order
-        self._expected: list[float] = []  # ... and under those before
+        self._memory = memory // TRAJECTORIES
+        self._under_way: list[_Trajectory] = []  # the one used last at the end
+        self._expected: list[float] = []  # timesteps of a trajectory before
 
     def at(self, t: float, conditions: Tensors) -> torch.Tensor:
         """``modulation`` (B, M) for conditions whose first dimension is the batch."""
-        if not _equal(conditions, self._conditions):
-            self._begin(conditions)
-        if t not in self._rows:
-            self._compute(self._following(t))
-        self._seen[t] = None
-        return self._rows[t]
+        trajectory = self._find(conditions)
+        if t not in trajectory.rows:
+            self._compute(trajectory, self._following(trajectory, t))
+        trajectory.seen[t] = None
+        return trajectory.rows[t]
 
-    def _begin(self, conditions: Tensors) -> None:
-        self._conditions = {name: tensor.clone() for name, tensor in conditions.items()}
-        self._expected = list(self._seen)
-        self._rows.clear()
-        self._seen.clear()
+    def _find(self, conditions: Tensors) -> _Trajectory:
+        found = next((each for each in self._under_way if _equal(each.conditions, conditions)), None)
+        if found is None:
+            found = self._begin(conditions)
+        else:
+            self._under_way.remove(found)
+        self._under_way.append(found)
+        return found
 
-    def _following(self, t: float) -> list[float]:
+    def _begin(self, conditions: Tensors) -> _Trajectory:
+        """New conditions take the place of those used longest ago, and their timesteps as what to expect."""
+        full = len(self._under_way) == TRAJECTORIES
+        before = self._under_way.pop(0) if full else next(reversed(self._under_way), None)
+        if before is not None and len(before.seen) > 1:
+            self._expected = list(before.seen)
+        return _Trajectory(conditions={name: tensor.clone() for name, tensor in conditions.items()})
+
+    def _following(self, trajectory: _Trajectory, t: float) -> list[float]:
         """``t`` and the timesteps expected after it, as many as may be kept."""
         after = self._expected[self._expected.index(t) :] if t in self._expected else [t]
-        return after[: max(self._memory // self._row_bytes, 1)]
+        return after[: max(self._memory // self._row_bytes(trajectory.batch), 1)]
 
-    def _compute(self, timesteps: list[float]) -> None:
+    def _compute(self, trajectory: _Trajectory, timesteps: list[float]) -> None:
         import torch
 
-        first = next(iter(self._conditions.values()))
-        batch = len(first)
-        t = torch.tensor(timesteps, device=first.device).repeat_interleave(batch)  # (S * B,)
-        conditions = self._conditions.items()
+        batch, conditions = trajectory.batch, trajectory.conditions.items()
+        device = next(iter(trajectory.conditions.values())).device
+        t = torch.tensor(timesteps, device=device).repeat_interleave(batch)  # (S * B,)
         tiled = {name: tensor.repeat(len(timesteps), *[1] * (tensor.ndim - 1)) for name, tensor in conditions}
         modulation = self.engine.run({"timestep": t, **tiled})["modulation"]  # (S * B, M)
-        if (len(self._rows) + len(timesteps)) * self._row_bytes > self._memory:
-            self._rows.clear()
-        self._rows |= dict(zip(timesteps, modulation.split(batch), strict=True))
+        if (len(trajectory.rows) + len(timesteps)) * self._row_bytes(batch) > self._memory:
+            trajectory.rows.clear()
+        trajectory.rows |= dict(zip(timesteps, modulation.split(batch), strict=True))
         if not self._resident:
             self.engine.close()
 
-    @property
-    def _row_bytes(self) -> int:
+    def _row_bytes(self, batch: int) -> int:
         """Bytes of one timestep's rows."""
         output = self.engine.io.outputs[0]
-        batch = len(next(iter(self._conditions.values())))
         return batch * prod(size for size in output.shape if isinstance(size, int)) * 4
 
     def close(self) -> None:
         """Free the engine and the rows."""
         self.engine.close()
-        self._rows.clear()
-        self._conditions = {}
+        self._under_way.clear()
 
 
 def _equal(left: Tensors, right: Tensors) -> bool:
