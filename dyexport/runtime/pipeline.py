@@ -7,30 +7,27 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
-from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from dyexport.bundle import CONDITIONING, DENSE, DENSE_CONDITIONING, Bundle, ModelSpec, segment_name
+from dyexport.engines.base import Tensors
 from dyexport.engines.registry import EngineOptions, get_backend, make_engine
 from dyexport.engines.switching import SwitchingEngine
-from dyexport.errors import BundleError, EngineMismatch, UsageError
+from dyexport.errors import BundleError, UsageError
 from dyexport.runtime.conditioning import Conditioner
 from dyexport.runtime.overflow import Overflow, OverflowCounter
 from dyexport.runtime.placeholder import offloading_placeholder
 from dyexport.runtime.residency import Residency, measure
 from dyexport.runtime.scheduler import Scheduler, dense_route, route, shared_timestep
 
-DIT_PIPELINE_NULL_CLASS = 1000  # what diffusers' DiTPipeline gives as "no class", whatever the model's classes
-
 
 class BundleTransformer(torch.nn.Module):
     """The denoising network of a bundle. Engines hold the weights; the module has none.
 
-    ``forward`` has the signature of diffusers' ``DiTTransformer2DModel``. Tensors come back on the
-    device and in the dtype they came in; the engines stay where they were loaded, so a pipeline's
+    A subclass for each backbone has the ``forward`` of its diffusers transformer. Tensors come back on
+    the device and in the dtype they came in; the engines stay where they were loaded, so a pipeline's
     ``to`` and its offloading pass over this module. Calls from several threads run one after another.
     """
 
@@ -55,44 +52,31 @@ class BundleTransformer(torch.nn.Module):
         self._lock = Lock()
         self.placeholder = offloading_placeholder()
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor | float | None = None,
-        class_labels: torch.Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Predict the noise, or the velocity, of latents (B, C, H, W) with labels (B,) at one t: (B, C_out, H, W).
+    def denoise(self, timestep: torch.Tensor | float, inputs: Tensors, conditions: Tensors) -> torch.Tensor:
+        """One call of the network on this bundle's device.
 
-        ``timestep`` is a number, () or (B,) with equal values, of any dtype. ``cross_attention_kwargs``
-        has nothing to act on. Raises ``EngineMismatch`` for inputs this bundle was not built for.
+        ``inputs`` change from step to step or are fixed (latents, text); ``conditions`` (B, ...) reach the
+        network through its conditioning only. ``timestep`` is a number, () or (B,) with equal values.
         """
-        if timestep is None or class_labels is None:
-            raise EngineMismatch(f"timestep and class_labels are required; label {self.spec.classes} means no class")
         with self._lock:
             begin = perf_counter()
-            sample = self._step(hidden_states, timestep, class_labels)
+            sample = self._step(timestep, inputs, conditions)
             self._step_seconds += perf_counter() - begin
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        return sample
 
-    def _step(self, latents: torch.Tensor, timestep: torch.Tensor | float, labels: torch.Tensor) -> torch.Tensor:
+    def _step(self, timestep: torch.Tensor | float, inputs: Tensors, conditions: Tensors) -> torch.Tensor:
+        latents = inputs["hidden_states"]
         t = shared_timestep(timestep, len(latents))
         step = self._scheduler.step(t)
-        inputs = {
-            "hidden_states": latents.to(self.device, self.dtype),  # (B, C, H, W)
-            "modulation": self.conditioner.at(t, {"class_labels": self._labels(labels)}),  # (B, M)
-        }
-        outputs = self.engine.run_on(step.choice, inputs)
+        moved = {name: self._take(tensor) for name, tensor in inputs.items()}
+        conditions = {name: self._take(tensor) for name, tensor in conditions.items()}
+        outputs = self.engine.run_on(step.choice, {**moved, "modulation": self.conditioner.at(t, conditions)})
         if step.token_limits is not None:
             self._overflow.add(outputs["kept_tokens"], step.token_limits)
-        return outputs["sample"].to(latents.device, latents.dtype)  # (B, C_out, H, W)
+        return outputs["sample"].to(latents.device, latents.dtype)
 
-    def _labels(self, labels: torch.Tensor) -> torch.Tensor:
-        labels = labels.to(self.device, torch.int64)  # (B,)
-        if self.spec.classes < DIT_PIPELINE_NULL_CLASS:
-            labels = labels.masked_fill(labels == DIT_PIPELINE_NULL_CLASS, self.spec.classes)
-        return labels
+    def _take(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
 
     @property
     def residency(self) -> Residency:
@@ -148,7 +132,16 @@ def load(
         max_resident=max_resident,
     )
     conditioner = Conditioner(make_engine(target, conditioning, options), resident=max_resident is None)
-    return BundleTransformer(spec, engine, conditioner, scheduler, torch.device(options.device))
+    return get_transformer(spec.backbone)(spec, engine, conditioner, scheduler, torch.device(options.device))
+
+
+def get_transformer(backbone: str) -> type[BundleTransformer]:
+    """The stand-in with the ``forward`` of a backbone's diffusers transformer."""
+    from dyexport.runtime.transformers import TRANSFORMERS
+
+    if backbone not in TRANSFORMERS:
+        raise BundleError(f"this dyexport runs {', '.join(TRANSFORMERS)}, not {backbone!r}; upgrade dyexport")
+    return TRANSFORMERS[backbone]
 
 
 def _engine_paths(bundle: Bundle, target: str, dense: bool) -> list[Path]:

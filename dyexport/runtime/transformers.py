@@ -1,0 +1,90 @@
+"""Bundles with the ``forward`` of the diffusers transformer they stand in for."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+from dyexport.errors import EngineMismatch
+from dyexport.runtime.pipeline import BundleTransformer
+
+DIT_PIPELINE_NULL_CLASS = 1000  # what diffusers' DiTPipeline gives as "no class", whatever the model's classes
+
+
+class DiTBundle(BundleTransformer):
+    """Stands in for ``DiTTransformer2DModel``."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float | None = None,
+        class_labels: torch.Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predict the noise, or the velocity, of latents (B, C, H, W) with labels (B,) at one t: (B, C_out, H, W).
+
+        ``cross_attention_kwargs`` has nothing to act on. Raises ``EngineMismatch`` for inputs this bundle
+        was not built for.
+        """
+        if timestep is None or class_labels is None:
+            raise EngineMismatch(f"timestep and class_labels are required; label {self.spec.classes} means no class")
+        labels = class_labels.to(torch.int64)  # (B,)
+        if self.spec.classes < DIT_PIPELINE_NULL_CLASS:
+            labels = labels.masked_fill(labels == DIT_PIPELINE_NULL_CLASS, self.spec.classes)
+        sample = self.denoise(timestep, {"hidden_states": hidden_states}, {"class_labels": labels})
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+class FluxBundle(BundleTransformer):
+    """Stands in for ``FluxTransformer2DModel``: any resolution, any length of text."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor,
+        timestep: torch.Tensor | float,
+        img_ids: torch.Tensor,
+        txt_ids: torch.Tensor,
+        guidance: torch.Tensor | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predict the velocity of packed latents (B, N, C) at one sigma, with text (B, T, J), pooled (B, P): (B, N, C).
+
+        Positions are (N, 3) and (T, 3), guidance (B,) or (1,). Raises ``EngineMismatch`` for inputs this
+        bundle was not built for.
+        """
+        if joint_attention_kwargs:
+            raise EngineMismatch(
+                f"joint_attention_kwargs {sorted(joint_attention_kwargs)} cannot reach inside an engine"
+            )
+        inputs = {
+            "hidden_states": hidden_states,
+            "encoder_hidden_states": encoder_hidden_states,
+            "img_ids": _unbatched(img_ids),
+            "txt_ids": _unbatched(txt_ids),
+        }
+        conditions = {"pooled_projections": pooled_projections}
+        if self.config.guidance_embeds:
+            if guidance is None:
+                raise EngineMismatch(f"{self.spec.name} takes a guidance scale, such as 3.5; give guidance")
+            conditions["guidance"] = guidance.expand(len(hidden_states))  # (B,)
+        sample = self.denoise(timestep, inputs, conditions)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def cache_context(self, name: str) -> AbstractContextManager[None]:
+        """Pipelines open one around each call, for caches that keep activations; there is none here."""
+        return nullcontext()
+
+
+def _unbatched(positions: torch.Tensor) -> torch.Tensor:
+    """(N, 3) from that, or from one equal copy a sample (B, N, 3), as the published FLUX gives them."""
+    return positions[0] if positions.ndim == 3 else positions
+
+
+TRANSFORMERS: dict[str, type[BundleTransformer]] = {"dit": DiTBundle, "sit": DiTBundle, "flux": FluxBundle}
