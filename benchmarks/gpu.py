@@ -87,7 +87,7 @@ class Case:
 
     def __init__(self, preset: Preset, path: str, model: DynamicTransformer) -> None:
         self.preset, self.path, self.model = preset, path, model
-        self.flops = FlopsModel.of_dit(model.config)
+        self.flops = FlopsModel.of_preset(preset)
         self.spec = spec_of(preset, preset.transformer_config())
         self.widths: WidthTable
         self.stats: TokenStats | None = None

@@ -115,7 +115,7 @@ def _interval_costs(atoms: _Atoms, flops: FlopsModel, settings: PlanSettings) ->
             tokens = np.maximum.accumulate(atoms.tokens[i:], axis=0)
         else:
             tokens = np.cumsum(atoms.tokens[i:] * atoms.measure[i:, None], axis=0) / measure[:, None]
-        cost[i, i + 1 :] = flops.dynamic(heads, groups * tokens) * measure
+        cost[i, i + 1 :] = flops.dynamic(heads, groups, tokens) * measure
     return cost
 
 
@@ -215,11 +215,11 @@ def price_plan(
     rows = [widths.row(t) for t in points]
     heads, groups = widths.heads[rows].mean(-1), widths.groups[rows].mean(-1)  # (P, L)
     kept = stats.mean_fraction(points) if stats is not None else np.ones_like(groups)
-    routers = flops.depth if stats is not None else 0
+    routed = stats is not None
     return SegmentPlan(
         segments=segments,
-        flops_ratio=float(flops.flops_ratio(heads, groups * kept).mean()),
-        network_flops_ratio=float(flops.network_ratio(heads, groups * kept, routers=routers).mean()),
+        flops_ratio=float(flops.flops_ratio(heads, groups, kept).mean()),
+        network_flops_ratio=float(flops.network_ratio(heads, groups, kept, routed=routed).mean()),
         executed_flops_ratio=_executed_ratio(segments, widths, stats, flops),
         disk_bytes=disk_bytes,
         resident_bytes=resident_bytes,
@@ -234,8 +234,8 @@ def _executed_ratio(
         heads = np.array([len(kept) for kept in segment.heads]) / widths.heads.shape[-1]
         groups = np.array([len(kept) for kept in segment.groups]) / widths.groups.shape[-1]
         share = (segment.end - segment.start) / (widths.end - widths.start)
-        routers = flops.depth if stats is not None else 0
-        total += share * float(flops.network_ratio(heads, groups * _token_share(segment, stats), routers=routers))
+        tokens = _token_share(segment, stats)
+        total += share * float(flops.network_ratio(heads, groups, tokens, routed=stats is not None))
     return total
 
 

@@ -102,7 +102,7 @@ def flops_ratio(table: WidthTable, kept_tokens: np.ndarray, points: np.ndarray, 
     """Lambda as run: mean over ``points`` (P,) with kept token shares (P, L)."""
     rows = [table.row(float(t)) for t in points]
     heads, groups = table.heads[rows].mean(axis=-1), table.groups[rows].mean(axis=-1)
-    return float(flops.flops_ratio(heads, groups * kept_tokens).mean())
+    return float(flops.flops_ratio(heads, groups, kept_tokens).mean())
 
 
 def meet_budget(model: DynamicTransformer, inputs: NoisedInputs, budget: float, flops: FlopsModel) -> None:
@@ -152,7 +152,7 @@ def _ratio_at(
     heads, groups = ((logits + shift > 0).mean(axis=-1) for logits in widths)  # (P, L) each
     kept = sample.kept(shift if tokens else 0.0)
     nearest = np.abs(points[:, None] - sample.points[None]).argmin(axis=1)
-    return float(flops.flops_ratio(heads, groups * kept[nearest]).mean())
+    return float(flops.flops_ratio(heads, groups, kept[nearest]).mean())
 
 
 def _solve(ratio: Callable[[float], float], budget: float) -> float:
@@ -173,15 +173,14 @@ def choose_widths(model: DynamicTransformer, inputs: NoisedInputs, budget: float
     count = IMPORTANCE_POINTS
     points = trajectory_points(inputs.preset.timestep_range, count)
     heads, groups = unit_importance(model, inputs, [float(t) for t in points])
-    value = np.concatenate(
-        [heads / (flops.attention / model.heads), groups / (flops.mlp / model.groups)], axis=-1
-    )  # (T, L, H + G)
+    costs = flops.head_cost[:, None] / model.heads, flops.group_cost[:, None] / model.groups  # 2 x (L, 1)
+    value = np.concatenate([heads / costs[0], groups / costs[1]], axis=-1)  # (T, L, H + G)
     scores = np.log(value + np.finfo(np.float32).tiny)
     scores[..., [0, model.heads]] = np.inf
 
     def ratio(shift: float) -> float:
-        kept = scores + shift > 0
-        return float(flops.flops_ratio(kept[..., : model.heads].mean(-1), kept[..., model.heads :].mean(-1)).mean())
+        heads, groups = (kept.mean(-1) for kept in np.split(scores + shift > 0, [model.heads], axis=-1))  # (T, L)
+        return float(flops.flops_ratio(heads, groups, np.ones_like(heads)).mean())
 
     offset = -float(np.median(scores[np.isfinite(scores)]))
     kept = scores + offset + _solve(lambda shift: ratio(offset + shift), budget) > 0

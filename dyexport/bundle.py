@@ -171,9 +171,10 @@ class ModelSpec(Frozen):
 
     name: str
     backbone: str
-    objective: Literal["ddpm", "flow"]
+    objective: Literal["ddpm", "flow", "flow-sigma"]
     timestep_range: tuple[float, float]
-    tokens: int
+    tokens: int  # that a router may skip
+    text_tokens: int = 0
     classes: int
     pixel_space: bool
     config: dict[str, Any]

@@ -3,50 +3,93 @@
 from __future__ import annotations
 
 import difflib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
 from dyexport.errors import UsageError
 
-Objective = Literal["ddpm", "flow"]
+Objective = Literal["ddpm", "flow", "flow-sigma"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preset:
+class Preset(ABC):
     """A backbone architecture and how it is sampled.
 
     ``objective`` fixes what the network is called with and what it predicts: ``ddpm`` takes the
     integer-valued timestep in [0, 1000) and predicts the noise (DiT, arXiv 2212.09748); ``flow``
     takes t in [0, 1], 0 = noise and 1 = data, and predicts the velocity ``data - noise`` of the
-    straight path (SiT, arXiv 2401.08740).
+    straight path (SiT, arXiv 2401.08740); ``flow-sigma`` is the same path the other way round, sigma
+    in [0, 1], 1 = noise, and predicts ``noise - data`` (FLUX).
     """
 
     name: str
-    backbone: Literal["dit", "sit"]
-    depth: int
+    backbone: str
     hidden_size: int
     heads: int
-    patch_size: int
-    sample_size: int  # latents are (in_channels, sample_size, sample_size)
     in_channels: int
-    learn_sigma: bool  # the output then has 2 * in_channels channels
-    classes: int = 1000  # label `classes` is the null class of classifier-free guidance
+    classes: int = 0  # class labels; label `classes` is the null class. 0: not conditioned on classes
+    text_tokens: int = 0  # of a usual prompt
     pixel_space: bool = False  # latents are pixels in [-1, 1]; there is no VAE
     hub_id: str | None = None
     about: str = ""
 
     @property
-    def objective(self) -> Objective:
-        return "ddpm" if self.backbone == "dit" else "flow"
+    @abstractmethod
+    def objective(self) -> Objective: ...
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """Blocks that have gates, L."""
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one sample."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Tokens that a router may skip, N."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> int:
+        """Weights of the static model, shared embedders counted once."""
+
+    @abstractmethod
+    def transformer_config(self) -> dict[str, object]:
+        """Arguments of the stock diffusers module."""
 
     @property
     def timestep_range(self) -> tuple[float, float]:
         """Half-open range of the value the transformer is called with."""
         return (0.0, 1000.0) if self.objective == "ddpm" else (0.0, 1.0)
 
+
+@dataclass(frozen=True, kw_only=True)
+class DiTPreset(Preset):
+    """DiT and SiT: diffusers' ``DiTTransformer2DModel``."""
+
+    backbone: Literal["dit", "sit"]
+    layers: int
+    patch_size: int
+    sample_size: int  # latents are (in_channels, sample_size, sample_size)
+    learn_sigma: bool  # the output then has 2 * in_channels channels
+    classes: int = 1000
+
+    @property
+    def objective(self) -> Objective:
+        return "ddpm" if self.backbone == "dit" else "flow"
+
+    @property
+    def depth(self) -> int:
+        return self.layers
+
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Of one sample: (C, H, W)."""
+        """(C, H, W)."""
         return self.in_channels, self.sample_size, self.sample_size
 
     @property
@@ -55,7 +98,7 @@ class Preset:
 
     @property
     def parameters(self) -> int:
-        """Weights of the static model, shared embedders counted once; the position table is not trained."""
+        """The position table is not trained."""
         width, patch = self.hidden_size, self.patch_size**2
         outputs = patch * self.in_channels * (2 if self.learn_sigma else 1)
         embedders = (patch * self.in_channels + 1) * width + (256 + 1) * width + (width + 1) * width
@@ -81,16 +124,78 @@ class Preset:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class FluxPreset(Preset):
+    """FLUX.1: diffusers' ``FluxTransformer2DModel``. Sizes default to those of FLUX.1-dev at 1024 px."""
+
+    backbone: Literal["flux"] = "flux"
+    hidden_size: int = 3072
+    heads: int = 24
+    in_channels: int = 64  # of a token: 2 x 2 latent pixels
+    double_blocks: int = 19
+    single_blocks: int = 38
+    side: int = 64  # tokens along an edge of the picture
+    text_tokens: int = 512
+    joint_size: int = 4096  # channels of the text encoder's output
+    pooled_size: int = 768
+    rope_axes: tuple[int, int, int] = (16, 56, 56)
+    guidance: float | None = 3.5  # usual scale of a guidance-distilled model; None: guidance is not embedded
+    shifted: bool = True  # the sampler's steps crowd at high noise, the more the larger the picture
+
+    @property
+    def objective(self) -> Objective:
+        return "flow-sigma"
+
+    @property
+    def depth(self) -> int:
+        return self.double_blocks + self.single_blocks
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(N, C): packed, as the network takes them."""
+        return self.tokens, self.in_channels
+
+    @property
+    def tokens(self) -> int:
+        return self.side**2
+
+    @property
+    def parameters(self) -> int:
+        width, head = self.hidden_size, self.hidden_size // self.heads
+        vectors = 1 if self.guidance is None else 2  # timestep, and guidance
+        embedders = (self.in_channels + self.joint_size + 2) * width
+        embedders += vectors * (256 + 1 + width + 1) * width + (self.pooled_size + 1 + width + 1) * width
+        double = 36 * width**2 + 30 * width + 4 * head  # per stream: modulation 6, attention 4, MLP 8
+        single = 15 * width**2 + 11 * width + 2 * head  # modulation 3, attention 3, MLP 4, both out 5
+        final = 2 * width * (width + 1) + self.in_channels * (width + 1)
+        return embedders + self.double_blocks * double + self.single_blocks * single + final
+
+    def transformer_config(self) -> dict[str, object]:
+        """Arguments of diffusers' ``FluxTransformer2DModel``."""
+        return {
+            "patch_size": 1,
+            "in_channels": self.in_channels,
+            "num_layers": self.double_blocks,
+            "num_single_layers": self.single_blocks,
+            "attention_head_dim": self.hidden_size // self.heads,
+            "num_attention_heads": self.heads,
+            "joint_attention_dim": self.joint_size,
+            "pooled_projection_dim": self.pooled_size,
+            "guidance_embeds": self.guidance is not None,
+            "axes_dims_rope": list(self.rope_axes),
+        }
+
+
 _SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}
 
 
-def _imagenet(backbone: Literal["dit", "sit"], size: str, sample_size: int) -> Preset:
+def _imagenet(backbone: Literal["dit", "sit"], size: str, sample_size: int) -> DiTPreset:
     depth, hidden_size, heads = _SIZES[size]
     pixels = sample_size * 8
-    return Preset(
+    return DiTPreset(
         name=f"{backbone}-{size}-2" + ("-512" if pixels == 512 else ""),
         backbone=backbone,
-        depth=depth,
+        layers=depth,
         hidden_size=hidden_size,
         heads=heads,
         patch_size=2,
@@ -102,11 +207,11 @@ def _imagenet(backbone: Literal["dit", "sit"], size: str, sample_size: int) -> P
     )
 
 
-def _digits(backbone: Literal["dit", "sit"]) -> Preset:
-    return Preset(
+def _digits(backbone: Literal["dit", "sit"]) -> DiTPreset:
+    return DiTPreset(
         name=f"{backbone}-digits",
         backbone=backbone,
-        depth=4,
+        layers=4,
         hidden_size=64,
         heads=4,
         patch_size=1,
@@ -128,6 +233,35 @@ PRESETS: dict[str, Preset] = {
         _imagenet("sit", "xl", 64),
         _digits("dit"),
         _digits("sit"),
+        FluxPreset(name="flux", hub_id="black-forest-labs/FLUX.1-dev", about="FLUX.1-dev, guidance-distilled"),
+        FluxPreset(
+            name="flux-schnell",
+            text_tokens=256,
+            guidance=None,
+            shifted=False,
+            hub_id="black-forest-labs/FLUX.1-schnell",
+            about="FLUX.1-schnell, 1 to 4 steps",
+        ),
+        FluxPreset(
+            name="flux-lite",
+            double_blocks=8,
+            hub_id="Freepik/flux.1-lite-8B",
+            about="FLUX.1-lite 8B, guidance-distilled",
+        ),
+        FluxPreset(
+            name="flux-tiny",
+            hidden_size=128,
+            heads=4,
+            in_channels=16,
+            double_blocks=2,
+            single_blocks=3,
+            side=8,
+            text_tokens=16,
+            joint_size=64,
+            pooled_size=32,
+            rope_axes=(8, 12, 12),
+            about="FLUX in small, for trying things out on a CPU",
+        ),
     )
 }
 

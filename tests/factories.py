@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
 import torch
 
 from dyexport.bundle import ModelSpec
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.random_weights import random_dynamic
-from dyexport.presets import Preset
+from dyexport.presets import DiTPreset, Preset
 from dyexport.slicing import slicer
+from dyexport.slicing.flops import FlopsModel
 
 
-def tiny_preset(backbone: str = "dit") -> Preset:
+def tiny_preset(backbone: str = "dit") -> DiTPreset:
     """Three blocks of four heads, sixteen tokens."""
-    return Preset(
+    return DiTPreset(
         name=f"{backbone}-tiny",
         backbone="dit" if backbone == "dit" else "sit",
-        depth=3,
+        layers=3,
         hidden_size=32,
         heads=4,
         patch_size=2,
@@ -35,6 +37,19 @@ def tiny_model(backbone: str = "dit", *, tokens: bool = True, seed: int = 0) -> 
 
 def spec_of(preset: Preset) -> ModelSpec:
     return slicer.spec_of(preset, preset.transformer_config())
+
+
+def uniform_flops(*, depth: int, attention: float, mlp: float, static: float = 0.0, router: float = 0.0) -> FlopsModel:
+    """Blocks that all cost the same, text tokens none."""
+    blocks = np.ones(depth)
+    return FlopsModel(
+        attention=attention * blocks,
+        attention_tokens=0 * blocks,
+        mlp=0 * blocks,
+        mlp_tokens=mlp * blocks,
+        router=router * blocks,
+        static=static,
+    )
 
 
 def random_timesteps(preset: Preset, count: int, seed: int = 0) -> list[float]:

@@ -95,7 +95,7 @@ def identity(recipe: Recipe) -> dict[str, Any]:
 
 def plan_for(spec: ModelSpec, widths: WidthTable, stats: TokenStats | None, settings: PlanSettings) -> SegmentPlan:
     """Segments for K engines, with FLOPs and bytes; ``resident_bytes`` counts a copy of its weights for each engine."""
-    flops = FlopsModel.of_dit(spec.config)
+    flops = FlopsModel.of(spec.backbone, spec.config, tokens=spec.tokens, text_tokens=spec.text_tokens)
     segments = make_segments(widths, stats, flops, settings)
     architecture = architecture_of(spec, widths, stats)
     slices = [slice_segment(architecture, segment) for segment in segments] + [slice_conditioning(architecture)]

@@ -170,7 +170,7 @@ def attach_routers(settings: BuildSettings, static: Path, inputs: NoisedInputs) 
 def make_calibrated(settings: BuildSettings, static: Path, dynamic: Path, inputs: NoisedInputs, out: Path) -> None:
     """The reference of the bundle: the dynamic model on budget, its tables, and what the budget costs in fidelity."""
     model, preset = load_dynamic(dynamic)
-    flops = FlopsModel.of_dit(model.config)
+    flops = FlopsModel.of_preset(preset)
     if settings.budget is not None:
         if settings.routers == "none" or model.table is not None:
             model.table = choose_widths(model, inputs, settings.budget, flops)

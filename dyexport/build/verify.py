@@ -166,7 +166,7 @@ def undecided(logits: Tensor) -> Tensor:
 
 def _inputs(preset: Preset, seed: int) -> NoisedInputs:
     """Noised digits where the model draws them, else noise."""
-    if preset.pixel_space and preset.sample_size == 8:
+    if preset.latent_shape == (1, 8, 8):
         try:
             data = digits("held-out")
         except MissingDependency:

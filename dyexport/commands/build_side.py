@@ -102,7 +102,7 @@ def models(json: JsonOption = False, debug: DebugOption = False) -> None:
         {
             "name": preset.name,
             "parameters": preset.parameters,
-            "gflops": FlopsModel.of_dit(preset.transformer_config()).dense / 1e9,
+            "gflops": FlopsModel.of_preset(preset).dense / 1e9,
             "tokens": preset.tokens,
             "objective": preset.objective,
             "weights": preset.hub_id,

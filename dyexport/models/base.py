@@ -48,7 +48,11 @@ class BackboneAdapter(Protocol):
         """Reorder heads (H,) and MLP groups (G,) of a block in place; the function computed is unchanged."""
 
 
-_ADAPTERS = {"dit": "dyexport.models.dit:DiTAdapter", "sit": "dyexport.models.dit:DiTAdapter"}
+_ADAPTERS = {
+    "dit": "dyexport.models.dit:DiTAdapter",
+    "sit": "dyexport.models.dit:DiTAdapter",
+    "flux": "dyexport.models.flux:FluxAdapter",
+}
 
 
 def get_adapter(backbone: str) -> BackboneAdapter:

@@ -49,8 +49,8 @@ class NoisedInputs:
 
 def signal_and_noise(preset: Preset, t: float) -> tuple[float, float]:
     """How much data and how much noise a latent at ``t`` holds: x_t = signal * data + noise * eps."""
-    if preset.objective == "flow":
-        return t, 1.0 - t
+    if preset.objective != "ddpm":
+        return (t, 1.0 - t) if preset.objective == "flow" else (1.0 - t, t)
     betas = torch.linspace(*DDPM_BETAS, DDPM_STEPS, dtype=torch.float64)
     alpha_bar = float(torch.cumprod(1 - betas, dim=0)[min(int(t), DDPM_STEPS - 1)])
     return alpha_bar**0.5, (1 - alpha_bar) ** 0.5

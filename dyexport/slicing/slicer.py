@@ -115,6 +115,7 @@ def spec_of(preset: Preset, config: Mapping[str, Any]) -> ModelSpec:
         objective=preset.objective,
         timestep_range=preset.timestep_range,
         tokens=preset.tokens,
+        text_tokens=preset.text_tokens,
         classes=preset.classes,
         pixel_space=preset.pixel_space,
         config=dict(config),

@@ -55,7 +55,9 @@ class DiffusionObjective(Protocol):
 
 
 def get_objective(name: Objective) -> DiffusionObjective:
-    return DdpmObjective() if name == "ddpm" else FlowObjective()
+    if name == "ddpm":
+        return DdpmObjective()
+    return FlowObjective() if name == "flow" else SigmaFlowObjective()
 
 
 class FlowObjective:
@@ -68,6 +70,17 @@ class FlowObjective:
     def loss(self, prediction: Tensor, batch: Noised) -> Tensor:
         velocity = prediction[:, : batch.target.shape[1]]  # (B, C, H, W); SiT ignores the channels of a learned sigma
         return (velocity.float() - batch.target).square().flatten(1).mean(1)  # (B,)
+
+
+class SigmaFlowObjective:
+    """The same path by its share of noise: sigma = 0 is data, 1 noise, the velocity ``noise - data`` (FLUX)."""
+
+    def noisy(self, clean: Tensor, noise: Tensor, uniform: Tensor) -> Noised:
+        sigma = uniform.view(-1, *(1,) * (clean.ndim - 1))  # (B, 1, ...)
+        return Noised((1 - sigma) * clean + sigma * noise, uniform, noise - clean, clean)
+
+    def loss(self, prediction: Tensor, batch: Noised) -> Tensor:
+        return (prediction.float() - batch.target).square().flatten(1).mean(1)  # (B,)
 
 
 class DdpmObjective:
@@ -155,9 +168,7 @@ def _code_length(clean: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 
 def flops_ratio(output: DynamicOutput, flops: FlopsModel) -> Tensor:
     """Lambda of each sample under the gates that will run, with straight-through gradients: (B,)."""
-    heads = output.heads.mean(-1)  # (B, L)
-    mlp = output.groups.mean(-1) * output.tokens.mean(-1)  # (B, L)
-    return flops.flops_ratio(heads, mlp)
+    return flops.flops_ratio(output.heads.mean(-1), output.groups.mean(-1), output.tokens.mean(-1))
 
 
 def flops_penalty(local: Tensor, overall: Tensor, target: float) -> Tensor:

@@ -127,7 +127,7 @@ class Trainer(Generic[Config]):
             share=self.share,
             device=self.accelerator.device,
         )
-        self.flops = FlopsModel.of_dit(preset.transformer_config())
+        self.flops = FlopsModel.of_preset(preset)
         self.parameters = dict(model.named_parameters())
         self.module, self.optimizer = self.accelerator.prepare(self.loss_module(), self.new_optimizer())
         self.rates = [group["lr"] for group in self.optimizer.param_groups]

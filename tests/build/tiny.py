@@ -16,7 +16,7 @@ from dyexport.bundle import MANIFEST, Bundle, sha256_of
 from dyexport.cli import main
 from dyexport.presets import PRESETS
 
-TINY = replace(PRESETS["sit-digits"], name="sit-tiny", depth=2, hidden_size=48, heads=8, patch_size=2)
+TINY = replace(PRESETS["sit-digits"], name="sit-tiny", layers=2, hidden_size=48, heads=8, patch_size=2)
 PRESETS[TINY.name] = TINY
 
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from dyexport.bundle import Segment
 from dyexport.calibration.segments import PlanSettings, make_segments, price_plan
 from dyexport.errors import UsageError
-from dyexport.slicing.flops import FlopsModel
 from dyexport.tables import TokenStats, WidthTable
+from tests.factories import uniform_flops
 
-FLOPS = FlopsModel(depth=2, attention=3.0, mlp=5.0, static=1.0, router=0.1)
+FLOPS = uniform_flops(depth=2, attention=3.0, mlp=5.0, static=1.0, router=0.1)
 
 
 def random_table(seed: int, rows: int) -> WidthTable:
@@ -41,7 +41,7 @@ def cost_of(table: WidthTable, cuts: tuple[float, ...]) -> float:
         rows = [i for i, t in enumerate(table.grid) if start <= t < end]
         heads = table.heads[rows].any(axis=0).mean(axis=-1)
         groups = table.groups[rows].any(axis=0).mean(axis=-1)
-        total += float(FLOPS.dynamic(heads, groups)) * (end - start)
+        total += float(FLOPS.dynamic(heads, groups, np.ones(2))) * (end - start)
     return total
 
 

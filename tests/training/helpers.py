@@ -12,7 +12,7 @@ from dyexport.models.dynamic import DynamicTransformer
 from dyexport.presets import Preset, get_preset
 from dyexport.training.data import MemorySource
 
-SIT = replace(get_preset("sit-digits"), name="tiny-sit", hidden_size=16, heads=4, depth=2, patch_size=2)
+SIT = replace(get_preset("sit-digits"), name="tiny-sit", hidden_size=16, heads=4, layers=2, patch_size=2)
 DIT = replace(SIT, name="tiny-dit", backbone="dit", learn_sigma=True)
 
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
 from dyexport.models.dynamic import DynamicOutput
-from dyexport.slicing.flops import FlopsModel
 from dyexport.training.draws import TIMESTEP_BINS, stratified_uniform
 from dyexport.training.losses import DdpmObjective, FlowObjective, flops_penalty, flops_ratio
+from tests.factories import uniform_flops
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -100,7 +100,7 @@ def test_timesteps_fill_four_bins_evenly(count: int, seed: int) -> None:
 
 
 def test_flops_ratio_multiplies_groups_by_tokens_within_a_sample() -> None:
-    flops = FlopsModel(depth=1, attention=1.0, mlp=3.0, static=0.0, router=0.0)
+    flops = uniform_flops(depth=1, attention=1.0, mlp=3.0)
     heads = torch.tensor([[[1.0, 0.0]], [[1.0, 1.0]]])  # shares 1/2 and 1
     tokens = torch.tensor([[[1.0, 1.0, 1.0, 0.0]], [[1.0, 0.0, 0.0, 0.0]]])  # shares 3/4 and 1/4
     output = DynamicOutput(torch.zeros(()), heads, heads, tokens, tokens)

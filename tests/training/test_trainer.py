@@ -73,7 +73,7 @@ def test_finetuning_reaches_lambda_on_the_gates_that_run(tmp_path: Path) -> None
 @torch.no_grad()
 def recomputed_ratio(model: torch.nn.Module) -> float:
     """Lambda from gates counted one by one, on inputs of this test's own."""
-    flops = FlopsModel.of_dit(SIT.transformer_config())
+    flops = FlopsModel.of_preset(SIT)
     generator = torch.Generator().manual_seed(1)
     clean, conditions = blobs(SIT).batch(torch.arange(64))
     t = torch.rand(64, generator=generator)
@@ -82,11 +82,14 @@ def recomputed_ratio(model: torch.nn.Module) -> float:
     output = model.eval()({"hidden_states": noisy, "timestep": t, **conditions})
     kept = [(gates > 0.5).double().mean(-1) for gates in (output.heads, output.groups, output.token_logits.sigmoid())]
     spent = sum(
-        float(flops.attention * kept[0][sample, block] + flops.mlp * kept[1][sample, block] * kept[2][sample, block])
+        float(
+            flops.attention[block] * kept[0][sample, block]
+            + flops.mlp_tokens[block] * kept[1][sample, block] * kept[2][sample, block]
+        )
         for sample in range(64)
         for block in range(SIT.depth)
     )
-    return spent / 64 / (flops.depth * (flops.attention + flops.mlp))
+    return spent / 64 / flops.gated
 
 
 def test_complete_model_is_trained_for_its_share_of_steps_only(tmp_path: Path) -> None:

@@ -1,0 +1,38 @@
+"""Presets against the modules diffusers builds from them, on the meta device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+
+from dyexport.errors import UsageError
+from dyexport.models.base import get_adapter
+from dyexport.presets import PRESETS, get_preset
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_are_those_of_the_module(name: str) -> None:
+    preset = PRESETS[name]
+    with torch.device("meta"):
+        module = get_adapter(preset.backbone).build(preset.transformer_config())
+    assert preset.parameters == sum(parameter.numel() for parameter in module.parameters())
+    assert preset.depth == len(get_adapter(preset.backbone).blocks(module))
+
+
+def test_flux_is_the_published_one() -> None:
+    """Except for guidance, diffusers' own defaults are FLUX.1's."""
+    with torch.device("meta"):
+        config: Any = FluxTransformer2DModel(guidance_embeds=True).config
+    ours = PRESETS["flux"].transformer_config()
+    assert {name: list(v) if isinstance(v := config[name], tuple) else v for name in ours} == ours
+    sizes = {"flux": 11.90, "flux-schnell": 11.89, "flux-lite": 8.16}
+    for name, billions in sizes.items():
+        assert PRESETS[name].parameters / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_unknown_names_come_with_a_hint() -> None:
+    with pytest.raises(UsageError, match="did you mean 'flux-tiny'"):
+        get_preset("flux-tniy")
