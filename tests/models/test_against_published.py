@@ -1,0 +1,93 @@
+"""Against the published DyDiT code itself; runs where DYEXPORT_DYDIT_REPO names a checkout of it.
+
+DYEXPORT_DYDIT_REPO=path/to/DyDiT python -m pytest -q -s tests/models/test_against_published.py
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dyexport import presets
+from dyexport.models.base import Inputs
+from dyexport.models.checkpoints import load_given, load_static
+from dyexport.models.inputs import NoisedInputs
+from dyexport.presets import Preset, get_preset
+from dyexport.runtime.pipeline import load
+from tests.build.tiny import build, tiny_settings
+from tests.factories import random_timesteps
+from tests.models.dydit_repo import published_code, random_published
+
+CHECKOUT = os.environ.get("DYEXPORT_DYDIT_REPO", "")
+TOLERANCE = 1e-4
+MEDIUM = replace(get_preset("dit-s-2"), name="dit-medium", depth=5, hidden_size=192, heads=8, sample_size=16, classes=9)
+PRESETS = (MEDIUM, replace(MEDIUM, name="sit-medium", backbone="sit", learn_sigma=False), get_preset("dit-s-2"))
+
+pytestmark = pytest.mark.skipif(not CHECKOUT, reason="DYEXPORT_DYDIT_REPO names no checkout of the published code")
+
+
+@dataclass(frozen=True)
+class Published:
+    preset: Preset
+    model: nn.Module
+    file: Path
+
+    def compare(self, what: str, run: Callable[[Inputs], Tensor], *, complete: bool = False) -> None:
+        """Print and judge the worst relative error over many t, whole and real."""
+        draws = random_timesteps(self.preset, 24)
+        whole = [float(int(t)) for t in draws[:12]] if self.preset.objective == "ddpm" else [0.0, 0.5]
+        errors = [self.error(t, run, complete) for t in (*whole, *draws[12:])]
+        print(f"{self.preset.name}: {what} against the published code: worst relative error {max(errors):.1e}")
+        assert max(errors) <= TOLERANCE
+
+    @torch.no_grad()
+    def error(self, t: float, run: Callable[[Inputs], Tensor], complete: bool) -> float:
+        arguments = NoisedInputs(preset=self.preset, batch_size=2).at(t)
+        names = ("hidden_states", "timestep", "class_labels")
+        truth, *_ = self.model(*(arguments[name] for name in names), complete_model=complete)
+        sample = run(arguments)
+        assert sample.shape == truth.shape
+        assert sample.isfinite().all()
+        return float((sample - truth).abs().max() / truth.abs().max())
+
+
+@pytest.fixture(params=PRESETS, ids=lambda preset: preset.name)
+def published(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Published]:
+    preset: Preset = request.param
+    monkeypatch.setitem(presets.PRESETS, preset.name, preset)
+    with published_code(Path(CHECKOUT)) as code:
+        model = random_published(code, preset)
+        torch.save({"model": {}, "ema": model.state_dict(), "opt": {}}, tmp_path / "dydit.pt")
+        yield Published(preset, model, tmp_path / "dydit.pt")
+
+
+@torch.no_grad()
+def test_the_masked_model(published: Published) -> None:
+    model = load_given(published.file, published.preset)
+    published.compare("masked model", lambda arguments: model(arguments).sample)
+    output = model(NoisedInputs(preset=published.preset, batch_size=2).at(0.5))
+    for gates in output[1:4]:
+        assert 0.2 < float(gates.mean()) < 0.95, "these gates test little"
+
+
+def test_the_static_model(published: Published) -> None:
+    names = published.model.state_dict()
+    static = {name: names[name] for name in names if "_rate." not in name and "token_selection" not in name}
+    torch.save(static, published.file.with_name("dit.pt"))
+    for file in (published.file, published.file.with_name("dit.pt")):
+        model = load_static(str(file), published.preset)
+        published.compare(f"static model of {file.name}", lambda a, m=model: m(**a).sample, complete=True)
+
+
+def test_the_bundle(published: Published, tmp_path: Path) -> None:
+    given = {"budget": None, "random_weights": False, "checkpoint": str(published.file), "engines": 4}
+    settings = replace(tiny_settings(tmp_path, **given), model=published.preset.name)
+    build(settings)
+    bundle = load(settings.out)
+    published.compare("bundle of 4 engines", lambda arguments: bundle(**arguments).sample)
