@@ -33,7 +33,11 @@ class BuildOptions:
         ),
     ] = None
     checkpoint: Annotated[
-        str | None, _option("A diffusers directory, a hub id, or a dynamic checkpoint, whose routers are kept.")
+        str | None,
+        _option(
+            "A diffusers directory or file, a hub id, a published DiT or SiT .pt, or one with routers, which are kept: "
+            "a dynamic checkpoint or a published DyDiT .pt."
+        ),
     ] = None
     random_weights: Annotated[
         bool, _option("Random weights instead of a checkpoint, for timing.", "--random-weights")
