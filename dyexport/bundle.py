@@ -166,8 +166,14 @@ class SegmentPlan(Frozen):
         raise EngineMismatch(f"timestep {t:g} is outside {span}, the range this bundle was built for")
 
 
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
 class ModelSpec(Frozen):
-    """What a pipeline needs to know of the model; ``config`` is its diffusers configuration."""
+    """What a pipeline needs to know of the model; ``config`` is its diffusers configuration.
+
+    ``precision`` is that of weights and products; inputs and outputs of a network are in fp32.
+    """
 
     name: str
     backbone: str
@@ -178,6 +184,7 @@ class ModelSpec(Frozen):
     classes: int
     pixel_space: bool
     config: dict[str, Any]
+    precision: Precision = "fp32"
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

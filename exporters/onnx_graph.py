@@ -23,6 +23,11 @@ from dyexport.slicing.recipes import StoreLayout
 from dyexport.slicing.slicer import Slice
 
 OPSET = 20
+ONNX_DTYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+}
 STORE = "weights.bin"
 
 
@@ -115,7 +120,7 @@ def refer_to_store(model: ir.Model, slice_: Slice, layout: StoreLayout) -> None:
             location=STORE,
             offset=layout.offsets[recipe],
             length=recipe.nbytes,
-            dtype=ir.DataType.FLOAT,
+            dtype=ONNX_DTYPES[recipe.dtype],
             shape=ir.Shape(recipe.shape),
             name=name,
         )

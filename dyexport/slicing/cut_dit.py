@@ -20,6 +20,7 @@ from dyexport.slicing.slicer import (
     linear_names,
     on_meta,
     outputs_of,
+    recipe_for,
     routed_inputs,
     routed_limits,
 )
@@ -34,13 +35,13 @@ TOKEN_ROUTER = "routers.{block}.tokens.{layer}.{kind}"
 
 def slice_network(architecture: Architecture, segment: Segment) -> Slice:
     spec, config = architecture.spec, architecture.spec.config
-    module = on_meta(SlimDiT, config, segment, group_size=4 * _channels(config) // architecture.groups)
+    module = on_meta(architecture, SlimDiT, config, segment, group_size=4 * _channels(config) // architecture.groups)
     sources = {"position": POSITION, **linear_names("patch", "pos_embed.proj"), **linear_names("final", "proj_out_2")}
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    weights = module.state_dict()
     recipes = copies(module, sources)
     for index in range(segment.depth):
-        recipes |= _block(index, segment, shapes, config, architecture.groups)
-    assert recipes.keys() == shapes.keys()
+        recipes |= _block(index, segment, weights, config, architecture.groups)
+    assert recipes.keys() == weights.keys()
     inputs = (
         TensorSpec(name="hidden_states", dtype="float32", shape=("batch", *spec.latent_shape)),
         TensorSpec(name="modulation", dtype="float32", shape=("batch", _modulation_size(config))),
@@ -53,7 +54,7 @@ def slice_network(architecture: Architecture, segment: Segment) -> Slice:
 
 def slice_conditioning(architecture: Architecture) -> Slice:
     config = architecture.spec.config
-    module = on_meta(DiTConditioning, config)
+    module = on_meta(architecture, DiTConditioning, config)
     sources = {
         "frequencies": FREQUENCIES,
         "labels.weight": f"{EMBEDDER}.class_embedder.embedding_table.weight",
@@ -99,30 +100,27 @@ def _frequencies(config: Mapping[str, Any]) -> Tensor:
 
 
 def _block(
-    index: int, segment: Segment, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], groups: int
+    index: int, segment: Segment, weights: Mapping[str, Tensor], config: Mapping[str, Any], groups: int
 ) -> dict[str, Recipe]:
     stock, slim = f"transformer_blocks.{index}", f"blocks.{index}"
     head_dim, group_size = config["attention_head_dim"], 4 * _channels(config) // groups
     heads, kept = segment.heads[index], segment.groups[index]
     recipes: dict[str, Recipe] = {}
 
-    def add(
-        name: str, kind: Any, sources: tuple[str, ...], units: tuple[int, ...] = (), size: int = 1, scale: float = 1.0
-    ) -> None:
-        shape = shapes[f"{slim}.{name}"]
-        recipes[f"{slim}.{name}"] = Recipe(
-            kind=kind, sources=sources, shape=shape, units=units, unit_size=size, scale=scale
-        )
+    def add(name: str, kind: str, *sources: str, **settings: Any) -> None:
+        name = f"{slim}.{name}"
+        recipes[name] = recipe_for(weights[name], kind, sources, **settings)
 
+    of_heads, of_groups = {"units": heads, "unit_size": head_dim}, {"units": kept, "unit_size": group_size}
     for kind in ("weight", "bias"):
-        qkv = tuple(f"{stock}.attn1.to_{part}.{kind}" for part in "qkv")
-        add(f"qkv.{kind}", "qkv", qkv, heads, head_dim, head_dim**-0.5)
-        add(f"fc1.{kind}", "rows", (f"{stock}.ff.net.0.proj.{kind}",), kept, group_size)
+        qkv = [f"{stock}.attn1.to_{part}.{kind}" for part in "qkv"]
+        add(f"qkv.{kind}", "qkv", *qkv, **of_heads, scale=head_dim**-0.5)
+        add(f"fc1.{kind}", "rows", f"{stock}.ff.net.0.proj.{kind}", **of_groups)
         if segment.token_paths[index] != "all":
             for layer, name in (("inner", "router_in"), ("outer", "router_out")):
-                add(f"{name}.{kind}", "copy", (TOKEN_ROUTER.format(block=index, layer=layer, kind=kind),))
-    add("out.weight", "columns", (f"{stock}.attn1.to_out.0.weight",), heads, head_dim)
-    add("out.bias", "copy", (f"{stock}.attn1.to_out.0.bias",))
-    add("fc2.weight", "columns", (f"{stock}.ff.net.2.weight",), kept, group_size)
-    add("fc2.bias", "copy", (f"{stock}.ff.net.2.bias",))
+                add(f"{name}.{kind}", "copy", TOKEN_ROUTER.format(block=index, layer=layer, kind=kind))
+    add("out.weight", "columns", f"{stock}.attn1.to_out.0.weight", **of_heads)
+    add("out.bias", "copy", f"{stock}.attn1.to_out.0.bias")
+    add("fc2.weight", "columns", f"{stock}.ff.net.2.weight", **of_groups)
+    add("fc2.bias", "copy", f"{stock}.ff.net.2.bias")
     return recipes

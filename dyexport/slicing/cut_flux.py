@@ -18,6 +18,7 @@ from dyexport.slicing.slicer import (
     linear_names,
     on_meta,
     outputs_of,
+    recipe_for,
     routed_inputs,
     routed_limits,
 )
@@ -33,6 +34,7 @@ MLP_RATIO = 4
 def slice_network(architecture: Architecture, segment: Segment) -> Slice:
     config = architecture.spec.config
     module = on_meta(
+        architecture,
         SlimFlux,
         config,
         segment,
@@ -45,11 +47,11 @@ def slice_network(architecture: Architecture, segment: Segment) -> Slice:
         **linear_names("text_in", "context_embedder"),
         **linear_names("final", "proj_out"),
     }
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    weights = module.state_dict()
     recipes = copies(module, sources)
     for index in range(segment.depth):
-        recipes |= _Cut(architecture, segment, index, shapes).recipes()
-    assert recipes.keys() == shapes.keys()
+        recipes |= _Cut(architecture, segment, index, weights).recipes()
+    assert recipes.keys() == weights.keys()
     return Slice(
         module=module,
         recipes=recipes,
@@ -74,7 +76,7 @@ def _inputs(architecture: Architecture) -> tuple[TensorSpec, ...]:
 
 def slice_conditioning(architecture: Architecture) -> Slice:
     config = architecture.spec.config
-    module = on_meta(FluxConditioning, config, token_routers=architecture.token_routers)
+    module = on_meta(architecture, FluxConditioning, config, token_routers=architecture.token_routers)
     embedder = "time_text_embed"
     sources = {"frequencies": FREQUENCIES, **linear_names("final", "norm_out.linear")}
     embedders = {"time": "timestep_embedder", "pooled": "text_embedder"}
@@ -132,14 +134,12 @@ def _group_size(architecture: Architecture) -> int:
 class _Cut:
     """Recipes of one block."""
 
-    def __init__(
-        self, architecture: Architecture, segment: Segment, index: int, shapes: Mapping[str, tuple[int, ...]]
-    ) -> None:
+    def __init__(self, architecture: Architecture, segment: Segment, index: int, weights: Mapping[str, Tensor]) -> None:
         config = architecture.spec.config
         self.doubles: int = config["num_layers"]
         self.channels, self.head_dim = channels_of(config), config["attention_head_dim"]
         self.group_size = _group_size(architecture)
-        self.index, self.shapes = index, shapes
+        self.index, self.weights = index, weights
         self.heads, self.groups = segment.heads[index], segment.groups[index]
         self.found: dict[str, Recipe] = {}
 
@@ -150,9 +150,9 @@ class _Cut:
             self.single(f"single_transformer_blocks.{self.index - self.doubles}")
         return self.found
 
-    def add(self, name: str, kind: Any, *sources: str, **settings: Any) -> None:
+    def add(self, name: str, kind: str, *sources: str, **settings: Any) -> None:
         name = f"blocks.{self.index}.{name}"
-        self.found[name] = Recipe(kind=kind, sources=sources, shape=self.shapes[name], **settings)
+        self.found[name] = recipe_for(self.weights[name], kind, sources, **settings)
 
     def double(self, stock: str) -> None:
         attention = f"{stock}.attn"

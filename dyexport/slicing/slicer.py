@@ -18,6 +18,11 @@ from dyexport.slicing.recipes import Read, Recipe, materialise
 from dyexport.tables import WidthTable
 from dyexport.tensors import TensorSpec
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+IN_FP32 = frozenset(  # parts of names: sinusoids, norms inside attention, token routers
+    ("frequencies", "rotary", "query_norm", "key_norm", "norm_weight", "norm_bias", "router", "router_in", "router_out")
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class UnitOrder:
@@ -168,17 +173,23 @@ def outputs_of(segment: Segment) -> tuple[str, ...]:
 def copies(module: nn.Module, sources: Mapping[str, str]) -> dict[str, Recipe]:
     """Weights taken over as they are: name in the slim module -> dense name."""
     state = module.state_dict()
-    return {
-        name: Recipe(kind="copy", sources=(source,), shape=tuple(state[name].shape)) for name, source in sources.items()
-    }
+    return {name: recipe_for(state[name], "copy", (source,)) for name, source in sources.items()}
+
+
+def recipe_for(weight: Tensor, kind: Any, sources: tuple[str, ...], **settings: Any) -> Recipe:
+    """A recipe whose result is like ``weight``, which has no memory."""
+    return Recipe(kind=kind, sources=sources, shape=tuple(weight.shape), dtype=weight.dtype, **settings)
 
 
 def linear_names(slim: str, stock: str) -> dict[str, str]:
     return {f"{slim}.{kind}": f"{stock}.{kind}" for kind in ("weight", "bias")}
 
 
-def on_meta(make: Any, *args: Any, **settings: Any) -> nn.Module:
-    """A module without memory for its weights."""
+def on_meta(architecture: Architecture, make: Any, *args: Any, **settings: Any) -> nn.Module:
+    """A module without memory for its weights, in the architecture's precision but for what must stay in fp32."""
     with torch.device("meta"):
         module: nn.Module = make(*args, **settings)
+    for name, parameter in module.named_parameters():
+        if IN_FP32.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(DTYPES[architecture.spec.precision])
     return module

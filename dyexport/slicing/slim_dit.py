@@ -22,6 +22,7 @@ from dyexport.slicing.slim_layers import (
     TransposedLinear,
     embed_sinusoid,
     gate_units,
+    gated_update,
     modulated_norm,
     run_selected,
     scales_from_one,
@@ -53,7 +54,8 @@ class DiTConditioning(nn.Module):
 
     def forward(self, timestep: Tensor, class_labels: Tensor) -> Tensor:
         """t (R,), labels (R,) -> (R, (6 L + 2) C), scales with their 1 added."""
-        time = self.time_out(F.silu(self.time_in(embed_sinusoid(timestep, self.frequencies))))  # (R, C)
+        sinusoid = embed_sinusoid(timestep, self.frequencies).to(self.time_in.weight.dtype)  # (R, 256)
+        time = self.time_out(F.silu(self.time_in(sinusoid)))  # (R, C)
         embedding = F.silu(time + self.labels(class_labels))  # (R, C)
         parts = [part for block in self.blocks for part in scales_from_one(block(embedding), BLOCK_PARTS)]
         return torch.cat([*parts, *scales_from_one(self.final(embedding), FINAL_PARTS)], dim=1)
@@ -86,17 +88,17 @@ class SlimBlock(nn.Module):
         """(B, N, C), 6 x (B, 1, C) -> (B, N, C), and the tokens wanted (B,) where room for them is limited."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         normed = modulated_norm(hidden, shift1, scale1)  # (B, N, C)
-        hidden = hidden + gate1 * self.attend(normed, gates.heads)  # (B, N, C)
+        hidden = gated_update(hidden, gate1, self.attend(normed, gates.heads))  # (B, N, C)
         selection = self.select(hidden, slots)
         normed = modulated_norm(hidden, shift2, scale2, self.mlp_eps).flatten(0, 1)  # (B * N, C)
         update = run_selected(selection, lambda rows: self.feed_forward(rows, gates.groups), normed)  # (B * N, C)
-        return hidden + gate2 * update.view(hidden.shape), selection.kept
+        return gated_update(hidden, gate2, update.view(hidden.shape)), selection.kept
 
     def select(self, hidden: Tensor, slots: int) -> Selection:
         """The tokens whose MLP runs, by the router on the residual (B, N, C)."""
         if self.path == "all":
             return Selection()
-        scores = self.router_out(F.relu(self.router_in(hidden.flatten(0, 1)))).view(hidden.shape[:2])  # (B, N)
+        scores = self.router_out(F.relu(self.router_in(hidden.flatten(0, 1).float()))).view(hidden.shape[:2])  # (B, N)
         return select_tokens(self.path, scores, self.capacity + (slots if self.path == "dynamic" else 0))
 
     def attend(self, normed: Tensor, gate: Tensor | None) -> Tensor:
@@ -107,7 +109,7 @@ class SlimBlock(nn.Module):
         query, key, value = qkv.unbind(0)  # (B, H', N, D)
         mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)  # (B, H', N, D), scaled by query weights
         if gate is not None:
-            mixed = mixed * gate.view(1, -1, 1, 1)
+            mixed = mixed * gate.view(1, -1, 1, 1).to(mixed.dtype)
         mixed = mixed.transpose(1, 2).reshape(batch * tokens, self.heads * self.head_dim)  # (B * N, H' * D)
         return self.out(mixed).view(batch, tokens, channels)
 
@@ -146,7 +148,8 @@ class SlimDiT(nn.Module):
 
         ``kept`` is what the R token routers whose room is limited wanted; absent where there is none.
         """
-        hidden = self.patch(hidden_states).flatten(2).transpose(1, 2) + self.position  # (B, N, C)
+        latents = hidden_states.to(self.patch.weight.dtype)
+        hidden = self.patch(latents).flatten(2).transpose(1, 2) + self.position  # (B, N, C)
         parts = modulation.unsqueeze(1).split(hidden.shape[2], dim=2)  # (6 L + 2) x (B, 1, C)
         extra = 0 if slots is None else slots.shape[0]
         counts = []
@@ -160,7 +163,7 @@ class SlimDiT(nn.Module):
 
     def unpatchify(self, normed: Tensor) -> Tensor:
         """Final layer: (B, N, C) -> (B, C_out, H, W)."""
-        patches = self.final(normed.flatten(0, 1))  # (B * N, P * P * C_out)
+        patches = self.final(normed.flatten(0, 1)).float()  # (B * N, P * P * C_out)
         patches = patches.view(-1, self.grid, self.grid, self.patch_size, self.patch_size, self.out_channels)
         pixels = patches.permute(0, 5, 1, 3, 2, 4)  # (B, C_out, grid, P, grid, P)
         side = self.grid * self.patch_size

@@ -22,6 +22,7 @@ from dyexport.slicing.slim_layers import (
     TransposedLinear,
     embed_sinusoid,
     gate_units,
+    gated_update,
     modulated_norm,
     run_selected,
     scales_from_one,
@@ -63,7 +64,7 @@ class Embedder(nn.Module):
         self.outer = nn.Linear(channels, channels)
 
     def forward(self, value: Tensor) -> Tensor:
-        out: Tensor = self.outer(F.silu(self.inner(value)))
+        out: Tensor = self.outer(F.silu(self.inner(value.to(self.inner.weight.dtype))))
         return out
 
 
@@ -79,7 +80,7 @@ class RouterConditioning(nn.Module):
 
     def forward(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
         """(R, C) -> a and b (R, 2 C), c (R, 1)."""
-        shift, scale, text_shift, text_scale = self.linear_t(embedding).chunk(4, dim=1)  # (R, C)
+        shift, scale, text_shift, text_scale = self.linear_t(embedding).float().chunk(4, dim=1)  # (R, C)
         scale, text_scale = scale + 1, text_scale + 1
         weights = self.router.weight * self.norm_weight  # (1, C)
         offset = self.norm_bias * (scale + text_scale) + shift + text_shift  # (R, C)
@@ -112,7 +113,7 @@ class FluxConditioning(nn.Module):
         parts += [part for single in self.singles for part in scales_from_one(single(embedding), SINGLE_PARTS)]
         routers = [router(embedding) for router in self.routers]
         parts += [weights for weights, _ in routers]
-        scale, shift = self.final(embedding).chunk(FINAL_PARTS, dim=1)  # (R, C)
+        scale, shift = self.final(embedding).float().chunk(FINAL_PARTS, dim=1)  # (R, C)
         return torch.cat([*parts, shift, scale + 1, *(constant for _, constant in routers)], dim=1)
 
     def embed(self, timestep: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:
@@ -155,15 +156,17 @@ class Projection(nn.Module):
 
 
 def rms_norm(heads: Tensor, weight: Tensor) -> Tensor:
-    """Over the last dimension, as diffusers' ``RMSNorm``: (..., D) -> (..., D)."""
+    """Over the last dimension, as diffusers' ``RMSNorm``: (..., D) -> (..., D), in fp32."""
+    heads = heads.float()
     return heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + NORM_EPS) * weight
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, rotary: Rotary, gate: Tensor | None) -> Tensor:
     """Attention of the kept heads: 3 x (B, H', S, D) -> (B, S, H' * D). The query's norm has scaled it."""
-    mixed = F.scaled_dot_product_attention(rotary.turn(query), rotary.turn(key), value, scale=1.0)  # (B, H', S, D)
+    query, key = rotary.turn(query).to(value.dtype), rotary.turn(key).to(value.dtype)  # (B, H', S, D)
+    mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)  # (B, H', S, D)
     if gate is not None:
-        mixed = mixed * gate.view(1, -1, 1, 1)
+        mixed = mixed * gate.view(1, -1, 1, 1).to(mixed.dtype)
     return mixed.transpose(1, 2).flatten(2)
 
 
@@ -191,9 +194,9 @@ class RouterInput(NamedTuple):
     def scores(self, image: Tensor, text: Tensor) -> Tensor:
         """Logits of image tokens (B, N, C) beside text tokens (B, T, C): (B, N)."""
         channels = image.shape[-1:]
-        text_mean = F.layer_norm(text, channels, eps=ROUTER_EPS).mean(1)  # (B, C)
+        text_mean = F.layer_norm(text.float(), channels, eps=ROUTER_EPS).mean(1)  # (B, C)
         offset = (text_mean * self.text.squeeze(1)).sum(1, keepdim=True) + self.constant  # (B, 1)
-        normed = F.layer_norm(image, channels, eps=ROUTER_EPS)  # (B, N, C)
+        normed = F.layer_norm(image.float(), channels, eps=ROUTER_EPS)  # (B, N, C)
         return (normed @ self.image.transpose(1, 2)).squeeze(2) + offset
 
 
@@ -225,14 +228,15 @@ class DoubleBlock(nn.Module):
         """(B, N, C), (B, T, C), 12 x (B, 1, C) -> both streams, and the tokens wanted (B,) where room is limited."""
         of_image, of_text = parts[:STREAM_PARTS], parts[STREAM_PARTS:]
         mixed_image, mixed_text = self.mix(image, text, of_image, of_text, rotary, gates.heads)
-        image = image + of_image[2] * project(self.image_out, mixed_image)  # (B, N, C)
-        text = text + of_text[2] * project(self.text_out, mixed_text)  # (B, T, C)
+        image = gated_update(image, of_image[2], project(self.image_out, mixed_image))  # (B, N, C)
+        text = gated_update(text, of_text[2], project(self.text_out, mixed_text))  # (B, T, C)
         selection = Selection()
         if self.path != "all" and router is not None:
             room = self.capacity + (slots if self.path == "dynamic" else 0)
             selection = select_tokens(self.path, router.scores(image, text), room)
-        image = image + of_image[5] * self.feed(self.image_mlp, image, of_image, gates.groups, selection)
-        text = text + of_text[5] * self.feed(self.text_mlp, text, of_text, gates.groups, Selection())
+        image_update = self.feed(self.image_mlp, image, of_image, gates.groups, selection)  # (B, N, C)
+        text_update = self.feed(self.text_mlp, text, of_text, gates.groups, Selection())  # (B, T, C)
+        image, text = gated_update(image, of_image[5], image_update), gated_update(text, of_text[5], text_update)
         return image, text, selection.kept
 
     def mix(
@@ -298,7 +302,7 @@ class SingleBlock(nn.Module):
             return torch.addmm(self.fc2(wide), attention, self.out)  # (R, C)
 
         update = run_selected(selection, branch, normed.flatten(0, 1), mixed.flatten(0, 1))  # (B * (T + N), C)
-        tokens = tokens + gate * update.view(tokens.shape)
+        tokens = gated_update(tokens, gate, update.view(tokens.shape))
         return tokens[:, text.shape[1] :], tokens[:, : text.shape[1]], kept
 
     def select(self, scores: Tensor, text: int, slots: int) -> tuple[Selection, Tensor | None]:
@@ -345,7 +349,8 @@ class SlimFlux(nn.Module):
 
         Returns sample (B, N, C_out) and, where R token routers have limited room, what they wanted (B, R).
         """
-        image, text = self.image_in(hidden_states), self.text_in(encoder_hidden_states)  # (B, N, C), (B, T, C)
+        dtype = self.image_in.weight.dtype
+        image, text = self.image_in(hidden_states.to(dtype)), self.text_in(encoder_hidden_states.to(dtype))  # (B, ., C)
         rotary = self.angles(torch.cat([txt_ids, img_ids]))
         parts, routers = self.split_modulation(modulation)
         extra = 0 if slots is None else slots.shape[0]
@@ -355,7 +360,7 @@ class SlimFlux(nn.Module):
             if kept is not None:
                 counts.append(kept)
         shift, scale = parts[-1]
-        sample = self.final(modulated_norm(image, shift, scale))  # (B, N, C_out)
+        sample = self.final(modulated_norm(image, shift, scale)).float()  # (B, N, C_out)
         return (sample, torch.stack(counts, dim=1)) if counts else (sample,)
 
     def split_modulation(self, modulation: Tensor) -> tuple[list[tuple[Tensor, ...]], list[RouterInput | None]]:

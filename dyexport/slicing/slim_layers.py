@@ -1,6 +1,8 @@
 """Pieces that the slim networks share: width gates, token selection, adaLN, a Linear cut along its inputs.
 
-Written for export. Activations are 2-D (rows, C) wherever a Linear reads them.
+Written for export. Activations are 2-D (rows, C) wherever a Linear reads them. In half precision the residual
+stream and the products are half; norms, rotary embeddings, modulation and token routers stay in fp32, and so
+do the inputs and outputs of a network.
 """
 
 from __future__ import annotations
@@ -46,12 +48,17 @@ def gate_units(activations: Tensor, gate: Tensor | None) -> Tensor:
         return activations
     units = gate.shape[0]
     sized = activations.view(-1, units, activations.shape[1] // units)  # (rows, U, size)
-    return (sized * gate.view(1, -1, 1)).flatten(1)
+    return (sized * gate.view(1, -1, 1).to(sized.dtype)).flatten(1)
 
 
 def modulated_norm(hidden: Tensor, shift: Tensor, scale: Tensor, eps: float = NORM_EPS) -> Tensor:
     """adaLN: LayerNorm(x) * scale + shift, for (B, N, C) and (B, 1, C); the conditioning network has added the 1."""
-    return F.layer_norm(hidden, hidden.shape[-1:], eps=eps) * scale + shift
+    return (F.layer_norm(hidden.float(), hidden.shape[-1:], eps=eps) * scale + shift).to(hidden.dtype)
+
+
+def gated_update(hidden: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """adaLN-Zero: (B, N, C), (B, 1, C), (B, N, C) -> (B, N, C)."""
+    return hidden + gate.to(hidden.dtype) * update
 
 
 def embed_sinusoid(timestep: Tensor, frequencies: Tensor) -> Tensor:
@@ -62,7 +69,7 @@ def embed_sinusoid(timestep: Tensor, frequencies: Tensor) -> Tensor:
 
 def scales_from_one(parameters: Tensor, parts: int) -> list[Tensor]:
     """Cut (R, P * C) into P parts (R, C), adding 1 to the scales, which come second of every three."""
-    chunks = parameters.chunk(parts, dim=1)
+    chunks = parameters.float().chunk(parts, dim=1)
     return [chunk + 1 if index % 3 == 1 else chunk for index, chunk in enumerate(chunks)]
 
 
@@ -110,7 +117,7 @@ def run_selected(selection: Selection, branch: Callable[..., Tensor], *inputs: T
     picked = inputs if rows is None else tuple(value.index_select(0, rows) for value in inputs)
     update = branch(*picked)  # (R, C)
     if selection.weight is not None:
-        update = update * selection.weight
+        update = update * selection.weight.to(update.dtype)
     if rows is None:
         return update
     return update.new_zeros(inputs[0].shape[0], update.shape[1]).index_put((rows,), update)
