@@ -1,0 +1,246 @@
+"""The masked FLUX against the stock module, masks applied by hand, and a second token router."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+
+from dyexport.calibration.tokens import measure_tokens
+from dyexport.calibration.widths import choose_widths, meet_budget, read_widths
+from dyexport.models.base import Inputs, get_adapter
+from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.importance import rank_units, unit_importance
+from dyexport.models.inputs import NoisedInputs
+from dyexport.models.random_weights import random_dynamic
+from dyexport.presets import PRESETS, FluxPreset
+from dyexport.slicing.flops import FlopsModel
+
+PRESET = PRESETS["flux-tiny"]
+assert isinstance(PRESET, FluxPreset)
+INPUTS = NoisedInputs(preset=PRESET, batch_size=2)
+HEAD, GROUP = 32, 128  # channels
+FLOPS = FlopsModel.of_preset(PRESET)
+
+
+def model(*, tokens: bool = True) -> DynamicTransformer:
+    return random_dynamic(PRESET, tokens=tokens)
+
+
+def blocks(dynamic: DynamicTransformer) -> list[torch.nn.Module]:
+    return dynamic.adapter.blocks(dynamic.backbone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["flux-tiny", "flux-schnell"])
+def test_fresh_routers_change_nothing(name: str) -> None:
+    """Guidance-distilled, and without guidance."""
+    preset = replace(PRESET, guidance=PRESETS[name].guidance)
+    stock = FluxTransformer2DModel(**preset.transformer_config()).eval()
+    inputs = NoisedInputs(preset=preset, batch_size=3).at(0.7)
+    assert ("guidance" in inputs) is (name == "flux-tiny")
+    expected = stock(**inputs).sample
+    dynamic = DynamicTransformer(stock, get_adapter("flux"), heads=4)
+    output = dynamic(inputs)
+    assert torch.equal(output.sample, expected)
+    assert output.tokens.shape == (3, 5, 64)
+    assert output.tokens.all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("t", [0.0, 0.31, 0.77, 1.0])
+def test_masks_equal_zeroed_weights(t: float) -> None:
+    dynamic = model(tokens=False)
+    heads, groups = (gates[0] for gates in dynamic.width_gates(torch.tensor([t])))
+    assert 0 < heads.mean() < 1, "this test needs some heads off"
+    masked = dynamic(INPUTS.at(t)).sample
+    for index, block in enumerate(blocks(dynamic)):
+        head, group = heads[index].repeat_interleave(HEAD), groups[index].repeat_interleave(GROUP)
+        if index < 2:
+            for linear in (block.attn.to_out[0], block.attn.to_add_out):
+                linear.weight.mul_(head)
+            for mlp in (block.ff, block.ff_context):
+                mlp.net[2].weight.mul_(group)
+        else:
+            block.proj_out.weight.mul_(torch.cat([head, group]))
+    torch.testing.assert_close(dynamic.complete(INPUTS.at(t)), masked, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_skipped_image_tokens_miss_what_they_should() -> None:
+    """With every image token off, double blocks lose the image MLP and single blocks the image's whole update."""
+    dynamic = model()
+    for router in dynamic.block_routers:
+        router.tokens.last.bias.fill_(-1e4)
+    inputs = INPUTS.at(0.4)
+    skipped = dynamic(inputs)
+    assert skipped.tokens.sum() == 0
+    heads, groups = dynamic.width_gates(inputs["timestep"])
+    for block in blocks(dynamic)[:2]:
+        block.ff.net[2].weight.zero_()
+        block.ff.net[2].bias.zero_()
+    for block in blocks(dynamic)[2:]:
+        block.register_forward_hook(lambda _, args, kwargs, out: (out[0], kwargs["hidden_states"]), with_kwargs=True)
+    expected = dynamic.masked(inputs, heads=heads, groups=groups)
+    torch.testing.assert_close(skipped.sample, expected, atol=1e-5, rtol=1e-5)
+
+
+def straightforward_logits(weights: dict[str, Tensor], image: Tensor, text: Tensor, temb: Tensor) -> Tensor:
+    """Token router logits, token by token as the paper's figure draws it: (N,)."""
+
+    def prepared(token: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        normed = (token - token.mean()) / (token.var(unbiased=False) + 1e-5).sqrt()
+        return (normed * weights["norm.weight"] + weights["norm.bias"]) * (1 + scale) + shift
+
+    four = weights["linear_t.weight"] @ (temb * temb.sigmoid()) + weights["linear_t.bias"]  # (4C,)
+    shift, scale, text_shift, text_scale = four.split(len(four) // 4)
+    summary = sum(prepared(token, text_shift, text_scale) for token in text) / len(text)
+    logits = [weights["router.weight"][0] @ (prepared(token, shift, scale) + summary) for token in image]
+    return torch.stack(logits) + weights["router.bias"]
+
+
+def residuals(dynamic: DynamicTransformer, inputs: Inputs) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Image, text and conditioning at the point where each block decides, read off a stock pass."""
+    seen: list[dict[str, Tensor]] = [{} for _ in range(dynamic.depth)]
+
+    def entered(index: int, block: object, args: object, kwargs: dict[str, Tensor]) -> None:
+        seen[index] = {name: kwargs[name] for name in ("hidden_states", "encoder_hidden_states", "temb")}
+
+    def normed(index: int, name: str, norm: object, args: tuple[Tensor]) -> None:
+        seen[index][name] = args[0]
+
+    handles = []
+    for index, block in enumerate(blocks(dynamic)):
+        handles.append(block.register_forward_pre_hook(partial(entered, index), with_kwargs=True))
+        if index < 2:  # after attention
+            handles.append(block.norm2.register_forward_pre_hook(partial(normed, index, "hidden_states")))
+            handles.append(
+                block.norm2_context.register_forward_pre_hook(partial(normed, index, "encoder_hidden_states"))
+            )
+    dynamic.complete(inputs)
+    for handle in handles:
+        handle.remove()
+    return [(one["hidden_states"], one["encoder_hidden_states"], one["temb"]) for one in seen]
+
+
+@torch.no_grad()
+def test_token_router_reads_what_the_published_one_reads() -> None:
+    """Double blocks: both streams after attention. Single blocks: their inputs."""
+    dynamic = model()
+    for router in dynamic.block_routers:
+        for value in (router.tokens.norm.weight, router.tokens.norm.bias):
+            value.add_(torch.randn_like(value) * 0.3)
+        for part in (router.heads, router.groups, router.tokens.last):
+            part.bias.fill_(1e4)  # everything on: blocks see what the stock module's see
+    given: list[tuple[Tensor, ...]] = []
+    handles = [r.tokens.register_forward_pre_hook(lambda _, args: given.append(args)) for r in dynamic.block_routers]
+    inputs = INPUTS.at(0.6)
+    assert dynamic(inputs).tokens.all()
+    for handle in handles:
+        handle.remove()
+    for router, read, expected in zip(dynamic.block_routers, given, residuals(dynamic, inputs), strict=True):
+        for one, other in zip(read, expected, strict=True):
+            assert torch.equal(one, other)
+        router.tokens.last.bias.fill_(0.25)
+        logits = router.tokens(*read)
+        for sample in range(2):
+            by_hand = straightforward_logits(router.tokens.state_dict(), *(value[sample] for value in expected))
+            torch.testing.assert_close(logits[sample], by_hand, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_permuting_units_changes_nothing() -> None:
+    dynamic = model()
+    before = dynamic.complete(INPUTS.at(0.5))
+    for block in range(dynamic.depth):
+        dynamic.adapter.permute_units(dynamic.backbone, block, torch.tensor([2, 0, 3, 1]), torch.tensor([3, 1, 0, 2]))
+    torch.testing.assert_close(dynamic.complete(INPUTS.at(0.5)), before, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_widths_follow_the_timestep_alone() -> None:
+    """Not guidance, text or resolution."""
+    dynamic = model(tokens=False)
+
+    def gates(inputs: Inputs) -> Tensor:
+        output = dynamic(inputs)
+        return torch.cat([output.heads, output.groups], dim=-1)
+
+    plain = INPUTS.at(0.3)
+    other = {
+        **plain,
+        "guidance": torch.tensor([1.0, 9.0]),
+        "encoder_hidden_states": torch.randn(2, 7, 64),
+        "txt_ids": torch.zeros(7, 3),
+        "pooled_projections": torch.randn(2, 32),
+    }
+    larger = NoisedInputs(preset=replace(PRESET, side=12), batch_size=2).at(0.3)
+    assert torch.equal(gates(other), gates(plain))
+    assert torch.equal(gates(larger), gates(plain))
+    table = read_widths(dynamic, PRESET.timestep_range)
+    assert len(table.grid) > 1
+    assert (gates(plain)[0, :, :4].numpy() > 0).tolist() == table.heads[table.row(0.3)].tolist()
+
+
+def test_ranking_puts_the_most_important_unit_first() -> None:
+    dynamic = model(tokens=False)
+    favour = torch.tensor([0.01, 0.01, 1.0, 0.01])
+    with torch.no_grad():
+        for index, block in enumerate(blocks(dynamic)):
+            if index < 2:
+                for linear in (block.attn.to_out[0], block.attn.to_add_out):
+                    linear.weight.mul_(favour.repeat_interleave(HEAD))
+            else:
+                block.proj_out.weight.mul_(torch.cat([favour.repeat_interleave(s) for s in (HEAD, GROUP)]))
+    before = dynamic.complete(INPUTS.at(0.2)).detach()
+    rank_units(dynamic, INPUTS, [0.2, 0.8])
+    torch.testing.assert_close(dynamic.complete(INPUTS.at(0.2)), before, atol=1e-5, rtol=1e-5)
+    heads, groups = unit_importance(dynamic, INPUTS, [0.2])
+    assert (heads[0].argmax(axis=-1) == 0).all()
+    assert (groups[0, 2:].argmax(axis=-1) == 0).all()
+
+
+@torch.no_grad()
+def test_budget_is_met_as_run() -> None:
+    dynamic = model()
+    meet_budget(dynamic, INPUTS, 0.6, FLOPS)
+    ratios = []
+    for t in (torch.arange(32) + 0.5) / 32:
+        output = dynamic(INPUTS.at(float(t)))
+        kept = (gates.mean(-1) for gates in (output.heads, output.groups, output.tokens))
+        ratios.append(FLOPS.flops_ratio(*kept).mean())
+    assert float(torch.stack(ratios).mean()) == pytest.approx(0.6, abs=0.02)
+    stats = measure_tokens(dynamic, INPUTS, points=4, draws=1)
+    assert (stats.tokens, stats.mean.shape) == (64, (4, 5))
+
+
+def test_widths_chosen_without_training_meet_the_budget() -> None:
+    dynamic = model(tokens=False)
+    dynamic.table = choose_widths(dynamic, INPUTS, 0.5, FLOPS)
+    assert dynamic.table.heads.shape[1:] == (5, 4)
+    assert dynamic(INPUTS.at(0.9)).sample.isfinite().all()
+
+
+def test_every_router_gets_a_gradient() -> None:
+    dynamic = model()
+    output = dynamic(INPUTS.at(0.5), noise=lambda shape: torch.randn(shape))
+    output.sample.square().mean().backward()
+    for name, parameter in dynamic.routers.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_token_router_decides_in_fp32() -> None:
+    """A logit of 0.005 is on; in bf16 its sigmoid rounds to one half."""
+    router = model().block_routers[0].tokens.bfloat16()
+    with torch.no_grad():
+        router.router.weight.zero_()
+        router.router.bias.fill_(0.005)
+    values = (torch.randn(1, 4, 128).bfloat16(), torch.randn(1, 3, 128).bfloat16(), F.silu(torch.randn(1, 128)))
+    assert router(*values).dtype == torch.float32
+    assert (router(*values) > 0).all()
