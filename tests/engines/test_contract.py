@@ -19,10 +19,12 @@ from tests.engines.tiny import (
     DEPTH,
     GROUPS,
     HEADS,
+    MODULATION,
     Store,
     make_inputs,
     make_weights,
     reference,
+    t_of,
     tiny_io,
     whole_segment,
     write_onnx,
@@ -49,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def switching(folder: Path) -> Engine:
     engines = [OrtEngine(folder / "segment-00.onnx", threads=1) for _ in range(2)]
-    return SwitchingEngine(engines, lambda inputs: Choice(engine=int(inputs["timestep"][0] > 500), inputs={}))
+    return SwitchingEngine(engines, lambda inputs: Choice(engine=int(t_of(inputs) > 500), inputs={}))
 
 
 MAKERS: dict[str, Callable[[Path], Engine]] = {
@@ -112,7 +114,7 @@ def test_outputs_outlive_the_next_run(engine: Engine) -> None:
 
 def test_takes_views_and_tensors_that_want_gradients(engine: Engine) -> None:
     inputs = make_inputs(3)
-    inputs["timestep"] = inputs["timestep"][:1].expand(3)
+    inputs["modulation"] = inputs["modulation"][:1].expand(3, -1)
     inputs["hidden_states"] = inputs["hidden_states"].mT.contiguous().mT.requires_grad_()
     outputs = engine.run(inputs)
     assert_close(
@@ -128,14 +130,14 @@ def changed(**tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("inputs", "named"),
     [
-        (changed(class_labels=None), "class_labels"),
+        (changed(modulation=None), "modulation"),
         (changed(width_gate=torch.ones(3)), "width_gate"),
-        (changed(timestep=torch.zeros(2, dtype=torch.float64)), "timestep must be float32, is float64"),
-        (changed(class_labels=torch.zeros(2, dtype=torch.int32)), "class_labels must be int64, is int32"),
+        (changed(modulation=torch.zeros(2, MODULATION, dtype=torch.float64)), "modulation must be float32, is float64"),
+        (changed(hidden_states=torch.zeros(2, 2, 2, 2, dtype=torch.int32)), "hidden_states must be float32, is int32"),
         (changed(hidden_states=torch.zeros(2, 2, 2, 3)), r"\[2, 2, 2, 3\]"),
         (changed(hidden_states=torch.zeros(2, 2, 2)), r"\[2, 2, 2\]"),
-        (changed(timestep=torch.zeros(3)), "timestep"),
-        (changed(timestep=torch.zeros(2, 1)), "timestep"),
+        (changed(modulation=torch.zeros(3, MODULATION)), "modulation"),
+        (changed(modulation=torch.zeros(2, MODULATION, 1)), "modulation"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(engine: Engine, inputs: dict[str, torch.Tensor], named: str) -> None:

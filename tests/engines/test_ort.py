@@ -13,7 +13,15 @@ import torch
 from dyexport.engines import ort as ort_engine
 from dyexport.engines.ort import OrtEngine, providers_for
 from dyexport.errors import EngineBuildError, EngineMismatch, MissingDependency
-from tests.engines.tiny import CLASSES, Store, make_inputs, make_weights, whole_segment, write_onnx
+from tests.engines.tiny import (
+    CLASSES,
+    Store,
+    make_inputs,
+    make_weights,
+    whole_segment,
+    write_conditioning_onnx,
+    write_onnx,
+)
 
 SEGMENT = whole_segment(gated=False)
 ROOT = Path(__file__).parents[2]
@@ -76,11 +84,13 @@ def test_undetermined_outputs_are_refused(graph: Path) -> None:
         OrtEngine(graph).run(make_inputs(2))
 
 
-def test_label_out_of_range_is_a_mismatch(graph: Path) -> None:
-    inputs = make_inputs(2)
-    inputs["class_labels"][1] = CLASSES + 1
-    with pytest.raises(EngineMismatch, match="segment-00"):
-        OrtEngine(graph, threads=1).run(inputs)
+def test_label_out_of_range_is_a_mismatch(tmp_path: Path) -> None:
+    path = tmp_path / "conditioning.onnx"
+    write_conditioning_onnx(path, make_weights(), Store(tmp_path / "weights.bin"))
+    engine = OrtEngine(path, threads=1)
+    with pytest.raises(EngineMismatch, match="conditioning"):
+        engine.run({"timestep": torch.zeros(2), "class_labels": torch.tensor([1, CLASSES + 1])})
+    assert engine.run({"timestep": torch.zeros(2), "class_labels": torch.tensor([1, CLASSES])})
 
 
 def test_rewrite_sees_the_graph_without_weights_and_is_what_runs(graph: Path) -> None:

@@ -13,7 +13,7 @@ from dyexport.engines.base import Tensors
 from dyexport.engines.fake import FakeEngine
 from dyexport.engines.switching import Choice, SwitchingEngine
 from dyexport.errors import EngineBuildError, UsageError
-from tests.engines.tiny import make_inputs, tiny_io, whole_segment
+from tests.engines.tiny import make_inputs, t_of, tiny_io, whole_segment
 
 IO = tiny_io(whole_segment(gated=False))
 
@@ -28,7 +28,7 @@ def fake(index: int) -> FakeEngine:
 def make(count: int, ahead: int = 1, max_resident: int | None = None) -> tuple[SwitchingEngine, list[FakeEngine]]:
     """Engine i serves t = i."""
     engines = [fake(index) for index in range(count)]
-    choose = lambda inputs: Choice(engine=int(inputs["timestep"][0]), inputs={})  # noqa: E731
+    choose = lambda inputs: Choice(engine=int(t_of(inputs)), inputs={})  # noqa: E731
     return SwitchingEngine(engines, choose, ahead=ahead, max_resident=max_resident), engines
 
 
@@ -84,7 +84,7 @@ def test_a_switch_waits_for_its_engine_to_be_prefetched() -> None:
             super().activate()
 
     engines = [fake(0), Slow(IO, dict)]
-    switching = SwitchingEngine(engines, lambda inputs: Choice(engine=int(inputs["timestep"][0]), inputs={}))
+    switching = SwitchingEngine(engines, lambda inputs: Choice(engine=int(t_of(inputs)), inputs={}))
     run_at(switching, 0)
     threading.Timer(0.05, release.set).start()
     switching.run(make_inputs(1, t=1.0))
@@ -147,7 +147,7 @@ def test_a_failed_prefetch_is_heard_when_its_engine_is_needed() -> None:
             raise EngineBuildError("no")
 
     engines = [fake(0), Broken(IO, dict)]
-    switching = SwitchingEngine(engines, lambda inputs: Choice(engine=int(inputs["timestep"][0]), inputs={}))
+    switching = SwitchingEngine(engines, lambda inputs: Choice(engine=int(t_of(inputs)), inputs={}))
     run_at(switching, 0)
     run_at(switching, 0)
     with pytest.raises(EngineBuildError, match="no"):

@@ -16,7 +16,16 @@ import torch
 from dyexport.engines.pt2 import is_arithmetic, load_program
 from dyexport.engines.torch_rt import TorchEngine
 from dyexport.errors import EngineBuildError, EngineMismatch
-from tests.engines.tiny import CLASSES, Store, make_inputs, make_weights, whole_segment, write_pt2
+from tests.engines.tiny import (
+    CLASSES,
+    FEATURES,
+    Store,
+    make_inputs,
+    make_weights,
+    whole_segment,
+    write_conditioning_pt2,
+    write_pt2,
+)
 
 Records = dict[str, bytes]
 TRACES: list[str] = []  # what an archive that was wrongly trusted leaves behind
@@ -70,14 +79,17 @@ def test_a_changed_store_changes_the_output(program: Path) -> None:
     store.write_bytes(bytes(store.stat().st_size))
     after = TorchEngine(program).run(inputs)["sample"]
     assert not torch.allclose(before, after)
-    torch.testing.assert_close(after, inputs["hidden_states"])  # without weights the network is the identity
+    label = inputs["modulation"][:, :FEATURES].reshape(inputs["hidden_states"].shape)  # (B, C, H, W)
+    torch.testing.assert_close(after, inputs["hidden_states"] + label)  # without weights that is all
 
 
-def test_label_out_of_range_is_a_mismatch(program: Path) -> None:
-    inputs = make_inputs(2, whole_segment())
-    inputs["class_labels"][0] = CLASSES + 1
-    with pytest.raises(EngineMismatch, match="segment-00"):
-        TorchEngine(program).run(inputs)
+def test_label_out_of_range_is_a_mismatch(tmp_path: Path) -> None:
+    path = tmp_path / "conditioning.pt2"
+    write_conditioning_pt2(path, make_weights(), Store(tmp_path / "weights.bin"))
+    engine = TorchEngine(path)
+    with pytest.raises(EngineMismatch, match="conditioning"):
+        engine.run({"timestep": torch.zeros(2), "class_labels": torch.tensor([CLASSES + 1, 1])})
+    assert engine.run({"timestep": torch.zeros(2), "class_labels": torch.tensor([CLASSES, 1])})
 
 
 def test_truncated_store_is_a_build_error(program: Path) -> None:
@@ -104,11 +116,11 @@ def test_garbage_is_a_build_error(tmp_path: Path, data: bytes) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda engine: engine["weights"].pop("classes"), "classes"),
-        (lambda engine: engine["weights"]["classes"].update(shape=[2, 8]), "classes"),
+        (lambda engine: engine["weights"].pop("first.0"), r"first\.0"),
+        (lambda engine: engine["weights"]["first.0"].update(shape=[2, 8]), r"first\.0"),
         (lambda engine: engine["outputs"].pop(), "2 outputs"),
         (lambda engine: engine.update(store="../weights.bin"), "outside the bundle"),
-        (lambda engine: engine["weights"]["classes"].update(offset=-4), "greater than or equal"),
+        (lambda engine: engine["weights"]["first.0"].update(offset=-4), "greater than or equal"),
         (lambda engine: engine.update(extra=1), "not permitted"),
     ],
 )
@@ -140,7 +152,7 @@ def set_target(target: str) -> Callable[[Records], None]:
 
 
 def pickled_weight(records: Records) -> None:
-    edit_json("data/weights/model_weights_config.json", lambda c: c["config"]["classes"].update(use_pickle=True))(
+    edit_json("data/weights/model_weights_config.json", lambda c: c["config"]["first.0"].update(use_pickle=True))(
         records
     )
     records["data/weights/weight_0"] = saved(Trap())

@@ -16,7 +16,7 @@ import torch
 from onnx import TensorProto, helper
 
 from dyexport.bundle import Segment
-from dyexport.engines.base import EngineIO
+from dyexport.engines.base import EngineIO, Tensors
 from dyexport.tensors import TensorSpec
 
 DEPTH, HEADS, GROUPS = 2, 4, 4
@@ -253,8 +253,8 @@ class TinyConditioning(torch.nn.Module):
         super().__init__()
         self.classes = torch.nn.Parameter(torch.from_numpy(weights.classes))
 
-    def forward(self, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.classes[class_labels], timestep[:, None]], dim=1)
+    def forward(self, timestep: torch.Tensor, class_labels: torch.Tensor) -> tuple[torch.Tensor]:
+        return (torch.cat([self.classes[class_labels], timestep[:, None]], dim=1),)
 
 
 def write_pt2(path: Path, weights: Weights, segment: Segment, store: Store) -> None:
@@ -278,6 +278,11 @@ def _save_program(path: Path, program: torch.export.ExportedProgram, io: EngineI
     listed = {key: [vars(spec) for spec in specs] for key, specs in bindings.items()}
     engine = json.dumps({"store": store.path.name, "weights": weights, **listed})
     torch.export.save(program, path, extra_files={"engine.json": engine})
+
+
+def t_of(inputs: Tensors) -> float:
+    """The t that inputs are for."""
+    return float(inputs["modulation"][0, FEATURES])
 
 
 def make_inputs(batch: int, segment: Segment | None = None, t: float = 300.0, seed: int = 0) -> dict[str, torch.Tensor]:
