@@ -15,7 +15,7 @@ MEMORY = 512 * 2**20  # bytes of modulation that are kept
 TRAJECTORIES = 2  # at a time: guidance in two calls alternates between prompt and negative prompt
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)  # tensors have no truth value to compare by
 class _Trajectory:
     """One set of conditions, the timesteps asked for under it in order, and the rows that are ready."""
 
