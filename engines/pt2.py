@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from dyexport.errors import EngineBuildError
@@ -40,6 +41,9 @@ WORD = re.compile(
 )
 
 
+LOADING = Lock()  # torch's deserialiser is a global, and engines are also activated in the background
+
+
 def read_extra(path: Path, name: str) -> bytes:
     """A file that was stored with the program."""
     with _opened(path) as archive:
@@ -55,7 +59,8 @@ def load_program(path: Path) -> ExportedProgram:
         _check_pickles(archive, path)
         _check_graph(json.loads(_record(archive, path, "models/model.json")), path)
     try:
-        return torch.export.load(path)
+        with LOADING:
+            return torch.export.load(path)
     except Exception as error:  # whatever its deserialiser trips over
         raise EngineBuildError(f"torch cannot load {path}: {error}") from error
 

@@ -7,6 +7,7 @@ import json
 import pickle
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,14 @@ def test_label_out_of_range_is_a_mismatch(tmp_path: Path) -> None:
     with pytest.raises(EngineMismatch, match="conditioning"):
         engine.run({"timestep": torch.zeros(2), "class_labels": torch.tensor([CLASSES + 1, 1])})
     assert engine.run({"timestep": torch.zeros(2), "class_labels": torch.tensor([CLASSES, 1])})
+
+
+def test_programs_load_side_by_side(program: Path) -> None:
+    """As they do when one is needed while another is activated in the background."""
+    engines = [TorchEngine(program) for _ in range(8)]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda engine: engine.activate(), engines))
+    assert all(engine.active for engine in engines)
 
 
 def test_truncated_store_is_a_build_error(program: Path) -> None:

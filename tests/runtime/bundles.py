@@ -137,6 +137,16 @@ def make_spec(objective: str = "ddpm", classes: int = CLASSES) -> ModelSpec:
     )
 
 
+def make_inputs(batch: int, t: float = 300.0, seed: int = 0) -> dict[str, torch.Tensor]:
+    """What a pipeline gives the transformer."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(batch, CHANNELS, SIZE, SIZE, generator=generator),
+        "timestep": torch.full((batch,), t),
+        "class_labels": torch.randint(CLASSES, (batch,), generator=generator),
+    }
+
+
 def write_bundle(
     root: Path,
     *,

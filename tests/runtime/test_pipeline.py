@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import accelerate
@@ -13,12 +15,13 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 import dyexport
-from dyexport.bundle import Manifest
+from dyexport.bundle import CONDITIONING, DENSE, DENSE_CONDITIONING, EngineRecord, Manifest
+from dyexport.engines.fake import FakeEngine
 from dyexport.errors import BundleError, EngineMismatch, UsageError
 from dyexport.runtime.pipeline import BundleTransformer, load
 from dyexport.tables import WidthTable
-from tests.engines.tiny import CLASSES, FEATURES, make_inputs, reference
-from tests.runtime.bundles import TinyBundle, write_bundle, write_manifest
+from tests.engines.tiny import CLASSES, Store, modulate, reference, write_conditioning_onnx
+from tests.runtime.bundles import TinyBundle, make_inputs, write_bundle, write_manifest
 
 
 def predict(transformer: object, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -70,8 +73,39 @@ def test_dense_is_the_network_with_every_unit(ddpm: TinyBundle) -> None:
     transformer = load(ddpm.root, dense=True)
     for t in (0.0, 700.0):
         inputs = make_inputs(3, t=t)
-        wanted = reference(ddpm.weights, inputs, *on)["sample"]
+        modulation = modulate(ddpm.weights, inputs["timestep"], inputs["class_labels"])
+        wanted = reference(ddpm.weights, {**inputs, "modulation": modulation}, *on)["sample"]
         torch.testing.assert_close(predict(transformer, inputs), wanted, atol=1e-4, rtol=0)
+
+
+def test_dense_has_a_conditioning_of_its_own_where_it_is_built_with_one(own: Path) -> None:
+    bundle = write_bundle(own)
+    inputs = make_inputs(2)
+    before = {dense: predict(load(own, dense=dense), inputs) for dense in (False, True)}
+    other = replace(bundle.weights, classes=bundle.weights.classes + 1)
+    write_conditioning_onnx(own / "graphs/own.onnx", other, Store(own / "graphs/own.bin"))
+    engines = Manifest.model_validate_json((own / "manifest.json").read_bytes()).engines
+    record = EngineRecord(target="onnx", network=DENSE_CONDITIONING, path="graphs/own.onnx")
+    write_manifest(own, bundle.spec, bundle.plan, [*engines, record])
+    assert torch.equal(predict(load(own), inputs), before[False])
+    on = np.ones_like(bundle.widths.heads[0]), np.ones_like(bundle.widths.groups[0])
+    modulation = modulate(other, inputs["timestep"], inputs["class_labels"])
+    wanted = reference(other, {**inputs, "modulation": modulation}, *on)["sample"]
+    dense = predict(load(own, dense=True), inputs)
+    torch.testing.assert_close(dense, wanted, atol=1e-4, rtol=0)
+    assert (dense - before[True]).abs().max() > 0.1
+
+
+def test_a_trajectory_is_conditioned_at_once(ddpm: TinyBundle) -> None:
+    """The second picture's steps are known from the first one's."""
+    transformer = load(ddpm.root)
+    inner = transformer.conditioner.engine
+    transformer.conditioner.engine = engine = FakeEngine(inner.io, inner.run)
+    for label, runs in ((3, 4), (5, 5)):
+        for t in (900.0, 600.0, 300.0, 0.0):
+            inputs = {**make_inputs(2, t=t), "class_labels": torch.tensor([label, CLASSES])}
+            torch.testing.assert_close(predict(transformer, inputs), predict(ddpm, inputs), atol=1e-4, rtol=0)
+        assert engine.runs == runs
 
 
 def test_signature_is_that_of_the_diffusers_transformer(ddpm: TinyBundle) -> None:
@@ -90,11 +124,12 @@ def test_signature_is_that_of_the_diffusers_transformer(ddpm: TinyBundle) -> Non
 
 def test_loading_touches_no_weights(ddpm: TinyBundle) -> None:
     transformer = dyexport.load(ddpm.root)
-    assert not transformer.engine.active
+    engines = (transformer.engine, transformer.conditioner.engine)
+    assert not any(engine.active for engine in engines)
     predict(transformer, make_inputs(1))
-    assert transformer.engine.active
+    assert all(engine.active for engine in engines)
     transformer.close()
-    assert not transformer.engine.active
+    assert not any(engine.active for engine in engines)
     predict(transformer, make_inputs(1))
 
 
@@ -113,7 +148,7 @@ def test_stock_null_class_is_the_models_own(ddpm: TinyBundle) -> None:
         ({"timestep": torch.tensor(1001)}, "1001"),
         ({"timestep": None}, "timestep"),
         ({"class_labels": None}, "class_labels"),
-        ({"class_labels": torch.tensor([1, CLASSES + 1])}, "segment-00"),
+        ({"class_labels": torch.tensor([1, CLASSES + 1])}, "conditioning"),
         ({"hidden_states": torch.zeros(2, 2, 4, 4)}, "hidden_states"),
     ],
 )
@@ -138,14 +173,17 @@ def test_arguments_that_do_not_fit(ddpm: TinyBundle, arguments: dict[str, object
         load(ddpm.root, **arguments)
 
 
-def test_a_missing_engine_is_named(own: Path) -> None:
+@pytest.mark.parametrize(
+    ("network", "kinds"), [("segment-00", [False]), (DENSE, [True]), (CONDITIONING, [False, True])]
+)
+def test_a_missing_engine_is_named(own: Path, network: str, kinds: list[bool]) -> None:
+    """Only by those who need it: ``kinds`` of bundle, dense or not."""
     bundle = write_bundle(own)
-    engines = list(Manifest.model_validate_json((own / "manifest.json").read_bytes()).engines)
-    write_manifest(own, bundle.spec, bundle.plan, engines[1:-1])
-    with pytest.raises(BundleError, match="segment 0"):
-        load(own)
-    with pytest.raises(BundleError, match="dense"):
-        load(own, dense=True)
+    engines = Manifest.model_validate_json((own / "manifest.json").read_bytes()).engines
+    write_manifest(own, bundle.spec, bundle.plan, [engine for engine in engines if engine.network != network])
+    for dense in (False, True):
+        with pytest.raises(BundleError, match=f"'{network}'") if dense in kinds else nullcontext():
+            load(own, dense=dense)
 
 
 def test_code_is_never_loaded_unhashed(own: Path) -> None:
@@ -177,8 +215,17 @@ def test_residency_counts_bytes_and_switches(own: Path) -> None:
     assert 0 < residency.switch_overhead < 1
     assert residency.run_seconds > 0
     assert all(engine.activation_seconds > 0 for engine in residency.engines)
+    assert not transformer.conditioner.engine.active, "where engines may not all stay, it leaves as soon as it has run"
     transformer.close()
     assert transformer.residency.weight_bytes == 0
+
+
+def test_residency_counts_the_conditioning(ddpm: TinyBundle) -> None:
+    transformer = load(ddpm.root)
+    predict(transformer, make_inputs(1))
+    transformer.engine.close()
+    spans = transformer.conditioner.engine.weights
+    assert transformer.residency.weight_bytes == sum(span.length for span in spans) == ddpm.weights.classes.nbytes
 
 
 @pytest.mark.parametrize("objective", ["ddpm", "flow"])
@@ -212,7 +259,6 @@ def test_no_capacity_no_overflow(ddpm: TinyBundle) -> None:
     transformer = load(ddpm.root)
     predict(transformer, make_inputs(4))
     assert (transformer.overflow.routed, transformer.overflow.rate) == (0, 0.0)
-    assert FEATURES > 0
 
 
 def test_calls_from_many_threads(ddpm: TinyBundle) -> None:

@@ -44,10 +44,14 @@ def test_shared_weights_count_once(tmp_path: Path, shared: bool) -> None:
     switching = SwitchingEngine(engines, lambda inputs: Choice(engine=0, inputs={}))
     for engine in engines[:2]:
         engine.activate()
-    residency = measure(switching, step_seconds=0.0)
+    conditioning = make_engine("onnx", bundle.root / "graphs/conditioning.onnx", options)
+    residency = measure(switching, conditioning, step_seconds=0.0)
     once = residency.engines[0].weight_bytes
     assert residency.weight_bytes == (once if shared else 2 * once) > 0
     assert not residency.engines[2].active
+    conditioning.activate()
+    conditioned = measure(switching, conditioning, step_seconds=0.0)
+    assert conditioned.weight_bytes == residency.weight_bytes + distinct_bytes(conditioning.weights)
 
 
 def test_overhead_is_what_engines_do_not_account_for() -> None:

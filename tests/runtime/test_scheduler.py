@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dyexport.errors import BundleError, EngineMismatch
-from dyexport.runtime.scheduler import UNLIMITED, Scheduler, dense_route, route, shared_timestep
+from dyexport.runtime.scheduler import Scheduler, dense_route, route, shared_timestep
 from tests.engines.tiny import DEPTH, FEATURES
 from tests.runtime.bundles import ROWS, make_plan, make_stats, make_widths
 
@@ -44,13 +44,20 @@ def test_t_out_of_range_is_refused(t: float) -> None:
         route(make_plan(WIDTHS, 2), WIDTHS, None, t)
 
 
-@pytest.mark.parametrize(
-    ("path", "limit"), [("all", None), ("masked", UNLIMITED), ("compact", UNLIMITED), ("capacity", 3)]
-)
-def test_token_limits(path: str, limit: int | None) -> None:
+@pytest.mark.parametrize(("path", "limits"), [("all", ()), ("masked", ()), ("compact", ()), ("capacity", (3,) * DEPTH)])
+def test_token_limits(path: str, limits: tuple[int, ...]) -> None:
     found = route(make_plan(WIDTHS, 2, path, 3), WIDTHS, STATS, 0.0)
-    assert found.token_limits == (() if limit is None else (limit,) * DEPTH)
+    assert found.token_limits == limits
     assert found.slots is None
+
+
+def test_only_blocks_with_limited_room_have_limits() -> None:
+    plan = make_plan(WIDTHS, 1, "dynamic", 2)
+    mixed = {"token_paths": ("masked", "dynamic"), "capacities": (7, 2)}
+    plan = plan.model_copy(update={"segments": (plan.segments[0].model_copy(update=mixed),)})
+    found = route(plan, WIDTHS, STATS, 250.0)
+    assert found.slots == 2
+    assert found.token_limits == (2 + 2,)
 
 
 def test_slots_follow_the_token_counts() -> None:

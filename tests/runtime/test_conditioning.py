@@ -1,0 +1,160 @@
+"""Modulation of many timesteps in one product: right rows, few runs, bounded memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dyexport.engines.base import Tensors
+from dyexport.engines.fake import FakeEngine
+from dyexport.runtime.conditioning import TRAJECTORIES, Conditioner
+from tests.engines.tiny import CLASSES, MODULATION, conditioning_io, make_weights, modulate
+
+WEIGHTS = make_weights()
+STEPS = [900.0, 600.0, 300.0, 0.0]
+ROW_BYTES = MODULATION * 4
+
+
+class Network(FakeEngine):
+    """The conditioning network, which remembers the timesteps of each of its runs."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[float]] = []
+        super().__init__(conditioning_io(), self._modulate)
+
+    def _modulate(self, inputs: Tensors) -> dict[str, torch.Tensor]:
+        self.asked.append(list(dict.fromkeys(inputs["timestep"].tolist())))
+        return {"modulation": modulate(WEIGHTS, inputs["timestep"], inputs["class_labels"])}
+
+
+def make(memory: int = 2**20, *, resident: bool = True) -> tuple[Conditioner, Network]:
+    engine = Network()
+    return Conditioner(engine, resident=resident, memory=memory), engine
+
+
+def ask(conditioner: Conditioner, t: float, *labels: int) -> None:
+    """One step, checked against the network run for it alone."""
+    conditions = {"class_labels": torch.tensor(labels)}
+    wanted = modulate(WEIGHTS, torch.full((len(labels),), t), conditions["class_labels"])
+    assert torch.equal(conditioner.at(t, conditions), wanted)
+
+
+def walk(conditioner: Conditioner, *labels: int, steps: list[float] = STEPS) -> None:
+    for t in steps:
+        ask(conditioner, t, *labels)
+
+
+def test_the_first_trajectory_is_computed_step_by_step() -> None:
+    conditioner, engine = make()
+    walk(conditioner, 3)
+    assert engine.asked == [[t] for t in STEPS]
+
+
+def test_a_repeated_trajectory_is_one_product() -> None:
+    conditioner, engine = make()
+    for labels in ((3, 1), (4, 1), (5, 9)):
+        walk(conditioner, *labels)
+    assert engine.asked == [*([t] for t in STEPS), STEPS, STEPS]
+
+
+def test_the_same_conditions_again_need_no_run() -> None:
+    conditioner, engine = make()
+    walk(conditioner, 3)
+    walk(conditioner, 3)
+    assert engine.runs == len(STEPS)
+
+
+def test_labels_changed_in_place_are_new_labels() -> None:
+    conditioner, engine = make()
+    labels = torch.tensor([3, 3])
+    first = conditioner.at(900.0, {"class_labels": labels})
+    labels[1] = 7
+    second = conditioner.at(900.0, {"class_labels": labels})
+    assert engine.runs == 2
+    assert torch.equal(first[0], second[0])
+    assert not torch.equal(first[1], second[1])
+
+
+def test_another_batch_size_is_another_trajectory() -> None:
+    conditioner, engine = make()
+    walk(conditioner, 3)
+    walk(conditioner, 3, 3)
+    assert engine.asked[len(STEPS) :] == [STEPS]
+
+
+def test_a_trajectory_that_starts_later_is_computed_from_there() -> None:
+    conditioner, engine = make()
+    walk(conditioner, 3)
+    walk(conditioner, 4, steps=STEPS[2:])
+    assert engine.asked[len(STEPS) :] == [STEPS[2:]]
+
+
+def test_an_unseen_timestep_is_computed_alone() -> None:
+    conditioner, engine = make()
+    walk(conditioner, 3)
+    ask(conditioner, 850.0, 4)
+    ask(conditioner, 600.0, 4)
+    ask(conditioner, 450.0, 4)
+    assert engine.asked[len(STEPS) :] == [[850.0], STEPS[1:], [450.0]]
+
+
+def test_two_conditions_may_alternate() -> None:
+    """True guidance: prompt and negative prompt, call by call."""
+    conditioner, engine = make()
+    for labels in ((3, CLASSES), (4, CLASSES)):
+        for t in STEPS:
+            for label in labels:
+                ask(conditioner, t, label)
+    assert engine.asked[2 * len(STEPS) :] == [STEPS], "the second prompt's; the empty one's rows are still there"
+
+
+@given(rows=st.integers(1, 6))
+def test_memory_is_bounded(rows: int) -> None:
+    batch = 2
+    memory = TRAJECTORIES * rows * batch * ROW_BYTES
+    conditioner, engine = make(memory)
+    for label in (3, 4, 5):
+        walk(conditioner, label, label)
+        held = sum(row.nbytes for each in conditioner._under_way for row in each.rows.values())
+        assert held <= memory
+    assert max(len(asked) for asked in engine.asked) == min(rows, len(STEPS))
+
+
+def test_room_for_less_than_a_row_still_works() -> None:
+    conditioner, engine = make(memory=1)
+    for label in (3, 4):
+        walk(conditioner, label)
+    assert engine.asked == [[t] for t in STEPS] * 2
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_resident_engine_stays(resident: bool) -> None:
+    conditioner, engine = make(resident=resident)
+    for label in (3, 4):
+        walk(conditioner, label)
+        assert engine.active == resident
+    assert engine.runs == len(STEPS) + 1
+    assert engine.activations == (1 if resident else engine.runs)
+
+
+def test_close_frees_the_engine_and_the_rows() -> None:
+    conditioner, engine = make()
+    walk(conditioner, 3)
+    conditioner.close()
+    assert not engine.active
+    ask(conditioner, 900.0, 3)
+    assert engine.runs == len(STEPS) + 1
+
+
+@given(
+    calls=st.lists(
+        st.tuples(st.sampled_from(STEPS), st.lists(st.integers(0, CLASSES), min_size=1, max_size=3)), max_size=30
+    ),
+    rows=st.integers(0, 8),
+)
+def test_rows_are_right_in_any_order(calls: list[tuple[float, list[int]]], rows: int) -> None:
+    conditioner, _ = make(TRAJECTORIES * rows * ROW_BYTES)
+    for t, labels in calls:
+        ask(conditioner, t, *labels)
