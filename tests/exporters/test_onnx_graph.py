@@ -20,12 +20,14 @@ from dyexport.exporters.weight_store import write_store
 from dyexport.models.inputs import NoisedInputs
 from dyexport.slicing.flops import FlopsModel
 from dyexport.slicing.recipes import lay_out
-from dyexport.slicing.slicer import UnitOrder, dense_segment, slice_segment
-from tests.factories import random_timesteps, shared_tiny_model, spec_of, tiny_preset
-from tests.slicing.test_slim import extra_inputs, reader
+from dyexport.slicing.slicer import Slice, UnitOrder, dense_segment, slice_conditioning
+from tests.factories import random_timesteps, shared_tiny_model, tiny_preset
+from tests.slicing.cut import Cutter, fits, routed_inputs
+from tests.slicing.test_slim import assert_kept
 
 PATHS = ["masked", "capacity", "dynamic", "compact"]
 MODEL, PRESET = shared_tiny_model(), tiny_preset()
+CUTTER = Cutter(MODEL, PRESET)
 INPUTS = NoisedInputs(preset=PRESET, batch_size=2)
 WIDTHS = read_widths(MODEL, PRESET.timestep_range)
 
@@ -40,21 +42,30 @@ def one_segment(stats, path: str) -> Segment:
     return make_segments(WIDTHS, stats, FlopsModel.of_preset(PRESET), settings)[0]
 
 
-def export(segment: Segment, directory: Path) -> Path:
-    slice_ = slice_segment(spec_of(PRESET), segment, groups=MODEL.groups)
+def export(slice_: Slice, directory: Path) -> Path:
     layout = lay_out(slice_.recipes.values())
-    write_store(layout, reader(MODEL), directory / STORE)
-    export_onnx(spec_of(PRESET), segment, slice_, layout, directory / "segment.onnx")
-    return directory / "segment.onnx"
+    write_store(layout, CUTTER.read, directory / STORE)
+    export_onnx(slice_, layout, directory / "network.onnx")
+    return directory / "network.onnx"
+
+
+def dense_slice() -> Slice:
+    return CUTTER.cut(dense_segment(CUTTER.spec, UnitOrder.of(WIDTHS)))
+
+
+def shapes(session: ort.InferenceSession) -> dict[str, list[int | str]]:
+    return {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("path", PATHS)
 def test_graph_equals_masked_model(stats, path: str, tmp_path: Path) -> None:
     segment = one_segment(stats, path)
-    file = export(segment, tmp_path)
+    slice_ = CUTTER.cut(segment)
+    file = export(slice_, tmp_path)
     check_onnx(file)
     session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    assert {spec.name: list(spec.shape) for spec in slice_.inputs}.items() <= shapes(session).items()
     compared = 0
     for t in random_timesteps(PRESET, 32):
         if not segment.start <= t < segment.end:
@@ -62,23 +73,36 @@ def test_graph_equals_masked_model(stats, path: str, tmp_path: Path) -> None:
         for batch in (1, 3):
             inputs = NoisedInputs(preset=PRESET, batch_size=batch).at(t)
             truth = MODEL(inputs)
-            extra = extra_inputs(segment, WIDTHS, stats, t)
-            room = torch.tensor(segment.capacities) + len(extra.get("slots", ()))
-            if path in ("capacity", "dynamic") and (truth.tokens.sum(-1) > room).any():
+            routed = routed_inputs(segment, WIDTHS, stats, t)
+            if not fits(segment, truth.tokens.sum(-1), len(routed.get("slots", ()))):
                 continue
-            feed = {name: tensor.numpy() for name, tensor in {**inputs, **extra}.items()}
-            sample, kept = session.run(["sample", "kept_tokens"], feed)
+            feed = {name: tensor.numpy() for name, tensor in {**CUTTER.inputs(inputs), **routed}.items()}
+            sample, *kept = session.run(None, feed)
             np.testing.assert_allclose(sample, truth.sample.numpy(), atol=1e-4)
-            assert (kept == truth.tokens.sum(-1).numpy()).all()
+            assert_kept(segment, [torch.from_numpy(counts) for counts in kept], truth.tokens)
             compared += 1
     assert compared >= 8
 
 
+@torch.no_grad()
+def test_conditioning_graph_equals_the_module(tmp_path: Path) -> None:
+    file = export(slice_conditioning(CUTTER.architecture), tmp_path)
+    check_onnx(file)
+    session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    size = CUTTER.inputs(INPUTS.at(0.0))["modulation"].shape[1]
+    assert shapes(session) == {"timestep": ["rows"], "class_labels": ["rows"], "modulation": ["rows", size]}
+    for rows in (1, 2, 50):
+        t = torch.tensor(random_timesteps(PRESET, rows))
+        labels = torch.arange(rows) % (PRESET.classes + 1)
+        (modulation,) = session.run(None, {"timestep": t.numpy(), "class_labels": labels.numpy()})
+        np.testing.assert_allclose(modulation, CUTTER.conditioning(t, labels).numpy(), atol=1e-5)
+
+
 def test_two_exports_are_identical_and_name_no_paths(tmp_path: Path) -> None:
-    segment = dense_segment(spec_of(PRESET), UnitOrder.of(WIDTHS))
+    slice_ = dense_slice()
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    first, second = (export(segment, tmp_path / name) for name in "ab")
+    first, second = (export(slice_, tmp_path / name) for name in "ab")
     assert first.read_bytes() == second.read_bytes()
     assert (tmp_path / "a" / STORE).read_bytes() == (tmp_path / "b" / STORE).read_bytes()
     content = first.read_bytes()
@@ -86,11 +110,12 @@ def test_two_exports_are_identical_and_name_no_paths(tmp_path: Path) -> None:
         assert private not in content
 
 
-def test_weights_are_references_only(tmp_path: Path) -> None:
-    file = export(dense_segment(spec_of(PRESET), UnitOrder.of(WIDTHS)), tmp_path)
+@pytest.mark.parametrize("slice_", [dense_slice(), slice_conditioning(CUTTER.architecture)])
+def test_weights_are_references_only(slice_: Slice, tmp_path: Path) -> None:
+    file = export(slice_, tmp_path)
     graph = onnx.load(str(file), load_external_data=False).graph
     inline = [tensor for tensor in graph.initializer if not tensor.external_data]
-    assert len(graph.initializer) - len(inline) > 3 * 10
+    assert len(graph.initializer) - len(inline) == len(slice_.recipes)
     assert sum(len(tensor.raw_data) for tensor in inline) < 4096
     for tensor in graph.initializer:
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -98,16 +123,15 @@ def test_weights_are_references_only(tmp_path: Path) -> None:
 
 
 def test_a_weight_the_slice_does_not_know_is_an_error(tmp_path: Path) -> None:
-    segment = dense_segment(spec_of(PRESET), UnitOrder.of(WIDTHS))
-    slice_ = slice_segment(spec_of(PRESET), segment, groups=MODEL.groups)
+    slice_ = dense_slice()
     layout = lay_out(slice_.recipes.values())
     slice_.recipes["blocks.9.fc1.weight"] = slice_.recipes["blocks.0.fc1.weight"]  # type: ignore[index]
     with pytest.raises(ExportError, match=r"blocks\.9\.fc1\.weight"):
-        export_onnx(spec_of(PRESET), segment, slice_, layout, tmp_path / "x.onnx")
+        export_onnx(slice_, layout, tmp_path / "x.onnx")
 
 
 def test_damaged_graph_fails_the_check(stats, tmp_path: Path) -> None:
-    file = export(one_segment(stats, "compact"), tmp_path)
+    file = export(CUTTER.cut(one_segment(stats, "compact")), tmp_path)
     (tmp_path / STORE).unlink()
     with pytest.raises(ExportError, match="not valid ONNX"):
         check_onnx(file)

@@ -12,28 +12,21 @@ from dyexport.bundle import Segment
 from dyexport.calibration.segments import PlanSettings, make_segments
 from dyexport.calibration.tokens import measure_tokens
 from dyexport.calibration.widths import read_widths
-from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 from dyexport.slicing.flops import FlopsModel
 from dyexport.slicing.recipes import Recipe, lay_out, materialise
-from dyexport.slicing.slicer import UnitOrder, dense_reader, dense_segment, slice_segment
-from tests.factories import random_timesteps, shared_tiny_model, spec_of, tiny_preset
+from dyexport.slicing.slicer import UnitOrder, dense_segment
+from tests.factories import random_timesteps, shared_tiny_model, tiny_preset
+from tests.slicing.cut import Cutter, fits, routed_inputs
 
 PATHS = ["masked", "capacity", "dynamic", "compact"]
 
 
-def reader(model: DynamicTransformer):
-    routers = {f"routers.{name}": tensor for name, tensor in model.routers.state_dict().items()}
-    return dense_reader({**model.backbone.state_dict(), **routers}, model.config)
-
-
-def extra_inputs(segment: Segment, widths, stats, t: float) -> dict[str, torch.Tensor]:
-    extra = {}
-    if segment.gate_size:
-        extra["width_gate"] = torch.from_numpy(segment.width_gate(widths, widths.row(t)))
-    if segment.slot_buckets:
-        extra["slots"] = torch.zeros(segment.slots(stats, t))
-    return extra
+def assert_kept(segment: Segment, kept: list[torch.Tensor], tokens: torch.Tensor) -> None:
+    """Counts (B, R) are of the blocks where room is limited, and absent where it is nowhere."""
+    wanted = tokens.sum(-1).to(torch.int64)[:, list(segment.limited_blocks)]
+    assert len(kept) == bool(segment.limited_blocks)
+    assert all(torch.equal(counts, wanted) for counts in kept)
 
 
 @torch.no_grad()
@@ -47,21 +40,20 @@ def test_slim_equals_masked(backbone: str, path: str, engines: int) -> None:
     stats = measure_tokens(model, inputs, points=32, draws=8)
     flops = FlopsModel.of_preset(preset)
     segments = make_segments(widths, stats, flops, PlanSettings(engines=engines, token_path=path, capacity_margin=0.2))
-    compared = 0
+    compared, cutter = 0, Cutter(model, preset)
     for segment in segments:
-        slim = slice_segment(spec_of(preset), segment, groups=model.groups).load(reader(model))
+        slim = cutter.load(segment)
         for t in random_timesteps(preset, 24):
             if not segment.start <= t < segment.end:
                 continue
             arguments = inputs.at(t)
             truth = model(arguments)
-            extra = extra_inputs(segment, widths, stats, t)
-            room = torch.tensor(segment.capacities) + len(extra.get("slots", ()))
-            if path in ("capacity", "dynamic") and (truth.tokens.sum(-1) > room).any():
+            routed = routed_inputs(segment, widths, stats, t)
+            if not fits(segment, truth.tokens.sum(-1), len(routed.get("slots", ()))):
                 continue
-            sample, kept = slim(**arguments, **extra)
+            sample, *kept = slim(**cutter.inputs(arguments), **routed)
             torch.testing.assert_close(sample, truth.sample, atol=2e-5, rtol=1e-5)
-            assert torch.equal(kept, truth.tokens.sum(-1).to(torch.int64))
+            assert_kept(segment, kept, truth.tokens)
             compared += 1
     assert compared >= 16
 
@@ -70,11 +62,11 @@ def test_slim_equals_masked(backbone: str, path: str, engines: int) -> None:
 def test_dense_slim_equals_the_stock_model() -> None:
     model, preset = shared_tiny_model(), tiny_preset()
     widths = read_widths(model, preset.timestep_range)
-    dense = dense_segment(spec_of(preset), UnitOrder.of(widths))
-    slim = slice_segment(spec_of(preset), dense, groups=model.groups).load(reader(model))
+    cutter = Cutter(model, preset)
+    slim = cutter.load(dense_segment(cutter.spec, UnitOrder.of(widths)))
     for t in random_timesteps(preset, 4):
         arguments = NoisedInputs(preset=preset, batch_size=3).at(t)
-        torch.testing.assert_close(slim(**arguments)[0], model.complete(arguments), atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(slim(**cutter.inputs(arguments))[0], model.complete(arguments), atol=2e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -90,21 +82,23 @@ def test_no_token_kept_is_no_special_case(path: str) -> None:
     stats = measure_tokens(model, inputs, points=4, draws=1)
     settings = PlanSettings(engines=1, token_path=path)
     (segment,) = make_segments(widths, stats, FlopsModel.of_preset(preset), settings)
-    slim = slice_segment(spec_of(preset), segment, groups=model.groups).load(reader(model))
-    arguments = inputs.at(400.0)
-    sample, kept = slim(**arguments, **extra_inputs(segment, widths, stats, 400.0))
-    assert kept.sum() == 0
-    torch.testing.assert_close(sample, model(arguments).sample, atol=2e-5, rtol=1e-5)
+    cutter, arguments = Cutter(model, preset), inputs.at(400.0)
+    truth = model(arguments)
+    assert truth.tokens.sum() == 0
+    routed = routed_inputs(segment, widths, stats, 400.0)
+    sample, *kept = cutter.load(segment)(**cutter.inputs(arguments), **routed)
+    assert_kept(segment, kept, truth.tokens)
+    torch.testing.assert_close(sample, truth.sample, atol=2e-5, rtol=1e-5)
 
 
 def test_slim_is_physically_smaller() -> None:
     model, preset = shared_tiny_model(), tiny_preset()
     widths = read_widths(model, preset.timestep_range)
-    spec = spec_of(preset)
-    dense = slice_segment(spec, dense_segment(spec, UnitOrder.of(widths)), groups=model.groups)
+    cutter = Cutter(model, preset)
+    dense = cutter.cut(dense_segment(cutter.spec, UnitOrder.of(widths)))
     segments = make_segments(widths, None, FlopsModel.of_preset(preset), PlanSettings(engines=4))
     for segment in segments:
-        slim = slice_segment(spec, segment, groups=model.groups)
+        slim = cutter.cut(segment)
         for index in range(preset.depth):
             shape = slim.recipes[f"blocks.{index}.qkv.weight"].shape
             assert shape == (3 * 8 * len(segment.heads[index]), 32)

@@ -1,0 +1,71 @@
+"""Networks cut from a small model, and what they are called with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from dyexport.bundle import ModelSpec, Segment
+from dyexport.models.base import Inputs
+from dyexport.models.dynamic import DynamicTransformer
+from dyexport.presets import Preset
+from dyexport.slicing.recipes import Read
+from dyexport.slicing.slicer import Architecture, Slice, dense_reader, slice_conditioning, slice_segment
+from dyexport.tables import TokenStats, WidthTable
+from tests.factories import spec_of
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts a masked model into networks that share its weights."""
+
+    model: DynamicTransformer
+    preset: Preset
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        return spec_of(self.preset)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return Architecture(spec=self.spec, groups=self.model.groups, token_routers=True)
+
+    @cached_property
+    def read(self) -> Read:
+        routers = {f"routers.{name}": tensor for name, tensor in self.model.routers.state_dict().items()}
+        return dense_reader({**self.model.backbone.state_dict(), **routers}, self.spec)
+
+    def cut(self, segment: Segment) -> Slice:
+        return slice_segment(self.architecture, segment)
+
+    def load(self, segment: Segment) -> torch.nn.Module:
+        return self.cut(segment).load(self.read)
+
+    @cached_property
+    def conditioning(self) -> torch.nn.Module:
+        return slice_conditioning(self.architecture).load(self.read)
+
+    def inputs(self, inputs: Inputs) -> dict[str, torch.Tensor]:
+        """A slim network's inputs for those of the masked model, the routed ones aside."""
+        modulation = self.conditioning(inputs["timestep"], inputs["class_labels"])  # (B, M)
+        return {"hidden_states": inputs["hidden_states"], "modulation": modulation}
+
+
+def routed_inputs(segment: Segment, widths: WidthTable, stats: TokenStats, t: float) -> dict[str, torch.Tensor]:
+    routed = {}
+    if segment.gate_size:
+        routed["width_gate"] = torch.from_numpy(segment.width_gate(widths, widths.row(t)))
+    if segment.slot_buckets:
+        routed["slots"] = torch.zeros(segment.slots(stats, t))
+    return routed
+
+
+def fits(segment: Segment, wanted: torch.Tensor, slots: int) -> bool:
+    """Whether the tokens (B, L) that routers want have room."""
+    limited = list(segment.limited_blocks)
+    room = torch.tensor(segment.capacities)[limited] + torch.tensor(
+        [slots if segment.token_paths[block] == "dynamic" else 0 for block in limited]
+    )
+    return not bool((wanted[:, limited] > room).any())

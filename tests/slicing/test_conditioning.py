@@ -1,0 +1,89 @@
+"""The conditioning network gives what diffusers' blocks make of t and the label."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dyexport.calibration.widths import read_widths
+from dyexport.slicing.slicer import Slice, UnitOrder, dense_segment, slice_conditioning
+from dyexport.slicing.slim_dit import BLOCK_PARTS, modulation_parts
+from dyexport.slicing.slim_layers import modulated_norm
+from tests.factories import random_timesteps, shared_tiny_model, tiny_preset
+from tests.slicing.cut import Cutter
+
+CLOSE = {"atol": 2e-6, "rtol": 1e-5}
+
+
+@contextmanager
+def recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Any]]]:
+    """First argument and result of each module, in the calls made inside."""
+    calls: dict[str, tuple[Tensor, Any]] = {}
+
+    def record(name: str) -> Any:
+        return lambda module, args, output: calls.update({name: (args[0], output)})
+
+    handles = [module.register_forward_hook(record(name)) for name, module in modules.items()]
+    yield calls
+    for handle in handles:
+        handle.remove()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["dit", "sit"])
+def test_modulation_is_that_of_the_stock_model(backbone: str) -> None:
+    """Rows differ in t and in label; every block, then the final layer."""
+    model, preset = shared_tiny_model(backbone), tiny_preset(backbone)
+    cutter, stock = Cutter(model, preset), model.backbone
+    labels = torch.tensor([0, 3, preset.classes, 9])
+    times = torch.tensor(random_timesteps(preset, len(labels)))
+    modulation = cutter.conditioning(times, labels).unsqueeze(1)  # (R, 1, M)
+    parts = modulation.chunk(modulation_parts(preset.layers), dim=2)
+
+    blocks = {str(index): block.norm1 for index, block in enumerate(stock.transformer_blocks)}
+    with recorded({**blocks, "final": stock.norm_out, "out": stock.proj_out_2}) as calls:
+        stock(torch.randn(len(labels), *preset.latent_shape), times, labels)
+    for index in range(preset.layers):
+        shift1, scale1, gate1, shift2, scale2, gate2 = parts[BLOCK_PARTS * index : BLOCK_PARTS * (index + 1)]
+        hidden, (normed, *rest) = calls[str(index)]
+        torch.testing.assert_close(modulated_norm(hidden, shift1, scale1), normed, **CLOSE)
+        for ours, theirs in zip((gate1, shift2, scale2 - 1, gate2), rest, strict=True):
+            torch.testing.assert_close(ours.squeeze(1), theirs, **CLOSE)
+    torch.testing.assert_close(modulated_norm(calls["final"][0], *parts[-2:]), calls["out"][0], **CLOSE)
+
+
+@torch.no_grad()
+def test_rows_do_not_depend_on_each_other() -> None:
+    preset = tiny_preset()
+    network = Cutter(shared_tiny_model(), preset).conditioning
+    times, labels = torch.tensor(random_timesteps(preset, 12)), torch.arange(12) % (preset.classes + 1)
+    together = network(times, labels)
+    for row in range(12):
+        torch.testing.assert_close(network(times[row : row + 1], labels[row : row + 1]), together[row : row + 1])
+
+
+def sources(slice_: Slice) -> set[str]:
+    return {source for recipe in slice_.recipes.values() for source in recipe.sources}
+
+
+def test_every_weight_is_in_one_of_the_two_networks() -> None:
+    """What segments hold, each of them holds; the conditioning is in memory once."""
+    cutter = Cutter(shared_tiny_model(), tiny_preset())
+    conditioning = sources(slice_conditioning(cutter.architecture))
+    widths = read_widths(cutter.model, cutter.preset.timestep_range)
+    segment = sources(cutter.cut(dense_segment(cutter.spec, UnitOrder.of(widths))))
+    assert not conditioning & segment
+    stock = {name for name, _ in cutter.model.backbone.named_parameters()}  # one name where blocks share an embedder
+    assert stock <= conditioning | segment
+
+
+def test_bindings() -> None:
+    slice_ = slice_conditioning(Cutter(shared_tiny_model(), tiny_preset()).architecture)
+    found = [(spec.name, spec.dtype, spec.shape) for spec in slice_.inputs]
+    assert found == [("timestep", "float32", ("rows",)), ("class_labels", "int64", ("rows",))]
+    assert slice_.outputs == ("modulation",)
