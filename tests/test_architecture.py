@@ -17,7 +17,7 @@ import dyexport
 ROOT = Path(__file__).parents[1]
 LINKED = ("calibration", "engines", "exporters")
 
-CONTRACTS = {"errors", "tables", "presets", "bundle"}
+CONTRACTS = {"errors", "tables", "tensors", "presets", "bundle"}
 BUILD_SIDE = {"models", "slicing", "calibration", "exporters", "training"}
 RUN_SIDE = {"engines", "runtime", "serving", "bench"}
 EITHER_SIDE = CONTRACTS | BUILD_SIDE | RUN_SIDE
@@ -26,6 +26,7 @@ EITHER_SIDE = CONTRACTS | BUILD_SIDE | RUN_SIDE
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "tables": {"errors"},
+    "tensors": set(),
     "presets": {"errors"},
     "bundle": {"errors", "tables"},
     "models": CONTRACTS,
@@ -33,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": CONTRACTS | {"models", "slicing"},
     "exporters": CONTRACTS | {"models", "slicing"},
     "training": CONTRACTS | {"models", "slicing"},
-    "engines": {"errors", "tables", "bundle"},
+    "engines": {"errors", "tables", "tensors", "bundle"},
     "runtime": {"errors", "tables", "bundle", "engines"},
     "serving": {"errors", "tables", "bundle", "engines", "runtime"},
     "bench": {"errors", "tables", "bundle", "engines", "runtime"},

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 
 from dyexport.bundle import (
+    CONDITIONING,
+    DENSE,
+    DENSE_CONDITIONING,
     MANIFEST,
     SCHEMA_VERSION,
     WIDTHS,
@@ -22,6 +25,7 @@ from dyexport.bundle import (
     ModelSpec,
     Segment,
     SegmentPlan,
+    segment_name,
     sha256_of,
 )
 from dyexport.errors import BundleError, EngineMismatch
@@ -77,7 +81,7 @@ def manifest_of(root: Path) -> dict[str, Any]:
             disk_bytes=1,
             resident_bytes=1,
         ),
-        engines=(EngineRecord(target="onnx", segment=0, path=GRAPH),),
+        engines=(EngineRecord(target="onnx", network=segment_name(0), path=GRAPH),),
         reference=None,
         metrics={},
         files={
@@ -95,7 +99,7 @@ def write(root: Path, manifest: Any) -> None:
 
 def test_a_bundle_opens(root: Path) -> None:
     bundle = Bundle.open(root)
-    assert bundle.engine_paths("onnx") == {0: root / GRAPH}
+    assert bundle.engine_paths("onnx") == {"segment-00": root / GRAPH}
     assert bundle.widths.heads.shape == (1, 2, 2)
     assert bundle.token_stats is None
     with pytest.raises(EngineMismatch, match="no 'tensorrt' engines; it was built for onnx"):
@@ -159,6 +163,12 @@ def _newer(manifest: dict[str, Any]) -> None:
     manifest["something"] = "new"
 
 
+def _older(manifest: dict[str, Any]) -> None:
+    """As schema 1 had it: engines by the number of their segment."""
+    manifest["schema_version"] = 1
+    manifest["engines"] = [{"target": "onnx", "segment": 0, "path": GRAPH}]
+
+
 def _gap(manifest: dict[str, Any]) -> None:
     first = manifest["plan"]["segments"][0]
     manifest["plan"]["segments"] = [{**first, "end": 0.4}, {**first, "start": 0.5}]
@@ -167,12 +177,15 @@ def _gap(manifest: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_newer, "has schema 2, this dyexport reads up to 1; upgrade dyexport"),
+        (_newer, f"has schema {SCHEMA_VERSION + 1}, this dyexport reads up to {SCHEMA_VERSION}; upgrade dyexport"),
+        (_older, "has schema 1, of an older dyexport; build the bundle again"),
         (lambda m: m.pop("schema_version"), "is not a dyexport manifest"),
         (lambda m: m.update(schema_version="1"), "is not a dyexport manifest"),
         (lambda m: m.pop("plan"), "plan: Field required"),
         (lambda m: m.update(surprise=1), "surprise: Extra inputs"),
-        (lambda m: m["engines"][0].update(segment=1), "serves segment 1, which is not in the plan"),
+        (lambda m: m["engines"][0].update(network="segment-01"), "is of 'segment-01', which is not in the plan"),
+        (lambda m: m["engines"][0].update(network="turbo"), "is of 'turbo', which is not in the plan"),
+        (lambda m: m["engines"][0].update(segment=0), "segment: Extra inputs"),
         (lambda m: m["files"].pop(GRAPH), "has no hash"),
         (lambda m: m["plan"].update(segments=[]), "a plan needs at least one segment"),
         (_gap, "segments leave a gap or overlap at t = 0.4"),
@@ -197,6 +210,26 @@ def test_a_manifest_that_is_not_text(root: Path) -> None:
     (root / MANIFEST).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BundleError, match="cannot read"):
         Bundle.open(root)
+
+
+def test_engines_are_of_networks_by_name(root: Path) -> None:
+    manifest = manifest_of(root)
+    networks = [segment_name(0), CONDITIONING, DENSE, DENSE_CONDITIONING]
+    manifest["engines"] = [{"target": "onnx", "network": name, "path": GRAPH} for name in networks]
+    manifest["engines"].append({"target": "torch", "network": CONDITIONING, "path": WIDTHS})
+    write(root, manifest)
+    bundle = Bundle.open(root)
+    assert bundle.engine_paths("onnx") == dict.fromkeys(networks, root / GRAPH)
+    assert bundle.engine_paths("torch") == {CONDITIONING: root / WIDTHS}
+
+
+def test_blocks_with_limited_room(root: Path) -> None:
+    (segment,) = Bundle.open(root).manifest.plan.segments
+    assert segment.limited_blocks == ()
+    paths = ("capacity", "masked")
+    assert segment.model_copy(update={"token_paths": paths}).limited_blocks == (0,)
+    paths = ("compact", "dynamic")
+    assert segment.model_copy(update={"token_paths": paths}).limited_blocks == (1,)
 
 
 def test_every_t_of_the_range_has_a_segment(root: Path) -> None:
