@@ -12,14 +12,13 @@ import pytest
 import torch
 
 from dyexport.build.ledger import Silent
-from dyexport.build.networks import DENSE
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
-from dyexport.bundle import MANIFEST, Bundle
-from dyexport.engines.registry import make_engine
+from dyexport.bundle import CONDITIONING, DENSE, DENSE_CONDITIONING, MANIFEST, Bundle
 from dyexport.errors import BudgetError, CheckpointError, DyexportError, UsageError
 from dyexport.models.checkpoints import load_dynamic, load_static, save_static
 from dyexport.models.random_weights import random_backbone
+from dyexport.runtime.pipeline import load
 from tests.build.tiny import TINY, build, hashes, tiny_settings
 
 
@@ -134,14 +133,25 @@ def test_training_leaves_a_dense_baseline_of_the_static_model(tmp_path: Path) ->
     }
     with torch.no_grad():
         truth = static(**inputs).sample
-    with make_engine("onnx", bundle.engine_paths("onnx")[DENSE]) as engine:
-        sample = engine.run(inputs)["sample"]
-    assert (sample - truth).abs().max() < 1e-5
+    assert DENSE_CONDITIONING in bundle.engine_paths("onnx"), "fine-tuning moves the dynamic model's"
+    transformer = load(bundle.root, dense=True)
+    assert (transformer(**inputs).sample - truth).abs().max() < 1e-5
     with opened(settings, Silent()) as pipeline:
         pipeline.bundle()
         assert all(outcome.reused for outcome in pipeline.ledger.outcomes.values())
         control = load_static(str(pipeline.control.path), TINY)
     assert not torch.equal(control.proj_out_2.weight, static.proj_out_2.weight)
+
+
+def test_untrained_weights_are_the_baselines_too(settings: BuildSettings) -> None:
+    bundle = build(replace(settings, baseline=True))
+    assert bundle.engine_paths("onnx").keys() == {"segment-00", CONDITIONING, DENSE}
+    static = load_static(str(settings.work / "static"), TINY)
+    latents, t, labels = torch.randn(3, 1, 8, 8), torch.full((3,), 0.7), torch.tensor([1, TINY.classes, 2])
+    with torch.no_grad():
+        truth = static(latents, t, labels).sample
+    sample = load(bundle.root, dense=True)(latents, t, labels).sample
+    assert (sample - truth).abs().max() < 1e-5
 
 
 def static_checkpoint(directory: Path) -> Path:

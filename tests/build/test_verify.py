@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from dyexport.build.networks import cut_networks
+from dyexport.build.networks import architecture_of, cut_networks
 from dyexport.build.verify import Truth, VerifySettings, draw_timesteps, find_reference, undecided, verify_bundle
-from dyexport.bundle import MANIFEST, WIDTHS, Bundle
+from dyexport.bundle import CONDITIONING, MANIFEST, WIDTHS, Bundle, segment_name
 from dyexport.errors import BundleError, UsageError
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.models.checkpoints import load_dynamic
@@ -67,12 +67,14 @@ def _switch_off(bundle: Bundle, gates: np.ndarray) -> bool:
     return True
 
 
-def overwrite(bundle: Bundle, segment: int, weight: str, change: Callable[[Recipe, np.ndarray], None]) -> None:
-    """Change one weight of one segment where it lies in the store; ``change`` edits it in place."""
+def overwrite(bundle: Bundle, network: str, weight: str, change: Callable[[Recipe, np.ndarray], None]) -> None:
+    """Change one weight of one network where it lies in the store; ``change`` edits it in place."""
     manifest = bundle.manifest
-    networks = cut_networks(manifest.model, bundle.widths, manifest.plan.segments, baseline=False, dense_prefix="")
-    layout = lay_out(recipe for network in networks for recipe in network.slice.recipes.values())
-    recipe = networks[segment].slice.recipes[weight]
+    architecture = architecture_of(manifest.model, bundle.widths, bundle.token_stats)
+    networks = cut_networks(architecture, bundle.widths, manifest.plan.segments, baseline=False, own_dense=False)
+    recipes = {each.name: each.slice.recipes for each in networks}
+    layout = lay_out(recipe for each in recipes.values() for recipe in each.values())
+    recipe = recipes[network][weight]
 
     def edit(content: bytes) -> bytes:
         store = np.frombuffer(bytearray(content), np.uint8)
@@ -99,11 +101,25 @@ def test_one_flipped_gate_fails(copy: Bundle) -> None:
 
 @pytest.mark.parametrize("weight", ["out.weight", "fc2.weight"])
 def test_one_dropped_unit_fails(copy: Bundle, weight: str) -> None:
-    overwrite(copy, 0, f"blocks.1.{weight}", drop_unit)
+    overwrite(copy, segment_name(0), f"blocks.1.{weight}", drop_unit)
     report = verify_bundle(copy.root, SETTINGS)
     assert not report.passed
     assert report.segments[0].max_abs_error is not None
     assert report.segments[0].max_abs_error > SETTINGS.tolerance
+
+
+@pytest.mark.parametrize("weight", ["frequencies", "labels.weight", "blocks.1.weight", "final.bias"])
+def test_one_wrong_condition_fails(copy: Bundle, weight: str) -> None:
+    """The first row moved by a tenth of the largest: a frequency off by less hardly tells for t in [0, 1]."""
+
+    def shift(recipe: Recipe, values: np.ndarray) -> None:
+        values[0] += 0.1 * np.abs(values).max()
+
+    overwrite(copy, CONDITIONING, weight, shift)
+    report = verify_bundle(copy.root, SETTINGS)
+    assert report.max_abs_error is not None
+    assert report.max_abs_error > SETTINGS.tolerance
+    assert not report.passed
 
 
 def test_one_token_decision_fails(copy: Bundle) -> None:
@@ -117,7 +133,7 @@ def test_one_token_decision_fails(copy: Bundle) -> None:
     def shift(recipe: Recipe, bias: np.ndarray) -> None:
         bias -= 1.01 * nearest
 
-    overwrite(copy, copy.manifest.plan.segment_for(t), "blocks.0.router_out.bias", shift)
+    overwrite(copy, segment_name(copy.manifest.plan.segment_for(t)), "blocks.0.router_out.bias", shift)
     report = verify_bundle(copy.root, SETTINGS)
     assert not report.passed
     assert report.max_abs_error is not None
@@ -128,7 +144,7 @@ def test_outputs_that_are_not_numbers_fail(copy: Bundle) -> None:
     def spoil(recipe: Recipe, weight: np.ndarray) -> None:
         weight.flat[0] = np.nan
 
-    overwrite(copy, 0, "blocks.0.fc1.weight", spoil)
+    overwrite(copy, segment_name(0), "blocks.0.fc1.weight", spoil)
     report = verify_bundle(copy.root, SETTINGS)
     assert report.max_abs_error is None
     assert not report.passed
