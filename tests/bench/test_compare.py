@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from dyexport.bench.compare import BenchSettings, compare
+from dyexport.bench.compare import BenchSettings, compare, with_conditioning
 from dyexport.bench.latency import BenchReport
 from dyexport.bench.memory import MemoryProbe, added_bytes
 from dyexport.bench.report import bench_tables
-from dyexport.bench.variants import DenseGraph, compiled_variant, example_inputs, stock_transformer
-from dyexport.bundle import Bundle
+from dyexport.bench.variants import compiled_variant, conditioning_variant, example_inputs, stock_transformer
+from dyexport.bundle import DENSE, MANIFEST, Bundle
+from dyexport.engines.fake import FakeEngine
 from dyexport.errors import BundleError, DyexportError, UsageError
 from dyexport.runtime.pipeline import load
 from tests.bench.text import rendered
@@ -93,14 +97,50 @@ def test_dense_graph_is_the_dense_network(built: Bundle) -> None:
     inputs = example_inputs(built.manifest.model, 3, 0.3)
     with torch.no_grad():
         expected = static(**inputs).sample
-    torch.testing.assert_close(DenseGraph.of(built, "onnx")(**inputs).sample, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(load(built.root, dense=True)(**inputs).sample, expected, atol=1e-4, rtol=0)
 
 
-def test_a_bundle_without_baseline_is_refused(built: Bundle) -> None:
-    engines = tuple(engine for engine in built.manifest.engines if engine.segment >= 0)
-    without = Bundle(built.root, built.manifest.model_copy(update={"engines": engines}))
-    with pytest.raises(BundleError, match="no dense 'onnx' graph"):
-        DenseGraph.of(without, "onnx")
+def test_a_bundle_without_baseline_is_refused(built: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(built.root, tmp_path / "copy")
+    engines = tuple(engine for engine in built.manifest.engines if engine.network != DENSE)
+    assert len(engines) == len(built.manifest.engines) - 1
+    manifest = built.manifest.model_copy(update={"engines": engines})
+    (tmp_path / "copy" / MANIFEST).write_text(manifest.model_dump_json())
+    with pytest.raises(BundleError, match="no 'onnx' engine 'dense'; build the bundle again"):
+        compare(Bundle.open(tmp_path / "copy"), BenchSettings(rounds=1, compiled=False))
+
+
+def test_each_step_pays_its_share_of_the_conditioning() -> None:
+    """Networks that condition themselves at each step have paid already."""
+    measured = {"dense": 10.0, "conditioning": 6.0, "segment 0": 4.0, "segment 1": 8.0, "torch.compile": 9.0}
+    assert with_conditioning(measured, steps=3) == {
+        "dense": 12.0,
+        "conditioning": 2.0,
+        "segment 0": 6.0,
+        "segment 1": 10.0,
+        "torch.compile": 9.0,
+    }
+    assert with_conditioning(measured, steps=1)["dense"] == 16.0
+
+
+def test_conditioning_is_timed_for_all_steps_at_once(built: Bundle) -> None:
+    loaded = load(built.root)
+    inner = loaded.conditioner.engine
+    loaded.conditioner.engine = engine = FakeEngine(inner.io, inner.run)
+    run = conditioning_variant(loaded, batch=2, steps=5)
+    assert engine.runs == 0
+    output: Any = run()
+    assert engine.runs == 1
+    assert output["modulation"].shape[0] == 5 * 2
+    first, last = built.manifest.model.timestep_range
+    for row, t, label in ((0, first, 0), (1, first, 1), (8, last, 0), (9, last, 1)):
+        alone = inner.run({"timestep": torch.tensor([t]), "class_labels": torch.tensor([label])})["modulation"]
+        torch.testing.assert_close(output["modulation"][row : row + 1], alone)
+
+
+def test_report_has_the_share_of_the_conditioning(report: BenchReport) -> None:
+    assert 0 < report.seconds["conditioning"] < min(report.seconds["dense"], report.seconds["dynamic"])
+    assert all(segment.seconds > report.seconds["conditioning"] for segment in report.segments)
 
 
 def test_stock_module_has_the_bundles_shape(built: Bundle) -> None:
