@@ -4,6 +4,7 @@
 
 Compared in one run, alternating: the dense model (diffusers' module, and the slim module with every unit
 kept) and the slim segments of a plan for half the FLOPs, all in bf16 under torch.compile with CUDA graphs.
+The slim modules' conditioning network runs once for all steps; its share is added to each of their steps.
 ``realised`` is the speed-up times the share of FLOPs executed: 1.0 means that every FLOP saved is time
 saved. Written but not yet run on a GPU; no published figure comes from it.
 """
@@ -16,12 +17,15 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dyexport.bench.compare import with_conditioning
+from dyexport.build.networks import architecture_of
 from dyexport.bundle import Segment
 from dyexport.calibration.segments import PlanSettings, make_segments, price_plan
 from dyexport.calibration.tokens import measure_tokens
@@ -31,10 +35,20 @@ from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
 from dyexport.presets import PRESETS, Preset
 from dyexport.slicing.flops import FlopsModel
-from dyexport.slicing.slicer import UnitOrder, dense_reader, dense_segment, slice_segment, spec_of
+from dyexport.slicing.recipes import Read
+from dyexport.slicing.slicer import (
+    Architecture,
+    Slice,
+    UnitOrder,
+    dense_reader,
+    dense_segment,
+    slice_conditioning,
+    slice_segment,
+    spec_of,
+)
 from dyexport.tables import TokenStats, WidthTable
 
-DTYPE = torch.bfloat16
+DEVICE, DTYPE = "cuda", torch.bfloat16
 CASES = (
     "dit-xl-2:all:2",
     "dit-xl-2-512:all:2",
@@ -52,6 +66,7 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES), help="MODEL:PATH:BATCH, most important first")
     parser.add_argument("--engines", type=int, default=3)
     parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--steps", type=int, default=50, help="of a trajectory, which is conditioned once")
     parser.add_argument("--seconds", type=float, default=900.0, help="start no new case after this long")
     arguments = parser.parse_args()
     started = time.monotonic()
@@ -64,7 +79,7 @@ def main() -> None:
             continue
         if (name, path) not in prepared:
             prepared[name, path] = prepare(PRESETS[name], path, arguments.engines, arguments.budget)
-        report["cases"].append(measure(prepared[name, path], int(batch)))
+        report["cases"].append(measure(prepared[name, path], int(batch), arguments.steps))
         torch._dynamo.reset()
         arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print_table(report)
@@ -88,28 +103,57 @@ class Case:
     def __init__(self, preset: Preset, path: str, model: DynamicTransformer) -> None:
         self.preset, self.path, self.model = preset, path, model
         self.flops = FlopsModel.of_preset(preset)
-        self.spec = spec_of(preset, preset.transformer_config())
+        self.spec = spec_of(preset, preset.transformer_config()).model_copy(update={"precision": "bf16"})
         self.widths: WidthTable
         self.stats: TokenStats | None = None
         self.segments: tuple[Segment, ...] = ()
 
-    def slim(self, segment: Segment) -> nn.Module:
+    @property
+    def architecture(self) -> Architecture:
+        return architecture_of(self.spec, self.widths, self.stats)
+
+    @cached_property
+    def read(self) -> Read:
         routers = {f"routers.{name}": tensor for name, tensor in self.model.routers.state_dict().items()}
         state = {**self.model.backbone.state_dict(), **routers}
-        read = dense_reader({name: tensor.float().cpu() for name, tensor in state.items()}, self.spec.config)
-        module = slice_segment(self.spec, segment, groups=self.model.groups).load(read)
-        return module.to("cuda", DTYPE)
+        return dense_reader({name: tensor.float().cpu() for name, tensor in state.items()}, self.spec)
+
+    def load(self, piece: Slice) -> nn.Module:
+        return piece.load(self.read).to(DEVICE)
+
+    def slim(self, segment: Segment) -> nn.Module:
+        return self.load(slice_segment(self.architecture, segment))
+
+    @cached_property
+    def conditioning(self) -> nn.Module:
+        return self.load(slice_conditioning(self.architecture))
+
+    def drawn(self, t: float, batch: int) -> dict[str, Tensor]:
+        """Inputs of the whole model, in fp32."""
+        return dict(NoisedInputs(preset=self.preset, batch_size=batch).at(t, device=DEVICE))
+
+    def stock_inputs(self, batch: int) -> dict[str, Tensor]:
+        drawn = self.drawn(sum(self.preset.timestep_range) / 2, batch)
+        return {
+            name: tensor.to(DTYPE if tensor.is_floating_point() else tensor.dtype) for name, tensor in drawn.items()
+        }
 
     def inputs(self, segment: Segment, batch: int) -> dict[str, Tensor]:
+        """Inputs of a slim network in the middle of its segment."""
         middle = (segment.start + segment.end) / 2
-        drawn = dict(NoisedInputs(preset=self.preset, batch_size=batch).at(middle))
+        drawn = self.drawn(middle, batch)
+        modulation = self.conditioning(drawn["timestep"], drawn["class_labels"])  # (B, M)
+        inputs = {"hidden_states": drawn["hidden_states"], "modulation": modulation}
         if segment.gate_size:
             gate = segment.width_gate(self.widths, self.widths.row(middle))
-            drawn["width_gate"] = torch.from_numpy(gate)
-        return {
-            name: tensor.cuda().to(DTYPE if tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in drawn.items()
-        }
+            inputs["width_gate"] = torch.from_numpy(gate).to(DEVICE)  # (W,)
+        return inputs
+
+    def conditions(self, batch: int, steps: int) -> dict[str, Tensor]:
+        """Inputs of the conditioning network for a whole trajectory."""
+        labels = self.drawn(0.0, batch)["class_labels"]  # (B,)
+        t = torch.linspace(*self.preset.timestep_range, steps, device=DEVICE)  # (S,)
+        return {"timestep": t.repeat_interleave(batch), "class_labels": labels.repeat(steps)}
 
     def executed_ratio(self, segment: Segment) -> float:
         whole = segment.model_copy(update={"start": self.widths.start, "end": self.widths.end})
@@ -120,7 +164,7 @@ class Case:
 def prepare(preset: Preset, path: str, engines: int, budget: float) -> Case:
     """Random weights, calibrated to the budget. Calibration runs on the GPU in fp32."""
     tokens = path != "all"
-    case = Case(preset, path, random_dynamic(preset, tokens=tokens).cuda())
+    case = Case(preset, path, random_dynamic(preset, tokens=tokens).to(DEVICE))
     inputs = NoisedInputs(preset=preset, batch_size=2)
     meet_budget(case.model, inputs, budget, case.flops)
     case.widths = read_widths(case.model, preset.timestep_range)
@@ -131,17 +175,17 @@ def prepare(preset: Preset, path: str, engines: int, budget: float) -> Case:
 
 
 @torch.no_grad()
-def measure(case: Case, batch: int) -> dict[str, Any]:
+def measure(case: Case, batch: int, steps: int) -> dict[str, Any]:
     """Time all variants in alternating blocks; times are seconds per step, medians of blocks' medians."""
     dense = dense_segment(case.spec, UnitOrder.of(case.widths))
     stock = copy.deepcopy(case.model.backbone).to(DTYPE)
-    runs: dict[str, Run] = {"eager": stock_run(stock, case.inputs(dense, batch))}
-    runs["diffusers"] = graphed(lambda **kw: stock(**kw).sample, case.inputs(dense, batch))
+    runs: dict[str, Run] = {"eager": stock_run(stock, case.stock_inputs(batch))}
+    runs["diffusers"] = graphed(lambda **kw: stock(**kw).sample, case.stock_inputs(batch))
+    runs["conditioning"] = graphed(case.conditioning, case.conditions(batch, steps))
     runs["dense"] = graphed(case.slim(dense), case.inputs(dense, batch))
     for index, segment in enumerate(case.segments):
         runs[f"segment-{index}"] = graphed(case.slim(segment), case.inputs(segment, batch))
-    seconds = time_blocks(runs)
-    return summarise(case, batch, seconds)
+    return summarise(case, batch, with_conditioning(time_blocks(runs), steps))
 
 
 def stock_run(stock: nn.Module, inputs: dict[str, Tensor]) -> Run:
