@@ -85,7 +85,8 @@ class Pipeline:
         elif routers != "random":
             inputs["data"] = self._data_digest
         if routers == "trained":
-            inputs |= {"budget": self.settings.budget, **self._training(self.settings.finetune_schedule)}
+            inputs |= {"budget": self.settings.budget, "distill": self.settings.distill}
+            inputs |= self._training(self.settings.finetune_schedule)
         scratch = self._scratch("dynamic")
         source = self.data if routers in ("trained", "none") and self.settings.data_source else None
         make = partial(stages.make_dynamic, self.settings, self.static.path, source, scratch, self._trained("dynamic"))

@@ -27,7 +27,7 @@ class Schedule:
 
 
 FROM_SCRATCH = Schedule(steps=2000, batch_size=32, learning_rate=3e-3, ema_decay=0.99, lr_decay=0.5)
-FINETUNE_DIGITS = Schedule(steps=1500, batch_size=32, learning_rate=3e-3, ema_decay=0.99, lr_decay=0.5)
+FINETUNE_DIGITS = Schedule(steps=2500, batch_size=32, learning_rate=3e-3, ema_decay=0.99, lr_decay=0.5)
 FINETUNE = Schedule(steps=150_000, batch_size=256, learning_rate=1e-4, ema_decay=0.9999)  # as published
 
 
@@ -129,6 +129,11 @@ class BuildSettings:
     @property
     def finetune_schedule(self) -> Schedule:
         return _lasting(FINETUNE_DIGITS if self.preset.pixel_space else FINETUNE, self.finetune_steps)
+
+    @property
+    def distill(self) -> bool:
+        """Whether the dynamic path learns from the complete model. Published runs, a hundred times longer, do not."""
+        return self.preset.pixel_space
 
 
 def _has_routers(checkpoint: Path) -> bool:

@@ -149,7 +149,9 @@ def make_dynamic(
     if settings.routers == "trained":
         assert source is not None
         assert settings.budget is not None
-        config = FinetuneConfig(**asdict(settings.finetune_schedule), seed=settings.seed, budget=settings.budget)
+        config = FinetuneConfig(
+            **asdict(settings.finetune_schedule), seed=settings.seed, budget=settings.budget, distill=settings.distill
+        )
         finetune(model, preset, source, config, work_dir=scratch, progress=progress)
     save_dynamic(model, out, preset)
 

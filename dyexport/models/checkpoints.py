@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
@@ -25,7 +26,7 @@ from dyexport.models.base import get_adapter
 from dyexport.models.dit import FREQ_SHIFT, STORED_POSITIONS
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.stored import WEIGHTS, check_weights, read_names, read_weights
-from dyexport.presets import Preset, get_preset
+from dyexport.presets import FluxPreset, Preset, get_preset
 from dyexport.tables import WidthTable
 
 CONFIG = "config.json"
@@ -92,8 +93,22 @@ def load_given(source: Path, preset: Preset) -> DynamicTransformer:
         return model
     backbone, routers = _load(source, preset)
     model = DynamicTransformer(backbone, get_adapter(preset.backbone), heads=preset.heads)
+    if not any(".heads." in name for name in routers):
+        open_widths(model, preset)
+        routers = {**model.routers.state_dict(), **routers}
     model.routers.load_state_dict(routers)
     return model.eval()
+
+
+@torch.no_grad()
+def open_widths(model: DynamicTransformer, preset: Preset) -> None:
+    """For a file with token routers alone: every unit on at every t, until a budget chooses some."""
+    for router in model.block_routers:
+        nn.init.zeros_(router.heads.weight)
+        nn.init.zeros_(router.groups.weight)
+    start, end = preset.timestep_range
+    heads, groups = (np.ones((1, model.depth, units), dtype=bool) for units in (model.heads, model.groups))
+    model.table = WidthTable(grid=np.array([start]), end=end, heads=heads, groups=groups)
 
 
 def has_routers(file: Path) -> bool:
@@ -110,6 +125,10 @@ def _load(path: Path, preset: Preset) -> tuple[nn.Module, dict[str, Tensor]]:
         target = _target(preset, config, routers=published.has_routers(weights))
         check_weights(weights, published.expected(target, preset.depth), path, preset.name)
         weights = published.translate(weights, target, preset.depth)
+    elif isinstance(preset, FluxPreset) and published.has_routers(weights):
+        names = published.dyflux_correspondence(_target(preset, config, routers=True), preset.double_blocks)
+        check_weights(weights, {name: tensor for name, (_, tensor) in names.items()}, path, preset.name)
+        weights = {names[name][0]: tensor for name, tensor in weights.items()}
     else:
         check_weights(weights, _target(preset, config, routers=False), path, preset.name)
     backbone = get_adapter(preset.backbone).build(config)  # buffers that no checkpoint stores need real memory

@@ -1,13 +1,15 @@
-"""Files of the published DiT, SiT and DyDiT code: their names, and the same tensors in the dynamic model.
+"""Files of the published DiT, SiT, DyDiT and DyFLUX code: their names, and those of the dynamic model.
 
-A published file is a state dict of ``blocks.N...``. Three things make it more than other names: query, key and
-value are one tensor; the embedders, which diffusers repeats in every block, are stored once; and its function is
-that of the published code, which spaces the timestep's frequencies by 128 where diffusers has 127, and keeps the
-position table among the weights (averaged ones drift from the computed table by some 1e-4).
+A DyFLUX file has diffusers' own names, token routers inside the blocks, and no width routers. Any other is a
+state dict of ``blocks.N...``, and three things make it more than other names: query, key and value are one tensor;
+the embedders, which diffusers repeats in every block, are stored once; and its function is that of the published
+code, which spaces the timestep's frequencies by 128 where diffusers has 127, and keeps the position table among the
+weights (averaged ones drift from the computed table by some 1e-4).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -42,6 +44,7 @@ ROUTERS = {
     "token_selection.mlp_head.2": "tokens.outer",
 }
 POSITIONS = {"pos_embed": ("pos_embed.pos_embed",)}
+ROUTER = re.compile(r"routers\.(?P<block>\d+)\.(?P<kind>heads|groups|tokens)\.(?P<layer>.+)")
 
 
 def is_published(names: Collection[str]) -> bool:
@@ -50,7 +53,7 @@ def is_published(names: Collection[str]) -> bool:
 
 
 def has_routers(names: Collection[str]) -> bool:
-    """Whether a published file is DyDiT's, not DiT's or SiT's."""
+    """Whether a file has the routers of DyDiT or DyFLUX."""
     return any(".attn_rate." in name or ".mlp_rate." in name or ".token_selection." in name for name in names)
 
 
@@ -87,6 +90,20 @@ def translate(weights: Mapping[str, Tensor], target: Collection[str], depth: int
         tensors = weights[name].chunk(len(parts)) if _is_fused(name) else [weights[name]] * len(parts)
         translated |= zip(parts, tensors, strict=True)
     return translated
+
+
+def dyflux_correspondence(target: Mapping[str, Tensor], double_blocks: int) -> dict[str, tuple[str, Tensor]]:
+    """DyFLUX's name -> name and tensor in ``target``, which numbers double and single blocks through."""
+    names: dict[str, tuple[str, Tensor]] = {}
+    for name, tensor in target.items():
+        if not (router := ROUTER.fullmatch(name)):
+            names[name] = name, tensor
+        elif router["kind"] == "tokens":
+            block = int(router["block"])
+            single = block >= double_blocks
+            home = f"single_transformer_blocks.{block - double_blocks}" if single else f"transformer_blocks.{block}"
+            names[f"{home}.token_selection.{router['layer']}"] = name, tensor
+    return names
 
 
 def _is_fused(name: str) -> bool:

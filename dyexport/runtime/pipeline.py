@@ -128,7 +128,7 @@ def load(
     engine = SwitchingEngine(
         [make_engine(target, path, options) for path in networks],
         scheduler.choose,
-        ahead=-1 if spec.objective == "ddpm" else 1,  # sampling goes from noise to data: t falls, or rises
+        ahead=1 if spec.objective == "flow" else -1,  # sampling goes from noise to data: t rises, or falls
         max_resident=max_resident,
     )
     conditioner = Conditioner(make_engine(target, conditioning, options), resident=max_resident is None)

@@ -333,7 +333,7 @@ class SlimFlux(nn.Module):
         self.blocks = nn.ModuleList(
             kind(config, segment, index, group_size=group_size) for index, kind in enumerate(kinds)
         )
-        self.final = nn.Linear(self.channels, config["out_channels"] or config["in_channels"])
+        self.final = nn.Linear(self.channels, config.get("out_channels") or config["in_channels"])
 
     def forward(
         self,

@@ -196,19 +196,29 @@ class StaticLosses(nn.Module):
 
 
 class DynamicLosses(nn.Module):
-    """All losses of a dynamic model as one forward pass, so that DistributedDataParallel sees one."""
+    """All losses of a dynamic model as one forward pass, so that DistributedDataParallel sees one.
 
-    def __init__(self, model: DynamicTransformer, objective: DiffusionObjective, flops: FlopsModel) -> None:
+    With ``distill`` the dynamic path learns what the complete model, trained beside it on the same weights,
+    predicts (in-place distillation, arXiv 1903.05134): a target without the noise that the data's has.
+    """
+
+    def __init__(
+        self, model: DynamicTransformer, objective: DiffusionObjective, flops: FlopsModel, *, distill: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
         self.flops = flops
+        self.distill = distill
 
     def forward(self, batch: NoisyBatch, noise: GateNoise | None, complete: bool) -> Losses:
         output: DynamicOutput = self.model(batch.inputs, noise=noise)
-        diffusion = self.objective.loss(output.sample, batch.noised).mean()
         ratio = flops_ratio(output, self.flops).mean()
-        return Losses(diffusion, self._complete(batch) if complete else None, ratio)
+        whole = self.model.complete(batch.inputs) if complete else None
+        taught = None if whole is None else self.objective.loss(whole, batch.noised).mean()
+        return Losses(self._dynamic(output.sample, whole, batch), taught, ratio)
 
-    def _complete(self, batch: NoisyBatch) -> Tensor:
-        return self.objective.loss(self.model.complete(batch.inputs), batch.noised).mean()
+    def _dynamic(self, sample: Tensor, whole: Tensor | None, batch: NoisyBatch) -> Tensor:
+        if self.distill and whole is not None:
+            return (sample.float() - whole.detach().float()).square().mean()
+        return self.objective.loss(sample, batch.noised).mean()

@@ -237,7 +237,7 @@ class DynamicTrainer(Trainer[FinetuneConfig]):
     model: DynamicTransformer
 
     def loss_module(self) -> nn.Module:
-        return DynamicLosses(self.model, self.draws.objective, self.flops)
+        return DynamicLosses(self.model, self.draws.objective, self.flops, distill=self.config.distill)
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         groups: list[dict[str, Any]] = [

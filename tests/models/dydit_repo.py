@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyexport.presets import Preset
+from dyexport.presets import DiTPreset, FluxPreset
 
 
 class PatchEmbed(nn.Module):
@@ -46,30 +47,38 @@ STAND_INS = (
     _module("timm.models.vision_transformer", PatchEmbed=PatchEmbed, Attention=None, Mlp=None),
     _module("timm.layers"),
     _module("timm.layers.helpers", to_2tuple=lambda value: (value, value)),
-    _module("einops", rearrange=rearrange),
+    _module("einops", rearrange=rearrange, reduce=None, repeat=None),
     _module("easydict", EasyDict=dict),
 )
-OWN = ("models", "dynamic_model")
+DYDIT = ("DyDiT", "models", "dynamic_model")  # its folder, and its modules, the one to import first
+DYFLUX = (
+    "DyFLUX",
+    "flux_models.transformer_flux_dyn",
+    "flux_models.attention_processor_dyn",
+    "flux_models.dy_utils",
+    "flux_models",
+)
 
 
 @contextmanager
-def published_code(checkout: Path) -> Iterator[ModuleType]:
-    """DyDiT's ``models.py``; nothing of it stays in ``sys.modules``."""
+def published_code(checkout: Path, code: tuple[str, ...]) -> Iterator[ModuleType]:
+    """A module of the published code; nothing of it stays in ``sys.modules``."""
+    folder, *own = code
     before = dict(sys.modules)
     sys.modules.update({module.__name__: module for module in STAND_INS})
-    sys.path.insert(0, str(checkout / "DyDiT"))
+    sys.path.insert(0, str(checkout / folder))
     try:
-        yield __import__("models")
+        yield import_module(own[0])
     finally:
-        sys.path.remove(str(checkout / "DyDiT"))
-        for name in (*OWN, *(module.__name__ for module in STAND_INS)):
+        sys.path.remove(str(checkout / folder))
+        for name in (*own, *(module.__name__ for module in STAND_INS)):
             sys.modules.pop(name, None)
             if name in before:
                 sys.modules[name] = before[name]
 
 
 @torch.no_grad()
-def random_published(code: ModuleType, preset: Preset) -> nn.Module:
+def random_published(code: ModuleType, preset: DiTPreset) -> nn.Module:
     """DyDiT with random weights: gates change with t, positions drift as by averaging."""
     torch.manual_seed(0)
     model: nn.Module = code.DiT(
@@ -96,9 +105,24 @@ def random_published(code: ModuleType, preset: Preset) -> nn.Module:
     return model.eval()
 
 
-def _spread(model: nn.Module, router: nn.Linear, preset: Preset) -> None:
+def _spread(model: nn.Module, router: nn.Linear, preset: DiTPreset) -> None:
     """Let each gate change at a random t of its own."""
     start, end = preset.timestep_range
     crossing = start + (end - start) * torch.rand(router.out_features)  # (U,)
     embedding = model.get_submodule("t_embedder")(crossing)  # (U, C)
     router.bias.copy_(-(router.weight * embedding).sum(dim=1))
+
+
+@torch.no_grad()
+def random_dyflux(code: ModuleType, preset: FluxPreset) -> nn.Module:
+    """DyFLUX with random weights and token gates of either kind."""
+    torch.manual_seed(0)
+    model: nn.Module = code.DynFluxTransformer2DModel(**preset.transformer_config())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            nn.init.normal_(module.bias, std=0.1)
+        elif name.endswith("token_selection.norm"):
+            nn.init.normal_(module.get_parameter("weight"), mean=1.0, std=0.2)
+            nn.init.normal_(module.get_parameter("bias"), std=0.2)
+    return model.eval()

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyexport.presets import Preset
+from dyexport.presets import DiTPreset
 
 State = dict[str, Tensor]
 
 
-def random_state(preset: Preset, *, routers: bool, seed: int = 0) -> State:
+def random_state(preset: DiTPreset, *, routers: bool, seed: int = 0) -> State:
     """Random weights under published names; each width gate changes at a random t of its own."""
     generator = torch.Generator().manual_seed(seed)
     width, patch = preset.hidden_size, preset.patch_size
@@ -52,7 +52,7 @@ def random_state(preset: Preset, *, routers: bool, seed: int = 0) -> State:
 
 @torch.no_grad()
 def denoise(
-    state: State, preset: Preset, *, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, routed: bool
+    state: State, preset: DiTPreset, *, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, routed: bool
 ) -> Tensor:
     """What the published model computes: (B, C, H, W), (B,), (B,) -> (B, C_out, H, W)."""
     tokens = F.conv2d(

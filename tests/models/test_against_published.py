@@ -16,17 +16,19 @@ from torch import Tensor, nn
 
 from dyexport import presets
 from dyexport.models.base import Inputs
-from dyexport.models.checkpoints import load_given, load_static
+from dyexport.models.checkpoints import has_routers, load_given, load_static
 from dyexport.models.inputs import NoisedInputs
-from dyexport.presets import Preset, get_preset
+from dyexport.presets import FluxPreset, Preset, get_preset
 from dyexport.runtime.pipeline import load
 from tests.build.tiny import build, tiny_settings
 from tests.factories import random_timesteps
-from tests.models.dydit_repo import published_code, random_published
+from tests.models.dydit_repo import DYDIT, DYFLUX, published_code, random_dyflux, random_published
 
 CHECKOUT = os.environ.get("DYEXPORT_DYDIT_REPO", "")
 TOLERANCE = 1e-4
-MEDIUM = replace(get_preset("dit-s-2"), name="dit-medium", depth=5, hidden_size=192, heads=8, sample_size=16, classes=9)
+MEDIUM = replace(
+    get_preset("dit-s-2"), name="dit-medium", layers=5, hidden_size=192, heads=8, sample_size=16, classes=9
+)
 PRESETS = (MEDIUM, replace(MEDIUM, name="sit-medium", backbone="sit", learn_sigma=False), get_preset("dit-s-2"))
 
 pytestmark = pytest.mark.skipif(not CHECKOUT, reason="DYEXPORT_DYDIT_REPO names no checkout of the published code")
@@ -52,16 +54,21 @@ class Published:
         names = ("hidden_states", "timestep", "class_labels")
         truth, *_ = self.model(*(arguments[name] for name in names), complete_model=complete)
         sample = run(arguments)
-        assert sample.shape == truth.shape
-        assert sample.isfinite().all()
-        return float((sample - truth).abs().max() / truth.abs().max())
+        return relative_error(sample, truth)
+
+
+def relative_error(sample: Tensor, truth: Tensor) -> float:
+    assert sample.shape == truth.shape
+    assert truth.isfinite().all()
+    assert sample.isfinite().all()
+    return float((sample - truth).abs().max() / truth.abs().max())
 
 
 @pytest.fixture(params=PRESETS, ids=lambda preset: preset.name)
 def published(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Published]:
     preset: Preset = request.param
     monkeypatch.setitem(presets.PRESETS, preset.name, preset)
-    with published_code(Path(CHECKOUT)) as code:
+    with published_code(Path(CHECKOUT), DYDIT) as code:
         model = random_published(code, preset)
         torch.save({"model": {}, "ema": model.state_dict(), "opt": {}}, tmp_path / "dydit.pt")
         yield Published(preset, model, tmp_path / "dydit.pt")
@@ -91,3 +98,27 @@ def test_the_bundle(published: Published, tmp_path: Path) -> None:
     build(settings)
     bundle = load(settings.out)
     published.compare("bundle of 4 engines", lambda arguments: bundle(**arguments).sample)
+
+
+@torch.no_grad()
+def test_the_masked_flux(tmp_path: Path) -> None:
+    preset = get_preset("flux-tiny")
+    assert isinstance(preset, FluxPreset)
+    errors, kept = [], []
+    with published_code(Path(CHECKOUT), DYFLUX) as code:
+        published = random_dyflux(code, preset)
+        torch.save({"module": published.state_dict(), "step": 7}, tmp_path / "dyflux.pt")
+        assert has_routers(tmp_path / "dyflux.pt")
+        model = load_given(tmp_path / "dyflux.pt", preset)
+        for t in random_timesteps(preset, 24):
+            inputs = NoisedInputs(preset=preset, batch_size=2).at(t)
+            ids = {name: inputs[name].expand(2, -1, -1) for name in ("img_ids", "txt_ids")}
+            truth = published(**{**inputs, **ids}).sample
+            output = model(inputs)
+            assert output.heads.all()
+            assert output.groups.all()
+            errors.append(relative_error(output.sample, truth))
+            kept.append(float(output.tokens.mean()))
+    print(f"flux-tiny: masked model against the published code: worst relative error {max(errors):.1e}")
+    assert max(errors) <= TOLERANCE
+    assert 0.2 < sum(kept) / len(kept) < 0.95, "these gates test little"

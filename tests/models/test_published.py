@@ -18,11 +18,14 @@ from dyexport.models.checkpoints import (
     load_dynamic,
     load_given,
     load_static,
+    open_widths,
     save_dynamic,
     save_static,
 )
+from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
-from dyexport.presets import Preset
+from dyexport.models.random_weights import random_dynamic
+from dyexport.presets import Preset, get_preset
 from dyexport.runtime.pipeline import load
 from tests.build.tiny import build, tiny_settings
 from tests.factories import random_timesteps, tiny_preset
@@ -203,3 +206,39 @@ def test_files_of_another_kind_are_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"not a checkpoint")
     with pytest.raises(CheckpointError, match=r"is of no known kind|is damaged"):
         load_static(str(tmp_path / name), tiny_preset())
+
+
+def dyflux_state() -> tuple[DynamicTransformer, State]:
+    """A model of two double and three single blocks, and its file as DyFLUX would write it."""
+    model = random_dynamic(get_preset("flux-tiny"))
+    state = dict(model.backbone.state_dict())
+    for name, tensor in model.routers.state_dict().items():
+        block, kind, rest = name.split(".", maxsplit=2)
+        if kind == "tokens":
+            home = f"transformer_blocks.{block}" if int(block) < 2 else f"single_transformer_blocks.{int(block) - 2}"
+            state[f"{home}.token_selection.{rest}"] = tensor
+    return model, state
+
+
+@torch.no_grad()
+def test_a_dyflux_file_brings_its_token_routers(tmp_path: Path) -> None:
+    preset = get_preset("flux-tiny")
+    model, state = dyflux_state()
+    open_widths(model, preset)
+    given = load_given(saved({"module": state, "step": 1}, tmp_path), preset)
+    inputs = NoisedInputs(preset=preset, batch_size=2).at(0.5)
+    wanted, found = model(inputs), given(inputs)
+    assert torch.equal(found.sample, wanted.sample)
+    assert torch.equal(found.tokens, wanted.tokens)
+    assert not found.tokens.all()
+    assert found.heads.all()
+    assert found.groups.all()
+    static = load_static(str(tmp_path / "published.pt"), preset)
+    assert torch.equal(static(**inputs).sample, model.complete(inputs))
+
+
+def test_an_incomplete_dyflux_file_is_named(tmp_path: Path) -> None:
+    _, state = dyflux_state()
+    del state["single_transformer_blocks.1.token_selection.router.weight"]
+    with pytest.raises(CheckpointError, match=r"lacks single_transformer_blocks\.1\.token_selection\.router\.weight"):
+        load_given(saved({"module": state}, tmp_path), get_preset("flux-tiny"))

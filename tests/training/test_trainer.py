@@ -97,6 +97,21 @@ def test_complete_model_is_trained_for_its_share_of_steps_only(tmp_path: Path) -
     assert [point.step for point in history if not math.isnan(point.complete)] == [0, 1, 2, 3, 4]
 
 
+def test_distilled_the_dynamic_path_learns_what_the_complete_model_predicts(tmp_path: Path) -> None:
+    run = trainer(tmp_path, replace(DYNAMIC, distill=True, complete=0.0))
+    run.step = DYNAMIC.steps - 1  # noise is annealed to zero
+    batch = run.draws.at(run.step)
+    whole = run.losses(batch)
+    assert whole.complete is not None
+    assert whole.diffusion.item() < 1e-9  # every gate is open: nothing to learn
+    with torch.no_grad():
+        for router in run.model.routers:
+            router.shift(-40.0, tokens=True)
+    cut = run.model(batch.inputs).sample - run.model.complete(batch.inputs)
+    assert torch.allclose(run.losses(batch).diffusion, cut.square().mean())
+    assert cut.any()
+
+
 def test_without_noise_the_gates_trained_are_the_gates_run(tmp_path: Path) -> None:
     run = trainer(tmp_path, replace(DYNAMIC, anneal=1.0))
     run.step = DYNAMIC.steps - 1  # noise is annealed to zero
