@@ -137,6 +137,10 @@ class SegmentPlan(Frozen):
     paper's lambda (attention and MLP only, masks as run), ``network_flops_ratio`` counts static
     layers too, ``executed_flops_ratio`` is ``network_flops_ratio`` with what the graphs really run
     (unions of units, token capacities, token routers).
+
+    Bytes are of the weights of all segments and their conditioning: ``resident_bytes`` with a copy for
+    each engine, ``disk_bytes`` with every stored byte once, which is also what engines that map the
+    weight store hold together.
     """
 
     segments: tuple[Segment, ...]

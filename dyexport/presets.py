@@ -10,6 +10,8 @@ from typing import Literal
 from dyexport.errors import UsageError
 
 Objective = Literal["ddpm", "flow", "flow-sigma"]
+RouterKind = Literal["free", "ordered"]
+"""Whether the units of a block that are on at a timestep may be any, or are always the first ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,6 +80,8 @@ class Pipeline:
         """The dynamic checkpoint, before it is moved onto the budget."""
         routers = self.settings.routers
         inputs: dict[str, Any] = {"static": self.static.digest, "routers": routers, "seed": self.settings.seed}
+        if self.settings.router != "free":  # left out otherwise: work of before there was a choice stays valid
+            inputs["router"] = self.settings.router
         if routers == "given":
             inputs["checkpoint"] = _contents(Path(str(self.settings.checkpoint)))
         elif routers != "random":

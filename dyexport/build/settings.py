@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from dyexport.build.targets import TARGETS
 from dyexport.calibration.segments import PlanSettings
 from dyexport.errors import BudgetError, UsageError
-from dyexport.presets import Preset, get_preset
+from dyexport.presets import Preset, RouterKind, get_preset
 
 Routers = Literal["given", "random", "trained", "none"]
 
@@ -39,6 +39,7 @@ class BuildSettings:
     out: Path
     work: Path
     budget: float | None = None
+    router: RouterKind = "free"
     checkpoint: str | None = None
     random_weights: bool = False
     data: str | None = None
@@ -78,6 +79,12 @@ class BuildSettings:
                 raise UsageError(f"--{name}-steps is {steps}; give {least} or more")
 
     def _check_routers(self, preset: Preset) -> None:
+        if self.router not in get_args(RouterKind):
+            raise UsageError(f"--router is {self.router!r}; use {' or '.join(get_args(RouterKind))}")
+        if self.router != "free" and self.routers == "given":
+            raise UsageError(f"{self.checkpoint} has routers already and is taken as it is; leave --router out")
+        if self.router != "free" and self.routers == "none":
+            raise UsageError(f"with --finetune-steps 0 no router is trained; leave --router {self.router} out")
         if self.routers == "given" and self.finetune_steps:
             raise UsageError(f"{self.checkpoint} has routers already and is taken as it is; leave --finetune-steps out")
         if self.routers in ("trained", "none") and self.budget is None:

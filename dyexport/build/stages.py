@@ -143,7 +143,7 @@ def make_dynamic(
         assert settings.checkpoint is not None
         model = load_given(Path(settings.checkpoint), preset)
     elif settings.routers == "random":
-        model = random_dynamic(preset, seed=settings.seed)
+        model = random_dynamic(preset, seed=settings.seed, router=settings.router)
     else:
         model = attach_routers(settings, static, calibration_inputs(settings, source))
     if settings.routers == "trained":
@@ -163,7 +163,11 @@ def attach_routers(settings: BuildSettings, static: Path, inputs: NoisedInputs) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = DynamicTransformer(
-            backbone, get_adapter(preset.backbone), heads=preset.heads, tokens=settings.routers == "trained"
+            backbone,
+            get_adapter(preset.backbone),
+            heads=preset.heads,
+            tokens=settings.routers == "trained",
+            router=settings.router,
         )
     rank_units(model.eval(), inputs, [float(t) for t in trajectory_points(preset.timestep_range, RANKING_POINTS)])
     return model

@@ -7,12 +7,13 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 import typer
 
 if TYPE_CHECKING:
     from dyexport.build.settings import BuildSettings
+    from dyexport.presets import RouterKind
 
 
 def _option(help_text: str, *names: str, metavar: str | None = None) -> Any:
@@ -32,6 +33,10 @@ class BuildOptions:
             "-b",
         ),
     ] = None
+    router: Annotated[
+        str,
+        _option("Which units are on at a timestep: free, any of them; ordered, the first ones, so engines share more."),
+    ] = "free"
     checkpoint: Annotated[
         str | None,
         _option(
@@ -74,6 +79,7 @@ class BuildOptions:
         return BuildSettings(
             model=self.model,
             budget=budget,
+            router=cast("RouterKind", self.router),  # BuildSettings refuses any other
             out=out,
             work=self.work or out.absolute().with_name(f"{out.absolute().name}.work"),
             checkpoint=self.checkpoint,

@@ -26,7 +26,7 @@ from dyexport.models.base import get_adapter
 from dyexport.models.dit import FREQ_SHIFT, STORED_POSITIONS
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.stored import WEIGHTS, check_weights, read_names, read_weights
-from dyexport.presets import FluxPreset, Preset, get_preset
+from dyexport.presets import FluxPreset, Preset, RouterKind, get_preset
 from dyexport.tables import WidthTable
 
 CONFIG = "config.json"
@@ -43,6 +43,7 @@ class DynamicSpec(Frozen):
     heads: int
     groups: int
     tokens: bool
+    router: RouterKind = "free"
 
 
 def find_checkpoint(source: str, preset: Preset) -> Path:
@@ -197,7 +198,13 @@ def save_dynamic(model: DynamicTransformer, directory: Path, preset: Preset) -> 
     """Write a dynamic checkpoint."""
     save_static(model.backbone, directory)
     save_file(model.routers.state_dict(), directory / ROUTERS)
-    spec = DynamicSpec(preset=preset.name, heads=model.heads, groups=model.groups, tokens=model.has_token_routers)
+    spec = DynamicSpec(
+        preset=preset.name,
+        heads=model.heads,
+        groups=model.groups,
+        tokens=model.has_token_routers,
+        router=model.router,
+    )
     (directory / DYNAMIC).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
     if model.table is not None:
         model.table.save(directory / TABLE)
@@ -212,7 +219,12 @@ def load_dynamic(directory: Path) -> tuple[DynamicTransformer, Preset]:
         raise CheckpointError(f"{directory} is not a dynamic checkpoint: {error}") from error
     backbone = load_static(str(directory), preset)
     model = DynamicTransformer(
-        backbone, get_adapter(preset.backbone), heads=spec.heads, groups=spec.groups, tokens=spec.tokens
+        backbone,
+        get_adapter(preset.backbone),
+        heads=spec.heads,
+        groups=spec.groups,
+        tokens=spec.tokens,
+        router=spec.router,
     )
     routers = read_weights(directory / ROUTERS)
     check_weights(routers, model.routers.state_dict(), directory / ROUTERS, preset.name)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyexport.models.base import BackboneAdapter, Inputs
-from dyexport.models.gates import BlockGates, BlockRouter, GatedPass, GateNoise, fp32_linear, hard_gate
+from dyexport.models.gates import BlockGates, BlockRouter, GatedPass, GateNoise, hard_gate
+from dyexport.presets import RouterKind
 from dyexport.tables import WidthTable
 
 
@@ -35,7 +36,8 @@ class DynamicTransformer(nn.Module):
     """A stock diffusers transformer with timestep-wise widths and spatial-wise tokens.
 
     ``groups`` MLP groups per block default to the number of heads, as published. With ``tokens``
-    False there is no token router and every token runs. ``table``, where set, replaces the width
+    False there is no token router and every token runs. With ``router`` 'ordered' the units that are
+    on at a timestep are always the first of their block. ``table``, where set, replaces the width
     routers' decisions (a model calibrated without training has no trained routers).
     """
 
@@ -49,6 +51,7 @@ class DynamicTransformer(nn.Module):
         heads: int,
         groups: int | None = None,
         tokens: bool = True,
+        router: RouterKind = "free",
     ) -> None:
         super().__init__()
         adapter.share_embedders(backbone)
@@ -56,11 +59,13 @@ class DynamicTransformer(nn.Module):
         self.adapter = adapter
         self.heads = heads
         self.groups = groups or heads
+        self.router = router
         blocks = adapter.blocks(backbone)
         channels = self.config["num_attention_heads"] * self.config["attention_head_dim"]
         token_router = adapter.token_router if tokens else None
         self.routers = nn.ModuleList(
-            BlockRouter(channels=channels, heads=heads, groups=self.groups, token_router=token_router) for _ in blocks
+            BlockRouter(channels=channels, heads=heads, groups=self.groups, token_router=token_router, kind=router)
+            for _ in blocks
         )
         self._gates = [BlockGates(router, index) for index, router in enumerate(self.block_routers)]
         for block, gates in zip(blocks, self._gates, strict=True):
@@ -94,14 +99,16 @@ class DynamicTransformer(nn.Module):
     def width_logits(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Router logits in fp32: (B,) -> (B, L, H), (B, L, G). Unit 0 has +inf: it is always on."""
         embedding = self.adapter.timestep_embedding(self.backbone, timestep).float()  # (B, C)
-        heads = torch.stack([fp32_linear(router.heads, embedding) for router in self.block_routers], dim=1)
-        groups = torch.stack([fp32_linear(router.groups, embedding) for router in self.block_routers], dim=1)
+        heads = torch.stack([router.heads(embedding) for router in self.block_routers], dim=1)
+        groups = torch.stack([router.groups(embedding) for router in self.block_routers], dim=1)
         return F.pad(heads, (1, 0), value=torch.inf), F.pad(groups, (1, 0), value=torch.inf)
 
     def width_gates(self, timestep: Tensor, noise: GateNoise | None = None) -> tuple[Tensor, Tensor]:
         """Hard head and group gates: (B,) -> (B, L, H), (B, L, G)."""
         if self.table is not None:
             return self._table_gates(self.table, timestep)
+        if noise is not None and self.router == "ordered":
+            noise = _one_draw(noise)
         heads, groups = self.width_logits(timestep)
         return _force_first(hard_gate(heads[..., 1:], noise)), _force_first(hard_gate(groups[..., 1:], noise))
 
@@ -140,6 +147,11 @@ class DynamicTransformer(nn.Module):
     def _follow(self, run: GatedPass | None) -> None:
         for gates in self._gates:
             gates.open(run)
+
+
+def _one_draw(noise: GateNoise) -> GateNoise:
+    """One draw for all units of a block, which share a score: with noise, too, the first ones are on."""
+    return lambda shape: noise(torch.Size((*shape[:-1], 1)))
 
 
 def _force_first(gates: Tensor) -> Tensor:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dyexport.presets import RouterKind
+
 GATE_TEMPERATURE = 5.0  # tau of the Gumbel-sigmoid, arXiv 2410.03456 section 3.4
 WIDTH_BIAS = 15.0  # everything starts on, so fine-tuning starts from the static model
 TOKEN_BIAS = 35.0
+THRESHOLD_SPAN = 10.0  # of fresh ordered routers: two gate temperatures, so that units close one by one
 
 GateNoise = Callable[[torch.Size], Tensor]
 """Draws logistic noise of a shape, for training; absent at evaluation."""
@@ -51,32 +55,100 @@ class TokenRouter(nn.Module, ABC):
         """Logits (B, N) of the tokens (B, N, C) that come first among ``inputs``."""
 
 
+class WidthRouter(nn.Linear, ABC):
+    """Decides from the timestep embedding which units of a block are on (TDW, section 3.2), in fp32.
+
+    Unit 0 is always on and has no logit.
+    """
+
+    @abstractmethod
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Logits of the units after the first: (B, C) -> (B, U - 1)."""
+
+    @torch.no_grad()
+    def open(self) -> None:
+        """Initialise as published: every gate on, whatever the input."""
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        nn.init.constant_(self.bias, WIDTH_BIAS)
+
+    @torch.no_grad()
+    def shift(self, amount: float) -> None:
+        """Add a constant to the logits."""
+        self.bias.add_(amount)
+
+
+class FreeRouter(WidthRouter):
+    """One logit for each unit, as published."""
+
+    def __init__(self, channels: int, units: int) -> None:
+        super().__init__(channels, units - 1)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return fp32_linear(self, embedding)
+
+
+class OrderedRouter(WidthRouter):
+    """One score, and a threshold for each unit, ascending: at every t the units that are on come first.
+
+    Segments' unions are then prefixes of the widest, and their engines share one copy of the weights.
+    Not in the paper.
+    """
+
+    def __init__(self, channels: int, units: int) -> None:
+        super().__init__(channels, 1)
+        self.increments = nn.Parameter(torch.empty(units - 1))  # of the thresholds, before softplus
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        steps = F.softplus(self.increments.float())  # (U - 1,)
+        thresholds = steps.cumsum(0) / len(steps)  # a mean, so that the last moves no faster than the score in training
+        return fp32_linear(self, embedding) - thresholds  # (B, U - 1)
+
+    @torch.no_grad()
+    def spread(self, span: float) -> None:
+        """Space the thresholds evenly, the last at ``span``."""
+        nn.init.constant_(self.increments, math.log(math.expm1(span)))
+
+    @torch.no_grad()
+    def open(self) -> None:
+        super().open()
+        self.spread(THRESHOLD_SPAN)
+        self.shift(THRESHOLD_SPAN)
+
+
+WIDTH_ROUTERS: Mapping[RouterKind, type[FreeRouter | OrderedRouter]] = {"free": FreeRouter, "ordered": OrderedRouter}
+
+
 class BlockRouter(nn.Module):
     """Routers of one block: two on the timestep embedding (TDW), one on every token (SDT)."""
 
     def __init__(
-        self, *, channels: int, heads: int, groups: int, token_router: Callable[[int], TokenRouter] | None
+        self,
+        *,
+        channels: int,
+        heads: int,
+        groups: int,
+        token_router: Callable[[int], TokenRouter] | None,
+        kind: RouterKind = "free",
     ) -> None:
         super().__init__()
-        self.heads = nn.Linear(channels, heads - 1)
-        self.groups = nn.Linear(channels, groups - 1)
+        self.heads: WidthRouter = WIDTH_ROUTERS[kind](channels, heads)
+        self.groups: WidthRouter = WIDTH_ROUTERS[kind](channels, groups)
         self.tokens = token_router(channels) if token_router is not None else None
         self.open()
 
     @torch.no_grad()
     def open(self) -> None:
         """Initialise as published: every gate on, whatever the input."""
-        for router in (self.heads, self.groups):
-            nn.init.trunc_normal_(router.weight, std=0.02)
-            nn.init.constant_(router.bias, WIDTH_BIAS)
+        self.heads.open()
+        self.groups.open()
         if self.tokens is not None:
             nn.init.constant_(self.tokens.last.bias, TOKEN_BIAS)
 
     @torch.no_grad()
     def shift(self, amount: float, *, tokens: bool) -> None:
         """Add a constant to the logits, of the token router too if ``tokens``: more of each for a positive amount."""
-        self.heads.bias.add_(amount)
-        self.groups.bias.add_(amount)
+        self.heads.shift(amount)
+        self.groups.shift(amount)
         if tokens and self.tokens is not None:
             self.tokens.last.bias.add_(amount)
 

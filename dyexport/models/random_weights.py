@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from dyexport.models.base import get_adapter
 from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.gates import OrderedRouter
 from dyexport.models.inputs import NoisedInputs
-from dyexport.presets import Preset
+from dyexport.presets import Preset, RouterKind
 
 TREND = 0.5  # amplitude over t of what all units of a model share: wider at one end of the trajectory
 SPREAD = 0.1  # std of the amplitude of each slow wave that a unit follows on its own
 WAVES = 3
+OFFSET = 1.5  # logit of the units that are on longest, averaged over t; of the others, down to its negative
 FIT_POINTS = 2048
 KEPT_TOKENS = 0.85  # share of tokens a random token router keeps, on average
 
@@ -28,12 +30,15 @@ def random_backbone(preset: Preset, seed: int = 0) -> nn.Module:
 
 
 @torch.no_grad()
-def random_dynamic(preset: Preset, *, tokens: bool = True, seed: int = 0) -> DynamicTransformer:
+def random_dynamic(
+    preset: Preset, *, tokens: bool = True, seed: int = 0, router: RouterKind = "free"
+) -> DynamicTransformer:
     """A dynamic model with random weights and routers spread so that widths and tokens vary with t."""
     backbone = random_backbone(preset, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
-        model = DynamicTransformer(backbone, get_adapter(preset.backbone), heads=preset.heads, tokens=tokens).eval()
+        adapter = get_adapter(preset.backbone)
+        model = DynamicTransformer(backbone, adapter, heads=preset.heads, tokens=tokens, router=router).eval()
         _spread_widths(model, preset)
         if tokens:
             _spread_tokens(model, preset)
@@ -52,7 +57,11 @@ def _spread_widths(model: DynamicTransformer, preset: Preset) -> None:
             own = torch.randn(linear.out_features, WAVES) * SPREAD
             own[:, 0] += TREND
             linear.weight.copy_(own @ basis)
-            offsets = torch.linspace(1.5, -1.5, linear.out_features + 2)[1:-1]
+            if isinstance(linear, OrderedRouter):
+                linear.spread(2 * OFFSET)
+                offsets = torch.tensor([OFFSET])  # (1,)
+            else:
+                offsets = torch.linspace(OFFSET, -OFFSET, linear.out_features + 2)[1:-1]  # (U - 1,)
             linear.bias.copy_(offsets - linear.weight @ embedding.mean(dim=0))
 
 

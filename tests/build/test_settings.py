@@ -31,6 +31,8 @@ def settings(tmp_path: Path, **values: Any) -> BuildSettings:
         ({"finetune_steps": -1}, "--finetune-steps is -1"),
         ({"train_steps": 10}, "--train-steps is for training from scratch"),
         ({"checkpoint": "somewhere"}, "exclude each other"),
+        ({"router": "sorted"}, "--router is 'sorted'; use free or ordered"),
+        ({"router": "ordered", "finetune_steps": 0}, "no router is trained; leave --router ordered out"),
         ({"random_weights": False, "data": "latents", "budget": None}, "needs a --budget"),
         ({"finetune_steps": 0, "budget": None}, "needs a --budget"),
         ({"random_weights": False}, "needs --data"),
@@ -101,5 +103,6 @@ def test_a_dynamic_checkpoint_is_taken_as_it_is(tmp_path: Path) -> None:
     (checkpoint / "dynamic.json").write_text("{}")
     given = {"random_weights": False, "checkpoint": str(checkpoint)}
     assert settings(tmp_path, **given, budget=None).routers == "given"
-    with pytest.raises(UsageError, match="has routers already"):
-        settings(tmp_path, **given, finetune_steps=10)
+    for more in ({"finetune_steps": 10}, {"router": "ordered"}):
+        with pytest.raises(UsageError, match="has routers already"):
+            settings(tmp_path, **given, **more)
