@@ -1,0 +1,143 @@
+"""FLUX end to end: one bundle against the masked model, in the stock pipeline, at several resolutions and lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+from dyexport.build.settings import BuildSettings
+from dyexport.build.verify import VerifySettings, find_reference, verify_bundle
+from dyexport.bundle import Bundle
+from dyexport.errors import EngineMismatch
+from dyexport.models.checkpoints import load_dynamic
+from dyexport.runtime.pipeline import load
+from dyexport.runtime.transformers import FluxBundle
+from tests.build.tiny import build
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    root = tmp_path_factory.mktemp("flux")
+    return build(
+        BuildSettings(
+            model="flux-tiny",
+            budget=0.5,
+            random_weights=True,
+            engines=2,
+            baseline=False,
+            out=root / "bundle",
+            work=root / "work",
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def loaded(built: Bundle) -> FluxBundle:
+    transformer = load(built.root, check_hashes=False)
+    assert isinstance(transformer, FluxBundle)
+    return transformer
+
+
+class Masked(torch.nn.Module):
+    """The masked model with the stock module's signature."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__()
+        self.model, _ = load_dynamic(find_reference(bundle))
+        self.config, self.dtype, self.device = self.model.config, torch.float32, torch.device("cpu")
+
+    def forward(self, *, return_dict: bool, joint_attention_kwargs: None, **inputs: torch.Tensor) -> Any:
+        assert not return_dict
+        sample = self.model(inputs).sample
+        return (sample,)
+
+    def cache_context(self, name: str) -> Any:
+        return FluxBundle.cache_context(self, name)  # type: ignore[arg-type]
+
+
+def picture(transformer: Any, *, pixels: int, steps: int, words: int, negative: bool = False) -> torch.Tensor:
+    """Packed latents from diffusers' own pipeline, its resolution-dependent shift of sigma included."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipe = FluxPipeline(
+        scheduler=scheduler,
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    draw = torch.Generator().manual_seed(3)
+    prompts = {"prompt_embeds": (1, words, 64), "pooled_prompt_embeds": (1, 32)}
+    if negative:
+        prompts |= {f"negative_{name}": shape for name, shape in prompts.items()}
+    embedded = {name: torch.randn(shape, generator=draw) for name, shape in prompts.items()}
+    return pipe(
+        **embedded,
+        true_cfg_scale=2.0 if negative else 1.0,
+        height=pixels,
+        width=pixels,
+        num_inference_steps=steps,
+        generator=draw,
+        output_type="latent",
+    ).images
+
+
+def test_equals_the_masked_model(built: Bundle) -> None:
+    report = verify_bundle(built.root, VerifySettings(timesteps=16))
+    assert report.passed
+    assert report.max_abs_error < 2e-5
+    assert all(segment.compared for segment in report.segments)
+
+
+@pytest.mark.parametrize(("pixels", "steps", "words"), [(64, 28, 16), (128, 4, 16), (192, 5, 7)])
+def test_one_bundle_serves_any_resolution_steps_and_prompt(
+    built: Bundle, loaded: FluxBundle, pixels: int, steps: int, words: int
+) -> None:
+    drawn = picture(loaded, pixels=pixels, steps=steps, words=words)
+    truth = picture(Masked(built), pixels=pixels, steps=steps, words=words)
+    assert drawn.shape == (1, (pixels // 16) ** 2, 16)
+    np.testing.assert_allclose(drawn, truth, atol=1e-3)  # rounding, carried through all steps
+
+
+def test_guidance_in_two_calls(built: Bundle, loaded: FluxBundle) -> None:
+    settings = {"pixels": 64, "steps": 3, "words": 16, "negative": True}
+    drawn, truth = (picture(model, **settings) for model in (loaded, Masked(built)))
+    np.testing.assert_allclose(drawn, truth, atol=1e-3)
+    assert not np.allclose(drawn, picture(loaded, pixels=64, steps=3, words=16), atol=1e-3)
+
+
+def inputs(batch: int = 1) -> dict[str, Any]:
+    return {
+        "hidden_states": torch.randn(batch, 9, 16),
+        "encoder_hidden_states": torch.randn(batch, 4, 64),
+        "pooled_projections": torch.randn(batch, 32),
+        "timestep": torch.full((batch,), 0.5),
+        "img_ids": torch.zeros(9, 3),
+        "txt_ids": torch.zeros(4, 3),
+        "guidance": torch.tensor([3.5]),
+    }
+
+
+def test_one_guidance_for_the_batch_and_batched_positions(loaded: FluxBundle) -> None:
+    given = inputs(batch=2)
+    expected = loaded(**given)
+    assert isinstance(expected, Transformer2DModelOutput)
+    given |= {"guidance": torch.full((2,), 3.5), "img_ids": given["img_ids"].expand(2, -1, -1)}
+    (sample,) = loaded(**given, return_dict=False)
+    assert torch.equal(sample, expected.sample)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"guidance": None}, "guidance"), ({"joint_attention_kwargs": {"scale": 0.5}}, "scale"), ({"timestep": 2.0}, "2")],
+)
+def test_what_it_cannot_do_is_refused(loaded: FluxBundle, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(EngineMismatch, match=message):
+        loaded(**{**inputs(), **changes})
