@@ -9,7 +9,7 @@ from torch import nn
 
 from dyexport.models.base import get_adapter
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.presets import Preset, get_preset
+from dyexport.presets import Preset, RouterKind, get_preset
 from dyexport.training.data import MemorySource
 
 SIT = replace(get_preset("sit-digits"), name="tiny-sit", hidden_size=16, heads=4, layers=2, patch_size=2)
@@ -24,13 +24,13 @@ def backbone(preset: Preset, seed: int = 0) -> nn.Module:
     return module.eval()
 
 
-def dynamic(preset: Preset, seed: int = 0) -> DynamicTransformer:
+def dynamic(preset: Preset, seed: int = 0, router: RouterKind = "free") -> DynamicTransformer:
     """Every gate matters: the layers that adaLN-Zero starts at zero are random."""
     module = backbone(preset, seed)
     for value in module.parameters():
         if not value.any():
             torch.nn.init.normal_(value, std=0.1)
-    return DynamicTransformer(module, get_adapter(preset.backbone), heads=preset.heads)
+    return DynamicTransformer(module, get_adapter(preset.backbone), heads=preset.heads, router=router)
 
 
 def blobs(preset: Preset, count: int = 64) -> MemorySource:

@@ -70,6 +70,17 @@ def test_finetuning_reaches_lambda_on_the_gates_that_run(tmp_path: Path) -> None
     assert recomputed_ratio(model) == pytest.approx(result.flops_ratio, abs=0.03)
 
 
+def test_ordered_routers_close_units_from_the_last(tmp_path: Path) -> None:
+    model = dynamic(SIT, router="ordered")
+    config = FinetuneConfig(steps=300, batch_size=16, budget=0.5, learning_rate=1e-3, seed=1)
+    result = finetune(model, SIT, blobs(SIT), config, work_dir=tmp_path)
+    assert result.history[0].flops_ratio == 1.0
+    assert result.flops_ratio == pytest.approx(0.5, abs=0.1)
+    gates = torch.cat(model.width_gates(torch.linspace(*SIT.timestep_range, 64)), dim=1)  # (T, 2 * L, U)
+    assert 0 < gates[..., 1:].mean() < 1
+    assert (gates[..., 1:] <= gates[..., :-1]).all()
+
+
 @torch.no_grad()
 def recomputed_ratio(model: torch.nn.Module) -> float:
     """Lambda from gates counted one by one, on inputs of this test's own."""
