@@ -71,7 +71,7 @@ def test_finetuning_reaches_lambda_on_the_gates_that_run(tmp_path: Path) -> None
 
 
 def test_ordered_routers_close_units_from_the_last(tmp_path: Path) -> None:
-    model = dynamic(SIT, router="ordered")
+    model = dynamic(SIT, seed=1, router="ordered")
     config = FinetuneConfig(steps=300, batch_size=16, budget=0.5, learning_rate=1e-3, seed=1)
     result = finetune(model, SIT, blobs(SIT), config, work_dir=tmp_path)
     assert result.history[0].flops_ratio == 1.0
