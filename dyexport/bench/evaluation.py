@@ -97,13 +97,14 @@ def evaluate(
 
     ``control`` is a diffusers directory. Raises ``UsageError`` for a model of anything but digits.
     """
-    loaded = load(bundle.root, check_hashes=False)
-    models: dict[str, Denoiser] = {"dense": load(bundle.root, check_hashes=False, dense=True)}
+    loaded, dense = (load(bundle.root, check_hashes=False, dense=dense) for dense in (False, True))
+    models: dict[str, Denoiser] = {"dense": dense}
     if control is not None:
         models["control"] = _load_control(control)
     models["dynamic"] = loaded
     scores = score_models(models, bundle.manifest.model, judge, drawing, seeds, progress)
     loaded.close()
+    dense.close()
     return _report(bundle, drawing, scores, frechet_real=judge.frechet(held_out.pictures))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import prod
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 from dyexport.engines.base import Engine, Tensors
@@ -39,6 +40,7 @@ class Conditioner:
 
     def __init__(self, engine: Engine, *, resident: bool = True, memory: int = MEMORY) -> None:
         self.engine = engine
+        self.seconds = 0.0  # in the engine, so far
         self._resident = resident
         self._memory = memory // TRAJECTORIES
         self._under_way: list[_Trajectory] = []  # the one used last at the end
@@ -81,7 +83,9 @@ class Conditioner:
         device = next(iter(trajectory.conditions.values())).device
         t = torch.tensor(timesteps, device=device).repeat_interleave(batch)  # (S * B,)
         tiled = {name: tensor.repeat(len(timesteps), *[1] * (tensor.ndim - 1)) for name, tensor in conditions}
+        begin = perf_counter()
         modulation = self.engine.run({"timestep": t, **tiled})["modulation"]  # (S * B, M)
+        self.seconds += perf_counter() - begin
         if (len(trajectory.rows) + len(timesteps)) * self._row_bytes(batch) > self._memory:
             trajectory.rows.clear()
         trajectory.rows |= dict(zip(timesteps, modulation.split(batch), strict=True))

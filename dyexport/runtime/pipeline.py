@@ -82,7 +82,7 @@ class BundleTransformer(torch.nn.Module):
     def residency(self) -> Residency:
         """Bytes resident now, and what each switch has cost so far."""
         with self._lock:
-            return measure(self.engine, self.conditioner.engine, step_seconds=self._step_seconds)
+            return measure(self.engine, self.conditioner, step_seconds=self._step_seconds)
 
     @property
     def overflow(self) -> Overflow:

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dyexport.engines.base import Engine, WeightSpan
+from dyexport.engines.base import WeightSpan
 from dyexport.engines.switching import SwitchingEngine
+from dyexport.runtime.conditioning import Conditioner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Residency:
 
     weight_bytes     of the active engines and their conditioning; bytes that engines share count once
     process_bytes    proportional set size of the whole process; None where the system does not tell
-    run_seconds      inside engines
+    run_seconds      inside engines, conditioning included
     outside_seconds  everything else in a step: routing, switching, moving tensors
     """
 
@@ -55,10 +56,11 @@ class Residency:
         return self.outside_seconds / total if total else 0.0
 
 
-def measure(engine: SwitchingEngine, conditioning: Engine, *, step_seconds: float) -> Residency:
+def measure(engine: SwitchingEngine, conditioner: Conditioner, *, step_seconds: float) -> Residency:
     """``step_seconds`` is the time in all steps so far, engines and everything around them."""
     clock = engine.clock
-    active = [each.weights for each in (*engine.engines, conditioning) if each.active]
+    run_seconds = clock.run_seconds + conditioner.seconds
+    active = [each.weights for each in (*engine.engines, conditioner.engine) if each.active]
     engines = (
         EngineResidency(
             segment=index,
@@ -79,8 +81,8 @@ def measure(engine: SwitchingEngine, conditioning: Engine, *, step_seconds: floa
         switches=tuple(switches),
         weight_bytes=mapped if engine.shares_weights else sum(distinct_bytes(spans) for spans in active),
         process_bytes=process_bytes(),
-        run_seconds=clock.run_seconds,
-        outside_seconds=max(step_seconds - clock.run_seconds, 0.0),
+        run_seconds=run_seconds,
+        outside_seconds=max(step_seconds - run_seconds, 0.0),
     )
 
 

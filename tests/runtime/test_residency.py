@@ -4,12 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dyexport.engines.base import WeightSpan
 from dyexport.engines.registry import EngineOptions, make_engine
 from dyexport.engines.switching import Choice, SwitchingEngine
+from dyexport.runtime.conditioning import Conditioner
 from dyexport.runtime.residency import Residency, distinct_bytes, measure, process_bytes
 from tests.runtime.bundles import write_bundle
 
@@ -44,14 +46,24 @@ def test_shared_weights_count_once(tmp_path: Path, shared: bool) -> None:
     switching = SwitchingEngine(engines, lambda inputs: Choice(engine=0, inputs={}))
     for engine in engines[:2]:
         engine.activate()
-    conditioning = make_engine("onnx", bundle.root / "graphs/conditioning.onnx", options)
-    residency = measure(switching, conditioning, step_seconds=0.0)
+    conditioner = Conditioner(make_engine("onnx", bundle.root / "graphs/conditioning.onnx", options))
+    residency = measure(switching, conditioner, step_seconds=0.0)
     once = residency.engines[0].weight_bytes
     assert residency.weight_bytes == (once if shared else 2 * once) > 0
     assert not residency.engines[2].active
-    conditioning.activate()
-    conditioned = measure(switching, conditioning, step_seconds=0.0)
-    assert conditioned.weight_bytes == residency.weight_bytes + distinct_bytes(conditioning.weights)
+    conditioner.engine.activate()
+    conditioned = measure(switching, conditioner, step_seconds=0.0)
+    assert conditioned.weight_bytes == residency.weight_bytes + distinct_bytes(conditioner.engine.weights)
+
+
+def test_conditioning_runs_inside_an_engine(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    engine = make_engine("onnx", bundle.root / "graphs/segment-00.onnx")
+    conditioner = Conditioner(make_engine("onnx", bundle.root / "graphs/conditioning.onnx"))
+    conditioner.at(5.0, {"class_labels": torch.tensor([1])})
+    residency = measure(SwitchingEngine([engine], lambda _: Choice(engine=0, inputs={})), conditioner, step_seconds=9.0)
+    assert 0 < residency.run_seconds == conditioner.seconds
+    assert residency.outside_seconds == 9.0 - conditioner.seconds
 
 
 def test_overhead_is_what_engines_do_not_account_for() -> None:
