@@ -100,7 +100,6 @@ def markdown(found: Mapping[str, Any]) -> str:
         ("the dense engine", *_sizes(added, "dense")),
         (f"{count} engines", *_sizes(added, "engines")),
         ("of the dense engine", *(f"{added[f'engines_{way}'] / added[f'dense_{way}']:.2f} x" for way in WAYS)),
-        ("of the dense engine, copied", *(f"{added[f'engines_{way}'] / added['dense_copied']:.2f} x" for way in WAYS)),
         (f"weights of the {count}, planned", *(format_bytes(found[f"weights_{way}"]) for way in WAYS)),
     ]
     return (
