@@ -19,15 +19,13 @@ from dyexport.bench.variants import (
     Variant,
     compiled_variant,
     conditioning_variant,
-    example_inputs,
     module_variant,
     segment_variants,
-    stock_transformer,
 )
 from dyexport.bundle import Bundle, Segment, SegmentPlan
 from dyexport.errors import UsageError
 from dyexport.runtime.pipeline import BundleTransformer, load
-from dyexport.runtime.sampling import sample
+from dyexport.runtime.transformers import example_inputs, stock_transformer
 
 OVERHEAD_LOOPS = 3
 LOOP_BLOCKS = Blocks(rounds=3, timed=1)
@@ -209,9 +207,13 @@ def _trajectory_speedup(dense: BundleTransformer, loaded: BundleTransformer, set
 
 
 def _sampling_loop(transformer: BundleTransformer, settings: BenchSettings, seed: int) -> None:
-    spec = transformer.spec
-    labels = [(seed + index) % spec.classes for index in range(settings.batch)]
-    sample(transformer, spec, labels, steps=settings.steps, guidance_scale=1.0, seed=seed)
+    """The network's calls of one trajectory, from noise to data."""
+    spec, steps = transformer.spec, settings.steps
+    noise, data = spec.timestep_range if spec.objective == "flow" else reversed(spec.timestep_range)
+    inputs = example_inputs(spec, settings.batch, noise, seed)
+    for share in ((step + 0.5) / steps for step in range(steps)):
+        timestep = torch.full((settings.batch,), noise + share * (data - noise))  # (B,)
+        transformer(**{**inputs, "timestep": timestep})
 
 
 @contextmanager

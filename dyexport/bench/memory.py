@@ -41,9 +41,10 @@ def _measure(probe: MemoryProbe) -> int | None:
     import torch
 
     import dyexport.runtime.pipeline as pipeline
-    from dyexport.bench.variants import example_inputs, module_variant, segment_variants
+    from dyexport.bench.variants import module_variant, segment_variants
     from dyexport.bundle import Bundle
     from dyexport.runtime.residency import process_bytes
+    from dyexport.runtime.transformers import example_inputs
 
     torch.set_num_threads(probe.threads)
     bundle = Bundle.open(probe.bundle, check_hashes=False)  # the caller has checked them

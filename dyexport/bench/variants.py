@@ -7,49 +7,33 @@ from typing import Any
 
 import torch
 
-from dyexport.bundle import Bundle, ModelSpec
-from dyexport.errors import UsageError
+from dyexport.bundle import Bundle
 from dyexport.runtime.pipeline import BundleTransformer
+from dyexport.runtime.transformers import example_inputs
 
 Variant = Callable[[], object]
-
-
-def example_inputs(spec: ModelSpec, batch: int, t: float, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Noise with labels, all at one t; the same tensors for the same arguments."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = {
-        "hidden_states": torch.randn(batch, *spec.latent_shape, generator=generator),  # (B, C, H, W)
-        "timestep": torch.full((batch,), t),  # (B,)
-        "class_labels": torch.arange(batch) % spec.classes,  # (B,)
-    }
-    return {name: value.to(device) for name, value in inputs.items()}
 
 
 def segment_variants(transformer: BundleTransformer, bundle: Bundle, batch: int) -> list[Variant]:
     """The loaded bundle called at the middle of each segment: routing, gates and slots are part of the call."""
     spec, device = bundle.manifest.model, str(transformer.device)
     middles = [(segment.start + segment.end) / 2 for segment in bundle.manifest.plan.segments]
-    return [module_variant(transformer, example_inputs(spec, batch, t, device), device) for t in middles]
+    return [module_variant(transformer, _on(device, example_inputs(spec, batch, t)), device) for t in middles]
+
+
+def _on(device: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
 def conditioning_variant(transformer: BundleTransformer, batch: int, steps: int) -> Variant:
     """The conditioning network for all steps of a trajectory at once, as a bundle runs it."""
-    spec, device = transformer.spec, str(transformer.device)
-    inputs = {
-        "timestep": torch.linspace(*spec.timestep_range, steps).repeat_interleave(batch).to(device),  # (S * B,)
-        "class_labels": (torch.arange(batch) % spec.classes).repeat(steps).to(device),  # (S * B,)
-    }
-    return lambda: transformer.conditioner.engine.run(inputs)
-
-
-def stock_transformer(spec: ModelSpec, device: str = "cpu") -> torch.nn.Module:
-    """diffusers' own module at the bundle's size; its weights are random, which no time depends on."""
-    from diffusers import DiTTransformer2DModel
-
-    if spec.backbone not in ("dit", "sit"):
-        raise UsageError(f"{spec.name} has backbone {spec.backbone!r}; its dense module is known for dit and sit only")
-    module: torch.nn.Module = DiTTransformer2DModel(**spec.config).eval().to(device)
-    return module
+    spec, engine = transformer.spec, transformer.conditioner.engine
+    given = example_inputs(spec, batch, spec.timestep_range[0])
+    conditions = {name: value for name, value in given.items() if name in {each.name for each in engine.io.inputs}}
+    rows = {name: value.repeat(steps, *[1] * (value.ndim - 1)) for name, value in conditions.items()}  # (S * B, ...)
+    rows["timestep"] = torch.linspace(*spec.timestep_range, steps).repeat_interleave(batch)  # (S * B,)
+    moved = {name: value.to(transformer.device) for name, value in rows.items()}
+    return lambda: engine.run(moved)
 
 
 def module_variant(module: Callable[..., object], inputs: dict[str, Any], device: str) -> Variant:

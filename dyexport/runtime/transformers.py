@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
+from dyexport.bundle import ModelSpec
 from dyexport.errors import EngineMismatch
 from dyexport.runtime.pipeline import BundleTransformer
 
@@ -85,6 +86,37 @@ class FluxBundle(BundleTransformer):
 def _unbatched(positions: torch.Tensor) -> torch.Tensor:
     """(N, 3) from that, or from one equal copy a sample (B, N, 3), as the published FLUX gives them."""
     return positions[0] if positions.ndim == 3 else positions
+
+
+def example_inputs(spec: ModelSpec, batch: int, t: float, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Noise under random conditions, as the stock module's arguments; the same tensors for the same values."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    timestep, config = torch.full((batch,), t), spec.config  # (B,)
+    if spec.backbone != "flux":
+        labels = (torch.arange(batch) + seed) % spec.classes  # (B,)
+        return {"hidden_states": noise(*spec.latent_shape), "timestep": timestep, "class_labels": labels}
+    inputs = {
+        "hidden_states": noise(spec.tokens, config["in_channels"]),  # (B, N, C)
+        "encoder_hidden_states": noise(spec.text_tokens, config["joint_attention_dim"]),  # (B, T, J)
+        "pooled_projections": noise(config["pooled_projection_dim"]),  # (B, P)
+        "timestep": timestep,
+        "img_ids": torch.zeros(spec.tokens, 3),
+        "txt_ids": torch.zeros(spec.text_tokens, 3),
+    }
+    return {**inputs, "guidance": torch.full((batch,), 3.5)} if config["guidance_embeds"] else inputs
+
+
+def stock_transformer(spec: ModelSpec) -> torch.nn.Module:
+    """diffusers' own module at the bundle's size; its weights are random, which no time depends on."""
+    from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
+
+    kind = FluxTransformer2DModel if spec.backbone == "flux" else DiTTransformer2DModel
+    module: torch.nn.Module = kind(**spec.config).eval()
+    return module
 
 
 TRANSFORMERS: dict[str, type[BundleTransformer]] = {"dit": DiTBundle, "sit": DiTBundle, "flux": FluxBundle}

@@ -15,11 +15,12 @@ from dyexport.bench.compare import BenchSettings, compare, with_conditioning
 from dyexport.bench.latency import BenchReport
 from dyexport.bench.memory import MemoryProbe, added_bytes
 from dyexport.bench.report import bench_tables
-from dyexport.bench.variants import compiled_variant, conditioning_variant, example_inputs, stock_transformer
+from dyexport.bench.variants import compiled_variant, conditioning_variant
 from dyexport.bundle import DENSE, MANIFEST, Bundle
 from dyexport.engines.fake import FakeEngine
 from dyexport.errors import BundleError, DyexportError, UsageError
 from dyexport.runtime.pipeline import load
+from dyexport.runtime.transformers import example_inputs, stock_transformer
 from tests.bench.text import rendered
 
 
