@@ -46,6 +46,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoReport:
     """The demo, all of it, but hardly trained."""
     settings = demo_settings(tmp_path_factory.mktemp("bench") / "demo")
-    settings = replace(settings, train_steps=2, finetune_steps=2, engines=2)
+    settings = replace(settings, train_steps=2, finetune_steps=12, engines=2)
     bench = BenchSettings(rounds=1, steps=2, compiled=False, threads=1)
     return run_demo(settings, StageLines(), drawing=Drawing(samples=20, steps=2), bench=bench)

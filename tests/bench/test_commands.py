@@ -138,7 +138,7 @@ def test_a_directory_that_is_no_bundle_is_one_sentence(run: Any, command: str, t
 
 def test_eval_compares_with_a_control_trained_as_long(run: Any, demo: DemoReport) -> None:
     arguments = ("--samples", 20, "--steps", 2, "--seeds", 2, "--json")
-    steps = ("--train-steps", 2, "--finetune-steps", 2)
+    steps = ("--train-steps", 2, "--finetune-steps", 12)
     code, stdout, stderr = run("eval", demo.bundle, *arguments, "--control", *steps)
     assert code == 0, stderr
     report = json.loads(stdout)
