@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from dyexport import presets
 from dyexport.models.base import Inputs
-from dyexport.models.checkpoints import has_routers, load_given, load_static
+from dyexport.models.checkpoints import load_given, load_static
 from dyexport.models.inputs import NoisedInputs
 from dyexport.presets import FluxPreset, Preset, get_preset
 from dyexport.runtime.pipeline import load
@@ -92,33 +93,42 @@ def test_the_static_model(published: Published) -> None:
         published.compare(f"static model of {file.name}", lambda a, m=model: m(**a).sample, complete=True)
 
 
-def test_the_bundle(published: Published, tmp_path: Path) -> None:
-    given = {"budget": None, "random_weights": False, "checkpoint": str(published.file), "engines": 4}
-    settings = replace(tiny_settings(tmp_path, **given), model=published.preset.name)
+def built(root: Path, preset: Preset, file: Path) -> Callable[..., Any]:
+    """A bundle of a file, with its routers as they are, as a transformer."""
+    given = {"budget": None, "random_weights": False, "checkpoint": str(file), "engines": 4}
+    settings = replace(tiny_settings(root, **given), model=preset.name)
+    assert settings.routers == "given"
     build(settings)
-    bundle = load(settings.out)
+    return load(settings.out)
+
+
+def test_the_bundle(published: Published, tmp_path: Path) -> None:
+    bundle = built(tmp_path, published.preset, published.file)
     published.compare("bundle of 4 engines", lambda arguments: bundle(**arguments).sample)
 
 
 @torch.no_grad()
-def test_the_masked_flux(tmp_path: Path) -> None:
+def test_flux(tmp_path: Path) -> None:
     preset = get_preset("flux-tiny")
     assert isinstance(preset, FluxPreset)
-    errors, kept = [], []
+    errors: dict[str, list[float]] = {"masked model": [], "bundle": []}
+    kept = []
     with published_code(Path(CHECKOUT), DYFLUX) as code:
         published = random_dyflux(code, preset)
         torch.save({"module": published.state_dict(), "step": 7}, tmp_path / "dyflux.pt")
-        assert has_routers(tmp_path / "dyflux.pt")
         model = load_given(tmp_path / "dyflux.pt", preset)
+        bundle = built(tmp_path, preset, tmp_path / "dyflux.pt")
         for t in random_timesteps(preset, 24):
             inputs = NoisedInputs(preset=preset, batch_size=2).at(t)
-            ids = {name: inputs[name].expand(2, -1, -1) for name in ("img_ids", "txt_ids")}
+            ids = {name: inputs[name].expand(2, -1, -1) for name in ("img_ids", "txt_ids")}  # as published
             truth = published(**{**inputs, **ids}).sample
             output = model(inputs)
             assert output.heads.all()
             assert output.groups.all()
-            errors.append(relative_error(output.sample, truth))
+            errors["masked model"].append(relative_error(output.sample, truth))
+            errors["bundle"].append(relative_error(bundle(**inputs).sample, truth))
             kept.append(float(output.tokens.mean()))
-    print(f"flux-tiny: masked model against the published code: worst relative error {max(errors):.1e}")
-    assert max(errors) <= TOLERANCE
+    for what, found in errors.items():
+        print(f"flux-tiny: {what} against the published code: worst relative error {max(found):.1e}")
+        assert max(found) <= TOLERANCE
     assert 0.2 < sum(kept) / len(kept) < 0.95, "these gates test little"
