@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dyexport.bundle import Segment
+from dyexport.slicing.flux_conditioning import FluxConditioning, channels_of, depth_of, modulation_size
 from dyexport.slicing.recipes import Recipe
 from dyexport.slicing.slicer import (
     Architecture,
@@ -22,7 +23,7 @@ from dyexport.slicing.slicer import (
     routed_inputs,
     routed_limits,
 )
-from dyexport.slicing.slim_flux import FluxConditioning, SlimFlux, channels_of, depth_of, modulation_size
+from dyexport.slicing.slim_flux import SlimFlux
 from dyexport.tensors import TensorSpec
 
 ROTARY = "pos_embed.frequencies"
