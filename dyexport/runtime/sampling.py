@@ -96,6 +96,8 @@ def sample(
     The same seed starts from the same noise on every device. ``guidance_scale`` 1 turns classifier-free
     guidance off. Raises ``UsageError`` for values out of range.
     """
+    if not spec.classes:
+        raise UsageError(f"{spec.name} draws from prompts, not from labels; give the bundle to diffusers' FluxPipeline")
     if not 1 <= steps <= TRAIN_STEPS:
         raise UsageError(f"steps is {steps}; use 1 to {TRAIN_STEPS}")
     labels = torch.as_tensor(labels, dtype=torch.int64)  # (B,)
