@@ -21,6 +21,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from dyexport.errors import BundleError, EngineMismatch
+from dyexport.lora import LoraSpec
 from dyexport.tables import FloatArray, TokenStats, WidthTable
 
 SCHEMA_VERSION = 2
@@ -189,6 +190,7 @@ class ModelSpec(Frozen):
     pixel_space: bool
     config: dict[str, Any]
     precision: Precision = "fp32"
+    td_lora: LoraSpec | None = None  # whose gates the conditioning network computes
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ import dyexport
 ROOT = Path(__file__).parents[1]
 LINKED = ("calibration", "engines", "exporters")
 
-CONTRACTS = {"errors", "tables", "tensors", "presets", "bundle"}
+CONTRACTS = {"errors", "tables", "tensors", "presets", "lora", "bundle"}
 BUILD_SIDE = {"models", "slicing", "calibration", "exporters", "training"}
 RUN_SIDE = {"engines", "runtime", "serving", "bench"}
 EITHER_SIDE = CONTRACTS | BUILD_SIDE | RUN_SIDE
@@ -28,7 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tables": {"errors"},
     "tensors": set(),
     "presets": {"errors"},
-    "bundle": {"errors", "tables"},
+    "lora": {"errors"},
+    "bundle": {"errors", "lora", "tables"},
     "models": CONTRACTS,
     "slicing": CONTRACTS | {"models"},
     "calibration": CONTRACTS | {"models", "slicing"},

@@ -46,7 +46,7 @@ def cut_networks(
     """One per segment, their conditioning, and with ``baseline`` the dense network.
 
     With ``own_dense`` the dense network's weights are called ``STATIC_PREFIX`` + name, and it has a
-    conditioning network of its own.
+    conditioning network of its own; the latter also beside TD-LoRA, which leaves the dense weights as they were.
     """
     networks = [
         Network(name=segment_name(index), segment=segment, slice=slice_segment(architecture, segment))
@@ -60,12 +60,13 @@ def cut_networks(
 
 def _dense_networks(architecture: Architecture, order: UnitOrder, own: bool) -> list[Network]:
     segment = dense_segment(architecture.spec, order)
-    if not own:
+    if not own and architecture.spec.td_lora is None:
         return [Network(name=DENSE, segment=segment, slice=slice_segment(architecture, segment))]
-    static = replace(architecture, token_routers=False)
+    spec, prefix = architecture.spec.model_copy(update={"td_lora": None}), STATIC_PREFIX if own else ""
+    static = replace(architecture, spec=spec, token_routers=False)
     return [
-        Network(name=DENSE, segment=segment, slice=_renamed(slice_segment(static, segment), STATIC_PREFIX)),
-        Network(name=DENSE_CONDITIONING, segment=None, slice=_renamed(slice_conditioning(static), STATIC_PREFIX)),
+        Network(name=DENSE, segment=segment, slice=_renamed(slice_segment(static, segment), prefix)),
+        Network(name=DENSE_CONDITIONING, segment=None, slice=_renamed(slice_conditioning(static), prefix)),
     ]
 
 

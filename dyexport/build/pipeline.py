@@ -82,6 +82,8 @@ class Pipeline:
         inputs: dict[str, Any] = {"static": self.static.digest, "routers": routers, "seed": self.settings.seed}
         if self.settings.router != "free":  # left out otherwise: work of before there was a choice stays valid
             inputs["router"] = self.settings.router
+        if self.settings.td_lora is not None:
+            inputs["td_lora"] = self.settings.td_lora.model_dump()
         if routers == "given":
             inputs["checkpoint"] = _contents(Path(str(self.settings.checkpoint)))
         elif routers != "random":
@@ -151,8 +153,8 @@ class Pipeline:
 
     @property
     def _has_own_dense(self) -> bool:
-        """Fine-tuning moves the backbone; the baseline is the static model as it was."""
-        return self.settings.routers == "trained"
+        """Fine-tuning all weights moves the backbone; the baseline is the static model as it was."""
+        return self.settings.routers == "trained" and self.tables[0].td_lora is None
 
     @cached_property
     def layout(self) -> StoreLayout:

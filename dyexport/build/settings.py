@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from dyexport.build.targets import TARGETS
 from dyexport.calibration.segments import PlanSettings
 from dyexport.errors import BudgetError, UsageError
+from dyexport.lora import LoraSpec
 from dyexport.presets import Preset, RouterKind, get_preset
 
 Routers = Literal["given", "random", "trained", "none"]
@@ -29,6 +30,8 @@ class Schedule:
 FROM_SCRATCH = Schedule(steps=2000, batch_size=32, learning_rate=3e-3, ema_decay=0.99, lr_decay=0.5)
 FINETUNE_DIGITS = Schedule(steps=2500, batch_size=32, learning_rate=3e-3, ema_decay=0.99, lr_decay=0.5)
 FINETUNE = Schedule(steps=150_000, batch_size=256, learning_rate=1e-4, ema_decay=0.9999)  # as published
+LORA_DIGITS = replace(FINETUNE_DIGITS, learning_rate=1e-2)
+LORA = FINETUNE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,7 @@ class BuildSettings:
     work: Path
     budget: float | None = None
     router: RouterKind = "free"
+    td_lora: LoraSpec | None = None
     checkpoint: str | None = None
     random_weights: bool = False
     data: str | None = None
@@ -85,6 +89,10 @@ class BuildSettings:
             raise UsageError(f"{self.checkpoint} has routers already and is taken as it is; leave --router out")
         if self.router != "free" and self.routers == "none":
             raise UsageError(f"with --finetune-steps 0 no router is trained; leave --router {self.router} out")
+        if self.td_lora is not None and self.routers == "given":
+            raise UsageError(f"{self.checkpoint} has routers already and is taken as it is; leave --td-lora out")
+        if self.td_lora is not None and self.routers == "none":
+            raise UsageError("with --finetune-steps 0 nothing is trained; leave --td-lora out")
         if self.routers == "given" and self.finetune_steps:
             raise UsageError(f"{self.checkpoint} has routers already and is taken as it is; leave --finetune-steps out")
         if self.routers in ("trained", "none") and self.budget is None:
@@ -135,7 +143,8 @@ class BuildSettings:
 
     @property
     def finetune_schedule(self) -> Schedule:
-        return _lasting(FINETUNE_DIGITS if self.preset.pixel_space else FINETUNE, self.finetune_steps)
+        full, low_rank = (FINETUNE_DIGITS, LORA_DIGITS) if self.preset.pixel_space else (FINETUNE, LORA)
+        return _lasting(full if self.td_lora is None else low_rank, self.finetune_steps)
 
     @property
     def distill(self) -> bool:

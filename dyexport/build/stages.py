@@ -30,6 +30,7 @@ from dyexport.models.checkpoints import (
     load_given,
     load_static,
     read_config,
+    read_spec,
     save_dynamic,
     save_static,
 )
@@ -143,7 +144,7 @@ def make_dynamic(
         assert settings.checkpoint is not None
         model = load_given(Path(settings.checkpoint), preset)
     elif settings.routers == "random":
-        model = random_dynamic(preset, seed=settings.seed, router=settings.router)
+        model = random_dynamic(preset, seed=settings.seed, router=settings.router, td_lora=settings.td_lora)
     else:
         model = attach_routers(settings, static, calibration_inputs(settings, source))
     if settings.routers == "trained":
@@ -162,20 +163,41 @@ def attach_routers(settings: BuildSettings, static: Path, inputs: NoisedInputs) 
     backbone = load_static(str(static), preset)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = DynamicTransformer(
-            backbone,
-            get_adapter(preset.backbone),
-            heads=preset.heads,
-            tokens=settings.routers == "trained",
-            router=settings.router,
-        )
+        model = _untrained(settings, backbone)
     rank_units(model.eval(), inputs, [float(t) for t in trajectory_points(preset.timestep_range, RANKING_POINTS)])
     return model
+
+
+def _untrained(settings: BuildSettings, backbone: nn.Module) -> DynamicTransformer:
+    return DynamicTransformer(
+        backbone,
+        get_adapter(settings.preset.backbone),
+        heads=settings.preset.heads,
+        tokens=settings.routers == "trained",
+        router=settings.router,
+        td_lora=settings.td_lora,
+    )
+
+
+def count_trainable(settings: BuildSettings) -> dict[str, float]:
+    """How many parameters fine-tuning moves, and their share of what it moves without TD-LoRA; {} without training."""
+    if settings.routers != "trained":
+        return {}
+    with torch.device("meta"):
+        backbone = get_adapter(settings.preset.backbone).build(settings.preset.transformer_config())
+        model = _untrained(settings, backbone)
+    trained, whole = (
+        sum(parameter.numel() for part in (module, model.routers) for parameter in part.parameters())
+        for module in (model.tuned, backbone)
+    )
+    return {"trainable_parameters": trained, "trainable_share": trained / whole}
 
 
 def make_calibrated(settings: BuildSettings, static: Path, dynamic: Path, inputs: NoisedInputs, out: Path) -> None:
     """The reference of the bundle: the dynamic model on budget, its tables, and what the budget costs in fidelity."""
     model, preset = load_dynamic(dynamic)
+    if model.td_lora is not None and model.td_lora.spec.experts == 1:
+        model.merge_lora()
     flops = FlopsModel.of_preset(preset)
     if settings.budget is not None:
         if settings.routers == "none" or model.table is not None:
@@ -193,6 +215,7 @@ def make_calibrated(settings: BuildSettings, static: Path, dynamic: Path, inputs
     kept = stats.mean_fraction(points) if stats is not None else np.ones((len(points), model.depth))  # (P, L)
     metrics = {
         "flops_ratio": flops_ratio(widths, kept, points, flops),
+        **count_trainable(settings),
         "output_relative_mse": _relative_mse(model, load_static(str(static), preset), inputs, points.tolist()),
     }
     (out / METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -212,7 +235,7 @@ def _relative_mse(model: DynamicTransformer, dense: nn.Module, inputs: NoisedInp
 
 def read_calibrated(directory: Path, preset: Preset) -> tuple[ModelSpec, WidthTable, TokenStats | None]:
     """What planning needs to know of a calibrated model; reads no weights."""
-    spec = spec_of(preset, read_config(directory, preset))
+    spec = spec_of(preset, read_config(directory, preset), read_spec(directory).td_lora)
     stats = TokenStats.load(directory / TOKENS) if (directory / TOKENS).is_file() else None
     return spec, WidthTable.load(directory / WIDTHS), stats
 

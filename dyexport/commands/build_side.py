@@ -41,9 +41,14 @@ def build(options: BuildOptions, json: JsonOption = False, debug: DebugOption = 
 @takes_build_options
 def finetune(options: BuildOptions, json: JsonOption = False, debug: DebugOption = False) -> None:
     """Attach routers to the static model and train them under the budget: build's first stages."""
-    with building(options.settings()) as pipeline:
-        payload = {"checkpoint": str(pipeline.dynamic.path), "stages": pipeline.stage_report}
-    emit(payload, as_json=json, human=lambda console: console.print(payload["checkpoint"], markup=False))
+    settings = options.settings()
+    with building(settings) as pipeline:
+        from dyexport.build.stages import count_trainable
+
+        path, counts = str(pipeline.dynamic.path), count_trainable(settings)
+        payload = {"checkpoint": path, **counts, "stages": pipeline.stage_report}
+    lines = (("checkpoint", path), *_trainable_lines(payload))
+    emit(payload, as_json=json, human=lambda console: console.print(_pairs(lines)))
 
 
 @app.command()
@@ -151,6 +156,7 @@ def _build_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         ("whole network's FLOPs", f"{payload['network_flops_ratio']:.3f} of dense"),
         ("as executed by these engines", f"{payload['executed_flops_ratio']:.3f} of dense"),
         ("output error against dense", f"{payload['output_relative_mse']:.4f} (relative MSE)"),
+        *_trainable_lines(payload),
         ("on disk", format_bytes(payload["disk_bytes"])),
     )
 
@@ -160,7 +166,15 @@ def _calibration_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         ("checkpoint", payload["checkpoint"]),
         ("attention + MLP FLOPs (lambda)", f"{payload['flops_ratio']:.3f} of dense"),
         ("output error against dense", f"{payload['output_relative_mse']:.4f} (relative MSE)"),
+        *_trainable_lines(payload),
     )
+
+
+def _trainable_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+    if "trainable_parameters" not in payload:
+        return ()
+    count, share = payload["trainable_parameters"], payload["trainable_share"]
+    return (("trained", f"{count:,.0f} parameters ({100 * share:.2f} % of full fine-tuning's)"),)
 
 
 def _verify_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:

@@ -37,6 +37,13 @@ class BuildOptions:
         str,
         _option("Which units are on at a timestep: free, any of them; ordered, the first ones, so engines share more."),
     ] = "free"
+    td_lora: Annotated[
+        str | None,
+        _option(
+            "Train low-rank updates that follow the timestep, and routers, instead of all weights.",
+            metavar="rank=R[,experts=E][,variant=standard|inverse|symmetric][,alpha=A]",
+        ),
+    ] = None
     checkpoint: Annotated[
         str | None,
         _option(
@@ -73,6 +80,7 @@ class BuildOptions:
     def settings(self) -> BuildSettings:
         """Raises ``UsageError`` for what cannot be built."""
         from dyexport.build.settings import BuildSettings, default_out, parse_budget
+        from dyexport.lora import parse_lora
 
         budget = parse_budget(self.budget)
         out = self.out or default_out(self.model, budget)
@@ -80,6 +88,7 @@ class BuildOptions:
             model=self.model,
             budget=budget,
             router=cast("RouterKind", self.router),  # BuildSettings refuses any other
+            td_lora=parse_lora(self.td_lora),
             out=out,
             work=self.work or out.absolute().with_name(f"{out.absolute().name}.work"),
             checkpoint=self.checkpoint,

@@ -41,6 +41,9 @@ class BackboneAdapter(Protocol):
     def attach(self, block: Any, gates: BlockGates) -> None:
         """Hook a block's gates into the stock block; each multiplies, so that slicing there is exact."""
 
+    def lora_targets(self, block: Any) -> tuple[str, ...]:
+        """The linears of a block's attention and MLP, by their names in it: what TD-LoRA updates."""
+
     def timestep_embedding(self, backbone: Any, timestep: Tensor) -> Tensor:
         """What width routers see, a function of t alone: (B,) -> (B, C)."""
 

@@ -2,8 +2,9 @@
 
 A dynamic checkpoint is a diffusers directory (it loads as the stock, complete model) with three more
 files: ``dynamic.json``, ``routers.safetensors`` and, for a model without trained routers,
-``widths.safetensors``. The truth for a published DiT, SiT or DyDiT file is the published code, whose
-function two entries of ``config.json`` keep: ``freq_shift`` and ``stored_positions``.
+``widths.safetensors``. Of a model trained by TD-LoRA the directory has the frozen backbone, and a file
+``td_lora.safetensors`` what was trained. The truth for a published DiT, SiT or DyDiT file is the published code,
+whose function two entries of ``config.json`` keep: ``freq_shift`` and ``stored_positions``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from dyexport.bundle import Frozen
 from dyexport.errors import CheckpointError, UsageError
+from dyexport.lora import LoraSpec
 from dyexport.models import published
 from dyexport.models.base import get_adapter
 from dyexport.models.dit import FREQ_SHIFT, STORED_POSITIONS
@@ -32,6 +34,7 @@ from dyexport.tables import WidthTable
 CONFIG = "config.json"
 DYNAMIC = "dynamic.json"
 ROUTERS = "routers.safetensors"
+TD_LORA = "td_lora.safetensors"
 TABLE = "widths.safetensors"
 OWN_CONFIG = ("norm_eps", FREQ_SHIFT, STORED_POSITIONS)  # what a checkpoint may say otherwise than its preset
 
@@ -44,6 +47,7 @@ class DynamicSpec(Frozen):
     groups: int
     tokens: bool
     router: RouterKind = "free"
+    td_lora: LoraSpec | None = None
 
 
 def find_checkpoint(source: str, preset: Preset) -> Path:
@@ -150,9 +154,15 @@ def _target(preset: Preset, config: Mapping[str, Any], *, routers: bool) -> dict
 
 
 def all_weights(model: DynamicTransformer) -> dict[str, Tensor]:
-    """Backbone and routers by the names that slices read."""
-    routers = {f"routers.{name}": value for name, value in model.routers.state_dict().items()}
-    return {**model.backbone.state_dict(), **routers}
+    """Backbone, routers and TD-LoRA by the names that slices read."""
+    parts = {"routers": model.routers, "td_lora": model.td_lora}
+    ours = {
+        f"{part}.{name}": value
+        for part, module in parts.items()
+        if module is not None
+        for name, value in module.state_dict().items()
+    }
+    return {**model.backbone.state_dict(), **ours}
 
 
 def read_config(path: Path, preset: Preset) -> dict[str, Any]:
@@ -198,25 +208,35 @@ def save_dynamic(model: DynamicTransformer, directory: Path, preset: Preset) -> 
     """Write a dynamic checkpoint."""
     save_static(model.backbone, directory)
     save_file(model.routers.state_dict(), directory / ROUTERS)
+    if model.td_lora is not None:
+        save_file(model.td_lora.state_dict(), directory / TD_LORA)
     spec = DynamicSpec(
         preset=preset.name,
         heads=model.heads,
         groups=model.groups,
         tokens=model.has_token_routers,
         router=model.router,
+        td_lora=None if model.td_lora is None else model.td_lora.spec,
     )
-    (directory / DYNAMIC).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (directory / DYNAMIC).write_text(spec.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
     if model.table is not None:
         model.table.save(directory / TABLE)
 
 
-def load_dynamic(directory: Path) -> tuple[DynamicTransformer, Preset]:
-    """Read a dynamic checkpoint; raises ``CheckpointError`` naming what does not fit."""
+def read_spec(directory: Path) -> DynamicSpec:
+    """What a dynamic checkpoint says of itself; its preset is known."""
     try:
         spec = DynamicSpec.model_validate_json((directory / DYNAMIC).read_text(encoding="utf-8"))
-        preset = get_preset(spec.preset)
+        get_preset(spec.preset)
     except (OSError, ValidationError, UsageError) as error:
         raise CheckpointError(f"{directory} is not a dynamic checkpoint: {error}") from error
+    return spec
+
+
+def load_dynamic(directory: Path) -> tuple[DynamicTransformer, Preset]:
+    """Read a dynamic checkpoint; raises ``CheckpointError`` naming what does not fit."""
+    spec = read_spec(directory)
+    preset = get_preset(spec.preset)
     backbone = load_static(str(directory), preset)
     model = DynamicTransformer(
         backbone,
@@ -225,10 +245,17 @@ def load_dynamic(directory: Path) -> tuple[DynamicTransformer, Preset]:
         groups=spec.groups,
         tokens=spec.tokens,
         router=spec.router,
+        td_lora=spec.td_lora,
     )
-    routers = read_weights(directory / ROUTERS)
-    check_weights(routers, model.routers.state_dict(), directory / ROUTERS, preset.name)
-    model.routers.load_state_dict(routers)
+    _load_part(model.routers, directory / ROUTERS, preset)
+    if model.td_lora is not None:
+        _load_part(model.td_lora, directory / TD_LORA, preset)
     if (directory / TABLE).is_file():
         model.table = WidthTable.load(directory / TABLE)
     return model.eval(), preset
+
+
+def _load_part(module: nn.Module, file: Path, preset: Preset) -> None:
+    weights = read_weights(file)
+    check_weights(weights, module.state_dict(), file, preset.name)
+    module.load_state_dict(weights)

@@ -25,6 +25,7 @@ from dyexport.models.gates import BlockGates, TokenRouter, fp32_linear
 
 FREQ_SHIFT = "freq_shift"  # config entry: the timestep's frequency i is 10000 ** (-i / (128 - shift)); diffusers has 1
 STORED_POSITIONS = "stored_positions"  # config entry: the position table is a weight; diffusers computes it
+LINEARS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")  # of a block
 
 
 class DiTTokenRouter(TokenRouter):
@@ -107,6 +108,9 @@ class DiTAdapter:
         on_output(block.ff.net[0].proj, gates.groups)
         watch_input(block.norm3, gates.route)  # the raw residual after attention, (B, N, C)
         on_output(block.ff, gates.tokens)
+
+    def lora_targets(self, block: BasicTransformerBlock) -> tuple[str, ...]:
+        return LINEARS
 
     def timestep_embedding(self, backbone: DiTTransformer2DModel, timestep: Tensor) -> Tensor:
         embedder = backbone.transformer_blocks[0].norm1.emb

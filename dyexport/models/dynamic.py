@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dyexport.lora import LoraSpec
 from dyexport.models.base import BackboneAdapter, Inputs
 from dyexport.models.gates import BlockGates, BlockRouter, GatedPass, GateNoise, hard_gate
+from dyexport.models.lora import TdLora
 from dyexport.presets import RouterKind
 from dyexport.tables import WidthTable
 
@@ -38,7 +40,8 @@ class DynamicTransformer(nn.Module):
     ``groups`` MLP groups per block default to the number of heads, as published. With ``tokens``
     False there is no token router and every token runs. With ``router`` 'ordered' the units that are
     on at a timestep are always the first of their block. ``table``, where set, replaces the width
-    routers' decisions (a model calibrated without training has no trained routers).
+    routers' decisions (a model calibrated without training has no trained routers). With ``td_lora`` the
+    backbone is frozen, and low-rank updates that follow the timestep are trained in its place.
     """
 
     table: WidthTable | None = None
@@ -52,6 +55,7 @@ class DynamicTransformer(nn.Module):
         groups: int | None = None,
         tokens: bool = True,
         router: RouterKind = "free",
+        td_lora: LoraSpec | None = None,
     ) -> None:
         super().__init__()
         adapter.share_embedders(backbone)
@@ -70,6 +74,28 @@ class DynamicTransformer(nn.Module):
         self._gates = [BlockGates(router, index) for index, router in enumerate(self.block_routers)]
         for block, gates in zip(blocks, self._gates, strict=True):
             adapter.attach(block, gates)
+        self.td_lora = None if td_lora is None else self._new_lora(blocks, channels, td_lora)
+
+    def _new_lora(self, blocks: list[nn.Module], channels: int, spec: LoraSpec) -> TdLora:
+        self.backbone.requires_grad_(False)
+        return TdLora([self.lora_linears(block) for block in blocks], channels, spec)
+
+    def lora_linears(self, block: nn.Module) -> dict[str, nn.Linear]:
+        """What TD-LoRA updates in a stock block, by name."""
+        return {name: cast(nn.Linear, block.get_submodule(name)) for name in self.adapter.lora_targets(block)}
+
+    def merge_lora(self) -> None:
+        """Make a plain LoRA, whose one expert is the same at every t, part of the backbone."""
+        assert self.td_lora is not None
+        assert self.td_lora.spec.experts == 1
+        for block, lora in zip(self.adapter.blocks(self.backbone), self.td_lora.block_loras, strict=True):
+            lora.merge(self.lora_linears(block))
+        self.td_lora = None
+
+    @property
+    def tuned(self) -> nn.Module:
+        """What fine-tuning moves, beside the routers."""
+        return self.backbone if self.td_lora is None else self.td_lora
 
     @property
     def block_routers(self) -> list[BlockRouter]:
@@ -135,7 +161,13 @@ class DynamicTransformer(nn.Module):
 
     def complete(self, inputs: Inputs) -> Tensor:
         """The complete model, every gate open (section 3.5)."""
-        return self.adapter.run(self.backbone, inputs)
+        if self.td_lora is None:
+            return self.adapter.run(self.backbone, inputs)
+        self.td_lora.follow(self.adapter.timestep_embedding(self.backbone, inputs["timestep"]))
+        try:
+            return self.adapter.run(self.backbone, inputs)
+        finally:
+            self.td_lora.follow(None)
 
     def _run(self, run: GatedPass, inputs: Inputs) -> Tensor:
         self._follow(run)

@@ -10,8 +10,9 @@ import torch
 from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor
 
-from dyexport.bundle import Segment
+from dyexport.bundle import ModelSpec, Segment
 from dyexport.models.dit import FREQ_SHIFT
+from dyexport.slicing.cut_lora import PathCut, router_names
 from dyexport.slicing.recipes import Recipe
 from dyexport.slicing.slicer import (
     Architecture,
@@ -25,6 +26,7 @@ from dyexport.slicing.slicer import (
     routed_limits,
 )
 from dyexport.slicing.slim_dit import DiTConditioning, SlimDiT, modulation_parts
+from dyexport.slicing.slim_lora import gates_size
 from dyexport.tensors import TensorSpec
 
 POSITION = "pos_embed.pos_embed"
@@ -35,16 +37,19 @@ TOKEN_ROUTER = "routers.{block}.tokens.{layer}.{kind}"
 
 def slice_network(architecture: Architecture, segment: Segment) -> Slice:
     spec, config = architecture.spec, architecture.spec.config
-    module = on_meta(architecture, SlimDiT, config, segment, group_size=4 * _channels(config) // architecture.groups)
+    group_size = 4 * _channels(config) // architecture.groups
+    module = on_meta(architecture, SlimDiT, config, segment, group_size=group_size, td_lora=spec.td_lora)
     sources = {"position": POSITION, **linear_names("patch", "pos_embed.proj"), **linear_names("final", "proj_out_2")}
     weights = module.state_dict()
     recipes = copies(module, sources)
     for index in range(segment.depth):
-        recipes |= _block(index, segment, weights, config, architecture.groups)
+        recipes |= _block(index, segment, weights, config, group_size)
+        if spec.td_lora is not None:
+            recipes |= _paths(PathCut(spec.td_lora, index, weights), segment, config["attention_head_dim"], group_size)
     assert recipes.keys() == weights.keys()
     inputs = (
         TensorSpec(name="hidden_states", dtype="float32", shape=("batch", *spec.latent_shape)),
-        TensorSpec(name="modulation", dtype="float32", shape=("batch", _modulation_size(config))),
+        TensorSpec(name="modulation", dtype="float32", shape=("batch", _modulation_size(spec))),
         *routed_inputs(segment),
     )
     return Slice(
@@ -54,7 +59,8 @@ def slice_network(architecture: Architecture, segment: Segment) -> Slice:
 
 def slice_conditioning(architecture: Architecture) -> Slice:
     config = architecture.spec.config
-    module = on_meta(architecture, DiTConditioning, config)
+    td_lora = architecture.spec.td_lora
+    module = on_meta(architecture, DiTConditioning, config, td_lora=td_lora)
     sources = {
         "frequencies": FREQUENCIES,
         "labels.weight": f"{EMBEDDER}.class_embedder.embedding_table.weight",
@@ -64,6 +70,8 @@ def slice_conditioning(architecture: Architecture) -> Slice:
     }
     for index in range(config["num_layers"]):
         sources |= linear_names(f"blocks.{index}", f"transformer_blocks.{index}.norm1.linear")
+    if td_lora is not None:
+        sources |= router_names("experts", config["num_layers"])
     inputs = (
         TensorSpec(name="timestep", dtype="float32", shape=("rows",)),
         TensorSpec(name="class_labels", dtype="int64", shape=("rows",)),
@@ -80,8 +88,9 @@ def _channels(config: Mapping[str, Any]) -> int:
     return channels
 
 
-def _modulation_size(config: Mapping[str, Any]) -> int:
-    return modulation_parts(config["num_layers"]) * _channels(config)
+def _modulation_size(spec: ModelSpec) -> int:
+    depth = spec.config["num_layers"]
+    return modulation_parts(depth) * _channels(spec.config) + gates_size(spec.td_lora, depth)
 
 
 def _position_table(config: Mapping[str, Any]) -> Tensor:
@@ -100,10 +109,10 @@ def _frequencies(config: Mapping[str, Any]) -> Tensor:
 
 
 def _block(
-    index: int, segment: Segment, weights: Mapping[str, Tensor], config: Mapping[str, Any], groups: int
+    index: int, segment: Segment, weights: Mapping[str, Tensor], config: Mapping[str, Any], group_size: int
 ) -> dict[str, Recipe]:
     stock, slim = f"transformer_blocks.{index}", f"blocks.{index}"
-    head_dim, group_size = config["attention_head_dim"], 4 * _channels(config) // groups
+    head_dim = config["attention_head_dim"]
     heads, kept = segment.heads[index], segment.groups[index]
     recipes: dict[str, Recipe] = {}
 
@@ -124,3 +133,15 @@ def _block(
     add("fc2.weight", "columns", f"{stock}.ff.net.2.weight", **of_groups)
     add("fc2.bias", "copy", f"{stock}.ff.net.2.bias")
     return recipes
+
+
+def _paths(cut: PathCut, segment: Segment, head_dim: int, group_size: int) -> dict[str, Recipe]:
+    heads: dict[str, Any] = {"units": segment.heads[cut.index], "unit_size": head_dim}
+    groups: dict[str, Any] = {"units": segment.groups[cut.index], "unit_size": group_size}
+    cut.narrow_out("low_rank.qkv.query", "attn1.to_q", **heads, scale=head_dim**-0.5)
+    cut.narrow_out("low_rank.qkv.key", "attn1.to_k", **heads)
+    cut.narrow_out("low_rank.qkv.value", "attn1.to_v", **heads)
+    cut.narrow_in("low_rank.out", "attn1.to_out.0", **heads)
+    cut.narrow_out("low_rank.fc1", "ff.net.0.proj", **groups)
+    cut.narrow_in("low_rank.fc2", "ff.net.2", **groups)
+    return cut.found

@@ -29,12 +29,12 @@ class Recipe:
 
     ``copy``     the dense tensor as it is
     ``rows``     (out, in) or (out,) -> rows of the kept units
-    ``columns``  (out, in) -> columns of the kept units, stored transposed (kept, out); ``span`` are the
-                 columns that the units divide, if not all
+    ``columns``  (out, in) -> columns of the kept units, stored transposed (kept, out)
     ``qkv``      query, key and value rows interleaved head by head: (H', 3, head_dim, in) flattened to 2-D
     ``norm``     (head_dim,), the weight of a query's or a key's norm
 
-    ``scale`` multiplies the query, or the norm: head_dim ** -0.5 where attention is to be spared it.
+    ``span`` are the rows or columns that the units divide, if not all. ``scale`` multiplies rows, the query, or the
+    norm: head_dim ** -0.5 where attention is to be spared it.
     ``halves`` puts the even channels of a query's or key's head before the odd ones.
     """
 
@@ -66,7 +66,11 @@ def materialise(recipe: Recipe, read: Read) -> Tensor:
 
 
 def _rows(recipe: Recipe, dense: list[Tensor]) -> Tensor:
-    return dense[0].unflatten(0, (-1, recipe.unit_size))[list(recipe.units)]
+    start, end = recipe.span or (0, dense[0].shape[0])
+    kept = dense[0][start:end].unflatten(0, (-1, recipe.unit_size))[list(recipe.units)]
+    if recipe.halves:
+        kept = _halves(kept, 1)
+    return kept if recipe.scale == 1.0 else kept * recipe.scale
 
 
 def _columns(recipe: Recipe, dense: list[Tensor]) -> Tensor:

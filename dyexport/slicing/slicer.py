@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dyexport.bundle import ModelSpec, Segment, TokenPath
 from dyexport.errors import UsageError
+from dyexport.lora import LoraSpec
 from dyexport.presets import Preset
 from dyexport.slicing.recipes import Read, Recipe, materialise
 from dyexport.tables import WidthTable
@@ -112,7 +113,7 @@ def slice_conditioning(architecture: Architecture) -> Slice:
     return get_slicer(architecture.spec.backbone).slice_conditioning(architecture)
 
 
-def spec_of(preset: Preset, config: Mapping[str, Any]) -> ModelSpec:
+def spec_of(preset: Preset, config: Mapping[str, Any], td_lora: LoraSpec | None = None) -> ModelSpec:
     """What a bundle says of a preset's model; ``config`` is the checkpoint's own."""
     return ModelSpec(
         name=preset.name,
@@ -124,6 +125,7 @@ def spec_of(preset: Preset, config: Mapping[str, Any]) -> ModelSpec:
         classes=preset.classes,
         pixel_space=preset.pixel_space,
         config=dict(config),
+        td_lora=td_lora,
     )
 
 

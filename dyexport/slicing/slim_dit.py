@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyexport.bundle import Segment
+from dyexport.lora import LoraSpec
 from dyexport.slicing.slim_layers import (
     Gates,
     Selection,
@@ -27,8 +28,8 @@ from dyexport.slicing.slim_layers import (
     run_selected,
     scales_from_one,
     select_tokens,
-    split_gates,
 )
+from dyexport.slicing.slim_lora import GateRouters, LowRankPath, QkvPath, with_experts
 
 BLOCK_PARTS = 6  # shift, scale and gate, of attention and of the MLP
 FINAL_PARTS = 2  # shift and scale of the final layer
@@ -42,7 +43,7 @@ def modulation_parts(depth: int) -> int:
 class DiTConditioning(nn.Module):
     """Every adaLN parameter of a DiT from t and the label: all blocks', then the final layer's."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], *, td_lora: LoraSpec | None) -> None:
         super().__init__()
         channels = config["num_attention_heads"] * config["attention_head_dim"]
         self.frequencies = nn.Parameter(torch.empty(128))
@@ -51,20 +52,24 @@ class DiTConditioning(nn.Module):
         self.labels = nn.Embedding(config["num_embeds_ada_norm"] + 1, channels)
         self.blocks = nn.ModuleList(nn.Linear(channels, BLOCK_PARTS * channels) for _ in range(config["num_layers"]))
         self.final = nn.Linear(channels, FINAL_PARTS * channels)
+        self.experts = GateRouters(channels, config["num_layers"], td_lora.experts) if td_lora else None
 
     def forward(self, timestep: Tensor, class_labels: Tensor) -> Tensor:
-        """t (R,), labels (R,) -> (R, (6 L + 2) C), scales with their 1 added."""
+        """t (R,), labels (R,) -> (R, (6 L + 2) C), scales with their 1 added, then gates of L * E experts."""
         sinusoid = embed_sinusoid(timestep, self.frequencies).to(self.time_in.weight.dtype)  # (R, 256)
         time = self.time_out(F.silu(self.time_in(sinusoid)))  # (R, C)
         embedding = F.silu(time + self.labels(class_labels))  # (R, C)
         parts = [part for block in self.blocks for part in scales_from_one(block(embedding), BLOCK_PARTS)]
-        return torch.cat([*parts, *scales_from_one(self.final(embedding), FINAL_PARTS)], dim=1)
+        parts += scales_from_one(self.final(embedding), FINAL_PARTS)
+        return torch.cat(parts if self.experts is None else [*parts, self.experts(time)], dim=1)
 
 
 class SlimBlock(nn.Module):
     """One adaLN-Zero block at the widths and on the token path of its segment."""
 
-    def __init__(self, config: Mapping[str, Any], segment: Segment, index: int, *, group_size: int) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], segment: Segment, index: int, *, group_size: int, td_lora: LoraSpec | None
+    ) -> None:
         super().__init__()
         head_dim = config["attention_head_dim"]
         channels = config["num_attention_heads"] * head_dim
@@ -77,10 +82,21 @@ class SlimBlock(nn.Module):
         self.out = TransposedLinear(self.heads * head_dim, channels)
         self.fc1 = nn.Linear(channels, len(segment.groups[index]) * group_size)
         self.fc2 = TransposedLinear(len(segment.groups[index]) * group_size, channels)
+        self.low_rank = self._paths(td_lora) if td_lora else None
         if self.path != "all":
             hidden = max(channels // 16, 1)
             self.router_in = nn.Linear(channels, hidden)
             self.router_out = nn.Linear(hidden, 1)
+
+    def _paths(self, spec: LoraSpec) -> nn.ModuleDict:
+        channels = self.qkv.in_features
+        paths = {name: LowRankPath(*_sizes(getattr(self, name)), spec) for name in ("out", "fc1", "fc2")}
+        return nn.ModuleDict({"qkv": QkvPath(channels, self.heads, self.head_dim, spec), **paths})
+
+    def linear(self, name: str, rows: Tensor, gates: Gates) -> Tensor:
+        """One of the linears, and its low-rank path: (R, in) -> (R, out)."""
+        out: Tensor = getattr(self, name)(rows)
+        return out if self.low_rank is None else out + self.low_rank[name](rows, gates.experts)
 
     def forward(
         self, hidden: Tensor, modulation: tuple[Tensor, ...], gates: Gates, slots: int
@@ -88,10 +104,10 @@ class SlimBlock(nn.Module):
         """(B, N, C), 6 x (B, 1, C) -> (B, N, C), and the tokens wanted (B,) where room for them is limited."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         normed = modulated_norm(hidden, shift1, scale1)  # (B, N, C)
-        hidden = gated_update(hidden, gate1, self.attend(normed, gates.heads))  # (B, N, C)
+        hidden = gated_update(hidden, gate1, self.attend(normed, gates))  # (B, N, C)
         selection = self.select(hidden, slots)
         normed = modulated_norm(hidden, shift2, scale2, self.mlp_eps).flatten(0, 1)  # (B * N, C)
-        update = run_selected(selection, lambda rows: self.feed_forward(rows, gates.groups), normed)  # (B * N, C)
+        update = run_selected(selection, lambda rows: self.feed_forward(rows, gates), normed)  # (B * N, C)
         return gated_update(hidden, gate2, update.view(hidden.shape)), selection.kept
 
     def select(self, hidden: Tensor, slots: int) -> Selection:
@@ -101,31 +117,39 @@ class SlimBlock(nn.Module):
         scores = self.router_out(F.relu(self.router_in(hidden.flatten(0, 1).float()))).view(hidden.shape[:2])  # (B, N)
         return select_tokens(self.path, scores, self.capacity + (slots if self.path == "dynamic" else 0))
 
-    def attend(self, normed: Tensor, gate: Tensor | None) -> Tensor:
+    def attend(self, normed: Tensor, gates: Gates) -> Tensor:
         """Self-attention of the kept heads: (B, N, C) -> (B, N, C)."""
         batch, tokens, channels = normed.shape
-        qkv = self.qkv(normed.flatten(0, 1))  # (B * N, H' * 3 * D)
+        qkv = self.linear("qkv", normed.flatten(0, 1), gates)  # (B * N, H' * 3 * D)
         qkv = qkv.view(batch, tokens, self.heads, 3, self.head_dim).permute(3, 0, 2, 1, 4)  # (3, B, H', N, D)
         query, key, value = qkv.unbind(0)  # (B, H', N, D)
         mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)  # (B, H', N, D), scaled by query weights
-        if gate is not None:
-            mixed = mixed * gate.view(1, -1, 1, 1).to(mixed.dtype)
+        if gates.heads is not None:
+            mixed = mixed * gates.heads.view(1, -1, 1, 1).to(mixed.dtype)
         mixed = mixed.transpose(1, 2).reshape(batch * tokens, self.heads * self.head_dim)  # (B * N, H' * D)
-        return self.out(mixed).view(batch, tokens, channels)
+        return self.linear("out", mixed, gates).view(batch, tokens, channels)
 
-    def feed_forward(self, rows: Tensor, gate: Tensor | None) -> Tensor:
+    def feed_forward(self, rows: Tensor, gates: Gates) -> Tensor:
         """The kept MLP groups on normed tokens: (R, C) -> (R, C)."""
-        wide = F.gelu(self.fc1(rows), approximate="tanh")  # (R, G' * S)
+        wide = F.gelu(self.linear("fc1", rows, gates), approximate="tanh")  # (R, G' * S)
         # Gates after GELU: for 0 and 1 it is the same, and cheaper.
-        return self.fc2(gate_units(wide, gate))
+        return self.linear("fc2", gate_units(wide, gates.groups), gates)
+
+
+def _sizes(linear: nn.Linear | TransposedLinear) -> tuple[int, int]:
+    """Inputs and outputs."""
+    size, other = linear.weight.shape
+    return (other, size) if isinstance(linear, nn.Linear) else (size, other)
 
 
 class SlimDiT(nn.Module):
     """A DiT at the widths of one segment, without its conditioning network."""
 
-    def __init__(self, config: Mapping[str, Any], segment: Segment, *, group_size: int) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], segment: Segment, *, group_size: int, td_lora: LoraSpec | None
+    ) -> None:
         super().__init__()
-        self.segment = segment
+        self.segment, self.td_lora = segment, td_lora
         channels = config["num_attention_heads"] * config["attention_head_dim"]
         self.patch_size = config["patch_size"]
         self.grid = config["sample_size"] // self.patch_size
@@ -133,7 +157,7 @@ class SlimDiT(nn.Module):
         self.patch = nn.Conv2d(config["in_channels"], channels, self.patch_size, stride=self.patch_size)
         self.position = nn.Parameter(torch.empty(1, self.grid**2, channels))
         self.blocks = nn.ModuleList(
-            SlimBlock(config, segment, index, group_size=group_size) for index in range(segment.depth)
+            SlimBlock(config, segment, index, group_size=group_size, td_lora=td_lora) for index in range(segment.depth)
         )
         self.final = nn.Linear(channels, self.patch_size**2 * self.out_channels)
 
@@ -150,10 +174,11 @@ class SlimDiT(nn.Module):
         """
         latents = hidden_states.to(self.patch.weight.dtype)
         hidden = self.patch(latents).flatten(2).transpose(1, 2) + self.position  # (B, N, C)
-        parts = modulation.unsqueeze(1).split(hidden.shape[2], dim=2)  # (6 L + 2) x (B, 1, C)
+        vectors = modulation_parts(self.segment.depth) * hidden.shape[2]
+        parts = modulation[:, :vectors].unsqueeze(1).split(hidden.shape[2], dim=2)  # (6 L + 2) x (B, 1, C)
         extra = 0 if slots is None else slots.shape[0]
         counts = []
-        for index, gates in enumerate(split_gates(self.segment, width_gate)):
+        for index, gates in enumerate(with_experts(self.segment, width_gate, modulation, self.td_lora)):
             own = parts[BLOCK_PARTS * index : BLOCK_PARTS * (index + 1)]
             hidden, kept = self.blocks[index](hidden, own, gates, extra)
             if kept is not None:

@@ -20,10 +20,11 @@ NORM_EPS = 1e-6  # of every adaLN in DiT and FLUX
 
 
 class Gates(NamedTuple):
-    """Width gates of one block, absent where its mask is constant over the segment."""
+    """Width gates of one block, absent where its mask is constant over the segment, and those of TD-LoRA's experts."""
 
     heads: Tensor | None  # (H',)
     groups: Tensor | None  # (G',)
+    experts: Tensor | None = None  # (E,)
 
 
 def split_gates(segment: Segment, width_gate: Tensor | None) -> list[Gates]:

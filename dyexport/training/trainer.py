@@ -128,7 +128,7 @@ class Trainer(Generic[Config]):
             device=self.accelerator.device,
         )
         self.flops = FlopsModel.of_preset(preset)
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.module, self.optimizer = self.accelerator.prepare(self.loss_module(), self.new_optimizer())
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.ema = Ema(self.parameters, config.ema_decay)
@@ -241,7 +241,7 @@ class DynamicTrainer(Trainer[FinetuneConfig]):
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         groups: list[dict[str, Any]] = [
-            {"params": self.model.backbone.parameters()},
+            {"params": self.model.tuned.parameters()},
             {"params": self.model.routers.parameters(), "lr": self.config.router_learning_rate},
         ]
         return torch.optim.AdamW(groups, lr=self.config.learning_rate, weight_decay=0, fused=True)

@@ -9,6 +9,9 @@ import pytest
 
 from dyexport.build.settings import BuildSettings, default_out, parse_budget
 from dyexport.errors import BudgetError, UsageError
+from dyexport.lora import LoraSpec
+
+LORA = LoraSpec(rank=2, alpha=2)
 
 
 def settings(tmp_path: Path, **values: Any) -> BuildSettings:
@@ -33,6 +36,7 @@ def settings(tmp_path: Path, **values: Any) -> BuildSettings:
         ({"checkpoint": "somewhere"}, "exclude each other"),
         ({"router": "sorted"}, "--router is 'sorted'; use free or ordered"),
         ({"router": "ordered", "finetune_steps": 0}, "no router is trained; leave --router ordered out"),
+        ({"td_lora": LORA, "finetune_steps": 0}, "nothing is trained; leave --td-lora out"),
         ({"random_weights": False, "data": "latents", "budget": None}, "needs a --budget"),
         ({"finetune_steps": 0, "budget": None}, "needs a --budget"),
         ({"random_weights": False}, "needs --data"),

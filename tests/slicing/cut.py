@@ -9,6 +9,7 @@ import torch
 
 from dyexport.bundle import ModelSpec, Segment
 from dyexport.models.base import Inputs
+from dyexport.models.checkpoints import all_weights
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.presets import Preset
 from dyexport.slicing.recipes import Read
@@ -26,7 +27,8 @@ class Cutter:
 
     @cached_property
     def spec(self) -> ModelSpec:
-        return spec_of(self.preset)
+        spec = None if self.model.td_lora is None else self.model.td_lora.spec
+        return spec_of(self.preset).model_copy(update={"td_lora": spec})
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -34,8 +36,7 @@ class Cutter:
 
     @cached_property
     def read(self) -> Read:
-        routers = {f"routers.{name}": tensor for name, tensor in self.model.routers.state_dict().items()}
-        return dense_reader({**self.model.backbone.state_dict(), **routers}, self.spec)
+        return dense_reader(all_weights(self.model), self.spec)
 
     def cut(self, segment: Segment) -> Slice:
         return slice_segment(self.architecture, segment)

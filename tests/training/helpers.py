@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from dyexport.lora import LoraSpec
 from dyexport.models.base import get_adapter
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.presets import Preset, RouterKind, get_preset
@@ -24,13 +25,16 @@ def backbone(preset: Preset, seed: int = 0) -> nn.Module:
     return module.eval()
 
 
-def dynamic(preset: Preset, seed: int = 0, router: RouterKind = "free") -> DynamicTransformer:
+def dynamic(
+    preset: Preset, seed: int = 0, router: RouterKind = "free", td_lora: LoraSpec | None = None
+) -> DynamicTransformer:
     """Every gate matters: the layers that adaLN-Zero starts at zero are random."""
     module = backbone(preset, seed)
     for value in module.parameters():
         if not value.any():
             torch.nn.init.normal_(value, std=0.1)
-    return DynamicTransformer(module, get_adapter(preset.backbone), heads=preset.heads, router=router)
+    adapter = get_adapter(preset.backbone)
+    return DynamicTransformer(module, adapter, heads=preset.heads, router=router, td_lora=td_lora)
 
 
 def blobs(preset: Preset, count: int = 64) -> MemorySource:

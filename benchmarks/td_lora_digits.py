@@ -1,0 +1,137 @@
+"""Does TD-LoRA train as well as full fine-tuning? Digits at lambda 0.5 from one static model, all else equal.
+
+Full fine-tuning, TD-LoRA with less than 5 % of its trainable parameters, the plain LoRA of the same rank, and the
+plain LoRA of about the same size. All are sampled and judged alike.
+
+    python benchmarks/td_lora_digits.py --work out/td-lora-digits
+
+Takes about an hour on a core for each seed. Stop it at any time: the same command goes on where it stopped. Writes
+benchmarks/results/td_lora_digits.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from dyexport.bench.evaluation import Drawing, score_models
+from dyexport.bench.quality import Judge
+from dyexport.bench.report import as_markdown
+from dyexport.build.ledger import digest_of, write_atomically
+from dyexport.build.pipeline import opened
+from dyexport.build.settings import BuildSettings
+from dyexport.console import StageLines, chatter_on_stderr
+from dyexport.demo import real_digits
+from dyexport.lora import parse_lora
+from dyexport.runtime.pipeline import load
+
+RESULTS = Path(__file__).parent / "results"
+FULL = "full"
+RUNS = (FULL, "rank=1,experts=4", "rank=1,experts=1", "rank=3,experts=1")
+GOAL = 1.1  # TD-LoRA's Frechet distance over full fine-tuning's
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("out/td-lora-digits"))
+    parser.add_argument("--model", default="sit-digits")
+    parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--runs", nargs="+", default=RUNS, help=f"'{FULL}', or what --td-lora takes")
+    parser.add_argument("--seeds", type=int, default=1, help="fine-tuning runs of each")
+    parser.add_argument("--train-steps", type=int)
+    parser.add_argument("--finetune-steps", type=int)
+    parser.add_argument("--samples", type=int, default=5400)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    drawing = Drawing(samples=options.samples, steps=options.steps)
+    base = BuildSettings(
+        model=options.model,
+        budget=options.budget,
+        out=options.work / "static",
+        work=options.work / "static.work",
+        train_steps=options.train_steps,
+        finetune_steps=options.finetune_steps,
+    )
+    with chatter_on_stderr(), StageLines() as lines, opened(base, lines) as pipeline:
+        static = pipeline.static.path
+    runs = [
+        score_run(fine_tuning(base, static, name, seed), name, drawing)
+        for seed in range(options.seeds)
+        for name in options.runs
+    ]
+    write_results(options.results, runs, drawing)
+
+
+def fine_tuning(base: BuildSettings, static: Path, name: str, seed: int) -> BuildSettings:
+    out = base.out.with_name(f"{name.replace(',', '-').replace('=', '')}-seed{seed}")
+    return replace(
+        base,
+        out=out,
+        work=out.with_name(f"{out.name}.work"),
+        checkpoint=str(static),
+        train_steps=None,
+        td_lora=None if name == FULL else parse_lora(name),
+        seed=seed,
+    )
+
+
+def score_run(settings: BuildSettings, name: str, drawing: Drawing) -> dict[str, Any]:
+    """Build and judge; what was judged before is read back."""
+    with chatter_on_stderr(), StageLines() as lines, opened(settings, lines) as pipeline:
+        manifest = pipeline.bundle()
+        key = digest_of([manifest.model_dump(mode="json"), asdict(drawing)])
+        saved = settings.work / "score.json"
+        if saved.exists() and (score := json.loads(saved.read_text()))["key"] == key:
+            return dict(score)
+        lines.started("eval", f"{name}, seed {settings.seed}")
+        loaded = load(settings.out, check_hashes=False)
+        judge = Judge(real_digits("train"))
+        advance = lambda done, total: lines.advanced("eval", done, total)  # noqa: E731
+        found = score_models({name: loaded}, manifest.model, judge, drawing, [settings.seed], advance)[name][0]
+        loaded.close()
+        trained = {part: manifest.metrics[f"{part}"] for part in ("trainable_parameters", "trainable_share")}
+        score = {"key": key, "run": name, "flops_ratio": manifest.plan.flops_ratio, **trained, **asdict(found)}
+        write_atomically(saved, json.dumps(score, indent=1).encode())
+    return score
+
+
+def write_results(folder: Path, runs: Sequence[dict[str, Any]], drawing: Drawing) -> None:
+    names = list(dict.fromkeys(run["run"] for run in runs))
+    whole = {"drawing": asdict(drawing), "mean": {name: mean_of(runs, name) for name in names}, "runs": runs}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "td_lora_digits.json", (json.dumps(whole, indent=1) + "\n").encode())
+    write_atomically(folder / "td_lora_digits.md", markdown(whole).encode())
+    print(markdown(whole))
+
+
+def mean_of(runs: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
+    mine = [run for run in runs if run["run"] == name]
+    values = ("frechet", "class_accuracy", "flops_ratio", "trainable_parameters", "trainable_share")
+    return {value: fmean(run[value] for run in mine) for value in values}
+
+
+def markdown(whole: Mapping[str, Any]) -> str:
+    """The table, every run in it: also where TD-LoRA loses."""
+    rows = []
+    for name, mean in whole["mean"].items():
+        share = f"{mean['trainable_parameters']:.0f} ({100 * mean['trainable_share']:.2f} %)"
+        ratio = mean["frechet"] / whole["mean"][FULL]["frechet"] if FULL in whole["mean"] else float("nan")
+        each = ", ".join(f"{run['frechet']:.3f}" for run in whole["runs"] if run["run"] == name)
+        accuracy = f"{100 * mean['class_accuracy']:.1f} %"
+        rows.append((name, share, f"{mean['frechet']:.3f} ({each})", f"{ratio:.2f}", accuracy))
+    titles = ("fine-tuning", "trainable", "Frechet (each seed)", "over full", "class accuracy")
+    return (
+        f"sit-digits at lambda 0.5, {whole['drawing']['samples']} samples, {whole['drawing']['steps']} steps; Frechet "
+        f"distance to the training digits. The goal is at most {GOAL} of full fine-tuning's with less than 5 % "
+        "trainable.\n\n" + as_markdown(titles, rows)
+    )
+
+
+if __name__ == "__main__":
+    main()

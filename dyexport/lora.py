@@ -1,0 +1,67 @@
+"""What a TD-LoRA is, as numbers (DyDiT++, arXiv 2504.06803). Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from dyexport.errors import UsageError
+
+Variant = Literal["standard", "inverse", "symmetric"]
+KEYS = "rank, experts, variant and alpha"
+
+
+class LoraSpec(BaseModel):
+    """A Linear computes W x + alpha / rank * sum_i g_i(t) B_i A_i x, with g the softmax of a router on the timestep.
+
+    ``variant`` says what there is one of for each expert: B alone (``standard``, A is shared), A alone
+    (``inverse``) or both (``symmetric``). With one expert there is no router, and it is a plain LoRA.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: PositiveInt
+    experts: PositiveInt = 4
+    variant: Variant = "standard"
+    alpha: float = Field(gt=0, allow_inf_nan=False)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def down_experts(self) -> int:
+        """How many A there are."""
+        return 1 if self.variant == "standard" else self.experts
+
+    @property
+    def up_experts(self) -> int:
+        """How many B there are."""
+        return 1 if self.variant == "inverse" else self.experts
+
+    @property
+    def width(self) -> int:
+        """Channels that a token passes through, once experts are mixed."""
+        return self.rank * (self.experts if self.variant == "symmetric" else 1)
+
+
+def parse_lora(text: str | None) -> LoraSpec | None:
+    """``rank=16,experts=4,variant=inverse,alpha=32``; raises ``UsageError`` for anything else. Alpha is the rank's."""
+    if text is None:
+        return None
+    values: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = part.strip().partition("=")
+        if not equals or name not in LoraSpec.model_fields or name in values:
+            raise UsageError(f"--td-lora {text!r}: {part!r} is not one of {KEYS}, once each; write rank=16,experts=4")
+        values[name] = value
+    if "rank" not in values:
+        raise UsageError(f"--td-lora {text!r} has no rank; write rank=16,experts=4")
+    try:
+        return LoraSpec.model_validate({"alpha": values["rank"] or 1, **values})
+    except ValidationError as error:
+        field = str(error.errors()[0]["loc"][0])
+        want = {"variant": " or ".join(get_args(Variant)), "alpha": "a number above 0"}
+        message = f"{field} is {values.get(field)!r}; use {want.get(field, 'a whole number above 0')}"
+        raise UsageError(f"--td-lora {text!r}: {message}") from error

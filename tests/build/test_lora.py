@@ -1,0 +1,119 @@
+"""TD-LoRA end to end: trained beside a frozen backbone, exported, and run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dyexport.build.ledger import Silent
+from dyexport.build.pipeline import opened
+from dyexport.build.settings import BuildSettings
+from dyexport.build.verify import VerifySettings, find_reference, verify_bundle
+from dyexport.bundle import DENSE_CONDITIONING, Bundle
+from dyexport.errors import CheckpointError
+from dyexport.lora import LoraSpec
+from dyexport.models.checkpoints import TD_LORA, load_dynamic, load_static
+from dyexport.runtime.pipeline import load
+from tests.build.tiny import TINY, build, tiny_settings
+
+SPEC = LoraSpec(rank=2, experts=3, alpha=4)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return build(tiny_settings(tmp_path_factory.mktemp("lora"), engines=3, baseline=True, td_lora=SPEC))
+
+
+def test_engines_equal_the_masked_model(built: Bundle) -> None:
+    assert verify_bundle(built.root, VerifySettings(timesteps=48)).passed
+
+
+@pytest.mark.parametrize("variant", ["inverse", "symmetric"])
+def test_so_do_those_of_the_variants(variant: str, tmp_path: Path) -> None:
+    spec = LoraSpec.model_validate({**SPEC.model_dump(), "variant": variant})
+    assert verify_bundle(build(tiny_settings(tmp_path, td_lora=spec)).root, VerifySettings(timesteps=16)).passed
+
+
+@torch.no_grad()
+def test_verification_would_see_updates_go_missing(built: Bundle) -> None:
+    model, _ = load_dynamic(find_reference(built))
+    inputs = {"hidden_states": torch.randn(2, 1, 8, 8), "timestep": torch.full((2,), 0.4)}
+    inputs["class_labels"] = torch.tensor([1, 2])
+    truth = model(inputs).sample
+    for value in model.td_lora.parameters():
+        value.zero_()
+    assert (model(inputs).sample - truth).abs().max() > 100 * VerifySettings().tolerance
+
+
+@torch.no_grad()
+def test_the_dense_network_is_the_frozen_backbone(built: Bundle) -> None:
+    """And its weights are stored once: the store holds no second copy of what was never moved."""
+    latents, t, labels = torch.randn(2, 1, 8, 8), torch.full((2,), 0.7), torch.tensor([1, 2])
+    static = load_static(str(find_reference(built)), TINY)
+    assert DENSE_CONDITIONING in built.engine_paths("onnx")
+    dense = load(built.root, dense=True)
+    assert (dense(latents, t, labels).sample - static(latents, t, labels).sample).abs().max() < 1e-5
+    weights = sum(parameter.nbytes for parameter in static.parameters())
+    assert (built.root / "graphs/weights.bin").stat().st_size < 2 * weights
+
+
+def test_a_trained_one_says_how_much_it_trained(tmp_path: Path) -> None:
+    settings = trained_settings(tmp_path)
+    bundle = build(settings)
+    assert verify_bundle(bundle.root, VerifySettings(timesteps=8)).passed
+    static, _ = load_dynamic(find_reference(bundle))
+    small = sum(value.numel() for part in (static.routers, static.td_lora) for value in part.parameters())
+    whole = sum(value.numel() for part in (static.routers, static.backbone) for value in part.parameters())
+    assert bundle.manifest.metrics["trainable_parameters"] == small
+    assert bundle.manifest.metrics["trainable_share"] == pytest.approx(small / whole)
+    assert bundle.manifest.model.td_lora == SPEC
+
+
+def test_one_expert_needs_no_path(tmp_path: Path) -> None:
+    bundle = build(tiny_settings(tmp_path, td_lora=LoraSpec(rank=2, experts=1, alpha=4)))
+    assert bundle.manifest.model.td_lora is None
+    assert verify_bundle(bundle.root, VerifySettings(timesteps=8)).passed
+    static, _ = load_dynamic(find_reference(bundle))
+    assert static.td_lora is None
+
+
+def test_it_is_part_of_what_a_build_is_made_from(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, td_lora=SPEC)
+    digests = []
+    for spec in (SPEC, replace_alpha(SPEC), None, SPEC):
+        with opened(replace(settings, td_lora=spec), Silent()) as pipeline:
+            digests.append(pipeline.dynamic.digest)
+    assert len(set(digests)) == 3
+    assert digests[0] == digests[3]
+
+
+def replace_alpha(spec: LoraSpec) -> LoraSpec:
+    return spec.model_copy(update={"alpha": spec.alpha + 1})
+
+
+def test_a_checkpoint_keeps_its_updates(built: Bundle, tmp_path: Path) -> None:
+    checkpoint = find_reference(built)
+    given = tiny_settings(tmp_path, budget=None, random_weights=False, checkpoint=str(checkpoint))
+    bundle = build(given)
+    assert bundle.manifest.model.td_lora == SPEC
+    assert verify_bundle(bundle.root, VerifySettings(timesteps=8)).passed
+
+
+def test_a_checkpoint_without_them_is_named(built: Bundle, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    for file in find_reference(built).iterdir():
+        if file.is_file() and file.name != TD_LORA:
+            (checkpoint / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(CheckpointError, match=TD_LORA):
+        load_dynamic(checkpoint)
+    spec = json.loads((checkpoint / "dynamic.json").read_text())
+    assert spec["td_lora"]["rank"] == SPEC.rank
+
+
+def trained_settings(root: Path) -> BuildSettings:
+    return tiny_settings(root, budget=1.0, random_weights=False, train_steps=3, finetune_steps=3, td_lora=SPEC)
