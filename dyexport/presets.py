@@ -33,6 +33,7 @@ class Preset(ABC):
     classes: int = 0  # class labels; label `classes` is the null class. 0: not conditioned on classes
     text_tokens: int = 0  # of a usual prompt
     pixel_space: bool = False  # latents are pixels in [-1, 1]; there is no VAE
+    engines: int = 4  # K, unless a build says otherwise: more where weights are so few that a copy for each is nothing
     hub_id: str | None = None
     about: str = ""
 
@@ -204,6 +205,7 @@ def _imagenet(backbone: Literal["dit", "sit"], size: str, sample_size: int) -> D
         sample_size=sample_size,
         in_channels=4,
         learn_sigma=True,
+        engines=8 if size in ("s", "b") else 4,
         hub_id=f"facebook/DiT-XL-2-{pixels}" if (backbone, size) == ("dit", "xl") else None,
         about=f"{'DiT' if backbone == 'dit' else 'SiT'}-{size.upper()}/2, ImageNet, {pixels} px",
     )

@@ -57,7 +57,12 @@ class BuildOptions:
     data: Annotated[
         str | None, _option("What to train and calibrate on: digits, synthetic, or a directory of safetensors latents.")
     ] = None
-    engines: Annotated[int, _option("K, how many engines sampling switches between.", "--engines", "-k")] = 4
+    engines: Annotated[
+        int | None,
+        _option(
+            "K, how many engines sampling switches between; by default 4, or 8 for small models.", "--engines", "-k"
+        ),
+    ] = None
     target: Annotated[str, _option("Engine formats to write, separated by commas.")] = "onnx"
     token_path: Annotated[
         str, _option("How skipped tokens are left out: auto, masked, capacity, dynamic or compact.")
@@ -81,6 +86,7 @@ class BuildOptions:
         """Raises ``UsageError`` for what cannot be built."""
         from dyexport.build.settings import BuildSettings, default_out, parse_budget
         from dyexport.lora import parse_lora
+        from dyexport.presets import get_preset
 
         budget = parse_budget(self.budget)
         out = self.out or default_out(self.model, budget)
@@ -94,7 +100,7 @@ class BuildOptions:
             checkpoint=self.checkpoint,
             random_weights=self.random_weights,
             data=self.data,
-            engines=self.engines,
+            engines=get_preset(self.model).engines if self.engines is None else self.engines,
             targets=tuple(self.target.split(",")),
             token_path=self.token_path,
             train_steps=self.train_steps,

@@ -91,7 +91,9 @@ def bench(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="With --model: random weights, which take the same time.")
     ] = False,
-    engines: Annotated[int, typer.Option("--engines", "-k", help="With --model: how many engines to build.")] = 4,
+    engines: Annotated[
+        int | None, typer.Option("--engines", "-k", help="With --model: how many engines to build.")
+    ] = None,
     token_path: Annotated[str, typer.Option(help="With --model: how skipped tokens are left out.")] = "auto",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="With --model: the bundle; by default ./MODEL-BUDGET.")
@@ -136,7 +138,7 @@ def bench(
 
 
 def _built(
-    model: str, budget: str | None, random_weights: bool, engines: int, token_path: str, out: Path | None
+    model: str, budget: str | None, random_weights: bool, engines: int | None, token_path: str, out: Path | None
 ) -> Path:
     from dyexport.commands.building import building
 
