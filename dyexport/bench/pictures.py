@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dyexport.bundle import ModelSpec
-from dyexport.errors import CheckpointError
-
 if TYPE_CHECKING:
     import torch
 
@@ -53,11 +50,10 @@ def zoom_for(height: int) -> int:
     return max(64 // height, 1)
 
 
-def save_sample(drawn: torch.Tensor, spec: ModelSpec, vae: str | None, path: Path) -> Path:
-    """Write what ``sample`` drew, (B, C, H, W), and return where: a picture, or latents beside where it would be."""
-    if spec.pixel_space or vae is not None:
-        pixels = drawn if vae is None else decode(drawn, vae)  # (B, 1 or 3, H, W)
-        save_png(grid(pixels.cpu().numpy(), min(len(pixels), COLUMNS), zoom=zoom_for(pixels.shape[-2])), path)
+def save_sample(drawn: torch.Tensor, path: Path, *, pixels: bool) -> Path:
+    """Write what was drawn and return where: pixels (B, C, H, W) as a picture, latents beside where it would be."""
+    if pixels:
+        save_png(grid(drawn.cpu().numpy(), min(len(drawn), COLUMNS), zoom=zoom_for(drawn.shape[-2])), path)
         return path
     from safetensors.torch import save_file
 
@@ -70,12 +66,10 @@ def save_sample(drawn: torch.Tensor, spec: ModelSpec, vae: str | None, path: Pat
 def decode(latents: torch.Tensor, vae: str) -> torch.Tensor:
     """Latents (B, 4, h, w) to pixels in [0, 1], (B, 3, H, W). Raises ``CheckpointError``."""
     import torch
-    from diffusers import AutoencoderKL
 
-    try:
-        decoder = AutoencoderKL.from_pretrained(vae).eval()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read an AutoencoderKL from {vae}: {error}") from error
+    from dyexport.runtime.sampling import open_vae
+
+    decoder = open_vae(vae)
     with torch.inference_mode():
         decoded = decoder.decode(latents.cpu() / decoder.config.scaling_factor).sample  # (B, 3, H, W)
     pixels: torch.Tensor = (decoded / 2 + 0.5).clamp(0, 1)

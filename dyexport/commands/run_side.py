@@ -1,10 +1,10 @@
-"""Commands that run a bundle: sample, bench, eval, inspect, demo. Nothing heavy is imported before a command runs."""
+"""Commands that run a bundle: bench, eval, inspect, demo. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -20,67 +20,6 @@ SchedulerOption = Annotated[
     str | None, typer.Option(help="ddim or dpm++ for DiT, euler for SiT; by default the first that fits.")
 ]
 TargetOption = Annotated[str, typer.Option(help="Which of the bundle's engine formats to run.")]
-
-
-@app.command()
-def sample(
-    bundle: BundleArgument,
-    labels: Annotated[str, typer.Option(help="Classes to draw: 0-9, 3,7 or both kinds mixed.")] = "0-9",
-    steps: StepsOption = 50,
-    scheduler: SchedulerOption = None,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 turns it off.")] = 1.5,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    target: TargetOption = "onnx",
-    vae: Annotated[
-        str | None, typer.Option(help="AutoencoderKL that decodes latents: a directory or a hub id.")
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The picture.")] = Path("samples.png"),
-    json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Draw a grid of pictures, one for each label; without --vae a latent-space model's latents are saved instead."""
-    classes = parse_labels(labels)
-    with chatter_on_stderr(), progress_bar("sampling") as advance:
-        from dyexport.bench.pictures import save_sample
-        from dyexport.runtime.pipeline import load
-        from dyexport.runtime.sampling import sample as draw
-
-        loaded = load(bundle, target=target)
-        counted = _Counted(loaded, steps, advance)
-        drawn = draw(
-            counted, loaded.spec, classes, steps=steps, scheduler=scheduler, guidance_scale=guidance, seed=seed
-        )  # (B, C, H, W)
-        written = save_sample(drawn, loaded.spec, vae, out)
-    payload = {"path": str(written), "labels": classes, "steps": steps, "guidance": guidance, "seed": seed}
-    what = "" if written == out else " (latents; pass --vae with the autoencoder of this model to get pictures)"
-    emit(payload, as_json=json, human=lambda console: console.print(f"{written}{what}", markup=False, soft_wrap=True))
-
-
-class _Counted:
-    """A transformer that moves a progress bar on with every call."""
-
-    def __init__(self, transformer: Any, steps: int, advance: Any) -> None:
-        self.transformer = transformer
-        self.device = transformer.device
-        self._steps, self._advance, self._done = steps, advance, 0
-
-    def __call__(self, **inputs: Any) -> Any:
-        output = self.transformer(**inputs)
-        self._done += 1
-        self._advance(self._done, self._steps)
-        return output
-
-
-def parse_labels(text: str) -> list[int]:
-    """``0-2,7`` is 0, 1, 2, 7. Raises ``UsageError`` for anything else."""
-    found: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise UsageError(f"--labels {text!r} is not a list of classes; write 0-9 or 3,7")
-        found += range(int(first), int(last) + 1)
-    return found
 
 
 @app.command()

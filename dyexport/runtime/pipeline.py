@@ -9,6 +9,7 @@ from threading import Lock
 from time import perf_counter
 
 import torch
+from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 
 from dyexport.bundle import CONDITIONING, DENSE, DENSE_CONDITIONING, Bundle, ModelSpec, segment_name
@@ -23,12 +24,13 @@ from dyexport.runtime.residency import Residency, measure
 from dyexport.runtime.scheduler import Scheduler, dense_route, route, shared_timestep
 
 
-class BundleTransformer(torch.nn.Module):
+class BundleTransformer(ModelMixin):
     """The denoising network of a bundle. Engines hold the weights; the module has none.
 
     A subclass for each backbone has the ``forward`` of its diffusers transformer. Tensors come back on
     the device and in the dtype they came in; the engines stay where they were loaded, so a pipeline's
     ``to`` and its offloading pass over this module. Calls from several threads run one after another.
+    A ``ModelMixin``, because ``from_pretrained(..., transformer=)`` of a pipeline takes nothing else.
     """
 
     def __init__(
@@ -44,13 +46,22 @@ class BundleTransformer(torch.nn.Module):
         self.config = FrozenDict(spec.config)
         self.engine = engine
         self.conditioner = conditioner
-        self.dtype = torch.float32
-        self.device = device
+        self._device = device
         self._scheduler = scheduler
         self._overflow = OverflowCounter()
         self._step_seconds = 0.0
         self._lock = Lock()
         self.placeholder = offloading_placeholder()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engines are."""
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the engines' inputs and outputs."""
+        return torch.float32
 
     def denoise(self, timestep: torch.Tensor | float, inputs: Tensors, conditions: Tensors) -> torch.Tensor:
         """One call of the network on this bundle's device.

@@ -10,7 +10,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DecoderOutput
 
 from dyexport.bundle import ModelSpec
-from dyexport.errors import UsageError
+from dyexport.errors import CheckpointError, UsageError
 from dyexport.runtime.placeholder import offloading_placeholder
 
 if TYPE_CHECKING:
@@ -65,6 +65,16 @@ def make_scheduler(spec: ModelSpec, name: str | None = None) -> Any:
     if name == "dpm++":
         return DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", **BETAS)
     return DDIMScheduler(clip_sample=spec.pixel_space, **BETAS)  # pixels are bounded, a VAE's latents are not
+
+
+def open_vae(source: str) -> Any:
+    """The ``AutoencoderKL`` in a directory or hub repository. Raises ``CheckpointError``."""
+    from diffusers import AutoencoderKL
+
+    try:
+        return AutoencoderKL.from_pretrained(source).eval()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read an AutoencoderKL from {source}: {error}") from error
 
 
 def make_pipeline(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,15 +12,20 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dyexport.build.settings import BuildSettings
 from dyexport.build.verify import VerifySettings, find_reference, verify_bundle
 from dyexport.bundle import Bundle
-from dyexport.errors import EngineMismatch
+from dyexport.cli import main
+from dyexport.errors import CheckpointError, DataError, EngineMismatch, UsageError
 from dyexport.models.checkpoints import load_dynamic
 from dyexport.runtime.pipeline import load
+from dyexport.runtime.prompts import Prompts, draw_prompts
 from dyexport.runtime.transformers import FluxBundle
 from tests.build.tiny import build
+from tests.build.tiny_pipeline import save_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +149,78 @@ def test_one_guidance_for_the_batch_and_batched_positions(loaded: FluxBundle) ->
 def test_what_it_cannot_do_is_refused(loaded: FluxBundle, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(EngineMismatch, match=message):
         loaded(**{**inputs(), **changes})
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["dyexport", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 0
+
+
+def test_a_saved_pipeline_takes_the_bundle_as_its_transformer(
+    built: Bundle, loaded: FluxBundle, pipeline: Path
+) -> None:
+    pipe = FluxPipeline.from_pretrained(pipeline, transformer=loaded)
+    settings = {"prompt": "a cat", "height": 64, "width": 64, "num_inference_steps": 3, "output_type": "pt"}
+    drawn = pipe(**settings, generator=torch.Generator().manual_seed(0)).images
+    pipe.transformer = Masked(built)
+    truth = pipe(**settings, generator=torch.Generator().manual_seed(0)).images
+    assert drawn.shape == (1, 3, 64, 64)
+    np.testing.assert_allclose(drawn, truth, atol=1e-3)
+
+
+def test_sample_draws_prompts(
+    built: Bundle, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "cats.png"
+    size = ["--height", 64, "--width", 128, "--steps", 2]
+    prompts = ["--prompt", "a cat", "--prompt", "a dog"]
+    run(monkeypatch, "sample", built.root, *prompts, "--pipeline", pipeline, *size, "-o", out, "--json")
+    assert json.loads(capsys.readouterr().out)["texts"] == ["a cat", "a dog"]
+    image = np.asarray(Image.open(out))  # two of 64 x 128, with gaps
+    assert image.shape == (68, 262, 3)
+    assert not np.array_equal(image[2:66, 2:130], image[2:66, 132:260])
+
+
+def embedded(tmp_path: Path, text: tuple[int, ...] = (2, 7, 64)) -> Path:
+    path = tmp_path / "prompts.safetensors"
+    save_file({"prompt_embeds": torch.randn(text), "pooled_prompt_embeds": torch.randn(2, 32)}, path)
+    return path
+
+
+def test_embedded_prompts_need_no_text_encoder(
+    built: Bundle, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["sample", built.root, "--prompt-embeds", embedded(tmp_path), "--steps", 2, "--height", 64, "--width", 64]
+    run(monkeypatch, *asked, "-o", tmp_path / "x.png")
+    assert load_file(tmp_path / "x.safetensors")["latents"].shape == (2, 16, 16)
+    run(monkeypatch, *asked, "-o", tmp_path / "y.png", "--vae", pipeline / "vae")
+    assert Image.open(tmp_path / "y.png").size == (134, 68)
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        ({}, UsageError, "--prompt"),
+        ({"texts": ("a",), "embedded": Path("x")}, UsageError, "one of the two"),
+        ({"texts": ("a",)}, UsageError, "--pipeline"),
+        ({"texts": ("a",), "pipeline": "/nowhere"}, CheckpointError, "/nowhere"),
+        ({"texts": ("a",), "height": 100}, UsageError, "multiple of 16"),
+        ({"texts": ("a",), "steps": 0}, UsageError, "--steps is 0"),
+        ({"embedded": Path("missing.safetensors")}, DataError, "missing.safetensors"),
+    ],
+)
+def test_what_cannot_be_drawn(loaded: FluxBundle, asked: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        draw_prompts(loaded, Prompts(**asked))
+
+
+def test_embeddings_of_another_model(loaded: FluxBundle, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"\(2, 7, 63\)"):
+        draw_prompts(loaded, Prompts(embedded=embedded(tmp_path, (2, 7, 63))))
