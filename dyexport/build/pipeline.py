@@ -33,7 +33,7 @@ from dyexport.build.networks import Network, architecture_of, cut_networks, iden
 from dyexport.build.settings import BuildSettings, Schedule
 from dyexport.build.targets import TARGETS
 from dyexport.build.team import Alone, Team, find_team
-from dyexport.bundle import TOKENS, WIDTHS, Manifest, ModelSpec, SegmentPlan
+from dyexport.bundle import TOKENS, WIDTHS, Manifest, ModelSpec, SegmentPlan, sha256_of
 from dyexport.calibration.segments import PlanSettings
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.exporters.weight_store import write_store
@@ -82,8 +82,8 @@ class Pipeline:
         inputs: dict[str, Any] = {"static": self.static.digest, "routers": routers, "seed": self.settings.seed}
         if self.settings.router != "free":  # left out otherwise: work of before there was a choice stays valid
             inputs["router"] = self.settings.router
-        if self.settings.td_lora is not None:
-            inputs["td_lora"] = self.settings.td_lora.model_dump()
+        if self.settings.lora is not None:
+            inputs["td_lora"] = self.settings.lora.model_dump()
         if routers == "given":
             inputs["checkpoint"] = _contents(Path(str(self.settings.checkpoint)))
         elif routers != "random":
@@ -244,8 +244,11 @@ class Pipeline:
         """Where synthetic data lies; it is made only if the settings ask for it."""
         if self.settings.data_source == "synthetic":
             inputs = {"static": self.static.digest, "seed": self.settings.seed}
+            if self.settings.prompts is not None:
+                inputs["prompts"] = sha256_of(self.settings.prompts)
             advance = partial(self.listener.advanced, "synthetic")
-            make = partial(stages.make_synthetic, self.settings, self.static.path, advance)
+            source = stages.checkpoint_source(self.settings)
+            make = partial(stages.make_synthetic, self.settings, self.static.path, source, advance)
             self._run("synthetic", "synthetic", inputs, make)
         return self.settings.work / "synthetic"
 

@@ -32,6 +32,9 @@ FINETUNE_DIGITS = Schedule(steps=2500, batch_size=32, learning_rate=3e-3, ema_de
 FINETUNE = Schedule(steps=150_000, batch_size=256, learning_rate=1e-4, ema_decay=0.9999)  # as published
 LORA_DIGITS = replace(FINETUNE_DIGITS, learning_rate=1e-2)
 LORA = FINETUNE
+FINETUNE_LARGE = Schedule(steps=10_000, batch_size=8, learning_rate=1e-4, ema_decay=0.999)
+LARGE = 2_000_000_000  # parameters, from which on not all of them are trained: they alone would fill a GPU
+LARGE_LORA = LoraSpec(rank=16, experts=4, alpha=16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,7 @@ class BuildSettings:
     checkpoint: str | None = None
     random_weights: bool = False
     data: str | None = None
+    prompts: Path | None = None
     engines: int = 4
     targets: tuple[str, ...] = ("onnx",)
     token_path: str = "auto"
@@ -78,6 +82,8 @@ class BuildSettings:
             raise UsageError(
                 "--train-steps is for training from scratch, which needs a digits model and no --checkpoint"
             )
+        if self.prompts is not None and (self.data_source != "synthetic" or self.preset.classes):
+            raise UsageError("--prompts is what a text-to-image model makes --data synthetic from; leave it out")
         for name, steps, least in (("train", self.train_steps, 1), ("finetune", self.finetune_steps, 0)):
             if steps is not None and steps < least:
                 raise UsageError(f"--{name}-steps is {steps}; give {least} or more")
@@ -135,7 +141,21 @@ class BuildSettings:
         """Training and calibration data; None means noise."""
         if self.data is not None:
             return self.data
-        return "digits" if self.preset.pixel_space and self.routers != "random" else None
+        if self.preset.pixel_space:
+            return None if self.routers == "random" else "digits"
+        return "synthetic" if self.large and self.routers == "trained" else None
+
+    @property
+    def large(self) -> bool:
+        """Whether the model is too large to train as a whole, and has too few users with data of their own."""
+        return self.preset.parameters >= LARGE
+
+    @property
+    def lora(self) -> LoraSpec | None:
+        """What is trained instead of all weights; large models get a TD-LoRA unasked."""
+        if self.td_lora is None and self.large and self.routers == "trained":
+            return LARGE_LORA
+        return self.td_lora
 
     @property
     def static_schedule(self) -> Schedule:
@@ -144,7 +164,8 @@ class BuildSettings:
     @property
     def finetune_schedule(self) -> Schedule:
         full, low_rank = (FINETUNE_DIGITS, LORA_DIGITS) if self.preset.pixel_space else (FINETUNE, LORA)
-        return _lasting(full if self.td_lora is None else low_rank, self.finetune_steps)
+        usual = FINETUNE_LARGE if self.large else low_rank if self.lora else full
+        return _lasting(usual, self.finetune_steps)
 
     @property
     def distill(self) -> bool:

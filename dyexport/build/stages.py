@@ -34,6 +34,7 @@ from dyexport.models.checkpoints import (
     save_dynamic,
     save_static,
 )
+from dyexport.models.devices import best_device
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.importance import rank_units
 from dyexport.models.inputs import NoisedInputs
@@ -44,6 +45,7 @@ from dyexport.slicing.slicer import spec_of
 from dyexport.tables import TokenStats, WidthTable
 from dyexport.training.config import FinetuneConfig, TrainConfig
 from dyexport.training.data import LatentSource, open_source
+from dyexport.training.prompts import embed_prompts, read_prompts
 from dyexport.training.synthetic import SyntheticConfig, generate
 from dyexport.training.trainer import Progress, finetune, train_static
 
@@ -112,11 +114,32 @@ def make_control(
     save_static(backbone, out)
 
 
-def make_synthetic(settings: BuildSettings, static: Path, advance: Advance, out: Path) -> None:
-    """Latents that the static model samples."""
+def make_synthetic(settings: BuildSettings, static: Path, source: Path | None, advance: Advance, out: Path) -> None:
+    """Latents that the static model samples, for prompts embedded by the pipeline that its checkpoint came from."""
     out.mkdir()
-    backbone = load_static(str(static), settings.preset)
-    generate(backbone, settings.preset, SyntheticConfig(seed=settings.seed), out, advance)
+    preset, prompts = settings.preset, None
+    if (encoders := text_encoders(settings, source)) is not None:
+        texts = read_prompts(settings.prompts)
+        prompts = embed_prompts(encoders, texts, text_tokens=preset.text_tokens, device=best_device())
+    backbone = load_static(str(static), preset).to(best_device())
+    generate(backbone, preset, SyntheticConfig(seed=settings.seed), out, advance, prompts=prompts)
+
+
+def text_encoders(settings: BuildSettings, source: Path | None) -> str | None:
+    """Where prompts are embedded: beside the transformer ``source``, else on the hub; None for random embeddings.
+
+    Those are for models whose prompts mean nothing: random weights, and models of classes, which have none.
+    """
+    preset = settings.preset
+    if preset.classes or settings.random_weights:
+        return None
+    if source is not None and (source.parent / "model_index.json").is_file():
+        return str(source.parent)
+    if preset.hub_id is None and settings.prompts is not None:
+        raise CheckpointError(
+            f"no text encoders for --prompts lie beside {source}; give --checkpoint a whole pipeline's directory"
+        )
+    return preset.hub_id
 
 
 def open_data(settings: BuildSettings, synthetic: Path) -> LatentSource:
@@ -144,7 +167,7 @@ def make_dynamic(
         assert settings.checkpoint is not None
         model = load_given(Path(settings.checkpoint), preset)
     elif settings.routers == "random":
-        model = random_dynamic(preset, seed=settings.seed, router=settings.router, td_lora=settings.td_lora)
+        model = random_dynamic(preset, seed=settings.seed, router=settings.router, td_lora=settings.lora)
     else:
         model = attach_routers(settings, static, calibration_inputs(settings, source))
     if settings.routers == "trained":
@@ -175,7 +198,7 @@ def _untrained(settings: BuildSettings, backbone: nn.Module) -> DynamicTransform
         heads=settings.preset.heads,
         tokens=settings.routers == "trained",
         router=settings.router,
-        td_lora=settings.td_lora,
+        td_lora=settings.lora,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from dyexport.console import Interrupted, StageLines, chatter_on_stderr
+from dyexport.console import Interrupted, StageLines, chatter_on_stderr, stderr
 
 if TYPE_CHECKING:
     from dyexport.build.pipeline import Pipeline
@@ -27,6 +27,9 @@ def building(settings: BuildSettings, without: frozenset[str] = frozenset()) -> 
     """The pipeline of a build; ``without`` names stages that may not run, only be found done."""
     with stage_lines() as lines:
         from dyexport.build.pipeline import opened
+        from dyexport.build.recipe import check_training
 
+        if not without and (note := check_training(settings)):
+            stderr().print(note, soft_wrap=True)
         with opened(settings, lines, without=without) as pipeline:
             yield pipeline

@@ -57,6 +57,9 @@ class BuildOptions:
     data: Annotated[
         str | None, _option("What to train and calibrate on: digits, synthetic, or a directory of safetensors latents.")
     ] = None
+    prompts: Annotated[
+        Path | None, _option("Text file, one prompt a line, for --data synthetic of FLUX; by default 300 of our own.")
+    ] = None
     engines: Annotated[
         int | None,
         _option(
@@ -100,6 +103,7 @@ class BuildOptions:
             checkpoint=self.checkpoint,
             random_weights=self.random_weights,
             data=self.data,
+            prompts=self.prompts,
             engines=get_preset(self.model).engines if self.engines is None else self.engines,
             targets=tuple(self.target.split(",")),
             token_path=self.token_path,

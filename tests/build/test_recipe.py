@@ -1,0 +1,100 @@
+"""What ``dyexport build --model flux --budget 0.5`` means, and what it says where it cannot be had."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dyexport.build import stages
+from dyexport.build.recipe import check_training, estimate, measured_speed
+from dyexport.build.settings import FINETUNE_LARGE, LARGE_LORA, BuildSettings
+from dyexport.errors import CheckpointError, DataError, DyexportError, UsageError
+from dyexport.lora import LoraSpec
+from dyexport.training.prompts import embed_prompts, read_prompts
+from tests.build.tiny_pipeline import save_pipeline
+
+
+@pytest.fixture
+def flux(tmp_path: Path) -> BuildSettings:
+    return BuildSettings(model="flux", budget=0.5, out=tmp_path / "out", work=tmp_path / "work")
+
+
+def test_a_large_model_trains_a_lora_on_its_own_pictures(flux: BuildSettings) -> None:
+    assert (flux.routers, flux.data_source, flux.lora) == ("trained", "synthetic", LARGE_LORA)
+    assert flux.finetune_schedule == FINETUNE_LARGE
+    assert replace(flux, data="/latents").data_source == "/latents"
+    own = LoraSpec(rank=4, alpha=4)
+    assert replace(flux, td_lora=own).lora == own
+
+
+def test_without_training_there_is_neither(flux: BuildSettings) -> None:
+    calibrated = replace(flux, finetune_steps=0)
+    assert (calibrated.routers, calibrated.data_source, calibrated.lora) == ("none", None, None)
+    assert check_training(calibrated) is None
+
+
+def test_small_models_train_all_their_weights(flux: BuildSettings) -> None:
+    small = replace(flux, model="dit-xl-2", data="/latents")
+    assert small.lora is None
+    assert check_training(small) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu_is_one_sentence_with_the_ways_out(flux: BuildSettings) -> None:
+    with pytest.raises(DyexportError, match=r"flux \(11\.9 billion .* --finetune-steps 0 .*--checkpoint DIR"):
+        check_training(flux)
+
+
+def test_effort_grows_with_what_is_asked(flux: BuildSettings) -> None:
+    usual = estimate(flux)
+    assert estimate(replace(flux, finetune_steps=2 * FINETUNE_LARGE.steps)).training_flops == pytest.approx(
+        2 * usual.training_flops
+    )
+    given = estimate(replace(flux, data="/latents"))
+    assert (given.synthetic_flops, given.data_bytes) == (0, 0)
+    assert given.training_flops == usual.training_flops
+    # One dense pass of FLUX.1-dev at 1024 px is about 60 teraflops: 24 billion operations a token, and attention.
+    passes = FINETUNE_LARGE.steps * FINETUNE_LARGE.batch_size * 2 * 1.2
+    assert 5e13 < usual.training_flops / passes < 8e13
+    assert usual.device_bytes > 2 * flux.preset.parameters
+
+
+def test_speed_is_measured() -> None:
+    assert measured_speed(torch.device("cpu"), size=64, seconds=0.01) > 0
+
+
+def test_prompts_come_from_a_file_or_are_many(tmp_path: Path) -> None:
+    assert len(set(read_prompts(None))) == 300
+    file = tmp_path / "prompts.txt"
+    file.write_text("a cat\n\n  a dog \n", encoding="utf-8")
+    assert read_prompts(file) == ("a cat", "a dog")
+    file.write_text("\n", encoding="utf-8")
+    with pytest.raises(DataError, match="holds no prompts"):
+        read_prompts(file)
+    with pytest.raises(DataError, match="one prompt a line"):
+        read_prompts(tmp_path / "none.txt")
+
+
+def test_prompts_are_embedded_by_the_pipeline_beside_the_transformer(tmp_path: Path, flux: BuildSettings) -> None:
+    pipeline = save_pipeline(tmp_path / "pipeline")
+    tiny = replace(flux, model="flux-tiny", checkpoint=str(pipeline), finetune_steps=0)
+    source = stages.checkpoint_source(tiny)
+    assert source == pipeline / "transformer"
+    found = stages.text_encoders(tiny, source)
+    assert found == str(pipeline)
+    embedded = embed_prompts(found, tuple("abcdefghij"), text_tokens=16)
+    assert embedded["encoder_hidden_states"].shape == (10, 16, 64)
+    assert embedded["pooled_projections"].shape == (10, 32)
+    assert not torch.equal(embedded["encoder_hidden_states"][0], embedded["encoder_hidden_states"][9])
+    alone = embed_prompts(found, ("j",), text_tokens=16)
+    torch.testing.assert_close(embedded["encoder_hidden_states"][9:], alone["encoder_hidden_states"])
+
+
+def test_no_text_encoders(tmp_path: Path, flux: BuildSettings) -> None:
+    with pytest.raises(CheckpointError, match="--finetune-steps 0"):
+        embed_prompts(str(tmp_path), ("a",))
+    with pytest.raises(UsageError, match="--prompts"):
+        replace(flux, prompts=tmp_path / "x.txt", data="/latents")
