@@ -33,6 +33,13 @@ def test_flux_is_the_published_one() -> None:
         assert PRESETS[name].parameters / 1e9 == pytest.approx(billions, abs=0.01)
 
 
+def test_latte_is_the_published_one() -> None:
+    """Weights of maxin-cn/Latte-1: 28 pairs of blocks, 16 frames of 64 x 64 latents."""
+    preset = PRESETS["latte"]
+    assert preset.parameters / 1e9 == pytest.approx(1.057, abs=0.001)
+    assert (preset.depth, preset.latent_shape, preset.tokens) == (56, (4, 16, 64, 64), 16384)
+
+
 def test_unknown_names_come_with_a_hint() -> None:
     with pytest.raises(UsageError, match="did you mean 'flux-tiny'"):
         get_preset("flux-tniy")

@@ -55,6 +55,7 @@ _ADAPTERS = {
     "dit": "dyexport.models.dit:DiTAdapter",
     "sit": "dyexport.models.dit:DiTAdapter",
     "flux": "dyexport.models.flux:FluxAdapter",
+    "latte": "dyexport.models.latte:LatteAdapter",
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dyexport.models.base import Inputs
-from dyexport.presets import FluxPreset, Preset
+from dyexport.presets import FluxPreset, LattePreset, Preset
 
 Conditions = dict[str, Tensor]
 """One row per sample, by the names of the stock module's arguments."""
@@ -49,7 +49,9 @@ class Conditioning(Protocol):
 
 
 def get_conditioning(preset: Preset) -> Conditioning:
-    return Prompts(preset) if isinstance(preset, FluxPreset) else ClassLabels(preset.classes)
+    if isinstance(preset, FluxPreset):
+        return Prompts(preset)
+    return Captions(preset) if isinstance(preset, LattePreset) else ClassLabels(preset.classes)
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,28 @@ class Prompts:
         if self.preset.guidance is not None:
             inputs["guidance"] = torch.full_like(timestep, self.preset.guidance)  # (B,)
         return inputs
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Latte: embedded prompts (B, T, C_text)."""
+
+    preset: LattePreset
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (Column("prompt_embeds", "encoder_hidden_states", (None, self.preset.caption_size)),)
+
+    def random(self, count: int, generator: torch.Generator) -> Conditions:
+        shape = (count, self.preset.text_tokens, self.preset.caption_size)
+        return {"encoder_hidden_states": torch.randn(shape, generator=generator)}
+
+    def drop(self, conditions: Conditions, rows: Tensor) -> Conditions:
+        """The unconditional branch is the empty prompt, which only the text encoder can embed: data brings it along."""
+        return conditions
+
+    def inputs(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Inputs:
+        return {"hidden_states": latents, "timestep": timestep, **conditions}
 
 
 def grid_positions(side: int, device: torch.device) -> Tensor:

@@ -12,15 +12,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from dyexport.errors import CheckpointError
-from dyexport.models.base import (
-    Inputs,
-    on_input,
-    on_output,
-    permute_inputs,
-    permute_outputs,
-    unit_channels,
-    watch_input,
-)
+from dyexport.models.base import Inputs
+from dyexport.models.basic_block import attach_gates, permute_block, xavier_linears
 from dyexport.models.gates import BlockGates, TokenRouter, fp32_linear
 
 FREQ_SHIFT = "freq_shift"  # config entry: the timestep's frequency i is 10000 ** (-i / (128 - shift)); diffusers has 1
@@ -64,13 +57,7 @@ class DiTAdapter:
 
     def initialise(self, backbone: DiTTransformer2DModel) -> None:
         """DiT section 3.2: Xavier linears, N(0, 0.02) embedders, zero modulation and output (adaLN-Zero)."""
-        for module in backbone.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        patch = backbone.pos_embed.proj
-        nn.init.xavier_uniform_(patch.weight.view(patch.weight.shape[0], -1))
-        nn.init.zeros_(patch.bias)
+        xavier_linears(backbone, backbone.pos_embed.proj)
         for block in backbone.transformer_blocks:
             embedder = block.norm1.emb
             nn.init.normal_(embedder.timestep_embedder.linear_1.weight, std=0.02)
@@ -104,10 +91,7 @@ class DiTAdapter:
         return DiTTokenRouter(channels)
 
     def attach(self, block: BasicTransformerBlock, gates: BlockGates) -> None:
-        on_input(block.attn1.to_out[0], gates.heads)
-        on_output(block.ff.net[0].proj, gates.groups)
-        watch_input(block.norm3, gates.route)  # the raw residual after attention, (B, N, C)
-        on_output(block.ff, gates.tokens)
+        attach_gates(block, gates, mlp_norm=block.norm3)
 
     def lora_targets(self, block: BasicTransformerBlock) -> tuple[str, ...]:
         return LINEARS
@@ -119,14 +103,5 @@ class DiTAdapter:
         embedding: Tensor = embedder.timestep_embedder(sinusoid.to(dtype))  # (B, C)
         return embedding
 
-    @torch.no_grad()
     def permute_units(self, backbone: DiTTransformer2DModel, block: int, heads: Tensor, groups: Tensor) -> None:
-        layer = backbone.transformer_blocks[block]
-        attention, mlp = layer.attn1, layer.ff
-        rows = unit_channels(heads, attention.to_q.out_features // len(heads))  # (C,)
-        for linear in (attention.to_q, attention.to_k, attention.to_v):
-            permute_outputs(linear, rows)
-        permute_inputs(attention.to_out[0], rows)
-        hidden = unit_channels(groups, mlp.net[0].proj.out_features // len(groups))  # (4C,)
-        permute_outputs(mlp.net[0].proj, hidden)
-        permute_inputs(mlp.net[2], hidden)
+        permute_block(backbone.transformer_blocks[block], heads, groups)

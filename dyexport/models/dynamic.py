@@ -27,7 +27,7 @@ class DynamicOutput(NamedTuple):
     use, free of training noise, so that a FLOPs penalty on them prices what will be run.
     """
 
-    sample: Tensor  # as the stock module's: (B, C_out, H, W), or (B, N, C_out) of packed latents
+    sample: Tensor  # as the stock module's: (B, C_out, H, W), with frames (B, C_out, F, H, W), packed (B, N, C_out)
     heads: Tensor  # (B, L, H)
     groups: Tensor  # (B, L, G)
     tokens: Tensor  # (B, L, N)

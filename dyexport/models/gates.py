@@ -155,7 +155,10 @@ class BlockRouter(nn.Module):
 
 @dataclass
 class GatedPass:
-    """Gates of one forward pass; blocks read the masks and append what their tokens did."""
+    """Gates of one forward pass; blocks read the masks and append what their tokens did.
+
+    Tokens are in the order in which the block sees them.
+    """
 
     head_masks: Tensor  # (B, L, H), as multiplied, noise included
     group_masks: Tensor  # (B, L, G)
@@ -164,19 +167,24 @@ class GatedPass:
     tokens: list[Tensor] = field(default_factory=list)  # L x (B, N), free of noise
     token_logits: list[Tensor] = field(default_factory=list)
 
+    @property
+    def batch(self) -> int:
+        return len(self.head_masks)
+
 
 class BlockGates:
     """One block's gates, for a backbone adapter to hook into the stock block.
 
     Every method takes and returns activations, and changes nothing outside a gated pass. A hook calls
-    ``route`` once per pass, before ``tokens``.
+    ``route`` once per pass, before ``tokens``. A block may see a sample as several rows, one after another,
+    such as the frames of a video: R is then a multiple of B.
     """
 
     def __init__(self, router: BlockRouter, index: int) -> None:
         self.router = router
         self.index = index
         self._pass: GatedPass | None = None
-        self._token_mask: Tensor | None = None  # (B, N)
+        self._token_mask: Tensor | None = None  # (R, N)
 
     def open(self, run: GatedPass | None) -> None:
         """Follow the gates of a pass, or none."""
@@ -184,41 +192,42 @@ class BlockGates:
         self._token_mask = None
 
     def heads(self, activations: Tensor) -> Tensor:
-        """Multiply each head's channels by its gate: (B, N, H * D) -> (B, N, H * D)."""
+        """Multiply each head's channels by its gate: (R, N, H * D) -> (R, N, H * D)."""
         if self._pass is None:
             return activations
         return _mask_units(activations, self._pass.head_masks[:, self.index])
 
     def groups(self, activations: Tensor) -> Tensor:
-        """Multiply each MLP group's channels by its gate, before GELU, GELU(0) being 0: (B, N, G * S)."""
+        """Multiply each MLP group's channels by its gate, before GELU, GELU(0) being 0: (R, N, G * S)."""
         if self._pass is None:
             return activations
         return _mask_units(activations, self._pass.group_masks[:, self.index])
 
     def route(self, *inputs: Tensor) -> None:
-        """Decide which tokens run; ``inputs`` are the token router's, the tokens (B, N, C) first."""
+        """Decide which tokens run; ``inputs`` are the token router's, the tokens (R, N, C) first."""
         if self._pass is None or not self._pass.route_tokens:
             return
         if self.router.tokens is None:
-            logits = torch.full(inputs[0].shape[:2], torch.inf, device=inputs[0].device)  # (B, N)
+            logits = torch.full(inputs[0].shape[:2], torch.inf, device=inputs[0].device)  # (R, N)
             gates = torch.ones_like(logits)
         else:
-            logits = self.router.tokens(*inputs)  # (B, N)
+            logits = self.router.tokens(*inputs)  # (R, N)
             gates = hard_gate(logits)
             self._token_mask = gates if self._pass.noise is None else hard_gate(logits, self._pass.noise)
-        self._pass.tokens.append(gates)
-        self._pass.token_logits.append(logits)
+        self._pass.tokens.append(gates.reshape(self._pass.batch, -1))
+        self._pass.token_logits.append(logits.reshape(self._pass.batch, -1))
 
     def tokens(self, update: Tensor) -> Tensor:
-        """Multiply a residual update by the token gates; rows before the last N always run: (B, M, C), M >= N."""
+        """Multiply a residual update by the token gates; tokens before the last N always run: (R, M, C), M >= N."""
         if self._token_mask is None:
             return update
         always = update.shape[1] - self._token_mask.shape[1]
-        mask = F.pad(self._token_mask, (always, 0), value=1.0) if always else self._token_mask  # (B, M)
-        return update * mask[..., None].to(update.dtype)  # (B, M, C)
+        mask = F.pad(self._token_mask, (always, 0), value=1.0) if always else self._token_mask  # (R, M)
+        return update * mask[..., None].to(update.dtype)  # (R, M, C)
 
 
 def _mask_units(activations: Tensor, mask: Tensor) -> Tensor:
-    """Multiply contiguous channel units by their gates: (B, N, U * size), (B, U) -> (B, N, U * size)."""
-    units = activations.unflatten(-1, (mask.shape[-1], -1))  # (B, N, U, size)
+    """Multiply contiguous channel units by their gates: (R, N, U * size), (B, U) -> (R, N, U * size)."""
+    mask = mask.repeat_interleave(len(activations) // len(mask), dim=0)  # (R, U)
+    units = activations.unflatten(-1, (mask.shape[-1], -1))  # (R, N, U, size)
     return (units * mask[:, None, :, None].to(activations.dtype)).flatten(-2)

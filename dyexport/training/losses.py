@@ -113,19 +113,20 @@ class DdpmObjective:
         At t = 0, where there is no posterior, it is the code length of the data. ``variance`` in
         [-1, 1] interpolates, in log space, between the least and the largest possible.
         """
-        posterior = _Posterior(*self.posterior.to(noise.device)[:, batch.timestep, None, None, None])
-        predicted = (batch.latents - posterior.noise_scale * noise) / posterior.signal_scale  # x_0, (B, C, H, W)
+        each = (-1, *(1,) * (noise.ndim - 1))  # (B, 1, ...)
+        posterior = _Posterior(*(row.view(each) for row in self.posterior.to(noise.device)[:, batch.timestep]))
+        predicted = (batch.latents - posterior.noise_scale * noise) / posterior.signal_scale  # x_0, (B, C, ...)
         mean = posterior.mean(predicted, batch.latents)
         share = (variance + 1) / 2
-        log_variance = share * posterior.log_beta + (1 - share) * posterior.log_variance  # (B, C, H, W)
+        log_variance = share * posterior.log_beta + (1 - share) * posterior.log_variance  # (B, C, ...)
         kl = _gaussian_kl(posterior.mean(batch.clean, batch.latents), posterior.log_variance, mean, log_variance)
         code = _code_length(batch.clean, mean, log_variance)
-        first = (batch.timestep == 0)[:, None, None, None]
+        first = (batch.timestep == 0).view(each)
         return torch.where(first, code, kl).flatten(1).mean(1) / math.log(2)
 
 
 class _Posterior(NamedTuple):
-    """Coefficients of q(x_{t-1} | x_t, x_0), each (B, 1, 1, 1)."""
+    """Coefficients of q(x_{t-1} | x_t, x_0), each (B, 1, ...)."""
 
     clean_weight: Tensor
     noisy_weight: Tensor
@@ -135,7 +136,7 @@ class _Posterior(NamedTuple):
     noise_scale: Tensor
 
     def mean(self, clean: Tensor, noisy: Tensor) -> Tensor:
-        return self.clean_weight * clean + self.noisy_weight * noisy  # (B, C, H, W)
+        return self.clean_weight * clean + self.noisy_weight * noisy  # (B, C, ...)
 
 
 def _posterior_table() -> Tensor:

@@ -146,10 +146,10 @@ def _flow_scheduler(preset: Preset, steps: int) -> FlowMatchEulerDiscreteSchedul
 def _predict(
     backbone: nn.Module, preset: Preset, latents: Tensor, t: Tensor, conditions: Conditions, scale: float
 ) -> Tensor:
-    """One forward pass of a model without an unconditional branch."""
+    """One forward pass without guidance; channels of a learned sigma are dropped."""
     timestep = t.to(latents.device).expand(len(latents))  # (B,)
     inputs = get_conditioning(preset).inputs(latents, timestep, conditions)
-    return get_adapter(preset.backbone).run(backbone, inputs)
+    return get_adapter(preset.backbone).run(backbone, inputs)[:, : latents.shape[1]]
 
 
 def _guided(

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dyexport.errors import UsageError
 from dyexport.models.base import get_adapter
 from dyexport.models.inputs import NoisedInputs
-from dyexport.presets import PRESETS, Preset
+from dyexport.presets import PRESETS, LattePreset, Preset
 from dyexport.slicing.flops import FlopsModel
 
 
@@ -25,13 +25,18 @@ def counted(preset: Preset) -> int:
     return counter.get_total_flops() // 2
 
 
-@pytest.mark.parametrize("name", ["dit-digits", "flux-tiny"])
+def repeated(preset: Preset) -> int:
+    """What diffusers multiplies again: DiT's embedder in every block and at the end, Latte's text for each frame."""
+    if isinstance(preset, LattePreset):
+        return preset.pairs * (preset.frames - 1) * preset.text_tokens * 2 * preset.hidden_size**2
+    embedders = 256 * preset.hidden_size + preset.hidden_size**2
+    return preset.depth * embedders if preset.backbone == "dit" else 0
+
+
+@pytest.mark.parametrize("name", ["dit-digits", "flux-tiny", "latte-tiny"])
 def test_dense_is_what_the_stock_module_multiplies(name: str) -> None:
     preset = PRESETS[name]
-    embedders = 256 * preset.hidden_size + preset.hidden_size**2
-    # diffusers computes DiT's embedder in every block, and once more at the end
-    extra = preset.depth * embedders if preset.backbone == "dit" else 0
-    assert FlopsModel.of_preset(preset).dense == counted(preset) - extra
+    assert FlopsModel.of_preset(preset).dense == counted(preset) - repeated(preset)
 
 
 def test_published_figures() -> None:
@@ -52,6 +57,17 @@ def test_a_single_block_loses_its_attention_update_with_its_tokens() -> None:
     skipped = [8 * square * image] * 2 + [9 * square * image] * 3
     assert flops.gated == none + sum(skipped)
     assert flops.gated == (flops.head_cost + flops.group_cost).sum()
+
+
+def test_latte_at_its_published_size() -> None:
+    """By hand: 16 frames of 1024 patches at 1152 channels, 28 spatial and 28 temporal blocks."""
+    flops = FlopsModel.of_preset(PRESETS["latte"])
+    square, tokens = 1152**2, 16 * 1024
+    assert flops.gated == 28 * (2 * 12 * square * tokens + 2 * tokens * 1152 * (1024 + 16))
+    assert flops.head_cost[0] - flops.head_cost[1] == 2 * tokens * 1152 * (1024 - 16)
+    to_text = 28 * (2 * square * (tokens + 120) + 2 * tokens * 120 * 1152)
+    assert to_text / flops.static == pytest.approx(1, abs=0.01)
+    assert to_text / flops.dense == pytest.approx(1 / 13, abs=0.01)
 
 
 def test_shares_count_block_by_block_in_numpy_and_in_torch() -> None:

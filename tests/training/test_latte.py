@@ -1,0 +1,81 @@
+"""Latte through data, synthetic data and fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dyexport.errors import DataError
+from dyexport.models.random_weights import random_backbone, random_dynamic
+from dyexport.presets import PRESETS, LattePreset
+from dyexport.training.config import FinetuneConfig
+from dyexport.training.data import open_source
+from dyexport.training.losses import DdpmObjective
+from dyexport.training.synthetic import SyntheticConfig, generate
+from dyexport.training.trainer import finetune, train_static
+
+PRESET = PRESETS["latte-tiny"]
+assert isinstance(PRESET, LattePreset)
+SMALL = replace(PRESET, name="latte-small", pairs=1, frames=2, sample_size=4, text_tokens=5)
+
+
+def shards(directory: Path, **changes: Tensor) -> Path:
+    directory.mkdir(exist_ok=True)
+    tensors = {"latents": torch.randn(8, 4, 2, 4, 4), "prompt_embeds": torch.randn(8, 5, 32)}
+    save_file({**tensors, **changes}, directory / "a.safetensors")
+    return directory
+
+
+def test_shards_hold_videos_and_prompts(tmp_path: Path) -> None:
+    latents, conditions = open_source(str(shards(tmp_path)), SMALL).batch(torch.tensor([3, 0]))
+    assert latents.shape == (2, 4, 2, 4, 4)
+    assert {name: tuple(value.shape) for name, value in conditions.items()} == {"encoder_hidden_states": (2, 5, 32)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latents": torch.zeros(8, 4, 3, 4, 4)}, r"\(8, 4, 3, 4, 4\); latte-small takes \(8, 4, 2, 4, 4\)"),
+        ({"prompt_embeds": torch.zeros(8, 5, 31)}, r"prompt_embeds are \(8, 5, 31\); latte-small takes \(8, any, 32\)"),
+    ],
+)
+def test_a_bad_shard_is_named(tmp_path: Path, changes: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        open_source(str(shards(tmp_path, **changes)), SMALL)
+
+
+def test_a_video_costs_what_its_frames_cost_as_pictures() -> None:
+    """The loss, variational bound included, is a mean over elements, whatever their arrangement."""
+    objective = DdpmObjective()
+    draw = torch.Generator().manual_seed(0)
+    clean, noise, uniform = torch.randn(2, 4, 3, 4, 4), torch.randn(2, 4, 3, 4, 4), torch.tensor([0.0, 0.6])
+    prediction = torch.randn(2, 8, 3, 4, 4, generator=draw)
+    video = objective.loss(prediction, objective.noisy(clean, noise, uniform))  # (2,)
+    frames = [
+        objective.loss(prediction[:, :, frame], objective.noisy(clean[:, :, frame], noise[:, :, frame], uniform))
+        for frame in range(3)
+    ]
+    torch.testing.assert_close(video, torch.stack(frames).mean(0))
+
+
+def test_finetuning_on_synthetic_videos_moves_lambda(tmp_path: Path) -> None:
+    source = generate(random_backbone(SMALL), SMALL, SyntheticConfig(samples=8, steps=2), tmp_path / "data")
+    model = random_dynamic(SMALL)
+    for router in model.block_routers:
+        router.open()
+    config = FinetuneConfig(steps=20, batch_size=4, budget=0.6, warmup=0.5)
+    result = finetune(model, SMALL, source, config, work_dir=tmp_path)
+    assert result.history[0].flops_ratio > 0.95
+    assert result.history[-1].flops_ratio < 0.9
+
+
+def test_the_control_trains(tmp_path: Path) -> None:
+    source = open_source(str(shards(tmp_path / "data")), SMALL)
+    config = FinetuneConfig(steps=15, batch_size=8, learning_rate=1e-3, ema_decay=0.0)
+    history = train_static(random_backbone(SMALL), SMALL, source, config, work_dir=tmp_path).history
+    assert history[-1].diffusion < history[0].diffusion
