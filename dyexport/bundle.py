@@ -193,10 +193,11 @@ class ModelSpec(Frozen):
     td_lora: LoraSpec | None = None  # whose gates the conditioning network computes
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one sample."""
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of one sample, (C, F, H, W) of a video."""
         size = int(self.config["sample_size"])
-        return (int(self.config["in_channels"]), size, size)
+        frames = [int(self.config["video_length"])] if "video_length" in self.config else []
+        return (int(self.config["in_channels"]), *frames, size, size)
 
 
 class EngineRecord(Frozen):

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """Name, dtype (``float32``, ``int64``, ...) and shape of a binding; a symbol is a dimension free at run time."""
+    """Name, dtype (``float32``, ``int64``, ...) and shape of a binding.
+
+    A symbol is a dimension free at run time; ``2*height`` is one that is always even.
+    """
 
     name: str
     dtype: str

@@ -46,7 +46,23 @@ def export_onnx(slice_: Slice, layout: StoreLayout, path: Path) -> None:
 def _example_sizes(slice_: Slice) -> dict[str, int]:
     """A size for every symbol, no two alike, none of them 0 or 1, which the exporter would take for constants."""
     symbols = dict.fromkeys(size for spec in slice_.inputs for size in spec.shape if isinstance(size, str))
-    return {symbol: max(slice_.limits.get(symbol, 0), 2 + index) for index, symbol in enumerate(symbols)}
+    plain = {symbol: max(slice_.limits.get(symbol, 0), 2 + index) for index, symbol in enumerate(symbols)}
+    largest = max(plain.values(), default=0)
+    return {
+        symbol: factor * (largest + size) if (factor := _factor(symbol)) > 1 else size for symbol, size in plain.items()
+    }
+
+
+def _factor(symbol: str) -> int:
+    """What sizes of a symbol are multiples of: 2 for ``2*height``."""
+    factor, star, _ = symbol.partition("*")
+    return int(factor) if star else 1
+
+
+def _dimension(symbol: str, limits: Mapping[str, int]) -> Any:
+    """What ``torch.export`` knows of a symbol."""
+    dimension = torch.export.Dim(symbol.rpartition("*")[2], max=limits.get(symbol))
+    return dimension if (factor := _factor(symbol)) == 1 else factor * dimension
 
 
 def _example_inputs(slice_: Slice, sizes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -56,7 +72,7 @@ def _example_inputs(slice_: Slice, sizes: Mapping[str, int]) -> dict[str, Tensor
 
 def _export(slice_: Slice, name: str) -> ir.Model:
     sizes = _example_sizes(slice_)
-    dims = {symbol: torch.export.Dim(symbol, max=slice_.limits.get(symbol)) for symbol in sizes}
+    dims = {symbol: _dimension(symbol, slice_.limits) for symbol in sizes}
     shapes = {
         spec.name: {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in slice_.inputs

@@ -10,13 +10,25 @@ import torch
 from dyexport.bundle import ModelSpec
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.random_weights import random_dynamic
-from dyexport.presets import DiTPreset, Preset
+from dyexport.presets import DiTPreset, LattePreset, Preset
 from dyexport.slicing import slicer
 from dyexport.slicing.flops import FlopsModel
 
 
-def tiny_preset(backbone: str = "dit") -> DiTPreset:
-    """Three blocks of four heads, sixteen tokens."""
+def tiny_preset(backbone: str = "dit") -> Preset:
+    """Three blocks of four heads, sixteen tokens; of Latte four blocks, three frames of four tokens."""
+    if backbone == "latte":
+        return LattePreset(
+            name="latte-tiny",
+            hidden_size=32,
+            heads=4,
+            pairs=2,
+            sample_size=4,
+            frames=3,
+            in_channels=2,
+            text_tokens=5,
+            caption_size=6,
+        )
     return DiTPreset(
         name=f"{backbone}-tiny",
         backbone="dit" if backbone == "dit" else "sit",

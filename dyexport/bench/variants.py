@@ -29,9 +29,10 @@ def conditioning_variant(transformer: BundleTransformer, batch: int, steps: int)
     """The conditioning network for all steps of a trajectory at once, as a bundle runs it."""
     spec, engine = transformer.spec, transformer.conditioner.engine
     given = example_inputs(spec, batch, spec.timestep_range[0])
-    conditions = {name: value for name, value in given.items() if name in {each.name for each in engine.io.inputs}}
-    rows = {name: value.repeat(steps, *[1] * (value.ndim - 1)) for name, value in conditions.items()}  # (S * B, ...)
-    rows["timestep"] = torch.linspace(*spec.timestep_range, steps).repeat_interleave(batch)  # (S * B,)
+    names = {each.name for each in engine.io.inputs} - {"timestep"}
+    rows = {name: given[name].repeat(steps, *[1] * (given[name].ndim - 1)) for name in names}  # (S * B, ...)
+    samples = batch if names else 1  # where t is all there is, they share its rows
+    rows["timestep"] = torch.linspace(*spec.timestep_range, steps).repeat_interleave(samples)  # (S * B,)
     moved = {name: value.to(transformer.device) for name, value in rows.items()}
     return lambda: engine.run(moved)
 

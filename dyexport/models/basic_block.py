@@ -16,6 +16,8 @@ from dyexport.models.base import (
 )
 from dyexport.models.gates import BlockGates
 
+LINEARS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")  # what gates touch
+
 
 def attach_gates(block: BasicTransformerBlock, gates: BlockGates, *, mlp_norm: nn.Module) -> None:
     """Gate self-attention and the MLP; ``mlp_norm`` is the norm before the MLP, whose input token routers read."""

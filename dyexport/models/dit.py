@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from dyexport.errors import CheckpointError
 from dyexport.models.base import Inputs
-from dyexport.models.basic_block import attach_gates, permute_block, xavier_linears
+from dyexport.models.basic_block import LINEARS, attach_gates, permute_block, xavier_linears
 from dyexport.models.gates import BlockGates, TokenRouter, fp32_linear
 
 FREQ_SHIFT = "freq_shift"  # config entry: the timestep's frequency i is 10000 ** (-i / (128 - shift)); diffusers has 1
 STORED_POSITIONS = "stored_positions"  # config entry: the position table is a weight; diffusers computes it
-LINEARS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")  # of a block
 
 
 class DiTTokenRouter(TokenRouter):

@@ -228,6 +228,6 @@ class BlockGates:
 
 def _mask_units(activations: Tensor, mask: Tensor) -> Tensor:
     """Multiply contiguous channel units by their gates: (R, N, U * size), (B, U) -> (R, N, U * size)."""
-    mask = mask.repeat_interleave(len(activations) // len(mask), dim=0)  # (R, U)
-    units = activations.unflatten(-1, (mask.shape[-1], -1))  # (R, N, U, size)
-    return (units * mask[:, None, :, None].to(activations.dtype)).flatten(-2)
+    samples, units = mask.shape
+    sized = activations.reshape(samples, -1, units, activations.shape[-1] // units)  # (B, R / B * N, U, size)
+    return (sized * mask[:, None, :, None].to(activations.dtype)).view(activations.shape)

@@ -11,7 +11,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from dyexport.models.base import Inputs
-from dyexport.models.basic_block import attach_gates, permute_block, xavier_linears
+from dyexport.models.basic_block import LINEARS, attach_gates, permute_block, xavier_linears
 from dyexport.models.dit import DiTTokenRouter
 from dyexport.models.gates import BlockGates
 
@@ -56,6 +56,9 @@ class LatteAdapter:
 
     def attach(self, block: BasicTransformerBlock, gates: BlockGates) -> None:
         attach_gates(block, gates, mlp_norm=block.norm2)  # with adaLN-single there is no norm before attn2
+
+    def lora_targets(self, block: BasicTransformerBlock) -> tuple[str, ...]:
+        return LINEARS
 
     def timestep_embedding(self, backbone: LatteTransformer3DModel, timestep: Tensor) -> Tensor:
         embedder = backbone.adaln_single.emb

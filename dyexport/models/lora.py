@@ -93,8 +93,9 @@ class BlockLora(nn.Module):
 # A partial of a function, not a closure: a copied model's hooks must act on the copy.
 def _add_update(block: BlockLora, layer: LowRank, linear: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     assert block.gates is not None
-    update: Tensor = layer(inputs[0], block.gates)
-    return output + update
+    rows = inputs[0].reshape(len(block.gates), -1, inputs[0].shape[-1])  # a block may see a sample as several rows
+    update: Tensor = layer(rows, block.gates)
+    return output + update.view(output.shape)
 
 
 class TdLora(nn.Module):

@@ -26,7 +26,8 @@ class _Trajectory:
 
     @property
     def batch(self) -> int:
-        return len(next(iter(self.conditions.values())))
+        """Rows for each timestep: one that all samples share, where t is all there is."""
+        return len(next(iter(self.conditions.values()))) if self.conditions else 1
 
 
 class Conditioner:
@@ -34,12 +35,16 @@ class Conditioner:
 
     The conditioning network's weights are read once per product, however many timesteps it is for, and
     pipelines repeat their timesteps from one picture to the next. So when new conditions begin at a t
-    that was seen before, the rows of the timesteps that followed it then are computed with it. With
-    ``resident`` False the engine is closed after each product.
+    that was seen before, the rows of the timesteps that followed it then are computed with it. Without
+    conditions there is one trajectory, whose rows serve every picture. With ``resident`` False the engine
+    is closed after each product.
     """
 
-    def __init__(self, engine: Engine, *, resident: bool = True, memory: int = MEMORY) -> None:
+    def __init__(
+        self, engine: Engine, *, resident: bool = True, memory: int = MEMORY, device: torch.device | str = "cpu"
+    ) -> None:
         self.engine = engine
+        self.device = device
         self.seconds = 0.0  # in the engine, so far
         self._resident = resident
         self._memory = memory // TRAJECTORIES
@@ -47,7 +52,7 @@ class Conditioner:
         self._expected: list[float] = []  # timesteps of a trajectory before
 
     def at(self, t: float, conditions: Tensors) -> torch.Tensor:
-        """``modulation`` (B, M) for conditions whose first dimension is the batch."""
+        """``modulation`` for conditions whose first dimension is the batch: (B, M), (1, M) without conditions."""
         trajectory = self._find(conditions)
         if t not in trajectory.rows:
             self._compute(trajectory, self._following(trajectory, t))
@@ -80,8 +85,7 @@ class Conditioner:
         import torch
 
         batch, conditions = trajectory.batch, trajectory.conditions.items()
-        device = next(iter(trajectory.conditions.values())).device
-        t = torch.tensor(timesteps, device=device).repeat_interleave(batch)  # (S * B,)
+        t = torch.tensor(timesteps, device=self.device).repeat_interleave(batch)  # (S * B,)
         tiled = {name: tensor.repeat(len(timesteps), *[1] * (tensor.ndim - 1)) for name, tensor in conditions}
         begin = perf_counter()
         modulation = self.engine.run({"timestep": t, **tiled})["modulation"]  # (S * B, M)

@@ -142,7 +142,8 @@ def load(
         ahead=1 if spec.objective == "flow" else -1,  # sampling goes from noise to data: t rises, or falls
         max_resident=max_resident,
     )
-    conditioner = Conditioner(make_engine(target, conditioning, options), resident=max_resident is None)
+    engine_of_t = make_engine(target, conditioning, options)
+    conditioner = Conditioner(engine_of_t, resident=max_resident is None, device=options.device)
     return get_transformer(spec.backbone)(spec, engine, conditioner, scheduler, torch.device(options.device))
 
 

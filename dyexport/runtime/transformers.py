@@ -83,6 +83,41 @@ class FluxBundle(BundleTransformer):
         return nullcontext()
 
 
+class LatteBundle(BundleTransformer):
+    """Stands in for ``LatteTransformer3DModel``: frames of any size, as many as it was trained on, or one."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        enable_temporal_attentions: bool = True,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predict noise and variance of latents (B, C, F, H, W) at one t, with text (B, T, J): (B, 2 C, F, H, W).
+
+        Raises ``EngineMismatch`` for inputs this bundle was not built for.
+        """
+        if timestep is None or encoder_hidden_states is None:
+            raise EngineMismatch("timestep and encoder_hidden_states are required")
+        if encoder_attention_mask is not None:
+            raise EngineMismatch("encoder_attention_mask is not built in; cut the text to its length, as LattePipeline")
+        if not enable_temporal_attentions:
+            raise EngineMismatch("enable_temporal_attentions=False would leave blocks out; they are built in")
+        frames, *sides = hidden_states.shape[2:]
+        trained, patch = self.config.video_length, self.config.patch_size
+        if any(side % patch for side in sides):
+            raise EngineMismatch(
+                f"latents are {sides[0]} x {sides[1]}; both must be multiples of {patch}, the patch size"
+            )
+        if frames not in (1, trained):
+            raise EngineMismatch(f"{self.spec.name} knows the places of {trained} frames, or of one, not of {frames}")
+        inputs = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
+        sample = self.denoise(timestep, inputs, {})
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
 def _unbatched(positions: torch.Tensor) -> torch.Tensor:
     """(N, 3) from that, or from one equal copy a sample (B, N, 3), as the published FLUX gives them."""
     return positions[0] if positions.ndim == 3 else positions
@@ -96,6 +131,9 @@ def example_inputs(spec: ModelSpec, batch: int, t: float, seed: int = 0) -> dict
         return torch.randn(batch, *shape, generator=generator)
 
     timestep, config = torch.full((batch,), t), spec.config  # (B,)
+    if spec.backbone == "latte":
+        text = noise(spec.text_tokens, config["caption_channels"])  # (B, T, J)
+        return {"hidden_states": noise(*spec.latent_shape), "timestep": timestep, "encoder_hidden_states": text}
     if spec.backbone != "flux":
         labels = (torch.arange(batch) + seed) % spec.classes  # (B,)
         return {"hidden_states": noise(*spec.latent_shape), "timestep": timestep, "class_labels": labels}
@@ -112,11 +150,16 @@ def example_inputs(spec: ModelSpec, batch: int, t: float, seed: int = 0) -> dict
 
 def stock_transformer(spec: ModelSpec) -> torch.nn.Module:
     """diffusers' own module at the bundle's size; its weights are random, which no time depends on."""
-    from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
+    from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, LatteTransformer3DModel
 
-    kind = FluxTransformer2DModel if spec.backbone == "flux" else DiTTransformer2DModel
-    module: torch.nn.Module = kind(**spec.config).eval()
+    others: dict[str, Any] = {"flux": FluxTransformer2DModel, "latte": LatteTransformer3DModel}
+    module: torch.nn.Module = others.get(spec.backbone, DiTTransformer2DModel)(**spec.config).eval()
     return module
 
 
-TRANSFORMERS: dict[str, type[BundleTransformer]] = {"dit": DiTBundle, "sit": DiTBundle, "flux": FluxBundle}
+TRANSFORMERS: dict[str, type[BundleTransformer]] = {
+    "dit": DiTBundle,
+    "sit": DiTBundle,
+    "flux": FluxBundle,
+    "latte": LatteBundle,
+}

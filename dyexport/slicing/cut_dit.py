@@ -43,9 +43,7 @@ def slice_network(architecture: Architecture, segment: Segment) -> Slice:
     weights = module.state_dict()
     recipes = copies(module, sources)
     for index in range(segment.depth):
-        recipes |= _block(index, segment, weights, config, group_size)
-        if spec.td_lora is not None:
-            recipes |= _paths(PathCut(spec.td_lora, index, weights), segment, config["attention_head_dim"], group_size)
+        recipes |= block_recipes(architecture, segment, index, weights, stock=f"transformer_blocks.{index}")
     assert recipes.keys() == weights.keys()
     inputs = (
         TensorSpec(name="hidden_states", dtype="float32", shape=("batch", *spec.latent_shape)),
@@ -108,11 +106,22 @@ def _frequencies(config: Mapping[str, Any]) -> Tensor:
     return torch.exp(exponent / (128 - config.get(FREQ_SHIFT, 1)))
 
 
-def _block(
-    index: int, segment: Segment, weights: Mapping[str, Tensor], config: Mapping[str, Any], group_size: int
+def block_recipes(
+    architecture: Architecture, segment: Segment, index: int, weights: Mapping[str, Tensor], *, stock: str
 ) -> dict[str, Recipe]:
-    stock, slim = f"transformer_blocks.{index}", f"blocks.{index}"
-    head_dim = config["attention_head_dim"]
+    """A ``SlimBlock``'s weights; ``stock`` is the name of the ``BasicTransformerBlock`` it is cut from."""
+    config, td_lora = architecture.spec.config, architecture.spec.td_lora
+    head_dim, group_size = config["attention_head_dim"], 4 * _channels(config) // architecture.groups
+    recipes = _linears(segment, index, weights, stock, head_dim, group_size)
+    if td_lora is not None:
+        recipes |= _paths(PathCut(td_lora, index, weights), segment, head_dim, group_size)
+    return recipes
+
+
+def _linears(
+    segment: Segment, index: int, weights: Mapping[str, Tensor], stock: str, head_dim: int, group_size: int
+) -> dict[str, Recipe]:
+    slim = f"blocks.{index}"
     heads, kept = segment.heads[index], segment.groups[index]
     recipes: dict[str, Recipe] = {}
 

@@ -20,9 +20,9 @@ from dyexport.tables import WidthTable
 from dyexport.tensors import TensorSpec
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-IN_FP32 = frozenset(  # parts of names: sinusoids, norms inside attention, token routers
+IN_FP32 = frozenset(  # parts of names: sinusoids, norms inside attention, token routers, modulation
     ("frequencies", "rotary", "query_norm", "key_norm", "norm_weight", "norm_bias", "router", "router_in", "router_out")
-)
+) | {"positions", "table"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +93,7 @@ _SLICERS = {
     "dit": "dyexport.slicing.cut_dit",
     "sit": "dyexport.slicing.cut_dit",
     "flux": "dyexport.slicing.cut_flux",
+    "latte": "dyexport.slicing.cut_latte",
 }
 
 

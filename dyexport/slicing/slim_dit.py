@@ -65,7 +65,7 @@ class DiTConditioning(nn.Module):
 
 
 class SlimBlock(nn.Module):
-    """One adaLN-Zero block at the widths and on the token path of its segment."""
+    """What adaLN-Zero blocks of DiT and Latte are made of, at the widths and on the token path of their segment."""
 
     def __init__(
         self, config: Mapping[str, Any], segment: Segment, index: int, *, group_size: int, td_lora: LoraSpec | None
@@ -98,17 +98,15 @@ class SlimBlock(nn.Module):
         out: Tensor = getattr(self, name)(rows)
         return out if self.low_rank is None else out + self.low_rank[name](rows, gates.experts)
 
-    def forward(
+    def feed(
         self, hidden: Tensor, modulation: tuple[Tensor, ...], gates: Gates, slots: int
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, N, C), 6 x (B, 1, C) -> (B, N, C), and the tokens wanted (B,) where room for them is limited."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        normed = modulated_norm(hidden, shift1, scale1)  # (B, N, C)
-        hidden = gated_update(hidden, gate1, self.attend(normed, gates))  # (B, N, C)
+        """The MLP: (B, N, C), 3 x (B, 1, C) -> (B, N, C), and the tokens wanted (B,) where room for them is limited."""
+        shift, scale, gate = modulation
         selection = self.select(hidden, slots)
-        normed = modulated_norm(hidden, shift2, scale2, self.mlp_eps).flatten(0, 1)  # (B * N, C)
+        normed = modulated_norm(hidden, shift, scale, self.mlp_eps).flatten(0, 1)  # (B * N, C)
         update = run_selected(selection, lambda rows: self.feed_forward(rows, gates), normed)  # (B * N, C)
-        return gated_update(hidden, gate2, update.view(hidden.shape)), selection.kept
+        return gated_update(hidden, gate, update.view(hidden.shape)), selection.kept
 
     def select(self, hidden: Tensor, slots: int) -> Selection:
         """The tokens whose MLP runs, by the router on the residual (B, N, C)."""
@@ -142,6 +140,19 @@ def _sizes(linear: nn.Linear | TransposedLinear) -> tuple[int, int]:
     return (other, size) if isinstance(linear, nn.Linear) else (size, other)
 
 
+class DiTBlock(SlimBlock):
+    """Attention, then the MLP."""
+
+    def forward(
+        self, hidden: Tensor, modulation: tuple[Tensor, ...], gates: Gates, slots: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, N, C), 6 x (B, 1, C) -> (B, N, C), and the tokens wanted (B,) where room for them is limited."""
+        shift, scale, gate = modulation[:3]
+        normed = modulated_norm(hidden, shift, scale)  # (B, N, C)
+        hidden = gated_update(hidden, gate, self.attend(normed, gates))  # (B, N, C)
+        return self.feed(hidden, modulation[3:], gates, slots)
+
+
 class SlimDiT(nn.Module):
     """A DiT at the widths of one segment, without its conditioning network."""
 
@@ -157,7 +168,7 @@ class SlimDiT(nn.Module):
         self.patch = nn.Conv2d(config["in_channels"], channels, self.patch_size, stride=self.patch_size)
         self.position = nn.Parameter(torch.empty(1, self.grid**2, channels))
         self.blocks = nn.ModuleList(
-            SlimBlock(config, segment, index, group_size=group_size, td_lora=td_lora) for index in range(segment.depth)
+            DiTBlock(config, segment, index, group_size=group_size, td_lora=td_lora) for index in range(segment.depth)
         )
         self.final = nn.Linear(channels, self.patch_size**2 * self.out_channels)
 

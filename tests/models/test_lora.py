@@ -18,7 +18,7 @@ from dyexport.presets import Preset, get_preset
 from tests.factories import tiny_preset
 
 VARIANTS = ["standard", "inverse", "symmetric"]
-PRESETS = [tiny_preset(), get_preset("flux-tiny")]
+PRESETS = [tiny_preset(), get_preset("flux-tiny"), get_preset("latte-tiny")]
 
 
 def spec(variant: str = "standard", **values: int) -> LoraSpec:

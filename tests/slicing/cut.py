@@ -50,8 +50,11 @@ class Cutter:
 
     def inputs(self, inputs: Inputs) -> dict[str, torch.Tensor]:
         """A slim network's inputs for those of the masked model, the routed ones aside."""
-        modulation = self.conditioning(inputs["timestep"], inputs["class_labels"])  # (B, M)
-        return {"hidden_states": inputs["hidden_states"], "modulation": modulation}
+        given = dict(inputs)
+        conditions = [given.pop(spec.name) for spec in slice_conditioning(self.architecture).inputs]
+        if self.spec.backbone == "latte":
+            conditions = [conditions[0][:1]]  # samples share it
+        return {**given, "modulation": self.conditioning(*conditions)}
 
 
 def routed_inputs(segment: Segment, widths: WidthTable, stats: TokenStats, t: float) -> dict[str, torch.Tensor]:

@@ -32,7 +32,7 @@ def assert_kept(segment: Segment, kept: list[torch.Tensor], tokens: torch.Tensor
 @torch.no_grad()
 @pytest.mark.parametrize("engines", [1, 4])
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("backbone", ["dit", "sit"])
+@pytest.mark.parametrize("backbone", ["dit", "sit", "latte"])
 def test_slim_equals_masked(backbone: str, path: str, engines: int) -> None:
     model, preset = shared_tiny_model(backbone), tiny_preset(backbone)
     inputs = NoisedInputs(preset=preset, batch_size=2)
@@ -59,8 +59,9 @@ def test_slim_equals_masked(backbone: str, path: str, engines: int) -> None:
 
 
 @torch.no_grad()
-def test_dense_slim_equals_the_stock_model() -> None:
-    model, preset = shared_tiny_model(), tiny_preset()
+@pytest.mark.parametrize("backbone", ["dit", "latte"])
+def test_dense_slim_equals_the_stock_model(backbone: str) -> None:
+    model, preset = shared_tiny_model(backbone), tiny_preset(backbone)
     widths = read_widths(model, preset.timestep_range)
     cutter = Cutter(model, preset)
     slim = cutter.load(dense_segment(cutter.spec, UnitOrder.of(widths)))
@@ -71,10 +72,11 @@ def test_dense_slim_equals_the_stock_model() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("path", PATHS)
-def test_no_token_kept_is_no_special_case(path: str) -> None:
+@pytest.mark.parametrize("backbone", ["dit", "latte"])
+def test_no_token_kept_is_no_special_case(backbone: str, path: str) -> None:
     from tests.factories import tiny_model
 
-    model, preset = tiny_model(), tiny_preset()
+    model, preset = tiny_model(backbone), tiny_preset(backbone)
     for router in model.block_routers:
         router.tokens.outer.bias.fill_(-1e4)
     widths = read_widths(model, preset.timestep_range)
@@ -91,8 +93,9 @@ def test_no_token_kept_is_no_special_case(path: str) -> None:
     torch.testing.assert_close(sample, truth.sample, atol=2e-5, rtol=1e-5)
 
 
-def test_slim_is_physically_smaller() -> None:
-    model, preset = shared_tiny_model(), tiny_preset()
+@pytest.mark.parametrize("backbone", ["dit", "latte"])
+def test_slim_is_physically_smaller(backbone: str) -> None:
+    model, preset = shared_tiny_model(backbone), tiny_preset(backbone)
     widths = read_widths(model, preset.timestep_range)
     cutter = Cutter(model, preset)
     dense = cutter.cut(dense_segment(cutter.spec, UnitOrder.of(widths)))

@@ -21,7 +21,7 @@ VARIANTS = ["standard", "inverse", "symmetric"]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backbone", ["dit", "sit"])
+@pytest.mark.parametrize("backbone", ["dit", "sit", "latte"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_path_is_exact_at_every_t(variant: str, backbone: str) -> None:
     preset = tiny_preset(backbone)
