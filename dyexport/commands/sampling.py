@@ -69,7 +69,7 @@ def sample(
             wanted = Prompts(
                 texts=tuple(prompt or ()),
                 embedded=prompt_embeds,
-                pipeline=pipeline,
+                pipeline=pipeline or (_home_of(loaded.spec.name) if prompt else None),
                 vae=vae,
                 steps=steps,
                 guidance=guidance,
@@ -120,6 +120,13 @@ def _from_prompts(loaded: Any, wanted: Any, advance: Advance) -> _Drawn:
     drawn = draw_prompts(loaded, wanted, advance)
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(wanted).items() if v is not None}
     return _Drawn(drawn.values, drawn.pixels, settings)
+
+
+def _home_of(model: str) -> str | None:
+    """The hub repository of a preset, which holds its text encoders and VAE."""
+    from dyexport.presets import PRESETS
+
+    return PRESETS[model].hub_id if model in PRESETS else None
 
 
 class _Counted:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from dyexport.errors import CheckpointError, DataError, UsageError
-from dyexport.presets import get_preset
 from dyexport.runtime.pipeline import BundleTransformer
 from dyexport.runtime.sampling import open_vae
 
@@ -28,8 +27,8 @@ STEPS = {True: 28, False: 4}  # by whether the model embeds its guidance scale: 
 class Prompts:
     """What to draw, and how. Either ``texts``, or ``embedded``: a safetensors file of their embeddings.
 
-    ``pipeline`` is where text encoders and VAE come from, by default the hub repository of the model; embedded
-    prompts need none, and get a VAE from there or from ``vae``. Sizes in pixels; None takes the pipeline's own.
+    ``pipeline`` is where text encoders and VAE come from, a directory or hub repository; embedded prompts need
+    none, and get a VAE from there or from ``vae``. Sizes in pixels; None takes the pipeline's own.
     """
 
     texts: tuple[str, ...] = ()
@@ -93,11 +92,10 @@ def draw_prompts(transformer: BundleTransformer, wanted: Prompts, progress: Prog
 
 def _pipeline(transformer: BundleTransformer, wanted: Prompts) -> FluxPipeline:
     """With texts a whole one; embedded prompts need the VAE at most."""
-    preset = get_preset(transformer.spec.name)
-    if wanted.texts and wanted.pipeline is None and preset.hub_id is None:
-        raise UsageError(f"no text encoders are known for {preset.name}; give --pipeline, a directory or a hub id")
-    if wanted.texts or wanted.pipeline is not None:
-        pipe = open_pipeline(transformer, wanted.pipeline or str(preset.hub_id), texts=bool(wanted.texts))
+    if wanted.pipeline is not None:
+        pipe = open_pipeline(transformer, wanted.pipeline, texts=bool(wanted.texts))
+    elif wanted.texts:
+        raise UsageError(f"no text encoders of {transformer.spec.name} are known; give --pipeline DIR")
     else:
         pipe = _bare_pipeline(transformer, wanted.vae)
     pipe.set_progress_bar_config(disable=True)
