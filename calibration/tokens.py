@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -14,21 +16,29 @@ LEVELS = np.array([0.5, 0.9, 0.99, 1.0])
 
 
 @torch.no_grad()
-def measure_tokens(model: DynamicTransformer, inputs: NoisedInputs, *, points: int = 32, draws: int = 2) -> TokenStats:
-    """Quantiles of the kept-token count per block over calibration inputs at ``points`` timesteps."""
+def measure_tokens(
+    model: DynamicTransformer, inputs: NoisedInputs, *, tokens: int | None = None, points: int = 32, draws: int = 2
+) -> TokenStats:
+    """Quantiles of the kept-token count per block over calibration inputs at ``points`` timesteps.
+
+    Counts are scaled to pictures of ``tokens`` tokens, where the inputs have fewer.
+    """
     grid = trajectory_points(inputs.preset.timestep_range, points)
-    counts = np.stack([_counts(model, inputs, float(t), draws) for t in grid])  # (T, B, L)
+    tokens = tokens or inputs.preset.tokens
+    chunks = [_counts(model, inputs, chunk, draws) for chunk in inputs.chunks(grid.tolist())]
+    counts = np.concatenate(chunks) * (tokens / inputs.preset.tokens)  # (T, B, L)
     quantiles = np.quantile(counts, LEVELS, axis=1, method="higher")  # (Q, T, L)
     return TokenStats(
         grid=grid,
         levels=LEVELS,
         counts=np.moveaxis(quantiles, 0, -1).copy(),
         mean=counts.mean(axis=1),
-        tokens=inputs.preset.tokens,
+        tokens=tokens,
     )
 
 
-def _counts(model: DynamicTransformer, inputs: NoisedInputs, t: float, draws: int) -> np.ndarray:
-    """Kept tokens of each sample: (draws * B, L)."""
-    kept = [model(inputs.at(t, draw, model.device)).tokens.sum(dim=-1) for draw in range(draws)]
-    return torch.cat(kept).cpu().numpy().astype(np.float64)
+def _counts(model: DynamicTransformer, inputs: NoisedInputs, timesteps: Sequence[float], draws: int) -> np.ndarray:
+    """Kept tokens of each sample: (T, draws * B, L)."""
+    kept = [model(inputs.over(timesteps, draw, model.device)).tokens.sum(dim=-1) for draw in range(draws)]
+    parts = [counts.unflatten(0, (len(timesteps), -1)) for counts in kept]  # draws x (T, B, L)
+    return torch.cat(parts, dim=1).cpu().numpy().astype(np.float64)

@@ -11,7 +11,7 @@ import torch
 
 from dyexport.errors import BudgetError
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.importance import unit_importance
+from dyexport.models.importance import PROBES, unit_importance
 from dyexport.models.inputs import NoisedInputs
 from dyexport.slicing.flops import FlopsModel
 from dyexport.tables import WidthTable
@@ -94,8 +94,10 @@ def trajectory_points(timestep_range: tuple[float, float], count: int) -> np.nda
 @torch.no_grad()
 def sample_tokens(model: DynamicTransformer, inputs: NoisedInputs, points: np.ndarray) -> TokenSample:
     """Run the masked model over the trajectory and keep its token logits."""
-    logits = [model(inputs.at(float(t), device=model.device)).token_logits.cpu() for t in points]
-    return TokenSample(points=points, logits=torch.stack(logits).transpose(1, 2).flatten(2).numpy())
+    chunks = inputs.chunks(points.tolist())
+    logits = torch.cat([model(inputs.over(chunk, device=model.device)).token_logits.cpu() for chunk in chunks])
+    sampled = logits.unflatten(0, (len(points), -1))  # (P, B, L, N)
+    return TokenSample(points=points, logits=sampled.transpose(1, 2).flatten(2).numpy())
 
 
 def flops_ratio(table: WidthTable, kept_tokens: np.ndarray, points: np.ndarray, flops: FlopsModel) -> float:
@@ -164,19 +166,28 @@ def _solve(ratio: Callable[[float], float], budget: float) -> float:
     return (low + high) / 2
 
 
-def choose_widths(model: DynamicTransformer, inputs: NoisedInputs, budget: float, flops: FlopsModel) -> WidthTable:
+def choose_widths(
+    model: DynamicTransformer,
+    inputs: NoisedInputs,
+    budget: float,
+    flops: FlopsModel,
+    *,
+    count: int = IMPORTANCE_POINTS,
+    probes: int = PROBES,
+) -> WidthTable:
     """Widths for a model without trained routers: the units that matter most per FLOP, at each t.
 
     Keeps a unit where its importance (``unit_importance``) per multiply-add exceeds one threshold for
-    the whole trajectory, the threshold that meets the budget. All tokens run.
+    the whole trajectory, the threshold that meets the budget. All tokens run. Importance is measured at
+    ``count`` timesteps.
     """
-    count = IMPORTANCE_POINTS
     points = trajectory_points(inputs.preset.timestep_range, count)
-    heads, groups = unit_importance(model, inputs, [float(t) for t in points])
+    heads, groups = unit_importance(model, inputs, points.tolist(), probes)
     costs = flops.head_cost[:, None] / model.heads, flops.group_cost[:, None] / model.groups  # 2 x (L, 1)
     value = np.concatenate([heads / costs[0], groups / costs[1]], axis=-1)  # (T, L, H + G)
     scores = np.log(value + np.finfo(np.float32).tiny)
-    scores[..., [0, model.heads]] = np.inf
+    for units in np.split(scores, [model.heads], axis=-1):  # a block's best head and best group are never off
+        np.put_along_axis(units, units.mean(axis=0, keepdims=True).argmax(axis=-1, keepdims=True), np.inf, axis=-1)
 
     def ratio(shift: float) -> float:
         heads, groups = (kept.mean(-1) for kept in np.split(scores + shift > 0, [model.heads], axis=-1))  # (T, L)

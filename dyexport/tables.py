@@ -25,7 +25,7 @@ class WidthTable:
 
     Row i holds on the half-open interval [grid[i], grid[i + 1]); the last row holds up to ``end``.
     Rows are split exactly where a router changes its mind, so the table equals the router at every
-    t, not only on a grid. Unit 0 of every block is always on.
+    t, not only on a grid. No block is ever without a head or without a group.
 
     grid    (T,) float64, ascending, in units of the value the transformer is called with
     heads   (T, L, H) bool
@@ -45,8 +45,8 @@ class WidthTable:
             )
         if not (np.diff(self.grid) > 0).all() or not self.grid[-1] < self.end:
             raise BundleError("width table: timesteps must ascend and stay below its end")
-        if not (self.heads[..., 0].all() and self.groups[..., 0].all()):
-            raise BundleError("width table: unit 0 of every block must be on")
+        if not (self.heads.any(axis=-1).all() and self.groups.any(axis=-1).all()):
+            raise BundleError("width table: every block must have a head and a group on at every t")
 
     @property
     def start(self) -> float:

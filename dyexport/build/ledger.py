@@ -255,7 +255,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a directory and all in it, to the disk."""
+    """Flush a file, or a directory and all in it, to the disk. What a link leads to is not ours."""
+    if path.is_symlink():
+        return
     for child in path.iterdir() if path.is_dir() else ():
         sync(child)
     descriptor = os.open(path, os.O_RDONLY)

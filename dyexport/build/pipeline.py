@@ -168,7 +168,7 @@ class Pipeline:
         return self._run("weights", f"{GRAPHS}/{STORE}", inputs, self._make_store)
 
     def _make_store(self, out: Path) -> None:
-        static = stages.static_weights(self.static.path, self.settings.preset) if self._has_own_dense else {}
+        static = stages.static_weights(self.static.path) if self._has_own_dense else {}
         read = store_reader(self.tables[0], stages.calibrated_weights(self.calibrated.path), static)
         write_store(self.layout, read, out, partial(self.listener.advanced, "weights"))
 

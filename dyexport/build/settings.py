@@ -58,6 +58,7 @@ class BuildSettings:
     finetune_steps: int | None = None
     seed: int = 0
     baseline: bool = True
+    memory: int | None = None  # bytes that weights may take; None: what is free
 
     def __post_init__(self) -> None:
         preset = get_preset(self.model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dyexport.build.passes import noise_preset, passes_for
 from dyexport.build.settings import BuildSettings, Schedule
 from dyexport.bundle import TOKENS, WIDTHS, ModelSpec
 from dyexport.calibration.tokens import measure_tokens
@@ -24,12 +25,11 @@ from dyexport.calibration.widths import (
 from dyexport.errors import CheckpointError
 from dyexport.models.base import get_adapter
 from dyexport.models.checkpoints import (
-    all_weights,
-    find_checkpoint,
+    adopt_static,
+    dynamic_weights,
     load_dynamic,
     load_given,
     load_static,
-    read_config,
     read_spec,
     save_dynamic,
     save_static,
@@ -39,6 +39,9 @@ from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.importance import rank_units
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic
+from dyexport.models.sources import find_checkpoint, read_config
+from dyexport.models.stored import StoredWeights
+from dyexport.models.streaming import must_stream
 from dyexport.presets import Preset
 from dyexport.slicing.flops import FlopsModel
 from dyexport.slicing.slicer import spec_of
@@ -78,10 +81,10 @@ def make_static(
     progress: Progress,
     out: Path,
 ) -> None:
-    """The static model as a diffusers directory: read from ``source``, trained on ``data``, or random."""
+    """The static model as a diffusers directory: links to ``source``, or trained on ``data``, or random."""
     preset = settings.preset
     if source is not None:
-        save_static(load_static(str(source), preset), out)
+        adopt_static(str(source), preset, out)
         return
     backbone = random_backbone(preset, settings.seed)
     if data is not None:
@@ -150,10 +153,10 @@ def open_data(settings: BuildSettings, synthetic: Path) -> LatentSource:
 
 
 def calibration_inputs(settings: BuildSettings, source: LatentSource | None) -> NoisedInputs:
-    """Noised training latents where there are any, else noise. Small models can afford more samples."""
-    batch = 16 if settings.preset.pixel_space else 2
+    """Noised training latents where there are any, else noise."""
+    batch = passes_for(settings).samples
     if source is None:
-        return NoisedInputs(preset=settings.preset, batch_size=batch, seed=settings.seed)
+        return NoisedInputs(preset=noise_preset(settings.preset), batch_size=batch, seed=settings.seed)
     rows = torch.linspace(0, len(source) - 1, min(len(source), CALIBRATION_SAMPLES)).long()
     return NoisedInputs(preset=settings.preset, batch_size=batch, seed=settings.seed, clean=source.batch(rows))
 
@@ -164,31 +167,40 @@ def make_dynamic(
     """The dynamic checkpoint: given, random, or the static model with routers attached (and trained)."""
     preset = settings.preset
     if settings.routers == "given":
-        assert settings.checkpoint is not None
-        model = load_given(Path(settings.checkpoint), preset)
+        save_dynamic(load_given(Path(str(settings.checkpoint)), preset, stream=True), out, preset, backbone=static)
     elif settings.routers == "random":
         model = random_dynamic(preset, seed=settings.seed, router=settings.router, td_lora=settings.lora)
+        save_dynamic(model, out, preset, backbone=static)
+    elif settings.routers == "none":
+        backbone = load_static(str(static), preset, stream=True)
+        save_dynamic(attach_routers(backbone, settings), out, preset, backbone=static)
     else:
-        model = attach_routers(settings, static, calibration_inputs(settings, source))
-    if settings.routers == "trained":
         assert source is not None
-        assert settings.budget is not None
-        config = FinetuneConfig(
-            **asdict(settings.finetune_schedule), seed=settings.seed, budget=settings.budget, distill=settings.distill
-        )
-        finetune(model, preset, source, config, work_dir=scratch, progress=progress)
-    save_dynamic(model, out, preset)
+        save_dynamic(_finetuned(settings, static, source, scratch, progress), out, preset)
 
 
-def attach_routers(settings: BuildSettings, static: Path, inputs: NoisedInputs) -> DynamicTransformer:
-    """The static model with every gate open, its most important units first."""
+def _finetuned(
+    settings: BuildSettings, static: Path, source: LatentSource, scratch: Path, progress: Progress
+) -> DynamicTransformer:
+    """The static model, its most important units first, trained under the budget."""
+    assert settings.budget is not None
     preset = settings.preset
-    backbone = load_static(str(static), preset)
+    model = attach_routers(load_static(str(static), preset), settings)
+    points = trajectory_points(preset.timestep_range, RANKING_POINTS)
+    rank_units(model, calibration_inputs(settings, source), [float(t) for t in points])
+    config = FinetuneConfig(
+        **asdict(settings.finetune_schedule), seed=settings.seed, budget=settings.budget, distill=settings.distill
+    )
+    finetune(model, preset, source, config, work_dir=scratch, progress=progress)
+    return model
+
+
+def attach_routers(backbone: nn.Module, settings: BuildSettings) -> DynamicTransformer:
+    """A static model with new routers, every gate open; tokens are routed only if that will be trained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = _untrained(settings, backbone)
-    rank_units(model.eval(), inputs, [float(t) for t in trajectory_points(preset.timestep_range, RANKING_POINTS)])
-    return model
+    return model.eval()
 
 
 def _untrained(settings: BuildSettings, backbone: nn.Module) -> DynamicTransformer:
@@ -218,38 +230,55 @@ def count_trainable(settings: BuildSettings) -> dict[str, float]:
 
 def make_calibrated(settings: BuildSettings, static: Path, dynamic: Path, inputs: NoisedInputs, out: Path) -> None:
     """The reference of the bundle: the dynamic model on budget, its tables, and what the budget costs in fidelity."""
-    model, preset = load_dynamic(dynamic)
-    if model.td_lora is not None and model.td_lora.spec.experts == 1:
+    preset = settings.preset
+    lora = read_spec(dynamic).td_lora
+    plain = lora is not None and lora.experts == 1
+    stream = must_stream(preset.parameters, settings.memory) and not plain
+    model, _ = load_dynamic(dynamic, stream=stream)
+    if plain:
         model.merge_lora()
-    flops = FlopsModel.of_preset(preset)
-    if settings.budget is not None:
-        if settings.routers == "none" or model.table is not None:
-            model.table = choose_widths(model, inputs, settings.budget, flops)
-        else:
-            meet_budget(model, inputs, settings.budget, flops)
+    flops, passes = FlopsModel.of_preset(preset), passes_for(settings)
+    _meet(settings, model, inputs)
     widths = read_widths(model, preset.timestep_range)
-    stats = measure_tokens(model, inputs) if model.has_token_routers else None
-    save_dynamic(model, out, preset)
+    stats = None
+    if model.has_token_routers:
+        stats = measure_tokens(model, inputs, tokens=preset.tokens, points=passes.tokens, draws=passes.token_draws)
+    save_dynamic(model, out, preset, backbone=None if plain else dynamic)
     (out / WIDTHS).parent.mkdir()
     widths.save(out / WIDTHS)
     if stats is not None:
         stats.save(out / TOKENS)
-    points = trajectory_points(preset.timestep_range, TRAJECTORY_POINTS)
+    points, compared = (trajectory_points(preset.timestep_range, n) for n in (TRAJECTORY_POINTS, passes.compared))
     kept = stats.mean_fraction(points) if stats is not None else np.ones((len(points), model.depth))  # (P, L)
+    tuned = settings.routers == "trained" or lora is not None
+    dense = load_static(str(static), preset, stream=stream) if tuned else model.backbone
     metrics = {
         "flops_ratio": flops_ratio(widths, kept, points, flops),
         **count_trainable(settings),
-        "output_relative_mse": _relative_mse(model, load_static(str(static), preset), inputs, points.tolist()),
+        "output_relative_mse": _relative_mse(model, dense, inputs, compared.tolist()),
     }
     (out / METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _meet(settings: BuildSettings, model: DynamicTransformer, inputs: NoisedInputs) -> None:
+    """Bring the model onto the budget, if there is one: by its routers, or where they are not trained by a table."""
+    flops, passes = FlopsModel.of_preset(settings.preset), passes_for(settings)
+    if settings.budget is None:
+        return
+    if settings.routers == "none" or model.table is not None:
+        model.table = choose_widths(
+            model, inputs, settings.budget, flops, count=passes.importance, probes=passes.probes
+        )
+    else:
+        meet_budget(model, inputs, settings.budget, flops)
 
 
 @torch.no_grad()
 def _relative_mse(model: DynamicTransformer, dense: nn.Module, inputs: NoisedInputs, points: list[float]) -> float:
     """Squared distance to the static model's output over its squared norm, over the trajectory."""
     apart = norm = torch.zeros((), dtype=torch.float64)
-    for t in points:
-        arguments = inputs.at(t)
+    for chunk in inputs.chunks(points):
+        arguments = inputs.over(chunk)
         truth = model.adapter.run(dense, arguments)  # (B, ...)
         apart = apart + (model(arguments).sample - truth).double().square().sum()
         norm = norm + truth.double().square().sum()
@@ -268,10 +297,10 @@ def read_metrics(directory: Path) -> dict[str, float]:
     return metrics
 
 
-def calibrated_weights(directory: Path) -> dict[str, Tensor]:
-    """Backbone and routers by the names that slices read."""
-    return all_weights(load_dynamic(directory)[0])
+def calibrated_weights(directory: Path) -> Mapping[str, Tensor]:
+    """Backbone and routers by the names that slices read, from disk when they are asked for."""
+    return dynamic_weights(directory)
 
 
-def static_weights(directory: Path, preset: Preset) -> dict[str, Tensor]:
-    return load_static(str(directory), preset).state_dict()
+def static_weights(directory: Path) -> Mapping[str, Tensor]:
+    return StoredWeights(directory)

@@ -19,7 +19,8 @@ from dyexport.models.base import Inputs
 from dyexport.models.checkpoints import load_dynamic
 from dyexport.models.dynamic import DynamicOutput, DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
-from dyexport.presets import Preset
+from dyexport.models.streaming import must_stream
+from dyexport.presets import Preset, get_preset
 from dyexport.runtime.pipeline import BundleTransformer, load
 from dyexport.runtime.scheduler import route
 from dyexport.training.data import digits
@@ -98,7 +99,8 @@ def verify_bundle(
 ) -> VerifyReport:
     """Compare. Raises ``BundleError`` where there is no reference, or not the one the bundle was cut from."""
     bundle = Bundle.open(path)
-    model, preset = load_dynamic(reference or find_reference(bundle))
+    stream = must_stream(get_preset(bundle.manifest.model.name).parameters)
+    model, preset = load_dynamic(reference or find_reference(bundle), stream=stream)
     truth = Truth(model, preset, settings.seed)
     comparisons: list[Comparison] = []
     transformer = load(path, target=settings.target, device="cpu", check_hashes=False)

@@ -6,6 +6,8 @@ unmodified diffusers module through forward hooks, so with every gate open it *i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -120,7 +122,9 @@ class DynamicTransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.backbone.parameters()).device
+        """Where it computes; streamed weights are nowhere until they are used."""
+        device = next(self.backbone.parameters()).device
+        return torch.device("cpu") if device.type == "meta" else device
 
     def width_logits(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Router logits in fp32: (B,) -> (B, L, H), (B, L, G). Unit 0 has +inf: it is always on."""
@@ -150,14 +154,19 @@ class DynamicTransformer(nn.Module):
         heads, groups = self.width_gates(inputs["timestep"])
         masks = (heads, groups) if noise is None else self.width_gates(inputs["timestep"], noise)
         run = GatedPass(head_masks=masks[0], group_masks=masks[1], noise=noise)
-        sample = self._run(run, inputs)
+        with self._following(run):
+            sample = self.complete(inputs)
         tokens = torch.stack(run.tokens, dim=1)  # (B, L, N)
         return DynamicOutput(sample, heads, groups, tokens, torch.stack(run.token_logits, dim=1))
 
     def masked(self, inputs: Inputs, *, heads: Tensor, groups: Tensor) -> Tensor:
         """Denoise with given width masks (B, L, H), (B, L, G) and every token."""
-        run = GatedPass(head_masks=heads, group_masks=groups, noise=None, route_tokens=False)
-        return self._run(run, inputs)
+        with self.gated(heads=heads, groups=groups):
+            return self.complete(inputs)
+
+    def gated(self, *, heads: Tensor, groups: Tensor) -> AbstractContextManager[None]:
+        """Inside, ``complete`` runs with given width masks (B, L, H), (B, L, G) and every token."""
+        return self._following(GatedPass(head_masks=heads, group_masks=groups, noise=None, route_tokens=False))
 
     def complete(self, inputs: Inputs) -> Tensor:
         """The complete model, every gate open (section 3.5)."""
@@ -169,10 +178,11 @@ class DynamicTransformer(nn.Module):
         finally:
             self.td_lora.follow(None)
 
-    def _run(self, run: GatedPass, inputs: Inputs) -> Tensor:
+    @contextmanager
+    def _following(self, run: GatedPass) -> Iterator[None]:
         self._follow(run)
         try:
-            return self.complete(inputs)
+            yield
         finally:
             self._follow(None)
 

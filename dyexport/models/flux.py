@@ -12,8 +12,9 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import Tensor, nn
 
 from dyexport.models.base import Inputs, on_input, on_output, permute_inputs, permute_outputs, unit_channels
-from dyexport.models.gates import BlockGates, TokenRouter, fp32_linear
+from dyexport.models.gates import BlockGates, Fp32Linear, TokenRouter, fp32_linear
 
+BLOCK_INPUTS = ("hidden_states", "encoder_hidden_states", "temb")
 TIMESTEP_SCALE = 1000.0  # the network is called with sigma in 0..1 and embeds a thousand times that
 SINGLE_LINEARS = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")
 DOUBLE_LINEARS = (
@@ -32,7 +33,7 @@ class FluxTokenRouter(TokenRouter):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.linear_t = nn.Linear(channels, 4 * channels)
+        self.linear_t = Fp32Linear(channels, 4 * channels)
         self.norm = nn.LayerNorm(channels, eps=1e-5)
         self.router = nn.Linear(channels, 1)
 
@@ -43,7 +44,7 @@ class FluxTokenRouter(TokenRouter):
     def forward(self, *inputs: Tensor) -> Tensor:
         """Image (B, N, C), text (B, T, C), conditioning (B, C) -> logits (B, N)."""
         image, text, conditioning = inputs
-        modulation = fp32_linear(self.linear_t, F.silu(conditioning.float()))[:, None]  # (B, 1, 4C)
+        modulation = self.linear_t(F.silu(conditioning.float()))[:, None]  # (B, 1, 4C)
         shift, scale, text_shift, text_scale = modulation.chunk(4, dim=-1)
         image = self._normed(image) * (1 + scale) + shift  # (B, N, C)
         text = self._normed(text) * (1 + text_scale) + text_shift  # (B, T, C)
@@ -154,14 +155,20 @@ def _attach_single(block: FluxSingleTransformerBlock, gates: BlockGates) -> None
     on_output(block.proj_out, gates.tokens)  # text rows first
 
 
+def _block_inputs(positional: tuple[Any, ...], named: Mapping[str, Any]) -> list[Tensor]:
+    """Image, text and conditioning of a block, which diffusers calls by name, but by position when it recomputes."""
+    given = dict(zip(BLOCK_INPUTS, positional, strict=False)) | dict(named)
+    return [given[name] for name in BLOCK_INPUTS]
+
+
 class _SingleReader:
     """What a single block's token router reads: its raw inputs."""
 
     def __init__(self, gates: BlockGates) -> None:
         self.gates = gates
 
-    def enter(self, block: nn.Module, _: Any, inputs: Mapping[str, Tensor]) -> None:
-        self.gates.route(inputs["hidden_states"], inputs["encoder_hidden_states"], inputs["temb"])
+    def enter(self, block: nn.Module, positional: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        self.gates.route(*_block_inputs(positional, named))
 
 
 class _DoubleReader:
@@ -175,8 +182,9 @@ class _DoubleReader:
         self.gates = gates
         self.seen: dict[str, Tensor] = {}
 
-    def enter(self, block: nn.Module, _: Any, inputs: Mapping[str, Tensor]) -> None:
-        self.seen = {"text": inputs["encoder_hidden_states"], "conditioning": inputs["temb"]}
+    def enter(self, block: nn.Module, positional: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        _, text, conditioning = _block_inputs(positional, named)
+        self.seen = {"text": text, "conditioning": conditioning}
 
     def modulated(self, norm: nn.Module, _: Any, outputs: tuple[Tensor, ...]) -> None:
         self.seen["gate"] = outputs[1]  # (B, C), of attention

@@ -39,6 +39,13 @@ def fp32_linear(linear: nn.Linear, value: Tensor) -> Tensor:
     return F.linear(value.float(), linear.weight.float(), linear.bias.float())
 
 
+class Fp32Linear(nn.Linear):
+    """A large layer of a router. It is called, not read, so that its weights may stay on disk until then."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        return fp32_linear(self, value)
+
+
 class TokenRouter(nn.Module, ABC):
     """Decides for every token of a block whether its MLP runs (SDT, section 3.3), in fp32.
 

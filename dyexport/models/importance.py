@@ -16,7 +16,7 @@ PROBES = 4
 
 
 def unit_importance(
-    model: DynamicTransformer, inputs: NoisedInputs, timesteps: Sequence[float]
+    model: DynamicTransformer, inputs: NoisedInputs, timesteps: Sequence[float], probes: int = PROBES
 ) -> tuple[np.ndarray, np.ndarray]:
     """Squared output change per unit, to first order: heads (T, L, H) and groups (T, L, G).
 
@@ -24,15 +24,19 @@ def unit_importance(
     first order, when the unit goes. It is estimated with random output probes v, as
     E[(d (v . f) / d m_u)^2]; masks are per sample, so one backward pass serves a whole batch.
     """
-    heads, groups = zip(*(_at(model, inputs, float(t)) for t in timesteps), strict=True)
-    return torch.stack(heads).numpy(), torch.stack(groups).numpy()
+    heads, groups = zip(*(_at(model, inputs, chunk, probes) for chunk in inputs.chunks(timesteps)), strict=True)
+    return torch.cat(heads).numpy(), torch.cat(groups).numpy()
 
 
-def _at(model: DynamicTransformer, inputs: NoisedInputs, t: float) -> tuple[Tensor, Tensor]:
-    totals = [torch.zeros(model.depth, model.heads), torch.zeros(model.depth, model.groups)]
-    for draw in range(PROBES):
-        for total, gradient in zip(totals, _probe(model, inputs.at(t, draw, model.device), draw), strict=True):
-            total += gradient.square().mean(dim=0) / PROBES
+def _at(
+    model: DynamicTransformer, inputs: NoisedInputs, timesteps: Sequence[float], probes: int
+) -> tuple[Tensor, Tensor]:
+    """(T, L, H), (T, L, G)"""
+    totals = [torch.zeros(len(timesteps), model.depth, units) for units in (model.heads, model.groups)]
+    for draw in range(probes):
+        gradients = _probe(model, inputs.over(timesteps, draw, model.device), draw)
+        for total, gradient in zip(totals, gradients, strict=True):
+            total += gradient.square().unflatten(0, (len(timesteps), -1)).mean(dim=1) / probes
     return totals[0], totals[1]
 
 
@@ -41,10 +45,10 @@ def _probe(model: DynamicTransformer, inputs: Inputs, seed: int) -> tuple[Tensor
     batch, channels = inputs["hidden_states"].shape[:2]
     heads = torch.ones(batch, model.depth, model.heads, device=model.device, requires_grad=True)
     groups = torch.ones(batch, model.depth, model.groups, device=model.device, requires_grad=True)
-    with torch.enable_grad():
-        sample = model.masked(inputs, heads=heads, groups=groups)[:, :channels]  # without a learned sigma
-    probe = torch.randn(sample.shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
-    gradients = torch.autograd.grad(sample, (heads, groups), probe)
+    with torch.enable_grad(), model.gated(heads=heads, groups=groups):  # a streamed model recomputes going back
+        sample = model.complete(inputs)[:, :channels]  # without a learned sigma
+        probe = torch.randn(sample.shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
+        gradients = torch.autograd.grad(sample, (heads, groups), probe)
     return gradients[0].cpu(), gradients[1].cpu()
 
 

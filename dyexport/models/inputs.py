@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from dyexport.models.base import Inputs
 from dyexport.models.conditioning import Batch, get_conditioning
 from dyexport.presets import Preset
 
+ROWS = 2048  # tokens of one pass, which bounds the memory that activations take
 DDPM_STEPS = 1000
 DDPM_BETAS = (1e-4, 2e-2)  # linear schedule of DiT
 
@@ -29,17 +31,31 @@ class NoisedInputs:
     clean: Batch | None = None
 
     def at(self, t: float, draw: int = 0, device: torch.device | str = "cpu") -> Inputs:
-        generator = torch.Generator().manual_seed(hash((self.seed, round(t * 1e6), draw)) % 2**63)
-        conditioning = get_conditioning(self.preset)
-        if self.clean is None:
-            conditions = conditioning.random(self.batch_size, generator)
-            noised = torch.randn(self.batch_size, *self.preset.latent_shape, generator=generator)  # (B, ...)
-        else:
-            rows = torch.randint(len(self.clean.latents), (self.batch_size,), generator=generator)
-            conditions = {name: values[rows] for name, values in self.clean.conditions.items()}
-            noised = self._noised(self.clean.latents[rows], t, generator)
-        inputs = conditioning.inputs(noised, torch.full((self.batch_size,), t), conditions)
+        return self.over((t,), draw, device)
+
+    def over(self, timesteps: Sequence[float], draw: int = 0, device: torch.device | str = "cpu") -> Inputs:
+        """Samples at each t in turn, ``batch_size`` of each, as one batch."""
+        drawn = [self._draw(t, draw) for t in timesteps]
+        conditions = {name: torch.cat([batch.conditions[name] for batch in drawn]) for name in drawn[0].conditions}
+        timestep = torch.tensor(timesteps, dtype=torch.float32).repeat_interleave(self.batch_size)  # (T * B,)
+        noised = torch.cat([batch.latents for batch in drawn])  # (T * B, ...)
+        inputs = get_conditioning(self.preset).inputs(noised, timestep, conditions)
         return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+    def chunks(self, timesteps: Sequence[float]) -> Iterator[tuple[float, ...]]:
+        """Timesteps in groups as large as one pass holds: a streamed model reads its weights once for each group."""
+        rows = self.batch_size * (self.preset.tokens + self.preset.text_tokens)
+        size = max(ROWS // rows, 1)
+        return (tuple(timesteps[start : start + size]) for start in range(0, len(timesteps), size))
+
+    def _draw(self, t: float, draw: int) -> Batch:
+        generator = torch.Generator().manual_seed(hash((self.seed, round(t * 1e6), draw)) % 2**63)
+        if self.clean is None:
+            conditions = get_conditioning(self.preset).random(self.batch_size, generator)
+            return Batch(torch.randn(self.batch_size, *self.preset.latent_shape, generator=generator), conditions)
+        rows = torch.randint(len(self.clean.latents), (self.batch_size,), generator=generator)
+        conditions = {name: values[rows] for name, values in self.clean.conditions.items()}
+        return Batch(self._noised(self.clean.latents[rows], t, generator), conditions)
 
     def _noised(self, latents: Tensor, t: float, generator: torch.Generator) -> Tensor:
         noise = torch.randn(latents.shape, generator=generator)  # (B, ...)

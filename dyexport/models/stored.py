@@ -3,45 +3,139 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dyexport.errors import CheckpointError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BINARY = "diffusion_pytorch_model.bin"
+SAFETENSORS = ".safetensors"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 WRAPPERS = ("ema", "model", "module")  # where training files keep their weights; the averaged ones are preferred
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NAMED = 3  # how many of the tensors that do not fit an error names
 
 
-def read_weights(source: Path) -> dict[str, Tensor]:
-    """All tensors of a diffusers directory or of a single file, by the names and in the dtypes they are stored in."""
-    files = _weight_files(source) if source.is_dir() else [source]
-    return {name: tensor for file in files for name, tensor in _read_file(file).items()}
+class StoredWeights(Mapping[str, Tensor]):
+    """Tensors on disk, by the names and in the dtypes they are stored in.
+
+    Each is read when it is asked for and kept by nobody here, so a model's size bounds nothing.
+    """
+
+    def __init__(self, source: Path) -> None:
+        """``source`` is a diffusers directory or a single file; reads names only."""
+        self._homes: dict[str, Path] = {}  # of tensors in safetensors
+        self._mapped: dict[str, Tensor] = {}  # of PyTorch files
+        for file in weight_files(source) if source.is_dir() else [source]:
+            if file.suffix == SAFETENSORS:
+                self._homes |= dict.fromkeys(_names(file), file)
+            elif file.suffix in PICKLES:
+                self._mapped |= _unwrap(file, _load_pickle(file))
+            else:
+                kinds = ", ".join((SAFETENSORS, *PICKLES))
+                raise CheckpointError(f"{file} is of no known kind; pass a {kinds} or a directory")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._mapped[name] if name in self._mapped else _tensor(self._homes[name], name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._homes or name in self._mapped
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._homes
+        yield from self._mapped
+
+    def __len__(self) -> int:
+        return len(self._homes) + len(self._mapped)
+
+    @property
+    def in_safetensors(self) -> bool:
+        return not self._mapped
 
 
-def read_names(file: Path) -> list[str]:
-    """Names of the tensors in a file; reads none of their values."""
-    if file.suffix != ".safetensors":
-        return list(_read_file(file))
+class View(Mapping[str, Tensor]):
+    """Tensors under other names: ``places`` says for each in which mapping it is, and under which name there."""
+
+    def __init__(self, places: Mapping[str, tuple[Mapping[str, Tensor], str]]) -> None:
+        self._places = places
+
+    def __getitem__(self, name: str) -> Tensor:
+        weights, own = self._places[name]
+        return weights[own]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _names(file: Path) -> list[str]:
+    with _opened(file) as stored:
+        return list(stored.keys())
+
+
+def _tensor(file: Path, name: str) -> Tensor:
+    """Pages of the file, mapped as long as the tensor lives."""
+    with _opened(file) as stored:
+        tensor: Tensor = stored.get_tensor(name)
+    return tensor
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as stored:
-            return list(stored.keys())
+            yield stored
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def write_weights(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write tensors as they are; one that lies in the memory of another is written out again, as diffusers does."""
+    places: set[int] = set()
+    own: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        own[name] = tensor.clone() if tensor.data_ptr() in places else tensor.detach().contiguous()
+        places.add(tensor.data_ptr())
+    save_file(own, file)
+
+
+def link_weights(source: Path, directory: Path) -> None:
+    """Make the weights of ``source``, a diffusers directory or a single file, those of ``directory`` without a copy."""
+    index = source / f"{WEIGHTS}.index.json"
+    if index.is_file():
+        shutil.copyfile(index, directory / index.name)
+        for shard in _shards(index):
+            link(shard, directory / shard.name)
+        return
+    (file,) = weight_files(source) if source.is_dir() else [source]
+    link(file, directory / WEIGHTS)
+
+
+def link(file: Path, place: Path) -> None:
+    """From one folder of a work directory into another the link is relative, so that both can be moved."""
+    near = file.absolute().parent.parent == place.absolute().parent.parent
+    place.symlink_to(os.path.relpath(file, place.parent) if near else file.resolve())
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold the weights of a diffusers directory."""
     for name in (WEIGHTS, BINARY):
         if (index := directory / f"{name}.index.json").is_file():
             return _shards(index)
@@ -65,17 +159,6 @@ def _shards(index: Path) -> list[Path]:
     if missing:
         raise CheckpointError(f"{index} names {_listed(missing)}, not to be found there; download the missing shards")
     return shards
-
-
-def _read_file(file: Path) -> dict[str, Tensor]:
-    if file.suffix in PICKLES:
-        return _unwrap(file, _load_pickle(file))
-    if file.suffix != ".safetensors":
-        raise CheckpointError(f"{file} is of no known kind; pass a .safetensors, {', '.join(PICKLES)} or a directory")
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
 def _load_pickle(file: Path) -> Any:
@@ -120,7 +203,7 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
 def _check_values(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
         raise CheckpointError(f"{name} is stored as {tensor.dtype}; pass weights in fp32, bf16 or fp16")
-    if not torch.isfinite(tensor).all():
+    if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):  # in one pass, without a copy
         raise CheckpointError(f"{name} holds NaN or infinity; the checkpoint is broken")
 
 

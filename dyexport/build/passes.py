@@ -1,0 +1,39 @@
+"""How much of a model calibration runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from dyexport.build.settings import BuildSettings
+from dyexport.presets import FluxPreset, Preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """Counts of timesteps and of samples at each; ``probes`` are backward passes for each sample."""
+
+    samples: int
+    importance: int
+    probes: int
+    compared: int  # with the static model
+    tokens: int
+    token_draws: int
+
+
+DIGITS = Passes(samples=16, importance=32, probes=4, compared=16, tokens=32, token_draws=2)
+USUAL = replace(DIGITS, samples=2)
+FEW = Passes(samples=1, importance=8, probes=1, compared=4, tokens=8, token_draws=1)
+
+
+def passes_for(settings: BuildSettings) -> Passes:
+    """Few for a large model, of which one takes minutes on a CPU."""
+    if settings.preset.pixel_space:
+        return DIGITS
+    return FEW if settings.large else USUAL
+
+
+def noise_preset(preset: Preset) -> Preset:
+    """What noise is drawn for: FLUX at 128 px and 32 words, since its widths do not depend on either."""
+    if not isinstance(preset, FluxPreset):
+        return preset
+    return replace(preset, side=min(preset.side, 8), text_tokens=min(preset.text_tokens, 32))
