@@ -209,8 +209,12 @@ def price_plan(
     *,
     disk_bytes: int,
     resident_bytes: int,
+    low_rank: float = 0.0,
 ) -> SegmentPlan:
-    """Attach FLOPs and bytes to segments. See ``SegmentPlan`` for what each ratio counts."""
+    """Attach FLOPs and bytes to segments; ``low_rank`` is what TD-LoRA's paths cost over the dense network.
+
+    See ``SegmentPlan`` for what each ratio counts.
+    """
     points = np.linspace(widths.start, widths.end, 2049)[:-1] + (widths.end - widths.start) / 4096
     rows = [widths.row(t) for t in points]
     heads, groups = widths.heads[rows].mean(-1), widths.groups[rows].mean(-1)  # (P, L)
@@ -219,15 +223,15 @@ def price_plan(
     return SegmentPlan(
         segments=segments,
         flops_ratio=float(flops.flops_ratio(heads, groups, kept).mean()),
-        network_flops_ratio=float(flops.network_ratio(heads, groups, kept, routed=routed).mean()),
-        executed_flops_ratio=_executed_ratio(segments, widths, stats, flops),
+        network_flops_ratio=float(flops.network_ratio(heads, groups, kept, routed=routed).mean()) + low_rank,
+        executed_flops_ratio=_executed_ratio(segments, widths, stats, flops, low_rank),
         disk_bytes=disk_bytes,
         resident_bytes=resident_bytes,
     )
 
 
 def _executed_ratio(
-    segments: tuple[Segment, ...], widths: WidthTable, stats: TokenStats | None, flops: FlopsModel
+    segments: tuple[Segment, ...], widths: WidthTable, stats: TokenStats | None, flops: FlopsModel, low_rank: float
 ) -> float:
     total = 0.0
     for segment in segments:
@@ -235,7 +239,8 @@ def _executed_ratio(
         groups = np.array([len(kept) for kept in segment.groups]) / widths.groups.shape[-1]
         share = (segment.end - segment.start) / (widths.end - widths.start)
         tokens = _token_share(segment, stats)
-        total += share * float(flops.network_ratio(heads, groups, tokens, routed=stats is not None))
+        executed = float(flops.network_ratio(heads, groups, tokens, routed=stats is not None))
+        total += share * (executed + (0.0 if segment.merged else low_rank))
     return total
 
 

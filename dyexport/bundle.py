@@ -72,6 +72,9 @@ class Segment(Frozen):
     run time from ``slot_buckets``) or ``compact`` (exactly the kept tokens, for runtimes that can
     allocate by data). ``masked`` and ``compact`` are exact for every input, the other two as long as
     the kept tokens fit.
+
+    ``merged`` says that TD-LoRA is part of the weights, at the mean of its gates over the interval; else
+    it has a path of its own, exact at every t.
     """
 
     start: float
@@ -83,6 +86,7 @@ class Segment(Frozen):
     token_paths: tuple[TokenPath, ...]
     capacities: tuple[int, ...]
     slot_buckets: tuple[int, ...] = ()
+    merged: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> Segment:
@@ -142,6 +146,9 @@ class SegmentPlan(Frozen):
     Bytes are of the weights of all segments and their conditioning: ``resident_bytes`` with a copy for
     each engine, ``disk_bytes`` with every stored byte once, which is also what engines that map the
     weight store hold together.
+
+    ``merge_errors`` are what merging TD-LoRA costs in each segment, merged or refused: the squared distance of
+    the output to the exact one over its squared norm, at random t. Empty where merging was not asked for.
     """
 
     segments: tuple[Segment, ...]
@@ -150,6 +157,7 @@ class SegmentPlan(Frozen):
     executed_flops_ratio: float
     disk_bytes: int
     resident_bytes: int
+    merge_errors: tuple[float, ...] = ()
 
     @model_validator(mode="after")
     def _covers(self) -> SegmentPlan:

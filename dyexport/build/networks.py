@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dyexport.bundle import CONDITIONING, DENSE, DENSE_CONDITIONING, ModelSpec, Segment, SegmentPlan, segment_name
 from dyexport.calibration.segments import PlanSettings, make_segments, price_plan
-from dyexport.slicing.flops import FlopsModel
+from dyexport.slicing.flops import FlopsModel, low_rank_flops
 from dyexport.slicing.recipes import Read, Recipe, lay_out
 from dyexport.slicing.slicer import (
     Architecture,
@@ -83,9 +83,9 @@ def _renamed(piece: Slice, prefix: str) -> Slice:
     return replace(piece, recipes=recipes)
 
 
-def store_reader(spec: ModelSpec, weights: Mapping[str, Tensor], static: Mapping[str, Tensor]) -> Read:
+def store_reader(spec: ModelSpec, mine: Read, static: Mapping[str, Tensor]) -> Read:
     """Reads the dynamic model's weights and, under names with ``STATIC_PREFIX``, the static model's."""
-    mine, theirs = dense_reader(weights, spec), dense_reader(static, spec)
+    theirs = dense_reader(static, spec)
     return lambda name: theirs(name[len(STATIC_PREFIX) :]) if name.startswith(STATIC_PREFIX) else mine(name)
 
 
@@ -95,11 +95,29 @@ def identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def plan_for(spec: ModelSpec, widths: WidthTable, stats: TokenStats | None, settings: PlanSettings) -> SegmentPlan:
-    """Segments for K engines, with FLOPs and bytes; ``resident_bytes`` counts a copy of its weights for each engine."""
-    flops = FlopsModel.of(spec.backbone, spec.config, tokens=spec.tokens, text_tokens=spec.text_tokens)
-    segments = make_segments(widths, stats, flops, settings)
+    """Segments for K engines, and what they cost."""
+    return plan_of(make_segments(widths, stats, _flops_of(spec), settings), spec, widths, stats)
+
+
+def _flops_of(spec: ModelSpec) -> FlopsModel:
+    return FlopsModel.of(spec.backbone, spec.config, tokens=spec.tokens, text_tokens=spec.text_tokens)
+
+
+def plan_of(
+    segments: tuple[Segment, ...], spec: ModelSpec, widths: WidthTable, stats: TokenStats | None
+) -> SegmentPlan:
+    """FLOPs and bytes of segments; ``resident_bytes`` counts a copy of its weights for each engine."""
+    flops = _flops_of(spec)
     architecture = architecture_of(spec, widths, stats)
     slices = [slice_segment(architecture, segment) for segment in segments] + [slice_conditioning(architecture)]
     layout = lay_out(recipe for piece in slices for recipe in piece.recipes.values())
     resident = sum(piece.nbytes for piece in slices)
-    return price_plan(segments, widths, stats, flops, disk_bytes=layout.nbytes, resident_bytes=resident)
+    return price_plan(
+        segments,
+        widths,
+        stats,
+        flops,
+        disk_bytes=layout.nbytes,
+        resident_bytes=resident,
+        low_rank=low_rank_flops(spec, flops.depth) / flops.dense,
+    )

@@ -29,7 +29,15 @@ from dyexport.build.ledger import (
     locked,
     remove,
 )
-from dyexport.build.networks import Network, architecture_of, cut_networks, identity, plan_for, store_reader
+from dyexport.build.networks import (
+    Network,
+    architecture_of,
+    cut_networks,
+    identity,
+    plan_for,
+    plan_of,
+    store_reader,
+)
 from dyexport.build.settings import BuildSettings, Schedule
 from dyexport.build.targets import TARGETS
 from dyexport.build.team import Alone, Team, find_team
@@ -123,17 +131,31 @@ class Pipeline:
     def plan(self) -> SegmentPlan:
         """Segments for K engines."""
         settings = {"engines": self.settings.engines, "token_path": self.settings.token_path}
-        inputs = {"calibrated": self.calibrated.digest, "dyexport": __version__, **settings}
+        inputs: dict[str, Any] = {"calibrated": self.calibrated.digest, "dyexport": __version__, **settings}
+        if self._merges:
+            inputs |= {"merge_tolerance": self.settings.merge_tolerance, "data": self._data_digest}
         outcome = self._run("plan", "plan.json", inputs, self._make_plan)
         return SegmentPlan.model_validate_json(outcome.path.read_bytes())
 
     def _make_plan(self, out: Path) -> None:
-        out.write_text(self.priced(self.settings.engines).model_dump_json(indent=1), encoding="utf-8")
+        plan = self.priced(self.settings.engines)
+        if self._merges:
+            path, inputs = self.calibrated.path, self.calibration_inputs
+            segments, errors = stages.merge_lora(self.settings, path, plan.segments, inputs)
+            plan = plan_of(segments, *self.tables).model_copy(update={"merge_errors": errors})
+        out.write_text(plan.model_dump_json(indent=1), encoding="utf-8")
+
+    @property
+    def _merges(self) -> bool:
+        """Whether TD-LoRA is to be merged where that is good enough."""
+        return self.settings.merge_tolerance is not None and self.tables[0].td_lora is not None
 
     def priced(self, engines: int) -> SegmentPlan:
-        """The plan for K engines and what it costs; exports nothing."""
-        spec, widths, stats = self.tables
-        return plan_for(spec, widths, stats, PlanSettings(engines=engines, token_path=self.settings.token_path))
+        """The plan for K engines and what it costs, every segment merged if any is to be; exports nothing."""
+        plan = plan_for(*self.tables, PlanSettings(engines=engines, token_path=self.settings.token_path))
+        if not self._merges:
+            return plan
+        return plan_of(tuple(s.model_copy(update={"merged": True}) for s in plan.segments), *self.tables)
 
     @cached_property
     def tables(self) -> tuple[ModelSpec, WidthTable, TokenStats | None]:
@@ -169,7 +191,8 @@ class Pipeline:
 
     def _make_store(self, out: Path) -> None:
         static = stages.static_weights(self.static.path) if self._has_own_dense else {}
-        read = store_reader(self.tables[0], stages.calibrated_weights(self.calibrated.path), static)
+        spec = self.tables[0]
+        read = store_reader(spec, stages.calibrated_reader(self.calibrated.path, spec), static)
         write_store(self.layout, read, out, partial(self.listener.advanced, "weights"))
 
     @cached_property

@@ -39,7 +39,10 @@ LARGE_LORA = LoraSpec(rank=16, experts=4, alpha=16)
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSettings:
-    """One build. ``budget`` is the FLOPs ratio lambda; None keeps the routers of a dynamic checkpoint as they are."""
+    """One build. ``budget`` is the FLOPs ratio lambda; None keeps the routers of a dynamic checkpoint as they are.
+
+    ``merge_tolerance`` is the relative error at which TD-LoRA is merged into a segment's weights; None never merges.
+    """
 
     model: str
     out: Path
@@ -47,6 +50,7 @@ class BuildSettings:
     budget: float | None = None
     router: RouterKind = "free"
     td_lora: LoraSpec | None = None
+    merge_tolerance: float | None = None
     checkpoint: str | None = None
     random_weights: bool = False
     data: str | None = None
@@ -100,6 +104,10 @@ class BuildSettings:
             raise UsageError(f"{self.checkpoint} has routers already and is taken as it is; leave --td-lora out")
         if self.td_lora is not None and self.routers == "none":
             raise UsageError("with --finetune-steps 0 nothing is trained; leave --td-lora out")
+        if self.merge_tolerance is not None and self.td_lora is None and self.routers != "given":
+            raise UsageError("--merge-tolerance is for models with TD-LoRA; give --td-lora, or leave it out")
+        if self.merge_tolerance is not None and not 0 <= self.merge_tolerance < math.inf:
+            raise UsageError(f"--merge-tolerance is {self.merge_tolerance}; give a relative MSE, such as 1e-4")
         if self.routers == "given" and self.finetune_steps:
             raise UsageError(f"{self.checkpoint} has routers already and is taken as it is; leave --finetune-steps out")
         if self.routers in ("trained", "none") and self.budget is None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dyexport.build.passes import noise_preset, passes_for
 from dyexport.build.settings import BuildSettings, Schedule
-from dyexport.bundle import TOKENS, WIDTHS, ModelSpec
+from dyexport.bundle import TOKENS, WIDTHS, ModelSpec, Segment
+from dyexport.calibration.merging import merge_segments
 from dyexport.calibration.tokens import measure_tokens
 from dyexport.calibration.widths import (
     choose_widths,
@@ -44,7 +45,9 @@ from dyexport.models.stored import StoredWeights
 from dyexport.models.streaming import must_stream
 from dyexport.presets import Preset
 from dyexport.slicing.flops import FlopsModel
-from dyexport.slicing.slicer import spec_of
+from dyexport.slicing.merging import merging_reader
+from dyexport.slicing.recipes import Read
+from dyexport.slicing.slicer import dense_reader, spec_of
 from dyexport.tables import TokenStats, WidthTable
 from dyexport.training.config import FinetuneConfig, TrainConfig
 from dyexport.training.data import LatentSource, open_source
@@ -297,9 +300,19 @@ def read_metrics(directory: Path) -> dict[str, float]:
     return metrics
 
 
-def calibrated_weights(directory: Path) -> Mapping[str, Tensor]:
-    """Backbone and routers by the names that slices read, from disk when they are asked for."""
-    return dynamic_weights(directory)
+def merge_lora(
+    settings: BuildSettings, directory: Path, segments: tuple[Segment, ...], inputs: NoisedInputs
+) -> tuple[tuple[Segment, ...], tuple[float, ...]]:
+    """Segments of a calibrated model, its TD-LoRA merged where that costs little; what it costs in each."""
+    assert settings.merge_tolerance is not None
+    stream = must_stream(settings.preset.parameters, settings.memory)
+    return merge_segments(load_dynamic(directory, stream=stream)[0], inputs, segments, settings.merge_tolerance)
+
+
+def calibrated_reader(directory: Path, spec: ModelSpec) -> Read:
+    """Backbone, routers and TD-LoRA by the names that slices read, from disk when they are asked for."""
+    read = dense_reader(dynamic_weights(directory), spec)
+    return read if spec.td_lora is None else merging_reader(load_dynamic(directory, stream=True)[0], read)
 
 
 def static_weights(directory: Path) -> Mapping[str, Tensor]:

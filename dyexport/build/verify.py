@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dyexport.build.ledger import describe, digest_of
-from dyexport.bundle import Bundle, Manifest
+from dyexport.bundle import Bundle, Manifest, SegmentPlan
+from dyexport.calibration.merging import merged_gates
 from dyexport.errors import BundleError, MissingDependency, UsageError
 from dyexport.models.base import Inputs
 from dyexport.models.checkpoints import load_dynamic
@@ -101,7 +102,7 @@ def verify_bundle(
     bundle = Bundle.open(path)
     stream = must_stream(get_preset(bundle.manifest.model.name).parameters)
     model, preset = load_dynamic(reference or find_reference(bundle), stream=stream)
-    truth = Truth(model, preset, settings.seed)
+    truth = Truth(model, preset, bundle.manifest.plan, settings.seed)
     comparisons: list[Comparison] = []
     transformer = load(path, target=settings.target, device="cpu", check_hashes=False)
     try:
@@ -141,18 +142,24 @@ def draw_timesteps(manifest: Manifest, settings: VerifySettings) -> list[float]:
 
 
 class Truth:
-    """The masked model, and inputs on which its token decisions do not depend on rounding."""
+    """The masked model, and inputs on which its token decisions do not depend on rounding.
 
-    def __init__(self, model: DynamicTransformer, preset: Preset, seed: int) -> None:
-        self.model = model
+    Where a segment has TD-LoRA merged, the model's gates are at their mean too: ``merge_errors`` of the plan say
+    what that costs, and everything else is compared to the last digit.
+    """
+
+    def __init__(self, model: DynamicTransformer, preset: Preset, plan: SegmentPlan, seed: int) -> None:
+        self.model, self.plan = model, plan
         self.inputs = _inputs(preset, seed)
         self.redrawn = 0
 
     @torch.no_grad()
     def at(self, t: float) -> tuple[Inputs, DynamicOutput]:
+        segment = self.plan.segments[self.plan.segment_for(t)]
         for draw in range(MOST_REDRAWS):
             inputs = self.inputs.at(t, draw)
-            output = self.model(inputs)
+            with merged_gates(self.model, segment):
+                output = self.model(inputs)
             if not undecided(output.token_logits).any():
                 break
             self.redrawn += 1

@@ -44,6 +44,13 @@ class BuildOptions:
             metavar="rank=R[,experts=E][,variant=standard|inverse|symmetric][,alpha=A]",
         ),
     ] = None
+    merge_tolerance: Annotated[
+        float | None,
+        _option(
+            "Merge TD-LoRA into the weights of engines where that changes the output by at most this relative MSE, "
+            "such as 1e-4; by default it has a path of its own, which is exact."
+        ),
+    ] = None
     checkpoint: Annotated[
         str | None,
         _option(
@@ -98,6 +105,7 @@ class BuildOptions:
             budget=budget,
             router=cast("RouterKind", self.router),  # BuildSettings refuses any other
             td_lora=parse_lora(self.td_lora),
+            merge_tolerance=self.merge_tolerance,
             out=out,
             work=self.work or out.absolute().with_name(f"{out.absolute().name}.work"),
             checkpoint=self.checkpoint,

@@ -21,6 +21,8 @@ from dyexport.models.lora import TdLora
 from dyexport.presets import RouterKind
 from dyexport.tables import WidthTable
 
+MEAN_POINTS = 64  # timesteps that gates are averaged over
+
 
 class DynamicOutput(NamedTuple):
     """``sample`` and the gates it was computed with.
@@ -85,6 +87,17 @@ class DynamicTransformer(nn.Module):
     def lora_linears(self, block: nn.Module) -> dict[str, nn.Linear]:
         """What TD-LoRA updates in a stock block, by name."""
         return {name: cast(nn.Linear, block.get_submodule(name)) for name in self.adapter.lora_targets(block)}
+
+    def lora_gates(self, timestep: Tensor) -> Tensor:
+        """Of the experts of every block: (B,) -> (B, L, E)."""
+        assert self.td_lora is not None
+        return self.td_lora.gates_at(self.adapter.timestep_embedding(self.backbone, timestep))
+
+    @torch.no_grad()
+    def mean_lora_gates(self, start: float, end: float) -> Tensor:
+        """Over an interval of t, every t being equally likely: (L, E)."""
+        share = (torch.arange(MEAN_POINTS, device=self.device) + 0.5) / MEAN_POINTS
+        return self.lora_gates(start + share * (end - start)).mean(dim=0)
 
     def merge_lora(self) -> None:
         """Make a plain LoRA, whose one expert is the same at every t, part of the backbone."""
@@ -172,7 +185,7 @@ class DynamicTransformer(nn.Module):
         """The complete model, every gate open (section 3.5)."""
         if self.td_lora is None:
             return self.adapter.run(self.backbone, inputs)
-        self.td_lora.follow(self.adapter.timestep_embedding(self.backbone, inputs["timestep"]))
+        self.td_lora.follow(self.lora_gates(inputs["timestep"]))
         try:
             return self.adapter.run(self.backbone, inputs)
         finally:

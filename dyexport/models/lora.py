@@ -117,11 +117,11 @@ class TdLora(nn.Module):
             return self.fixed.expand(len(embedding), -1, -1)
         return torch.stack([block.gates_at(embedding) for block in self.block_loras], dim=1)
 
-    def follow(self, embedding: Tensor | None) -> None:
-        """Mix experts for the timestep embeddings (B, C) of a pass, or forget it."""
-        gates = [None] * len(self.blocks) if embedding is None else self.gates_at(embedding).unbind(1)
-        for block, mixed in zip(self.block_loras, gates, strict=True):
-            block.gates = mixed
+    def follow(self, gates: Tensor | None) -> None:
+        """Mix experts by the gates (B, L, E) of a pass, or forget it."""
+        mixed = [None] * len(self.blocks) if gates is None else gates.unbind(1)
+        for block, own in zip(self.block_loras, mixed, strict=True):
+            block.gates = own
 
 
 def key_of(name: str) -> str:

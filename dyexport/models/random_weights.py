@@ -53,17 +53,18 @@ def random_dynamic(
         centre, basis = _follow_time(model, preset)
         _spread_widths(model, centre, basis)
         if model.td_lora is not None:
-            _spread_lora(model.td_lora, basis)
+            _spread_lora(model.td_lora, centre, basis)
         if tokens:
             _spread_tokens(model, preset)
     return model
 
 
-def _spread_lora(td_lora: TdLora, basis: Tensor) -> None:
+def _spread_lora(td_lora: TdLora, centre: Tensor, basis: Tensor) -> None:
     """Updates that are not nothing, and experts that take turns over t."""
     for block in td_lora.block_loras:
         if block.router is not None:
             block.router.weight.copy_(LORA_TREND * torch.randn(block.router.out_features, WAVES) @ basis)
+            block.router.bias.copy_(-block.router.weight @ centre)
     for name, value in td_lora.named_parameters():
         if name.endswith(".up"):
             value.uniform_(-LORA_SHARE, LORA_SHARE).div_(value.shape[1] ** 0.5 * td_lora.spec.scale)

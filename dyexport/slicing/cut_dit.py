@@ -26,7 +26,7 @@ from dyexport.slicing.slicer import (
     routed_limits,
 )
 from dyexport.slicing.slim_dit import DiTConditioning, SlimDiT, modulation_parts
-from dyexport.slicing.slim_lora import gates_size
+from dyexport.slicing.slim_lora import gates_size, lora_paths
 from dyexport.tensors import TensorSpec
 
 POSITION = "pos_embed.pos_embed"
@@ -113,8 +113,8 @@ def block_recipes(
     config, td_lora = architecture.spec.config, architecture.spec.td_lora
     head_dim, group_size = config["attention_head_dim"], 4 * _channels(config) // architecture.groups
     recipes = _linears(segment, index, weights, stock, head_dim, group_size)
-    if td_lora is not None:
-        recipes |= _paths(PathCut(td_lora, index, weights), segment, head_dim, group_size)
+    if (spec := lora_paths(td_lora, segment)) is not None:
+        recipes |= _paths(PathCut(spec, index, weights), segment, head_dim, group_size)
     return recipes
 
 

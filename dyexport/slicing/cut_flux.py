@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dyexport.bundle import Segment
+from dyexport.slicing.cut_lora import PathCut, router_names
 from dyexport.slicing.flux_conditioning import FluxConditioning, channels_of, depth_of, modulation_size
 from dyexport.slicing.recipes import Recipe
 from dyexport.slicing.slicer import (
@@ -24,6 +25,7 @@ from dyexport.slicing.slicer import (
     routed_limits,
 )
 from dyexport.slicing.slim_flux import SlimFlux
+from dyexport.slicing.slim_lora import lora_paths
 from dyexport.tensors import TensorSpec
 
 ROTARY = "pos_embed.frequencies"
@@ -41,6 +43,7 @@ def slice_network(architecture: Architecture, segment: Segment) -> Slice:
         segment,
         group_size=_group_size(architecture),
         token_routers=architecture.token_routers,
+        td_lora=architecture.spec.td_lora,
     )
     sources = {
         "rotary": ROTARY,
@@ -52,6 +55,8 @@ def slice_network(architecture: Architecture, segment: Segment) -> Slice:
     recipes = copies(module, sources)
     for index in range(segment.depth):
         recipes |= _Cut(architecture, segment, index, weights).recipes()
+        if (paths := lora_paths(architecture.spec.td_lora, segment)) is not None:
+            recipes |= _paths(PathCut(paths, index, weights), segment, config, _group_size(architecture))
     assert recipes.keys() == weights.keys()
     return Slice(
         module=module,
@@ -63,8 +68,8 @@ def slice_network(architecture: Architecture, segment: Segment) -> Slice:
 
 
 def _inputs(architecture: Architecture) -> tuple[TensorSpec, ...]:
-    config = architecture.spec.config
-    size = modulation_size(config, token_routers=architecture.token_routers)
+    config, td_lora = architecture.spec.config, architecture.spec.td_lora
+    size = modulation_size(config, token_routers=architecture.token_routers, td_lora=td_lora)
     shapes: dict[str, tuple[int | str, ...]] = {
         "hidden_states": ("batch", "image_tokens", config["in_channels"]),
         "encoder_hidden_states": ("batch", "text_tokens", config["joint_attention_dim"]),
@@ -76,8 +81,9 @@ def _inputs(architecture: Architecture) -> tuple[TensorSpec, ...]:
 
 
 def slice_conditioning(architecture: Architecture) -> Slice:
-    config = architecture.spec.config
-    module = on_meta(architecture, FluxConditioning, config, token_routers=architecture.token_routers)
+    config, td_lora = architecture.spec.config, architecture.spec.td_lora
+    settings: dict[str, Any] = {"token_routers": architecture.token_routers, "td_lora": td_lora}
+    module = on_meta(architecture, FluxConditioning, config, **settings)
     embedder = "time_text_embed"
     sources = {"frequencies": FREQUENCIES, **linear_names("final", "norm_out.linear")}
     embedders = {"time": "timestep_embedder", "pooled": "text_embedder"}
@@ -94,6 +100,8 @@ def slice_conditioning(architecture: Architecture) -> Slice:
     if architecture.token_routers:
         for index in range(depth_of(config)):
             sources |= dict(_router_names(index))
+    if td_lora is not None:
+        sources |= router_names("experts", depth_of(config))
     rows: dict[str, tuple[int | str, ...]] = {
         "timestep": ("rows",),
         "pooled_projections": ("rows", config["pooled_projection_dim"]),
@@ -191,3 +199,30 @@ class _Cut:
     def columns(self, slim: str, stock: str, units: tuple[int, ...], size: int) -> None:
         self.add(f"{slim}.weight", "columns", f"{stock}.weight", units=units, unit_size=size)
         self.add(f"{slim}.bias", "copy", f"{stock}.bias")
+
+
+def _paths(cut: PathCut, segment: Segment, config: Mapping[str, Any], group_size: int) -> dict[str, Recipe]:
+    """Low-rank paths of one block; a norm scales the query, so a path does not."""
+    heads: dict[str, Any] = {"units": segment.heads[cut.index], "unit_size": config["attention_head_dim"]}
+    groups: dict[str, Any] = {"units": segment.groups[cut.index], "unit_size": group_size}
+
+    def project(slim: str, query: str, key: str, value: str) -> None:
+        cut.narrow_out(f"{slim}.low_rank.qkv.query", query, **heads, halves=True)
+        cut.narrow_out(f"{slim}.low_rank.qkv.key", key, **heads, halves=True)
+        cut.narrow_out(f"{slim}.low_rank.qkv.value", value, **heads)
+
+    if cut.index < config["num_layers"]:
+        project("image", "attn.to_q", "attn.to_k", "attn.to_v")
+        project("text", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+        cut.narrow_in("low_rank.image_out", "attn.to_out.0", **heads)
+        cut.narrow_in("low_rank.text_out", "attn.to_add_out", **heads)
+        for slim, feed in (("image_mlp", "ff"), ("text_mlp", "ff_context")):
+            cut.narrow_out(f"{slim}.low_rank.fc1", f"{feed}.net.0.proj", **groups)
+            cut.narrow_in(f"{slim}.low_rank.fc2", f"{feed}.net.2", **groups)
+    else:
+        channels = channels_of(config)
+        project("projection", "attn.to_q", "attn.to_k", "attn.to_v")
+        cut.narrow_out("low_rank.fc1", "proj_mlp", **groups)
+        cut.narrow_in("low_rank.out", "proj_out", **heads, span=(0, channels))
+        cut.narrow_in("low_rank.fc2", "proj_out", **groups, span=(channels, (1 + MLP_RATIO) * channels))
+    return cut.found

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dyexport.bundle import ModelSpec
 from dyexport.errors import UsageError
 from dyexport.presets import Preset
 
@@ -87,6 +88,14 @@ class FlopsModel:
         """The whole network against dense; where ``routed``, token routers run."""
         routers = float(self.router.sum()) if routed else 0.0
         return (self.dynamic(heads, groups, tokens) + self.static + routers) / self.dense
+
+
+def low_rank_flops(spec: ModelSpec, depth: int) -> float:
+    """What TD-LoRA's paths cost at full width with every token, at most: 18 C channels of linears in every block."""
+    if spec.td_lora is None:
+        return 0.0
+    channels = spec.config["num_attention_heads"] * spec.config["attention_head_dim"]
+    return 18.0 * channels * spec.td_lora.width * (spec.tokens + spec.text_tokens) * depth
 
 
 def _like(shares: Array, costs: np.ndarray) -> Array:

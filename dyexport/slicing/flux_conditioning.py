@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dyexport.lora import LoraSpec
 from dyexport.slicing.slim_layers import embed_sinusoid, scales_from_one
+from dyexport.slicing.slim_lora import GateRouters, gates_size
 
 STREAM_PARTS = 6  # of image and of text in a double block: shift, scale and gate of attention and of the FFN
 SINGLE_PARTS = 3  # shift, scale, gate
@@ -30,12 +32,12 @@ def depth_of(config: Mapping[str, Any]) -> int:
     return depth
 
 
-def modulation_size(config: Mapping[str, Any], *, token_routers: bool) -> int:
-    """M: vectors of C channels for every block, then those of the token routers, the final layer's, and L constants."""
+def modulation_size(config: Mapping[str, Any], *, token_routers: bool, td_lora: LoraSpec | None) -> int:
+    """M: vectors of C channels for every block, the token routers and the final layer, L constants, L * E gates."""
     depth = depth_of(config)
     parts = 2 * STREAM_PARTS * config["num_layers"] + SINGLE_PARTS * config["num_single_layers"] + FINAL_PARTS
     routers = depth * (ROUTER_PARTS * channels_of(config) + 1) if token_routers else 0
-    return parts * channels_of(config) + routers
+    return parts * channels_of(config) + routers + gates_size(td_lora, depth)
 
 
 class Embedder(nn.Module):
@@ -73,7 +75,7 @@ class RouterConditioning(nn.Module):
 class FluxConditioning(nn.Module):
     """Every adaLN parameter and token router's weights, from sigma, guidance and the pooled text."""
 
-    def __init__(self, config: Mapping[str, Any], *, token_routers: bool) -> None:
+    def __init__(self, config: Mapping[str, Any], *, token_routers: bool, td_lora: LoraSpec | None) -> None:
         super().__init__()
         channels = channels_of(config)
         self.frequencies = nn.Parameter(torch.empty(128))
@@ -88,20 +90,23 @@ class FluxConditioning(nn.Module):
         )
         self.final = nn.Linear(channels, FINAL_PARTS * channels)
         self.routers = nn.ModuleList(RouterConditioning(channels) for _ in widths if token_routers)
+        self.experts = GateRouters(channels, len(widths), td_lora.experts) if td_lora else None
 
     def forward(self, timestep: Tensor, pooled_projections: Tensor, guidance: Tensor | None = None) -> Tensor:
         """sigma (R,), pooled text (R, P), guidance (R,) -> (R, M), scales with their 1 added."""
-        embedding = F.silu(self.embed(timestep, pooled_projections, guidance))  # (R, C)
+        time = self.time(embed_sinusoid(timestep * 1000, self.frequencies))  # (R, C)
+        embedding = F.silu(self.conditioned(time, pooled_projections, guidance))  # (R, C)
         parts = [part for stream in self.streams for part in scales_from_one(stream(embedding), STREAM_PARTS)]
         parts += [part for single in self.singles for part in scales_from_one(single(embedding), SINGLE_PARTS)]
         routers = [router(embedding) for router in self.routers]
         parts += [weights for weights, _ in routers]
         scale, shift = self.final(embedding).float().chunk(FINAL_PARTS, dim=1)  # (R, C)
-        return torch.cat([*parts, shift, scale + 1, *(constant for _, constant in routers)], dim=1)
+        parts += [shift, scale + 1, *(constant for _, constant in routers)]
+        return torch.cat(parts if self.experts is None else [*parts, self.experts(time)], dim=1)
 
-    def embed(self, timestep: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:
-        """(R, C)"""
-        embedding: Tensor = self.time(embed_sinusoid(timestep * 1000, self.frequencies)) + self.pooled(pooled)
+    def conditioned(self, time: Tensor, pooled: Tensor, guidance: Tensor | None) -> Tensor:
+        """The timestep's embedding (R, C), and those of the pooled text and of the guidance: (R, C)."""
+        embedding: Tensor = time + self.pooled(pooled)
         if self.guidance is None or guidance is None:
             return embedding
         conditioned: Tensor = embedding + self.guidance(embed_sinusoid(guidance * 1000, self.frequencies))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from dyexport.bundle import ModelSpec, Segment, TokenPath
 from dyexport.errors import UsageError
 from dyexport.lora import LoraSpec
 from dyexport.presets import Preset
+from dyexport.slicing.merging import merged_recipe
 from dyexport.slicing.recipes import Read, Recipe, materialise
 from dyexport.tables import WidthTable
 from dyexport.tensors import TensorSpec
@@ -106,7 +107,10 @@ def get_slicer(backbone: str) -> Slicer:
 
 def slice_segment(architecture: Architecture, segment: Segment) -> Slice:
     """The slim network of a segment."""
-    return get_slicer(architecture.spec.backbone).slice_network(architecture, segment)
+    piece = get_slicer(architecture.spec.backbone).slice_network(architecture, segment)
+    if not segment.merged:
+        return piece
+    return replace(piece, recipes={name: merged_recipe(recipe, segment) for name, recipe in piece.recipes.items()})
 
 
 def slice_conditioning(architecture: Architecture) -> Slice:

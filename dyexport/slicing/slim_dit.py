@@ -29,7 +29,7 @@ from dyexport.slicing.slim_layers import (
     scales_from_one,
     select_tokens,
 )
-from dyexport.slicing.slim_lora import GateRouters, LowRankPath, QkvPath, with_experts
+from dyexport.slicing.slim_lora import GateRouters, WithPaths, lora_paths, with_experts
 
 BLOCK_PARTS = 6  # shift, scale and gate, of attention and of the MLP
 FINAL_PARTS = 2  # shift and scale of the final layer
@@ -64,7 +64,7 @@ class DiTConditioning(nn.Module):
         return torch.cat(parts if self.experts is None else [*parts, self.experts(time)], dim=1)
 
 
-class SlimBlock(nn.Module):
+class SlimBlock(WithPaths):
     """What adaLN-Zero blocks of DiT and Latte are made of, at the widths and on the token path of their segment."""
 
     def __init__(
@@ -82,21 +82,11 @@ class SlimBlock(nn.Module):
         self.out = TransposedLinear(self.heads * head_dim, channels)
         self.fc1 = nn.Linear(channels, len(segment.groups[index]) * group_size)
         self.fc2 = TransposedLinear(len(segment.groups[index]) * group_size, channels)
-        self.low_rank = self._paths(td_lora) if td_lora else None
+        self.add_paths(td_lora, "out", "fc1", "fc2", qkv=(self.heads, head_dim))
         if self.path != "all":
             hidden = max(channels // 16, 1)
             self.router_in = nn.Linear(channels, hidden)
             self.router_out = nn.Linear(hidden, 1)
-
-    def _paths(self, spec: LoraSpec) -> nn.ModuleDict:
-        channels = self.qkv.in_features
-        paths = {name: LowRankPath(*_sizes(getattr(self, name)), spec) for name in ("out", "fc1", "fc2")}
-        return nn.ModuleDict({"qkv": QkvPath(channels, self.heads, self.head_dim, spec), **paths})
-
-    def linear(self, name: str, rows: Tensor, gates: Gates) -> Tensor:
-        """One of the linears, and its low-rank path: (R, in) -> (R, out)."""
-        out: Tensor = getattr(self, name)(rows)
-        return out if self.low_rank is None else out + self.low_rank[name](rows, gates.experts)
 
     def feed(
         self, hidden: Tensor, modulation: tuple[Tensor, ...], gates: Gates, slots: int
@@ -134,12 +124,6 @@ class SlimBlock(nn.Module):
         return self.linear("fc2", gate_units(wide, gates.groups), gates)
 
 
-def _sizes(linear: nn.Linear | TransposedLinear) -> tuple[int, int]:
-    """Inputs and outputs."""
-    size, other = linear.weight.shape
-    return (other, size) if isinstance(linear, nn.Linear) else (size, other)
-
-
 class DiTBlock(SlimBlock):
     """Attention, then the MLP."""
 
@@ -167,8 +151,9 @@ class SlimDiT(nn.Module):
         self.out_channels = config["out_channels"]
         self.patch = nn.Conv2d(config["in_channels"], channels, self.patch_size, stride=self.patch_size)
         self.position = nn.Parameter(torch.empty(1, self.grid**2, channels))
+        paths = lora_paths(td_lora, segment)
         self.blocks = nn.ModuleList(
-            DiTBlock(config, segment, index, group_size=group_size, td_lora=td_lora) for index in range(segment.depth)
+            DiTBlock(config, segment, index, group_size=group_size, td_lora=paths) for index in range(segment.depth)
         )
         self.final = nn.Linear(channels, self.patch_size**2 * self.out_channels)
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyexport.bundle import Segment
+from dyexport.lora import LoraSpec
 from dyexport.slicing.flux_conditioning import FINAL_PARTS, SINGLE_PARTS, STREAM_PARTS, channels_of
 from dyexport.slicing.slim_layers import (
     NORM_EPS,
@@ -26,8 +27,8 @@ from dyexport.slicing.slim_layers import (
     modulated_norm,
     run_selected,
     select_tokens,
-    split_gates,
 )
+from dyexport.slicing.slim_lora import WithPaths, gates_size, lora_paths, with_experts
 
 ROUTER_EPS = 1e-5
 
@@ -44,20 +45,21 @@ class Rotary(NamedTuple):
         return torch.cat([first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1)
 
 
-class Projection(nn.Module):
+class Projection(WithPaths):
     """Normed query and key, and value, of the kept heads of one stream of tokens."""
 
-    def __init__(self, channels: int, heads: int, head_dim: int) -> None:
+    def __init__(self, channels: int, heads: int, head_dim: int, td_lora: LoraSpec | None) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, head_dim
         self.qkv = nn.Linear(channels, 3 * heads * head_dim)
+        self.add_paths(td_lora, qkv=(heads, head_dim))
         self.query_norm = nn.Parameter(torch.empty(head_dim))
         self.key_norm = nn.Parameter(torch.empty(head_dim))
 
-    def forward(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, normed: Tensor, gates: Gates) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, C) -> 3 x (B, H', N, D)."""
         batch, tokens, _ = normed.shape
-        qkv = self.qkv(normed.flatten(0, 1)).view(batch, tokens, self.heads, 3, self.head_dim)
+        qkv = self.linear("qkv", normed.flatten(0, 1), gates).view(batch, tokens, self.heads, 3, self.head_dim)
         query, key, value = qkv.permute(3, 0, 2, 1, 4).unbind(0)  # (B, H', N, D)
         return rms_norm(query, self.query_norm), rms_norm(key, self.key_norm), value
 
@@ -77,18 +79,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, rotary: Rotary, gate: Tens
     return mixed.transpose(1, 2).flatten(2)
 
 
-class FeedForward(nn.Module):
+class FeedForward(WithPaths):
     """The kept groups of an FFN."""
 
-    def __init__(self, channels: int, wide: int) -> None:
+    def __init__(self, channels: int, wide: int, td_lora: LoraSpec | None) -> None:
         super().__init__()
         self.fc1 = nn.Linear(channels, wide)
         self.fc2 = TransposedLinear(wide, channels)
+        self.add_paths(td_lora, "fc1", "fc2")
 
-    def forward(self, rows: Tensor, gate: Tensor | None) -> Tensor:
+    def forward(self, rows: Tensor, gates: Gates) -> Tensor:
         """(R, C) -> (R, C)."""
-        out: Tensor = self.fc2(gate_units(F.gelu(self.fc1(rows), approximate="tanh"), gate))
-        return out
+        wide = gate_units(F.gelu(self.linear("fc1", rows, gates), approximate="tanh"), gates.groups)  # (R, G' * S)
+        return self.linear("fc2", wide, gates)
 
 
 class RouterInput(NamedTuple):
@@ -107,20 +110,23 @@ class RouterInput(NamedTuple):
         return (normed @ self.image.transpose(1, 2)).squeeze(2) + offset
 
 
-class DoubleBlock(nn.Module):
+class DoubleBlock(WithPaths):
     """Joint attention, then an FFN of its own for image and text; image tokens may skip theirs."""
 
-    def __init__(self, config: Mapping[str, Any], segment: Segment, index: int, *, group_size: int) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], segment: Segment, index: int, *, group_size: int, td_lora: LoraSpec | None
+    ) -> None:
         super().__init__()
         channels, head_dim = channels_of(config), config["attention_head_dim"]
         heads, wide = len(segment.heads[index]), len(segment.groups[index]) * group_size
         self.path, self.capacity = segment.token_paths[index], segment.capacities[index]
-        self.image = Projection(channels, heads, head_dim)
-        self.text = Projection(channels, heads, head_dim)
+        self.image = Projection(channels, heads, head_dim, td_lora)
+        self.text = Projection(channels, heads, head_dim, td_lora)
         self.image_out = TransposedLinear(heads * head_dim, channels)
         self.text_out = TransposedLinear(heads * head_dim, channels)
-        self.image_mlp = FeedForward(channels, wide)
-        self.text_mlp = FeedForward(channels, wide)
+        self.image_mlp = FeedForward(channels, wide, td_lora)
+        self.text_mlp = FeedForward(channels, wide, td_lora)
+        self.add_paths(td_lora, "image_out", "text_out")
 
     def forward(
         self,
@@ -134,15 +140,15 @@ class DoubleBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(B, N, C), (B, T, C), 12 x (B, 1, C) -> both streams, and the tokens wanted (B,) where room is limited."""
         of_image, of_text = parts[:STREAM_PARTS], parts[STREAM_PARTS:]
-        mixed_image, mixed_text = self.mix(image, text, of_image, of_text, rotary, gates.heads)
-        image = gated_update(image, of_image[2], project(self.image_out, mixed_image))  # (B, N, C)
-        text = gated_update(text, of_text[2], project(self.text_out, mixed_text))  # (B, T, C)
+        mixed_image, mixed_text = self.mix(image, text, of_image, of_text, rotary, gates)
+        image = gated_update(image, of_image[2], self.project("image_out", mixed_image, gates))  # (B, N, C)
+        text = gated_update(text, of_text[2], self.project("text_out", mixed_text, gates))  # (B, T, C)
         selection = Selection()
         if self.path != "all" and router is not None:
             room = self.capacity + (slots if self.path == "dynamic" else 0)
             selection = select_tokens(self.path, router.scores(image, text), room)
-        image_update = self.feed(self.image_mlp, image, of_image, gates.groups, selection)  # (B, N, C)
-        text_update = self.feed(self.text_mlp, text, of_text, gates.groups, Selection())  # (B, T, C)
+        image_update = self.feed(self.image_mlp, image, of_image, gates, selection)  # (B, N, C)
+        text_update = self.feed(self.text_mlp, text, of_text, gates, Selection())  # (B, T, C)
         image, text = gated_update(image, of_image[5], image_update), gated_update(text, of_text[5], text_update)
         return image, text, selection.kept
 
@@ -153,36 +159,41 @@ class DoubleBlock(nn.Module):
         of_image: tuple[Tensor, ...],
         of_text: tuple[Tensor, ...],
         rotary: Rotary,
-        gate: Tensor | None,
+        gates: Gates,
     ) -> tuple[Tensor, Tensor]:
         """Joint attention, text before image: (B, N, H' * D), (B, T, H' * D)."""
-        from_image = self.image(modulated_norm(image, of_image[0], of_image[1]))
-        from_text = self.text(modulated_norm(text, of_text[0], of_text[1]))
+        from_image = self.image(modulated_norm(image, of_image[0], of_image[1]), gates)
+        from_text = self.text(modulated_norm(text, of_text[0], of_text[1]), gates)
         query, key, value = (torch.cat(pair, dim=2) for pair in zip(from_text, from_image, strict=True))
-        mixed = attend(query, key, value, rotary, gate)  # (B, T + N, H' * D)
+        mixed = attend(query, key, value, rotary, gates.heads)  # (B, T + N, H' * D)
         return mixed[:, text.shape[1] :], mixed[:, : text.shape[1]]
 
+    def project(self, out: str, mixed: Tensor, gates: Gates) -> Tensor:
+        """(B, N, H' * D) -> (B, N, C)."""
+        return self.linear(out, mixed.flatten(0, 1), gates).view(*mixed.shape[:2], -1)
+
     @staticmethod
-    def feed(
-        mlp: FeedForward, stream: Tensor, parts: tuple[Tensor, ...], gate: Tensor | None, selection: Selection
-    ) -> Tensor:
+    def feed(mlp: FeedForward, stream: Tensor, parts: tuple[Tensor, ...], gates: Gates, selection: Selection) -> Tensor:
         """The FFN's update of one stream: (B, N, C) -> (B, N, C)."""
         normed = modulated_norm(stream, parts[3], parts[4]).flatten(0, 1)  # (B * N, C)
-        return run_selected(selection, lambda rows: mlp(rows, gate), normed).view(stream.shape)
+        return run_selected(selection, lambda rows: mlp(rows, gates), normed).view(stream.shape)
 
 
-class SingleBlock(nn.Module):
+class SingleBlock(WithPaths):
     """Attention and MLP side by side with one output projection; a skipped image token misses both updates."""
 
-    def __init__(self, config: Mapping[str, Any], segment: Segment, index: int, *, group_size: int) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], segment: Segment, index: int, *, group_size: int, td_lora: LoraSpec | None
+    ) -> None:
         super().__init__()
         channels, head_dim = channels_of(config), config["attention_head_dim"]
         heads, wide = len(segment.heads[index]), len(segment.groups[index]) * group_size
         self.path, self.capacity = segment.token_paths[index], segment.capacities[index]
-        self.projection = Projection(channels, heads, head_dim)
+        self.projection = Projection(channels, heads, head_dim, td_lora)
         self.fc1 = nn.Linear(channels, wide)
         self.out = nn.Parameter(torch.empty(heads * head_dim, channels))
         self.fc2 = TransposedLinear(wide, channels)
+        self.add_paths(td_lora, "fc1", "out", "fc2")
 
     def forward(
         self,
@@ -198,15 +209,16 @@ class SingleBlock(nn.Module):
         shift, scale, gate = parts
         tokens = torch.cat([text, image], dim=1)  # (B, T + N, C)
         normed = modulated_norm(tokens, shift, scale)  # (B, T + N, C)
-        query, key, value = self.projection(normed)  # (B, H', T + N, D)
+        query, key, value = self.projection(normed, gates)  # (B, H', T + N, D)
         mixed = attend(query, key, value, rotary, gates.heads)  # (B, T + N, H' * D)
         selection, kept = Selection(), None
         if self.path != "all" and router is not None:
             selection, kept = self.select(router.scores(image, text), text.shape[1], slots)
 
         def branch(rows: Tensor, attention: Tensor) -> Tensor:
-            wide = gate_units(F.gelu(self.fc1(rows), approximate="tanh"), gates.groups)  # (R, G' * S)
-            return torch.addmm(self.fc2(wide), attention, self.out)  # (R, C)
+            wide = gate_units(F.gelu(self.linear("fc1", rows, gates), approximate="tanh"), gates.groups)
+            update = torch.addmm(self.linear("fc2", wide, gates), attention, self.out)  # (R, C)
+            return self.updated(update, "out", attention, gates)
 
         update = run_selected(selection, branch, normed.flatten(0, 1), mixed.flatten(0, 1))  # (B * (T + N), C)
         tokens = gated_update(tokens, gate, update.view(tokens.shape))
@@ -220,25 +232,29 @@ class SingleBlock(nn.Module):
         return selection, None if selection.kept is None else selection.kept - text
 
 
-def project(out: TransposedLinear, mixed: Tensor) -> Tensor:
-    """(B, N, H' * D) -> (B, N, C)."""
-    return out(mixed.flatten(0, 1)).view(*mixed.shape[:2], -1)
-
-
 class SlimFlux(nn.Module):
     """A FLUX at the widths of one segment, without its conditioning network."""
 
-    def __init__(self, config: Mapping[str, Any], segment: Segment, *, group_size: int, token_routers: bool) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        segment: Segment,
+        *,
+        group_size: int,
+        token_routers: bool,
+        td_lora: LoraSpec | None,
+    ) -> None:
         super().__init__()
-        self.segment, self.token_routers = segment, token_routers
+        self.segment, self.token_routers, self.td_lora = segment, token_routers, td_lora
         self.doubles, self.channels = config["num_layers"], channels_of(config)
         self.axes = tuple(size // 2 for size in config["axes_dims_rope"])
         self.image_in = nn.Linear(config["in_channels"], self.channels)
         self.text_in = nn.Linear(config["joint_attention_dim"], self.channels)
         self.rotary = nn.Parameter(torch.empty(config["attention_head_dim"] // 2))
         kinds = [DoubleBlock] * self.doubles + [SingleBlock] * config["num_single_layers"]
+        paths = lora_paths(td_lora, segment)
         self.blocks = nn.ModuleList(
-            kind(config, segment, index, group_size=group_size) for index, kind in enumerate(kinds)
+            kind(config, segment, index, group_size=group_size, td_lora=paths) for index, kind in enumerate(kinds)
         )
         self.final = nn.Linear(self.channels, config.get("out_channels") or config["in_channels"])
 
@@ -262,7 +278,7 @@ class SlimFlux(nn.Module):
         parts, routers = self.split_modulation(modulation)
         extra = 0 if slots is None else slots.shape[0]
         counts = []
-        for index, gates in enumerate(split_gates(self.segment, width_gate)):
+        for index, gates in enumerate(with_experts(self.segment, width_gate, modulation, self.td_lora)):
             image, text, kept = self.blocks[index](image, text, parts[index], routers[index], rotary, gates, extra)
             if kept is not None:
                 counts.append(kept)
@@ -273,6 +289,7 @@ class SlimFlux(nn.Module):
     def split_modulation(self, modulation: Tensor) -> tuple[list[tuple[Tensor, ...]], list[RouterInput | None]]:
         """Vectors (B, 1, C) of every block, and at the end of the final layer; token routers of every block."""
         depth = self.segment.depth
+        modulation = modulation[:, : modulation.shape[1] - gates_size(self.td_lora, depth)]
         constants = depth if self.token_routers else 0
         vectors = modulation[:, : modulation.shape[1] - constants].unsqueeze(1).split(self.channels, dim=2)
         sizes = [2 * STREAM_PARTS] * self.doubles + [SINGLE_PARTS] * (depth - self.doubles)

@@ -24,7 +24,7 @@ from dyexport.slicing.slim_layers import (
     modulated_norm,
     scales_from_one,
 )
-from dyexport.slicing.slim_lora import GateRouters, with_experts
+from dyexport.slicing.slim_lora import GateRouters, lora_paths, with_experts
 
 SHARED_PARTS = BLOCK_PARTS + FINAL_PARTS
 
@@ -214,8 +214,9 @@ class SlimLatte(nn.Module):
         self.positions = Positions(config)
         self.caption = Caption(config["caption_channels"], channels)
         kinds = [SpatialBlock, TemporalBlock] * config["num_layers"]
+        paths = lora_paths(td_lora, segment)
         self.blocks = nn.ModuleList(
-            kind(config, segment, index, group_size=group_size, td_lora=td_lora) for index, kind in enumerate(kinds)
+            kind(config, segment, index, group_size=group_size, td_lora=paths) for index, kind in enumerate(kinds)
         )
         self.final = nn.Linear(channels, self.patch_size**2 * self.out_channels)
 

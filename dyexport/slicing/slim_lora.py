@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dyexport.bundle import Segment
 from dyexport.lora import LoraSpec
-from dyexport.slicing.slim_layers import Gates, split_gates
+from dyexport.slicing.slim_layers import Gates, TransposedLinear, split_gates
 
 
 def gates_size(spec: LoraSpec | None, depth: int) -> int:
@@ -27,6 +27,11 @@ def with_experts(segment: Segment, width_gate: Tensor | None, modulation: Tensor
     size = gates_size(spec, segment.depth)
     experts = modulation[0, modulation.shape[1] - size :].view(segment.depth, spec.experts)  # (L, E)
     return [block._replace(experts=mixed) for block, mixed in zip(gates, experts.unbind(0), strict=True)]
+
+
+def lora_paths(spec: LoraSpec | None, segment: Segment) -> LoraSpec | None:
+    """What paths a segment has beside its linears."""
+    return None if segment.merged else spec
 
 
 class LowRankPath(nn.Module):
@@ -65,6 +70,38 @@ class QkvPath(nn.Module):
         """(R, C), gates (E,) -> (R, H' * 3 * D)."""
         parts = [path(rows, experts).unflatten(1, (self.heads, -1)) for path in (self.query, self.key, self.value)]
         return torch.stack(parts, dim=2).flatten(1)
+
+
+class WithPaths(nn.Module):
+    """A module whose linears may have low-rank paths beside them, in ``low_rank`` under the same names."""
+
+    low_rank: nn.ModuleDict | None
+
+    def add_paths(self, spec: LoraSpec | None, *names: str, qkv: tuple[int, int] | None = None) -> None:
+        """Paths for linears by name; ``qkv`` are heads and their size where there is a linear of that name."""
+        self.low_rank = None
+        if spec is not None:
+            paths: dict[str, nn.Module] = {name: LowRankPath(*_sizes(getattr(self, name)), spec) for name in names}
+            if qkv is not None:
+                paths["qkv"] = QkvPath(_sizes(getattr(self, "qkv"))[0], *qkv, spec)  # noqa: B009
+            self.low_rank = nn.ModuleDict(paths)
+
+    def linear(self, name: str, rows: Tensor, gates: Gates) -> Tensor:
+        """A linear, and its path: (R, in) -> (R, out)."""
+        out: Tensor = getattr(self, name)(rows)
+        return self.updated(out, name, rows, gates)
+
+    def updated(self, out: Tensor, name: str, rows: Tensor, gates: Gates) -> Tensor:
+        """What a linear makes of rows (R, in), and what its path adds: (R, out)."""
+        return out if self.low_rank is None else out + self.low_rank[name](rows, gates.experts)
+
+
+def _sizes(linear: nn.Linear | TransposedLinear | Tensor) -> tuple[int, int]:
+    """Inputs and outputs; a bare weight is stored as a ``TransposedLinear``'s."""
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
+    inputs, outputs = (linear if isinstance(linear, Tensor) else linear.weight).shape
+    return inputs, outputs
 
 
 class GateRouters(nn.Module):

@@ -17,6 +17,7 @@ from dyexport.bundle import DENSE_CONDITIONING, Bundle
 from dyexport.errors import CheckpointError
 from dyexport.lora import LoraSpec
 from dyexport.models.checkpoints import TD_LORA, load_dynamic, load_static
+from dyexport.models.inputs import NoisedInputs
 from dyexport.runtime.pipeline import load
 from tests.build.tiny import TINY, build, tiny_settings
 
@@ -71,6 +72,49 @@ def test_a_trained_one_says_how_much_it_trained(tmp_path: Path) -> None:
     assert bundle.manifest.metrics["trainable_parameters"] == small
     assert bundle.manifest.metrics["trainable_share"] == pytest.approx(small / whole)
     assert bundle.manifest.model.td_lora == SPEC
+
+
+def test_merging_is_measured_and_then_exact(tmp_path: Path) -> None:
+    """A merged bundle equals the model at the mean gates to the last digit; what the mean costs is written down."""
+    path = build(tiny_settings(tmp_path / "path", td_lora=SPEC, engines=3))
+    merged = build(tiny_settings(tmp_path / "merged", td_lora=SPEC, engines=3, merge_tolerance=1.0))
+    assert all(segment.merged for segment in merged.manifest.plan.segments)
+    assert verify_bundle(merged.root, VerifySettings(timesteps=32)).passed
+    errors = merged.manifest.plan.merge_errors
+    assert len(errors) == 3
+    model, preset = load_dynamic(find_reference(merged))
+    segment, found = merged.manifest.plan.segments[1], load(merged.root)
+    apart = norm = 0.0
+    for draw in range(32):
+        t = segment.start + (draw + 0.5) / 32 * (segment.end - segment.start)
+        inputs = NoisedInputs(preset=preset, batch_size=4, seed=7).at(t)
+        with torch.no_grad():
+            truth = model(inputs).sample
+        apart += float((found(**inputs).sample - truth).square().sum())
+        norm += float(truth.square().sum())
+    assert apart / norm > 1e-6
+    assert 0.2 < apart / norm / errors[1] < 5
+    assert merged.manifest.plan.disk_bytes > path.manifest.plan.disk_bytes
+    assert not path.manifest.plan.merge_errors
+
+
+@pytest.mark.parametrize("tolerance", [None, 1.0])
+def test_flux_too(tolerance: float | None, tmp_path: Path) -> None:
+    settings = replace(tiny_settings(tmp_path, td_lora=SPEC), model="flux-tiny", merge_tolerance=tolerance)
+    bundle = build(settings)
+    assert [segment.merged for segment in bundle.manifest.plan.segments] == [tolerance is not None]
+    assert verify_bundle(bundle.root, VerifySettings(timesteps=6)).passed
+
+
+def test_what_costs_too_much_is_not_merged(tmp_path: Path) -> None:
+    loose = tiny_settings(tmp_path, td_lora=SPEC, engines=3, merge_tolerance=1.0)
+    with opened(loose, Silent()) as pipeline:
+        errors = pipeline.plan.merge_errors
+    assert len(set(errors)) == 3
+    between = sorted(errors)[1]
+    bundle = build(replace(loose, merge_tolerance=between))
+    assert [segment.merged for segment in bundle.manifest.plan.segments] == [error <= between for error in errors]
+    assert verify_bundle(bundle.root, VerifySettings(timesteps=32)).passed
 
 
 def test_one_expert_needs_no_path(tmp_path: Path) -> None:
