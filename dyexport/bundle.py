@@ -201,10 +201,15 @@ class ModelSpec(Frozen):
     td_lora: LoraSpec | None = None  # whose gates the conditioning network computes
 
     @property
+    def frames(self) -> int | None:
+        """Of a video; None for a model of pictures."""
+        return int(self.config["video_length"]) if "video_length" in self.config else None
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         """(C, H, W) of one sample, (C, F, H, W) of a video."""
         size = int(self.config["sample_size"])
-        frames = [int(self.config["video_length"])] if "video_length" in self.config else []
+        frames = () if self.frames is None else (self.frames,)
         return (int(self.config["in_channels"]), *frames, size, size)
 
 

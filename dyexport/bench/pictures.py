@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,12 +78,19 @@ def decode(latents: torch.Tensor, vae: str) -> torch.Tensor:
     return pixels
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write the file whole or not at all."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name to write to: the file comes to be whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".partial-{path.name}")
     try:
-        image.save(partial, format="PNG")
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write the file whole or not at all."""
+    with whole_file(path) as partial:
+        image.save(partial, format="PNG")

@@ -22,7 +22,7 @@ Advance = Callable[[int, int], None]
 
 
 class _Drawn(NamedTuple):
-    """Pixels in [0, 1], (B, C, H, W), or latents of any shape; and what was asked for, for ``--json``."""
+    """Pixels in [0, 1], (B, C, H, W), of videos (B, F, C, H, W), or latents; and what was asked for, for ``--json``."""
 
     values: torch.Tensor
     pixels: bool
@@ -33,34 +33,42 @@ class _Drawn(NamedTuple):
 def sample(
     bundle: BundleArgument,
     labels: Annotated[str, typer.Option(help="Classes to draw: 0-9, 3,7 or both kinds mixed.")] = "0-9",
-    prompt: Annotated[list[str] | None, typer.Option(help="FLUX: what to draw; may be given several times.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="FLUX, Latte: what to draw; may be given several times.")
+    ] = None,
     prompt_embeds: Annotated[
-        Path | None, typer.Option(help="FLUX: a safetensors file of embedded prompts, instead of --prompt.")
+        Path | None, typer.Option(help="FLUX, Latte: a safetensors file of embedded prompts, instead of --prompt.")
     ] = None,
     pipeline: Annotated[
-        str | None, typer.Option(help="FLUX: text encoders and VAE, a directory or hub id; by default the model's own.")
+        str | None,
+        typer.Option(help="FLUX, Latte: text encoders and VAE, a directory or hub id; by default the model's own."),
     ] = None,
-    height: Annotated[int | None, typer.Option(help="FLUX: pixels; by default 1024.")] = None,
-    width: Annotated[int | None, typer.Option(help="FLUX: pixels; by default 1024.")] = None,
+    height: Annotated[int | None, typer.Option(help="FLUX, Latte: pixels; by default 1024, or 512.")] = None,
+    width: Annotated[int | None, typer.Option(help="FLUX, Latte: pixels; by default 1024, or 512.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Latte: 1 for a picture; by default the 16 it knows.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps; by default 50, FLUX 28, FLUX-schnell 4.")] = None,
     scheduler: SchedulerOption = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; by default 1.5, FLUX 3.5. 1 is none.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance scale; by default 1.5, FLUX 3.5, Latte 7.5. 1 is none.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     target: TargetOption = "onnx",
     vae: Annotated[
         str | None, typer.Option(help="AutoencoderKL that decodes latents: a directory or a hub id.")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The picture.")] = Path("samples.png"),
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="By default samples.png, for videos samples.gif; or .mp4.")
+    ] = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Draw a grid of pictures, one for each label or prompt; without a VAE a latent-space model's latents are saved."""
+    """Draw pictures or videos, one for each label or prompt; without a VAE a latent-space model's latents are saved."""
     with chatter_on_stderr(), progress_bar("sampling") as advance:
-        from dyexport.bench.pictures import save_sample
         from dyexport.runtime.pipeline import load
 
         classes = parse_labels(labels)
         loaded = load(bundle, target=target)
+        out = _checked(out, video=loaded.spec.frames is not None and frames != 1)
         if loaded.spec.classes:
             drawn = _from_labels(loaded, classes, steps, guidance, seed, scheduler, vae, advance)
         else:
@@ -75,13 +83,39 @@ def sample(
                 guidance=guidance,
                 height=height,
                 width=width,
+                frames=frames,
                 seed=seed,
             )
             drawn = _from_prompts(loaded, wanted, advance)
-        written = save_sample(drawn.values, out, pixels=drawn.pixels)
+        written = _save(drawn, out)
     what = "" if drawn.pixels else " (latents; pass --vae with the autoencoder of this model to get pictures)"
     payload = {"path": str(written), **drawn.settings}
     emit(payload, as_json=json, human=lambda console: console.print(f"{written}{what}", markup=False, soft_wrap=True))
+
+
+def _checked(out: Path | None, *, video: bool) -> Path:
+    """Where to write, refused before anything is drawn if no video can be written there."""
+    if not video:
+        return out or Path("samples.png")
+    from dyexport.bench.videos import check_video_path
+
+    out = out or Path("samples.gif")
+    check_video_path(out)
+    return out
+
+
+def _save(drawn: _Drawn, out: Path) -> Path:
+    from dyexport.bench.pictures import save_sample
+
+    values = drawn.values
+    if drawn.pixels and values.ndim == 5:
+        if values.shape[1] > 1:
+            from dyexport.bench.videos import save_video
+
+            save_video(values.cpu().numpy(), out)
+            return out
+        values = values.squeeze(1)  # a picture
+    return save_sample(values, out, pixels=drawn.pixels)
 
 
 def _from_labels(

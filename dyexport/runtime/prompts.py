@@ -1,26 +1,21 @@
-"""Pictures from prompts: diffusers' own text-to-image pipeline around a bundle."""
+"""Pictures and videos from prompts: diffusers' own pipeline around a bundle."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from dyexport.errors import CheckpointError, DataError, UsageError
 from dyexport.runtime.pipeline import BundleTransformer
+from dyexport.runtime.prompt_pipelines import PIPELINES, Columns, PromptPipeline
 from dyexport.runtime.sampling import open_vae
-
-if TYPE_CHECKING:
-    from diffusers import FluxPipeline
 
 Progress = Callable[[int, int], None]
 """Called with denoising steps done and steps in all."""
-
-EMBEDDED = ("prompt_embeds", "pooled_prompt_embeds")
-STEPS = {True: 28, False: 4}  # by whether the model embeds its guidance scale: FLUX.1-dev and -schnell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +23,7 @@ class Prompts:
     """What to draw, and how. Either ``texts``, or ``embedded``: a safetensors file of their embeddings.
 
     ``pipeline`` is where text encoders and VAE come from, a directory or hub repository; embedded prompts need
-    none, and get a VAE from there or from ``vae``. Sizes in pixels; None takes the pipeline's own.
+    none, and get a VAE from there or from ``vae``. Sizes in pixels. None takes what is usual for the model.
     """
 
     texts: tuple[str, ...] = ()
@@ -39,6 +34,7 @@ class Prompts:
     guidance: float | None = None
     height: int | None = None
     width: int | None = None
+    frames: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -55,7 +51,7 @@ class Prompts:
 
 
 class Drawn(NamedTuple):
-    """Pixels in [0, 1], (B, 3, H, W), or, where there is no VAE, packed latents (B, N, C)."""
+    """Pixels in [0, 1], (B, 3, H, W) or (B, F, 3, H, W), or, where there is no VAE, the pipeline's latents."""
 
     values: torch.Tensor
     pixels: bool
@@ -63,55 +59,59 @@ class Drawn(NamedTuple):
 
 @torch.inference_mode()
 def draw_prompts(transformer: BundleTransformer, wanted: Prompts, progress: Progress | None = None) -> Drawn:
-    """One picture for each prompt.
+    """One picture, or one video, for each prompt.
 
     Raises ``CheckpointError`` where the pipeline cannot be read and ``DataError`` for embeddings that do not fit.
     """
-    spec = transformer.spec
-    conditions = {"prompt": list(wanted.texts)} if wanted.texts else read_embedded(wanted.embedded, spec.config)
-    pipe = _pipeline(transformer, wanted)
-    steps = wanted.steps or STEPS[bool(spec.config["guidance_embeds"])]
+    spec, kind = transformer.spec, PIPELINES[transformer.spec.backbone]
+    arguments = kind.arguments(spec, frames=wanted.frames, embedded=wanted.embedded is not None)
+    usual = kind.habits(spec)
+    steps, guidance = wanted.steps or usual.steps, usual.guidance if wanted.guidance is None else wanted.guidance
+    conditions: dict[str, Any] = {"prompt": list(wanted.texts)}
+    if wanted.embedded is not None:
+        conditions = read_embedded(wanted.embedded, kind.columns(spec, guided=guidance > 1))
+    pipe = _pipeline(transformer, kind, wanted)
 
     def advance(_pipe: Any, step: int, _t: Any, kept: dict[str, Any]) -> dict[str, Any]:
         if progress is not None:
             progress(step + 1, steps)
         return kept
 
-    values = pipe(
+    output = pipe(
         **conditions,
+        **arguments,
         height=wanted.height,
         width=wanted.width,
         num_inference_steps=steps,
-        guidance_scale=3.5 if wanted.guidance is None else wanted.guidance,
+        guidance_scale=guidance,
         generator=torch.Generator().manual_seed(wanted.seed),
         output_type="latent" if pipe.vae is None else "pt",
         callback_on_step_end=advance,
-    ).images
-    return Drawn(values.float(), pixels=pipe.vae is not None)
+    )
+    return Drawn(kind.drawn(output).float(), pixels=pipe.vae is not None)
 
 
-def _pipeline(transformer: BundleTransformer, wanted: Prompts) -> FluxPipeline:
+def _pipeline(transformer: BundleTransformer, kind: PromptPipeline, wanted: Prompts) -> Any:
     """With texts a whole one; embedded prompts need the VAE at most."""
     if wanted.pipeline is not None:
         pipe = open_pipeline(transformer, wanted.pipeline, texts=bool(wanted.texts))
     elif wanted.texts:
         raise UsageError(f"no text encoders of {transformer.spec.name} are known; give --pipeline DIR")
     else:
-        pipe = _bare_pipeline(transformer, wanted.vae)
+        pipe = _bare_pipeline(transformer, kind, wanted.vae)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def open_pipeline(transformer: BundleTransformer, source: str, *, texts: bool = True) -> FluxPipeline:
+def open_pipeline(transformer: BundleTransformer, source: str, *, texts: bool = True) -> Any:
     """The pipeline in a directory or hub repository with the bundle as its transformer, whose own is not read.
 
     Without ``texts`` the text encoders stay unread too.
     """
-    from diffusers import FluxPipeline
-
-    absent = {} if texts else dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    kind = PIPELINES[transformer.spec.backbone]
+    absent = {} if texts else dict.fromkeys(kind.text_parts)
     try:
-        return FluxPipeline.from_pretrained(source, transformer=transformer, torch_dtype=torch.bfloat16, **absent)
+        return _class_of(kind).from_pretrained(source, transformer=transformer, torch_dtype=torch.bfloat16, **absent)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
@@ -120,39 +120,46 @@ def open_pipeline(transformer: BundleTransformer, source: str, *, texts: bool = 
         ) from error
 
 
-def _bare_pipeline(transformer: BundleTransformer, vae: str | None) -> FluxPipeline:
-    """From embedded prompts to latents; the schedule is that of the model's own pipeline."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-
-    shifted = bool(transformer.spec.config["guidance_embeds"])  # FLUX.1-dev's steps follow the resolution
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=shifted),
+def _bare_pipeline(transformer: BundleTransformer, kind: PromptPipeline, vae: str | None) -> Any:
+    """From embedded prompts to latents."""
+    return _class_of(kind)(
+        scheduler=kind.scheduler(transformer.spec),
         vae=None if vae is None else open_vae(vae),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
         transformer=transformer,
+        **dict.fromkeys(kind.text_parts),
     )
 
 
-def read_embedded(file: Path | None, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """``prompt_embeds`` (n, T, C_text) and ``pooled_prompt_embeds`` (n, C_pooled) of a safetensors file."""
+def _class_of(kind: PromptPipeline) -> Any:
+    import diffusers
+
+    return getattr(diffusers, kind.name)
+
+
+def read_embedded(file: Path, columns: Columns) -> dict[str, Any]:
+    """The tensors (n, ...) of a safetensors file, n of each."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    assert file is not None
+    names = " and ".join(columns)
     try:
         found = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise DataError(f"cannot read {file}: {error}; give a safetensors file of {' and '.join(EMBEDDED)}") from error
-    if missing := [name for name in EMBEDDED if name not in found]:
-        raise DataError(f"{file} lacks {missing[0]}; it must hold {' and '.join(EMBEDDED)}")
-    text, pooled = (found[name].float() for name in EMBEDDED)  # (n, T, J), (n, P)
-    sizes = (config["joint_attention_dim"], config["pooled_projection_dim"])
-    if text.ndim != 3 or pooled.ndim != 2 or len(text) != len(pooled) or (text.shape[2], pooled.shape[1]) != sizes:
-        raise DataError(
-            f"{file}: {EMBEDDED[0]} are {tuple(text.shape)} and {EMBEDDED[1]} {tuple(pooled.shape)}; "
-            f"this model takes (n, any, {sizes[0]}) and (n, {sizes[1]})"
-        )
-    return dict(zip(EMBEDDED, (text, pooled), strict=True))
+        raise DataError(f"cannot read {file}: {error}; give a safetensors file of {names}") from error
+    if missing := [name for name in columns if name not in found]:
+        raise DataError(f"{file} lacks {missing[0]}; with this guidance scale it must hold {names}")
+    values = {name: found[name].float() for name in columns}
+    rows = len(values["prompt_embeds"])
+    if not all(_fits(value.shape, (rows, *columns[name])) for name, value in values.items()):
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in values.items())
+        wanted = ", ".join(f"{name} (n, {_shown(shape)})" for name, shape in columns.items())
+        raise DataError(f"{file} holds {shapes}; this model takes {wanted}")
+    return values
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(wanted) and all(w in (None, s) for s, w in zip(shape, wanted, strict=True))
+
+
+def _shown(shape: tuple[int | None, ...]) -> str:
+    return ", ".join("any" if size is None else str(size) for size in shape)

@@ -107,7 +107,7 @@ def sample(
     guidance off. Raises ``UsageError`` for values out of range.
     """
     if not spec.classes:
-        raise UsageError(f"{spec.name} draws from prompts, not from labels; give the bundle to diffusers' FluxPipeline")
+        raise UsageError(f"{spec.name} draws from prompts, not from labels; see dyexport.runtime.prompts")
     if not 1 <= steps <= TRAIN_STEPS:
         raise UsageError(f"steps is {steps}; use 1 to {TRAIN_STEPS}")
     labels = torch.as_tensor(labels, dtype=torch.int64)  # (B,)

@@ -13,18 +13,22 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, LattePipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from PIL import Image, ImageSequence
+from safetensors.torch import load_file, save_file
 
 from dyexport.bench.variants import conditioning_variant, segment_variants
 from dyexport.build.settings import BuildSettings
 from dyexport.build.verify import VerifySettings, find_reference, verify_bundle
 from dyexport.bundle import Bundle
 from dyexport.cli import main
-from dyexport.errors import EngineMismatch
+from dyexport.errors import DataError, EngineMismatch, UsageError
 from dyexport.models.checkpoints import load_dynamic
 from dyexport.presets import PRESETS, LattePreset
 from dyexport.runtime.pipeline import load
+from dyexport.runtime.prompts import Prompts, draw_prompts
 from dyexport.runtime.transformers import LatteBundle, example_inputs, stock_transformer
 from tests.build.tiny import build
+from tests.build.tiny_pipeline import save_latte_pipeline
 
 TINY = PRESETS["latte-tiny"]
 assert isinstance(TINY, LattePreset)
@@ -190,6 +194,65 @@ def test_inspect_and_plan(built: Bundle, monkeypatch: pytest.MonkeyPatch, capsys
     work = built.root.with_name("work")
     options = ("--model", "latte-tiny", "--budget", 0.5, "--random-weights", "-o", built.root, "--work", work)
     assert run(monkeypatch, capsys, "plan", *options)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_latte_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+def test_sample_draws_videos_of_prompts(
+    built: Bundle, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--prompt", "a cat", "--prompt", "a dog", "--pipeline", pipeline, "--steps", 2]
+    monkeypatch.chdir(tmp_path)
+    drawn = run(monkeypatch, capsys, "sample", built.root, *asked)
+    assert (drawn["path"], drawn["texts"]) == ("samples.gif", ["a cat", "a dog"])
+    with Image.open("samples.gif") as film:  # two of 64 x 64, with gaps
+        assert (film.format, film.n_frames, film.size) == ("GIF", 4, (134, 68))
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(film)]
+    assert not np.array_equal(frames[0], frames[1])
+    assert not np.array_equal(frames[0][2:66, 2:66], frames[0][2:66, 68:132])
+
+
+def test_sample_draws_pictures_too(
+    built: Bundle, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "cat.png"
+    asked = ["--prompt", "a cat", "--pipeline", pipeline, "--steps", 2, "--frames", 1, "--width", 128]
+    assert run(monkeypatch, capsys, "sample", built.root, *asked, "-o", out)["frames"] == 1
+    with Image.open(out) as picture:
+        assert (picture.format, picture.size) == ("PNG", (132, 68))
+
+
+def embedded(directory: Path, *names: str) -> Path:
+    path = directory / "prompts.safetensors"
+    save_file({name: torch.randn(2, 7, 32) for name in names}, path)
+    return path
+
+
+def test_embedded_prompts_need_no_text_encoder(
+    built: Bundle, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = embedded(tmp_path, "prompt_embeds", "negative_prompt_embeds")
+    asked = ["sample", built.root, "--prompt-embeds", file, "--steps", 2]
+    run(monkeypatch, capsys, *asked, "-o", tmp_path / "x.gif")
+    assert load_file(tmp_path / "x.safetensors")["latents"].shape == (2, 4, 4, 8, 8)
+    run(monkeypatch, capsys, *asked, "-o", tmp_path / "y.gif", "--vae", pipeline / "vae")
+    with Image.open(tmp_path / "y.gif") as film:
+        assert film.n_frames == 4
+
+
+def test_guidance_needs_an_unconditional_prompt(loaded: LatteBundle, tmp_path: Path) -> None:
+    file = embedded(tmp_path, "prompt_embeds")
+    with pytest.raises(DataError, match="lacks negative_prompt_embeds"):
+        draw_prompts(loaded, Prompts(embedded=file, steps=1))
+    assert draw_prompts(loaded, Prompts(embedded=file, steps=1, guidance=1.0)).values.shape == (2, 4, 4, 8, 8)
+
+
+def test_other_numbers_of_frames_are_refused(loaded: LatteBundle, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--frames is 3; latte-tiny draws 4, or 1"):
+        draw_prompts(loaded, Prompts(embedded=tmp_path / "x", frames=3))
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
