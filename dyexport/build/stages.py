@@ -126,7 +126,7 @@ def make_synthetic(settings: BuildSettings, static: Path, source: Path | None, a
     preset, prompts = settings.preset, None
     if (encoders := text_encoders(settings, source)) is not None:
         texts = read_prompts(settings.prompts)
-        prompts = embed_prompts(encoders, texts, text_tokens=preset.text_tokens, device=best_device())
+        prompts = embed_prompts(encoders, texts, preset, device=best_device())
     backbone = load_static(str(static), preset).to(best_device())
     generate(backbone, preset, SyntheticConfig(seed=settings.seed), out, advance, prompts=prompts)
 

@@ -65,7 +65,8 @@ class BuildOptions:
         str | None, _option("What to train and calibrate on: digits, synthetic, or a directory of safetensors latents.")
     ] = None
     prompts: Annotated[
-        Path | None, _option("Text file, one prompt a line, for --data synthetic of FLUX; by default 300 of our own.")
+        Path | None,
+        _option("Text file, one prompt a line, for --data synthetic of FLUX or Latte; by default 300 of our own."),
     ] = None
     engines: Annotated[
         int | None,

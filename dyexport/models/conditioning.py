@@ -128,7 +128,7 @@ class Captions:
         return {"encoder_hidden_states": torch.randn(shape, generator=generator)}
 
     def drop(self, conditions: Conditions, rows: Tensor) -> Conditions:
-        """The unconditional branch is the empty prompt, which only the text encoder can embed: data brings it along."""
+        """No condition is the empty prompt, which a text encoder embeds: data has some samples that are made for it."""
         return conditions
 
     def inputs(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Inputs:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from itertools import product
+from math import ceil
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from dyexport.errors import CheckpointError, DataError
 from dyexport.models.conditioning import Conditions
+from dyexport.presets import Preset
 
 SUBJECTS = (
     "a red fox", "an old sailor", "a glass of water", "a steam train", "a city street in the rain", "a bowl of fruit",
@@ -22,7 +27,6 @@ SETTINGS = (
     "watercolour on paper", "pencil sketch", "isometric 3D render", "seen from above, wide angle",
     "black and white film", "flat vector illustration", "in thick fog at dawn", "studio lighting, plain background",
 )  # fmt: skip
-TEXT_TOKENS = 512
 EMBEDDED_AT_ONCE = 8
 
 
@@ -40,18 +44,18 @@ def read_prompts(file: Path | None) -> tuple[str, ...]:
     return prompts
 
 
-@torch.inference_mode()
-def embed_prompts(
-    source: str, prompts: tuple[str, ...], *, text_tokens: int = TEXT_TOKENS, device: str = "cpu"
-) -> Conditions:
-    """By the text encoders of the ``FluxPipeline`` in a directory or hub repository; nothing else of it is read.
+def embed_prompts(source: str, prompts: tuple[str, ...], preset: Preset, *, device: str = "cpu") -> Conditions:
+    """By the text encoders of the pipeline in a directory or hub repository; nothing else of it is read.
 
     Raises ``CheckpointError`` where they cannot be read.
     """
-    from diffusers import FluxPipeline
+    import diffusers
 
+    embedder = EMBEDDERS[preset.backbone]
     try:
-        pipe = FluxPipeline.from_pretrained(source, transformer=None, vae=None, torch_dtype=torch.bfloat16)
+        pipe = getattr(diffusers, embedder.pipeline).from_pretrained(
+            source, transformer=None, vae=None, torch_dtype=torch.bfloat16
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
@@ -59,10 +63,40 @@ def embed_prompts(
             "give --data with a directory of latents, or --finetune-steps 0"
         ) from error
     pipe.to(device)
-    rows = []
-    for start in range(0, len(prompts), EMBEDDED_AT_ONCE):
-        texts = list(prompts[start : start + EMBEDDED_AT_ONCE])
-        embedded, pooled, _ = pipe.encode_prompt(texts, None, max_sequence_length=text_tokens)
-        rows.append((embedded.float().cpu(), pooled.float().cpu()))  # (B, T, J), (B, P)
-    text, pooled = (torch.cat(values) for values in zip(*rows, strict=True))
-    return {"encoder_hidden_states": text, "pooled_projections": pooled}
+    if embedder.guided:
+        prompts = with_empty(prompts)
+    parts = [prompts[start : start + EMBEDDED_AT_ONCE] for start in range(0, len(prompts), EMBEDDED_AT_ONCE)]
+    with torch.inference_mode():
+        rows = [embedder.embed(pipe, list(texts), preset.text_tokens) for texts in parts]
+    return {name: torch.cat([row[name].float().cpu() for row in rows]) for name in rows[0]}
+
+
+def with_empty(prompts: tuple[str, ...]) -> tuple[str, ...]:
+    """One more in ten that says nothing: what classifier-free guidance asks the network about too."""
+    return (*prompts, *[""] * ceil(len(prompts) / 9))
+
+
+def _flux(pipe: Any, texts: list[str], tokens: int) -> Conditions:
+    """(B, T, J), (B, P)"""
+    embedded, pooled, _ = pipe.encode_prompt(texts, None, max_sequence_length=tokens)
+    return {"encoder_hidden_states": embedded, "pooled_projections": pooled}
+
+
+def _latte(pipe: Any, texts: list[str], tokens: int) -> Conditions:
+    """(B, T, J), zero where a prompt has ended, as the pipeline has them for several prompts; longer ones are cut."""
+    embedded, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False)
+    return {"encoder_hidden_states": F.pad(embedded, (0, 0, 0, tokens - embedded.shape[1]))}
+
+
+class Embedder(NamedTuple):
+    """How the pipeline of a backbone embeds prompts, and whether it is guided by the absence of one."""
+
+    pipeline: str
+    embed: Callable[[Any, list[str], int], Conditions]
+    guided: bool
+
+
+EMBEDDERS: Mapping[str, Embedder] = {
+    "flux": Embedder("FluxPipeline", _flux, guided=False),
+    "latte": Embedder("LattePipeline", _latte, guided=True),
+}

@@ -14,7 +14,7 @@ from dyexport.build.settings import FINETUNE_LARGE, LARGE_LORA, BuildSettings
 from dyexport.errors import CheckpointError, DataError, DyexportError, UsageError
 from dyexport.lora import LoraSpec
 from dyexport.training.prompts import embed_prompts, read_prompts
-from tests.build.tiny_pipeline import save_pipeline
+from tests.build.tiny_pipeline import save_latte_pipeline, save_pipeline
 
 
 @pytest.fixture
@@ -85,16 +85,30 @@ def test_prompts_are_embedded_by_the_pipeline_beside_the_transformer(tmp_path: P
     assert source == pipeline / "transformer"
     found = stages.text_encoders(tiny, source)
     assert found == str(pipeline)
-    embedded = embed_prompts(found, tuple("abcdefghij"), text_tokens=16)
+    embedded = embed_prompts(found, tuple("abcdefghij"), tiny.preset)
     assert embedded["encoder_hidden_states"].shape == (10, 16, 64)
     assert embedded["pooled_projections"].shape == (10, 32)
     assert not torch.equal(embedded["encoder_hidden_states"][0], embedded["encoder_hidden_states"][9])
-    alone = embed_prompts(found, ("j",), text_tokens=16)
+    alone = embed_prompts(found, ("j",), tiny.preset)
     torch.testing.assert_close(embedded["encoder_hidden_states"][9:], alone["encoder_hidden_states"])
+
+
+def test_latte_learns_what_no_prompt_looks_like(tmp_path: Path, flux: BuildSettings) -> None:
+    pipeline = save_latte_pipeline(tmp_path / "pipeline")
+    tiny = replace(flux, model="latte-tiny", checkpoint=str(pipeline), finetune_steps=0)
+    found = stages.text_encoders(tiny, stages.checkpoint_source(tiny))
+    assert found == str(pipeline)
+    preset = replace(tiny.preset, text_tokens=120)
+    (embedded,) = embed_prompts(found, tuple("abcdefghij"), preset).values()
+    assert embedded.shape == (12, 120, 32)
+    assert torch.equal(embedded[10], embedded[11])
+    assert [int(row.any(dim=-1).sum()) for row in embedded] == [3] * 10 + [1] * 2  # a space, the letter and the end
+    (alone,) = embed_prompts(found, ("j",), preset).values()
+    torch.testing.assert_close(embedded[9:11], alone)
 
 
 def test_no_text_encoders(tmp_path: Path, flux: BuildSettings) -> None:
     with pytest.raises(CheckpointError, match="--finetune-steps 0"):
-        embed_prompts(str(tmp_path), ("a",))
+        embed_prompts(str(tmp_path), ("a",), flux.preset)
     with pytest.raises(UsageError, match="--prompts"):
         replace(flux, prompts=tmp_path / "x.txt", data="/latents")
