@@ -67,6 +67,8 @@ class OrtEngine(Engine):
         ort = _onnxruntime()
         model = read_graph(self.path)
         graph_weights(model, self.path)  # refuses weights outside the bundle before anything reads them
+        if self._device_type == "cpu":
+            _check_kernels(model, self.path)
         if self._rewrite is not None:
             model = self._rewrite(model)
         providers = providers_for(self.device, ort.get_available_providers())
@@ -155,6 +157,17 @@ def read_graph(path: Path) -> onnx.ModelProto:
         return onnx.load(path, load_external_data=False)
     except (OSError, DecodeError) as error:
         raise EngineBuildError(f"cannot read {path}: {error}") from error
+
+
+def _check_kernels(model: onnx.ModelProto, path: Path) -> None:
+    """Raises ``EngineMismatch`` for a graph in bf16, of which ONNX Runtime's own error names one node."""
+    from onnx import TensorProto
+
+    if any(tensor.data_type == TensorProto.BFLOAT16 for tensor in model.graph.initializer):
+        raise EngineMismatch(
+            f"{path} is in bf16, for which ONNX Runtime has no CPU kernels; "
+            "run it with device='cuda', or build with --precision fp32 or fp16"
+        )
 
 
 def graph_io(model: onnx.ModelProto) -> EngineIO:

@@ -42,6 +42,7 @@ from dyexport.build.settings import BuildSettings, Schedule
 from dyexport.build.targets import TARGETS
 from dyexport.build.team import Alone, Team, find_team
 from dyexport.bundle import TOKENS, WIDTHS, Manifest, ModelSpec, SegmentPlan, sha256_of
+from dyexport.calibration.precision import headroom
 from dyexport.calibration.segments import PlanSettings
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.exporters.weight_store import write_store
@@ -130,7 +131,8 @@ class Pipeline:
     @cached_property
     def plan(self) -> SegmentPlan:
         """Segments for K engines."""
-        settings = {"engines": self.settings.engines, "token_path": self.settings.token_path}
+        settings: dict[str, Any] = {"engines": self.settings.engines, "token_path": self.settings.token_path}
+        settings["precision"] = self.settings.stored_precision
         inputs: dict[str, Any] = {"calibrated": self.calibrated.digest, "dyexport": __version__, **settings}
         if self._merges:
             inputs |= {"merge_tolerance": self.settings.merge_tolerance, "data": self._data_digest}
@@ -159,7 +161,7 @@ class Pipeline:
 
     @cached_property
     def tables(self) -> tuple[ModelSpec, WidthTable, TokenStats | None]:
-        return stages.read_calibrated(self.calibrated.path, self.settings.preset)
+        return stages.read_calibrated(self.calibrated.path, self.settings.preset, self.settings.stored_precision)
 
     @cached_property
     def networks(self) -> list[Network]:
@@ -219,10 +221,23 @@ class Pipeline:
         name = f"{network.name}{TARGETS[target].suffix}"
         return self._run(f"{target} {network.name}", f"{GRAPHS}/{name}", inputs, make)
 
+    @cached_property
+    def headroom(self) -> dict[str, float]:
+        """How far from overflow the model stays in fp16, if that is asked for. Raises ``UsageError`` where it fails."""
+        if self.settings.stored_precision != "fp16":
+            return {}
+        inputs = {"calibrated": self.calibrated.digest, "data": self._data_digest, "seed": self.settings.seed}
+
+        def make(out: Path) -> None:
+            stages.make_magnitudes(self.settings, self.calibrated.path, self.calibration_inputs, out)
+
+        outcome = self._run("precision", "magnitudes.json", inputs, make)
+        return {"fp16_headroom": headroom(stages.read_metrics(outcome.path))}
+
     @property
     def metrics(self) -> dict[str, float]:
         """What calibration measured."""
-        return stages.read_metrics(self.calibrated.path)
+        return {**stages.read_metrics(self.calibrated.path / stages.METRICS), **self.headroom}
 
     @property
     def stage_report(self) -> dict[str, dict[str, Any]]:
@@ -234,6 +249,7 @@ class Pipeline:
 
     def bundle(self) -> Manifest:
         """Everything, assembled at ``settings.out``."""
+        self.headroom  # noqa: B018  # before anything is written in a precision that will not do
         files = {f"{GRAPHS}/{STORE}": Source.of(self.store)}
         files |= {name: Source.of(self.calibrated, name) for name in (WIDTHS, TOKENS) if name in self.calibrated.files}
         files |= {f"{GRAPHS}/{outcome.path.name}": Source.of(outcome) for outcome in self.graphs.values()}

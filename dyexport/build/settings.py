@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from dyexport.build.targets import TARGETS
+from dyexport.bundle import Precision
 from dyexport.calibration.segments import PlanSettings
 from dyexport.errors import BudgetError, UsageError
 from dyexport.lora import LoraSpec
@@ -62,6 +64,7 @@ class BuildSettings:
     finetune_steps: int | None = None
     seed: int = 0
     baseline: bool = True
+    precision: Precision | None = None
     memory: int | None = None  # bytes that weights may take; None: what is free
 
     def __post_init__(self) -> None:
@@ -74,6 +77,8 @@ class BuildSettings:
             raise BudgetError(f"budget is {self.budget:g}; give a FLOPs ratio in (0, 1], such as 0.5")
         if self.checkpoint is not None and self.random_weights:
             raise UsageError("--checkpoint and --random-weights exclude each other; give one of them")
+        if self.precision not in (None, *get_args(Precision)):
+            raise UsageError(f"--precision is {self.precision}; use {', '.join(get_args(Precision))}")
         if self.seed < 0:
             raise UsageError(f"--seed is {self.seed}; give 0 or more")
         self._check_steps(preset)
@@ -130,6 +135,11 @@ class BuildSettings:
     @property
     def preset(self) -> Preset:
         return get_preset(self.model)
+
+    @property
+    def stored_precision(self) -> Precision:
+        """Of weights and products in the bundle: asked for, or bf16 for large models, as they are published."""
+        return self.precision or ("bf16" if self.large else "fp32")
 
     @property
     def from_scratch(self) -> bool:
@@ -206,6 +216,17 @@ def parse_budget(text: str | None) -> float | None:
     if not math.isfinite(budget):
         raise BudgetError(f"budget is {text}; give a FLOPs ratio in (0, 1], such as 0.5")
     return budget
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """A size from the command line, such as 8GiB or 500MB; raises ``UsageError`` for what is none."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise UsageError(f"--memory {text!r} is not a size; give one such as 8GiB")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
 
 
 def default_out(model: str, budget: float | None) -> Path:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from dyexport.build.passes import noise_preset, passes_for
 from dyexport.build.settings import BuildSettings, Schedule
-from dyexport.bundle import TOKENS, WIDTHS, ModelSpec, Segment
+from dyexport.bundle import TOKENS, WIDTHS, ModelSpec, Precision, Segment
 from dyexport.calibration.merging import merge_segments
+from dyexport.calibration.precision import measure_magnitudes
 from dyexport.calibration.tokens import measure_tokens
 from dyexport.calibration.widths import (
     choose_widths,
@@ -288,15 +289,25 @@ def _relative_mse(model: DynamicTransformer, dense: nn.Module, inputs: NoisedInp
     return float(apart / norm)
 
 
-def read_calibrated(directory: Path, preset: Preset) -> tuple[ModelSpec, WidthTable, TokenStats | None]:
+def make_magnitudes(settings: BuildSettings, calibrated: Path, inputs: NoisedInputs, out: Path) -> None:
+    """The largest magnitude of each layer's output."""
+    model, preset = load_dynamic(calibrated, stream=must_stream(settings.preset.parameters, settings.memory))
+    points = trajectory_points(preset.timestep_range, passes_for(settings).compared)
+    found = measure_magnitudes(model, inputs, points.tolist())
+    out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_calibrated(
+    directory: Path, preset: Preset, precision: Precision
+) -> tuple[ModelSpec, WidthTable, TokenStats | None]:
     """What planning needs to know of a calibrated model; reads no weights."""
-    spec = spec_of(preset, read_config(directory, preset), read_spec(directory).td_lora)
+    spec = spec_of(preset, read_config(directory, preset), read_spec(directory).td_lora, precision)
     stats = TokenStats.load(directory / TOKENS) if (directory / TOKENS).is_file() else None
     return spec, WidthTable.load(directory / WIDTHS), stats
 
 
-def read_metrics(directory: Path) -> dict[str, float]:
-    metrics: dict[str, float] = json.loads((directory / METRICS).read_text(encoding="utf-8"))
+def read_metrics(path: Path) -> dict[str, float]:
+    metrics: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
     return metrics
 
 

@@ -1,9 +1,13 @@
-"""The masked torch model against the bundle: equal in fp32 at every timestep, or the bundle is wrong."""
+"""The masked torch model against the bundle: equal in fp32 at every timestep, or the bundle is wrong.
+
+In half precision every activation is rounded and a token near its threshold may fall either way. There the error
+is that of whole outputs, relative to them: root mean square over root mean square.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dyexport.build.ledger import describe, digest_of
-from dyexport.bundle import Bundle, Manifest, SegmentPlan
+from dyexport.bundle import Bundle, Manifest, Precision, SegmentPlan
 from dyexport.calibration.merging import merged_gates
 from dyexport.errors import BundleError, MissingDependency, UsageError
 from dyexport.models.base import Inputs
@@ -29,19 +33,20 @@ from dyexport.training.data import digits
 BATCH = 2
 UNDECIDED = 1e-5  # logits this near to zero, in units of their spread, may fall either way in fp32
 MOST_REDRAWS = 50  # for one timestep
+TOLERANCES: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}  # largest absolute; then relative
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifySettings:
     timesteps: int = 64
-    tolerance: float = 1e-4
+    tolerance: float | None = None  # None: by precision
     target: str = "onnx"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.timesteps < 1:
             raise UsageError(f"--timesteps is {self.timesteps}; give at least 1")
-        if not self.tolerance > 0:
+        if self.tolerance is not None and not self.tolerance > 0:
             raise UsageError(f"--tolerance is {self.tolerance}; give a number above 0")
 
 
@@ -55,6 +60,7 @@ class SegmentErrors:
     compared: int
     overflow: int
     max_abs_error: float | None
+    relative_error: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +69,7 @@ class VerifyReport:
 
     ``timesteps`` inputs were drawn; ``overflow`` of them kept more tokens than a capacity holds and are
     left out of the error. ``redrawn`` more had a token so near its threshold that fp32 does not decide.
+    ``tolerance`` is of ``max_abs_error`` in fp32, of ``relative_error`` in half precision.
     ``gates`` of the width table, all of them, were compared with the routers; ``wrong_gates`` differ.
     """
 
@@ -73,22 +80,30 @@ class VerifyReport:
     redrawn: int
     gates: int
     wrong_gates: int
+    precision: Precision
     tolerance: float
     max_abs_error: float | None
+    relative_error: float | None
     segments: tuple[SegmentErrors, ...]
 
     @property
+    def error(self) -> float | None:
+        """The one that counts."""
+        return self.max_abs_error if self.precision == "fp32" else self.relative_error
+
+    @property
     def passed(self) -> bool:
-        error = self.max_abs_error
+        error = self.error
         return error is not None and error <= self.tolerance and self.wrong_gates == 0
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "passed": self.passed}
+        return {**asdict(self), "error": self.error, "passed": self.passed}
 
 
 class Comparison(NamedTuple):
     segment: int
-    error: float | None  # None: tokens overflowed
+    error: float | None = None  # None: tokens overflowed
+    relative: float | None = None
 
 
 def verify_bundle(
@@ -189,10 +204,12 @@ def _compare(bundle: Bundle, truth: Truth, transformer: BundleTransformer, t: fl
     found = route(bundle.manifest.plan, bundle.widths, bundle.token_stats, t)
     kept = expected.tokens.sum(dim=-1)  # (B, L)
     if any((kept[:, block] > limit).any() for block, limit in enumerate(found.token_limits)):
-        return Comparison(found.segment, None)
+        return Comparison(found.segment)
     with torch.no_grad():
         sample = transformer(**inputs).sample  # (B, C_out, H, W)
-    return Comparison(found.segment, float((sample - expected.sample).abs().max()))
+    apart = sample - expected.sample
+    relative = float(apart.square().mean().sqrt() / expected.sample.square().mean().sqrt())
+    return Comparison(found.segment, float(apart.abs().max()), relative)
 
 
 @torch.no_grad()
@@ -225,8 +242,10 @@ def _report(
         redrawn=redrawn,
         gates=gates,
         wrong_gates=wrong,
-        tolerance=settings.tolerance,
-        max_abs_error=_worst(comparisons),
+        precision=manifest.model.precision,
+        tolerance=settings.tolerance or TOLERANCES[manifest.model.precision],
+        max_abs_error=_worst(comparison.error for comparison in comparisons),
+        relative_error=_worst(comparison.relative for comparison in comparisons),
         segments=segments,
     )
 
@@ -241,11 +260,12 @@ def _per_segment(manifest: Manifest, comparisons: list[Comparison]) -> Iterator[
             end=segment.end,
             compared=len(mine) - overflow,
             overflow=overflow,
-            max_abs_error=_worst(mine),
+            max_abs_error=_worst(comparison.error for comparison in mine),
+            relative_error=_worst(comparison.relative for comparison in mine),
         )
 
 
-def _worst(comparisons: list[Comparison]) -> float | None:
+def _worst(found: Iterable[float | None]) -> float | None:
     """The largest error; None where there is none, or it is not finite."""
-    errors = [comparison.error for comparison in comparisons if comparison.error is not None]
+    errors = [error for error in found if error is not None]
     return max(errors) if errors and all(math.isfinite(error) for error in errors) else None

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 BEFORE_EXPORT = frozenset({"static", "synthetic", "dynamic", "calibrate"})
+NARROW = 4.0  # times below the limit of fp16
 PLANNED_ENGINES = (1, 2, 4, 8, 16)
 
 
@@ -122,7 +123,10 @@ def models(json: JsonOption = False, debug: DebugOption = False) -> None:
 def verify(
     bundle: Annotated[Path, typer.Argument(help="A bundle directory.")],
     timesteps: Annotated[int, typer.Option(help="How many random timesteps to compare at.")] = 64,
-    tolerance: Annotated[float, typer.Option(help="Largest accepted absolute error.")] = 1e-4,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Largest accepted error: absolute in fp32 (1e-4), relative in fp16 (1e-2) and bf16 (8e-2)."),
+    ] = None,
     target: Annotated[str, typer.Option(help="Which of the bundle's engine formats to run.")] = "onnx",
     reference: Annotated[
         Path | None, typer.Option(help="The dynamic checkpoint to compare with; by default the one it was built from.")
@@ -157,8 +161,17 @@ def _build_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         ("as executed by these engines", f"{payload['executed_flops_ratio']:.3f} of dense"),
         ("output error against dense", f"{payload['output_relative_mse']:.4f} (relative MSE)"),
         *_trainable_lines(payload),
+        *_headroom_lines(payload),
         ("on disk", format_bytes(payload["disk_bytes"])),
     )
+
+
+def _headroom_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+    """Calibration does not see every input: a narrow margin is worth a warning."""
+    if "fp16_headroom" not in payload:
+        return ()
+    warning = "; an input not seen may overflow, bf16 will not" if payload["fp16_headroom"] < NARROW else ""
+    return (("largest value in fp16", f"{payload['fp16_headroom']:.1f} x below the limit{warning}"),)
 
 
 def _calibration_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
@@ -167,6 +180,7 @@ def _calibration_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         ("attention + MLP FLOPs (lambda)", f"{payload['flops_ratio']:.3f} of dense"),
         ("output error against dense", f"{payload['output_relative_mse']:.4f} (relative MSE)"),
         *_trainable_lines(payload),
+        *_headroom_lines(payload),
     )
 
 
@@ -178,10 +192,11 @@ def _trainable_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
 
 
 def _verify_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
-    error = payload["max_abs_error"]
+    error = payload["error"]
     return (
         ("result", "passed" if payload["passed"] else "FAILED"),
         ("largest error", "not a number" if error is None else f"{error:.2e} (at most {payload['tolerance']:g})"),
+        ("precision", payload["precision"]),
         ("timesteps compared", f"{payload['timesteps']}"),
         ("left out, tokens over capacity", f"{payload['overflow']}"),
         ("redrawn, a token on its threshold", f"{payload['redrawn']}"),

@@ -13,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from dyexport.build.settings import BuildSettings
+    from dyexport.bundle import Precision
     from dyexport.presets import RouterKind
 
 
@@ -84,6 +85,14 @@ class BuildOptions:
     finetune_steps: Annotated[
         int | None, _option("Steps of dynamic fine-tuning; 0 only calibrates, choosing units by importance.")
     ] = None
+    precision: Annotated[
+        str | None,
+        _option("Of weights and products: fp32, fp16 or bf16; by default fp32, and bf16 for models of billions."),
+    ] = None
+    memory: Annotated[
+        str | None,
+        _option("What weights may take while calibrating, such as 8GiB; larger models are read from disk as they run."),
+    ] = None
     seed: Annotated[int, _option("Seed of all that is random.")] = 0
     no_baseline: Annotated[bool, _option("Leave out the dense graph that bench compares with.", "--no-baseline")] = (
         False
@@ -95,7 +104,7 @@ class BuildOptions:
 
     def settings(self) -> BuildSettings:
         """Raises ``UsageError`` for what cannot be built."""
-        from dyexport.build.settings import BuildSettings, default_out, parse_budget
+        from dyexport.build.settings import BuildSettings, default_out, parse_budget, parse_bytes
         from dyexport.lora import parse_lora
         from dyexport.presets import get_preset
 
@@ -120,6 +129,8 @@ class BuildOptions:
             finetune_steps=self.finetune_steps,
             seed=self.seed,
             baseline=not self.no_baseline,
+            precision=cast("Precision | None", self.precision),  # as router
+            memory=parse_bytes(self.memory),
         )
 
 

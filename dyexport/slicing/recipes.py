@@ -61,8 +61,10 @@ class Recipe:
 
 def materialise(recipe: Recipe, read: Read) -> Tensor:
     """Make the tensor: contiguous, of ``recipe.shape`` and ``recipe.dtype``."""
-    dense = [read(name).to(recipe.dtype) for name in recipe.sources]
-    return _MAKERS[recipe.kind](recipe, dense).reshape(recipe.shape).contiguous()
+    dense = [read(name) for name in recipe.sources]
+    if recipe.scale != 1.0:
+        dense = [tensor.float() for tensor in dense]  # half precision is rounded once, at the end
+    return _MAKERS[recipe.kind](recipe, dense).reshape(recipe.shape).to(recipe.dtype).contiguous()
 
 
 def _rows(recipe: Recipe, dense: list[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dyexport.bundle import ModelSpec, Segment, TokenPath
+from dyexport.bundle import ModelSpec, Precision, Segment, TokenPath
 from dyexport.errors import UsageError
 from dyexport.lora import LoraSpec
 from dyexport.presets import Preset
@@ -21,9 +21,9 @@ from dyexport.tables import WidthTable
 from dyexport.tensors import TensorSpec
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-IN_FP32 = frozenset(  # parts of names: sinusoids, norms inside attention, token routers, modulation
+IN_FP32 = frozenset(  # parts of names: sinusoids, norms inside attention, token routers, modulation, patches
     ("frequencies", "rotary", "query_norm", "key_norm", "norm_weight", "norm_bias", "router", "router_in", "router_out")
-) | {"positions", "table"}
+) | {"positions", "table", "patch", "position"}  # opset 20 has no convolution in bf16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,9 @@ def slice_conditioning(architecture: Architecture) -> Slice:
     return get_slicer(architecture.spec.backbone).slice_conditioning(architecture)
 
 
-def spec_of(preset: Preset, config: Mapping[str, Any], td_lora: LoraSpec | None = None) -> ModelSpec:
+def spec_of(
+    preset: Preset, config: Mapping[str, Any], td_lora: LoraSpec | None = None, precision: Precision = "fp32"
+) -> ModelSpec:
     """What a bundle says of a preset's model; ``config`` is the checkpoint's own."""
     return ModelSpec(
         name=preset.name,
@@ -131,6 +133,7 @@ def spec_of(preset: Preset, config: Mapping[str, Any], td_lora: LoraSpec | None 
         pixel_space=preset.pixel_space,
         config=dict(config),
         td_lora=td_lora,
+        precision=precision,
     )
 
 

@@ -168,8 +168,8 @@ class SlimDiT(nn.Module):
 
         ``kept`` is what the R token routers whose room is limited wanted; absent where there is none.
         """
-        latents = hidden_states.to(self.patch.weight.dtype)
-        hidden = self.patch(latents).flatten(2).transpose(1, 2) + self.position  # (B, N, C)
+        hidden = self.patch(hidden_states).flatten(2).transpose(1, 2) + self.position  # (B, N, C)
+        hidden = hidden.to(self.final.weight.dtype)
         vectors = modulation_parts(self.segment.depth) * hidden.shape[2]
         parts = modulation[:, :vectors].unsqueeze(1).split(hidden.shape[2], dim=2)  # (6 L + 2) x (B, 1, C)
         extra = 0 if slots is None else slots.shape[0]

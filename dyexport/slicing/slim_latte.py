@@ -232,7 +232,7 @@ class SlimLatte(nn.Module):
 
         Returns sample (B, C_out, F, H, W) and, where R token routers have limited room, what they wanted (B, R).
         """
-        hidden, grid = self.embed(hidden_states.to(self.patch.weight.dtype))  # (B, F * N, C)
+        hidden, grid = self.embed(hidden_states)  # (B, F * N, C)
         text = self.caption(encoder_hidden_states.to(hidden.dtype))  # (B, T, C)
         vectors = modulation[:, : SHARED_PARTS * hidden.shape[2]].unflatten(1, (SHARED_PARTS, -1))  # (1, 8, C)
         extra = 0 if slots is None else slots.shape[0]
@@ -252,8 +252,8 @@ class SlimLatte(nn.Module):
         batch, _, frames = latents.shape[:3]
         patches = self.patch(latents.transpose(1, 2).flatten(0, 1))  # (B * F, C, h, w)
         grid = Grid(frames, patches.shape[2], patches.shape[3])
-        hidden = patches.flatten(2).transpose(1, 2) + self.positions.of_patches(grid).to(patches.dtype)  # (B * F, N, C)
-        return hidden.reshape(batch, frames * grid.patches, -1), grid
+        hidden = patches.flatten(2).transpose(1, 2) + self.positions.of_patches(grid)  # (B * F, N, C)
+        return hidden.reshape(batch, frames * grid.patches, -1).to(self.final.weight.dtype), grid
 
     def in_time(self, hidden: Tensor, grid: Grid) -> Tensor:
         """Frames in their places: (B, F * N, C) -> (B, F * N, C)."""

@@ -12,7 +12,7 @@ import torch
 from dyexport.build.ledger import Silent
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
-from dyexport.build.verify import VerifySettings, find_reference, verify_bundle
+from dyexport.build.verify import TOLERANCES, VerifySettings, find_reference, verify_bundle
 from dyexport.bundle import DENSE_CONDITIONING, Bundle
 from dyexport.errors import CheckpointError
 from dyexport.lora import LoraSpec
@@ -47,7 +47,7 @@ def test_verification_would_see_updates_go_missing(built: Bundle) -> None:
     truth = model(inputs).sample
     for value in model.td_lora.parameters():
         value.zero_()
-    assert (model(inputs).sample - truth).abs().max() > 100 * VerifySettings().tolerance
+    assert (model(inputs).sample - truth).abs().max() > 100 * TOLERANCES["fp32"]
 
 
 @torch.no_grad()

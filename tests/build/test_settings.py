@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dyexport.build.settings import BuildSettings, default_out, parse_budget
+from dyexport.build.settings import BuildSettings, default_out, parse_budget, parse_bytes
 from dyexport.errors import BudgetError, UsageError
 from dyexport.lora import LoraSpec
 
@@ -30,6 +30,7 @@ def settings(tmp_path: Path, **values: Any) -> BuildSettings:
         ({"targets": ("onnx", "paper")}, "unknown target 'paper'; known: onnx"),
         ({"targets": ("",)}, "unknown target ''"),
         ({"token_path": "some"}, "--token-path is 'some'"),
+        ({"precision": "fp8"}, "--precision is fp8; use fp32, fp16, bf16"),
         ({"seed": -1}, "--seed is -1"),
         ({"finetune_steps": -1}, "--finetune-steps is -1"),
         ({"train_steps": 10}, "--train-steps is for training from scratch"),
@@ -49,6 +50,21 @@ def test_bad_values_are_named(tmp_path: Path, values: dict[str, Any], message: s
     with pytest.raises(UsageError, match=message.replace("(", r"\(")):
         settings(tmp_path, **values)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes() -> None:
+    given = {None: None, "0": 0, "8GiB": 8 * 2**30, "1.5 MB": 1_500_000, "512k": 512_000, "3ki": 3072}
+    assert {text: parse_bytes(text) for text in given} == given
+    for text in ("", "8 apples", "-1", "GiB", "1XB"):
+        with pytest.raises(UsageError, match="give one such as 8GiB"):
+            parse_bytes(text)
+
+
+def test_large_models_are_stored_in_bf16_unless_told(tmp_path: Path) -> None:
+    given = {"out": tmp_path / "b", "work": tmp_path / "w", "budget": 0.5, "finetune_steps": 0}
+    assert BuildSettings(model="flux", **given).stored_precision == "bf16"
+    assert BuildSettings(model="flux", precision="fp16", **given).stored_precision == "fp16"
+    assert BuildSettings(model="flux-tiny", random_weights=True, **given).stored_precision == "fp32"
 
 
 @pytest.mark.parametrize("text", ["abc", "", "nan", "inf", "0,5", "50%"])

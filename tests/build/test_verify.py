@@ -96,7 +96,7 @@ def test_one_flipped_gate_fails(copy: Bundle) -> None:
     assert report.wrong_gates == 1
     assert not report.passed
     assert report.max_abs_error is not None
-    assert not gated or report.max_abs_error > SETTINGS.tolerance
+    assert not gated or report.max_abs_error > report.tolerance
 
 
 @pytest.mark.parametrize("weight", ["out.weight", "fc2.weight"])
@@ -105,7 +105,7 @@ def test_one_dropped_unit_fails(copy: Bundle, weight: str) -> None:
     report = verify_bundle(copy.root, SETTINGS)
     assert not report.passed
     assert report.segments[0].max_abs_error is not None
-    assert report.segments[0].max_abs_error > SETTINGS.tolerance
+    assert report.segments[0].max_abs_error > report.tolerance
 
 
 @pytest.mark.parametrize("weight", ["frequencies", "labels.weight", "blocks.1.weight", "final.bias"])
@@ -118,7 +118,7 @@ def test_one_wrong_condition_fails(copy: Bundle, weight: str) -> None:
     overwrite(copy, CONDITIONING, weight, shift)
     report = verify_bundle(copy.root, SETTINGS)
     assert report.max_abs_error is not None
-    assert report.max_abs_error > SETTINGS.tolerance
+    assert report.max_abs_error > report.tolerance
     assert not report.passed
 
 
@@ -137,7 +137,7 @@ def test_one_token_decision_fails(copy: Bundle) -> None:
     report = verify_bundle(copy.root, SETTINGS)
     assert not report.passed
     assert report.max_abs_error is not None
-    assert report.max_abs_error > SETTINGS.tolerance
+    assert report.max_abs_error > report.tolerance
 
 
 def test_outputs_that_are_not_numbers_fail(copy: Bundle) -> None:

@@ -53,13 +53,15 @@ def test_conditioning_is_what_stock_blocks_add_their_tables_to() -> None:
     torch.testing.assert_close(vectors[:, 6:], final, atol=1e-5, rtol=1e-5)
 
 
-def test_half_precision_keeps_modulation_and_positions_in_fp32() -> None:
+def test_half_precision_keeps_patches_modulation_and_positions_in_fp32() -> None:
     spec = CUTTER.spec.model_copy(update={"precision": "bf16"})
     half = Cutter(MODEL, PRESET)
     half.__dict__["spec"] = spec
     slices = [half.cut(dense_segment(spec, UnitOrder.of(read_widths(MODEL, PRESET.timestep_range))))]
     full = {name for name, recipe in slices[0].recipes.items() if recipe.dtype == torch.float32}
     assert full == {
+        "patch.weight",
+        "patch.bias",
         "positions.spatial",
         "positions.temporal",
         *(f"blocks.{index}.table" for index in range(4)),
