@@ -97,7 +97,8 @@ class LatteBundle(BundleTransformer):
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict noise and variance of latents (B, C, F, H, W) at one t, with text (B, T, J): (B, 2 C, F, H, W).
 
-        Raises ``EngineMismatch`` for inputs this bundle was not built for.
+        On the ``capacity`` and ``dynamic`` token paths there is room for the tokens of the size that was built for, and
+        no engine for fewer. Raises ``EngineMismatch`` for inputs this bundle was not built for.
         """
         if timestep is None or encoder_hidden_states is None:
             raise EngineMismatch("timestep and encoder_hidden_states are required")

@@ -131,6 +131,14 @@ def test_one_bundle_serves_videos_and_pictures_of_any_size(
     np.testing.assert_allclose(drawn, truth, atol=1e-3)  # rounding, carried through all steps
 
 
+def test_frames_and_sides_are_symbols_of_the_graph(loaded: LatteBundle) -> None:
+    latents, text, modulation = (spec.shape for spec in loaded.engine.io.inputs[:3])
+    assert latents == ("batch", 4, "frames", "2*height", "2*width")
+    assert text == ("batch", "text_tokens", 32)
+    assert modulation == (1, 8 * 128)
+    assert loaded.engine.io.outputs[0].shape == ("batch", 8, "frames", "2*height", "2*width")
+
+
 def test_the_prompt_matters(loaded: LatteBundle) -> None:
     given = inputs()
     other = {**given, "encoder_hidden_states": torch.randn(1, 3, 32)}
