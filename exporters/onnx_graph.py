@@ -129,7 +129,8 @@ def refer_to_store(model: ir.Model, slice_: Slice, layout: StoreLayout) -> None:
     for name, value in model.graph.initializers.items():
         recipe = slice_.recipes.get(name)
         if recipe is None:
-            if value.const_value is None or value.const_value.nbytes > 4096:
+            constant = value.const_value  # a norm without weights gets a vector of ones
+            if constant is None or (constant.nbytes > 4096 and len(constant.shape) > 1):
                 raise ExportError(f"the exporter made a constant {name!r} that is not a weight of the model")
             continue
         value.const_value = ir.ExternalTensor(
