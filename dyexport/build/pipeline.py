@@ -77,6 +77,8 @@ class Pipeline:
         inputs: dict[str, Any] = {"model": self.settings.model, "seed": self.settings.seed}
         if source is not None:
             inputs = {"model": self.settings.model, "checkpoint": _contents(source)}
+            if (file := self.settings.lora_file) is not None:  # left out otherwise: without it, all is as before
+                inputs["lora"] = [sha256_of(file), self.settings.lora_scale]
         elif self.settings.from_scratch:
             inputs |= self._training(self.settings.static_schedule)
         scratch = self._scratch("static")

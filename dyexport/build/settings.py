@@ -43,7 +43,8 @@ LARGE_LORA = LoraSpec(rank=16, experts=4, alpha=16)
 class BuildSettings:
     """One build. ``budget`` is the FLOPs ratio lambda; None keeps the routers of a dynamic checkpoint as they are.
 
-    ``merge_tolerance`` is the relative error at which TD-LoRA is merged into a segment's weights; None never merges.
+    ``lora_file`` is a user's LoRA for the static model. ``merge_tolerance`` is the relative error up to which TD-LoRA
+    is merged into a segment's weights; None never merges.
     """
 
     model: str
@@ -53,6 +54,8 @@ class BuildSettings:
     router: RouterKind = "free"
     td_lora: LoraSpec | None = None
     merge_tolerance: float | None = None
+    lora_file: Path | None = None
+    lora_scale: float = 1.0
     checkpoint: str | None = None
     random_weights: bool = False
     data: str | None = None
@@ -83,6 +86,7 @@ class BuildSettings:
             raise UsageError(f"--seed is {self.seed}; give 0 or more")
         self._check_steps(preset)
         self._check_routers(preset)
+        self._check_lora()
         self._check_paths()
 
     def _check_steps(self, preset: Preset) -> None:
@@ -105,14 +109,6 @@ class BuildSettings:
             raise UsageError(f"{self.checkpoint} has routers already and is taken as it is; leave --router out")
         if self.router != "free" and self.routers == "none":
             raise UsageError(f"with --finetune-steps 0 no router is trained; leave --router {self.router} out")
-        if self.td_lora is not None and self.routers == "given":
-            raise UsageError(f"{self.checkpoint} has routers already and is taken as it is; leave --td-lora out")
-        if self.td_lora is not None and self.routers == "none":
-            raise UsageError("with --finetune-steps 0 nothing is trained; leave --td-lora out")
-        if self.merge_tolerance is not None and self.td_lora is None and self.routers != "given":
-            raise UsageError("--merge-tolerance is for models with TD-LoRA; give --td-lora, or leave it out")
-        if self.merge_tolerance is not None and not 0 <= self.merge_tolerance < math.inf:
-            raise UsageError(f"--merge-tolerance is {self.merge_tolerance}; give a relative MSE, such as 1e-4")
         if self.routers == "given" and self.finetune_steps:
             raise UsageError(f"{self.checkpoint} has routers already and is taken as it is; leave --finetune-steps out")
         if self.routers in ("trained", "none") and self.budget is None:
@@ -122,6 +118,22 @@ class BuildSettings:
                 f"fine-tuning {self.model} needs --data, such as a directory of latents or 'synthetic'; "
                 "to do without, give --finetune-steps 0"
             )
+
+    def _check_lora(self) -> None:
+        if self.td_lora is not None and self.routers == "given":
+            raise UsageError(f"{self.checkpoint} has routers already and is taken as it is; leave --td-lora out")
+        if self.td_lora is not None and self.routers == "none":
+            raise UsageError("with --finetune-steps 0 nothing is trained; leave --td-lora out")
+        if self.lora_file is not None and not self.lora_file.is_file():
+            raise UsageError(f"--lora {self.lora_file} does not exist; give a file of safetensors")
+        if self.lora_file is not None and (self.random_weights or self.from_scratch):
+            raise UsageError("--lora changes weights that it was made for; give their --checkpoint")
+        if not math.isfinite(self.lora_scale) or (self.lora_scale != 1.0 and self.lora_file is None):
+            raise UsageError(f"--lora-scale is {self.lora_scale}; give a number, and with it --lora")
+        if self.merge_tolerance is not None and self.td_lora is None and self.routers != "given":
+            raise UsageError("--merge-tolerance is for models with TD-LoRA; give --td-lora, or leave it out")
+        if self.merge_tolerance is not None and not 0 <= self.merge_tolerance < math.inf:
+            raise UsageError(f"--merge-tolerance is {self.merge_tolerance}; give a relative MSE, such as 1e-4")
 
     def _check_paths(self) -> None:
         if self.out.resolve() == self.work.resolve():

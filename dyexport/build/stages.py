@@ -44,6 +44,7 @@ from dyexport.models.random_weights import random_backbone, random_dynamic
 from dyexport.models.sources import find_checkpoint, read_config
 from dyexport.models.stored import StoredWeights
 from dyexport.models.streaming import must_stream
+from dyexport.models.user_lora import UserLora
 from dyexport.presets import Preset
 from dyexport.slicing.flops import FlopsModel
 from dyexport.slicing.merging import merging_reader
@@ -88,7 +89,8 @@ def make_static(
     """The static model as a diffusers directory: links to ``source``, or trained on ``data``, or random."""
     preset = settings.preset
     if source is not None:
-        adopt_static(str(source), preset, out)
+        lora = None if settings.lora_file is None else UserLora(settings.lora_file, preset, settings.lora_scale)
+        adopt_static(str(source), preset, out, lora)
         return
     backbone = random_backbone(preset, settings.seed)
     if data is not None:

@@ -52,6 +52,11 @@ class BuildOptions:
             "such as 1e-4; by default it has a path of its own, which is exact."
         ),
     ] = None
+    lora: Annotated[
+        Path | None,
+        _option("A LoRA in diffusers' or peft's format, merged into the static model before anything else.", "--lora"),
+    ] = None
+    lora_scale: Annotated[float, _option("How strongly --lora counts.")] = 1.0
     checkpoint: Annotated[
         str | None,
         _option(
@@ -116,6 +121,8 @@ class BuildOptions:
             router=cast("RouterKind", self.router),  # BuildSettings refuses any other
             td_lora=parse_lora(self.td_lora),
             merge_tolerance=self.merge_tolerance,
+            lora_file=self.lora,
+            lora_scale=self.lora_scale,
             out=out,
             work=self.work or out.absolute().with_name(f"{out.absolute().name}.work"),
             checkpoint=self.checkpoint,

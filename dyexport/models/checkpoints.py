@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dyexport.bundle import Frozen
@@ -41,6 +42,7 @@ from dyexport.models.stored import (
     write_weights,
 )
 from dyexport.models.streaming import meta_parameters, stored_state, stream_backbone, stream_routers
+from dyexport.models.user_lora import MergedWeights, UserLora
 from dyexport.presets import FluxPreset, Preset, RouterKind, get_preset
 from dyexport.tables import WidthTable
 
@@ -48,6 +50,7 @@ DYNAMIC = "dynamic.json"
 TD_LORA = "td_lora.safetensors"
 PARTS = {"routers": "routers.safetensors", "td_lora": TD_LORA}  # of the dynamic model, by attribute
 TABLE = "widths.safetensors"
+ORDER = "order.safetensors"  # of a fine-tuned model's units, by their places in the model it was made from
 
 
 class DynamicSpec(Frozen):
@@ -235,6 +238,8 @@ def load_dynamic(directory: Path, *, stream: bool = False) -> tuple[DynamicTrans
     model = _dynamic(backbone, preset, spec, parts, stream)
     if (directory / TABLE).is_file():
         model.table = WidthTable.load(directory / TABLE)
+    if (directory / ORDER).is_file():
+        model.order = load_file(directory / ORDER)
     return model, preset
 
 
@@ -257,14 +262,34 @@ def dynamic_weights(directory: Path) -> Mapping[str, Tensor]:
     return View({f"{prefix}{name}": (weights, name) for prefix, weights in stored.items() for name in weights})
 
 
-def adopt_static(source: str, preset: Preset, directory: Path) -> None:
-    """Make ``directory`` a diffusers directory of a checkpoint: of links to it, unless it must be translated."""
+def adopt_static(source: str, preset: Preset, directory: Path, lora: UserLora | None = None) -> None:
+    """Make ``directory`` a diffusers directory of a checkpoint: of links to it, unless it must be changed."""
     checkpoint = open_checkpoint(source, preset)
     _write_config(_meta_backbone(preset, checkpoint.config), directory)
-    if checkpoint.stock:
+    if lora is not None:
+        lora.check(checkpoint.weights, preset.name)
+        write_weights(_with_lora(checkpoint, preset, lora), directory / WEIGHTS)
+    elif checkpoint.stock:
         link_weights(checkpoint.path, directory)
     else:
         write_weights(checkpoint.weights, directory / WEIGHTS)
+
+
+def _with_lora(checkpoint: Checkpoint, preset: Preset, lora: UserLora) -> Mapping[str, Tensor]:
+    """A LoRA's channels are in the order of the published model; those of a fine-tuned one may not be."""
+    file = checkpoint.path / ORDER
+    if not file.is_file():
+        return MergedWeights(checkpoint.weights, lora)
+    order, backbone = load_file(file), _load(checkpoint, preset, stream=False)
+    _reorder(backbone, preset, {name: units.argsort(dim=1) for name, units in order.items()})
+    _fill(backbone, MergedWeights(backbone.state_dict(), lora))
+    _reorder(backbone, preset, order)
+    return backbone.state_dict()
+
+
+def _reorder(backbone: nn.Module, preset: Preset, order: Mapping[str, Tensor]) -> None:
+    for block in range(preset.depth):
+        get_adapter(preset.backbone).permute_units(backbone, block, order["heads"][block], order["groups"][block])
 
 
 def save_static(backbone: nn.Module, directory: Path) -> None:
@@ -301,3 +326,5 @@ def save_dynamic(model: DynamicTransformer, directory: Path, preset: Preset, *, 
     (directory / DYNAMIC).write_text(spec.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
     if model.table is not None:
         model.table.save(directory / TABLE)
+    if model.order is not None:
+        save_file(dict(model.order), directory / ORDER)

@@ -6,7 +6,7 @@ unmodified diffusers module through forward hooks, so with every gate open it *i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -46,9 +46,11 @@ class DynamicTransformer(nn.Module):
     on at a timestep are always the first of their block. ``table``, where set, replaces the width
     routers' decisions (a model calibrated without training has no trained routers). With ``td_lora`` the
     backbone is frozen, and low-rank updates that follow the timestep are trained in its place.
+    ``order``, where set, says where units were before they were ranked: ``heads`` (L, H), ``groups`` (L, G).
     """
 
     table: WidthTable | None = None
+    order: Mapping[str, Tensor] | None = None
 
     def __init__(
         self,

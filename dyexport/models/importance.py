@@ -58,10 +58,8 @@ def rank_units(model: DynamicTransformer, inputs: NoisedInputs, timesteps: Seque
     The function computed by the complete model does not change. Routers, which refer to units by
     position, must not have been trained yet.
     """
-    heads, groups = unit_importance(model, inputs, timesteps)
+    scores = zip(("heads", "groups"), unit_importance(model, inputs, timesteps), strict=True)
+    order = {name: torch.from_numpy(np.argsort(-found.mean(axis=0), kind="stable").copy()) for name, found in scores}
     for block in range(model.depth):
-        orders = [
-            torch.from_numpy(np.argsort(-scores[:, block].mean(axis=0), kind="stable").copy())
-            for scores in (heads, groups)
-        ]
-        model.adapter.permute_units(model.backbone, block, *orders)
+        model.adapter.permute_units(model.backbone, block, order["heads"][block], order["groups"][block])
+    model.order = order

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dyexport.build.ledger import Silent
 from dyexport.build.pipeline import opened
@@ -16,10 +17,11 @@ from dyexport.build.verify import TOLERANCES, VerifySettings, find_reference, ve
 from dyexport.bundle import DENSE_CONDITIONING, Bundle
 from dyexport.errors import CheckpointError
 from dyexport.lora import LoraSpec
-from dyexport.models.checkpoints import TD_LORA, load_dynamic, load_static
+from dyexport.models.checkpoints import TD_LORA, load_dynamic, load_static, save_static
 from dyexport.models.inputs import NoisedInputs
+from dyexport.models.random_weights import random_backbone
 from dyexport.runtime.pipeline import load
-from tests.build.tiny import TINY, build, tiny_settings
+from tests.build.tiny import TINY, build, hashes, tiny_settings
 
 SPEC = LoraSpec(rank=2, experts=3, alpha=4)
 
@@ -161,3 +163,41 @@ def test_a_checkpoint_without_them_is_named(built: Bundle, tmp_path: Path) -> No
 
 def trained_settings(root: Path) -> BuildSettings:
     return tiny_settings(root, budget=1.0, random_weights=False, train_steps=3, finetune_steps=3, td_lora=SPEC)
+
+
+def test_a_users_lora_comes_and_goes(tmp_path: Path) -> None:
+    """A -> B -> A: without the LoRA the bundle has the bytes it had before; with it, others."""
+    save_static(random_backbone(TINY), tmp_path / "stock")
+    name = "transformer_blocks.1.attn1.to_v"
+    factors = {f"{name}.lora_A.weight": torch.randn(2, 48), f"{name}.lora_B.weight": torch.randn(48, 2)}
+    save_file(factors, tmp_path / "lora.safetensors")
+    plain = tiny_settings(
+        tmp_path, random_weights=False, checkpoint=str(tmp_path / "stock"), finetune_steps=0, baseline=True
+    )
+    with_lora = replace(plain, lora_file=tmp_path / "lora.safetensors")
+    found = []
+    for settings in (plain, with_lora, replace(with_lora, lora_scale=0.5), plain):
+        bundle = build(settings)
+        assert verify_bundle(bundle.root, VerifySettings(timesteps=4)).passed
+        found.append(hashes(bundle.root))
+    assert found[0] == found[3]
+    weights = [each["graphs/weights.bin"] for each in found]
+    assert len(set(weights)) == 3
+
+
+@torch.no_grad()
+def test_in_a_dynamic_checkpoint_widths_stay(built: Bundle, tmp_path: Path) -> None:
+    name = "transformer_blocks.1.attn1.to_v"
+    factors = {f"{name}.lora_A.weight": torch.randn(2, 48), f"{name}.lora_B.weight": torch.randn(48, 2)}
+    save_file(factors, tmp_path / "lora.safetensors")
+    reference = find_reference(built)
+    given = tiny_settings(tmp_path, budget=None, random_weights=False, checkpoint=str(reference))
+    bundle = build(replace(given, lora_file=tmp_path / "lora.safetensors"))
+    assert verify_bundle(bundle.root, VerifySettings(timesteps=8)).passed
+    assert (bundle.widths.heads == built.widths.heads).all()
+    assert (bundle.widths.groups == built.widths.groups).all()
+    before, _ = load_dynamic(reference)
+    after, _ = load_dynamic(find_reference(bundle))
+    change = after.backbone.get_submodule(name).weight - before.backbone.get_submodule(name).weight
+    product = factors[f"{name}.lora_B.weight"] @ factors[f"{name}.lora_A.weight"]
+    torch.testing.assert_close(change, product, atol=1e-5, rtol=1e-5)
