@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dyexport import __version__
-from dyexport.build import stages
+from dyexport.build import reference, stages
 from dyexport.build.assemble import Source, assemble, describe_bundle
 from dyexport.build.ledger import (
     Ledger,
@@ -114,7 +114,7 @@ class Pipeline:
         settings = {"budget": self.settings.budget, "routers": self.settings.routers, "seed": self.settings.seed}
 
         def make(out: Path) -> None:
-            stages.make_calibrated(self.settings, self.static.path, self.dynamic.path, self.calibration_inputs, out)
+            reference.make_calibrated(self.settings, self.static.path, self.dynamic.path, self.calibration_inputs, out)
 
         return self._run("calibrate", "calibrated", {**upstream, **settings}, make)
 
@@ -145,7 +145,7 @@ class Pipeline:
         plan = self.priced(self.settings.engines)
         if self._merges:
             path, inputs = self.calibrated.path, self.calibration_inputs
-            segments, errors = stages.merge_lora(self.settings, path, plan.segments, inputs)
+            segments, errors = reference.merge_lora(self.settings, path, plan.segments, inputs)
             plan = plan_of(segments, *self.tables).model_copy(update={"merge_errors": errors})
         out.write_text(plan.model_dump_json(indent=1), encoding="utf-8")
 
@@ -163,7 +163,7 @@ class Pipeline:
 
     @cached_property
     def tables(self) -> tuple[ModelSpec, WidthTable, TokenStats | None]:
-        return stages.read_calibrated(self.calibrated.path, self.settings.preset, self.settings.stored_precision)
+        return reference.read_calibrated(self.calibrated.path, self.settings.preset, self.settings.stored_precision)
 
     @cached_property
     def networks(self) -> list[Network]:
@@ -194,9 +194,9 @@ class Pipeline:
         return self._run("weights", f"{GRAPHS}/{STORE}", inputs, self._make_store)
 
     def _make_store(self, out: Path) -> None:
-        static = stages.static_weights(self.static.path) if self._has_own_dense else {}
+        static = reference.static_weights(self.static.path) if self._has_own_dense else {}
         spec = self.tables[0]
-        read = store_reader(spec, stages.calibrated_reader(self.calibrated.path, spec), static)
+        read = store_reader(spec, reference.calibrated_reader(self.calibrated.path, spec), static)
         write_store(self.layout, read, out, partial(self.listener.advanced, "weights"))
 
     @cached_property
@@ -231,15 +231,15 @@ class Pipeline:
         inputs = {"calibrated": self.calibrated.digest, "data": self._data_digest, "seed": self.settings.seed}
 
         def make(out: Path) -> None:
-            stages.make_magnitudes(self.settings, self.calibrated.path, self.calibration_inputs, out)
+            reference.make_magnitudes(self.settings, self.calibrated.path, self.calibration_inputs, out)
 
         outcome = self._run("precision", "magnitudes.json", inputs, make)
-        return {"fp16_headroom": headroom(stages.read_metrics(outcome.path))}
+        return {"fp16_headroom": headroom(reference.read_metrics(outcome.path))}
 
     @property
     def metrics(self) -> dict[str, float]:
         """What calibration measured."""
-        return {**stages.read_metrics(self.calibrated.path / stages.METRICS), **self.headroom}
+        return {**reference.read_metrics(self.calibrated.path / reference.METRICS), **self.headroom}
 
     @property
     def stage_report(self) -> dict[str, dict[str, Any]]:
