@@ -186,6 +186,8 @@ def choose_widths(
     costs = flops.head_cost[:, None] / model.heads, flops.group_cost[:, None] / model.groups  # 2 x (L, 1)
     value = np.concatenate([heads / costs[0], groups / costs[1]], axis=-1)  # (T, L, H + G)
     scores = np.log(value + np.finfo(np.float32).tiny)
+    if model.router == "ordered":
+        scores = np.concatenate([_nested(units) for units in np.split(scores, [model.heads], axis=-1)], axis=-1)
     for units in np.split(scores, [model.heads], axis=-1):  # a block's best head and best group are never off
         np.put_along_axis(units, units.mean(axis=0, keepdims=True).argmax(axis=-1, keepdims=True), np.inf, axis=-1)
 
@@ -207,3 +209,10 @@ def choose_widths(
             f"budget {budget:g} cannot be met with whole heads and groups (nearest {reached:.3f}); raise it"
         )
     return table.compressed()
+
+
+def _nested(scores: np.ndarray) -> np.ndarray:
+    """The same scores at each t, given to units in the order of their means, so that masks nest: (T, L, U)."""
+    ranks = (-scores.mean(axis=0)).argsort(axis=-1, kind="stable").argsort(axis=-1)  # (L, U)
+    descending = -np.sort(-scores, axis=-1)  # (T, L, U)
+    return np.take_along_axis(descending, np.broadcast_to(ranks, scores.shape), axis=-1)

@@ -107,8 +107,6 @@ class BuildSettings:
             raise UsageError(f"--router is {self.router!r}; use {' or '.join(get_args(RouterKind))}")
         if self.router != "free" and self.routers == "given":
             raise UsageError(f"{self.checkpoint} has routers already and is taken as it is; leave --router out")
-        if self.router != "free" and self.routers == "none":
-            raise UsageError(f"with --finetune-steps 0 no router is trained; leave --router {self.router} out")
         if self.routers == "given" and self.finetune_steps:
             raise UsageError(f"{self.checkpoint} has routers already and is taken as it is; leave --finetune-steps out")
         if self.routers in ("trained", "none") and self.budget is None:

@@ -36,7 +36,6 @@ def settings(tmp_path: Path, **values: Any) -> BuildSettings:
         ({"train_steps": 10}, "--train-steps is for training from scratch"),
         ({"checkpoint": "somewhere"}, "exclude each other"),
         ({"router": "sorted"}, "--router is 'sorted'; use free or ordered"),
-        ({"router": "ordered", "finetune_steps": 0}, "no router is trained; leave --router ordered out"),
         ({"td_lora": LORA, "finetune_steps": 0}, "nothing is trained; leave --td-lora out"),
         ({"merge_tolerance": 0.1}, "--merge-tolerance is for models with TD-LoRA"),
         ({"merge_tolerance": -1.0, "td_lora": LORA}, "--merge-tolerance is -1.0"),

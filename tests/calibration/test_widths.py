@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from dyexport.build.ledger import Silent
+from dyexport.build.pipeline import opened
 from dyexport.calibration.tokens import measure_tokens
 from dyexport.calibration.widths import choose_widths, flops_ratio, meet_budget, read_widths, trajectory_points
 from dyexport.errors import BudgetError
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 from dyexport.slicing.flops import FlopsModel
+from tests.build.tiny import tiny_settings
 from tests.factories import random_timesteps, shared_tiny_model, tiny_model, tiny_preset
 
 
@@ -102,3 +107,20 @@ def test_importance_cannot_go_below_one_unit_per_block() -> None:
     flops = FlopsModel.of_preset(tiny_preset())
     with pytest.raises(BudgetError, match="raise it"):
         choose_widths(tiny_model(tokens=False), inputs, 0.05, flops)
+
+
+def test_ordered_widths_nest_and_share_a_store(tmp_path: Path) -> None:
+    """Without training, too: at every t the units that are on are the first of one order, and the budget is met."""
+    plans = {}
+    for router in ("free", "ordered"):
+        settings = tiny_settings(tmp_path / router, finetune_steps=0, router=router)
+        with opened(settings, Silent()) as pipeline:
+            plans[router], (_, table, _) = pipeline.priced(4), pipeline.tables
+    for masks in (table.heads, table.groups):
+        counts = masks.sum(axis=-1)  # (T, L)
+        for block in range(masks.shape[1]):
+            rows = masks[counts[:, block].argsort(), block]  # (T, U), narrow to wide
+            assert (rows[:-1] <= rows[1:]).all()
+        assert len(np.unique(counts)) > 1
+    assert plans["ordered"].flops_ratio == pytest.approx(0.5, abs=0.01)
+    assert plans["ordered"].disk_bytes < plans["free"].disk_bytes
