@@ -5,6 +5,7 @@ Modules are exported from the meta device: no weight is ever in memory here, wha
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ ONNX_DTYPES = {
     torch.bfloat16: ir.DataType.BFLOAT16,
 }
 STORE = "weights.bin"
+MODULE = "module"  # key of a node's metadata: the torch module that it came from
+SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def export_onnx(slice_: Slice, layout: StoreLayout, path: Path) -> None:
@@ -147,15 +150,26 @@ def refer_to_store(model: ir.Model, slice_: Slice, layout: StoreLayout) -> None:
 
 
 def strip_metadata(model: ir.Model) -> None:
-    """Remove what the exporter notes about the source code: paths and stack traces, which differ by machine."""
+    """Remove what the exporter notes about the source code: paths and stack traces, which differ by machine.
+
+    What stays is the name of the module that a node came from.
+    """
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.doc_string = model.graph.doc_string = None
     for node in model.graph.all_nodes():
+        module = _module_of(node.metadata_props.get(SCOPES, ""))
         node.metadata_props.clear()
+        node.metadata_props.update({MODULE: module} if module else {})
         node.doc_string = None
     for value in ir.convenience.create_value_mapping(model.graph).values():
         value.metadata_props.clear()
+
+
+def _module_of(scopes: str) -> str:
+    """``"['', 'blocks.0', 'blocks.0.fc1', 'linear']"`` is of ``blocks.0.fc1``; the last name is the operation's."""
+    names = [name for name in ast.literal_eval(scopes) if name] if scopes else []
+    return names[-2] if len(names) > 1 else ""
 
 
 def check_onnx(path: Path) -> None:

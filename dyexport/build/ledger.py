@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,6 +219,19 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 def _unwritable(path: Path | str, why: str) -> StorageError:
     return StorageError(f"cannot write {path}: {why}; make room, or choose another -o and --work, then repeat")
+
+
+def digest_of_spans(path: Path, spans: Sequence[tuple[int, int]]) -> str:
+    """Identifies parts of a file, (offset, length) each."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for offset, length in spans:
+            file.seek(offset)
+            while length:
+                piece = file.read(min(length, 1 << 24))
+                digest.update(piece)
+                length -= len(piece)
+    return digest.hexdigest()
 
 
 def digest_of(value: Any) -> str:

@@ -26,6 +26,7 @@ from dyexport.build.ledger import (
     check_writable,
     describe,
     digest_of,
+    digest_of_spans,
     locked,
     remove,
 )
@@ -38,8 +39,9 @@ from dyexport.build.networks import (
     plan_of,
     store_reader,
 )
+from dyexport.build.profiles import plan_request
 from dyexport.build.settings import BuildSettings, Schedule
-from dyexport.build.targets import TARGETS
+from dyexport.build.targets import ONNX, TARGETS
 from dyexport.build.team import Alone, Team, find_team
 from dyexport.bundle import TOKENS, WIDTHS, Manifest, ModelSpec, SegmentPlan, sha256_of
 from dyexport.calibration.precision import headroom
@@ -47,11 +49,13 @@ from dyexport.calibration.segments import PlanSettings
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.exporters.weight_store import write_store
 from dyexport.models.inputs import NoisedInputs
+from dyexport.plans import ENGINE
 from dyexport.slicing.recipes import StoreLayout, lay_out
 from dyexport.tables import TokenStats, WidthTable
 from dyexport.training.data import LatentSource
 
 GRAPHS = "graphs"
+ENGINES = "engines"
 
 
 class Pipeline:
@@ -133,7 +137,7 @@ class Pipeline:
     @cached_property
     def plan(self) -> SegmentPlan:
         """Segments for K engines."""
-        settings: dict[str, Any] = {"engines": self.settings.engines, "token_path": self.settings.token_path}
+        settings: dict[str, Any] = {"engines": self.settings.engines, "token_path": self.settings.planned_token_path}
         settings["precision"] = self.settings.stored_precision
         inputs: dict[str, Any] = {"calibrated": self.calibrated.digest, "dyexport": __version__, **settings}
         if self._merges:
@@ -156,7 +160,7 @@ class Pipeline:
 
     def priced(self, engines: int) -> SegmentPlan:
         """The plan for K engines and what it costs, every segment merged if any is to be; exports nothing."""
-        plan = plan_for(*self.tables, PlanSettings(engines=engines, token_path=self.settings.token_path))
+        plan = plan_for(*self.tables, PlanSettings(engines=engines, token_path=self.settings.planned_token_path))
         if not self._merges:
             return plan
         return plan_of(tuple(s.model_copy(update={"merged": True}) for s in plan.segments), *self.tables)
@@ -200,10 +204,40 @@ class Pipeline:
         write_store(self.layout, read, out, partial(self.listener.advanced, "weights"))
 
     @cached_property
-    def graphs(self) -> dict[tuple[str, str], Outcome]:
-        """Every graph, by target and network."""
+    def graphs(self) -> dict[str, Outcome]:
+        """The ONNX graph of every network."""
         self.store  # noqa: B018  # graphs are checked with their weights beside them
-        return {(target, n.name): self._graph(target, n) for target in self.settings.targets for n in self.networks}
+        return {n.name: self._graph(ONNX, n) for n in self.networks}
+
+    @cached_property
+    def plans(self) -> dict[tuple[str, str], Outcome]:
+        """TensorRT plans, by target and network."""
+        targets = [target for target in self.settings.formats if TARGETS[target].flavour]
+        return {(target, n.name): self._plan(target, n) for target in targets for n in self.networks}
+
+    def _plan(self, target: str, network: Network) -> Outcome:
+        """Rebuilt where its graph, its own weights, its sizes or the builder changed."""
+        from dyexport.exporters.tensorrt_plan import build_plan, builder_version
+
+        graph, request = self.graphs[network.name], plan_request(self.settings, target, self.tables[0], network)
+        inputs = {
+            "graph": graph.digest,
+            "weights": self._weights_digest(network),
+            "builder": builder_version(request.flavour),
+            "request": digest_of(repr(request)),
+        }
+        stage = f"{target} {network.name}"
+        progress = partial(self.listener.advanced, stage)
+
+        def make(out: Path) -> None:
+            build_plan(graph.path, request, out, progress)
+
+        return self._run(stage, f"{ENGINES}/{target}/{network.name}", inputs, make)
+
+    def _weights_digest(self, network: Network) -> str:
+        """Of the bytes in the store that one network reads."""
+        spans = {(self.layout.offsets[recipe], recipe.nbytes) for recipe in network.slice.recipes.values()}
+        return digest_of_spans(self.store.path, sorted(spans))
 
     def _graph(self, target: str, network: Network) -> Outcome:
         spec = self.tables[0]
@@ -255,7 +289,10 @@ class Pipeline:
         files = {f"{GRAPHS}/{STORE}": Source.of(self.store)}
         files |= {name: Source.of(self.calibrated, name) for name in (WIDTHS, TOKENS) if name in self.calibrated.files}
         files |= {f"{GRAPHS}/{outcome.path.name}": Source.of(outcome) for outcome in self.graphs.values()}
-        engines = {key: f"{GRAPHS}/{outcome.path.name}" for key, outcome in self.graphs.items()}
+        engines = {(ONNX, name): f"{GRAPHS}/{outcome.path.name}" for name, outcome in self.graphs.items()}
+        for (target, name), outcome in self.plans.items():
+            files |= {f"{ENGINES}/{target}/{name}/{part}": Source.of(outcome, part) for part in outcome.files}
+            engines[target, name] = f"{ENGINES}/{target}/{name}/{ENGINE}"
         spec = self.tables[0]
         manifest = describe_bundle(self.settings, spec, self.plan, files, engines, self.calibrated, self.metrics)
         begin = perf_counter()

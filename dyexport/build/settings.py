@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from dyexport.build.targets import TARGETS
+from dyexport.build.profiles import parse_profiles
+from dyexport.build.targets import ONNX, TARGETS
 from dyexport.bundle import Precision
 from dyexport.calibration.segments import PlanSettings
 from dyexport.errors import BudgetError, UsageError
@@ -63,6 +64,8 @@ class BuildSettings:
     engines: int = 4
     targets: tuple[str, ...] = ("onnx",)
     token_path: str = "auto"
+    compute_capabilities: tuple[str, ...] = ()
+    profiles: tuple[str, ...] = ()
     train_steps: int | None = None
     finetune_steps: int | None = None
     seed: int = 0
@@ -73,9 +76,7 @@ class BuildSettings:
     def __post_init__(self) -> None:
         preset = get_preset(self.model)
         PlanSettings(engines=self.engines, token_path=self.token_path)
-        for target in self.targets or ("",):
-            if target not in TARGETS:
-                raise UsageError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
+        self._check_targets()
         if self.budget is not None and not 0 < self.budget <= 1:
             raise BudgetError(f"budget is {self.budget:g}; give a FLOPs ratio in (0, 1], such as 0.5")
         if self.checkpoint is not None and self.random_weights:
@@ -88,6 +89,24 @@ class BuildSettings:
         self._check_routers(preset)
         self._check_lora()
         self._check_paths()
+
+    def _check_targets(self) -> None:
+        for target in self.targets or ("",):
+            if target not in TARGETS:
+                raise UsageError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
+        rigid = [target for target in self.targets if TARGETS[target].static_tokens]
+        if rigid and self.token_path == "compact":
+            raise UsageError(
+                f"--token-path compact allocates by data, which {rigid[0]} cannot; use dynamic, capacity or masked"
+            )
+        plans = [target for target in self.targets if TARGETS[target].flavour]
+        for option, values in (("compute-capability", self.compute_capabilities), ("profile", self.profiles)):
+            if values and not plans:
+                raise UsageError(f"--{option} is for TensorRT plans; add --target tensorrt-rtx, or leave it out")
+        for text in self.compute_capabilities:
+            if not re.fullmatch(r"\d+\.\d", text):
+                raise UsageError(f"--compute-capability {text!r} is not one; write 8.9, or 8.6,8.9,12.0")
+        parse_profiles(self.profiles)
 
     def _check_steps(self, preset: Preset) -> None:
         if self.data == "synthetic" and self.from_scratch:
@@ -141,6 +160,17 @@ class BuildSettings:
         ours = any((self.out / name).exists() for name in ("manifest.json", ".partial-bundle"))
         if self.out.is_dir() and any(self.out.iterdir()) and not ours:
             raise UsageError(f"{self.out} is not empty and not a bundle; choose another -o")
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Targets in the order of work: plans are built from the ONNX graphs, which are in every bundle."""
+        return tuple(dict.fromkeys((ONNX, *self.targets)))
+
+    @property
+    def planned_token_path(self) -> str:
+        """``auto`` is a top-C with C an input where one of the targets cannot allocate by data."""
+        rigid = any(TARGETS[target].static_tokens for target in self.targets)
+        return "dynamic" if rigid and self.token_path == "auto" else self.token_path
 
     @property
     def preset(self) -> Preset:

@@ -1,4 +1,4 @@
-"""What ``--target`` can name, and which exporter writes it. An exporter is imported when its first graph is made."""
+"""What ``--target`` can name: graphs, and plans that are made from graphs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,15 +7,27 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from dyexport.plans import Flavour
+
+ONNX = "onnx"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """``export(slice, layout, path)`` writes one graph; ``check(path)`` raises where it is not valid."""
+    """``export(slice, layout, path)`` writes one graph; ``check(path)`` raises where it is not valid.
 
-    suffix: str
-    module: str
-    export_name: str
+    A target with a ``flavour`` of TensorRT has neither: its plans are built from the ONNX graphs. ``proof`` says
+    what its engines have been run on.
+    """
+
+    about: str
+    proof: str
+    suffix: str = ""
+    module: str = ""
+    export_name: str = ""
     check_name: str | None = None
+    flavour: Flavour | None = None
+    static_tokens: bool = False  # its runtime cannot allocate by data
 
     @property
     def export(self) -> Callable[..., None]:
@@ -26,11 +38,28 @@ class Target:
         return self._load(self.check_name) if self.check_name else None
 
     def _load(self, name: str) -> Any:
+        """An exporter is imported when its first graph is made."""
         return getattr(import_module(self.module), name)
 
 
 TARGETS = {
-    "onnx": Target(
-        suffix=".onnx", module="dyexport.exporters.onnx_graph", export_name="export_onnx", check_name="check_onnx"
+    ONNX: Target(
+        about="ONNX graphs over one weight store, for ONNX Runtime on a CPU or CUDA",
+        proof="run and verified on CPUs; CUDA untested",
+        suffix=".onnx",
+        module="dyexport.exporters.onnx_graph",
+        export_name="export_onnx",
+        check_name="check_onnx",
+    ),
+    "tensorrt-rtx": Target(
+        about="TensorRT-RTX plans, built ahead of time on any machine",
+        proof="built on CPUs from the graphs that verify checks; never run: untested on a GPU",
+        flavour="tensorrt-rtx",
+        static_tokens=True,
+    ),
+    "tensorrt": Target(
+        about="TensorRT plans for the GPU of the machine that builds them",
+        proof="never built, never run: untested on a GPU",
+        flavour="tensorrt",
     ),
 }

@@ -84,6 +84,13 @@ class BuildOptions:
     token_path: Annotated[
         str, _option("How skipped tokens are left out: auto, masked, capacity, dynamic or compact.")
     ] = "auto"
+    compute_capability: Annotated[
+        str | None, _option("GPUs that TensorRT-RTX plans are for, such as 8.6,8.9,12.0; by default all it knows.")
+    ] = None
+    profile: Annotated[
+        list[str] | None,
+        _option("Sizes of TensorRT plans, such as batch=1:2:8,image_tokens=1024:4096:4096; again for another profile."),
+    ] = None
     train_steps: Annotated[
         int | None, _option("Steps of training from scratch, for a digits model without a checkpoint.")
     ] = None
@@ -132,6 +139,8 @@ class BuildOptions:
             engines=get_preset(self.model).engines if self.engines is None else self.engines,
             targets=tuple(self.target.split(",")),
             token_path=self.token_path,
+            compute_capabilities=tuple(self.compute_capability.split(",")) if self.compute_capability else (),
+            profiles=tuple(self.profile or ()),
             train_steps=self.train_steps,
             finetune_steps=self.finetune_steps,
             seed=self.seed,

@@ -1,0 +1,98 @@
+"""What TensorRT is asked to build: above all, a range of sizes for each dimension that is free at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from dyexport.build.targets import TARGETS
+from dyexport.bundle import ModelSpec, Segment
+from dyexport.errors import UsageError
+from dyexport.plans import Profile
+
+if TYPE_CHECKING:
+    from dyexport.build.networks import Network
+    from dyexport.build.settings import BuildSettings
+    from dyexport.exporters.tensorrt_plan import PlanRequest
+
+BATCH = Profile(min=1, opt=2, max=8)  # 2 is one picture under guidance
+STEPS = Profile(min=1, opt=50, max=100)  # that the conditioning network computes at once
+SMALLEST = 4  # pictures of a quarter of the usual tokens, 512 px of 1024, are the smallest
+
+
+def plan_request(settings: BuildSettings, target: str, spec: ModelSpec, network: Network) -> PlanRequest:
+    """The plan of one network for a target that has a flavour."""
+    from dyexport.exporters.tensorrt_plan import PlanRequest
+
+    flavour = TARGETS[target].flavour
+    assert flavour is not None
+    return PlanRequest(
+        flavour=flavour,
+        inputs=network.slice.inputs,
+        profiles=profiles_for(spec, network.segment, parse_profiles(settings.profiles)),
+        precision=spec.precision,
+        compute_capabilities=settings.compute_capabilities,
+        largest_topk=largest_topk(network.segment),
+    )
+
+
+def parse_profiles(texts: tuple[str, ...]) -> tuple[dict[str, Profile], ...]:
+    """``batch=1:2:8,image_tokens=1024:4096:4096``, one optimisation profile each. Raises ``UsageError``."""
+    return tuple(dict(_parse_one(part) for part in text.split(",")) for text in texts)
+
+
+def _parse_one(part: str) -> tuple[str, Profile]:
+    symbol, equals, sizes = part.strip().partition("=")
+    if not equals or not symbol:
+        raise UsageError(f"--profile {part!r} is not NAME=MIN:OPT:MAX, such as batch=1:2:8")
+    return symbol, Profile.parse(sizes)
+
+
+def profiles_for(
+    spec: ModelSpec, segment: Segment | None, given: tuple[Mapping[str, Profile], ...]
+) -> tuple[dict[str, Profile], ...]:
+    """One optimisation profile for each one given, or one; sizes that are not given are the model's usual ones.
+
+    Raises ``UsageError`` for a dimension that this model does not have.
+    """
+    usual = _usual(spec, segment)
+    for profiles in given:
+        if unknown := [name for name in profiles if name not in _usual(spec, None) and name not in usual]:
+            raise UsageError(f"--profile names {unknown[0]!r}; {spec.name} has {', '.join(usual)}")
+    return tuple(usual | {k: v for k, v in profiles.items() if k in usual} for profiles in given or ({},))
+
+
+def largest_topk(segment: Segment | None) -> int:
+    """Most tokens that a block of the segment may be asked to keep."""
+    if segment is None or not segment.limited_blocks:
+        return 0
+    return max(segment.capacities[block] for block in segment.limited_blocks) + max(segment.slot_buckets, default=0)
+
+
+def _usual(spec: ModelSpec, segment: Segment | None) -> dict[str, Profile]:
+    rows = Profile(min=1, opt=BATCH.opt * STEPS.opt, max=BATCH.max * STEPS.max)
+    usual = {"batch": BATCH, "rows": rows}
+    if spec.text_tokens:
+        usual["text_tokens"] = Profile(min=1, opt=spec.text_tokens, max=spec.text_tokens)
+    if "video_length" in spec.config:
+        usual |= _video(spec, segment)
+    elif spec.text_tokens:
+        usual["image_tokens"] = _tokens(spec.tokens, segment)
+    if segment is not None and segment.slot_buckets:
+        buckets = segment.slot_buckets
+        usual["slots"] = Profile(min=buckets[0], opt=buckets[len(buckets) // 2], max=buckets[-1])
+    return usual
+
+
+def _tokens(count: int, segment: Segment | None) -> Profile:
+    """A block that keeps the top C tokens cannot be given fewer."""
+    return Profile(min=max(count // SMALLEST, largest_topk(segment), 1), opt=count, max=count)
+
+
+def _video(spec: ModelSpec, segment: Segment | None) -> dict[str, Profile]:
+    frames, side = int(spec.config["video_length"]), int(spec.config["sample_size"]) // int(spec.config["patch_size"])
+    fixed = largest_topk(segment) > 0  # a capacity counts the tokens of a whole clip
+    return {
+        "frames": Profile(min=frames if fixed else 1, opt=frames, max=frames),
+        **{name: Profile(min=side if fixed else max(side // 2, 1), opt=side, max=side) for name in ("height", "width")},
+    }

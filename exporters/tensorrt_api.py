@@ -1,0 +1,94 @@
+"""The part of TensorRT's Python API that classic TensorRT and TensorRT-RTX share, by flavour."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from dyexport.errors import DyexportError, EngineBuildError, MissingDependency
+from dyexport.plans import Flavour
+
+RTX_LIBRARIES = ("libcudart.so*", "libtensorrt_rtx.so*", "libtensorrt_onnxparser_rtx.so*")  # in the order of need
+
+
+@dataclass(frozen=True, kw_only=True)
+class Api:
+    """``trt`` is the module; ``needs_gpu`` says whether its builder wants the GPU that it builds for."""
+
+    flavour: Flavour
+    trt: Any
+    needs_gpu: bool
+
+    @property
+    def version(self) -> str:
+        return str(self.trt.__version__)
+
+    def capability(self, text: str) -> Any:
+        """``8.6`` as the builder calls it. Raises ``EngineBuildError`` for one it does not build for."""
+        known = getattr(self.trt, "ComputeCapability", None)
+        name = f"SM{text.replace('.', '')}"
+        if known is None or not hasattr(known, name):
+            names = sorted(n for n in getattr(known, "__members__", {}) if n.startswith("SM"))
+            spelled = ", ".join(f"{n[2:-1]}.{n[-1]}" for n in names) or "none but the GPU it runs on"
+            raise EngineBuildError(f"{self.flavour} does not build for compute capability {text}; it knows {spelled}")
+        return getattr(known, name)
+
+
+@cache
+def load_api(flavour: Flavour) -> Api:
+    """Raises ``MissingDependency`` where it is not installed, ``EngineBuildError`` where its GPU is absent."""
+    return _LOADERS[flavour]()
+
+
+def _load_rtx() -> Api:
+    try:
+        folder = Path(str(import_module("onnxruntime_ep_nv_tensorrt_rtx").__file__)).parent
+        for pattern in RTX_LIBRARIES:
+            ctypes.CDLL(str(next(folder.glob(pattern))), ctypes.RTLD_GLOBAL)
+        return Api(flavour="tensorrt-rtx", trt=import_module("tensorrt_rtx_bindings"), needs_gpu=False)
+    except (ImportError, OSError, StopIteration) as error:
+        raise MissingDependency("TensorRT-RTX", "rtx") from error
+
+
+def _load_classic() -> Api:
+    import torch
+
+    try:
+        trt = import_module("tensorrt")
+    except ImportError as error:
+        raise MissingDependency("TensorRT", "tensorrt") from error
+    if not torch.cuda.is_available():
+        raise EngineBuildError(
+            "--target tensorrt builds for the GPU of this machine, and torch sees none; "
+            "build there, or use --target tensorrt-rtx, which needs none"
+        )
+    return Api(flavour="tensorrt", trt=trt, needs_gpu=True)
+
+
+_LOADERS: dict[Flavour, Callable[[], Api]] = {"tensorrt": _load_classic, "tensorrt-rtx": _load_rtx}
+
+
+class BuildLog:
+    """Keeps what the builder says; its last errors explain a failure."""
+
+    def __init__(self, trt: Any) -> None:
+        self.errors: list[str] = []
+        outer = self
+
+        class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                    outer.errors.append(message)
+
+        self.logger = Logger()
+
+    def failure(self, what: str) -> DyexportError:
+        return EngineBuildError(f"{what}: {self.errors[0] if self.errors else 'the builder gave no reason'}")

@@ -1,0 +1,171 @@
+"""ONNX graphs to TensorRT plans, classic or RTX, with profiles for every dimension that is free at run time.
+
+The graph is the file that ONNX Runtime runs and that ``verify`` checks; networks are strongly typed, so a
+plan computes in the graph's own precision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from dyexport.errors import EngineBuildError
+from dyexport.exporters.operator_gate import check_operators
+from dyexport.exporters.tensorrt_api import Api, BuildLog, load_api
+from dyexport.plans import ENGINE, INFO, Flavour, PlanInfo, Profile
+from dyexport.tensors import TensorSpec
+
+Progress = Callable[[int, int], None]
+"""Called with steps done and steps in all, of the build's longest phase."""
+
+Profiles = Mapping[str, Profile]
+"""By symbol: ``height`` for a dimension of ``height`` or ``2*height``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What to build. ``compute_capabilities`` such as 8.9, for RTX; none means all that its builder knows.
+
+    ``profiles``, one optimisation profile each, name every symbol of ``inputs``. ``largest_topk`` is the most
+    tokens that a block may be asked to keep.
+    """
+
+    flavour: Flavour
+    inputs: tuple[TensorSpec, ...]
+    profiles: tuple[Profiles, ...]
+    precision: str
+    compute_capabilities: tuple[str, ...] = ()
+    largest_topk: int = 0
+
+
+def build_plan(graph: Path, request: PlanRequest, out: Path, progress: Progress | None = None) -> PlanInfo:
+    """Write the plan of a graph and its description into the directory ``out``.
+
+    Raises ``EngineBuildError`` naming the node, the dimension or the builder's own reason, and
+    ``MissingDependency`` where the flavour is not installed.
+    """
+    model = onnx.load(graph, load_external_data=False)
+    check_operators(model, request.flavour, largest_topk=request.largest_topk)
+    api = load_api(request.flavour)
+    log = BuildLog(api.trt)
+    builder = api.trt.Builder(log.logger)
+    network, parser = _parse(api, builder, log, graph)
+    config = _configure(api, builder, network, request, progress)
+    plan = builder.build_serialized_network(network, config)
+    del parser  # until here it owned the weights that the network refers to
+    if plan is None:
+        raise log.failure(f"{request.flavour} cannot build {graph.name}")
+    out.mkdir()
+    (out / ENGINE).write_bytes(memoryview(plan))
+    info = PlanInfo(
+        flavour=request.flavour,
+        version=api.version,
+        compute_capabilities=request.compute_capabilities,
+        precision=request.precision,
+        profiles=tuple(dict(profiles) for profiles in request.profiles),
+        inputs=request.inputs,
+        outputs=_outputs(model),
+        layers=tuple(_describe(network.get_layer(index)) for index in range(network.num_layers)),
+        graph_sha256=_sha256(graph),
+        plan_sha256=_sha256(out / ENGINE),
+    )
+    (out / INFO).write_text(info.model_dump_json(indent=1), encoding="utf-8")
+    return info
+
+
+def builder_version(flavour: Flavour) -> str:
+    """Raises ``MissingDependency`` where it is not installed."""
+    return load_api(flavour).version
+
+
+def _parse(api: Api, builder: Any, log: BuildLog, graph: Path) -> tuple[Any, Any]:
+    """The network, and the parser that holds its weights."""
+    trt = api.trt
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # RTX knows no other network
+    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    parser = trt.OnnxParser(network, log.logger)
+    if not parser.parse_from_file(str(graph)):
+        error = parser.get_error(0)
+        raise EngineBuildError(f"{api.flavour} cannot read {graph.name}: {error.desc()} at node {error.node_name()!r}")
+    return network, parser
+
+
+def _configure(api: Api, builder: Any, network: Any, request: PlanRequest, progress: Progress | None) -> Any:
+    trt = api.trt
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that an inspector can name layers
+    for profiles in request.profiles:
+        config.add_optimization_profile(_profile(builder, network, request.inputs, profiles))
+    if request.compute_capabilities:
+        config.num_compute_capabilities = len(request.compute_capabilities)
+        for index, text in enumerate(request.compute_capabilities):
+            config.set_compute_capability(api.capability(text), index)
+    if progress is not None:
+        config.progress_monitor = _monitor(trt, progress)
+    return config
+
+
+def _profile(builder: Any, network: Any, inputs: tuple[TensorSpec, ...], profiles: Profiles) -> Any:
+    """One optimisation profile. Raises ``EngineBuildError`` for a symbol without sizes."""
+    taken = {network.get_input(index).name for index in range(network.num_inputs)}  # a folded input is gone
+    profile = builder.create_optimization_profile()
+    for spec in inputs:
+        if spec.name in taken and any(isinstance(size, str) for size in spec.shape):
+            ranges = [_range(size, spec, profiles) for size in spec.shape]
+            profile.set_shape(spec.name, *zip(*((r.min, r.opt, r.max) for r in ranges), strict=True))
+    return profile
+
+
+def _range(size: int | str, spec: TensorSpec, profiles: Profiles) -> Profile:
+    if isinstance(size, int):
+        return Profile(min=size, opt=size, max=size)
+    factor, _, symbol = size.rpartition("*")
+    if symbol not in profiles:
+        raise EngineBuildError(f"no sizes for {symbol!r} of {spec.name}; give --profile {symbol}=MIN:OPT:MAX")
+    return profiles[symbol].times(int(factor or 1))
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined, unused-ignore]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self.steps[phase] = steps
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase in self.steps:
+                progress(step, self.steps[phase])
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            self.steps.pop(phase, None)
+
+    return Monitor()
+
+
+def _outputs(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:
+    """As the graph declares them, symbols by the names of the inputs'."""
+    return tuple(_spec(value) for value in model.graph.output)
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    return TensorSpec(name=value.name, dtype=dtype, shape=tuple(d.dim_param or d.dim_value for d in tensor.shape.dim))
+
+
+def _describe(layer: Any) -> str:
+    return f"{layer.type.name.lower()} {layer.name}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
