@@ -1,0 +1,227 @@
+"""TensorRT-RTX: what is refused before the builder is asked, and real plans of every backbone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from dyexport.build.profiles import largest_topk, parse_profiles, profiles_for
+from dyexport.bundle import ModelSpec, Segment, TokenPath, sha256_of
+from dyexport.errors import EngineBuildError, EngineMismatch, MissingDependency, UsageError
+from dyexport.exporters.onnx_graph import MODULE, STORE, export_onnx
+from dyexport.exporters.operator_gate import check_operators, find_refusals
+from dyexport.exporters.tensorrt_api import load_api
+from dyexport.exporters.tensorrt_plan import PlanRequest, build_plan
+from dyexport.plans import ENGINE, INFO, PlanInfo, Profile
+from dyexport.presets import FluxPreset, Preset, get_preset
+from dyexport.slicing.recipes import lay_out
+from dyexport.slicing.slicer import Architecture, Slice, slice_conditioning, slice_segment, spec_of
+
+TINY = {"dit": "dit-digits", "sit": "sit-digits", "latte": "latte-tiny", "flux": "flux-tiny"}
+ONE_BLOCK_EACH = FluxPreset(name="flux-1-1", double_blocks=1, single_blocks=1)  # FLUX.1-dev at full width
+
+
+@pytest.fixture(scope="session")
+def rtx() -> None:
+    try:
+        load_api("tensorrt-rtx")
+    except MissingDependency as error:
+        pytest.skip(str(error))
+
+
+def half_width(preset: Preset, path: TokenPath) -> Segment:
+    """Every second unit, the others gone; room for three quarters of the tokens."""
+    depth, half = preset.depth, tuple(range(0, preset.heads, 2))
+    room = preset.tokens // 2 if path == "dynamic" else 3 * preset.tokens // 4
+    return Segment(
+        start=preset.timestep_range[0],
+        end=preset.timestep_range[1],
+        heads=(half,) * depth,
+        groups=(half,) * depth,
+        gated_heads=(True,) * depth,
+        gated_groups=(False,) * depth,
+        token_paths=(path,) * depth,
+        capacities=(room,) * depth,
+        slot_buckets=(4, preset.tokens // 4) if path == "dynamic" else (),
+    )
+
+
+def architecture_of(preset: Preset, precision: str = "fp32") -> Architecture:
+    spec = spec_of(preset, preset.transformer_config()).model_copy(update={"precision": precision})
+    return Architecture(spec=spec, groups=preset.heads, token_routers=True)
+
+
+def write_graph(slice_: Slice, directory: Path) -> Path:
+    """The graph of a slice over a store of noise."""
+    layout = lay_out(slice_.recipes.values())
+    half = np.random.default_rng(0).integers(0x2C00, 0x3800, layout.nbytes // 2, dtype=np.uint16)  # small in any float
+    half.tofile(directory / STORE)
+    export_onnx(slice_, layout, directory / "network.onnx")
+    return directory / "network.onnx"
+
+
+def request_for(architecture: Architecture, slice_: Slice, segment: Segment | None, **values: object) -> PlanRequest:
+    given = {"flavour": "tensorrt-rtx", "compute_capabilities": ("8.9",), "precision": architecture.spec.precision}
+    profiles = profiles_for(architecture.spec, segment, ())
+    return PlanRequest(
+        **{**given, "inputs": slice_.inputs, "profiles": profiles, "largest_topk": largest_topk(segment), **values}  # type: ignore[arg-type]
+    )
+
+
+def build_segment(preset: Preset, directory: Path, *, path: TokenPath, precision: str = "fp32") -> PlanInfo:
+    architecture, segment = architecture_of(preset, precision), half_width(preset, path)
+    slice_ = slice_segment(architecture, segment)
+    graph = write_graph(slice_, directory)
+    return build_plan(graph, request_for(architecture, slice_, segment), directory / "plan")
+
+
+CASES = [("sit", "fp32", "dynamic"), ("dit", "fp16", "dynamic"), ("dit", "bf16", "capacity")]
+REST = [
+    (backbone, precision, path)
+    for backbone in TINY
+    for precision in ("fp32", "fp16", "bf16")
+    for path in ("dynamic", "capacity")
+    if (backbone, precision, path) not in CASES
+]
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize(
+    ("backbone", "precision", "path"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
+)
+def test_segments_of_every_backbone_build(
+    rtx: None, tmp_path: Path, backbone: str, precision: str, path: TokenPath
+) -> None:
+    preset = get_preset(TINY[backbone])
+    info = build_segment(preset, tmp_path, path=path, precision=precision)
+    assert PlanInfo.read(tmp_path / "plan" / INFO) == info
+    assert info.plan_sha256 == sha256_of(tmp_path / "plan" / ENGINE)
+    assert info.graph_sha256 == sha256_of(tmp_path / "network.onnx")
+    assert ("slots" in info.profiles[0]) == (path == "dynamic")
+    assert [output.name for output in info.outputs] == ["sample", "kept_tokens"]
+    assert info.outputs[0].shape[0] == "batch"
+    assert any(layer.startswith("topk ") for layer in info.layers)
+
+
+@pytest.mark.tensorrt
+def test_conditioning_and_two_profiles_build(rtx: None, tmp_path: Path) -> None:
+    architecture = architecture_of(get_preset("sit-digits"))
+    slice_ = slice_conditioning(architecture)
+    profiles = profiles_for(architecture.spec, None, parse_profiles(("rows=1:2:2", "rows=50:100:200")))
+    request = request_for(architecture, slice_, None, profiles=profiles)
+    info = build_plan(write_graph(slice_, tmp_path), request, tmp_path / "plan")
+    assert [each["rows"].max for each in info.profiles] == [2, 200]
+    assert (tmp_path / "plan" / ENGINE).stat().st_size > 0
+
+
+@pytest.mark.tensorrt
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "precision", "path"),
+    [
+        (get_preset("dit-s-2"), "fp32", "dynamic"),
+        (ONE_BLOCK_EACH, "bf16", "dynamic"),
+        (ONE_BLOCK_EACH, "bf16", "masked"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Preset) else value,
+)
+def test_full_width_builds(rtx: None, tmp_path: Path, preset: Preset, precision: str, path: TokenPath) -> None:
+    info = build_segment(preset, tmp_path, path=path, precision=precision)
+    assert info.precision == precision
+    assert (tmp_path / "plan" / ENGINE).stat().st_size > 4e6
+
+
+@pytest.mark.tensorrt
+def test_an_unknown_gpu_is_named(rtx: None, tmp_path: Path) -> None:
+    architecture = architecture_of(get_preset("sit-digits"))
+    slice_ = slice_conditioning(architecture)
+    request = request_for(architecture, slice_, None, compute_capabilities=("3.5",))
+    with pytest.raises(EngineBuildError, match=r"compute capability 3\.5; it knows .*8\.9"):
+        build_plan(write_graph(slice_, tmp_path), request, tmp_path / "plan")
+    assert not (tmp_path / "plan").exists()
+
+
+@pytest.mark.tensorrt
+def test_a_dimension_without_sizes_is_named(rtx: None, tmp_path: Path) -> None:
+    architecture = architecture_of(get_preset("sit-digits"))
+    slice_ = slice_conditioning(architecture)
+    with pytest.raises(EngineBuildError, match="'rows' of timestep; give --profile rows="):
+        build_plan(
+            write_graph(slice_, tmp_path), request_for(architecture, slice_, None, profiles=({},)), tmp_path / "plan"
+        )
+
+
+def test_classic_tensorrt_needs_what_it_needs() -> None:
+    with pytest.raises((MissingDependency, EngineBuildError), match=r"dyexport\[tensorrt\]|GPU of this machine"):
+        load_api("tensorrt")
+
+
+def test_compact_tokens_are_refused_with_their_module(tmp_path: Path) -> None:
+    preset = get_preset("sit-digits")
+    graph = write_graph(slice_segment(architecture_of(preset), half_width(preset, "compact")), tmp_path)
+    with pytest.raises(
+        EngineBuildError, match=r"refuses NonZero .* of module 'blocks\.0' \(3 more like it\).*--token-path dynamic"
+    ):
+        check_operators(onnx.load(graph, load_external_data=False), "tensorrt-rtx", largest_topk=0)
+    assert not find_refusals(onnx.load(graph, load_external_data=False), "tensorrt", largest_topk=0)
+
+
+def model_of(node: onnx.NodeProto, *constants: onnx.TensorProto) -> onnx.ModelProto:
+    node.metadata_props.add(key=MODULE, value="blocks.3")
+    return helper.make_model(helper.make_graph([node], "g", [], [], initializer=constants))
+
+
+def test_a_reducing_scatter_is_refused() -> None:
+    for reduction, refused in (("none", 0), ("add", 1)):
+        node = helper.make_node("ScatterElements", ["x", "i", "u"], ["y"], name="s", reduction=reduction)
+        found = find_refusals(model_of(node), "tensorrt-rtx", largest_topk=0)
+        assert len(found) == refused
+    assert (found[0].module, found[0].cure) == ("blocks.3", "write rows back with a plain ScatterND")
+
+
+@pytest.mark.parametrize(("count", "refused"), [(3840, False), (3841, True)])
+def test_a_top_of_too_many_is_refused(count: int, refused: bool) -> None:
+    node = helper.make_node("TopK", ["x", "k"], ["v", "i"])
+    constant = model_of(node, helper.make_tensor("k", TensorProto.INT64, [1], [count]))
+    assert bool(find_refusals(constant, "tensorrt", largest_topk=0)) == refused
+    assert bool(find_refusals(model_of(node), "tensorrt", largest_topk=count)) == refused
+
+
+def test_profiles_are_the_models_own_sizes_unless_given() -> None:
+    flux = get_preset("flux")
+    spec = spec_of(flux, flux.transformer_config())
+    usual = profiles_for(spec, half_width(flux, "masked"), ())[0]
+    assert usual["image_tokens"] == Profile(min=1024, opt=4096, max=4096)
+    assert usual["text_tokens"].max == 512
+    assert usual["batch"] == Profile(min=1, opt=2, max=8)
+    limited = profiles_for(spec, half_width(flux, "capacity"), parse_profiles(("batch=1:1:1",)))[0]
+    assert limited["image_tokens"].min == 3072
+    assert limited["batch"].max == 1
+    with pytest.raises(UsageError, match="'pixels'; flux has batch"):
+        profiles_for(spec, None, parse_profiles(("pixels=1:2:3",)))
+
+
+@pytest.mark.parametrize("text", ["batch", "batch=", "batch=2:1:3", "batch=0:1:2", "batch=1:2", "=1"])
+def test_what_is_not_a_profile(text: str) -> None:
+    with pytest.raises(UsageError, match="MIN:OPT:MAX"):
+        parse_profiles((text,))
+
+
+def test_a_description_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(EngineMismatch, match="build the bundle again"):
+        PlanInfo.read(tmp_path / INFO)
+    (tmp_path / INFO).write_text("{}")
+    with pytest.raises(EngineMismatch, match="build the bundle again"):
+        PlanInfo.read(tmp_path / INFO)
+
+
+def test_video_sizes() -> None:
+    latte = get_preset("latte-tiny")
+    spec: ModelSpec = spec_of(latte, latte.transformer_config())
+    profiles = profiles_for(spec, half_width(latte, "masked"), ())[0]
+    assert {"frames", "height", "width", "text_tokens", "batch"} <= profiles.keys()
+    assert profiles["frames"].max == spec.frames
