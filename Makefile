@@ -35,5 +35,5 @@ clean:
 
 $(INSTALLED): pyproject.toml
 	.ci/venv $(PYTHON) $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,demo,dev,report]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,demo,dev,report,rtx]'
 	touch $@

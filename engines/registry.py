@@ -20,8 +20,11 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
+    """``unfit(path)`` says why an engine file cannot run on this machine; None where it can."""
+
     make: Callable[[Path, EngineOptions], Engine]
     has_cuda: Callable[[], bool]
+    unfit: Callable[[Path], str | None] = lambda path: None
 
 
 def _onnx() -> Backend:
@@ -44,7 +47,27 @@ def _torch() -> Backend:
     return Backend(make=make, has_cuda=torch.cuda.is_available)
 
 
-BACKENDS: dict[str, Callable[[], Backend]] = {"onnx": _onnx, "torch": _torch}
+def _tensorrt() -> Backend:
+    import torch
+
+    from dyexport.engines.tensorrt_rt import TensorRtEngine, unfit
+
+    def make(path: Path, options: EngineOptions) -> Engine:
+        return TensorRtEngine(path, device=options.device)
+
+    return Backend(
+        make=make,
+        has_cuda=torch.cuda.is_available,
+        unfit=lambda path: unfit(TensorRtEngine(path).info),
+    )
+
+
+BACKENDS: dict[str, Callable[[], Backend]] = {
+    "onnx": _onnx,
+    "torch": _torch,
+    "tensorrt": _tensorrt,
+    "tensorrt-rtx": _tensorrt,
+}
 
 
 def get_backend(target: str) -> Backend:

@@ -16,8 +16,8 @@ import onnx
 
 from dyexport.errors import EngineBuildError
 from dyexport.exporters.operator_gate import check_operators
-from dyexport.exporters.tensorrt_api import Api, BuildLog, load_api
 from dyexport.plans import ENGINE, INFO, Flavour, PlanInfo, Profile
+from dyexport.tensorrt_api import Api, BuildLog, load_api
 from dyexport.tensors import TensorSpec
 
 Progress = Callable[[int, int], None]

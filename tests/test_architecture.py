@@ -17,7 +17,7 @@ import dyexport
 ROOT = Path(__file__).parents[1]
 LINKED = ("calibration", "engines", "exporters")
 
-CONTRACTS = {"errors", "tables", "tensors", "presets", "lora", "bundle"}
+CONTRACTS = {"errors", "tables", "tensors", "presets", "lora", "bundle", "plans", "tensorrt_api"}
 BUILD_SIDE = {"models", "slicing", "calibration", "exporters", "training"}
 RUN_SIDE = {"engines", "runtime", "serving", "bench"}
 EITHER_SIDE = CONTRACTS | BUILD_SIDE | RUN_SIDE
@@ -30,15 +30,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "presets": {"errors"},
     "lora": {"errors"},
     "bundle": {"errors", "lora", "tables"},
+    "plans": {"errors", "tensors"},
+    "tensorrt_api": {"errors", "plans"},
     "models": CONTRACTS,
     "slicing": CONTRACTS | {"models"},
     "calibration": CONTRACTS | {"models", "slicing"},
     "exporters": CONTRACTS | {"models", "slicing"},
     "training": CONTRACTS | {"models", "slicing"},
-    "engines": {"errors", "tables", "tensors", "bundle"},
+    "engines": {"errors", "tables", "tensors", "bundle", "plans", "tensorrt_api"},
     "runtime": {"errors", "tables", "bundle", "engines"},
     "serving": {"errors", "tables", "bundle", "engines", "runtime"},
-    "bench": {"errors", "tables", "bundle", "engines", "runtime"},
+    "bench": {"errors", "tables", "bundle", "plans", "engines", "runtime"},
     "build": EITHER_SIDE,
     "demo": EITHER_SIDE | {"build"},
     "console": {"errors"},

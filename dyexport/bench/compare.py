@@ -70,7 +70,7 @@ def compare(bundle: Bundle, settings: BenchSettings, progress: Progress | None =
 
 
 def _measure(bundle: Bundle, settings: BenchSettings, progress: Progress | None) -> _Measured:
-    open_ = partial(load, bundle.root, target=settings.target, device="cpu", check_hashes=False)
+    open_ = partial(load, bundle.root, target=settings.target, device="cpu", check_hashes=False, fallback=False)
     dense, loaded = open_(dense=True), open_(share_weights=settings.share_weights)
     variants = _variants(bundle, dense, loaded, settings)
     before = cpu_time()

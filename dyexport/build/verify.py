@@ -119,7 +119,7 @@ def verify_bundle(
     model, preset = load_dynamic(reference or find_reference(bundle), stream=stream)
     truth = Truth(model, preset, bundle.manifest.plan, settings.seed)
     comparisons: list[Comparison] = []
-    transformer = load(path, target=settings.target, device="cpu", check_hashes=False)
+    transformer = load(path, target=settings.target, device="cpu", check_hashes=False, fallback=False)
     try:
         for t in draw_timesteps(bundle.manifest, settings):
             comparisons.append(_compare(bundle, truth, transformer, t))

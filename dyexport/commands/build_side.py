@@ -99,8 +99,20 @@ def plan(
 
 
 @app.command()
-def models(json: JsonOption = False, debug: DebugOption = False) -> None:
-    """List the models known by name."""
+def models(
+    targets: Annotated[
+        bool, typer.Option("--targets", help="List engine formats instead, and what proves them.")
+    ] = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """List the models known by name, or the formats that --target takes."""
+    if targets:
+        from dyexport.build.targets import TARGETS
+
+        found = [{"name": name, "about": each.about, "proof": each.proof} for name, each in TARGETS.items()]
+        emit({"targets": found}, as_json=json, human=lambda console: console.print(_target_table(found)))
+        return
     from dyexport.presets import PRESETS
     from dyexport.slicing.flops import FlopsModel
 
@@ -216,6 +228,13 @@ def _plan_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         ratios = (f"{row[name]:.3f}" for name in ("flops_ratio", "network_flops_ratio", "executed_flops_ratio"))
         sizes = (format_bytes(row[name]) for name in ("disk_bytes", "resident_bytes", "disk_bytes"))
         table.add_row(str(row["engines"]), *ratios, *sizes)
+    return table
+
+
+def _target_table(rows: Sequence[Mapping[str, str]]) -> Table:
+    table = Table("target", "writes", "proof")
+    for row in rows:
+        table.add_row(row["name"], row["about"], row["proof"])
     return table
 
 

@@ -158,10 +158,17 @@ def _control(
 def inspect(
     bundle: BundleArgument,
     png: Annotated[Path | None, typer.Option(help="Also write the heat map as a picture.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Show one network's TensorRT plan instead: segment-00, conditioning, dense.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="With --engine: whose plan.")] = "tensorrt-rtx",
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Show what is in a bundle: its segments, and a heat map of widths over t and depth."""
+    if engine is not None:
+        _inspect_plan(bundle, target, engine, json)
+        return
     with chatter_on_stderr():
         from dyexport.bench.heatmap import draw_image, draw_text
         from dyexport.bench.pictures import save_png
@@ -173,6 +180,14 @@ def inspect(
             save_png(draw_image(opened), png)
     parts = (inspect_table(opened), "", draw_text(opened))
     emit(inspect_payload(opened), as_json=json, human=lambda console: console.print(*parts, sep="\n"))
+
+
+def _inspect_plan(bundle: Path, target: str, network: str, as_json: bool) -> None:
+    from dyexport.bench.plans import plan_lines, plan_of
+    from dyexport.bundle import Bundle
+
+    info = plan_of(Bundle.open(bundle), target, network)
+    emit(info.model_dump(mode="json"), as_json=as_json, human=lambda console: console.print(*plan_lines(info)))
 
 
 @app.command()

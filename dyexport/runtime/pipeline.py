@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -117,6 +118,7 @@ def load(
     share_weights: bool = False,
     check_hashes: bool = True,
     dense: bool = False,
+    fallback: bool = True,
 ) -> BundleTransformer:
     """Open a bundle to run it.
 
@@ -124,7 +126,8 @@ def load(
     ``max_resident`` bounds how many engines are in memory at a time (default: all; the conditioning engine
     then leaves as soon as it has run), ``share_weights`` lets them map one copy of the weights. ``dense``
     opens the static model that a bundle keeps for comparison. No weights are read into memory before the
-    first call.
+    first call. TensorRT plans that do not fit this machine are left alone: ONNX Runtime takes over, with a
+    warning that says why, unless ``fallback`` is off.
 
     Raises ``BundleError`` for a damaged bundle, ``EngineMismatch`` for a target it was not built for,
     ``UsageError`` for an argument out of range, ``MissingDependency`` for an absent backend.
@@ -132,6 +135,9 @@ def load(
     # Only a graph is data: the engines of every other target are code, and run only as they were built.
     bundle = Bundle.open(bundle_path, check_hashes=check_hashes or target != "onnx")
     paths, spec = _engine_paths(bundle, target, dense), bundle.manifest.model
+    if fallback and (reason := get_backend(target).unfit(paths[0])) is not None:
+        warnings.warn(f"{bundle.root}: {reason}; running its ONNX graphs", stacklevel=2)
+        target, paths = "onnx", _engine_paths(bundle, "onnx", dense)
     *networks, conditioning = paths
     options = EngineOptions(device=_device(target, device), share_weights=share_weights)
     find = dense_route if dense else partial(route, bundle.manifest.plan, bundle.widths, bundle.token_stats)

@@ -14,12 +14,12 @@ from dyexport.bundle import ModelSpec, Segment, TokenPath, sha256_of
 from dyexport.errors import EngineBuildError, EngineMismatch, MissingDependency, UsageError
 from dyexport.exporters.onnx_graph import MODULE, STORE, export_onnx
 from dyexport.exporters.operator_gate import check_operators, find_refusals
-from dyexport.exporters.tensorrt_api import load_api
 from dyexport.exporters.tensorrt_plan import PlanRequest, build_plan
 from dyexport.plans import ENGINE, INFO, PlanInfo, Profile
 from dyexport.presets import FluxPreset, Preset, get_preset
 from dyexport.slicing.recipes import lay_out
 from dyexport.slicing.slicer import Architecture, Slice, slice_conditioning, slice_segment, spec_of
+from dyexport.tensorrt_api import load_api
 
 TINY = {"dit": "dit-digits", "sit": "sit-digits", "latte": "latte-tiny", "flux": "flux-tiny"}
 ONE_BLOCK_EACH = FluxPreset(name="flux-1-1", double_blocks=1, single_blocks=1)  # FLUX.1-dev at full width
