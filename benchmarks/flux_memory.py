@@ -10,8 +10,8 @@ which the system takes back when it wants to (VmHWM); and anonymous memory alone
 
     python benchmarks/flux_memory.py --depths 4 8 --work out/flux-memory
 
-A depth of n means n double and 2 n single blocks; 19 is FLUX.1-dev. It takes three times the weights on disk:
-checkpoint, store, bundle. Everything but the results is deleted. Writes benchmarks/results/flux_memory.json and .md.
+A depth of n means n double and 2 n single blocks; 19 is FLUX.1-dev. It takes six times the weights on disk:
+the checkpoint, and twice the store, in which four engines of free widths share little. All but the results is deleted. Writes benchmarks/results/flux_memory.json and .md.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ RESULTS = Path(__file__).parent / "results"
 SHARD = 4 * 2**30
 FULL = 19
 PEAKS = ("peak", "anonymous")
-COPIES = 3.2  # of the weights on disk: checkpoint, store, bundle, and some room
+COPIES = 6.0  # of the weights on disk: checkpoint, and the store in the work directory and in the bundle
 STAGES = {"static": "check", "dynamic": "attach", "calibrate": "calibrate", "weights": "store", "bundle": "bundle"}
 
 
