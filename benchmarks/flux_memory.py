@@ -10,8 +10,9 @@ which the system takes back when it wants to (VmHWM); and anonymous memory alone
 
     python benchmarks/flux_memory.py --depths 4 8 --work out/flux-memory
 
-A depth of n means n double and 2 n single blocks; 19 is FLUX.1-dev. It takes six times the weights on disk:
-the checkpoint, and twice the store, in which four engines of free widths share little. All but the results is deleted. Writes benchmarks/results/flux_memory.json and .md.
+A depth of n means n double and 2 n single blocks; 19 is FLUX.1-dev. It takes six times the weights on disk: the
+checkpoint, and twice the store, in which four engines of free widths share little. All but the results is deleted.
+Writes benchmarks/results/flux_memory.json and .md.
 """
 
 from __future__ import annotations
