@@ -6,8 +6,9 @@ that it, too, holds one block's weights at a time.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from dyexport.models.base import BackboneAdapter
 from dyexport.models.gates import BlockRouter, Fp32Linear
 
+M_MMAP_THRESHOLD = -3  # of malloc.h
 SHARE = 0.6  # of the memory that is free, for weights; the rest is for activations and everybody else
 
 
@@ -34,6 +36,7 @@ def must_stream(parameters: int, memory: int | None = None) -> bool:
 
 def stream_backbone(adapter: BackboneAdapter, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
     """A stock module in fp32 whose weights stay where they are; buffers are in memory."""
+    _return_freed_memory()
     with init_empty_weights(include_buffers=False):
         backbone: Any = adapter.build(config)
     for name, buffer in backbone.named_buffers():
@@ -43,6 +46,12 @@ def stream_backbone(adapter: BackboneAdapter, config: Mapping[str, Any], weights
     # Stopping a recomputation as early as possible would leave a layer's weights behind.
     backbone.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, early_stop=False))
     return backbone
+
+
+def _return_freed_memory() -> None:
+    """Have glibc give freed tensors back at once: in its heap, what layers leave between them grows with depth."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def meta_parameters(stream: bool) -> AbstractContextManager[None]:
