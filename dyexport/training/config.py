@@ -46,24 +46,26 @@ class TrainConfig:
 class FinetuneConfig(TrainConfig):
     """DyDiT fine-tuning: the FLOPs ratio (lambda) falls from 1 to ``budget``.
 
-    ``warmup``, ``complete`` and ``anneal`` are shares of the run: over the first ``warmup`` of it
-    lambda falls, for the first ``complete`` the complete model is trained too, and over the last
-    ``anneal`` gate noise fades to zero, so that the network ends on the gates that will run.
+    ``warmup``, ``complete``, ``anneal`` and ``settle`` are shares of the run: over the first ``warmup`` of it
+    lambda falls, for the first ``complete`` the complete model is trained too, and over ``anneal``, which ends
+    where the last ``settle`` begins, gate noise fades to zero, so that the network still has time to learn with
+    the gates that will run.
     With ``distill`` the complete model is trained throughout and the dynamic path learns its predictions;
     not in the paper, and twice the forward passes, but worth it in runs of thousands of steps.
     """
 
     budget: float = 0.5
-    warmup: float = 0.3
+    warmup: float = 0.2
     complete: float = 0.2
     distill: bool = False
-    anneal: float = 0.2
+    anneal: float = 0.4
+    settle: float = 0.4
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.budget <= 1:
             raise BudgetError(f"budget is {self.budget!r}; give a FLOPs ratio above 0 and at most 1, such as 0.5")
-        for name in ("warmup", "complete", "anneal"):
+        for name in ("warmup", "complete", "anneal", "settle"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1], a share of the run")
 
     def target(self, step: int) -> float:
@@ -72,8 +74,8 @@ class FinetuneConfig(TrainConfig):
         return 1.0 + progress * (self.budget - 1.0)
 
     def noise_scale(self, step: int) -> float:
-        """Gate noise at a step: 1, then down to 0 at the last step."""
-        remaining = (self.steps - 1 - step) / max(self.anneal * self.steps, 1)
+        """Gate noise at a step: 1, then down to 0 where the gates settle."""
+        remaining = ((1 - self.settle) * self.steps - 1 - step) / max(self.anneal * self.steps, 1)
         return min(max(remaining, 0.0), 1.0)
 
     @property

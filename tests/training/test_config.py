@@ -12,10 +12,10 @@ def test_lambda_falls_linearly_then_stays() -> None:
 
 
 def test_gate_noise_is_gone_at_the_last_step() -> None:
-    config = FinetuneConfig(steps=101, anneal=0.2)
-    assert [config.noise_scale(step) for step in (0, 79)] == [1.0, 1.0]
-    assert 0 < config.noise_scale(90) < 1
-    assert config.noise_scale(100) == 0
+    config = FinetuneConfig(steps=100, anneal=0.2, settle=0.4)
+    assert [config.noise_scale(step) for step in (0, 39)] == [1.0, 1.0]
+    assert 0 < config.noise_scale(50) < 1
+    assert [config.noise_scale(step) for step in (59, 99)] == [0.0, 0.0]
 
 
 def test_routers_can_close_within_the_warmup_of_a_short_run_and_keep_the_published_rate_in_a_long_one() -> None:
