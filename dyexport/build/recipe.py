@@ -16,6 +16,7 @@ from dyexport.training.synthetic import SyntheticConfig
 
 FORWARD, BACKWARD = 1, 2  # a pass back computes gradients of activations and of weights, each as dear as a forward pass
 ACTIVATIONS = 40  # values of C channels that a block keeps for its backward pass, per token
+LOW_RANK_SHARE = 0.014  # of the backbone's parameters, at rank 16 with 4 experts (arXiv 2504.06803, as here)
 STORED = 2  # bytes of a frozen weight or an activation, in bf16
 TRAINED = 16  # bytes of a trained one: itself, its gradient, two moments, in fp32
 
@@ -46,9 +47,16 @@ def estimate(settings: BuildSettings) -> Effort:
     return Effort(
         synthetic_flops=made * drawn.steps * forward,
         training_flops=pace.steps * pace.batch_size * passes * (FORWARD + back) * forward,
-        device_bytes=preset.parameters * (TRAINED if settings.lora is None else STORED) + kept,
+        device_bytes=preset.parameters * STORED + trained_parameters(settings) * TRAINED + kept,
         data_bytes=made * 4 * _sample_values(preset),
     )
+
+
+def trained_parameters(settings: BuildSettings) -> float:
+    """All weights, or a low-rank share of them; and FLUX's token routers, whose modulation is as large as a block's."""
+    preset = settings.preset
+    routers = 4 * preset.hidden_size**2 * preset.depth if isinstance(preset, FluxPreset) else 0
+    return routers + preset.parameters * (1 if settings.lora is None else LOW_RANK_SHARE)
 
 
 def _sample_values(preset: Preset) -> int:
