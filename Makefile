@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test lint unit format wheel-check clean
+.PHONY: setup demo test lint unit plans format wheel-check clean
 
 setup: $(INSTALLED)
 
@@ -21,6 +21,9 @@ lint: setup
 
 unit: setup
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+plans: setup  # every TensorRT-RTX plan the tests know, FLUX's full width among them: 10 minutes, 6 GB
+	$(BIN)/python -m pytest -m "tensorrt and slow" tests/exporters
 
 format: setup
 	$(BIN)/ruff check --fix .
