@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
@@ -15,21 +13,18 @@ from typing import Any
 import torch
 
 from dyexport import __version__
-from dyexport.build import reference, stages
+from dyexport.build import reference
 from dyexport.build.assemble import Source, assemble, describe_bundle
 from dyexport.build.ledger import (
-    Ledger,
     Listener,
     Outcome,
     Silent,
-    Stage,
     check_writable,
-    describe,
     digest_of,
     digest_of_spans,
     locked,
-    remove,
 )
+from dyexport.build.model_stages import ModelStages
 from dyexport.build.networks import (
     Network,
     architecture_of,
@@ -40,99 +35,22 @@ from dyexport.build.networks import (
     store_reader,
 )
 from dyexport.build.profiles import plan_request
-from dyexport.build.settings import BuildSettings, Schedule
+from dyexport.build.settings import BuildSettings
 from dyexport.build.targets import ONNX, TARGETS
-from dyexport.build.team import Alone, Team, find_team
-from dyexport.bundle import TOKENS, WIDTHS, Manifest, ModelSpec, SegmentPlan, sha256_of
-from dyexport.calibration.precision import headroom
+from dyexport.build.team import Alone, find_team
+from dyexport.bundle import TOKENS, WIDTHS, Manifest, SegmentPlan
 from dyexport.calibration.segments import PlanSettings
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.exporters.weight_store import write_store
-from dyexport.models.inputs import NoisedInputs
 from dyexport.plans import ENGINE
 from dyexport.slicing.recipes import StoreLayout, lay_out
-from dyexport.tables import TokenStats, WidthTable
-from dyexport.training.data import LatentSource
 
 GRAPHS = "graphs"
 ENGINES = "engines"
 
 
-class Pipeline:
-    """The stages of one build. Each method runs what it needs first; what is up to date is only checked."""
-
-    def __init__(
-        self,
-        settings: BuildSettings,
-        listener: Listener,
-        *,
-        without: frozenset[str] = frozenset(),
-        team: Team | None = None,
-    ) -> None:
-        logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # says of every weight that it has no value yet
-        self.settings = settings
-        self.listener = listener
-        self.ledger = Ledger(settings.work, listener, without=without, team=team)
-
-    @cached_property
-    def static(self) -> Outcome:
-        """The static model, as a diffusers directory."""
-        source = stages.checkpoint_source(self.settings)
-        inputs: dict[str, Any] = {"model": self.settings.model, "seed": self.settings.seed}
-        if source is not None:
-            inputs = {"model": self.settings.model, "checkpoint": _contents(source)}
-            if (file := self.settings.lora_file) is not None:  # left out otherwise: without it, all is as before
-                inputs["lora"] = [sha256_of(file), self.settings.lora_scale]
-        elif self.settings.from_scratch:
-            inputs |= self._training(self.settings.static_schedule)
-        scratch = self._scratch("static")
-        data = self.data if self.settings.from_scratch else None
-        make = partial(stages.make_static, self.settings, source, data, scratch, self._trained("static"))
-        return self._run("static", "static", inputs, make, scratch)
-
-    @cached_property
-    def dynamic(self) -> Outcome:
-        """The dynamic checkpoint, before it is moved onto the budget."""
-        routers = self.settings.routers
-        inputs: dict[str, Any] = {"static": self.static.digest, "routers": routers, "seed": self.settings.seed}
-        if self.settings.router != "free":  # left out otherwise: work of before there was a choice stays valid
-            inputs["router"] = self.settings.router
-        if self.settings.lora is not None:
-            inputs["td_lora"] = self.settings.lora.model_dump()
-        if routers == "given":
-            inputs["checkpoint"] = _contents(Path(str(self.settings.checkpoint)))
-        elif routers != "random":
-            inputs["data"] = self._data_digest
-        if routers == "trained":
-            inputs |= {"budget": self.settings.budget, "distill": self.settings.distill}
-            inputs |= self._training(self.settings.finetune_schedule)
-        scratch = self._scratch("dynamic")
-        source = self.data if routers in ("trained", "none") and self.settings.data_source else None
-        make = partial(stages.make_dynamic, self.settings, self.static.path, source, scratch, self._trained("dynamic"))
-        return self._run("dynamic", "dynamic", inputs, make, scratch)
-
-    @cached_property
-    def calibrated(self) -> Outcome:
-        """The reference model on budget, with its width table and token statistics."""
-        upstream = {"static": self.static.digest, "dynamic": self.dynamic.digest, "data": self._data_digest}
-        settings = {"budget": self.settings.budget, "routers": self.settings.routers, "seed": self.settings.seed}
-
-        def make(out: Path) -> None:
-            reference.make_calibrated(self.settings, self.static.path, self.dynamic.path, self.calibration_inputs, out)
-
-        return self._run("calibrate", "calibrated", {**upstream, **settings}, make)
-
-    @cached_property
-    def control(self) -> Outcome:
-        """The static model trained on for as long as the dynamic one was: what fine-tuning alone would have given."""
-        pace = self.settings.finetune_schedule
-        inputs = {"static": self.static.digest, "seed": self.settings.seed, **self._training(pace)}
-        scratch = self._scratch("control")
-
-        def make(out: Path) -> None:
-            stages.make_control(self.settings, self.static.path, self.data, scratch, self._trained("control"), out)
-
-        return self._run("control", "control", inputs, make, scratch)
+class Pipeline(ModelStages):
+    """From the calibrated model on: the plan, the networks, their store and formats, the bundle."""
 
     @cached_property
     def plan(self) -> SegmentPlan:
@@ -164,10 +82,6 @@ class Pipeline:
         if not self._merges:
             return plan
         return plan_of(tuple(s.model_copy(update={"merged": True}) for s in plan.segments), *self.tables)
-
-    @cached_property
-    def tables(self) -> tuple[ModelSpec, WidthTable, TokenStats | None]:
-        return reference.read_calibrated(self.calibrated.path, self.settings.preset, self.settings.stored_precision)
 
     @cached_property
     def networks(self) -> list[Network]:
@@ -257,32 +171,6 @@ class Pipeline:
         name = f"{network.name}{TARGETS[target].suffix}"
         return self._run(f"{target} {network.name}", f"{GRAPHS}/{name}", inputs, make)
 
-    @cached_property
-    def headroom(self) -> dict[str, float]:
-        """How far from overflow the model stays in fp16, if that is asked for. Raises ``UsageError`` where it fails."""
-        if self.settings.stored_precision != "fp16":
-            return {}
-        inputs = {"calibrated": self.calibrated.digest, "data": self._data_digest, "seed": self.settings.seed}
-
-        def make(out: Path) -> None:
-            reference.make_magnitudes(self.settings, self.calibrated.path, self.calibration_inputs, out)
-
-        outcome = self._run("precision", "magnitudes.json", inputs, make)
-        return {"fp16_headroom": headroom(reference.read_metrics(outcome.path))}
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """What calibration measured."""
-        return {**reference.read_metrics(self.calibrated.path / reference.METRICS), **self.headroom}
-
-    @property
-    def stage_report(self) -> dict[str, dict[str, Any]]:
-        """What was done and what was not, stage by stage."""
-        return {
-            name: {"status": "reused" if outcome.reused else "done", "seconds": round(outcome.seconds, 3)}
-            for name, outcome in self.ledger.outcomes.items()
-        }
-
     def bundle(self) -> Manifest:
         """Everything, assembled at ``settings.out``."""
         self.headroom  # noqa: B018  # before anything is written in a precision that will not do
@@ -304,58 +192,6 @@ class Pipeline:
         )
         return manifest
 
-    @cached_property
-    def data(self) -> LatentSource:
-        """Training and calibration data; call only where ``settings.data_source`` says there is some."""
-        return stages.open_data(self.settings, self._synthetic)
-
-    @property
-    def calibration_inputs(self) -> NoisedInputs:
-        return stages.calibration_inputs(self.settings, self.data if self.settings.data_source else None)
-
-    @property
-    def _data_digest(self) -> str:
-        return digest_of([self.data.name, len(self.data)] if self.settings.data_source else None)
-
-    @cached_property
-    def _synthetic(self) -> Path:
-        """Where synthetic data lies; it is made only if the settings ask for it."""
-        if self.settings.data_source == "synthetic":
-            inputs = {"static": self.static.digest, "seed": self.settings.seed}
-            if self.settings.prompts is not None:
-                inputs["prompts"] = sha256_of(self.settings.prompts)
-            advance = partial(self.listener.advanced, "synthetic")
-            source = stages.checkpoint_source(self.settings)
-            make = partial(stages.make_synthetic, self.settings, self.static.path, source, advance)
-            self._run("synthetic", "synthetic", inputs, make)
-        return self.settings.work / "synthetic"
-
-    def _training(self, pace: Schedule) -> dict[str, Any]:
-        return {"schedule": asdict(pace), "data": self._data_digest}
-
-    def _trained(self, stage: str) -> Any:
-        def progress(done: int, total: int, metrics: Mapping[str, float]) -> None:
-            detail = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-            self.listener.advanced(stage, done, total, detail)
-
-        return progress
-
-    def _scratch(self, stage: str) -> Path:
-        """Where a training run keeps what it needs to resume."""
-        return self.settings.work / "training" / stage
-
-    def _run(
-        self, name: str, output: str, inputs: Mapping[str, Any], make: Any, scratch: Path | None = None
-    ) -> Outcome:
-        """``scratch``, where there is one, is what a training run resumes from: of no use once it is done."""
-        stage = Stage(name=name, output=output, inputs=inputs, make=make, shared=scratch is not None)
-        outcome = self.ledger.run(stage)
-        if scratch is not None and self.ledger.team.leads:
-            remove(scratch)
-            with suppress(OSError):  # the folder of another run's scratch stays
-                scratch.parent.rmdir()
-        return outcome
-
 
 @contextmanager
 def opened(settings: BuildSettings, listener: Listener, *, without: frozenset[str] = frozenset()) -> Iterator[Pipeline]:
@@ -374,8 +210,3 @@ def opened(settings: BuildSettings, listener: Listener, *, without: frozenset[st
             pipeline.dynamic  # noqa: B018
             pipeline.ledger.team = Alone()
         yield pipeline
-
-
-def _contents(directory: Path) -> str:
-    """Identifies a checkpoint by what is in it, not by where it is."""
-    return digest_of({name: record.sha256 for name, record in describe(directory).items()})
