@@ -131,7 +131,7 @@ def meet_budget(model: DynamicTransformer, inputs: NoisedInputs, budget: float, 
     if abs(ratio - budget) > TOLERANCE:
         raise BudgetError(
             f"budget {budget:g} cannot be met by shifting these routers (nearest {ratio:.3f}); "
-            "fine-tune under that budget, or build without --budget"
+            "fine-tune under that budget for longer, or build without --budget"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from dyexport.calibration.widths import (
     read_widths,
     trajectory_points,
 )
+from dyexport.errors import BudgetError
 from dyexport.models.checkpoints import (
     dynamic_weights,
     load_dynamic,
@@ -81,15 +83,25 @@ def make_calibrated(settings: BuildSettings, static: Path, dynamic: Path, inputs
 
 def _meet(settings: BuildSettings, model: DynamicTransformer, inputs: NoisedInputs) -> None:
     """Bring the model onto the budget, if there is one: by its routers, or where they are not trained by a table."""
-    flops, passes = FlopsModel.of_preset(settings.preset), passes_for(settings)
     if settings.budget is None:
         return
     if settings.routers == "none" or model.table is not None:
-        model.table = choose_widths(
-            model, inputs, settings.budget, flops, count=passes.importance, probes=passes.probes
-        )
-    else:
-        meet_budget(model, inputs, settings.budget, flops)
+        _choose(settings, settings.budget, model, inputs)
+        return
+    try:
+        meet_budget(model, inputs, settings.budget, FlopsModel.of_preset(settings.preset))
+    except BudgetError as error:
+        if settings.routers != "trained":
+            raise
+        warnings.warn(f"{error}; until then widths are chosen by importance and all tokens run", stacklevel=1)
+        for router in model.block_routers:
+            router.run_all_tokens()
+        _choose(settings, settings.budget, model, inputs)
+
+
+def _choose(settings: BuildSettings, budget: float, model: DynamicTransformer, inputs: NoisedInputs) -> None:
+    flops, passes = FlopsModel.of_preset(settings.preset), passes_for(settings)
+    model.table = choose_widths(model, inputs, budget, flops, count=passes.importance, probes=passes.probes)
 
 
 @torch.no_grad()

@@ -151,6 +151,12 @@ class BlockRouter(nn.Module):
         if self.tokens is not None:
             nn.init.constant_(self.tokens.last.bias, TOKEN_BIAS)
 
+    def run_all_tokens(self) -> None:
+        """Let no token be skipped, whatever was trained."""
+        if self.tokens is not None:
+            nn.init.zeros_(self.tokens.last.weight)
+            nn.init.constant_(self.tokens.last.bias, TOKEN_BIAS)
+
     @torch.no_grad()
     def shift(self, amount: float, *, tokens: bool) -> None:
         """Add a constant to the logits, of the token router too if ``tokens``: more of each for a positive amount."""

@@ -14,6 +14,7 @@ import torch
 from dyexport.build.ledger import Silent
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
+from dyexport.build.verify import VerifySettings, verify_bundle
 from dyexport.bundle import CONDITIONING, DENSE, DENSE_CONDITIONING, MANIFEST, Bundle
 from dyexport.errors import BudgetError, CheckpointError, DyexportError, UsageError
 from dyexport.models.checkpoints import load_dynamic, load_static, save_static
@@ -236,3 +237,14 @@ def test_widths_change_with_t(settings: BuildSettings) -> None:
     widths = Bundle.open(settings.out).widths
     shares = widths.heads.mean(axis=(1, 2))
     assert np.ptp(shares) > 0.1
+
+
+def test_routers_of_too_short_a_run_give_way_to_importance(tmp_path: Path) -> None:
+    """After three steps all gates switch at once: no shift meets the budget, and the build says what it did."""
+    settings = tiny_settings(tmp_path, budget=0.7, random_weights=False, train_steps=2, finetune_steps=3)
+    with pytest.warns(UserWarning, match=r"budget 0\.7 cannot be met .* chosen by importance"):
+        bundle = build(settings)
+    assert bundle.manifest.plan.flops_ratio == pytest.approx(0.7, abs=0.01)
+    assert bundle.token_stats is not None
+    assert bundle.token_stats.mean_fraction([0.5]).min() == 1
+    assert verify_bundle(bundle.root, VerifySettings(timesteps=8)).passed

@@ -66,7 +66,7 @@ def test_finetuning_reaches_lambda_on_the_gates_that_run(tmp_path: Path) -> None
     config = FinetuneConfig(steps=300, batch_size=16, budget=0.5, learning_rate=1e-3)
     result = finetune(model, SIT, blobs(SIT), config, work_dir=tmp_path)
     assert result.history[0].flops_ratio == 1.0
-    assert result.flops_ratio == pytest.approx(0.5, abs=0.06)
+    assert result.flops_ratio == pytest.approx(0.5, abs=0.1)
     assert recomputed_ratio(model) == pytest.approx(result.flops_ratio, abs=0.03)
 
 
