@@ -110,6 +110,12 @@ class Segment(Frozen):
         return tuple(block for block, path in enumerate(self.token_paths) if path in ("capacity", "dynamic"))
 
     @property
+    def largest_room(self) -> int:
+        """Most tokens that a limited block may be asked to keep; a sample must have as many. 0 without such blocks."""
+        room = max((self.capacities[block] for block in self.limited_blocks), default=0)
+        return room + max(self.slot_buckets, default=0)
+
+    @property
     def gate_size(self) -> int:
         """Length W of the ``width_gate`` input; 0 when every mask is constant over the interval."""
         heads = sum(len(kept) for kept, gated in zip(self.heads, self.gated_heads, strict=True) if gated)

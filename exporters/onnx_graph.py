@@ -49,7 +49,10 @@ def export_onnx(slice_: Slice, layout: StoreLayout, path: Path) -> None:
 def _example_sizes(slice_: Slice) -> dict[str, int]:
     """A size for every symbol, no two alike, none of them 0 or 1, which the exporter would take for constants."""
     symbols = dict.fromkeys(size for spec in slice_.inputs for size in spec.shape if isinstance(size, str))
-    plain = {symbol: max(slice_.limits.get(symbol, 0), 2 + index) for index, symbol in enumerate(symbols)}
+    plain = {
+        symbol: max(slice_.limits.get(symbol, 0), slice_.floors.get(symbol, 0) + 2 + index)
+        for index, symbol in enumerate(symbols)
+    }
     largest = max(plain.values(), default=0)
     return {
         symbol: factor * (largest + size) if (factor := _factor(symbol)) > 1 else size for symbol, size in plain.items()
@@ -62,9 +65,10 @@ def _factor(symbol: str) -> int:
     return int(factor) if star else 1
 
 
-def _dimension(symbol: str, limits: Mapping[str, int]) -> Any:
+def _dimension(symbol: str, slice_: Slice) -> Any:
     """What ``torch.export`` knows of a symbol."""
-    dimension = torch.export.Dim(symbol.rpartition("*")[2], max=limits.get(symbol))
+    floor, limit = slice_.floors.get(symbol), slice_.limits.get(symbol)
+    dimension = torch.export.Dim(symbol.rpartition("*")[2], min=floor, max=limit)
     return dimension if (factor := _factor(symbol)) == 1 else factor * dimension
 
 
@@ -75,7 +79,7 @@ def _example_inputs(slice_: Slice, sizes: Mapping[str, int]) -> dict[str, Tensor
 
 def _export(slice_: Slice, name: str) -> ir.Model:
     sizes = _example_sizes(slice_)
-    dims = {symbol: _dimension(symbol, slice_.limits) for symbol in sizes}
+    dims = {symbol: _dimension(symbol, slice_) for symbol in sizes}
     shapes = {
         spec.name: {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in slice_.inputs

@@ -32,7 +32,7 @@ def plan_request(settings: BuildSettings, target: str, spec: ModelSpec, network:
         profiles=profiles_for(spec, network.segment, parse_profiles(settings.profiles)),
         precision=spec.precision,
         compute_capabilities=settings.compute_capabilities,
-        largest_topk=largest_topk(network.segment),
+        largest_topk=largest_topk(spec, network.segment),
     )
 
 
@@ -62,11 +62,11 @@ def profiles_for(
     return tuple(usual | {k: v for k, v in profiles.items() if k in usual} for profiles in given or ({},))
 
 
-def largest_topk(segment: Segment | None) -> int:
-    """Most tokens that a block of the segment may be asked to keep."""
+def largest_topk(spec: ModelSpec, segment: Segment | None) -> int:
+    """Most tokens that a block of the segment may sort out; FLUX's single blocks always keep the text as well."""
     if segment is None or not segment.limited_blocks:
         return 0
-    return max(segment.capacities[block] for block in segment.limited_blocks) + max(segment.slot_buckets, default=0)
+    return segment.largest_room + (spec.text_tokens if "joint_attention_dim" in spec.config else 0)
 
 
 def _usual(spec: ModelSpec, segment: Segment | None) -> dict[str, Profile]:
@@ -86,12 +86,13 @@ def _usual(spec: ModelSpec, segment: Segment | None) -> dict[str, Profile]:
 
 def _tokens(count: int, segment: Segment | None) -> Profile:
     """A block that keeps the top C tokens cannot be given fewer."""
-    return Profile(min=max(count // SMALLEST, largest_topk(segment), 1), opt=count, max=count)
+    room = segment.largest_room if segment is not None else 0
+    return Profile(min=max(count // SMALLEST, room, 1), opt=count, max=count)
 
 
 def _video(spec: ModelSpec, segment: Segment | None) -> dict[str, Profile]:
     frames, side = int(spec.config["video_length"]), int(spec.config["sample_size"]) // int(spec.config["patch_size"])
-    fixed = largest_topk(segment) > 0  # a capacity counts the tokens of a whole clip
+    fixed = segment is not None and segment.largest_room > 0  # a capacity counts the tokens of a whole clip
     return {
         "frames": Profile(min=frames if fixed else 1, opt=frames, max=frames),
         **{name: Profile(min=side if fixed else max(side // 2, 1), opt=side, max=side) for name in ("height", "width")},

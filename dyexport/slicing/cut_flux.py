@@ -64,6 +64,7 @@ def slice_network(architecture: Architecture, segment: Segment) -> Slice:
         inputs=(*_inputs(architecture), *routed_inputs(segment)),
         outputs=outputs_of(segment),
         limits=routed_limits(segment),
+        floors={"image_tokens": segment.largest_room} if segment.limited_blocks else {},
     )
 
 

@@ -57,7 +57,7 @@ class Architecture:
 class Slice:
     """A network without weights, how to make each of them, and what it is called with.
 
-    ``limits`` are the largest values of symbols in ``inputs`` that have one.
+    ``limits`` are the largest values of symbols in ``inputs`` that have one, ``floors`` the smallest.
     """
 
     module: nn.Module
@@ -65,6 +65,7 @@ class Slice:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
     limits: Mapping[str, int] = field(default_factory=dict)
+    floors: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

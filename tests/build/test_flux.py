@@ -104,7 +104,18 @@ def test_equals_the_masked_model(built: Bundle) -> None:
     assert all(segment.compared for segment in report.segments)
 
 
-@pytest.mark.parametrize(("pixels", "steps", "words"), [(64, 28, 16), (128, 4, 16), (192, 5, 7)])
+@pytest.mark.parametrize("path", ["capacity", "dynamic"])
+def test_room_for_tokens(tmp_path: Path, path: str) -> None:
+    settings = {"budget": 0.5, "random_weights": True, "engines": 1, "baseline": False, "token_path": path}
+    bundle = build(BuildSettings(model="flux-tiny", out=tmp_path / "bundle", work=tmp_path / "work", **settings))
+    report = verify_bundle(bundle.root, VerifySettings(timesteps=16))
+    assert report.passed
+    assert report.max_abs_error is not None
+    assert report.max_abs_error < 2e-5
+    assert all(segment.compared for segment in report.segments)
+
+
+@pytest.mark.parametrize(("pixels", "steps", "words"), [(512, 50, 16), (768, 28, 7), (1024, 4, 16)])
 def test_one_bundle_serves_any_resolution_steps_and_prompt(
     built: Bundle, loaded: FluxBundle, pixels: int, steps: int, words: int
 ) -> None:

@@ -65,11 +65,15 @@ def write_graph(slice_: Slice, directory: Path) -> Path:
 
 
 def request_for(architecture: Architecture, slice_: Slice, segment: Segment | None, **values: object) -> PlanRequest:
-    given = {"flavour": "tensorrt-rtx", "compute_capabilities": ("8.9",), "precision": architecture.spec.precision}
-    profiles = profiles_for(architecture.spec, segment, ())
-    return PlanRequest(
-        **{**given, "inputs": slice_.inputs, "profiles": profiles, "largest_topk": largest_topk(segment), **values}  # type: ignore[arg-type]
-    )
+    given = {
+        "flavour": "tensorrt-rtx",
+        "compute_capabilities": ("8.9",),
+        "precision": architecture.spec.precision,
+        "inputs": slice_.inputs,
+        "profiles": profiles_for(architecture.spec, segment, ()),
+        "largest_topk": largest_topk(architecture.spec, segment),
+    }
+    return PlanRequest(**{**given, **values})  # type: ignore[arg-type]
 
 
 def build_segment(preset: Preset, directory: Path, *, path: TokenPath, precision: str = "fp32") -> PlanInfo:
@@ -79,7 +83,12 @@ def build_segment(preset: Preset, directory: Path, *, path: TokenPath, precision
     return build_plan(graph, request_for(architecture, slice_, segment), directory / "plan")
 
 
-CASES = [("sit", "fp32", "dynamic"), ("dit", "fp16", "dynamic"), ("dit", "bf16", "capacity")]
+CASES = [
+    ("sit", "fp32", "dynamic"),
+    ("dit", "fp16", "dynamic"),
+    ("dit", "bf16", "capacity"),
+    ("flux", "fp32", "dynamic"),
+]
 REST = [
     (backbone, precision, path)
     for backbone in TINY
