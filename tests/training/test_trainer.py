@@ -63,10 +63,11 @@ def test_progress_counts_up_and_carries_metrics(tmp_path: Path) -> None:
 
 def test_finetuning_reaches_lambda_on_the_gates_that_run(tmp_path: Path) -> None:
     model = dynamic(SIT)
-    config = FinetuneConfig(steps=300, batch_size=16, budget=0.5, learning_rate=1e-3)
+    pace = {"steps": 300, "warmup": 0.3, "anneal": 0.2, "settle": 0.0}  # gates that settle early stay further off here
+    config = FinetuneConfig(**pace, batch_size=16, budget=0.5, learning_rate=1e-3)
     result = finetune(model, SIT, blobs(SIT), config, work_dir=tmp_path)
     assert result.history[0].flops_ratio == 1.0
-    assert result.flops_ratio == pytest.approx(0.5, abs=0.1)
+    assert result.flops_ratio == pytest.approx(0.5, abs=0.06)
     assert recomputed_ratio(model) == pytest.approx(result.flops_ratio, abs=0.03)
 
 
