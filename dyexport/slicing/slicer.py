@@ -21,9 +21,9 @@ from dyexport.tables import WidthTable
 from dyexport.tensors import TensorSpec
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-IN_FP32 = frozenset(  # parts of names: sinusoids, norms inside attention, token routers, modulation, patches
+IN_FP32 = frozenset(  # parts of names: sinusoids, norms inside attention, routers, modulation, patches
     ("frequencies", "rotary", "query_norm", "key_norm", "norm_weight", "norm_bias", "router", "router_in", "router_out")
-) | {"positions", "table", "patch", "position"}  # opset 20 has no convolution in bf16
+) | {"experts", "positions", "table", "patch", "position"}  # opset 20 has no convolution in bf16
 
 
 @dataclass(frozen=True, kw_only=True)

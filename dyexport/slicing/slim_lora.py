@@ -105,7 +105,7 @@ def _sizes(linear: nn.Linear | TransposedLinear | Tensor) -> tuple[int, int]:
 
 
 class GateRouters(nn.Module):
-    """Gates of every block's experts from the timestep embedding."""
+    """Gates of every block's experts from the timestep embedding, in fp32 like every router."""
 
     def __init__(self, channels: int, depth: int, experts: int) -> None:
         super().__init__()
@@ -113,4 +113,4 @@ class GateRouters(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         """(R, C) -> (R, L * E)."""
-        return torch.cat([block(embedding).float().softmax(dim=1) for block in self.blocks], dim=1)
+        return torch.cat([block(embedding.float()).softmax(dim=1) for block in self.blocks], dim=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
 from dyexport.slicing.flops import FlopsModel
 from dyexport.slicing.recipes import lay_out
+from dyexport.slicing.slicer import slice_conditioning
 from tests.factories import random_timesteps, tiny_preset
 from tests.slicing.cut import Cutter, routed_inputs
 
@@ -43,6 +46,25 @@ def test_a_path_is_exact_at_every_t(variant: str, backbone: str) -> None:
                 compared += 1
     assert compared >= 16
     assert stores_prefixes(cutter, segments)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["dit", "latte"])
+def test_gates_are_decided_in_fp32_in_half_precision_too(backbone: str) -> None:
+    preset = tiny_preset(backbone)
+    model = random_dynamic(preset, td_lora=LoraSpec(rank=2, experts=3, alpha=2))
+    assert model.td_lora is not None
+    for block in model.td_lora.block_loras:  # terms that cancel but for what fp16 cannot tell apart
+        assert block.router is not None
+        block.router.weight[:] += 50.0
+        block.router.bias[:] += 3.3
+    cutter = Cutter(model, preset)
+    half = replace(cutter.architecture, spec=cutter.spec.model_copy(update={"precision": "fp16"}))
+    network = slice_conditioning(half).load(cutter.read).experts
+    assert network is not None
+    embedding = model.adapter.timestep_embedding(model.backbone, torch.tensor(random_timesteps(preset, 16)))  # (T, C)
+    expected = model.td_lora.gates_at(embedding).flatten(1)  # (T, L * E)
+    torch.testing.assert_close(network(embedding), expected, atol=1e-5, rtol=1e-5)
 
 
 def stores_prefixes(cutter: Cutter, segments: tuple[Segment, ...]) -> bool:
