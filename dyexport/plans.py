@@ -15,6 +15,8 @@ Flavour = Literal["tensorrt", "tensorrt-rtx"]
 ENGINE = "engine.plan"
 INFO = "plan.json"
 
+LARGEST_TOPK = 3840  # rows, the most that TensorRT sorts
+
 
 class Profile(BaseModel):
     """The smallest, the usual and the largest size of a dimension that is free at run time."""

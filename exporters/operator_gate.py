@@ -11,9 +11,8 @@ from onnx import NodeProto, numpy_helper
 
 from dyexport.errors import EngineBuildError
 from dyexport.exporters.onnx_graph import MODULE
-from dyexport.plans import Flavour
+from dyexport.plans import LARGEST_TOPK, Flavour
 
-LARGEST_TOPK = 3840  # of TensorRT's TopK layer
 BOTH: frozenset[Flavour] = frozenset({"tensorrt", "tensorrt-rtx"})
 RTX: frozenset[Flavour] = frozenset({"tensorrt-rtx"})
 
@@ -60,19 +59,22 @@ RULES = (
         reason="allocates by data, for which TensorRT-RTX has no layer",
         cure="build with --token-path dynamic, capacity or masked",
     ),
-    Rule(
-        op_type="ScatterElements",
-        flavours=BOTH,
-        refuses=_reduces,
-        reason="reduces as it writes, which no TensorRT takes",
-        cure="write rows back with a plain ScatterND",
+    *(
+        Rule(
+            op_type=op_type,
+            flavours=BOTH,
+            refuses=_reduces,
+            reason="reduces as it writes, which no TensorRT takes",
+            cure="write rows back with a plain ScatterND",
+        )
+        for op_type in ("ScatterElements", "ScatterND")
     ),
     Rule(
         op_type="TopK",
         flavours=BOTH,
         refuses=_too_many,
         reason=f"may ask for more than {LARGEST_TOPK} rows, the most that TensorRT sorts",
-        cure="build with --token-path masked, or for a lower resolution",
+        cure="build with --token-path masked, or with --profile for less text",
     ),
 )
 

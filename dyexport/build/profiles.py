@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dyexport.build.targets import TARGETS
 from dyexport.bundle import ModelSpec, Segment
 from dyexport.errors import UsageError
-from dyexport.plans import Profile
+from dyexport.plans import LARGEST_TOPK, Profile
 
 if TYPE_CHECKING:
     from dyexport.build.networks import Network
@@ -26,13 +26,14 @@ def plan_request(settings: BuildSettings, target: str, spec: ModelSpec, network:
 
     flavour = TARGETS[target].flavour
     assert flavour is not None
+    profiles = profiles_for(spec, network.segment, parse_profiles(settings.profiles))
     return PlanRequest(
         flavour=flavour,
         inputs=network.slice.inputs,
-        profiles=profiles_for(spec, network.segment, parse_profiles(settings.profiles)),
+        profiles=profiles,
         precision=spec.precision,
         compute_capabilities=settings.compute_capabilities,
-        largest_topk=largest_topk(spec, network.segment),
+        largest_topk=largest_topk(spec, network.segment, profiles),
     )
 
 
@@ -62,11 +63,21 @@ def profiles_for(
     return tuple(usual | {k: v for k, v in profiles.items() if k in usual} for profiles in given or ({},))
 
 
-def largest_topk(spec: ModelSpec, segment: Segment | None) -> int:
-    """Most tokens that a block of the segment may sort out; FLUX's single blocks always keep the text as well."""
-    if segment is None or not segment.limited_blocks:
+def largest_topk(spec: ModelSpec, segment: Segment | None, profiles: Sequence[Mapping[str, Profile]]) -> int:
+    """Most tokens that a block of the segment may sort; blocks with room for more than TensorRT can sort do not.
+
+    FLUX's single blocks always keep the text as well, of which a profile may allow more than is usual.
+    """
+    if segment is None:
         return 0
-    return segment.largest_room + (spec.text_tokens if "joint_attention_dim" in spec.config else 0)
+    doubles = spec.config["num_layers"] if spec.backbone == "flux" else segment.depth
+    text = max((sizes["text_tokens"].max for sizes in profiles if "text_tokens" in sizes), default=0)
+    largest = 0
+    for block in segment.limited_blocks:
+        usual, most = (spec.text_tokens, text) if block >= doubles else (0, 0)
+        if segment.room(block) + usual <= LARGEST_TOPK:
+            largest = max(largest, segment.room(block) + most)
+    return largest
 
 
 def _usual(spec: ModelSpec, segment: Segment | None) -> dict[str, Profile]:

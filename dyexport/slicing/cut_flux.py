@@ -44,6 +44,7 @@ def slice_network(architecture: Architecture, segment: Segment) -> Slice:
         group_size=_group_size(architecture),
         token_routers=architecture.token_routers,
         td_lora=architecture.spec.td_lora,
+        text_tokens=architecture.spec.text_tokens,
     )
     sources = {
         "rotary": ROTARY,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dyexport.bundle import Segment
 from dyexport.lora import LoraSpec
+from dyexport.plans import LARGEST_TOPK
 from dyexport.slicing.slim_layers import (
     Gates,
     Selection,
@@ -78,6 +79,7 @@ class SlimBlock(WithPaths):
         self.mlp_eps = config["norm_eps"]
         self.path = segment.token_paths[index]
         self.capacity = segment.capacities[index]
+        self.by_score = segment.room(index) <= LARGEST_TOPK
         self.qkv = nn.Linear(channels, 3 * self.heads * head_dim)
         self.out = TransposedLinear(self.heads * head_dim, channels)
         self.fc1 = nn.Linear(channels, len(segment.groups[index]) * group_size)
@@ -103,7 +105,8 @@ class SlimBlock(WithPaths):
         if self.path == "all":
             return Selection()
         scores = self.router_out(F.relu(self.router_in(hidden.flatten(0, 1).float()))).view(hidden.shape[:2])  # (B, N)
-        return select_tokens(self.path, scores, self.capacity + (slots if self.path == "dynamic" else 0))
+        room = self.capacity + (slots if self.path == "dynamic" else 0)
+        return select_tokens(self.path, scores, room, by_score=self.by_score)
 
     def attend(self, normed: Tensor, gates: Gates) -> Tensor:
         """Self-attention of the kept heads: (B, N, C) -> (B, N, C)."""

@@ -7,7 +7,8 @@ rotary embedding turns one half against the other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from dyexport.bundle import Segment
 from dyexport.lora import LoraSpec
+from dyexport.plans import LARGEST_TOPK
 from dyexport.slicing.flux_conditioning import FINAL_PARTS, SINGLE_PARTS, STREAM_PARTS, channels_of
 from dyexport.slicing.slim_layers import (
     NORM_EPS,
@@ -120,6 +122,7 @@ class DoubleBlock(WithPaths):
         channels, head_dim = channels_of(config), config["attention_head_dim"]
         heads, wide = len(segment.heads[index]), len(segment.groups[index]) * group_size
         self.path, self.capacity = segment.token_paths[index], segment.capacities[index]
+        self.by_score = segment.room(index) <= LARGEST_TOPK
         self.image = Projection(channels, heads, head_dim, td_lora)
         self.text = Projection(channels, heads, head_dim, td_lora)
         self.image_out = TransposedLinear(heads * head_dim, channels)
@@ -146,7 +149,7 @@ class DoubleBlock(WithPaths):
         selection = Selection()
         if self.path != "all" and router is not None:
             room = self.capacity + (slots if self.path == "dynamic" else 0)
-            selection = select_tokens(self.path, router.scores(image, text), room)
+            selection = select_tokens(self.path, router.scores(image, text), room, by_score=self.by_score)
         image_update = self.feed(self.image_mlp, image, of_image, gates, selection)  # (B, N, C)
         text_update = self.feed(self.text_mlp, text, of_text, gates, Selection())  # (B, T, C)
         image, text = gated_update(image, of_image[5], image_update), gated_update(text, of_text[5], text_update)
@@ -183,12 +186,20 @@ class SingleBlock(WithPaths):
     """Attention and MLP side by side with one output projection; a skipped image token misses both updates."""
 
     def __init__(
-        self, config: Mapping[str, Any], segment: Segment, index: int, *, group_size: int, td_lora: LoraSpec | None
+        self,
+        config: Mapping[str, Any],
+        segment: Segment,
+        index: int,
+        *,
+        group_size: int,
+        td_lora: LoraSpec | None,
+        text_tokens: int,
     ) -> None:
         super().__init__()
         channels, head_dim = channels_of(config), config["attention_head_dim"]
         heads, wide = len(segment.heads[index]), len(segment.groups[index]) * group_size
         self.path, self.capacity = segment.token_paths[index], segment.capacities[index]
+        self.by_score = text_tokens + segment.room(index) <= LARGEST_TOPK
         self.projection = Projection(channels, heads, head_dim, td_lora)
         self.fc1 = nn.Linear(channels, wide)
         self.out = nn.Parameter(torch.empty(heads * head_dim, channels))
@@ -228,7 +239,7 @@ class SingleBlock(WithPaths):
         """Every text token, and image tokens by their scores (B, N); the image tokens wanted (B,)."""
         always = scores.abs().amax(1, keepdim=True).expand(-1, text) + 1  # on, and ahead of every image token
         room = text + self.capacity + (slots if self.path == "dynamic" else 0)
-        selection = select_tokens(self.path, torch.cat([always, scores], dim=1), room)
+        selection = select_tokens(self.path, torch.cat([always, scores], dim=1), room, by_score=self.by_score)
         return selection, None if selection.kept is None else selection.kept - text
 
 
@@ -243,6 +254,7 @@ class SlimFlux(nn.Module):
         group_size: int,
         token_routers: bool,
         td_lora: LoraSpec | None,
+        text_tokens: int,
     ) -> None:
         super().__init__()
         self.segment, self.token_routers, self.td_lora = segment, token_routers, td_lora
@@ -251,7 +263,8 @@ class SlimFlux(nn.Module):
         self.image_in = nn.Linear(config["in_channels"], self.channels)
         self.text_in = nn.Linear(config["joint_attention_dim"], self.channels)
         self.rotary = nn.Parameter(torch.empty(config["attention_head_dim"] // 2))
-        kinds = [DoubleBlock] * self.doubles + [SingleBlock] * config["num_single_layers"]
+        single = partial(SingleBlock, text_tokens=text_tokens)
+        kinds: list[Callable[..., nn.Module]] = [DoubleBlock] * self.doubles + [single] * config["num_single_layers"]
         paths = lora_paths(td_lora, segment)
         self.blocks = nn.ModuleList(
             kind(config, segment, index, group_size=group_size, td_lora=paths) for index, kind in enumerate(kinds)

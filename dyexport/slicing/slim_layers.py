@@ -99,17 +99,37 @@ class Selection(NamedTuple):
     kept: Tensor | None = None
 
 
-def select_tokens(path: TokenPath, scores: Tensor, room: int) -> Selection:
-    """From router logits (B, N) to the tokens that run; ``room`` is what ``capacity`` and ``dynamic`` have."""
+def select_tokens(path: TokenPath, scores: Tensor, room: int, *, by_score: bool = True) -> Selection:
+    """From router logits (B, N) to the tokens that run; ``room`` is what ``capacity`` and ``dynamic`` have.
+
+    Where more tokens are wanted than fit, those of the lowest score give way; without ``by_score``, the last ones.
+    """
     if path == "masked":
         return Selection(weight=(scores > 0).to(scores.dtype).view(-1, 1))
     if path == "compact":
         return Selection(rows=(scores.flatten() > 0).nonzero().squeeze(1))
     batch, tokens = scores.shape
-    top, index = scores.topk(room, dim=1, sorted=False)  # (B, K)
-    rows = index + tokens * torch.arange(batch, device=index.device).unsqueeze(1)  # (B, K)
-    spare = (top > 0).to(scores.dtype)  # (B, K): slots left over change nothing
-    return Selection(rows=rows.flatten(), weight=spare.view(-1, 1), kept=(scores > 0).sum(dim=1))
+    first = tokens * torch.arange(batch, device=scores.device).unsqueeze(1)  # (B, 1)
+    if by_score:
+        top, index = scores.topk(room, dim=1, sorted=False)  # (B, K)
+        rows = (index + first).flatten()  # (B * K,)
+    else:
+        order = (kept_first(scores > 0) + first).flatten()  # (B * N,)
+        every = torch.arange(batch * tokens, device=scores.device)
+        rows = torch.zeros_like(order).index_put((order,), every).view(batch, tokens)[:, :room].flatten()  # (B * K,)
+        top = scores.flatten().index_select(0, rows)  # (B * K,)
+    used = (top > 0).to(scores.dtype).view(-1, 1)  # (B * K, 1): slots left over change nothing
+    return Selection(rows=rows, weight=used, kept=(scores > 0).sum(dim=1))
+
+
+def kept_first(keep: Tensor) -> Tensor:
+    """Where each token goes if those that are kept come first and both kinds stay in order: (B, N) -> (B, N).
+
+    Running counts instead of a sort, which TensorRT has for ``LARGEST_TOPK`` rows at most.
+    """
+    count = keep.to(torch.int64).cumsum(dim=1)  # (B, N): kept up to and with this token
+    skipped = torch.arange(keep.shape[1], device=keep.device) - count  # (B, N): before this token, if it is one
+    return torch.where(keep, count - 1, count[:, -1:] + skipped)
 
 
 def run_selected(selection: Selection, branch: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

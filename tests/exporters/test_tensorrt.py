@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 from dyexport.build.profiles import largest_topk, parse_profiles, profiles_for
 from dyexport.bundle import ModelSpec, Segment, TokenPath, sha256_of
+from dyexport.calibration.widths import read_widths
 from dyexport.errors import EngineBuildError, EngineMismatch, MissingDependency, UsageError
-from dyexport.exporters.onnx_graph import MODULE, STORE, export_onnx
+from dyexport.exporters.onnx_graph import MODULE, OPSET, STORE, export_onnx
 from dyexport.exporters.operator_gate import check_operators, find_refusals
 from dyexport.exporters.tensorrt_plan import PlanRequest, build_plan
-from dyexport.plans import ENGINE, INFO, PlanInfo, Profile
+from dyexport.exporters.weight_store import write_store
+from dyexport.models.inputs import NoisedInputs
+from dyexport.models.random_weights import random_dynamic
+from dyexport.plans import ENGINE, INFO, Flavour, PlanInfo, Profile
 from dyexport.presets import FluxPreset, Preset, get_preset
 from dyexport.slicing.recipes import lay_out
-from dyexport.slicing.slicer import Architecture, Slice, slice_conditioning, slice_segment, spec_of
-from dyexport.tensorrt_api import load_api
+from dyexport.slicing.slicer import (
+    Architecture,
+    Slice,
+    UnitOrder,
+    dense_segment,
+    slice_conditioning,
+    slice_segment,
+    spec_of,
+)
+from dyexport.tensorrt_api import BuildLog, load_api
+from tests.factories import tiny_preset
+from tests.slicing.cut import Cutter
 
 TINY = {"dit": "dit-digits", "sit": "sit-digits", "latte": "latte-tiny", "flux": "flux-tiny"}
 ONE_BLOCK_EACH = FluxPreset(name="flux-1-1", double_blocks=1, single_blocks=1)  # FLUX.1-dev at full width
@@ -71,7 +89,7 @@ def request_for(architecture: Architecture, slice_: Slice, segment: Segment | No
         "precision": architecture.spec.precision,
         "inputs": slice_.inputs,
         "profiles": profiles_for(architecture.spec, segment, ()),
-        "largest_topk": largest_topk(architecture.spec, segment),
+        "largest_topk": largest_topk(architecture.spec, segment, profiles_for(architecture.spec, segment, ())),
     }
     return PlanRequest(**{**given, **values})  # type: ignore[arg-type]
 
@@ -145,6 +163,46 @@ def test_full_width_builds(rtx: None, tmp_path: Path, preset: Preset, precision:
 
 
 @pytest.mark.tensorrt
+@torch.no_grad()
+def test_more_tokens_than_tensorrt_sorts_are_counted_out(rtx: None, tmp_path: Path) -> None:
+    """4096 tokens, of which one block sorts as many as TensorRT can and the other one has room for more."""
+    preset = replace(tiny_preset(), name="large", layers=2, patch_size=1, sample_size=64)
+    cutter = Cutter(random_dynamic(preset, seed=2), preset)
+    inputs, widths = NoisedInputs(preset=preset, batch_size=1).at(400.0), read_widths(cutter.model, (0, 1000))
+    limited = {"token_paths": ("capacity",) * 2, "capacities": (3840, 4000)}
+    gated = {"gated_heads": (True,) * 2, "gated_groups": (True,) * 2}
+    segment = dense_segment(cutter.spec, UnitOrder.of(widths)).model_copy(update={**limited, **gated})
+    slice_ = cutter.cut(segment)
+    layout = lay_out(slice_.recipes.values())
+    write_store(layout, cutter.read, tmp_path / STORE)
+    export_onnx(slice_, layout, tmp_path / "network.onnx")
+    gate = torch.from_numpy(segment.width_gate(widths, widths.row(400.0)))  # (W,)
+    feed = {name: tensor.numpy() for name, tensor in {**cutter.inputs(inputs), "width_gate": gate}.items()}
+    sample, kept = ort.InferenceSession(str(tmp_path / "network.onnx")).run(None, feed)
+    assert (kept <= segment.capacities).all()
+    np.testing.assert_allclose(sample, cutter.model(inputs).sample.numpy(), atol=1e-4)
+
+    request = request_for(cutter.architecture, slice_, segment)
+    assert request.largest_topk == 3840
+    layers = build_plan(tmp_path / "network.onnx", request, tmp_path / "plan").layers
+    assert [sum(layer.startswith(kind) for layer in layers) for kind in ("topk ", "cumulative ")] == [1, 1]
+
+
+def test_flux_counts_text_among_the_tokens_of_single_blocks() -> None:
+    flux = replace(ONE_BLOCK_EACH, name="flux")
+    architecture = architecture_of(flux)
+    segment = half_width(flux, "capacity").model_copy(update={"capacities": (3500, 3500)})
+    blocks = slice_segment(architecture, segment).module.blocks
+    assert [block.by_score for block in blocks] == [True, False]
+    profiles = profiles_for(architecture.spec, segment, ())
+    assert largest_topk(architecture.spec, segment, profiles) == 3500
+    fewer = segment.model_copy(update={"capacities": (3000, 3000)})
+    assert largest_topk(architecture.spec, fewer, profiles) == 3512
+    more_text = profiles_for(architecture.spec, segment, parse_profiles(("text_tokens=1:512:1024",)))
+    assert largest_topk(architecture.spec, fewer, more_text) == 4024, "which the gate refuses"
+
+
+@pytest.mark.tensorrt
 def test_an_unknown_gpu_is_named(rtx: None, tmp_path: Path) -> None:
     architecture = architecture_of(get_preset("sit-digits"))
     slice_ = slice_conditioning(architecture)
@@ -179,17 +237,82 @@ def test_compact_tokens_are_refused_with_their_module(tmp_path: Path) -> None:
     assert not find_refusals(onnx.load(graph, load_external_data=False), "tensorrt", largest_topk=0)
 
 
-def model_of(node: onnx.NodeProto, *constants: onnx.TensorProto) -> onnx.ModelProto:
+def model_of(
+    node: onnx.NodeProto,
+    *constants: onnx.TensorProto,
+    inputs: Sequence[onnx.ValueInfoProto] = (),
+    outputs: Sequence[onnx.ValueInfoProto] = (),
+) -> onnx.ModelProto:
     node.metadata_props.add(key=MODULE, value="blocks.3")
-    return helper.make_model(helper.make_graph([node], "g", [], [], initializer=constants))
+    graph = helper.make_graph([node], "g", inputs, outputs, initializer=constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
 
 
-def test_a_reducing_scatter_is_refused() -> None:
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("op_type", ["ScatterElements", "ScatterND"])
+def test_a_reducing_scatter_is_refused(op_type: str, flavour: Flavour) -> None:
     for reduction, refused in (("none", 0), ("add", 1)):
-        node = helper.make_node("ScatterElements", ["x", "i", "u"], ["y"], name="s", reduction=reduction)
-        found = find_refusals(model_of(node), "tensorrt-rtx", largest_topk=0)
+        node = helper.make_node(op_type, ["x", "i", "u"], ["y"], name="s", reduction=reduction)
+        found = find_refusals(model_of(node), flavour, largest_topk=0)
         assert len(found) == refused
     assert (found[0].module, found[0].cure) == ("blocks.3", "write rows back with a plain ScatterND")
+
+
+FLOATS, ROWS, INDICES = [8, 4], [3, 4], {"ScatterND": [3, 1], "ScatterElements": [3, 4]}
+
+
+def scatter(op_type: str, reduction: str) -> onnx.ModelProto:
+    shapes = {"x": FLOATS, "i": INDICES[op_type], "u": ROWS}
+    types = {"x": TensorProto.FLOAT, "i": TensorProto.INT64, "u": TensorProto.FLOAT}
+    values = [helper.make_tensor_value_info(name, types[name], shape) for name, shape in shapes.items()]
+    node = helper.make_node(op_type, list(shapes), ["y"], reduction=reduction)
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, FLOATS)
+    return model_of(node, inputs=values, outputs=[out])
+
+
+def non_zero() -> onnx.ModelProto:
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, FLOATS)
+    out = helper.make_tensor_value_info("y", TensorProto.INT64, [2, "kept"])
+    return model_of(helper.make_node("NonZero", ["x"], ["y"]), inputs=[value], outputs=[out])
+
+
+def top(count: int) -> onnx.ModelProto:
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 5000])
+    outs = [
+        helper.make_tensor_value_info("v", TensorProto.FLOAT, [2, count]),
+        helper.make_tensor_value_info("i", TensorProto.INT64, [2, count]),
+    ]
+    node = helper.make_node("TopK", ["x", "k"], ["v", "i"])
+    return model_of(node, helper.make_tensor("k", TensorProto.INT64, [1], [count]), inputs=[value], outputs=outs)
+
+
+def takes(model: onnx.ModelProto) -> bool:
+    """Whether TensorRT-RTX itself builds it."""
+    api = load_api("tensorrt-rtx")
+    log = BuildLog(api.trt)
+    builder = api.trt.Builder(log.logger)
+    network = builder.create_network(0)
+    parser = api.trt.OnnxParser(network, log.logger)
+    if not parser.parse(model.SerializeToString()):
+        return False
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(api.capability("8.9"), 0)
+    return builder.build_serialized_network(network, config) is not None
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(scatter(op_type, reduction) for op_type in INDICES for reduction in ("none", "add")),
+        non_zero(),
+        top(3840),
+        top(3841),
+    ],
+)
+def test_the_gate_refuses_what_the_builder_refuses(rtx: None, model: onnx.ModelProto) -> None:
+    assert takes(model) == (not find_refusals(model, "tensorrt-rtx", largest_topk=0))
 
 
 @pytest.mark.parametrize(("count", "refused"), [(3840, False), (3841, True)])

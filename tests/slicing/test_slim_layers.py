@@ -57,13 +57,14 @@ def masked(keep: Tensor) -> Tensor:
     return Branch()(*branch_inputs(keep.numel())) * keep.view(-1, 1)
 
 
+@pytest.mark.parametrize("by_score", [True, False])
 @pytest.mark.parametrize("path", EXACT + LIMITED)
 @given(scores=router_scores(), spare=st.integers(0, 6))
-def test_every_path_equals_masking(path: Any, scores: Tensor, spare: int) -> None:
+def test_every_path_equals_masking(path: Any, by_score: bool, scores: Tensor, spare: int) -> None:
     keep = scores > 0
     wanted = int(keep.sum(1).max())
     branch, room = Branch(), min(max(wanted + spare, 1), scores.shape[1])
-    selection = select_tokens(path, scores, room)
+    selection = select_tokens(path, scores, room, by_score=by_score)
     update = run_selected(selection, branch, *branch_inputs(scores.numel()))
     torch.testing.assert_close(update, masked(keep))
     rows = {"masked": scores.numel(), "compact": int(keep.sum())}.get(path, len(scores) * room)
@@ -85,6 +86,16 @@ def test_too_little_room_is_for_the_tokens_the_router_wants_most(path: Any, scor
     torch.testing.assert_close(update, masked((scores >= lowest) & (scores > 0)))
     assert selection.kept is not None
     assert torch.equal(selection.kept, (scores > 0).sum(1)), "what was wanted, not what ran"
+
+
+@given(scores=router_scores(), room=st.integers(1, 6))
+def test_too_little_room_is_for_the_first_tokens_where_none_is_sorted(scores: Tensor, room: int) -> None:
+    keep, room = scores > 0, min(room, scores.shape[1])
+    selection = select_tokens("capacity", scores, room, by_score=False)
+    update = run_selected(selection, Branch(), *branch_inputs(scores.numel()))
+    torch.testing.assert_close(update, masked(keep & (keep.cumsum(1) <= room)))
+    assert selection.kept is not None
+    assert torch.equal(selection.kept, keep.sum(1))
 
 
 def test_without_a_router_every_token_runs() -> None:
