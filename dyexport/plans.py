@@ -51,6 +51,7 @@ class PlanInfo(BaseModel):
     """Stands beside the plan. ``profiles`` are by symbol; ``precision`` is the graph's, which TensorRT keeps to.
 
     ``compute_capabilities`` are what the plan runs on (``8.6``); none means all that its builder knows.
+    ``streamable``: its weights can be streamed from host memory, as many as do not fit on the device.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,6 +60,7 @@ class PlanInfo(BaseModel):
     version: str
     compute_capabilities: tuple[str, ...]
     precision: str
+    streamable: bool = False
     profiles: tuple[dict[str, Profile], ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]

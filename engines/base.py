@@ -74,7 +74,7 @@ class Engine(ABC):
     """One executable network.
 
     Made cheaply; nothing touches a device or reads weights before ``activate``. ``run`` activates on
-    first use, and after ``close`` a later ``run`` activates again.
+    first use, and after ``park`` or ``close`` a later ``run`` activates again.
     """
 
     @property
@@ -104,6 +104,13 @@ class Engine(ABC):
     @abstractmethod
     def run(self, inputs: Tensors) -> dict[str, torch.Tensor]:
         """Execute once. Raises ``EngineMismatch`` for inputs that do not fit ``io``."""
+
+    def park(self) -> None:
+        """Make room for another engine: the weights go, and ``active`` is False.
+
+        Where the backend can, what makes the next ``activate`` quick stays, until ``close``. Idempotent.
+        """
+        self.close()
 
     @abstractmethod
     def close(self) -> None:

@@ -25,8 +25,10 @@ class FakeEngine(Engine):
         self._weights = weights
         self._function = function
         self._active = False
+        self._parked = False
         self.activations = 0
         self.runs = 0
+        self.parks = 0
         self.closes = 0
 
     @property
@@ -45,9 +47,14 @@ class FakeEngine(Engine):
     def active(self) -> bool:
         return self._active
 
+    @property
+    def parked(self) -> bool:
+        """Whether something is left for ``close`` to free, though not the weights."""
+        return self._parked
+
     def activate(self) -> None:
         self.activations += not self._active
-        self._active = True
+        self._active, self._parked = True, False
 
     def run(self, inputs: Tensors) -> dict[str, torch.Tensor]:
         self.io.check(inputs)
@@ -55,6 +62,10 @@ class FakeEngine(Engine):
         self.runs += 1
         return self._function(inputs)
 
+    def park(self) -> None:
+        self.parks += self._active
+        self._active, self._parked = False, self._active or self._parked
+
     def close(self) -> None:
-        self.closes += self._active
-        self._active = False
+        self.closes += self._active or self._parked
+        self._active = self._parked = False

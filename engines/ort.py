@@ -64,16 +64,20 @@ class OrtEngine(Engine):
     def activate(self) -> None:
         if self._session is not None:
             return
-        ort = _onnxruntime()
+        ort = load_onnxruntime()
         model = read_graph(self.path)
         graph_weights(model, self.path)  # refuses weights outside the bundle before anything reads them
         if self._device_type == "cpu":
             _check_kernels(model, self.path)
         if self._rewrite is not None:
             model = self._rewrite(model)
-        providers = providers_for(self.device, ort.get_available_providers())
         with vendor_errors(EngineBuildError, f"ONNX Runtime cannot load {self.path}"):
-            self._session = ort.InferenceSession(model.SerializeToString(), self._options(ort), providers=providers)
+            self._session = self._start(ort, model)
+
+    def _start(self, ort: Any, model: onnx.ModelProto) -> Any:
+        """A session on this engine's execution provider."""
+        providers = providers_for(self.device, ort.get_available_providers())
+        return ort.InferenceSession(model.SerializeToString(), self._options(ort), providers=providers)
 
     def _options(self, ort: Any) -> Any:
         import torch
@@ -133,7 +137,7 @@ class OrtEngine(Engine):
 
 
 def has_cuda() -> bool:
-    return "CUDAExecutionProvider" in _onnxruntime().get_available_providers()
+    return "CUDAExecutionProvider" in load_onnxruntime().get_available_providers()
 
 
 def providers_for(device: str, available: Sequence[str]) -> Providers:
@@ -212,7 +216,7 @@ def _onnx_dtype(dtype: torch.dtype) -> int:
 
 
 @cache
-def _onnxruntime() -> Any:
+def load_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
@@ -223,14 +227,14 @@ def _onnxruntime() -> Any:
 @cache
 def _register_shared_arena() -> None:
     """Once in a process: the allocator that sessions with ``use_env_allocators`` share."""
-    ort = _onnxruntime()
+    ort = load_onnxruntime()
     kind = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(kind, None)
 
 
 @cache
 def _their_errors() -> tuple[type[Exception], ...]:
-    values = vars(_onnxruntime().capi.onnxruntime_pybind11_state).values()
+    values = vars(load_onnxruntime().capi.onnxruntime_pybind11_state).values()
     theirs = [value for value in values if isinstance(value, type) and issubclass(value, Exception)]
     return (*theirs, RuntimeError, ValueError)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,28 +12,56 @@ from dyexport.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """``device`` is ``cpu``, ``cuda`` or ``cuda:N``; ``share_weights`` keeps one copy of the weights."""
+    """``device`` is ``cpu``, ``cuda`` or ``cuda:N``; ``share_weights`` keeps one copy of the weights.
+
+    ``streaming_budget`` bounds the bytes of each engine's weights that stay on the device, where the rest can be
+    streamed; None keeps all there.
+    """
 
     device: str = "cpu"
     share_weights: bool = False
+    streaming_budget: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """``unfit(path)`` says why an engine file cannot run on this machine; None where it can."""
+    """``make(paths, options)`` makes engines that run one after another, as those of a bundle do.
 
-    make: Callable[[Path, EngineOptions], Engine]
+    ``files`` is the target whose files it runs, where that is another. ``unfit(path)`` says why an engine file cannot
+    run on this machine; None where it can. ``streams(path)`` says whether its weights can be streamed.
+    """
+
+    make: Callable[[Sequence[Path], EngineOptions], list[Engine]]
     has_cuda: Callable[[], bool]
+    files: str | None = None
     unfit: Callable[[Path], str | None] = lambda path: None
+    streams: Callable[[Path], bool] = lambda path: False
 
 
 def _onnx() -> Backend:
     from dyexport.engines.ort import OrtEngine, has_cuda
 
-    def make(path: Path, options: EngineOptions) -> Engine:
-        return OrtEngine(path, device=options.device, share_weights=options.share_weights)
+    def make(paths: Sequence[Path], options: EngineOptions) -> list[Engine]:
+        return [OrtEngine(path, device=options.device, share_weights=options.share_weights) for path in paths]
 
     return Backend(make=make, has_cuda=has_cuda)
+
+
+def _onnx_rtx() -> Backend:
+    import torch
+
+    from dyexport.engines.ort_rtx import OrtRtxEngine, unfit
+
+    def make(paths: Sequence[Path], options: EngineOptions) -> list[Engine]:
+        return [OrtRtxEngine(path, device=options.device, streaming_budget=options.streaming_budget) for path in paths]
+
+    return Backend(
+        make=make,
+        has_cuda=torch.cuda.is_available,
+        files="onnx",
+        unfit=lambda path: unfit(),
+        streams=lambda path: True,
+    )
 
 
 def _torch() -> Backend:
@@ -41,8 +69,8 @@ def _torch() -> Backend:
 
     from dyexport.engines.torch_rt import TorchEngine
 
-    def make(path: Path, options: EngineOptions) -> Engine:
-        return TorchEngine(path, device=options.device)
+    def make(paths: Sequence[Path], options: EngineOptions) -> list[Engine]:
+        return [TorchEngine(path, device=options.device) for path in paths]
 
     return Backend(make=make, has_cuda=torch.cuda.is_available)
 
@@ -50,20 +78,26 @@ def _torch() -> Backend:
 def _tensorrt() -> Backend:
     import torch
 
-    from dyexport.engines.tensorrt_rt import TensorRtEngine, unfit
+    from dyexport.engines.tensorrt_contexts import Workspace
+    from dyexport.engines.tensorrt_fit import plan_info, unfit
+    from dyexport.engines.tensorrt_rt import TensorRtEngine
 
-    def make(path: Path, options: EngineOptions) -> Engine:
-        return TensorRtEngine(path, device=options.device)
+    def make(paths: Sequence[Path], options: EngineOptions) -> list[Engine]:
+        workspace = Workspace(options.device)
+        budget = options.streaming_budget
+        return [TensorRtEngine(path, workspace=workspace, streaming_budget=budget) for path in paths]
 
     return Backend(
         make=make,
         has_cuda=torch.cuda.is_available,
-        unfit=lambda path: unfit(TensorRtEngine(path).info),
+        unfit=unfit,
+        streams=lambda path: plan_info(path).streamable,
     )
 
 
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "onnx": _onnx,
+    "onnx-rtx": _onnx_rtx,
     "torch": _torch,
     "tensorrt": _tensorrt,
     "tensorrt-rtx": _tensorrt,
@@ -77,6 +111,6 @@ def get_backend(target: str) -> Backend:
     return BACKENDS[target]()
 
 
-def make_engine(target: str, path: Path, options: EngineOptions | None = None) -> Engine:
-    """An engine over one file of a bundle, not yet active. Raises ``UsageError`` for an unknown target."""
-    return get_backend(target).make(path, options or EngineOptions())
+def make_engines(target: str, paths: Sequence[Path], options: EngineOptions | None = None) -> list[Engine]:
+    """Engines over files of one bundle, not yet active. Raises ``UsageError`` for an unknown target."""
+    return get_backend(target).make(paths, options or EngineOptions())

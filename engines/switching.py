@@ -48,7 +48,7 @@ class SwitchingEngine(Engine):
     """Runs each input on the engine that ``choose`` names.
 
     At most ``max_resident`` engines are active (all of them by default), the one used longest ago
-    making room. While engine i runs, engine ``i + ahead`` is activated in the background: ``ahead``
+    being parked to make room. While engine i runs, engine ``i + ahead`` is activated in the background: ``ahead``
     is the direction in which sampling walks through the engines. For use by one thread at a time.
     """
 
@@ -142,11 +142,11 @@ class SwitchingEngine(Engine):
         self.clock.switches[self._current, index] = cost
 
     def _load(self, index: int) -> None:
-        """Make ``index`` active and the one used last, closing others to make room."""
+        """Make ``index`` active and the one used last, parking others to make room."""
         if index in self._recent:
             self._recent.remove(index)
         while len(self._recent) >= self.max_resident:
-            self.engines[self._recent.pop(0)].close()
+            self.engines[self._recent.pop(0)].park()
         if not self.engines[index].active:
             begin = perf_counter()
             self.engines[index].activate()

@@ -17,7 +17,7 @@ import dyexport
 ROOT = Path(__file__).parents[1]
 LINKED = ("calibration", "engines", "exporters")
 
-CONTRACTS = {"errors", "tables", "tensors", "presets", "lora", "bundle", "plans", "tensorrt_api"}
+CONTRACTS = {"errors", "sizes", "tables", "tensors", "presets", "lora", "bundle", "plans", "tensorrt_api"}
 BUILD_SIDE = {"models", "slicing", "calibration", "exporters", "training"}
 RUN_SIDE = {"engines", "runtime", "serving", "bench"}
 EITHER_SIDE = CONTRACTS | BUILD_SIDE | RUN_SIDE
@@ -25,6 +25,7 @@ EITHER_SIDE = CONTRACTS | BUILD_SIDE | RUN_SIDE
 # What each unit of the package (a module or folder right below dyexport/) may import.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "sizes": {"errors"},
     "tables": {"errors"},
     "tensors": set(),
     "presets": {"errors"},
@@ -38,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exporters": CONTRACTS | {"models", "slicing"},
     "training": CONTRACTS | {"models", "slicing"},
     "engines": {"errors", "tables", "tensors", "bundle", "plans", "tensorrt_api"},
-    "runtime": {"errors", "tables", "bundle", "engines"},
+    "runtime": {"errors", "sizes", "tables", "bundle", "engines"},
     "serving": {"errors", "tables", "bundle", "engines", "runtime"},
     "bench": {"errors", "tables", "bundle", "plans", "engines", "runtime"},
     "build": EITHER_SIDE,

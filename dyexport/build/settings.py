@@ -258,16 +258,5 @@ def parse_budget(text: str | None) -> float | None:
     return budget
 
 
-def parse_bytes(text: str | None) -> int | None:
-    """A size from the command line, such as 8GiB or 500MB; raises ``UsageError`` for what is none."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if found is None:
-        raise UsageError(f"--memory {text!r} is not a size; give one such as 8GiB")
-    number, prefix, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
-
-
 def default_out(model: str, budget: float | None) -> Path:
     return Path(model if budget is None else f"{model}-{budget:g}")

@@ -116,9 +116,10 @@ class BuildOptions:
 
     def settings(self) -> BuildSettings:
         """Raises ``UsageError`` for what cannot be built."""
-        from dyexport.build.settings import BuildSettings, default_out, parse_budget, parse_bytes
+        from dyexport.build.settings import BuildSettings, default_out, parse_budget
         from dyexport.lora import parse_lora
         from dyexport.presets import get_preset
+        from dyexport.sizes import parse_bytes
 
         budget = parse_budget(self.budget)
         out = self.out or default_out(self.model, budget)

@@ -37,7 +37,7 @@ class Conditioner:
     pipelines repeat their timesteps from one picture to the next. So when new conditions begin at a t
     that was seen before, the rows of the timesteps that followed it then are computed with it. Without
     conditions there is one trajectory, whose rows serve every picture. With ``resident`` False the engine
-    is closed after each product.
+    is parked after each product.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Conditioner:
             trajectory.rows.clear()
         trajectory.rows |= dict(zip(timesteps, modulation.split(batch), strict=True))
         if not self._resident:
-            self.engine.close()
+            self.engine.park()
 
     def _row_bytes(self, batch: int) -> int:
         """Bytes of one timestep's rows."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from diffusers import ModelMixin
@@ -15,14 +17,16 @@ from diffusers.configuration_utils import FrozenDict
 
 from dyexport.bundle import CONDITIONING, DENSE, DENSE_CONDITIONING, Bundle, ModelSpec, segment_name
 from dyexport.engines.base import Tensors
-from dyexport.engines.registry import EngineOptions, get_backend, make_engine
+from dyexport.engines.registry import EngineOptions, get_backend, make_engines
 from dyexport.engines.switching import SwitchingEngine
 from dyexport.errors import BundleError, UsageError
 from dyexport.runtime.conditioning import Conditioner
+from dyexport.runtime.memory import Placement, WeightBytes, place
 from dyexport.runtime.overflow import Overflow, OverflowCounter
 from dyexport.runtime.placeholder import offloading_placeholder
-from dyexport.runtime.residency import Residency, measure
+from dyexport.runtime.residency import Residency, distinct_bytes, measure
 from dyexport.runtime.scheduler import Scheduler, dense_route, route, shared_timestep
+from dyexport.sizes import parse_bytes
 
 
 class BundleTransformer(ModelMixin):
@@ -115,6 +119,7 @@ def load(
     target: str = "onnx",
     device: str | None = None,
     max_resident: int | None = None,
+    memory: int | str | None = None,
     share_weights: bool = False,
     check_hashes: bool = True,
     dense: bool = False,
@@ -122,35 +127,75 @@ def load(
 ) -> BundleTransformer:
     """Open a bundle to run it.
 
-    ``device`` is ``cpu``, ``cuda`` or ``cuda:N``, by default CUDA where torch and the backend have it.
-    ``max_resident`` bounds how many engines are in memory at a time (default: all; the conditioning engine
-    then leaves as soon as it has run), ``share_weights`` lets them map one copy of the weights. ``dense``
-    opens the static model that a bundle keeps for comparison. No weights are read into memory before the
-    first call. TensorRT plans that do not fit this machine are left alone: ONNX Runtime takes over, with a
-    warning that says why, unless ``fallback`` is off.
+    ``target`` is one that the bundle was built for, or ``onnx-rtx``: its ONNX graphs on TensorRT-RTX through ONNX
+    Runtime. ``device`` is ``cpu``, ``cuda`` or ``cuda:N``, by default CUDA where torch and the backend have it.
+    ``max_resident`` bounds how many engines are in memory at a time (default: all; otherwise the conditioning
+    engine leaves as soon as it has run). ``memory``, bytes or such as ``"8GiB"``, bounds the weights instead: it
+    decides how many engines stay, and whether their weights are streamed where a backend can; activations come on
+    top. ``share_weights`` lets engines map one copy of the weights. ``dense`` opens the static model that a bundle
+    keeps for comparison. No weights are read into memory before the first call. What does not fit this machine is
+    left alone: ONNX Runtime takes over, with a warning that says why, unless ``fallback`` is off.
 
     Raises ``BundleError`` for a damaged bundle, ``EngineMismatch`` for a target it was not built for,
     ``UsageError`` for an argument out of range, ``MissingDependency`` for an absent backend.
     """
-    # Only a graph is data: the engines of every other target are code, and run only as they were built.
-    bundle = Bundle.open(bundle_path, check_hashes=check_hashes or target != "onnx")
-    paths, spec = _engine_paths(bundle, target, dense), bundle.manifest.model
-    if fallback and (reason := get_backend(target).unfit(paths[0])) is not None:
-        warnings.warn(f"{bundle.root}: {reason}; running its ONNX graphs", stacklevel=2)
-        target, paths = "onnx", _engine_paths(bundle, "onnx", dense)
-    *networks, conditioning = paths
-    options = EngineOptions(device=_device(target, device), share_weights=share_weights)
+    bundle, opened = _open(bundle_path, target, check_hashes=check_hashes, dense=dense, fallback=fallback)
+    options = EngineOptions(device=_device(opened.target, device), share_weights=share_weights)
+    placement = _place(opened, options, max_resident, memory)
+    options = replace(options, streaming_budget=placement.streaming_budget)
+    *engines, conditioning = make_engines(opened.target, opened.paths, options)
     find = dense_route if dense else partial(route, bundle.manifest.plan, bundle.widths, bundle.token_stats)
-    scheduler = Scheduler(find, options.device)
+    scheduler, spec = Scheduler(find, options.device), bundle.manifest.model
     engine = SwitchingEngine(
-        [make_engine(target, path, options) for path in networks],
+        engines,
         scheduler.choose,
         ahead=1 if spec.objective == "flow" else -1,  # sampling goes from noise to data: t rises, or falls
-        max_resident=max_resident,
+        max_resident=placement.max_resident,
     )
-    engine_of_t = make_engine(target, conditioning, options)
-    conditioner = Conditioner(engine_of_t, resident=max_resident is None, device=options.device)
+    conditioner = Conditioner(conditioning, resident=placement.max_resident is None, device=options.device)
     return get_transformer(spec.backbone)(spec, engine, conditioner, scheduler, torch.device(options.device))
+
+
+class _Opened(NamedTuple):
+    """What runs, and its files: engines in the order of t, and last their conditioning network."""
+
+    target: str
+    paths: list[Path]
+
+
+def _open(path: str | Path, target: str, *, check_hashes: bool, dense: bool, fallback: bool) -> tuple[Bundle, _Opened]:
+    """The bundle, and the engines that fit this machine."""
+    backend = get_backend(target)
+    files = backend.files or target
+    # Only a graph is data: the engines of every other target are code, and run only as they were built.
+    bundle = Bundle.open(path, check_hashes=check_hashes or files != "onnx")
+    paths = _engine_paths(bundle, files, dense)
+    if fallback and (reason := backend.unfit(paths[0])) is not None:
+        warnings.warn(f"{bundle.root}: {reason}; running its ONNX graphs", stacklevel=3)
+        return bundle, _Opened("onnx", _engine_paths(bundle, "onnx", dense))
+    return bundle, _Opened(target, paths)
+
+
+def _place(opened: _Opened, options: EngineOptions, max_resident: int | None, memory: int | str | None) -> Placement:
+    if memory is None:
+        return Placement(max_resident=max_resident)
+    if max_resident is not None:
+        raise UsageError(f"max_resident is {max_resident} and memory {memory!r}; give one of the two")
+    limit = parse_bytes(memory) if isinstance(memory, str) else memory
+    assert limit is not None
+    return place(_weight_bytes(opened, options), limit)
+
+
+def _weight_bytes(opened: _Opened, options: EngineOptions) -> WeightBytes:
+    made = make_engines(opened.target, opened.paths, options)
+    *engines, conditioning = (distinct_bytes(engine.weights) for engine in made)
+    shared = distinct_bytes(span for engine in made for span in engine.weights)
+    return WeightBytes(
+        engines=tuple(engines),
+        conditioning=conditioning,
+        together=shared if all(engine.shares_weights for engine in made) else sum(engines) + conditioning,
+        streamable=all(map(get_backend(opened.target).streams, opened.paths)),
+    )
 
 
 def get_transformer(backbone: str) -> type[BundleTransformer]:

@@ -38,6 +38,7 @@ class Residency:
 
     weight_bytes     of the active engines and their conditioning; bytes that engines share count once
     process_bytes    proportional set size of the whole process; None where the system does not tell
+    device_bytes     of the GPU's memory that are in use, by anyone, activations included; None on a CPU
     run_seconds      inside engines, conditioning included
     outside_seconds  everything else in a step: routing, switching, moving tensors
     """
@@ -46,6 +47,7 @@ class Residency:
     switches: tuple[Switch, ...]
     weight_bytes: int
     process_bytes: int | None
+    device_bytes: int | None
     run_seconds: float
     outside_seconds: float
 
@@ -81,6 +83,7 @@ def measure(engine: SwitchingEngine, conditioner: Conditioner, *, step_seconds: 
         switches=tuple(switches),
         weight_bytes=mapped if engine.shares_weights else sum(distinct_bytes(spans) for spans in active),
         process_bytes=process_bytes(),
+        device_bytes=device_bytes(str(conditioner.device)),
         run_seconds=run_seconds,
         outside_seconds=max(step_seconds - run_seconds, 0.0),
     )
@@ -104,3 +107,13 @@ def process_bytes(rollup: Path = Path("/proc/self/smaps_rollup")) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), None)
+
+
+def device_bytes(device: str) -> int | None:
+    """Memory in use on a GPU, by the driver's account: not only torch allocates there. None for the CPU."""
+    import torch
+
+    if not device.startswith("cuda"):
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free

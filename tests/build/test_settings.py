@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dyexport.build.settings import BuildSettings, default_out, parse_budget, parse_bytes
+from dyexport.build.settings import BuildSettings, default_out, parse_budget
 from dyexport.errors import BudgetError, UsageError
 from dyexport.lora import LoraSpec
 
@@ -49,14 +49,6 @@ def test_bad_values_are_named(tmp_path: Path, values: dict[str, Any], message: s
     with pytest.raises(UsageError, match=message.replace("(", r"\(")):
         settings(tmp_path, **values)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_sizes() -> None:
-    given = {None: None, "0": 0, "8GiB": 8 * 2**30, "1.5 MB": 1_500_000, "512k": 512_000, "3ki": 3072}
-    assert {text: parse_bytes(text) for text in given} == given
-    for text in ("", "8 apples", "-1", "GiB", "1XB"):
-        with pytest.raises(UsageError, match="give one such as 8GiB"):
-            parse_bytes(text)
 
 
 def test_large_models_are_stored_in_bf16_unless_told(tmp_path: Path) -> None:

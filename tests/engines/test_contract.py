@@ -15,6 +15,8 @@ from dyexport.engines.ort import OrtEngine
 from dyexport.engines.switching import Choice, SwitchingEngine
 from dyexport.engines.torch_rt import TorchEngine
 from dyexport.errors import EngineMismatch
+from dyexport.plans import ENGINE, Flavour
+from tests.engines.on_gpu import build_tiny_plan, gpu_engines
 from tests.engines.tiny import (
     DEPTH,
     GROUPS,
@@ -63,9 +65,22 @@ MAKERS: dict[str, Callable[[Path], Engine]] = {
 }
 
 
-@pytest.fixture(params=MAKERS)
+ON_GPU: dict[str, Callable[[Path], Engine]] = {
+    "ort-cuda": lambda folder: gpu_engines("onnx", folder / "segment-00.onnx")[0],
+    "ort-rtx": lambda folder: gpu_engines("onnx-rtx", folder / "segment-00.onnx")[0],
+    "torch-cuda": lambda folder: gpu_engines("torch", folder / "segment-00.pt2")[0],
+    "tensorrt": lambda folder: tensorrt(folder, "tensorrt"),
+    "tensorrt-rtx": lambda folder: tensorrt(folder, "tensorrt-rtx"),
+}
+
+
+def tensorrt(folder: Path, flavour: Flavour) -> Engine:
+    return gpu_engines(flavour, build_tiny_plan(folder / "segment-00.onnx", flavour))[0]
+
+
+@pytest.fixture(params=[*MAKERS, *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_GPU)])
 def engine(request: pytest.FixtureRequest, folder: Path) -> Engine:
-    return MAKERS[request.param](folder)
+    return (MAKERS | ON_GPU)[request.param](folder)
 
 
 def assert_close(outputs: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
@@ -76,7 +91,7 @@ def assert_close(outputs: dict[str, torch.Tensor], wanted: dict[str, torch.Tenso
 
 def test_io_is_known_before_activation(engine: Engine) -> None:
     assert engine.io == tiny_io(SEGMENT)
-    assert all(span.path.name == "weights.bin" for span in engine.weights)
+    assert all(span.path.name in ("weights.bin", ENGINE) for span in engine.weights)
     assert not engine.active
 
 
@@ -102,6 +117,29 @@ def test_runs_again_after_close(engine: Engine) -> None:
         first = engine.run(inputs)
     assert not engine.active
     assert_close(engine.run(inputs), first)
+
+
+def test_parked_engines_run_again(engine: Engine) -> None:
+    """More often than it takes to capture a graph, on either side of being parked."""
+    inputs = make_inputs(2)
+    for _ in range(2):
+        for seed in range(3):
+            inputs = make_inputs(2, seed=seed)
+            assert_close(engine.run(inputs), expected(inputs))
+        engine.park()
+        assert not engine.active
+        engine.park()
+    engine.activate()
+    assert engine.active
+    engine.park()
+    engine.close()
+    assert not engine.active
+
+
+def test_shapes_take_turns(engine: Engine) -> None:
+    for batch in (1, 2, 1, 2, 1, 2, 3):
+        inputs = make_inputs(batch, seed=batch)
+        assert_close(engine.run(inputs), expected(inputs))
 
 
 def test_outputs_outlive_the_next_run(engine: Engine) -> None:

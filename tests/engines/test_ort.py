@@ -179,12 +179,12 @@ def test_inputs_on_another_device_are_refused(graph: Path) -> None:
 
 def test_missing_library_names_the_extra(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    ort_engine._onnxruntime.cache_clear()
+    ort_engine.load_onnxruntime.cache_clear()
     engine = OrtEngine(graph)
     assert engine.io.inputs, "bindings need no onnxruntime"
     with pytest.raises(MissingDependency, match=r"dyexport\[cpu\]"):
         engine.activate()
-    ort_engine._onnxruntime.cache_clear()
+    ort_engine.load_onnxruntime.cache_clear()
 
 
 @pytest.mark.gpu

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from dyexport.engines.registry import BACKENDS, EngineOptions, get_backend
+from dyexport.engines.registry import BACKENDS, get_backend, make_engines
 from dyexport.errors import UsageError
 
 
 @pytest.mark.parametrize("target", BACKENDS)
 def test_engines_are_made_without_their_file(target: str) -> None:
-    engine = get_backend(target).make(Path("absent"), EngineOptions())
-    assert not engine.active
+    engines = make_engines(target, [Path("absent"), Path("nowhere")])
+    assert not any(engine.active for engine in engines)
 
 
 def test_unknown_target_names_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=r"'tensorflow'; known: onnx, torch"):
+    with pytest.raises(UsageError, match=r"'tensorflow'; known: onnx, onnx-rtx, torch"):
         get_backend("tensorflow")
 
 

@@ -122,7 +122,18 @@ def test_the_one_used_longest_ago_makes_room() -> None:
     assert active(engines) == [0, 4]
 
 
-def test_prefetch_never_closes_the_engine_that_runs() -> None:
+def test_what_makes_room_is_parked_and_closed_at_the_end() -> None:
+    switching, engines = make(3, max_resident=1)
+    for index in (0, 1, 2, 0):
+        run_at(switching, index)
+    assert [engine.parks for engine in engines] == [1, 1, 1]
+    assert [engine.parked for engine in engines] == [False, True, True]
+    assert sum(engine.closes for engine in engines) == 0
+    switching.close()
+    assert [engine.closes for engine in engines] == [1, 1, 1]
+
+
+def test_prefetch_never_parks_the_engine_that_runs() -> None:
     switching, engines = make(3, max_resident=2)
     for index in (0, 1, 2, 0, 1, 2):
         run_at(switching, index)

@@ -162,7 +162,7 @@ def test_inputs_that_do_not_fit(ddpm: TinyBundle, changes: dict[str, torch.Tenso
 @pytest.mark.parametrize(
     ("arguments", "error", "named"),
     [
-        ({"target": "nonsense"}, EngineMismatch, "built for onnx"),
+        ({"target": "nonsense"}, UsageError, "known: onnx"),
         ({"max_resident": 0}, UsageError, "max_resident"),
         ({"device": "tpu"}, UsageError, "tpu"),
         ({"target": "torch"}, EngineMismatch, "built for onnx"),

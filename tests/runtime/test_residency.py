@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dyexport.engines.base import WeightSpan
-from dyexport.engines.registry import EngineOptions, make_engine
+from dyexport.engines.registry import EngineOptions, make_engines
 from dyexport.engines.switching import Choice, SwitchingEngine
 from dyexport.runtime.conditioning import Conditioner
-from dyexport.runtime.residency import Residency, distinct_bytes, measure, process_bytes
+from dyexport.runtime.residency import Residency, device_bytes, distinct_bytes, measure, process_bytes
 from tests.runtime.bundles import write_bundle
 
 spans = st.builds(
@@ -36,20 +36,33 @@ def test_process_bytes(tmp_path: Path) -> None:
     assert process_bytes(tmp_path / "absent") is None
 
 
+@pytest.mark.gpu
+def test_device_bytes_see_what_torch_allocates() -> None:
+    before = device_bytes("cuda")
+    held = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    after = device_bytes("cuda")
+    assert before is not None
+    assert after is not None
+    assert after - before >= len(held) // 2, "the allocator may have had some of it already"
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_shared_weights_count_once(tmp_path: Path, shared: bool) -> None:
     """Two engines over one graph: the same bytes, mapped once or copied twice."""
     bundle = write_bundle(tmp_path / "bundle", segments=2)
     first, second = (bundle.root / f"graphs/segment-{index:02}.onnx" for index in range(2))
     options = EngineOptions(share_weights=shared)
-    engines = [make_engine("onnx", path, options) for path in (first, first, second)]
+    *engines, conditioning = make_engines(
+        "onnx", [first, first, second, bundle.root / "graphs/conditioning.onnx"], options
+    )
     switching = SwitchingEngine(engines, lambda inputs: Choice(engine=0, inputs={}))
     for engine in engines[:2]:
         engine.activate()
-    conditioner = Conditioner(make_engine("onnx", bundle.root / "graphs/conditioning.onnx", options))
+    conditioner = Conditioner(conditioning)
     residency = measure(switching, conditioner, step_seconds=0.0)
     once = residency.engines[0].weight_bytes
     assert residency.weight_bytes == (once if shared else 2 * once) > 0
+    assert residency.device_bytes is None
     assert not residency.engines[2].active
     conditioner.engine.activate()
     conditioned = measure(switching, conditioner, step_seconds=0.0)
@@ -58,8 +71,9 @@ def test_shared_weights_count_once(tmp_path: Path, shared: bool) -> None:
 
 def test_conditioning_runs_inside_an_engine(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle")
-    engine = make_engine("onnx", bundle.root / "graphs/segment-00.onnx")
-    conditioner = Conditioner(make_engine("onnx", bundle.root / "graphs/conditioning.onnx"))
+    paths = [bundle.root / f"graphs/{name}.onnx" for name in ("segment-00", "conditioning")]
+    engine, conditioning = make_engines("onnx", paths)
+    conditioner = Conditioner(conditioning)
     conditioner.at(5.0, {"class_labels": torch.tensor([1])})
     residency = measure(SwitchingEngine([engine], lambda _: Choice(engine=0, inputs={})), conditioner, step_seconds=9.0)
     assert 0 < residency.run_seconds == conditioner.seconds
@@ -68,7 +82,13 @@ def test_conditioning_runs_inside_an_engine(tmp_path: Path) -> None:
 
 def test_overhead_is_what_engines_do_not_account_for() -> None:
     residency = Residency(
-        engines=(), switches=(), weight_bytes=0, process_bytes=None, run_seconds=3.0, outside_seconds=1.0
+        engines=(),
+        switches=(),
+        weight_bytes=0,
+        process_bytes=None,
+        device_bytes=None,
+        run_seconds=3.0,
+        outside_seconds=1.0,
     )
     assert residency.switch_overhead == 0.25
     assert replace(residency, run_seconds=0.0, outside_seconds=0.0).switch_overhead == 0.0

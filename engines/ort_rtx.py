@@ -1,0 +1,157 @@
+"""ONNX graphs on TensorRT-RTX, through ONNX Runtime's plug-in provider. Untested on a GPU.
+
+The provider compiles a graph for the GPU it runs on, which takes seconds to minutes; the result is kept in the user's
+cache folder and used the next time. A bundle needs no plans for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dyexport.engines.base import WeightSpan
+from dyexport.engines.ort import OrtEngine, load_onnxruntime
+from dyexport.errors import EngineMismatch, MissingDependency, StorageError
+
+if TYPE_CHECKING:
+    import onnx
+
+CONTEXT = "context.onnx"
+
+
+class OrtRtxEngine(OrtEngine):
+    """Runs one ONNX graph on TensorRT-RTX.
+
+    ``streaming_budget`` bounds the bytes of weights that stay on the device; ``cache`` is where compiled
+    graphs are kept.
+    """
+
+    def __init__(
+        self, path: Path, *, device: str = "cuda", streaming_budget: int | None = None, cache: Path | None = None
+    ) -> None:
+        super().__init__(path, device=device)
+        self._streaming_budget = streaming_budget
+        self._cache = cache or default_cache()
+
+    def _start(self, ort: Any, model: onnx.ModelProto) -> Any:
+        index = int(self.device.partition(":")[2] or 0)
+        device = rtx_devices()[index]
+        settings = provider_settings(self._streaming_budget)
+        graph = model.SerializeToString()
+        compiled = self._cache / context_key(graph, self.weights, {**settings, **versions(ort), **_metadata(device)})
+        if not compiled.is_dir():
+            self._compile(ort, graph, device, settings, compiled)
+        options = self._options(ort)
+        options.add_provider_for_devices([device], settings)
+        return ort.InferenceSession(str(compiled / CONTEXT), options)
+
+    def _compile(self, ort: Any, graph: bytes, device: Any, settings: dict[str, str], out: Path) -> None:
+        """Write the compiled graph into the folder ``out``."""
+        with filling(out) as folder:
+            options = self._options(ort)
+            for key, value in context_entries(folder / CONTEXT).items():
+                options.add_session_config_entry(key, value)
+            options.add_provider_for_devices([device], settings)
+            ort.InferenceSession(graph, options)
+
+
+def default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "dyexport" / "tensorrt-rtx"
+
+
+@contextmanager
+def filling(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``out`` when all went well, unless another process was faster."""
+    partial = out.with_name(f"{out.name}.{os.getpid()}")
+    try:
+        partial.mkdir(parents=True, mode=0o700)  # a compiled graph is code: nobody else may write here
+        yield partial
+        if not out.is_dir():
+            partial.rename(out)
+    except OSError as error:
+        raise StorageError(f"cannot keep a compiled graph in {out.parent}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def provider_settings(streaming_budget: int | None) -> dict[str, str]:
+    """Options of the provider. Not its CUDA graphs: they hold the addresses of one run, and every run has its own."""
+    return {} if streaming_budget is None else {"nv_weight_streaming_budget": f"{streaming_budget}B"}
+
+
+def context_entries(path: Path) -> dict[str, str]:
+    """Session settings that write the compiled graph to ``path``, its engine in a file beside it."""
+    return {"ep.context_enable": "1", "ep.context_file_path": str(path), "ep.context_embed_mode": "0"}
+
+
+def context_key(graph: bytes, weights: tuple[WeightSpan, ...], circumstances: dict[str, str]) -> str:
+    """A name for a compiled graph that changes with all it was made from. Weights are told apart as ``make`` does."""
+    digest = hashlib.sha256(graph)
+    for path in sorted({span.path.resolve() for span in weights}):
+        facts = path.stat()
+        digest.update(f"{path} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    for name, value in sorted(circumstances.items()):
+        digest.update(f"{name}={value}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def versions(ort: Any) -> dict[str, str]:
+    import onnxruntime_ep_nv_tensorrt_rtx as provider
+
+    return {"onnxruntime": str(ort.__version__), "provider": str(provider.__version__)}
+
+
+def _metadata(device: Any) -> dict[str, str]:
+    return {f"device.{name}": str(value) for name, value in device.device.metadata.items()}
+
+
+def unfit() -> str | None:
+    """Why the provider cannot run here, with the cure; None where it can."""
+    try:
+        rtx_devices()
+    except (EngineMismatch, MissingDependency) as error:
+        return str(error)
+    return None
+
+
+def rtx_devices() -> list[Any]:
+    """GPUs that the provider runs on. Raises ``EngineMismatch`` without any, ``MissingDependency`` without it."""
+    name = _registered()
+    devices = [device for device in load_onnxruntime().get_ep_devices() if device.ep_name == name]
+    if not devices:
+        raise EngineMismatch(
+            "ONNX Runtime's TensorRT-RTX provider finds no GPU that it runs on (GeForce RTX 30 or later); "
+            "load the bundle with target='onnx'"
+        )
+    return devices
+
+
+@cache
+def _registered() -> str:
+    """The provider's name, once ONNX Runtime has its library."""
+    ort = load_onnxruntime()
+    try:
+        import onnxruntime_ep_nv_tensorrt_rtx as provider
+    except ImportError as error:
+        raise MissingDependency("ONNX Runtime's TensorRT-RTX provider", "rtx") from error
+    name = str(provider.get_ep_name())
+    try:
+        ort.register_execution_provider_library(name, provider.get_library_path())
+    except Exception as error:  # whatever the provider meets as it is loaded
+        raise EngineMismatch(
+            f"ONNX Runtime cannot load its TensorRT-RTX provider ({_cause(error)}); "
+            "install NVIDIA's driver, or load the bundle with target='onnx'"
+        ) from error
+    return name
+
+
+def _cause(error: Exception) -> str:
+    """The last part of a vendor's chain of reasons."""
+    return str(error).strip().splitlines()[0].rpartition("with error: ")[2]

@@ -1,0 +1,194 @@
+"""Running TensorRT contexts on a GPU: memory they take turns in, and one captured graph for each shape.
+
+TensorRT's rule is one context for each captured graph: a graph remembers the context's shapes and addresses. So
+every set of input shapes has a context, static inputs and a graph of its own, and all of them one block of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dyexport.engines.base import EngineIO, Tensors
+from dyexport.errors import EngineMismatch
+
+if TYPE_CHECKING:
+    import torch
+
+ALIGNMENT = 256  # bytes, of the memory that a context is given
+
+
+class Member(Protocol):
+    """What takes turns in a workspace."""
+
+    @property
+    def activation_bytes(self) -> int:
+        """Device memory that it needs while it runs; may have to load a plan to tell."""
+
+
+class Workspace:
+    """One block of activation memory and one stream, which the engines of a bundle share.
+
+    The block is as large as the largest engine needs, and is allocated once, when the first of them is activated: a
+    captured graph holds its address. ``turn`` orders a run between the caller's work before and after it.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._members: list[Member] = []
+        self._users: set[int] = set()
+        self._block: torch.Tensor | None = None
+
+    def join(self, member: Member) -> None:
+        self._members.append(member)
+
+    def enter(self, member: Member) -> None:
+        """From here until it leaves, a member may be given the block. The first to enter asks all for their sizes."""
+        import torch
+
+        self._users.add(id(member))
+        if self._block is None:
+            largest = max(each.activation_bytes for each in self._members)
+            self._block = torch.empty(largest + ALIGNMENT, dtype=torch.uint8, device=self.device)
+
+    def leave(self, member: Member) -> None:
+        """The block goes with its last user."""
+        self._users.discard(id(member))
+        if not self._users:
+            self._block = None
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Address and size of the block."""
+        assert self._block is not None, "a member enters before it runs"
+        start = -self._block.data_ptr() % ALIGNMENT
+        return self._block.data_ptr() + start, self._block.numel() - start
+
+    @cached_property
+    def stream(self) -> torch.cuda.Stream:
+        """Where engines run. Never the default stream, on which TensorRT would synchronise the device at every run."""
+        import torch
+
+        return torch.cuda.Stream(self.device)
+
+    @cached_property
+    def loading(self) -> torch.cuda.Stream:
+        """Where weights are copied to the device, beside what runs."""
+        import torch
+
+        return torch.cuda.Stream(self.device)
+
+    @contextmanager
+    def turn(self) -> Iterator[torch.cuda.Stream]:
+        import torch
+
+        caller = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(caller)
+        with torch.cuda.stream(self.stream):
+            yield self.stream
+        caller.wait_stream(self.stream)
+
+
+def shape_key(inputs: Tensors) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """What distinguishes runs that need contexts of their own."""
+    return tuple(sorted((name, tuple(tensor.shape)) for name, tensor in inputs.items()))
+
+
+class ShapedContext:
+    """A context at one set of shapes. The first run binds the caller's tensors; the second is captured into a graph.
+
+    ``bindings`` are the inputs and outputs that the plan has kept. Without ``capture`` every run is like the first.
+    """
+
+    def __init__(
+        self,
+        context: Any,
+        workspace: Workspace,
+        *,
+        profile: int,
+        io: EngineIO,
+        bindings: frozenset[str],
+        capture: bool,
+    ) -> None:
+        self._context = context
+        self._workspace = workspace
+        self._profile = profile
+        self._io = io
+        self._bindings = bindings
+        self._capturing = capture
+        self._prepared = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: dict[str, torch.Tensor] = {}
+        self._outputs: dict[str, torch.Tensor] = {}
+
+    def run(self, inputs: Tensors, shapes: Mapping[str, tuple[int, ...]], stream: torch.cuda.Stream) -> Tensors:
+        """Enqueue on ``stream``, which is current. The outputs are the caller's."""
+        if not self._prepared:
+            return self._first(inputs, shapes, stream)
+        if self._graph is None and self._capturable(stream):
+            self._graph = self._capture(inputs, shapes, stream)
+        if self._graph is None:
+            return self._enqueue(inputs, shapes, stream)
+        for name, static in self._inputs.items():
+            static.copy_(inputs[name], non_blocking=True)
+        self._graph.replay()
+        return {name: tensor.clone() for name, tensor in self._outputs.items()}
+
+    def forget_graph(self) -> None:
+        """Weights that are loaded again may lie elsewhere."""
+        self._graph = None
+        self._inputs, self._outputs = {}, {}
+
+    def _first(self, inputs: Tensors, shapes: Mapping[str, tuple[int, ...]], stream: torch.cuda.Stream) -> Tensors:
+        if not self._context.set_optimization_profile_async(self._profile, stream.cuda_stream):
+            raise EngineMismatch(f"TensorRT has no profile {self._profile} in this plan; build the bundle again")
+        for name in self._bindings & inputs.keys():
+            self._context.set_input_shape(name, tuple(inputs[name].shape))
+        self._context.set_device_memory(*self._workspace.memory)
+        self._prepared = True
+        return self._enqueue(inputs, shapes, stream)
+
+    def _enqueue(self, inputs: Tensors, shapes: Mapping[str, tuple[int, ...]], stream: torch.cuda.Stream) -> Tensors:
+        outputs = self._allocate(shapes)
+        held = {name: tensor.detach().contiguous() for name, tensor in inputs.items()}
+        self._bind({**held, **outputs})
+        self._execute(stream)
+        return outputs
+
+    def _capturable(self, stream: torch.cuda.Stream) -> bool:
+        ask = getattr(self._context, "is_stream_capturable", None)  # TensorRT-RTX knows
+        return self._capturing and (ask is None or ask(stream.cuda_stream))
+
+    def _capture(
+        self, inputs: Tensors, shapes: Mapping[str, tuple[int, ...]], stream: torch.cuda.Stream
+    ) -> torch.cuda.CUDAGraph:
+        """One run as a graph, from inputs to outputs that stay where they are."""
+        import torch
+
+        self._inputs = {name: tensor.detach().contiguous().clone() for name, tensor in inputs.items()}
+        self._outputs = self._allocate(shapes)
+        self._bind({**self._inputs, **self._outputs})
+        self._execute(stream)  # TensorRT wants a run at new addresses before the one that is captured
+        graph = torch.cuda.CUDAGraph()
+        # Meanwhile another thread may be loading the next engine's weights, which is no part of the graph.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            self._execute(stream)
+        return graph
+
+    def _allocate(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+        import torch
+
+        return {
+            spec.name: torch.empty(shapes[spec.name], dtype=getattr(torch, spec.dtype), device=self._workspace.device)
+            for spec in self._io.outputs
+        }
+
+    def _bind(self, tensors: Tensors) -> None:
+        for name in self._bindings & tensors.keys():
+            self._context.set_tensor_address(name, tensors[name].data_ptr())
+
+    def _execute(self, stream: torch.cuda.Stream) -> None:
+        if not self._context.execute_async_v3(stream.cuda_stream):
+            raise EngineMismatch("TensorRT cannot run this plan on these inputs; its log says why")

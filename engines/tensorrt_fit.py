@@ -1,0 +1,75 @@
+"""Whether a TensorRT plan fits a machine and a shape. What can be told without a device is told without one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dyexport.errors import EngineMismatch, MissingDependency
+from dyexport.plans import INFO, PlanInfo, Profile
+from dyexport.tensorrt_api import BuildLog, load_api
+
+
+def plan_info(path: Path) -> PlanInfo:
+    """The description that stands beside a plan. Raises ``EngineMismatch``."""
+    return PlanInfo.read(path.with_name(INFO))
+
+
+def unfit(path: Path) -> str | None:
+    """Why a plan cannot run here, with the cure; None where it can."""
+    import torch
+
+    info = plan_info(path)
+    if not torch.cuda.is_available():
+        return f"{info.flavour} plans run on NVIDIA GPUs and torch sees none; load the bundle with target='onnx'"
+    try:
+        api = load_api(info.flavour)
+    except MissingDependency as error:
+        return str(error)
+    major, minor = torch.cuda.get_device_capability()
+    return misfit(info, api.version, f"{major}.{minor}") or _refusal(api.trt, path)
+
+
+def misfit(info: PlanInfo, version: str, capability: str) -> str | None:
+    """What does not fit between a plan and a machine with this TensorRT and this GPU; None where all does."""
+    if info.version != version:
+        return f"built by {info.flavour} {info.version}, and {version} is installed; build the bundle again here"
+    if info.compute_capabilities and capability not in info.compute_capabilities:
+        built = ", ".join(info.compute_capabilities)
+        return f"built for compute capability {built}, and this GPU has {capability}; build with --compute-capability"
+    return None
+
+
+def _refusal(trt: Any, path: Path) -> str | None:
+    """What TensorRT itself holds against a plan, by its header; classic TensorRT tells only when it loads one."""
+    runtime = trt.Runtime(BuildLog(trt).logger)
+    if not hasattr(runtime, "get_engine_validity"):
+        return None
+    with path.open("rb") as file:
+        validity, flags = runtime.get_engine_validity(file.read(runtime.engine_header_size))
+    if validity != trt.EngineValidity.INVALID:
+        return None
+    reasons = [name for name, flag in trt.EngineInvalidityDiagnostics.__members__.items() if flags & int(flag)]
+    named = ", ".join(reasons).lower().replace("_", " ") or "no reason given"
+    return f"TensorRT refuses the plan on this GPU ({named}); load the bundle with target='onnx'"
+
+
+def choose_profile(profiles: tuple[Mapping[str, Profile], ...], symbols: Mapping[str, int]) -> int:
+    """The first profile that holds these sizes, of those the one built nearest to them. Raises ``EngineMismatch``."""
+    fitting = [index for index, profile in enumerate(profiles) if _holds(profile, symbols)]
+    if not fitting:
+        sizes = ", ".join(f"{name} = {size}" for name, size in symbols.items())
+        ranges = "; ".join(", ".join(f"{n} {p.min} to {p.max}" for n, p in each.items()) for each in profiles)
+        raise EngineMismatch(f"{sizes} fits no profile of this plan ({ranges}); build with --profile for such sizes")
+    return min(fitting, key=lambda index: sum(abs(profiles[index][s].opt - size) for s, size in _own(symbols).items()))
+
+
+def _holds(profile: Mapping[str, Profile], symbols: Mapping[str, int]) -> bool:
+    return all(profile[name].min <= size <= profile[name].max for name, size in _own(symbols).items())
+
+
+def _own(symbols: Mapping[str, int]) -> dict[str, int]:
+    """Sizes by the name of a profile: ``2*height`` counts as half as much ``height``."""
+    split = {symbol: symbol.rpartition("*") for symbol in symbols}
+    return {name: symbols[symbol] // int(factor or 1) for symbol, (factor, _, name) in split.items()}

@@ -1,0 +1,121 @@
+"""A deserialised TensorRT plan: contexts are made from it, and on TensorRT-RTX its weights come and go.
+
+TensorRT-RTX can deserialise a plan without its weights, load them on a stream and unload them again; contexts
+stay valid. (Its weights manager does the same for plans built without weights, which takes a GPU to build.) It
+does not do so for plans whose weights can be streamed. Classic TensorRT loads a plan whole.
+"""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dyexport.plans import PlanInfo
+from dyexport.tensorrt_api import BuildLog, load_api
+
+if TYPE_CHECKING:
+    import torch
+
+CHUNK = 64 * 2**20  # bytes of a plan that are in host memory at a time while its weights are loaded
+
+
+class Session:
+    """One plan on the device that is current. ``streaming_budget`` bounds the bytes of weights that stay there."""
+
+    def __init__(self, path: Path, info: PlanInfo, streaming_budget: int | None = None) -> None:
+        self._path = path
+        self._trt = load_api(info.flavour).trt
+        self._log = BuildLog(self._trt)
+        self._runtime = self._trt.Runtime(self._log.logger)
+        self.deferred = not info.streamable and hasattr(self._runtime, "defer_weights_loading")
+        self._engine = self._deserialise()
+        if info.streamable and streaming_budget is not None:
+            self._engine.weight_streaming_budget_v2 = min(streaming_budget, self._engine.streamable_weights_size)
+        self._config = runtime_config(self._trt, self._engine)
+        self._reader: Any = None
+
+    def _deserialise(self) -> Any:
+        if self.deferred:
+            self._runtime.defer_weights_loading = True
+        with self._path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+            engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise self._log.failure(f"TensorRT cannot load {self._path}")
+        return engine
+
+    @property
+    def bindings(self) -> frozenset[str]:
+        """Inputs and outputs; TensorRT drops an input that nothing reads."""
+        return frozenset(self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors))
+
+    @property
+    def activation_bytes(self) -> int:
+        """Device memory that a context needs while it runs, whatever the profile."""
+        return int(self._engine.device_memory_size_v2)
+
+    def load_weights(self, stream: torch.cuda.Stream) -> None:
+        """Begin to copy deferred weights; what is enqueued on ``stream`` from now on finds them there."""
+        self._reader = stream_reader(
+            self._trt, PlanFile(self._path)
+        )  # kept, for TensorRT reads from it as the stream proceeds
+        if not self._engine.load_weights_async(self._reader, stream.cuda_stream):
+            raise self._log.failure(f"TensorRT cannot load the weights of {self._path}")
+
+    def unload_weights(self) -> None:
+        """Free deferred weights. Nothing may be running that reads them."""
+        self._reader = None
+        if not self._engine.unload_weights():
+            raise self._log.failure(f"TensorRT cannot unload the weights of {self._path}")
+
+    def context(self) -> Any:
+        """A new context without memory for activations."""
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self._engine.create_execution_context(strategy if self._config is None else self._config)
+        if context is None:
+            raise self._log.failure(f"TensorRT cannot run {self._path}")
+        return context
+
+
+def runtime_config(trt: Any, engine: Any) -> Any:
+    """How TensorRT-RTX compiles kernels when a context is made; None on classic TensorRT, which has none to compile."""
+    specialisation = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+    if specialisation is None:
+        return None
+    config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    # Kernels compiled in the background would come too late for a captured graph, which keeps the fallback.
+    config.dynamic_shapes_kernel_specialization_strategy = specialisation.EAGER
+    config.set_runtime_cache(config.create_runtime_cache())  # contexts of one engine compile once
+    return config
+
+
+class PlanFile:
+    """A plan as TensorRT reads it: in chunks, and from the end with a positive offset."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+
+    def read(self, count: int) -> bytes:
+        return self._file.read(min(count, CHUNK))
+
+    def seek(self, offset: int, where: str) -> bool:
+        """``where`` is ``SET``, ``CUR`` or ``END``, as TensorRT names them."""
+        self._file.seek(-offset if where == "END" else offset, ("SET", "CUR", "END").index(where))
+        return True
+
+
+def stream_reader(trt: Any, plan: PlanFile) -> Any:
+    """TensorRT's view of it, which cannot be made without NVIDIA's driver."""
+
+    class Reader(trt.IStreamReaderV2):  # type: ignore[misc, name-defined, unused-ignore]
+        def __init__(self) -> None:
+            trt.IStreamReaderV2.__init__(self)
+
+        def read(self, num_bytes: int, stream: int) -> bytes:
+            return plan.read(num_bytes)
+
+        def seek(self, offset: int, where: Any) -> bool:
+            return plan.seek(offset, where.name)
+
+    return Reader()
