@@ -50,8 +50,9 @@ class FinetuneConfig(TrainConfig):
     lambda falls, for the first ``complete`` the complete model is trained too, and over ``anneal``, which ends
     where the last ``settle`` begins, gate noise fades to zero, so that the network still has time to learn with
     the gates that will run.
-    With ``distill`` the complete model is trained throughout and the dynamic path learns its predictions;
-    not in the paper, and twice the forward passes, but worth it in runs of thousands of steps.
+    With ``distill`` the complete model is trained until the gates settle and the dynamic path learns its
+    predictions; from then on all weights are the dynamic path's, which learns from the data and from what the
+    complete model was. Not in the paper, and twice the forward passes, but worth it in runs of thousands of steps.
     """
 
     budget: float = 0.5
@@ -80,7 +81,8 @@ class FinetuneConfig(TrainConfig):
 
     @property
     def complete_steps(self) -> int:
-        return self.steps if self.distill else round(self.complete * self.steps)
+        """Steps that train the complete model too."""
+        return round((1 - self.settle if self.distill else self.complete) * self.steps)
 
     @property
     def router_learning_rate(self) -> float:

@@ -16,8 +16,10 @@ from dyexport.models.gates import GateNoise
 from dyexport.models.inputs import DDPM_BETAS, DDPM_STEPS
 from dyexport.presets import Objective
 from dyexport.slicing.flops import FlopsModel
+from dyexport.training.teacher import Teacher
 
 FLOPS_WEIGHT = 2.0  # arXiv 2410.03456 eq. 7
+TAUGHT_SHARE = 0.5  # of the teacher in the dynamic path's loss; the rest is the data's
 
 
 class Noised(NamedTuple):
@@ -201,6 +203,7 @@ class DynamicLosses(nn.Module):
 
     With ``distill`` the dynamic path learns what the complete model, trained beside it on the same weights,
     predicts (in-place distillation, arXiv 1903.05134): a target without the noise that the data's has.
+    A teacher, where there is one, takes the complete model's place, and the data counts again.
     """
 
     def __init__(
@@ -212,14 +215,24 @@ class DynamicLosses(nn.Module):
         self.flops = flops
         self.distill = distill
 
-    def forward(self, batch: NoisyBatch, noise: GateNoise | None, complete: bool) -> Losses:
+    def forward(
+        self, batch: NoisyBatch, noise: GateNoise | None, *, complete: bool, teacher: Teacher | None = None
+    ) -> Losses:
         output: DynamicOutput = self.model(batch.inputs, noise=noise)
         ratio = flops_ratio(output, self.flops).mean()
-        whole = self.model.complete(batch.inputs) if complete else None
-        taught = None if whole is None else self.objective.loss(whole, batch.noised).mean()
-        return Losses(self._dynamic(output.sample, whole, batch), taught, ratio)
+        if teacher is not None:
+            taught = _distance(output.sample, teacher.predict(batch.inputs))
+            return Losses(torch.lerp(self._data(output.sample, batch), taught, TAUGHT_SHARE), None, ratio)
+        if not complete:
+            return Losses(self._data(output.sample, batch), None, ratio)
+        whole = self.model.complete(batch.inputs)
+        dynamic = _distance(output.sample, whole.detach()) if self.distill else self._data(output.sample, batch)
+        return Losses(dynamic, self._data(whole, batch), ratio)
 
-    def _dynamic(self, sample: Tensor, whole: Tensor | None, batch: NoisyBatch) -> Tensor:
-        if self.distill and whole is not None:
-            return (sample.float() - whole.detach().float()).square().mean()
+    def _data(self, sample: Tensor, batch: NoisyBatch) -> Tensor:
         return self.objective.loss(sample, batch.noised).mean()
+
+
+def _distance(sample: Tensor, target: Tensor) -> Tensor:
+    """Mean squared, over everything: ()."""
+    return (sample.float() - target.float()).square().mean()

@@ -33,9 +33,11 @@ from dyexport.training.losses import (
     get_objective,
 )
 from dyexport.training.state import SavedState, fingerprint, load_state, save_state
+from dyexport.training.teacher import Teacher
 
 LOG_EVERY = 10  # steps; reading losses waits for the device
 MEASURED_SAMPLES = 512
+TEACHER = "teacher."  # before names of its weights in a saved state
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 """Called with steps done, steps in all, and the latest metrics."""
@@ -95,7 +97,7 @@ def finetune(
 class Trainer(Generic[Config]):
     """Trains ``model`` in place, resumes where a killed run of the same settings stopped, ends on averaged weights.
 
-    A subclass overrides ``losses``, what a step computes, and ``total``, what it minimises.
+    A subclass overrides ``losses``, what a step computes, ``total``, what it minimises, and what a run goes on from.
     """
 
     def __init__(
@@ -200,13 +202,14 @@ class Trainer(Generic[Config]):
             return
         self._read_metrics()
         if self.accelerator.is_main_process:
-            save_state(self.path, SavedState(self.step, self._tensors()), self.run)
+            save_state(self.path, SavedState(self.step, self.tensors()), self.run)
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:
-        state = load_state(self.path, self.run)
-        if state is None:
-            return
+        if (state := load_state(self.path, self.run)) is not None:
+            self.restore(state)
+
+    def restore(self, state: SavedState) -> None:
         self.step = state.step
         self.history = [HistoryPoint(int(row[0]), *row[1:]) for row in state.tensors["history"].tolist()]
         for name, parameter in self.parameters.items():
@@ -217,7 +220,8 @@ class Trainer(Generic[Config]):
             moments = {key.removeprefix(prefix): state.tensors[key].to(parameter.device) for key in names}
             self.optimizer.state[parameter] = moments
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a run goes on from."""
         tensors = {"history": torch.tensor(self.history, dtype=torch.float64)}
         for name, parameter in self.parameters.items():
             tensors[f"model.{name}"] = parameter
@@ -235,6 +239,7 @@ class DynamicTrainer(Trainer[FinetuneConfig]):
     """Fine-tunes a ``DynamicTransformer``: diffusion loss, complete-model loss and FLOPs penalty."""
 
     model: DynamicTransformer
+    teacher: Teacher | None = None  # with ``distill``, from where the complete model is no longer trained
 
     def loss_module(self) -> nn.Module:
         return DynamicLosses(self.model, self.draws.objective, self.flops, distill=self.config.distill)
@@ -249,7 +254,10 @@ class DynamicTrainer(Trainer[FinetuneConfig]):
     def losses(self, batch: NoisyBatch) -> Losses:
         generator = step_generator(self.config.seed, self.step, "gates", self.accelerator.device)
         noise = LogisticNoise(generator, self.share, self.config.noise_scale(self.step))
-        losses: Losses = self.module(batch, noise, self.step < self.config.complete_steps)
+        complete = self.step < self.config.complete_steps
+        if self.config.distill and not complete and self.teacher is None:
+            self.teacher = Teacher(self.model, self._averages())
+        losses: Losses = self.module(batch, noise, complete=complete, teacher=self.teacher)
         return losses
 
     def total(self, losses: Losses) -> Tensor:
@@ -257,6 +265,20 @@ class DynamicTrainer(Trainer[FinetuneConfig]):
         overall = self.accelerator.reduce(losses.flops_ratio.detach(), "mean")
         total = losses.diffusion + flops_penalty(losses.flops_ratio, overall, self.config.target(self.step))
         return total if losses.complete is None else total + losses.complete
+
+    def restore(self, state: SavedState) -> None:
+        super().restore(state)
+        if any(name.startswith(TEACHER) for name in state.tensors):
+            self.teacher = Teacher(self.model, self._averages())
+            for name, value in self.teacher.weights.items():
+                value.copy_(state.tensors[f"{TEACHER}{name}"])
+
+    def _averages(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.ema.averages.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        taught = {} if self.teacher is None else self.teacher.weights
+        return {**super().tensors(), **{f"{TEACHER}{name}": value for name, value in taught.items()}}
 
     def finish(self) -> TrainResult:
         return replace(super().finish(), flops_ratio=self.measured_ratio())

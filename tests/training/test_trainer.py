@@ -25,6 +25,7 @@ from tests.training.helpers import DIT, SIT, backbone, blobs, dynamic
 ROOT = Path(__file__).parents[2]
 STATIC = TrainConfig(steps=60, batch_size=16, learning_rate=5e-3)
 DYNAMIC = FinetuneConfig(steps=20, batch_size=8, checkpoint_every=5, seed=3, lr_decay=0.5)
+DISTILLED = replace(DYNAMIC, distill=True, learning_rate=1e-2)
 
 
 def trainer(work_dir: Path, config: FinetuneConfig = DYNAMIC) -> DynamicTrainer:
@@ -110,7 +111,7 @@ def test_complete_model_is_trained_for_its_share_of_steps_only(tmp_path: Path) -
 
 
 def test_distilled_the_dynamic_path_learns_what_the_complete_model_predicts(tmp_path: Path) -> None:
-    run = trainer(tmp_path, replace(DYNAMIC, distill=True, complete=0.0))
+    run = trainer(tmp_path, replace(DYNAMIC, distill=True, complete=0.0, settle=0.0))
     run.step = DYNAMIC.steps - 1  # noise is annealed to zero
     batch = run.draws.at(run.step)
     whole = run.losses(batch)
@@ -122,6 +123,36 @@ def test_distilled_the_dynamic_path_learns_what_the_complete_model_predicts(tmp_
     cut = run.model(batch.inputs).sample - run.model.complete(batch.inputs)
     assert torch.allclose(run.losses(batch).diffusion, cut.square().mean())
     assert cut.any()
+
+
+def test_once_gates_settle_the_complete_model_of_before_teaches_and_the_data_counts_again(tmp_path: Path) -> None:
+    run = trainer(tmp_path, DISTILLED)
+    run.train()
+    settled = [point.step for point in run.history if math.isnan(point.complete)]
+    assert settled == list(range(12, 20))
+    batch = run.draws.at(run.step)
+    assert run.teacher is not None
+    taught = run.teacher.predict(batch.inputs)
+    now = run.model.complete(batch.inputs)
+    assert (taught - now).abs().max() > 1e-4  # the model has moved on, its teacher has not
+    output = run.model(batch.inputs).sample
+    apart, data = (output - taught).square().mean(), run.draws.objective.loss(output, batch.noised).mean()
+    assert torch.allclose(run.losses(batch).diffusion, (apart + data) / 2)
+    assert torch.equal(run.model.complete(batch.inputs), now)
+    names = dict(run.model.named_parameters(remove_duplicate=False))
+    assert all(names[name] is value for name, value in run.model.named_parameters())
+
+
+def test_the_teacher_is_the_average_of_the_complete_model(tmp_path: Path) -> None:
+    run = trainer(tmp_path, DISTILLED)
+    while run.step < DISTILLED.complete_steps:
+        run.update(run.total(run.losses(run.draws.at(run.step))))
+    batch = run.draws.at(run.step)
+    run.losses(batch)
+    assert run.teacher is not None
+    taught = run.teacher.predict(batch.inputs)
+    run.ema.apply()
+    assert torch.equal(taught, run.model.complete(batch.inputs))
 
 
 def test_without_noise_the_gates_trained_are_the_gates_run(tmp_path: Path) -> None:
@@ -218,6 +249,25 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert str(result) == str(expected)
     assert str(result.history) == str(expected.history)
     assert not list((tmp_path / "killed").glob(".*"))
+
+
+def test_a_run_stopped_while_it_is_taught_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    undisturbed = trainer(tmp_path / "undisturbed", DISTILLED)
+    undisturbed.train()
+    stopped = trainer(tmp_path / "stopped", DISTILLED)
+
+    def stop(step: int, *_: object) -> None:
+        if step == 20:
+            raise KeyboardInterrupt
+
+    stopped.progress = stop
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    resumed = trainer(tmp_path / "stopped", DISTILLED)
+    resumed.resume()
+    assert resumed.step == 15  # after the gates settled
+    resumed.train()
+    assert same(weights(resumed.model), weights(undisturbed.model))
 
 
 def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
