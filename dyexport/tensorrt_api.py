@@ -18,11 +18,14 @@ RTX_LIBRARIES = ("libcudart.so*", "libtensorrt_rtx.so*", "libtensorrt_onnxparser
 
 @dataclass(frozen=True, kw_only=True)
 class Api:
-    """``trt`` is the module; ``needs_gpu`` says whether its builder wants the GPU that it builds for."""
+    """``trt`` is the module. ``measures`` says whether its builder times kernels on the GPU that it builds for.
+
+    TensorRT-RTX does not: it chooses kernels when a plan is loaded, and its timing cache is a stub.
+    """
 
     flavour: Flavour
     trt: Any
-    needs_gpu: bool
+    measures: bool
 
     @property
     def version(self) -> str:
@@ -50,7 +53,7 @@ def _load_rtx() -> Api:
         folder = Path(str(import_module("onnxruntime_ep_nv_tensorrt_rtx").__file__)).parent
         for pattern in RTX_LIBRARIES:
             ctypes.CDLL(str(next(folder.glob(pattern))), ctypes.RTLD_GLOBAL)
-        return Api(flavour="tensorrt-rtx", trt=import_module("tensorrt_rtx_bindings"), needs_gpu=False)
+        return Api(flavour="tensorrt-rtx", trt=import_module("tensorrt_rtx_bindings"), measures=False)
     except (ImportError, OSError, StopIteration) as error:
         raise MissingDependency("TensorRT-RTX", "rtx") from error
 
@@ -67,7 +70,7 @@ def _load_classic() -> Api:
             "--target tensorrt builds for the GPU of this machine, and torch sees none; "
             "build there, or use --target tensorrt-rtx, which needs none"
         )
-    return Api(flavour="tensorrt", trt=trt, needs_gpu=True)
+    return Api(flavour="tensorrt", trt=trt, measures=True)
 
 
 _LOADERS: dict[Flavour, Callable[[], Api]] = {"tensorrt": _load_classic, "tensorrt-rtx": _load_rtx}

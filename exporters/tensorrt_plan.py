@@ -16,6 +16,7 @@ import onnx
 
 from dyexport.errors import EngineBuildError
 from dyexport.exporters.operator_gate import check_operators
+from dyexport.exporters.timing_cache import kept_timings
 from dyexport.plans import ENGINE, INFO, Flavour, PlanInfo, Profile
 from dyexport.tensorrt_api import Api, BuildLog, load_api
 from dyexport.tensors import TensorSpec
@@ -43,8 +44,10 @@ class PlanRequest:
     largest_topk: int = 0
 
 
-def build_plan(graph: Path, request: PlanRequest, out: Path, progress: Progress | None = None) -> PlanInfo:
-    """Write the plan of a graph and its description into the directory ``out``.
+def build_plan(
+    graph: Path, request: PlanRequest, out: Path, progress: Progress | None = None, timings: Path | None = None
+) -> PlanInfo:
+    """Write the plan of a graph and its description into the directory ``out``; ``timings`` is a cache of kernels.
 
     Raises ``EngineBuildError`` naming the node, the dimension or the builder's own reason, and
     ``MissingDependency`` where the flavour is not installed.
@@ -56,7 +59,8 @@ def build_plan(graph: Path, request: PlanRequest, out: Path, progress: Progress 
     builder = api.trt.Builder(log.logger)
     network, parser = _parse(api, builder, log, graph)
     config = _configure(api, builder, network, request, progress)
-    plan = builder.build_serialized_network(network, config)
+    with kept_timings(api, config, timings):
+        plan = builder.build_serialized_network(network, config)
     del parser  # until here it owned the weights that the network refers to
     if plan is None:
         raise log.failure(f"{request.flavour} cannot build {graph.name}")

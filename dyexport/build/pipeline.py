@@ -47,6 +47,7 @@ from dyexport.slicing.recipes import StoreLayout, lay_out
 
 GRAPHS = "graphs"
 ENGINES = "engines"
+TIMINGS = "timings"  # of TensorRT's kernels, by flavour and version
 
 
 class Pipeline(ModelStages):
@@ -142,9 +143,10 @@ class Pipeline(ModelStages):
         }
         stage = f"{target} {network.name}"
         progress = partial(self.listener.advanced, stage)
+        timings = self.settings.work / TIMINGS / f"{target}-{inputs['builder']}"
 
         def make(out: Path) -> None:
-            build_plan(graph.path, request, out, progress)
+            build_plan(graph.path, request, out, progress, timings)
 
         return self._run(stage, f"{ENGINES}/{target}/{network.name}", inputs, make)
 

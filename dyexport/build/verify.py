@@ -8,31 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from dyexport.build.layers import LayerReport, compare_layers
 from dyexport.build.ledger import describe, digest_of
-from dyexport.bundle import Bundle, Manifest, Precision, SegmentPlan
-from dyexport.calibration.merging import merged_gates
-from dyexport.errors import BundleError, MissingDependency, UsageError
-from dyexport.models.base import Inputs
+from dyexport.build.truth import Truth, undecided
+from dyexport.bundle import Bundle, Manifest, Precision
+from dyexport.errors import BundleError, UsageError
 from dyexport.models.checkpoints import load_dynamic
-from dyexport.models.dynamic import DynamicOutput, DynamicTransformer
-from dyexport.models.inputs import NoisedInputs
+from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.streaming import must_stream
-from dyexport.presets import Preset, get_preset
+from dyexport.presets import get_preset
 from dyexport.runtime.pipeline import BundleTransformer, load
 from dyexport.runtime.scheduler import route
-from dyexport.training.data import digits
 
-BATCH = 2
-UNDECIDED = 1e-5  # logits this near to zero, in units of their spread, may fall either way in fp32
-MOST_REDRAWS = 50  # for one timestep
 TOLERANCES: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}  # largest absolute; then relative
 
 
@@ -42,6 +36,7 @@ class VerifySettings:
     tolerance: float | None = None  # None: by precision
     target: str = "onnx"
     seed: int = 0
+    layers: bool = False  # also compare the graphs with torch module by module
 
     def __post_init__(self) -> None:
         if self.timesteps < 1:
@@ -85,6 +80,7 @@ class VerifyReport:
     max_abs_error: float | None
     relative_error: float | None
     segments: tuple[SegmentErrors, ...]
+    layers: LayerReport | None = None
 
     @property
     def error(self) -> float | None:
@@ -94,7 +90,8 @@ class VerifyReport:
     @property
     def passed(self) -> bool:
         error = self.error
-        return error is not None and error <= self.tolerance and self.wrong_gates == 0
+        drifts = self.layers is not None and self.layers.first_drift is not None
+        return error is not None and error <= self.tolerance and self.wrong_gates == 0 and not drifts
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "error": self.error, "passed": self.passed}
@@ -116,7 +113,8 @@ def verify_bundle(
     """Compare. Raises ``BundleError`` where there is no reference, or not the one the bundle was cut from."""
     bundle = Bundle.open(path)
     stream = must_stream(get_preset(bundle.manifest.model.name).parameters)
-    model, preset = load_dynamic(reference or find_reference(bundle), stream=stream)
+    reference = reference or find_reference(bundle)
+    model, preset = load_dynamic(reference, stream=stream)
     truth = Truth(model, preset, bundle.manifest.plan, settings.seed)
     comparisons: list[Comparison] = []
     transformer = load(path, target=settings.target, device="cpu", check_hashes=False, fallback=False)
@@ -126,8 +124,10 @@ def verify_bundle(
             advance(len(comparisons), settings.timesteps)
     finally:
         transformer.close()
-    gates, wrong = check_gates(bundle, model)
-    return _report(bundle.manifest, settings, comparisons, truth.redrawn, gates, wrong)
+    report = _report(bundle.manifest, settings, comparisons, truth.redrawn, *check_gates(bundle, model))
+    if not settings.layers:
+        return report
+    return replace(report, layers=compare_layers(bundle, reference, truth, report.tolerance))
 
 
 def find_reference(bundle: Bundle) -> Path:
@@ -154,49 +154,6 @@ def draw_timesteps(manifest: Manifest, settings: VerifySettings) -> list[float]:
     spans += [whole] * (settings.timesteps - len(spans))
     drawn = [float(np.float32(random.uniform(*span))) for span in spans]
     return [min(t, float(np.nextafter(np.float32(whole[1]), np.float32(0)))) for t in drawn]
-
-
-class Truth:
-    """The masked model, and inputs on which its token decisions do not depend on rounding.
-
-    Where a segment has TD-LoRA merged, the model's gates are at their mean too: ``merge_errors`` of the plan say
-    what that costs, and everything else is compared to the last digit.
-    """
-
-    def __init__(self, model: DynamicTransformer, preset: Preset, plan: SegmentPlan, seed: int) -> None:
-        self.model, self.plan = model, plan
-        self.inputs = _inputs(preset, seed)
-        self.redrawn = 0
-
-    @torch.no_grad()
-    def at(self, t: float) -> tuple[Inputs, DynamicOutput]:
-        segment = self.plan.segments[self.plan.segment_for(t)]
-        for draw in range(MOST_REDRAWS):
-            inputs = self.inputs.at(t, draw)
-            with merged_gates(self.model, segment):
-                output = self.model(inputs)
-            if not undecided(output.token_logits).any():
-                break
-            self.redrawn += 1
-        return inputs, output
-
-
-def undecided(logits: Tensor) -> Tensor:
-    """Where rounding may decide a gate, given the logits of each block in the last dimension."""
-    finite = logits.masked_fill(~logits.isfinite(), 0.0)
-    spread = finite.std(dim=-1, keepdim=True) if logits.shape[-1] > 1 else finite.abs()
-    return logits.abs() <= UNDECIDED * spread
-
-
-def _inputs(preset: Preset, seed: int) -> NoisedInputs:
-    """Noised digits where the model draws them, else noise."""
-    if preset.latent_shape == (1, 8, 8):
-        try:
-            data = digits("held-out")
-        except MissingDependency:
-            return NoisedInputs(preset=preset, batch_size=BATCH, seed=seed)
-        return NoisedInputs(preset=preset, batch_size=BATCH, seed=seed, clean=data.batch(torch.arange(len(data))))
-    return NoisedInputs(preset=preset, batch_size=BATCH, seed=seed)
 
 
 def _compare(bundle: Bundle, truth: Truth, transformer: BundleTransformer, t: float) -> Comparison:

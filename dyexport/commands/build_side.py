@@ -144,13 +144,16 @@ def verify(
         Path | None, typer.Option(help="The dynamic checkpoint to compare with; by default the one it was built from.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of timesteps and inputs.")] = 0,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also compare every layer of the ONNX graphs, and name the first to drift.")
+    ] = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Compare a bundle with the masked torch model it was cut from, in fp32 at random timesteps."""
     from dyexport.build.verify import VerifySettings, verify_bundle
 
-    settings = VerifySettings(timesteps=timesteps, tolerance=tolerance, target=target, seed=seed)
+    settings = VerifySettings(timesteps=timesteps, tolerance=tolerance, target=target, seed=seed, layers=layers)
     with chatter_on_stderr(), progress_bar("verifying") as advance:
         report = verify_bundle(bundle, settings, reference=reference, advance=advance)
     payload = report.as_json()
@@ -212,7 +215,25 @@ def _verify_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         ("timesteps compared", f"{payload['timesteps']}"),
         ("left out, tokens over capacity", f"{payload['overflow']}"),
         ("redrawn, a token on its threshold", f"{payload['redrawn']}"),
+        *_layer_lines(payload["layers"]),
     )
+
+
+def _layer_lines(layers: Mapping[str, Any] | None) -> Sequence[tuple[str, str]]:
+    """The first layer to drift, or the one that comes nearest to it."""
+    if layers is None:
+        return ()
+    compared = ("layers compared", f"{len(layers['layers'])}")
+    if (first := layers["first_drift"]) is not None:
+        return compared, ("first to drift", f"{first['module']} of {first['network']}: {_layer_error(first)}")
+    worst = max(layers["layers"], key=lambda layer: layer["relative_error"])
+    return compared, ("largest error of a layer", f"{_layer_error(worst)}: {worst['module']} of {worst['network']}")
+
+
+def _layer_error(layer: Mapping[str, Any]) -> str:
+    if layer["max_abs_error"] is None:
+        return "not a number"
+    return f"{layer['max_abs_error']:.2e}, relative {layer['relative_error']:.2e}"
 
 
 def _pairs(lines: Sequence[tuple[str, str]]) -> Table:

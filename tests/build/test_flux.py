@@ -24,6 +24,7 @@ from dyexport.models.checkpoints import load_dynamic
 from dyexport.runtime.pipeline import load
 from dyexport.runtime.prompts import Prompts, draw_prompts
 from dyexport.runtime.transformers import FluxBundle
+from tests.build.test_layers import assert_every_layer_agrees
 from tests.build.tiny import build
 from tests.build.tiny_pipeline import save_pipeline
 
@@ -49,6 +50,10 @@ def loaded(built: Bundle) -> FluxBundle:
     transformer = load(built.root, check_hashes=False)
     assert isinstance(transformer, FluxBundle)
     return transformer
+
+
+def test_every_layer_agrees(built: Bundle) -> None:
+    assert_every_layer_agrees(built)
 
 
 class Masked(torch.nn.Module):

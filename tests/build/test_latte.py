@@ -27,6 +27,7 @@ from dyexport.presets import PRESETS, LattePreset
 from dyexport.runtime.pipeline import load
 from dyexport.runtime.prompts import Prompts, draw_prompts
 from dyexport.runtime.transformers import LatteBundle, example_inputs, stock_transformer
+from tests.build.test_layers import assert_every_layer_agrees
 from tests.build.tiny import build
 from tests.build.tiny_pipeline import save_latte_pipeline
 
@@ -63,6 +64,10 @@ def loaded(built: Bundle) -> LatteBundle:
     transformer = load(built.root, check_hashes=False)
     assert isinstance(transformer, LatteBundle)
     return transformer
+
+
+def test_every_layer_agrees(built: Bundle) -> None:
+    assert_every_layer_agrees(built)
 
 
 class Masked(torch.nn.Module):

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from dyexport.build.networks import architecture_of, cut_networks
-from dyexport.build.verify import Truth, VerifySettings, draw_timesteps, find_reference, undecided, verify_bundle
+from dyexport.build.truth import Truth, undecided
+from dyexport.build.verify import VerifySettings, draw_timesteps, find_reference, verify_bundle
 from dyexport.bundle import CONDITIONING, MANIFEST, WIDTHS, Bundle, segment_name
 from dyexport.errors import BundleError, UsageError
 from dyexport.exporters.onnx_graph import STORE

@@ -92,9 +92,11 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def test_an_fp16_bundle_equals_the_masked_model(half: Bundle) -> None:
     assert half.manifest.model.precision == "fp16"
     assert half.manifest.metrics["fp16_headroom"] > 10
-    report = verify_bundle(half.root, VerifySettings(timesteps=8))
+    report = verify_bundle(half.root, VerifySettings(timesteps=8, layers=True))
     assert report.passed
-    assert report.tolerance == TOLERANCES["fp16"]
+    assert report.layers is not None
+    assert len(report.layers.layers) > 20
+    assert report.tolerance == report.layers.tolerance == TOLERANCES["fp16"]
     assert report.relative_error is not None
     assert 1e-6 < report.relative_error < 5e-3, "rounded, and no more than that"
 

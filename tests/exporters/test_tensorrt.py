@@ -20,6 +20,7 @@ from dyexport.errors import EngineBuildError, EngineMismatch, MissingDependency,
 from dyexport.exporters.onnx_graph import MODULE, OPSET, STORE, export_onnx
 from dyexport.exporters.operator_gate import check_operators, find_refusals
 from dyexport.exporters.tensorrt_plan import PlanRequest, build_plan
+from dyexport.exporters.timing_cache import kept_timings, read_timings
 from dyexport.exporters.weight_store import write_store
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
@@ -220,6 +221,30 @@ def test_a_dimension_without_sizes_is_named(rtx: None, tmp_path: Path) -> None:
         build_plan(
             write_graph(slice_, tmp_path), request_for(architecture, slice_, None, profiles=({},)), tmp_path / "plan"
         )
+
+
+@pytest.mark.tensorrt
+@pytest.mark.filterwarnings("ignore:.*no-ops in TensorRT-RTX:DeprecationWarning")
+def test_timings_are_kept_and_damage_is_left_alone(rtx: None, tmp_path: Path) -> None:
+    """With the RTX builder's stub of a cache, as the classic builder would be used."""
+    rtx_api, path = load_api("tensorrt-rtx"), tmp_path / "timings" / "tensorrt-1"
+    config = rtx_api.trt.Builder(BuildLog(rtx_api.trt).logger).create_builder_config()
+    with kept_timings(rtx_api, config, path):
+        pass
+    assert not path.exists(), "RTX measures nothing"
+    measuring = replace(rtx_api, measures=True)
+    with kept_timings(measuring, config, path):
+        assert not path.exists(), "not before it is measured"
+    kept = read_timings(path)
+    assert len(kept) > 100
+    assert kept == bytes(config.get_timing_cache().serialize())
+    for damaged in (path.read_bytes()[:-1], b"x" + path.read_bytes()[1:], b""):
+        path.write_bytes(damaged)
+        assert read_timings(path) == b""
+        with kept_timings(measuring, config, path):
+            pass
+        assert read_timings(path) == kept
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 def test_classic_tensorrt_needs_what_it_needs() -> None:

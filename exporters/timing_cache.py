@@ -1,0 +1,44 @@
+"""What TensorRT measured of its kernels, kept from one plan and one build to the next."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dyexport.tensorrt_api import Api
+
+PARTIAL = ".partial-"
+DIGEST = hashlib.sha256().digest_size  # bytes before the cache itself
+
+
+@contextmanager
+def kept_timings(api: Api, config: Any, path: Path | None) -> Iterator[None]:
+    """Build inside: from what ``path`` holds, and with what was measured written to it.
+
+    A cache that is damaged, or that the builder refuses as another GPU's or version's, is left alone; kernels are
+    then measured again. Without a ``path``, or for a flavour that measures nothing, nothing is done.
+    """
+    if path is None or not api.measures:
+        yield
+        return
+    if not config.set_timing_cache(config.create_timing_cache(read_timings(path)), ignore_mismatch=False):
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+    yield
+    write_timings(path, bytes(config.get_timing_cache().serialize()))
+
+
+def read_timings(path: Path) -> bytes:
+    """Nothing where there is no file, or not the one that was written."""
+    stored = path.read_bytes() if path.is_file() else b""
+    content = stored[DIGEST:]
+    return content if hashlib.sha256(content).digest() == stored[:DIGEST] else b""
+
+
+def write_timings(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{PARTIAL}{path.name}")
+    partial.write_bytes(hashlib.sha256(content).digest() + content)
+    partial.replace(path)
