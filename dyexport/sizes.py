@@ -7,10 +7,8 @@ import re
 from dyexport.errors import UsageError
 
 
-def parse_bytes(text: str | None) -> int | None:
+def parse_bytes(text: str) -> int:
     """Bytes of a size such as 8GiB or 500MB; raises ``UsageError`` for what is none."""
-    if text is None:
-        return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if found is None:
         raise UsageError(f"memory {text!r} is not a size; give one such as 8GiB")

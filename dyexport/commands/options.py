@@ -147,7 +147,7 @@ class BuildOptions:
             seed=self.seed,
             baseline=not self.no_baseline,
             precision=cast("Precision | None", self.precision),  # as router
-            memory=parse_bytes(self.memory),
+            memory=None if self.memory is None else parse_bytes(self.memory),
         )
 
 

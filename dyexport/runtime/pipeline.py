@@ -181,9 +181,7 @@ def _place(opened: _Opened, options: EngineOptions, max_resident: int | None, me
         return Placement(max_resident=max_resident)
     if max_resident is not None:
         raise UsageError(f"max_resident is {max_resident} and memory {memory!r}; give one of the two")
-    limit = parse_bytes(memory) if isinstance(memory, str) else memory
-    assert limit is not None
-    return place(_weight_bytes(opened, options), limit)
+    return place(_weight_bytes(opened, options), parse_bytes(memory) if isinstance(memory, str) else memory)
 
 
 def _weight_bytes(opened: _Opened, options: EngineOptions) -> WeightBytes:
