@@ -2,17 +2,18 @@
 
 For each depth random bf16 shards are written as diffusers would write them, then
 
-    dyexport build --model flux --checkpoint DIR --budget 0.5 --finetune-steps 0 --memory 0 --no-baseline
+    dyexport build --model flux --checkpoint DIR --budget 0.5 --router ordered --finetune-steps 0 --memory 0
+        --no-baseline
 
 is run on them in a fresh process: unit importance by streamed forward and backward passes, four slim graphs,
 the weight store, the bundle. Peaks are of that process: all resident pages, those of mapped files included,
 which the system takes back when it wants to (VmHWM); and anonymous memory alone, which it cannot (sampled).
 
-    python benchmarks/flux_memory.py --depths 4 8 --work out/flux-memory
+    python benchmarks/flux_memory.py --depths 1 2 4 8 19 --work out/flux-memory
 
-A depth of n means n double and 2 n single blocks; 19 is FLUX.1-dev. It takes six times the weights on disk: the
-checkpoint, and twice the store, in which four engines of free widths share little. All but the results is deleted.
-Writes benchmarks/results/flux_memory.json and .md.
+A depth of n means n double and 2 n single blocks; 19 is FLUX.1-dev. The disk holds the checkpoint and the
+store, in which four engines of ordered widths share their bytes and those of free widths share little. All but the
+results is deleted. Writes benchmarks/results/flux_memory.json and .md, after each depth anew.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -41,13 +42,13 @@ from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
 from dyexport.console import format_bytes
 from dyexport.models.base import get_adapter
-from dyexport.presets import PRESETS, FluxPreset, Preset
+from dyexport.presets import PRESETS, FluxPreset, Preset, RouterKind
 
 RESULTS = Path(__file__).parent / "results"
 SHARD = 4 * 2**30
 FULL = 19
 PEAKS = ("peak", "anonymous")
-COPIES = 6.0  # of the weights on disk: checkpoint, and the store in the work directory and in the bundle
+COPIES: dict[RouterKind, float] = {"ordered": 2.2, "free": 3.6}  # of the weights on disk: checkpoint and store
 STAGES = {"static": "check", "dynamic": "attach", "calibrate": "calibrate", "weights": "store", "bundle": "bundle"}
 
 
@@ -133,7 +134,7 @@ def memory(kind: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:"))
 
 
-def build(depth: int, work: Path, threads: int) -> None:
+def build(depth: int, work: Path, router: RouterKind, threads: int) -> None:
     """In a process of its own: prints what it took as JSON."""
     torch.set_num_threads(threads)
     preset, watch = flux(depth), Watch()
@@ -141,6 +142,7 @@ def build(depth: int, work: Path, threads: int) -> None:
         model=preset.name,
         checkpoint=str(work / "checkpoint"),
         budget=0.5,
+        router=router,
         finetune_steps=0,
         engines=4,
         baseline=False,
@@ -156,15 +158,17 @@ def build(depth: int, work: Path, threads: int) -> None:
     print(json.dumps({"stages": watch.stages, **found}))
 
 
-def measure(depth: int, work: Path, threads: int) -> dict[str, Any]:
+def measure(depth: int, work: Path, router: RouterKind, threads: int) -> dict[str, Any]:
     preset = flux(depth)
     weights = 2 * preset.parameters
+    needed = int(COPIES[router] * weights)
     work.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(work).free) < COPIES * weights:
-        sys.exit(f"depth {depth} takes {format_bytes(int(COPIES * weights))} of disk, {work} has {format_bytes(free)}")
+    if (free := shutil.disk_usage(work).free) < needed:
+        sys.exit(f"depth {depth} takes {format_bytes(needed)} of disk, {work} has {format_bytes(free)}")
     try:
         write_shards(preset, work / "checkpoint")
-        command = [sys.executable, __file__, "--child", str(depth), "--work", str(work), "--threads", str(threads)]
+        own = {"--child": depth, "--work": work, "--router": router, "--threads": threads}
+        command = [sys.executable, __file__, *(str(word) for option in own.items() for word in option)]
         found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
     finally:
         shutil.rmtree(work)
@@ -191,16 +195,19 @@ def line(cases: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("out/flux-memory"))
-    parser.add_argument("--depths", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--depths", type=int, nargs="+", default=[1, 2, 4, 8, FULL])
+    parser.add_argument("--router", choices=get_args(RouterKind), default="ordered")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
-        build(options.child, options.work, options.threads)
+        build(options.child, options.work, options.router, options.threads)
         return
-    cases = [measure(depth, options.work / str(depth), options.threads) for depth in options.depths]
-    write_results(options.results, {"threads": options.threads, "cases": cases})
+    found: dict[str, Any] = {"threads": options.threads, "router": options.router, "cases": []}
+    for depth in options.depths:
+        found["cases"].append(measure(depth, options.work / str(depth), options.router, options.threads))
+        write_results(options.results, found)
 
 
 def write_results(folder: Path, found: Mapping[str, Any]) -> None:
@@ -226,7 +233,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         for stage in cases[0]["stages"]
     ]
     return (
-        f"FLUX.1-dev's width, random bf16 weights, 4 engines, {found['threads']} threads.\n\n"
+        f"FLUX.1-dev's width, random bf16, 4 engines of {found['router']} widths, threads: {found['threads']}.\n\n"
         + as_markdown(("double + single", "weights", "checkpoint", "store", "peak RSS", "anonymous", "time"), rows)
         + "\n"
         + as_markdown(("stage: seconds, peak RSS", *(row[0] for row in rows)), stages)

@@ -8,15 +8,20 @@ from __future__ import annotations
 import ast
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
+import torch._dynamo.config
+from onnx_ir.passes import common as passes
 from onnxscript import opset20 as op
+from onnxscript import rewriter
+from onnxscript.rewriter.rules import common as rules
 from torch import Tensor
 
 from dyexport.errors import ExportError
@@ -29,6 +34,18 @@ ONNX_DTYPES = {
     torch.float16: ir.DataType.FLOAT16,
     torch.bfloat16: ir.DataType.BFLOAT16,
 }
+REWRITES = (  # those of onnxscript that find something here; one of the others compares each node with every other
+    rules.collapse_slice_rule,
+    rules.cast_constant_of_shape_rule,
+    rules.cast_constant_of_shape_without_value_rule,
+    rules.materialize_reshape_shape_rule,
+    rules.flatten_to_reshape_rule,
+    rules.reshape_reshape_rule,
+    rules.no_op_cast_rule,
+    rules.no_op_expand_rule,
+    rules.no_op_transpose_rule,
+    rules.squeeze_reshape_1d_rule,
+)
 STORE = "weights.bin"
 MODULE = "module"  # key of a node's metadata: the torch module that it came from
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -78,30 +95,47 @@ def _example_inputs(slice_: Slice, sizes: Mapping[str, int]) -> dict[str, Tensor
 
 
 def _export(slice_: Slice, name: str) -> ir.Model:
+    for chatter in ("torch.onnx", "onnx_ir"):
+        logging.getLogger(chatter).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _translate(slice_)
+    except Exception as error:  # the exporter wraps whatever went wrong in types of its own
+        raise ExportError(f"torch cannot export {name}: {error}") from error
+
+
+def _translate(slice_: Slice) -> ir.Model:
+    """Trace once, then turn operators into nodes as they are."""
     sizes = _example_sizes(slice_)
     dims = {symbol: _dimension(symbol, slice_) for symbol in sizes}
     shapes = {
         spec.name: {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in slice_.inputs
     }
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                slice_.module.eval(),
-                kwargs=_example_inputs(slice_, sizes),
-                dynamo=True,
-                opset_version=OPSET,
-                dynamic_shapes=shapes,
-                input_names=[spec.name for spec in slice_.inputs],
-                output_names=list(slice_.outputs),
-                custom_translation_table={torch.ops.aten.scaled_dot_product_attention.default: attention},
-                optimize=False,  # would try to read the weights; ``_optimize`` does not
-                verbose=False,
-            )
-    except Exception as error:  # the exporter wraps whatever went wrong in types of its own
-        raise ExportError(f"torch cannot export {name}: {error}") from error
+    # With symbolic sizes, filling the cache of fake tensors takes longer than it saves.
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        traced = torch.export.export(
+            slice_.module.eval(),
+            (),
+            kwargs=_example_inputs(slice_, sizes),
+            dynamic_shapes=shapes,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,  # as torch.onnx does: a guard would exclude a size of 1
+        )
+        # Every operator of a slim network has an ONNX form; taking them apart would trace the network twice more.
+        traced.run_decompositions = lambda table: traced
+        program = torch.onnx.export(
+            traced,
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+            input_names=[spec.name for spec in slice_.inputs],
+            output_names=list(slice_.outputs),
+            custom_translation_table=TRANSLATIONS,
+            optimize=False,  # would try to read the weights; ``_optimize`` does not
+            verbose=False,
+        )
     assert program is not None
     return program.model
 
@@ -123,12 +157,34 @@ def attention(
     return op.MatMul(op.Softmax(scores, axis=-1), value)  # (B, H, N, D)
 
 
+def cast(value: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:
+    """``Tensor.to(dtype)``, which torch.onnx knows by the name of one of its parts only."""
+    return op.Cast(value, to=dtype)
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.scaled_dot_product_attention.default: attention,
+    torch.ops.aten.to.dtype: cast,
+}
+
+
 def _optimize(model: ir.Model, slice_: Slice) -> None:
     """Fold shapes and constants. Weights take no part: they have no values yet."""
     for name in slice_.recipes:
         if name in model.graph.initializers:
             model.graph.initializers[name].const_value = None
-    onnxscript.optimizer.optimize_ir(model)
+    onnxscript.optimizer.inline(model)
+    passes.CommonSubexpressionEliminationPass()(model)  # a rewrite of two alike would name two shapes the same
+    for _ in range(2):  # what rewriting leaves can be folded again
+        onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
+        rewriter.rewrite(model, REWRITES)
+    ir.passes.Sequential(
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    )(model)
 
 
 def refer_to_store(model: ir.Model, slice_: Slice, layout: StoreLayout) -> None:
@@ -177,8 +233,16 @@ def _module_of(scopes: str) -> str:
 
 
 def check_onnx(path: Path) -> None:
-    """``onnx.checker`` on the file and its external data. Raises ``ExportError``."""
+    """``onnx.checker`` on the file and its place in the store. Raises ``ExportError``.
+
+    The checker wants the store beside the graph, and no link to it; an empty file of its length does.
+    """
     try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        length = (path.parent / STORE).stat().st_size
+        with TemporaryDirectory(prefix="onnx-check-") as directory:
+            (Path(directory) / path.name).symlink_to(path.resolve())
+            with (Path(directory) / STORE).open("wb") as store:
+                store.truncate(length)
+            onnx.checker.check_model(f"{directory}/{path.name}", full_check=True)
+    except (OSError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"{path.name} is not valid ONNX: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Mapping
@@ -37,14 +38,15 @@ STAGING = f"{PARTIAL}bundle"
 
 
 class Source(NamedTuple):
-    """Where a file of the bundle is taken from, and what it must be."""
+    """Where a file of the bundle is taken from, and what it must be; ``moved`` where the disk shall hold it once."""
 
     path: Path
     record: FileRecord
+    moved: bool = False
 
     @classmethod
-    def of(cls, outcome: Outcome, name: str = ".") -> Source:
-        return cls(outcome.path / name, outcome.files[name])
+    def of(cls, outcome: Outcome, name: str = ".", *, moved: bool = False) -> Source:
+        return cls(outcome.path / name, outcome.files[name], moved)
 
 
 def describe_bundle(
@@ -74,15 +76,15 @@ def assemble(out: Path, manifest: Manifest, files: Mapping[str, Source]) -> bool
     """Make ``out`` this bundle; returns whether it was so already.
 
     A kill at any moment leaves the bundle of before, none, or this one. Files that neither the new
-    bundle nor the one before it names stay where they are.
+    bundle nor the one before it names stay where they are. A file that is moved leaves a link to where it went.
     """
     current, staging = _is_current(out, manifest), out / STAGING
     with storage_errors(out):
         created = not out.exists()
         try:
             if not current:
-                _stage(staging, files)
-                _publish(out, staging, manifest)
+                _stage(out, staging, files)
+                _publish(out, staging, manifest, files)
         finally:
             remove(staging)
             if created and not any(out.iterdir()):
@@ -97,28 +99,56 @@ def _is_current(out: Path, manifest: Manifest) -> bool:
         return False
 
 
-def _stage(staging: Path, files: Mapping[str, Source]) -> None:
-    """Copy: a file with two names (a hard link) is refused as external data by ONNX's checker."""
+def _stage(out: Path, staging: Path, files: Mapping[str, Source]) -> None:
+    """Copy, or give a second name to what is moved."""
     remove(staging)
     for name, source in files.items():
-        (staging / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.path, staging / name)
-        if describe(staging / name)["."] != source.record:
-            raise StorageError(f"{staging / name} was not written as it should be; check the disk, then repeat")
+        place = staging / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if source.moved and _linked(source.path, place, out / name):
+            continue
+        shutil.copyfile(source.path, place)
+        if describe(place)["."] != source.record:
+            raise StorageError(f"{place} was not written as it should be; check the disk, then repeat")
     sync(staging)
 
 
-def _publish(out: Path, staging: Path, manifest: Manifest) -> None:
+def _linked(path: Path, place: Path, final: Path) -> bool:
+    """Give a file its name in staging, unless another bundle has it or it is on another disk."""
+    if path.is_symlink() and path.resolve() != final.resolve():
+        return False
+    try:
+        os.link(path.resolve(), place)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            raise
+        return False
+    return True
+
+
+def _publish(out: Path, staging: Path, manifest: Manifest, files: Mapping[str, Source]) -> None:
     """From the moment the old manifest is gone until the new one is there, ``out`` is not a bundle."""
     before = _files_of(out)
     (out / MANIFEST).unlink(missing_ok=True)
     for name in before - manifest.files.keys():
         (out / name).unlink(missing_ok=True)
-    for name in manifest.files:
+    for name, source in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (staging / name).replace(out / name)
+        (staging / name).unlink(missing_ok=True)  # a name of the same file replaces nothing and stays
+        _leave_link(source.path, out / name)
     sync(out)
     write_atomically(out / MANIFEST, manifest.model_dump_json(indent=1).encode())
+
+
+def _leave_link(path: Path, final: Path) -> None:
+    """A moved file keeps one name: ONNX's checker refuses external data that has two."""
+    if path.is_symlink() or not path.samefile(final):
+        return
+    link = path.with_name(PARTIAL + path.name)
+    remove(link)
+    link.symlink_to(os.path.relpath(final.resolve(), path.parent.resolve()))
+    link.replace(path)
 
 
 def _files_of(out: Path) -> set[str]:

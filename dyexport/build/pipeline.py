@@ -176,7 +176,7 @@ class Pipeline(ModelStages):
     def bundle(self) -> Manifest:
         """Everything, assembled at ``settings.out``."""
         self.headroom  # noqa: B018  # before anything is written in a precision that will not do
-        files = {f"{GRAPHS}/{STORE}": Source.of(self.store)}
+        files = {f"{GRAPHS}/{STORE}": Source.of(self.store, moved=self.settings.large)}
         files |= {name: Source.of(self.calibrated, name) for name in (WIDTHS, TOKENS) if name in self.calibrated.files}
         files |= {f"{GRAPHS}/{outcome.path.name}": Source.of(outcome) for outcome in self.graphs.values()}
         engines = {(ONNX, name): f"{GRAPHS}/{outcome.path.name}" for name, outcome in self.graphs.items()}

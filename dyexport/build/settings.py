@@ -206,7 +206,7 @@ class BuildSettings:
 
     @property
     def large(self) -> bool:
-        """Whether the model is too large to train as a whole, and has too few users with data of their own."""
+        """Whether the model is too large to train as a whole, to have on a disk twice, and few have data for it."""
         return self.preset.parameters >= LARGE
 
     @property

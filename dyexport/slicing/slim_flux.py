@@ -69,7 +69,7 @@ class Projection(WithPaths):
 def rms_norm(heads: Tensor, weight: Tensor) -> Tensor:
     """Over the last dimension, as diffusers' ``RMSNorm``: (..., D) -> (..., D), in fp32."""
     heads = heads.float()
-    return heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + NORM_EPS) * weight
+    return heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + NORM_EPS) * weight
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, rotary: Rotary, gate: Tensor | None) -> Tensor:

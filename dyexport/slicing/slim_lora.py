@@ -46,7 +46,7 @@ class LowRankPath(nn.Module):
     def forward(self, rows: Tensor, experts: Tensor) -> Tensor:
         """(R, in), gates (E,) -> (R, out)."""
         down, up = self.mix(experts.to(rows.dtype))
-        return (rows @ down) @ up.T
+        return (rows @ down) @ up.t()
 
     def mix(self, experts: Tensor) -> tuple[Tensor, Tensor]:
         """A (in, R) and B (out, R)."""

@@ -8,12 +8,13 @@ import pytest
 
 from dyexport.build.assemble import STAGING, Source, assemble
 from dyexport.build.ledger import describe
-from dyexport.bundle import MANIFEST, Bundle, Manifest
+from dyexport.bundle import MANIFEST, WIDTHS, Bundle, Manifest
 from dyexport.errors import StorageError
 from tests.build.tiny import hashes
 from tests.test_bundle import GRAPH, manifest_of, root
 
 __all__ = ["root"]  # a fixture
+MOVED = WIDTHS
 
 
 @pytest.fixture
@@ -100,6 +101,50 @@ def test_a_kill_between_old_and_new_leaves_no_bundle_and_is_mended(root: Path, o
     (out / STAGING / GRAPH).write_bytes(b"half")
     assert not assemble(out, manifest, files)
     assert hashes(out).keys() == {MANIFEST, *manifest.files}
+
+
+def moving(root: Path) -> tuple[Manifest, dict[str, Source]]:
+    """One file is moved, as a large model's store is."""
+    manifest, files = parts(root)
+    return manifest, {**files, MOVED: files[MOVED]._replace(moved=True)}
+
+
+def test_a_moved_file_is_on_the_disk_once(root: Path, out: Path) -> None:
+    content = (root / MOVED).read_bytes()
+    assert not assemble(out, *moving(root))
+    assert (root / MOVED).is_symlink()
+    assert (root / MOVED).read_bytes() == content
+    assert (out / MOVED).stat().st_nlink == 1
+    assert hashes(out).keys() == {MANIFEST, *parts(root)[0].files}
+    assert not (root / GRAPH).is_symlink()
+
+
+def test_a_moved_file_stays_where_it_is_while_others_change(root: Path, out: Path) -> None:
+    assemble(out, *moving(root))
+    inode = (out / MOVED).stat().st_ino
+    (root / GRAPH).write_bytes(b"a new graph")
+    assert not assemble(out, *moving(root))
+    assert (out / MOVED).stat().st_ino == inode
+    assert (out / MOVED).stat().st_nlink == 1
+    assert not (out / STAGING).exists()
+    assert Bundle.open(out).manifest == moving(root)[0]
+
+
+def test_a_file_that_another_bundle_has_is_copied(root: Path, out: Path, tmp_path: Path) -> None:
+    assemble(out, *moving(root))
+    assemble(tmp_path / "other", *moving(root))
+    assert not (out / MOVED).samefile(tmp_path / "other" / MOVED)
+    assert (root / MOVED).samefile(out / MOVED)
+
+
+def test_a_kill_before_the_link_is_mended(root: Path, out: Path) -> None:
+    """As a kill leaves it: the file has its place in the bundle, and its name in the work directory still."""
+    manifest, files = moving(root)
+    (out / MOVED).parent.mkdir(parents=True)
+    (out / MOVED).hardlink_to(root / MOVED)
+    assert not assemble(out, manifest, files)
+    assert (root / MOVED).is_symlink()
+    assert (out / MOVED).stat().st_nlink == 1
 
 
 def test_records_are_of_what_is_there(tmp_path: Path) -> None:

@@ -100,9 +100,9 @@ def test_merging_is_measured_and_then_exact(tmp_path: Path) -> None:
     assert not path.manifest.plan.merge_errors
 
 
-@pytest.mark.parametrize("tolerance", [None, 1.0])
-def test_flux_too(tolerance: float | None, tmp_path: Path) -> None:
-    settings = replace(tiny_settings(tmp_path, td_lora=SPEC), model="flux-tiny", merge_tolerance=tolerance)
+@pytest.mark.parametrize(("model", "tolerance"), [("flux-tiny", None), ("flux-tiny", 1.0), ("latte-tiny", None)])
+def test_other_backbones_too(model: str, tolerance: float | None, tmp_path: Path) -> None:
+    settings = replace(tiny_settings(tmp_path, td_lora=SPEC), model=model, merge_tolerance=tolerance)
     bundle = build(settings)
     assert [segment.merged for segment in bundle.manifest.plan.segments] == [tolerance is not None]
     assert verify_bundle(bundle.root, VerifySettings(timesteps=6)).passed

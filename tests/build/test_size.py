@@ -13,6 +13,7 @@ from dyexport.build.ledger import Silent
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
 from dyexport.build.verify import VerifySettings, verify_bundle
+from dyexport.exporters.onnx_graph import STORE
 from dyexport.models.checkpoints import save_dynamic
 from dyexport.models.random_weights import random_backbone, random_dynamic
 from dyexport.presets import get_preset
@@ -55,6 +56,21 @@ def test_shards_are_linked_and_the_bundle_is_right(shards: Path, tmp_path: Path)
         assert [file.name for file in files] == [file.name for file in originals]
         assert all(file.is_symlink() for file in files)
         assert [file.resolve() for file in files] == originals
+    assert verify_bundle(settings.out, VerifySettings(timesteps=4)).passed
+
+
+def test_a_large_store_is_on_the_disk_once(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It moves into the bundle, and what is left to do is done with the link to it."""
+    monkeypatch.setattr(BuildSettings, "large", True)
+    settings = settings_for(shards, tmp_path / "built", precision="fp32")
+    before = build(settings).manifest
+    store = settings.work / "graphs" / STORE
+    assert store.is_symlink()
+    assert store.samefile(settings.out / "graphs" / STORE)
+    (settings.work / "graphs" / "segment-01.onnx").unlink()
+    with opened(settings, Silent()) as pipeline:
+        assert pipeline.bundle() == before
+        assert [name for name, outcome in pipeline.ledger.outcomes.items() if not outcome.reused] == ["onnx segment-01"]
     assert verify_bundle(settings.out, VerifySettings(timesteps=4)).passed
 
 
