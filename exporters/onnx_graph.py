@@ -20,6 +20,7 @@ from onnxscript import opset20 as op
 from torch import Tensor
 
 from dyexport.errors import ExportError
+from dyexport.exporters.operator_gate import MODULE
 from dyexport.slicing.recipes import StoreLayout
 from dyexport.slicing.slicer import Slice
 
@@ -30,7 +31,6 @@ ONNX_DTYPES = {
     torch.bfloat16: ir.DataType.BFLOAT16,
 }
 STORE = "weights.bin"
-MODULE = "module"  # key of a node's metadata: the torch module that it came from
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 

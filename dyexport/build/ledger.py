@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -101,6 +102,7 @@ class Ledger:
         self.outcomes: dict[str, Outcome] = {}
         self._listener = listener
         self._without = without
+        self._lock = Lock()  # stages may run side by side
 
     def run(self, stage: Stage) -> Outcome:
         """Make the stage's output unless it is there, whole, and made from the same inputs."""
@@ -152,13 +154,15 @@ class Ledger:
                 record = Record(inputs=inputs, files=describe(partial))
                 remove(output)
                 partial.rename(output)
+                flush(output.parent)
             finally:
                 remove(partial)
             self._record(stage.name, record)
 
     def _record(self, name: str, record: Record) -> None:
-        page = _Page(stages={**self._read_page().stages, name: record})
-        write_atomically(self.work / LEDGER, page.model_dump_json(indent=1).encode())
+        with self._lock:
+            page = _Page(stages={**self._read_page().stages, name: record})
+            write_atomically(self.work / LEDGER, page.model_dump_json(indent=1).encode())
 
     def _read_page(self) -> _Page:
         """A ledger that cannot be read says nothing is done; outputs are then made again."""
@@ -264,7 +268,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     partial.write_bytes(content)
     sync(partial)
     partial.replace(path)
-    sync(path.parent)
+    flush(path.parent)
 
 
 def sync(path: Path) -> None:
@@ -273,6 +277,11 @@ def sync(path: Path) -> None:
         return
     for child in path.iterdir() if path.is_dir() else ():
         sync(child)
+    flush(path)
+
+
+def flush(path: Path) -> None:
+    """A file's bytes, or a directory's entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -19,6 +19,7 @@ from dyexport.build.ledger import (
     Listener,
     Outcome,
     Silent,
+    Stage,
     check_writable,
     digest_of,
     digest_of_spans,
@@ -36,6 +37,7 @@ from dyexport.build.networks import (
 )
 from dyexport.build.profiles import plan_request
 from dyexport.build.settings import BuildSettings
+from dyexport.build.side_by_side import Crew, how_many
 from dyexport.build.targets import ONNX, TARGETS
 from dyexport.build.team import Alone, find_team
 from dyexport.bundle import TOKENS, WIDTHS, Manifest, SegmentPlan
@@ -44,6 +46,7 @@ from dyexport.exporters.onnx_graph import STORE
 from dyexport.exporters.weight_store import write_store
 from dyexport.plans import ENGINE
 from dyexport.slicing.recipes import StoreLayout, lay_out
+from dyexport.tensorrt_api import load_api
 
 GRAPHS = "graphs"
 ENGINES = "engines"
@@ -128,10 +131,20 @@ class Pipeline(ModelStages):
     def plans(self) -> dict[tuple[str, str], Outcome]:
         """TensorRT plans, by target and network."""
         targets = [target for target in self.settings.formats if TARGETS[target].flavour]
-        return {(target, n.name): self._plan(target, n) for target in targets for n in self.networks}
+        return {(target, name): outcome for target in targets for name, outcome in self._plans_for(target).items()}
 
-    def _plan(self, target: str, network: Network) -> Outcome:
-        """Rebuilt where its graph, its own weights, its sizes or the builder changed."""
+    def _plans_for(self, target: str) -> dict[str, Outcome]:
+        """Side by side, unless the builder times kernels on a GPU, where others would disturb it."""
+        flavour = TARGETS[target].flavour
+        assert flavour is not None
+        count = how_many([network.slice.nbytes for network in self.networks], self.settings.memory)
+        crew = Crew(1 if load_api(flavour).measures else count)
+        stages = {network.name: self._plan_stage(target, network, crew) for network in self.networks}
+        outcomes = crew.run([partial(self.ledger.run, stage) for stage in stages.values()])
+        return dict(zip(stages, outcomes, strict=True))
+
+    def _plan_stage(self, target: str, network: Network, crew: Crew) -> Stage:
+        """Made again where its graph, its own weights, its sizes or the builder changed."""
         from dyexport.exporters.tensorrt_plan import build_plan, builder_version
 
         graph, request = self.graphs[network.name], plan_request(self.settings, target, self.tables[0], network)
@@ -142,13 +155,13 @@ class Pipeline(ModelStages):
             "request": digest_of(repr(request)),
         }
         stage = f"{target} {network.name}"
-        progress = partial(self.listener.advanced, stage)
         timings = self.settings.work / TIMINGS / f"{target}-{inputs['builder']}"
 
         def make(out: Path) -> None:
-            build_plan(graph.path, request, out, progress, timings)
+            progress = partial(self.listener.advanced, stage)
+            crew.call(stage, build_plan, graph.path, request, out, timings, progress=progress)
 
-        return self._run(stage, f"{ENGINES}/{target}/{network.name}", inputs, make)
+        return Stage(name=stage, output=f"{ENGINES}/{target}/{network.name}", inputs=inputs, make=make)
 
     def _weights_digest(self, network: Network) -> str:
         """Of the bytes in the store that one network reads."""

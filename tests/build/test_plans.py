@@ -15,41 +15,31 @@ import torch
 from dyexport.build.ledger import Silent, digest_of_spans
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
+from dyexport.build.side_by_side import Crew
 from dyexport.build.verify import VerifySettings, verify_bundle
 from dyexport.bundle import Bundle
 from dyexport.cli import main
-from dyexport.errors import BundleError, EngineMismatch, MissingDependency, UsageError
+from dyexport.engines.registry import BACKENDS, Backend, get_backend
+from dyexport.engines.tensorrt_fit import misfit
+from dyexport.errors import BundleError, EngineMismatch, UsageError
 from dyexport.plans import ENGINE, INFO, PlanInfo
 from dyexport.runtime.pipeline import load
 from dyexport.runtime.transformers import example_inputs
-from dyexport.tensorrt_api import load_api
-from tests.build.tiny import tiny_settings
+from tests.build.tiny import TINY, build, redone, tiny_settings
 
 NETWORKS = ("segment-00", "segment-01", "conditioning")
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> BuildSettings:
-    try:
-        load_api("tensorrt-rtx")
-    except MissingDependency as error:
-        pytest.skip(str(error))
+def settings(rtx: Any, tmp_path_factory: pytest.TempPathFactory) -> BuildSettings:
     return tiny_settings(
         tmp_path_factory.mktemp("plans"), engines=2, targets=("tensorrt-rtx",), compute_capabilities=("8.9", "12.0")
     )
 
 
-def build(settings: BuildSettings) -> tuple[Bundle, set[str]]:
-    """The bundle, and the stages that were done anew."""
-    with opened(settings, Silent()) as pipeline:
-        pipeline.bundle()
-        report = pipeline.stage_report
-    return Bundle.open(settings.out), {name for name, stage in report.items() if stage["status"] == "done"}
-
-
 @pytest.fixture(scope="module")
 def bundle(settings: BuildSettings) -> Bundle:
-    return build(settings)[0]
+    return build(settings)
 
 
 @pytest.mark.tensorrt
@@ -70,13 +60,60 @@ def test_only_what_is_missing_or_damaged_is_built_again(settings: BuildSettings,
     made = settings.work / "engines" / "tensorrt-rtx"
     for name in NETWORKS[1:]:
         shutil.rmtree(made / name)  # as if killed after the first
-    assert build(settings)[1] - {"bundle"} == {f"tensorrt-rtx {name}" for name in NETWORKS[1:]}
+    assert redone(settings) - {"bundle"} == {f"tensorrt-rtx {name}" for name in NETWORKS[1:]}
     plan = made / NETWORKS[0] / ENGINE
     plan.write_bytes(plan.read_bytes()[:-1] + b"x")
-    assert build(settings)[1] - {"bundle"} == {f"tensorrt-rtx {NETWORKS[0]}"}
+    assert redone(settings) - {"bundle"} == {f"tensorrt-rtx {NETWORKS[0]}"}
     other = replace(settings, profiles=("batch=1:1:1",))
-    assert build(other)[1] - {"bundle"} == {f"tensorrt-rtx {name}" for name in NETWORKS}
+    assert redone(other) - {"bundle"} == {f"tensorrt-rtx {name}" for name in NETWORKS}
     build(settings)
+
+
+@pytest.mark.tensorrt
+def test_another_version_of_the_builder_makes_every_plan_again(
+    rtx: Any, settings: BuildSettings, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(settings, Silent(), without=frozenset(f"tensorrt-rtx {name}" for name in NETWORKS)) as pipeline:
+        assert all(outcome.reused for outcome in pipeline.plans.values())
+        monkeypatch.setattr(rtx, "__version__", "1.6.0")
+        for network in pipeline.networks:
+            stage = pipeline._plan_stage("tensorrt-rtx", network, Crew(1))
+            with pytest.raises(UsageError, match=rf"{stage.name}' must run first \(its inputs changed\)"):
+                pipeline.ledger.run(stage)
+
+
+def change_a_byte(checkpoint: Path, name: str, row: int = 0) -> None:
+    """The lowest bit of the first number in a row of a weight."""
+    file = checkpoint / "diffusion_pytorch_model.safetensors"
+    content = bytearray(file.read_bytes())
+    size = int.from_bytes(content[:8], "little")
+    tensor = json.loads(content[8 : 8 + size])[name]
+    first, end = tensor["data_offsets"]
+    content[8 + size + first + row * (end - first) // tensor["shape"][0]] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.tensorrt
+def test_one_byte_of_the_checkpoint_rebuilds_what_reads_it_and_no_more(
+    settings: BuildSettings, bundle: Bundle, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "dynamic"
+    shutil.copytree(settings.work / "calibrated", checkpoint)
+    given = {"random_weights": False, "checkpoint": str(checkpoint), "budget": None}
+    places = {"out": tmp_path / "bundle", "work": tmp_path / "work"}
+    settings = replace(settings, compute_capabilities=("8.9",), **places, **given)
+    first, second = build(settings).manifest.plan.segments
+    model = {"static", "dynamic", "calibrate", "plan", "weights", "bundle"}
+
+    change_a_byte(checkpoint, "transformer_blocks.1.norm1.linear.weight")
+    assert redone(settings) == model | {"tensorrt-rtx conditioning"}
+
+    block, head = next((b, u) for b in range(TINY.depth) for u in set(first.heads[b]) ^ set(second.heads[b]))
+    change_a_byte(
+        checkpoint, f"transformer_blocks.{block}.attn1.to_v.weight", row=head * TINY.hidden_size // TINY.heads
+    )
+    owner = NETWORKS[0] if head in first.heads[block] else NETWORKS[1]
+    assert redone(settings) == model | {f"tensorrt-rtx {owner}"}
 
 
 @pytest.mark.tensorrt
@@ -100,6 +137,30 @@ def test_without_a_gpu_onnx_runtime_takes_over_and_says_so(bundle: Bundle) -> No
         load(bundle.root, target="tensorrt-rtx", fallback=False)(**inputs)
     with pytest.raises(EngineMismatch, match="run on NVIDIA GPUs"):  # or it would vouch for what it did not run
         verify_bundle(bundle.root, VerifySettings(timesteps=1, target="tensorrt-rtx"))
+
+
+@pytest.mark.tensorrt
+def test_a_plan_of_another_version_gives_way_to_its_graph_compiled_anew(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = misfit(PlanInfo.read(bundle.engine_paths("tensorrt-rtx")["segment-00"].with_name(INFO)), "9.9", "8.9")
+    rtx = replace(get_backend("tensorrt-rtx"), unfit=lambda path: reason)
+    provider = replace(get_backend("onnx"), files="onnx")  # in the place of the one that needs a GPU
+
+    def loaded(backends: dict[str, Backend], message: str) -> torch.Tensor:
+        with monkeypatch.context() as patched:
+            for name, backend in backends.items():
+                patched.setitem(BACKENDS, name, lambda backend=backend: backend)
+            with pytest.warns(UserWarning, match=message):
+                return load(bundle.root, target="tensorrt-rtx")(**inputs).sample
+
+    inputs = example_inputs(bundle.manifest.model, 2, 0.3)
+    wanted = load(bundle.root)(**inputs).sample
+    compiled = loaded({"tensorrt-rtx": rtx, "onnx-rtx": provider}, "built by .* 9.9 is installed; .*target 'onnx-rtx'")
+    absent = replace(provider, unfit=lambda path: "no provider")
+    plain = loaded({"tensorrt-rtx": rtx, "onnx-rtx": absent}, "built by .* 9.9 is installed; .*target 'onnx'")
+    assert torch.equal(compiled, wanted)
+    assert torch.equal(plain, wanted)
 
 
 @pytest.mark.tensorrt
