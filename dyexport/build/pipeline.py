@@ -15,12 +15,12 @@ import torch
 from dyexport import __version__
 from dyexport.build import reference
 from dyexport.build.assemble import Source, assemble, describe_bundle
+from dyexport.build.files import check_writable
 from dyexport.build.ledger import (
     Listener,
     Outcome,
     Silent,
     Stage,
-    check_writable,
     digest_of,
     digest_of_spans,
     locked,
@@ -35,6 +35,7 @@ from dyexport.build.networks import (
     plan_of,
     store_reader,
 )
+from dyexport.build.predictions import PlanCost, predict
 from dyexport.build.profiles import plan_request
 from dyexport.build.settings import BuildSettings
 from dyexport.build.side_by_side import Crew, how_many
@@ -89,12 +90,16 @@ class Pipeline(ModelStages):
 
     @cached_property
     def networks(self) -> list[Network]:
-        """What is exported: the plan's segments, their conditioning and, unless it is left out, the dense baseline."""
+        """What is exported."""
+        return self._networks_of(self.plan)
+
+    def _networks_of(self, plan: SegmentPlan) -> list[Network]:
+        """The plan's segments, their conditioning and, unless it is left out, the dense baseline."""
         spec, widths, stats = self.tables
         return cut_networks(
             architecture_of(spec, widths, stats),
             widths,
-            self.plan.segments,
+            plan.segments,
             baseline=self.settings.baseline,
             own_dense=self._has_own_dense,
         )
@@ -130,8 +135,16 @@ class Pipeline(ModelStages):
     @cached_property
     def plans(self) -> dict[tuple[str, str], Outcome]:
         """TensorRT plans, by target and network."""
-        targets = [target for target in self.settings.formats if TARGETS[target].flavour]
-        return {(target, name): outcome for target in targets for name, outcome in self._plans_for(target).items()}
+        return {(target, name): o for target in self._plan_targets for name, o in self._plans_for(target).items()}
+
+    @property
+    def _plan_targets(self) -> list[str]:
+        return [target for target in self.settings.formats if TARGETS[target].flavour]
+
+    def predicted(self, plan: SegmentPlan) -> dict[str, PlanCost]:
+        """What TensorRT plans of a segment plan would take, by target."""
+        networks, records = self._networks_of(plan), self.ledger.records
+        return {target: predict(target, networks, records) for target in self._plan_targets}
 
     def _plans_for(self, target: str) -> dict[str, Outcome]:
         """Side by side, unless the builder times kernels on a GPU, where others would disturb it."""
@@ -200,11 +213,16 @@ class Pipeline(ModelStages):
         manifest = describe_bundle(self.settings, spec, self.plan, files, engines, self.calibrated, self.metrics)
         begin = perf_counter()
         reused = assemble(self.settings.out, manifest, files)
-        seconds = perf_counter() - begin
-        path, digest = self.settings.out, digest_of(manifest.model_dump(mode="json"))
-        self.ledger.note(
-            "bundle", Outcome(path=path, files=manifest.files, digest=digest, reused=reused, seconds=seconds)
+        spent = perf_counter() - begin
+        outcome = Outcome(
+            path=self.settings.out,
+            files=manifest.files,
+            digest=digest_of(manifest.model_dump(mode="json")),
+            reused=reused,
+            seconds=spent,
+            made_in=None if reused else round(spent, 3),
         )
+        self.ledger.note("bundle", outcome)
         return manifest
 
 

@@ -56,6 +56,26 @@ def test_every_network_has_a_plan_of_the_graph_that_onnx_runtime_runs(bundle: Bu
 
 
 @pytest.mark.tensorrt
+def test_what_plans_take_is_recorded_and_predicted(settings: BuildSettings, bundle: Bundle, tmp_path: Path) -> None:
+    with opened(settings, Silent()) as pipeline:
+        pipeline.bundle()
+        report = {name: stage for name, stage in pipeline.stage_report.items() if name.startswith("tensorrt-rtx")}
+        same, four = (pipeline.predicted(pipeline.priced(k))["tensorrt-rtx"] for k in (2, 4))
+    seconds = {name.partition(" ")[2]: stage["made_in"] for name, stage in report.items()}
+    assert {stage["status"] for stage in report.values()} == {"reused"}
+    assert same.timed == 3
+    assert same.seconds == pytest.approx(sum(seconds.values()))
+    assert four.seconds == pytest.approx(2 * sum(seconds.values()) - seconds["conditioning"])
+    files = sum(path.stat().st_size for path in bundle.engine_paths("tensorrt-rtx").values())
+    assert same.bytes < files, "weights, and what TensorRT adds"
+
+    elsewhere = replace(settings, work=tmp_path / "work", out=tmp_path / "bundle")
+    with opened(elsewhere, Silent()) as pipeline:
+        unknown = pipeline.predicted(pipeline.priced(2))["tensorrt-rtx"]
+    assert (unknown.bytes, unknown.seconds, unknown.timed) == (same.bytes, None, 0)
+
+
+@pytest.mark.tensorrt
 def test_only_what_is_missing_or_damaged_is_built_again(settings: BuildSettings, bundle: Bundle) -> None:
     made = settings.work / "engines" / "tensorrt-rtx"
     for name in NETWORKS[1:]:
@@ -182,6 +202,17 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     with pytest.raises(SystemExit) as left:
         main()
     return int(left.value.code or 0)
+
+
+@pytest.mark.tensorrt
+def test_plan_says_what_plans_would_take(
+    settings: BuildSettings, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ["--work", settings.work, "-o", settings.out, "--target", "tensorrt-rtx", "--no-baseline"]
+    assert run(monkeypatch, "plan", "-m", TINY.name, "-b", 0.5, "--random-weights", *places, "--json") == 0
+    costs = [row["tensorrt"]["tensorrt-rtx"] for row in json.loads(capsys.readouterr().out)["plans"]]
+    assert [cost["timed"] for cost in costs] == [3] * 5
+    assert sorted(cost["seconds"] for cost in costs) == [cost["seconds"] for cost in costs]
 
 
 def test_targets_are_listed_with_what_proves_them(
