@@ -22,7 +22,8 @@ from typing import Any
 from dyexport.bench.evaluation import Drawing, evaluate
 from dyexport.bench.quality import Judge
 from dyexport.bench.report import as_markdown
-from dyexport.build.ledger import digest_of, write_atomically
+from dyexport.build.files import write_atomically
+from dyexport.build.ledger import digest_of
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
 from dyexport.bundle import Bundle

@@ -37,7 +37,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dyexport.bench.report import Rows, as_markdown
-from dyexport.build.ledger import Silent, write_atomically
+from dyexport.build.files import write_atomically
+from dyexport.build.ledger import Silent
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
 from dyexport.console import format_bytes

@@ -19,7 +19,7 @@ from typing import Any
 
 from dyexport.bench.memory import MemoryProbe, added_bytes
 from dyexport.bench.report import Rows, as_markdown
-from dyexport.build.ledger import write_atomically
+from dyexport.build.files import write_atomically
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
 from dyexport.bundle import Bundle, Segment

@@ -45,12 +45,12 @@ def chatter_on_stderr() -> Iterator[None]:
 
 
 class StageLines:
-    """One line on stderr for each stage of a build; on a terminal also a bar with time left for the stage under way."""
+    """One line on stderr for each stage of a build; on a terminal also a bar with time left for each under way."""
 
     def __init__(self) -> None:
         self._console = stderr()
         self._progress = _bars(self._console)
-        self._task: TaskID | None = None
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> StageLines:
         self._progress.start()
@@ -60,16 +60,15 @@ class StageLines:
         self._progress.stop()
 
     def started(self, stage: str, why: str) -> None:
-        self._task = self._progress.add_task(f"{stage} [dim]({why})[/dim]", total=None)
+        self._tasks[stage] = self._progress.add_task(f"{stage} [dim]({why})[/dim]", total=None)
 
     def advanced(self, stage: str, done: int, total: int, detail: str = "") -> None:
-        if self._task is not None:
-            self._progress.update(self._task, description=f"{stage}  {detail}", completed=done, total=total)
+        if stage in self._tasks:
+            self._progress.update(self._tasks[stage], description=f"{stage}  {detail}", completed=done, total=total)
 
     def finished(self, stage: str, seconds: float, *, reused: bool) -> None:
-        if self._task is not None:
-            self._progress.remove_task(self._task)
-            self._task = None
+        if stage in self._tasks:
+            self._progress.remove_task(self._tasks.pop(stage))
         self._console.print(f"{stage}: {'up to date' if reused else f'done in {seconds:.1f} s'}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dyexport.engines.base import Engine
@@ -28,13 +29,15 @@ class Backend:
     """``make(paths, options)`` makes engines that run one after another, as those of a bundle do.
 
     ``files`` is the target whose files it runs, where that is another. ``unfit(path)`` says why an engine file cannot
-    run on this machine; None where it can. ``streams(path)`` says whether its weights can be streamed.
+    run on this machine; None where it can; ``fallback`` is the target that then runs the ONNX graph. ``streams(path)``
+    says whether its weights can be streamed.
     """
 
     make: Callable[[Sequence[Path], EngineOptions], list[Engine]]
     has_cuda: Callable[[], bool]
     files: str | None = None
     unfit: Callable[[Path], str | None] = lambda path: None
+    fallback: str = "onnx"
     streams: Callable[[Path], bool] = lambda path: False
 
 
@@ -75,7 +78,7 @@ def _torch() -> Backend:
     return Backend(make=make, has_cuda=torch.cuda.is_available)
 
 
-def _tensorrt() -> Backend:
+def _tensorrt(fallback: str = "onnx") -> Backend:
     import torch
 
     from dyexport.engines.tensorrt_contexts import Workspace
@@ -91,6 +94,7 @@ def _tensorrt() -> Backend:
         make=make,
         has_cuda=torch.cuda.is_available,
         unfit=unfit,
+        fallback=fallback,
         streams=lambda path: plan_info(path).streamable,
     )
 
@@ -100,7 +104,7 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "onnx-rtx": _onnx_rtx,
     "torch": _torch,
     "tensorrt": _tensorrt,
-    "tensorrt-rtx": _tensorrt,
+    "tensorrt-rtx": partial(_tensorrt, "onnx-rtx"),  # whose provider is the same builder
 }
 
 

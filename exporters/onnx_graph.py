@@ -25,6 +25,7 @@ from onnxscript.rewriter.rules import common as rules
 from torch import Tensor
 
 from dyexport.errors import ExportError
+from dyexport.exporters.operator_gate import MODULE
 from dyexport.slicing.recipes import StoreLayout
 from dyexport.slicing.slicer import Slice
 
@@ -47,7 +48,6 @@ REWRITES = (  # those of onnxscript that find something here; one of the others 
     rules.squeeze_reshape_1d_rule,
 )
 STORE = "weights.bin"
-MODULE = "module"  # key of a node's metadata: the torch module that it came from
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 

@@ -10,8 +10,9 @@ import onnx
 from onnx import NodeProto, numpy_helper
 
 from dyexport.errors import EngineBuildError
-from dyexport.exporters.onnx_graph import MODULE
 from dyexport.plans import LARGEST_TOPK, Flavour
+
+MODULE = "module"  # key of a node's metadata: the torch module that it came from
 
 BOTH: frozenset[Flavour] = frozenset({"tensorrt", "tensorrt-rtx"})
 RTX: frozenset[Flavour] = frozenset({"tensorrt-rtx"})

@@ -45,7 +45,7 @@ class PlanRequest:
 
 
 def build_plan(
-    graph: Path, request: PlanRequest, out: Path, progress: Progress | None = None, timings: Path | None = None
+    graph: Path, request: PlanRequest, out: Path, timings: Path | None = None, *, progress: Progress | None = None
 ) -> PlanInfo:
     """Write the plan of a graph and its description into the directory ``out``; ``timings`` is a cache of kernels.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,3 +25,15 @@ def _seeded() -> None:
     np.random.seed(0)
     if "torch" in sys.modules:  # tests that need no torch do not wait for it
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def rtx() -> Any:
+    """TensorRT-RTX's module; skips the test where it is not installed."""
+    from dyexport.errors import MissingDependency
+    from dyexport.tensorrt_api import load_api
+
+    try:
+        return load_api("tensorrt-rtx").trt
+    except MissingDependency as error:
+        pytest.skip(str(error))

@@ -10,15 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dyexport import __version__
-from dyexport.build.ledger import (
-    PARTIAL,
-    Outcome,
-    describe,
-    remove,
-    storage_errors,
-    sync,
-    write_atomically,
-)
+from dyexport.build.files import PARTIAL, remove, storage_errors, sync, write_atomically
+from dyexport.build.ledger import Outcome, describe
 from dyexport.build.settings import BuildSettings
 from dyexport.bundle import (
     MANIFEST,

@@ -9,26 +9,25 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 from time import perf_counter
 from typing import Any, Protocol
 
 from pydantic import Field, ValidationError
-from safetensors import SafetensorError
 
+from dyexport.build.files import PARTIAL, flush, remove, storage_errors, sync, write_atomically
 from dyexport.build.team import Alone, Team
 from dyexport.bundle import FileRecord, Frozen, sha256_of
 from dyexport.errors import StorageError, UsageError
 
 LEDGER = "ledger.json"
 LOCK = ".lock"
-PARTIAL = ".partial-"
 
 
 class Listener(Protocol):
@@ -68,18 +67,25 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """``digest`` identifies the contents of ``path``, a file ('.' in ``files``) or a directory."""
+    """``digest`` identifies the contents of ``path``, a file ('.' in ``files``) or a directory.
+
+    ``seconds`` were spent now, ``made_in`` when it was made; None where a ledger of before does not tell.
+    """
 
     path: Path
     files: Mapping[str, FileRecord]
     digest: str
     reused: bool
     seconds: float
+    made_in: float | None
 
 
 class Record(Frozen):
+    """What a stage was made from, what it made, and how long that took."""
+
     inputs: str
     files: dict[str, FileRecord]
+    seconds: float | None = None
 
     @property
     def digest(self) -> str:
@@ -101,6 +107,7 @@ class Ledger:
         self.outcomes: dict[str, Outcome] = {}
         self._listener = listener
         self._without = without
+        self._lock = Lock()  # stages may run side by side
 
     def run(self, stage: Stage) -> Outcome:
         """Make the stage's output unless it is there, whole, and made from the same inputs."""
@@ -120,9 +127,15 @@ class Ledger:
             digest=record.digest,
             reused=not why,
             seconds=perf_counter() - begin,
+            made_in=record.seconds,
         )
         self.note(stage.name, outcome)
         return outcome
+
+    @property
+    def records(self) -> dict[str, Record]:
+        """Every stage that was ever done here, as it was done last."""
+        return self._read_page().stages
 
     def note(self, name: str, outcome: Outcome) -> None:
         """Keep what came of a stage, and tell the listener."""
@@ -146,19 +159,23 @@ class Ledger:
         with storage_errors(output):
             output.parent.mkdir(parents=True, exist_ok=True)
             remove(partial)
+            begin = perf_counter()
             try:
                 stage.make(partial)
+                seconds = round(perf_counter() - begin, 3)
                 sync(partial)
-                record = Record(inputs=inputs, files=describe(partial))
+                record = Record(inputs=inputs, files=describe(partial), seconds=seconds)
                 remove(output)
                 partial.rename(output)
+                flush(output.parent)
             finally:
                 remove(partial)
             self._record(stage.name, record)
 
     def _record(self, name: str, record: Record) -> None:
-        page = _Page(stages={**self._read_page().stages, name: record})
-        write_atomically(self.work / LEDGER, page.model_dump_json(indent=1).encode())
+        with self._lock:
+            page = _Page(stages={**self._read_page().stages, name: record})
+            write_atomically(self.work / LEDGER, page.model_dump_json(indent=1).encode())
 
     def _read_page(self) -> _Page:
         """A ledger that cannot be read says nothing is done; outputs are then made again."""
@@ -193,32 +210,6 @@ def locked(work: Path) -> Iterator[None]:
         finally:
             if [path.name for path in work.iterdir()] == [LOCK]:
                 shutil.rmtree(work)
-
-
-def check_writable(path: Path) -> None:
-    """Find out now, not after hours, that a directory cannot be made or written."""
-    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    try:
-        TemporaryDirectory(dir=nearest, prefix=PARTIAL).cleanup()
-    except OSError as error:
-        raise _unwritable(path, error.strerror or str(error)) from error
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what the file system says into one ``StorageError``."""
-    try:
-        yield
-    except OSError as error:
-        raise _unwritable(error.filename or path, error.strerror or str(error)) from error
-    except SafetensorError as error:
-        if "os error" not in str(error):
-            raise
-        raise _unwritable(path, str(error)) from error
-
-
-def _unwritable(path: Path | str, why: str) -> StorageError:
-    return StorageError(f"cannot write {path}: {why}; make room, or choose another -o and --work, then repeat")
 
 
 def digest_of_spans(path: Path, spans: Sequence[tuple[int, int]]) -> str:
@@ -257,31 +248,3 @@ def damage(path: Path, files: Mapping[str, FileRecord]) -> Iterator[str]:
             yield f"{file} is damaged"
     found = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
     yield from (f"{path / name} is not of this build" for name in sorted(found - files.keys()))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    partial = path.with_name(PARTIAL + path.name)
-    partial.write_bytes(content)
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or a directory and all in it, to the disk. What a link leads to is not ours."""
-    if path.is_symlink():
-        return
-    for child in path.iterdir() if path.is_dir() else ():
-        sync(child)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

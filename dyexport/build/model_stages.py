@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dyexport.build import reference, stages
-from dyexport.build.ledger import Ledger, Listener, Outcome, Stage, describe, digest_of, remove
+from dyexport.build.files import remove
+from dyexport.build.ledger import Ledger, Listener, Outcome, Stage, describe, digest_of
 from dyexport.build.settings import BuildSettings, Schedule
 from dyexport.build.team import Team
 from dyexport.bundle import ModelSpec, sha256_of
@@ -121,9 +122,13 @@ class ModelStages:
 
     @property
     def stage_report(self) -> dict[str, dict[str, Any]]:
-        """What was done and what was not, stage by stage."""
+        """What was done and what was not, stage by stage; seconds now, and when it was made."""
         return {
-            name: {"status": "reused" if outcome.reused else "done", "seconds": round(outcome.seconds, 3)}
+            name: {
+                "status": "reused" if outcome.reused else "done",
+                "seconds": round(outcome.seconds, 3),
+                "made_in": outcome.made_in,
+            }
             for name, outcome in self.ledger.outcomes.items()
         }
 

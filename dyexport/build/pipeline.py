@@ -15,11 +15,12 @@ import torch
 from dyexport import __version__
 from dyexport.build import reference
 from dyexport.build.assemble import Source, assemble, describe_bundle
+from dyexport.build.files import check_writable
 from dyexport.build.ledger import (
     Listener,
     Outcome,
     Silent,
-    check_writable,
+    Stage,
     digest_of,
     digest_of_spans,
     locked,
@@ -34,8 +35,10 @@ from dyexport.build.networks import (
     plan_of,
     store_reader,
 )
+from dyexport.build.predictions import PlanCost, predict
 from dyexport.build.profiles import plan_request
 from dyexport.build.settings import BuildSettings
+from dyexport.build.side_by_side import Crew, how_many
 from dyexport.build.targets import ONNX, TARGETS
 from dyexport.build.team import Alone, find_team
 from dyexport.bundle import TOKENS, WIDTHS, Manifest, SegmentPlan
@@ -44,6 +47,7 @@ from dyexport.exporters.onnx_graph import STORE
 from dyexport.exporters.weight_store import write_store
 from dyexport.plans import ENGINE
 from dyexport.slicing.recipes import StoreLayout, lay_out
+from dyexport.tensorrt_api import load_api
 
 GRAPHS = "graphs"
 ENGINES = "engines"
@@ -86,12 +90,16 @@ class Pipeline(ModelStages):
 
     @cached_property
     def networks(self) -> list[Network]:
-        """What is exported: the plan's segments, their conditioning and, unless it is left out, the dense baseline."""
+        """What is exported."""
+        return self._networks_of(self.plan)
+
+    def _networks_of(self, plan: SegmentPlan) -> list[Network]:
+        """The plan's segments, their conditioning and, unless it is left out, the dense baseline."""
         spec, widths, stats = self.tables
         return cut_networks(
             architecture_of(spec, widths, stats),
             widths,
-            self.plan.segments,
+            plan.segments,
             baseline=self.settings.baseline,
             own_dense=self._has_own_dense,
         )
@@ -127,11 +135,29 @@ class Pipeline(ModelStages):
     @cached_property
     def plans(self) -> dict[tuple[str, str], Outcome]:
         """TensorRT plans, by target and network."""
-        targets = [target for target in self.settings.formats if TARGETS[target].flavour]
-        return {(target, n.name): self._plan(target, n) for target in targets for n in self.networks}
+        return {(target, name): o for target in self._plan_targets for name, o in self._plans_for(target).items()}
 
-    def _plan(self, target: str, network: Network) -> Outcome:
-        """Rebuilt where its graph, its own weights, its sizes or the builder changed."""
+    @property
+    def _plan_targets(self) -> list[str]:
+        return [target for target in self.settings.formats if TARGETS[target].flavour]
+
+    def predicted(self, plan: SegmentPlan) -> dict[str, PlanCost]:
+        """What TensorRT plans of a segment plan would take, by target."""
+        networks, records = self._networks_of(plan), self.ledger.records
+        return {target: predict(target, networks, records) for target in self._plan_targets}
+
+    def _plans_for(self, target: str) -> dict[str, Outcome]:
+        """Side by side, unless the builder times kernels on a GPU, where others would disturb it."""
+        flavour = TARGETS[target].flavour
+        assert flavour is not None
+        count = how_many([network.slice.nbytes for network in self.networks], self.settings.memory)
+        crew = Crew(1 if load_api(flavour).measures else count)
+        stages = {network.name: self._plan_stage(target, network, crew) for network in self.networks}
+        outcomes = crew.run([partial(self.ledger.run, stage) for stage in stages.values()])
+        return dict(zip(stages, outcomes, strict=True))
+
+    def _plan_stage(self, target: str, network: Network, crew: Crew) -> Stage:
+        """Made again where its graph, its own weights, its sizes or the builder changed."""
         from dyexport.exporters.tensorrt_plan import build_plan, builder_version
 
         graph, request = self.graphs[network.name], plan_request(self.settings, target, self.tables[0], network)
@@ -142,13 +168,13 @@ class Pipeline(ModelStages):
             "request": digest_of(repr(request)),
         }
         stage = f"{target} {network.name}"
-        progress = partial(self.listener.advanced, stage)
         timings = self.settings.work / TIMINGS / f"{target}-{inputs['builder']}"
 
         def make(out: Path) -> None:
-            build_plan(graph.path, request, out, progress, timings)
+            progress = partial(self.listener.advanced, stage)
+            crew.call(stage, build_plan, graph.path, request, out, timings, progress=progress)
 
-        return self._run(stage, f"{ENGINES}/{target}/{network.name}", inputs, make)
+        return Stage(name=stage, output=f"{ENGINES}/{target}/{network.name}", inputs=inputs, make=make)
 
     def _weights_digest(self, network: Network) -> str:
         """Of the bytes in the store that one network reads."""
@@ -187,11 +213,16 @@ class Pipeline(ModelStages):
         manifest = describe_bundle(self.settings, spec, self.plan, files, engines, self.calibrated, self.metrics)
         begin = perf_counter()
         reused = assemble(self.settings.out, manifest, files)
-        seconds = perf_counter() - begin
-        path, digest = self.settings.out, digest_of(manifest.model_dump(mode="json"))
-        self.ledger.note(
-            "bundle", Outcome(path=path, files=manifest.files, digest=digest, reused=reused, seconds=seconds)
+        spent = perf_counter() - begin
+        outcome = Outcome(
+            path=self.settings.out,
+            files=manifest.files,
+            digest=digest_of(manifest.model_dump(mode="json")),
+            reused=reused,
+            seconds=spent,
+            made_in=None if reused else round(spent, 3),
         )
+        self.ledger.note("bundle", outcome)
         return manifest
 
 

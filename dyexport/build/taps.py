@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dyexport.exporters.onnx_graph import MODULE
+from dyexport.exporters.operator_gate import MODULE
 
 Arrays = Mapping[str, np.ndarray]
 

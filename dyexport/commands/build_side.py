@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ from dyexport.console import (
 )
 
 if TYPE_CHECKING:
+    from dyexport.build.predictions import PlanCost
     from dyexport.build.settings import BuildSettings
     from dyexport.bundle import SegmentPlan
 
@@ -94,7 +96,7 @@ def plan(
     """Show what K = 1, 2, 4, 8, 16 engines would cost, before any is exported. Calibrates first if that is not done."""
     with building(options.settings()) as pipeline:
         plans = [pipeline.priced(engines) for engines in PLANNED_ENGINES]
-    rows = [_costs(found) for found in plans]
+        rows = [{**_costs(found), "tensorrt": _predictions(pipeline.predicted(found))} for found in plans]
     emit({"model": options.model, "plans": rows}, as_json=json, human=lambda console: console.print(_plan_table(rows)))
 
 
@@ -167,6 +169,10 @@ def _costs(found: SegmentPlan) -> dict[str, Any]:
     return {"engines": len(found.segments), **values}
 
 
+def _predictions(found: Mapping[str, PlanCost]) -> dict[str, dict[str, Any]]:
+    return {target: asdict(cost) for target, cost in found.items()}
+
+
 def _build_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     return (
         ("bundle", payload["bundle"]),
@@ -178,7 +184,18 @@ def _build_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         *_trainable_lines(payload),
         *_headroom_lines(payload),
         ("on disk", format_bytes(payload["disk_bytes"])),
+        *_plan_lines(payload["stages"]),
     )
+
+
+def _plan_lines(stages: Mapping[str, Mapping[str, Any]]) -> Sequence[tuple[str, str]]:
+    """What each TensorRT plan took, when it was made."""
+    made = {name: stage for name, stage in stages.items() if name.startswith("tensorrt")}
+    return [
+        (name, f"{stage['made_in']:.1f} s" + (", before" if stage["status"] == "reused" else ""))
+        for name, stage in sorted(made.items())
+        if stage["made_in"] is not None
+    ]
 
 
 def _headroom_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
@@ -245,11 +262,21 @@ def _pairs(lines: Sequence[tuple[str, str]]) -> Table:
 
 def _plan_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table("engines", "lambda", "network FLOPs", "executed FLOPs", "disk", "resident", "resident, shared")
+    targets = list(rows[0]["tensorrt"])
+    for target in targets:
+        table.add_column(f"{target} plans")
     for row in rows:
         ratios = (f"{row[name]:.3f}" for name in ("flops_ratio", "network_flops_ratio", "executed_flops_ratio"))
         sizes = (format_bytes(row[name]) for name in ("disk_bytes", "resident_bytes", "disk_bytes"))
-        table.add_row(str(row["engines"]), *ratios, *sizes)
+        plans = (_plan_cost(row["tensorrt"][target]) for target in targets)
+        table.add_row(str(row["engines"]), *ratios, *sizes, *plans)
     return table
+
+
+def _plan_cost(cost: Mapping[str, Any]) -> str:
+    """Of weights alone, and seconds only where plans of this work directory tell."""
+    time = f"{cost['seconds']:.0f} s" if cost["seconds"] is not None else "time unknown, none was built here"
+    return f"{format_bytes(cost['bytes'])} of weights, {time}"
 
 
 def _target_table(rows: Sequence[Mapping[str, str]]) -> Table:

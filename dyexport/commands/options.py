@@ -103,7 +103,10 @@ class BuildOptions:
     ] = None
     memory: Annotated[
         str | None,
-        _option("What weights may take while calibrating, such as 8GiB; larger models are read from disk as they run."),
+        _option(
+            "What weights may take while calibrating, such as 8GiB (larger models are read from disk as they run), and "
+            "what TensorRT-RTX's builders may take together (one always runs)."
+        ),
     ] = None
     seed: Annotated[int, _option("Seed of all that is random.")] = 0
     no_baseline: Annotated[bool, _option("Leave out the dense graph that bench compares with.", "--no-baseline")] = (

@@ -134,7 +134,8 @@ def load(
     decides how many engines stay, and whether their weights are streamed where a backend can; activations come on
     top. ``share_weights`` lets engines map one copy of the weights. ``dense`` opens the static model that a bundle
     keeps for comparison. No weights are read into memory before the first call. What does not fit this machine is
-    left alone: ONNX Runtime takes over, with a warning that says why, unless ``fallback`` is off.
+    left alone: ONNX Runtime takes over, with a warning that says why, unless ``fallback`` is off. For a TensorRT-RTX
+    plan its graph is compiled anew where ``onnx-rtx`` runs.
 
     Raises ``BundleError`` for a damaged bundle, ``EngineMismatch`` for a target it was not built for,
     ``UsageError`` for an argument out of range, ``MissingDependency`` for an absent backend.
@@ -165,15 +166,20 @@ class _Opened(NamedTuple):
 
 def _open(path: str | Path, target: str, *, check_hashes: bool, dense: bool, fallback: bool) -> tuple[Bundle, _Opened]:
     """The bundle, and the engines that fit this machine."""
-    backend = get_backend(target)
-    files = backend.files or target
+    files = get_backend(target).files or target
     # Only a graph is data: the engines of every other target are code, and run only as they were built.
     bundle = Bundle.open(path, check_hashes=check_hashes or files != "onnx")
-    paths = _engine_paths(bundle, files, dense)
-    if fallback and (reason := backend.unfit(paths[0])) is not None:
-        warnings.warn(f"{bundle.root}: {reason}; running its ONNX graphs", stacklevel=3)
-        return bundle, _Opened("onnx", _engine_paths(bundle, "onnx", dense))
-    return bundle, _Opened(target, paths)
+    opened = _Opened(target, _engine_paths(bundle, files, dense))
+    if not fallback or (reason := _unfit(opened)) is None:
+        return bundle, opened
+    while _unfit(opened) is not None:
+        opened = _Opened(get_backend(opened.target).fallback, _engine_paths(bundle, "onnx", dense))
+    warnings.warn(f"{bundle.root}: {reason}; running its ONNX graphs as target {opened.target!r}", stacklevel=3)
+    return bundle, opened
+
+
+def _unfit(opened: _Opened) -> str | None:
+    return get_backend(opened.target).unfit(opened.paths[0])
 
 
 def _place(opened: _Opened, options: EngineOptions, max_resident: int | None, memory: int | str | None) -> Placement:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dyexport.bundle import MANIFEST, Bundle
 from dyexport.errors import BundleError
-from tests.build.tiny import hashes
+from tests.build.tiny import hashes, redone, tiny_settings
 
 ROOT = Path(__file__).parents[2]
 STAGE = re.compile(r"^(.+): (done|up to date)", re.MULTILINE)
@@ -74,3 +76,22 @@ def test_killed_builds_end_in_the_same_bundle(tmp_path: Path, kills: int, argume
     assert stages(stderr).keys() == every.keys()
     assert not {name for name, again in stages(stderr).items() if again} & done
     assert hashes(tmp_path / "killed" / "bundle") == hashes(tmp_path / "undisturbed" / "bundle")
+
+
+@pytest.mark.tensorrt
+def test_a_kill_during_plan_3_of_4_leaves_two_to_build(rtx: Any, tmp_path: Path) -> None:
+    target = ("--target", "tensorrt-rtx", "--compute-capability", "8.9")
+    process = start(tmp_path, "-b", "0.5", "--random-weights", "-k", "3", "--no-baseline", *target)
+    os.sched_setaffinity(process.pid, {min(os.sched_getaffinity(0))})  # on one core, plans are made one by one
+    assert process.stderr is not None
+    seen = ""
+    while len(kept := [stage for stage in stages(seen) if stage.startswith("tensorrt-rtx")]) < 2:
+        seen += process.stderr.readline()
+    time.sleep(0.2)
+    process.kill()
+    process.communicate()
+
+    settings = tiny_settings(tmp_path, engines=3, targets=("tensorrt-rtx",), compute_capabilities=("8.9",))
+    four = {f"tensorrt-rtx {name}" for name in ("segment-00", "segment-01", "segment-02", "conditioning")}
+    assert redone(settings) == four - set(kept) | {"bundle"}
+    assert redone(settings) == set()

@@ -21,7 +21,7 @@ from dyexport.build.taps import pair_up
 from dyexport.build.verify import VerifyReport, VerifySettings, verify_bundle
 from dyexport.bundle import Bundle, segment_name
 from dyexport.cli import main
-from dyexport.exporters.onnx_graph import MODULE
+from dyexport.exporters.operator_gate import MODULE
 from dyexport.slicing.recipes import Recipe
 from tests.build.test_verify import overwrite
 from tests.build.tiny import tamper

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dyexport.build.ledger import LEDGER, Ledger, Stage, check_writable, digest_of, locked
+from dyexport.build.files import check_writable
+from dyexport.build.ledger import LEDGER, Ledger, Stage, digest_of, locked
 from dyexport.errors import StorageError, UsageError
 
 

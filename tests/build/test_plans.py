@@ -15,41 +15,31 @@ import torch
 from dyexport.build.ledger import Silent, digest_of_spans
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
+from dyexport.build.side_by_side import Crew
 from dyexport.build.verify import VerifySettings, verify_bundle
 from dyexport.bundle import Bundle
 from dyexport.cli import main
-from dyexport.errors import BundleError, EngineMismatch, MissingDependency, UsageError
+from dyexport.engines.registry import BACKENDS, Backend, get_backend
+from dyexport.engines.tensorrt_fit import misfit
+from dyexport.errors import BundleError, EngineMismatch, UsageError
 from dyexport.plans import ENGINE, INFO, PlanInfo
 from dyexport.runtime.pipeline import load
 from dyexport.runtime.transformers import example_inputs
-from dyexport.tensorrt_api import load_api
-from tests.build.tiny import tiny_settings
+from tests.build.tiny import TINY, build, redone, tiny_settings
 
 NETWORKS = ("segment-00", "segment-01", "conditioning")
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> BuildSettings:
-    try:
-        load_api("tensorrt-rtx")
-    except MissingDependency as error:
-        pytest.skip(str(error))
+def settings(rtx: Any, tmp_path_factory: pytest.TempPathFactory) -> BuildSettings:
     return tiny_settings(
         tmp_path_factory.mktemp("plans"), engines=2, targets=("tensorrt-rtx",), compute_capabilities=("8.9", "12.0")
     )
 
 
-def build(settings: BuildSettings) -> tuple[Bundle, set[str]]:
-    """The bundle, and the stages that were done anew."""
-    with opened(settings, Silent()) as pipeline:
-        pipeline.bundle()
-        report = pipeline.stage_report
-    return Bundle.open(settings.out), {name for name, stage in report.items() if stage["status"] == "done"}
-
-
 @pytest.fixture(scope="module")
 def bundle(settings: BuildSettings) -> Bundle:
-    return build(settings)[0]
+    return build(settings)
 
 
 @pytest.mark.tensorrt
@@ -66,17 +56,84 @@ def test_every_network_has_a_plan_of_the_graph_that_onnx_runtime_runs(bundle: Bu
 
 
 @pytest.mark.tensorrt
+def test_what_plans_take_is_recorded_and_predicted(settings: BuildSettings, bundle: Bundle, tmp_path: Path) -> None:
+    with opened(settings, Silent()) as pipeline:
+        pipeline.bundle()
+        report = {name: stage for name, stage in pipeline.stage_report.items() if name.startswith("tensorrt-rtx")}
+        same, four = (pipeline.predicted(pipeline.priced(k))["tensorrt-rtx"] for k in (2, 4))
+    seconds = {name.partition(" ")[2]: stage["made_in"] for name, stage in report.items()}
+    assert {stage["status"] for stage in report.values()} == {"reused"}
+    assert same.timed == 3
+    assert same.seconds == pytest.approx(sum(seconds.values()))
+    assert four.seconds == pytest.approx(2 * sum(seconds.values()) - seconds["conditioning"])
+    files = sum(path.stat().st_size for path in bundle.engine_paths("tensorrt-rtx").values())
+    assert same.bytes < files, "weights, and what TensorRT adds"
+
+    elsewhere = replace(settings, work=tmp_path / "work", out=tmp_path / "bundle")
+    with opened(elsewhere, Silent()) as pipeline:
+        unknown = pipeline.predicted(pipeline.priced(2))["tensorrt-rtx"]
+    assert (unknown.bytes, unknown.seconds, unknown.timed) == (same.bytes, None, 0)
+
+
+@pytest.mark.tensorrt
 def test_only_what_is_missing_or_damaged_is_built_again(settings: BuildSettings, bundle: Bundle) -> None:
     made = settings.work / "engines" / "tensorrt-rtx"
     for name in NETWORKS[1:]:
         shutil.rmtree(made / name)  # as if killed after the first
-    assert build(settings)[1] - {"bundle"} == {f"tensorrt-rtx {name}" for name in NETWORKS[1:]}
+    assert redone(settings) - {"bundle"} == {f"tensorrt-rtx {name}" for name in NETWORKS[1:]}
     plan = made / NETWORKS[0] / ENGINE
     plan.write_bytes(plan.read_bytes()[:-1] + b"x")
-    assert build(settings)[1] - {"bundle"} == {f"tensorrt-rtx {NETWORKS[0]}"}
+    assert redone(settings) - {"bundle"} == {f"tensorrt-rtx {NETWORKS[0]}"}
     other = replace(settings, profiles=("batch=1:1:1",))
-    assert build(other)[1] - {"bundle"} == {f"tensorrt-rtx {name}" for name in NETWORKS}
+    assert redone(other) - {"bundle"} == {f"tensorrt-rtx {name}" for name in NETWORKS}
     build(settings)
+
+
+@pytest.mark.tensorrt
+def test_another_version_of_the_builder_makes_every_plan_again(
+    rtx: Any, settings: BuildSettings, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(settings, Silent(), without=frozenset(f"tensorrt-rtx {name}" for name in NETWORKS)) as pipeline:
+        assert all(outcome.reused for outcome in pipeline.plans.values())
+        monkeypatch.setattr(rtx, "__version__", "1.6.0")
+        for network in pipeline.networks:
+            stage = pipeline._plan_stage("tensorrt-rtx", network, Crew(1))
+            with pytest.raises(UsageError, match=rf"{stage.name}' must run first \(its inputs changed\)"):
+                pipeline.ledger.run(stage)
+
+
+def change_a_byte(checkpoint: Path, name: str, row: int = 0) -> None:
+    """The lowest bit of the first number in a row of a weight."""
+    file = checkpoint / "diffusion_pytorch_model.safetensors"
+    content = bytearray(file.read_bytes())
+    size = int.from_bytes(content[:8], "little")
+    tensor = json.loads(content[8 : 8 + size])[name]
+    first, end = tensor["data_offsets"]
+    content[8 + size + first + row * (end - first) // tensor["shape"][0]] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.tensorrt
+def test_one_byte_of_the_checkpoint_rebuilds_what_reads_it_and_no_more(
+    settings: BuildSettings, bundle: Bundle, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "dynamic"
+    shutil.copytree(settings.work / "calibrated", checkpoint)
+    given = {"random_weights": False, "checkpoint": str(checkpoint), "budget": None}
+    places = {"out": tmp_path / "bundle", "work": tmp_path / "work"}
+    settings = replace(settings, compute_capabilities=("8.9",), **places, **given)
+    first, second = build(settings).manifest.plan.segments
+    model = {"static", "dynamic", "calibrate", "plan", "weights", "bundle"}
+
+    change_a_byte(checkpoint, "transformer_blocks.1.norm1.linear.weight")
+    assert redone(settings) == model | {"tensorrt-rtx conditioning"}
+
+    block, head = next((b, u) for b in range(TINY.depth) for u in set(first.heads[b]) ^ set(second.heads[b]))
+    change_a_byte(
+        checkpoint, f"transformer_blocks.{block}.attn1.to_v.weight", row=head * TINY.hidden_size // TINY.heads
+    )
+    owner = NETWORKS[0] if head in first.heads[block] else NETWORKS[1]
+    assert redone(settings) == model | {f"tensorrt-rtx {owner}"}
 
 
 @pytest.mark.tensorrt
@@ -103,6 +160,30 @@ def test_without_a_gpu_onnx_runtime_takes_over_and_says_so(bundle: Bundle) -> No
 
 
 @pytest.mark.tensorrt
+def test_a_plan_of_another_version_gives_way_to_its_graph_compiled_anew(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = misfit(PlanInfo.read(bundle.engine_paths("tensorrt-rtx")["segment-00"].with_name(INFO)), "9.9", "8.9")
+    rtx = replace(get_backend("tensorrt-rtx"), unfit=lambda path: reason)
+    provider = replace(get_backend("onnx"), files="onnx")  # in the place of the one that needs a GPU
+
+    def loaded(backends: dict[str, Backend], message: str) -> torch.Tensor:
+        with monkeypatch.context() as patched:
+            for name, backend in backends.items():
+                patched.setitem(BACKENDS, name, lambda backend=backend: backend)
+            with pytest.warns(UserWarning, match=message):
+                return load(bundle.root, target="tensorrt-rtx")(**inputs).sample
+
+    inputs = example_inputs(bundle.manifest.model, 2, 0.3)
+    wanted = load(bundle.root)(**inputs).sample
+    compiled = loaded({"tensorrt-rtx": rtx, "onnx-rtx": provider}, "built by .* 9.9 is installed; .*target 'onnx-rtx'")
+    absent = replace(provider, unfit=lambda path: "no provider")
+    plain = loaded({"tensorrt-rtx": rtx, "onnx-rtx": absent}, "built by .* 9.9 is installed; .*target 'onnx'")
+    assert torch.equal(compiled, wanted)
+    assert torch.equal(plain, wanted)
+
+
+@pytest.mark.tensorrt
 def test_inspect_shows_a_plan(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,6 +202,17 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     with pytest.raises(SystemExit) as left:
         main()
     return int(left.value.code or 0)
+
+
+@pytest.mark.tensorrt
+def test_plan_says_what_plans_would_take(
+    settings: BuildSettings, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ["--work", settings.work, "-o", settings.out, "--target", "tensorrt-rtx", "--no-baseline"]
+    assert run(monkeypatch, "plan", "-m", TINY.name, "-b", 0.5, "--random-weights", *places, "--json") == 0
+    costs = [row["tensorrt"]["tensorrt-rtx"] for row in json.loads(capsys.readouterr().out)["plans"]]
+    assert [cost["timed"] for cost in costs] == [3] * 5
+    assert sorted(cost["seconds"] for cost in costs) == [cost["seconds"] for cost in costs]
 
 
 def test_targets_are_listed_with_what_proves_them(

@@ -32,6 +32,13 @@ def build(settings: BuildSettings) -> Bundle:
     return Bundle.open(settings.out)
 
 
+def redone(settings: BuildSettings) -> set[str]:
+    """Build; the stages that were done anew."""
+    with opened(settings, Silent()) as pipeline:
+        pipeline.bundle()
+        return {name for name, outcome in pipeline.ledger.outcomes.items() if not outcome.reused}
+
+
 def hashes(directory: Path) -> dict[str, str]:
     """Every file of a directory by its hash."""
     files = (path for path in directory.rglob("*") if path.is_file())

@@ -15,9 +15,8 @@ from dyexport.engines.tensorrt_contexts import ALIGNMENT, Workspace, shape_key
 from dyexport.engines.tensorrt_fit import choose_profile, misfit
 from dyexport.engines.tensorrt_rt import TensorRtEngine
 from dyexport.engines.tensorrt_session import PlanFile, Session
-from dyexport.errors import EngineBuildError, EngineMismatch, MissingDependency
+from dyexport.errors import EngineBuildError, EngineMismatch
 from dyexport.plans import ENGINE, INFO, Flavour, PlanInfo, Profile
-from dyexport.tensorrt_api import load_api
 from dyexport.tensors import TensorSpec
 from tests.engines.on_gpu import build_tiny_plan, gpu_engines
 from tests.engines.tiny import (
@@ -143,14 +142,6 @@ def test_contexts_are_told_apart_by_all_shapes() -> None:
     one, two = torch.zeros(1, 4), torch.zeros(2, 4)
     assert shape_key({"a": one, "b": two}) == shape_key({"b": two + 1, "a": one})
     assert len({shape_key({"a": one}), shape_key({"a": two}), shape_key({"b": one})}) == 3
-
-
-@pytest.fixture(scope="module")
-def rtx() -> Any:
-    try:
-        return load_api("tensorrt-rtx").trt
-    except MissingDependency as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +18,10 @@ from dyexport.errors import ExportError
 from dyexport.exporters.onnx_graph import STORE, check_onnx, export_onnx
 from dyexport.exporters.weight_store import write_store
 from dyexport.models.inputs import NoisedInputs
-from dyexport.presets import get_preset
 from dyexport.slicing.flops import FlopsModel
 from dyexport.slicing.recipes import lay_out
-from dyexport.slicing.slicer import (
-    Architecture,
-    Slice,
-    UnitOrder,
-    dense_segment,
-    slice_conditioning,
-    slice_segment,
-    spec_of,
-)
+from dyexport.slicing.slicer import Slice, UnitOrder, dense_segment, slice_conditioning
+from tests.exporters.networks import ONE_BLOCK_EACH, dense_network
 from tests.factories import random_timesteps, shared_tiny_model, tiny_preset
 from tests.slicing.cut import Cutter, fits, routed_inputs
 from tests.slicing.test_slim import assert_kept
@@ -149,11 +140,6 @@ def test_damaged_graph_fails_the_check(stats, tmp_path: Path) -> None:
 
 def test_a_network_of_full_width_is_exported_without_a_weight(tmp_path: Path) -> None:
     """FLUX.1-dev's width, in one double and one single block: norms have larger constants than in small models."""
-    preset = replace(get_preset("flux"), double_blocks=1, single_blocks=1)
-    spec = spec_of(preset, preset.transformer_config(), precision="bf16")
-    architecture = Architecture(spec=spec, groups=preset.heads, token_routers=False)
-    every = tuple(range(preset.heads))
-    segment = dense_segment(spec, UnitOrder(heads=(every,) * 2, groups=(every,) * 2))
-    slice_ = slice_segment(architecture, segment)
+    slice_ = dense_network(ONE_BLOCK_EACH, "bf16")
     export_onnx(slice_, lay_out(slice_.recipes.values()), tmp_path / "network.onnx")
     assert (tmp_path / "network.onnx").stat().st_size < 2**18 < slice_.nbytes

@@ -1,0 +1,75 @@
+"""Networks of presets in small, their graphs over a store of noise, and the plans that they ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from dyexport.build.profiles import largest_topk, profiles_for
+from dyexport.bundle import Precision, Segment, TokenPath
+from dyexport.exporters.onnx_graph import STORE, export_onnx
+from dyexport.exporters.tensorrt_plan import PlanRequest, build_plan
+from dyexport.plans import PlanInfo
+from dyexport.presets import FluxPreset, Preset
+from dyexport.slicing.recipes import lay_out
+from dyexport.slicing.slicer import Architecture, Slice, UnitOrder, dense_segment, slice_segment, spec_of
+
+ONE_BLOCK_EACH = FluxPreset(name="flux-1-1", double_blocks=1, single_blocks=1)  # FLUX.1-dev at full width
+
+
+def half_width(preset: Preset, path: TokenPath) -> Segment:
+    """Every second unit, the others gone; room for three quarters of the tokens."""
+    depth, half = preset.depth, tuple(range(0, preset.heads, 2))
+    room = preset.tokens // 2 if path == "dynamic" else 3 * preset.tokens // 4
+    return Segment(
+        start=preset.timestep_range[0],
+        end=preset.timestep_range[1],
+        heads=(half,) * depth,
+        groups=(half,) * depth,
+        gated_heads=(True,) * depth,
+        gated_groups=(False,) * depth,
+        token_paths=(path,) * depth,
+        capacities=(room,) * depth,
+        slot_buckets=(4, preset.tokens // 4) if path == "dynamic" else (),
+    )
+
+
+def architecture_of(preset: Preset, precision: Precision = "fp32", *, token_routers: bool = True) -> Architecture:
+    spec = spec_of(preset, preset.transformer_config(), precision=precision)
+    return Architecture(spec=spec, groups=preset.heads, token_routers=token_routers)
+
+
+def dense_network(preset: Preset, precision: Precision = "fp32") -> Slice:
+    """Every unit and every token."""
+    architecture = architecture_of(preset, precision, token_routers=False)
+    every = (tuple(range(preset.heads)),) * preset.depth
+    return slice_segment(architecture, dense_segment(architecture.spec, UnitOrder(heads=every, groups=every)))
+
+
+def write_graph(slice_: Slice, directory: Path) -> Path:
+    """The graph of a slice over a store of noise."""
+    layout = lay_out(slice_.recipes.values())
+    half = np.random.default_rng(0).integers(0x2C00, 0x3800, layout.nbytes // 2, dtype=np.uint16)  # small in any float
+    half.tofile(directory / STORE)
+    export_onnx(slice_, layout, directory / "network.onnx")
+    return directory / "network.onnx"
+
+
+def request_for(architecture: Architecture, slice_: Slice, segment: Segment | None, **values: object) -> PlanRequest:
+    given = {
+        "flavour": "tensorrt-rtx",
+        "compute_capabilities": ("8.9",),
+        "precision": architecture.spec.precision,
+        "inputs": slice_.inputs,
+        "profiles": profiles_for(architecture.spec, segment, ()),
+        "largest_topk": largest_topk(architecture.spec, segment, profiles_for(architecture.spec, segment, ())),
+    }
+    return PlanRequest(**{**given, **values})  # type: ignore[arg-type]
+
+
+def build_segment(preset: Preset, directory: Path, *, path: TokenPath, precision: Precision = "fp32") -> PlanInfo:
+    architecture, segment = architecture_of(preset, precision), half_width(preset, path)
+    slice_ = slice_segment(architecture, segment)
+    graph = write_graph(slice_, directory)
+    return build_plan(graph, request_for(architecture, slice_, segment), directory / "plan")
