@@ -82,11 +82,6 @@ def build_plan(
     return info
 
 
-def builder_version(flavour: Flavour) -> str:
-    """Raises ``MissingDependency`` where it is not installed."""
-    return load_api(flavour).version
-
-
 def _parse(api: Api, builder: Any, log: BuildLog, graph: Path) -> tuple[Any, Any]:
     """The network, and the parser that holds its weights."""
     trt = api.trt
@@ -120,12 +115,13 @@ def _profile(builder: Any, network: Any, inputs: tuple[TensorSpec, ...], profile
     profile = builder.create_optimization_profile()
     for spec in inputs:
         if spec.name in taken and any(isinstance(size, str) for size in spec.shape):
-            ranges = [_range(size, spec, profiles) for size in spec.shape]
+            ranges = [size_range(size, spec, profiles) for size in spec.shape]
             profile.set_shape(spec.name, *zip(*((r.min, r.opt, r.max) for r in ranges), strict=True))
     return profile
 
 
-def _range(size: int | str, spec: TensorSpec, profiles: Profiles) -> Profile:
+def size_range(size: int | str, spec: TensorSpec, profiles: Profiles) -> Profile:
+    """Of one dimension of an input. Raises ``EngineBuildError`` for a symbol without sizes."""
     if isinstance(size, int):
         return Profile(min=size, opt=size, max=size)
     factor, _, symbol = size.rpartition("*")
