@@ -33,7 +33,8 @@ class PlanRequest:
     """What to build. ``compute_capabilities`` such as 8.9, for RTX; none means all that its builder knows.
 
     ``profiles``, one optimisation profile each, name every symbol of ``inputs``. ``largest_topk`` is the most
-    tokens that a block may be asked to keep.
+    tokens that a block may be asked to keep. With ``stream_weights``, those that do not fit on the device may stay in
+    host memory.
     """
 
     flavour: Flavour
@@ -42,6 +43,7 @@ class PlanRequest:
     precision: str
     compute_capabilities: tuple[str, ...] = ()
     largest_topk: int = 0
+    stream_weights: bool = False
 
 
 def build_plan(
@@ -71,6 +73,7 @@ def build_plan(
         version=api.version,
         compute_capabilities=request.compute_capabilities,
         precision=request.precision,
+        streamable=request.stream_weights,
         profiles=tuple(dict(profiles) for profiles in request.profiles),
         inputs=request.inputs,
         outputs=_outputs(model),
@@ -98,6 +101,8 @@ def _configure(api: Api, builder: Any, network: Any, request: PlanRequest, progr
     trt = api.trt
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that an inspector can name layers
+    if request.stream_weights:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     for profiles in request.profiles:
         config.add_optimization_profile(_profile(builder, network, request.inputs, profiles))
     if request.compute_capabilities:

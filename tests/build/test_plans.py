@@ -239,6 +239,8 @@ def test_what_needs_a_gpu_says_so_before_any_work(tmp_path: Path, target: str) -
         ({"targets": ("tensorrt-rtx",), "token_path": "compact"}, "allocates by data"),
         ({"compute_capabilities": ("8.9",)}, "add --target tensorrt-rtx"),
         ({"profiles": ("batch=1:2:4",)}, "add --target tensorrt-rtx"),
+        ({"stream_weights": True}, "add --target tensorrt-rtx"),
+        ({"stream_weights": True, "targets": ("torch-tensorrt",)}, "add --target tensorrt-rtx"),
         ({"targets": ("tensorrt-rtx",), "compute_capabilities": ("ada",)}, "'ada' is not one; write 8.9"),
         ({"targets": ("tensorrt-rtx",), "profiles": ("batch=4", "x")}, "MIN:OPT:MAX"),
     ],
