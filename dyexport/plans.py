@@ -10,9 +10,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from dyexport.errors import EngineMismatch, UsageError
 from dyexport.tensors import TensorSpec
 
-Flavour = Literal["tensorrt", "tensorrt-rtx"]
+Flavour = Literal["tensorrt", "tensorrt-rtx", "torch-tensorrt"]
 
 ENGINE = "engine.plan"
+PROGRAM = "program.pt2"  # instead, of Torch-TensorRT
 INFO = "plan.json"
 
 LARGEST_TOPK = 3840  # rows, the most that TensorRT sorts

@@ -1,4 +1,4 @@
-"""The part of TensorRT's Python API that classic TensorRT and TensorRT-RTX share, by flavour."""
+"""The part of TensorRT's Python API that classic TensorRT and TensorRT-RTX share, by flavour; and Torch-TensorRT's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +60,34 @@ def _load_rtx() -> Api:
 
 
 def _load_classic() -> Api:
+    return _load_for_gpu("tensorrt", "tensorrt", "TensorRT")
+
+
+def _load_torch() -> Api:
+    return _load_for_gpu("torch-tensorrt", "torch_tensorrt", "Torch-TensorRT")
+
+
+def _load_for_gpu(flavour: Flavour, module: str, library: str) -> Api:
     import torch
 
-    try:
-        trt = import_module("tensorrt")
-    except ImportError as error:
-        raise MissingDependency("TensorRT", "tensorrt") from error
+    if find_spec(module) is None:
+        raise MissingDependency(library, "tensorrt")
     if not torch.cuda.is_available():
         raise EngineBuildError(
-            "--target tensorrt builds for the GPU of this machine, and torch sees none; "
+            f"--target {flavour} builds for the GPU of this machine, and torch sees none; "
             "build there, or use --target tensorrt-rtx, which needs none"
         )
-    return Api(flavour="tensorrt", trt=trt, measures=True)
+    try:
+        return Api(flavour=flavour, trt=import_module(module), measures=True)
+    except (ImportError, OSError) as error:
+        raise MissingDependency(library, "tensorrt") from error
 
 
-_LOADERS: dict[Flavour, Callable[[], Api]] = {"tensorrt": _load_classic, "tensorrt-rtx": _load_rtx}
+_LOADERS: dict[Flavour, Callable[[], Api]] = {
+    "tensorrt": _load_classic,
+    "tensorrt-rtx": _load_rtx,
+    "torch-tensorrt": _load_torch,
+}
 
 
 class BuildLog:

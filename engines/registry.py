@@ -99,10 +99,23 @@ def _tensorrt(fallback: str = "onnx") -> Backend:
     )
 
 
+def _torch_tensorrt() -> Backend:
+    import torch
+
+    from dyexport.engines.tensorrt_fit import unfit
+    from dyexport.engines.torch_tensorrt_rt import TorchTensorRtEngine
+
+    def make(paths: Sequence[Path], options: EngineOptions) -> list[Engine]:
+        return [TorchTensorRtEngine(path, device=options.device) for path in paths]
+
+    return Backend(make=make, has_cuda=torch.cuda.is_available, unfit=unfit)
+
+
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "onnx": _onnx,
     "onnx-rtx": _onnx_rtx,
     "torch": _torch,
+    "torch-tensorrt": _torch_tensorrt,
     "tensorrt": _tensorrt,
     "tensorrt-rtx": partial(_tensorrt, "onnx-rtx"),  # whose provider is the same builder
 }

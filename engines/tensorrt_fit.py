@@ -43,6 +43,8 @@ def misfit(info: PlanInfo, version: str, capability: str) -> str | None:
 
 def _refusal(trt: Any, path: Path) -> str | None:
     """What TensorRT itself holds against a plan, by its header; classic TensorRT tells only when it loads one."""
+    if not hasattr(trt, "Runtime"):  # Torch-TensorRT
+        return None
     runtime = trt.Runtime(BuildLog(trt).logger)
     if not hasattr(runtime, "get_engine_validity"):
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,9 +22,9 @@ from onnx_ir.passes import common as passes
 from onnxscript import opset20 as op
 from onnxscript import rewriter
 from onnxscript.rewriter.rules import common as rules
-from torch import Tensor
 
 from dyexport.errors import ExportError
+from dyexport.exporters.examples import dynamic_shapes, example_inputs, example_sizes
 from dyexport.exporters.operator_gate import MODULE
 from dyexport.slicing.recipes import StoreLayout
 from dyexport.slicing.slicer import Slice
@@ -63,37 +63,6 @@ def export_onnx(slice_: Slice, layout: StoreLayout, path: Path) -> None:
     ir.save(model, path)
 
 
-def _example_sizes(slice_: Slice) -> dict[str, int]:
-    """A size for every symbol, no two alike, none of them 0 or 1, which the exporter would take for constants."""
-    symbols = dict.fromkeys(size for spec in slice_.inputs for size in spec.shape if isinstance(size, str))
-    plain = {
-        symbol: max(slice_.limits.get(symbol, 0), slice_.floors.get(symbol, 0) + 2 + index)
-        for index, symbol in enumerate(symbols)
-    }
-    largest = max(plain.values(), default=0)
-    return {
-        symbol: factor * (largest + size) if (factor := _factor(symbol)) > 1 else size for symbol, size in plain.items()
-    }
-
-
-def _factor(symbol: str) -> int:
-    """What sizes of a symbol are multiples of: 2 for ``2*height``."""
-    factor, star, _ = symbol.partition("*")
-    return int(factor) if star else 1
-
-
-def _dimension(symbol: str, slice_: Slice) -> Any:
-    """What ``torch.export`` knows of a symbol."""
-    floor, limit = slice_.floors.get(symbol), slice_.limits.get(symbol)
-    dimension = torch.export.Dim(symbol.rpartition("*")[2], min=floor, max=limit)
-    return dimension if (factor := _factor(symbol)) == 1 else factor * dimension
-
-
-def _example_inputs(slice_: Slice, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    shapes = {s.name: [sizes[size] if isinstance(size, str) else size for size in s.shape] for s in slice_.inputs}
-    return {s.name: torch.empty(shapes[s.name], dtype=getattr(torch, s.dtype), device="meta") for s in slice_.inputs}
-
-
 def _export(slice_: Slice, name: str) -> ir.Model:
     for chatter in ("torch.onnx", "onnx_ir"):
         logging.getLogger(chatter).setLevel(logging.ERROR)
@@ -107,18 +76,13 @@ def _export(slice_: Slice, name: str) -> ir.Model:
 
 def _translate(slice_: Slice) -> ir.Model:
     """Trace once, then turn operators into nodes as they are."""
-    sizes = _example_sizes(slice_)
-    dims = {symbol: _dimension(symbol, slice_) for symbol in sizes}
-    shapes = {
-        spec.name: {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)}
-        for spec in slice_.inputs
-    }
+    shapes = dynamic_shapes(slice_)
     # With symbolic sizes, filling the cache of fake tensors takes longer than it saves.
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         traced = torch.export.export(
             slice_.module.eval(),
             (),
-            kwargs=_example_inputs(slice_, sizes),
+            kwargs=example_inputs(slice_, example_sizes(slice_)),
             dynamic_shapes=shapes,
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,  # as torch.onnx does: a guard would exclude a size of 1

@@ -33,7 +33,8 @@ class PlanRequest:
     """What to build. ``compute_capabilities`` such as 8.9, for RTX; none means all that its builder knows.
 
     ``profiles``, one optimisation profile each, name every symbol of ``inputs``. ``largest_topk`` is the most
-    tokens that a block may be asked to keep.
+    tokens that a block may be asked to keep. With ``stream_weights``, those that do not fit on the device may stay in
+    host memory.
     """
 
     flavour: Flavour
@@ -42,6 +43,7 @@ class PlanRequest:
     precision: str
     compute_capabilities: tuple[str, ...] = ()
     largest_topk: int = 0
+    stream_weights: bool = False
 
 
 def build_plan(
@@ -71,6 +73,7 @@ def build_plan(
         version=api.version,
         compute_capabilities=request.compute_capabilities,
         precision=request.precision,
+        streamable=request.stream_weights,
         profiles=tuple(dict(profiles) for profiles in request.profiles),
         inputs=request.inputs,
         outputs=_outputs(model),
@@ -80,11 +83,6 @@ def build_plan(
     )
     (out / INFO).write_text(info.model_dump_json(indent=1), encoding="utf-8")
     return info
-
-
-def builder_version(flavour: Flavour) -> str:
-    """Raises ``MissingDependency`` where it is not installed."""
-    return load_api(flavour).version
 
 
 def _parse(api: Api, builder: Any, log: BuildLog, graph: Path) -> tuple[Any, Any]:
@@ -103,6 +101,8 @@ def _configure(api: Api, builder: Any, network: Any, request: PlanRequest, progr
     trt = api.trt
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that an inspector can name layers
+    if request.stream_weights:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     for profiles in request.profiles:
         config.add_optimization_profile(_profile(builder, network, request.inputs, profiles))
     if request.compute_capabilities:
@@ -120,12 +120,13 @@ def _profile(builder: Any, network: Any, inputs: tuple[TensorSpec, ...], profile
     profile = builder.create_optimization_profile()
     for spec in inputs:
         if spec.name in taken and any(isinstance(size, str) for size in spec.shape):
-            ranges = [_range(size, spec, profiles) for size in spec.shape]
+            ranges = [size_range(size, spec, profiles) for size in spec.shape]
             profile.set_shape(spec.name, *zip(*((r.min, r.opt, r.max) for r in ranges), strict=True))
     return profile
 
 
-def _range(size: int | str, spec: TensorSpec, profiles: Profiles) -> Profile:
+def size_range(size: int | str, spec: TensorSpec, profiles: Profiles) -> Profile:
+    """Of one dimension of an input. Raises ``EngineBuildError`` for a symbol without sizes."""
     if isinstance(size, int):
         return Profile(min=size, opt=size, max=size)
     factor, _, symbol = size.rpartition("*")

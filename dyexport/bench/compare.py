@@ -33,13 +33,14 @@ LOOP_BLOCKS = Blocks(rounds=3, timed=1)
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
-    """``batch`` 2 is one picture under classifier-free guidance.
+    """``batch`` 2 is one picture under classifier-free guidance. ``memory`` bounds the bundle's weights, not dense's.
 
     ``compiled`` also times ``torch.compile``, whose compilation takes a minute or more; ``trajectory``
     whole sampling loops of ``steps``.
     """
 
     target: str = "onnx"
+    memory: int | None = None
     batch: int = 2
     steps: int = 50
     threads: int | None = None
@@ -71,7 +72,7 @@ def compare(bundle: Bundle, settings: BenchSettings, progress: Progress | None =
 
 def _measure(bundle: Bundle, settings: BenchSettings, progress: Progress | None) -> _Measured:
     open_ = partial(load, bundle.root, target=settings.target, device="cpu", check_hashes=False, fallback=False)
-    dense, loaded = open_(dense=True), open_(share_weights=settings.share_weights)
+    dense, loaded = open_(dense=True), open_(share_weights=settings.share_weights, memory=settings.memory)
     variants = _variants(bundle, dense, loaded, settings)
     before = cpu_time()
     seconds = time_variants(variants, Blocks(rounds=settings.rounds), progress=progress)
@@ -149,6 +150,7 @@ def _added_bytes(bundle: Bundle, settings: BenchSettings, *, dense: bool) -> int
             batch=settings.batch,
             threads=torch.get_num_threads(),
             share_weights=settings.share_weights,
+            memory=None if dense else settings.memory,
             dense=dense,
         )
     )

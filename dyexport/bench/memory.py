@@ -12,13 +12,14 @@ from dyexport.errors import DyexportError
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryProbe:
-    """``dense``: the dense graph; otherwise the bundle with all its engines resident."""
+    """``dense``: the dense graph; otherwise the bundle with its engines resident, as many as ``memory`` holds."""
 
     bundle: str
     target: str
     batch: int
     threads: int
     share_weights: bool
+    memory: int | None = None
     dense: bool
 
 
@@ -54,6 +55,7 @@ def _measure(probe: MemoryProbe) -> int | None:
         target=probe.target,
         device="cpu",
         share_weights=probe.share_weights,
+        memory=probe.memory,
         dense=probe.dense,
         check_hashes=False,
     )

@@ -45,9 +45,8 @@ from dyexport.bundle import TOKENS, WIDTHS, Manifest, SegmentPlan
 from dyexport.calibration.segments import PlanSettings
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.exporters.weight_store import write_store
-from dyexport.plans import ENGINE
 from dyexport.slicing.recipes import StoreLayout, lay_out
-from dyexport.tensorrt_api import load_api
+from dyexport.tensorrt_api import Api, load_api
 
 GRAPHS = "graphs"
 ENGINES = "engines"
@@ -148,29 +147,36 @@ class Pipeline(ModelStages):
 
     def _plans_for(self, target: str) -> dict[str, Outcome]:
         """Side by side, unless the builder times kernels on a GPU, where others would disturb it."""
-        flavour = TARGETS[target].flavour
-        assert flavour is not None
         count = how_many([network.slice.nbytes for network in self.networks], self.settings.memory)
-        crew = Crew(1 if load_api(flavour).measures else count)
+        crew = Crew(1 if self._builder(target).measures else count)
         stages = {network.name: self._plan_stage(target, network, crew) for network in self.networks}
         outcomes = crew.run([partial(self.ledger.run, stage) for stage in stages.values()])
         return dict(zip(stages, outcomes, strict=True))
 
+    def _builder(self, target: str) -> Api:
+        """Raises ``MissingDependency`` where it is not installed, ``EngineBuildError`` where its GPU is absent."""
+        flavour = TARGETS[target].flavour
+        assert flavour is not None
+        return load_api(flavour)
+
     def _plan_stage(self, target: str, network: Network, crew: Crew) -> Stage:
         """Made again where its graph, its own weights, its sizes or the builder changed."""
-        from dyexport.exporters.tensorrt_plan import build_plan, builder_version
+        from dyexport.exporters.tensorrt_plan import build_plan
 
         graph, request = self.graphs[network.name], plan_request(self.settings, target, self.tables[0], network)
         inputs = {
             "graph": graph.digest,
             "weights": self._weights_digest(network),
-            "builder": builder_version(request.flavour),
+            "builder": self._builder(target).version,
             "request": digest_of(repr(request)),
         }
         stage = f"{target} {network.name}"
         timings = self.settings.work / TIMINGS / f"{target}-{inputs['builder']}"
 
         def make(out: Path) -> None:
+            if (build := TARGETS[target].build) is not None:
+                build(network.slice, self.layout, self.store.path, request, out)
+                return
             progress = partial(self.listener.advanced, stage)
             crew.call(stage, build_plan, graph.path, request, out, timings, progress=progress)
 
@@ -201,6 +207,8 @@ class Pipeline(ModelStages):
 
     def bundle(self) -> Manifest:
         """Everything, assembled at ``settings.out``."""
+        for target in self._plan_targets:
+            self._builder(target)  # before hours of work for one that is not there
         self.headroom  # noqa: B018  # before anything is written in a precision that will not do
         files = {f"{GRAPHS}/{STORE}": Source.of(self.store, moved=self.settings.large)}
         files |= {name: Source.of(self.calibrated, name) for name in (WIDTHS, TOKENS) if name in self.calibrated.files}
@@ -208,7 +216,7 @@ class Pipeline(ModelStages):
         engines = {(ONNX, name): f"{GRAPHS}/{outcome.path.name}" for name, outcome in self.graphs.items()}
         for (target, name), outcome in self.plans.items():
             files |= {f"{ENGINES}/{target}/{name}/{part}": Source.of(outcome, part) for part in outcome.files}
-            engines[target, name] = f"{ENGINES}/{target}/{name}/{ENGINE}"
+            engines[target, name] = f"{ENGINES}/{target}/{name}/{TARGETS[target].file}"
         spec = self.tables[0]
         manifest = describe_bundle(self.settings, spec, self.plan, files, engines, self.calibrated, self.metrics)
         begin = perf_counter()

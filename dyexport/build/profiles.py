@@ -34,6 +34,7 @@ def plan_request(settings: BuildSettings, target: str, spec: ModelSpec, network:
         precision=spec.precision,
         compute_capabilities=settings.compute_capabilities,
         largest_topk=largest_topk(spec, network.segment, profiles),
+        stream_weights=settings.stream_weights,
     )
 
 

@@ -66,6 +66,7 @@ class BuildSettings:
     token_path: str = "auto"
     compute_capabilities: tuple[str, ...] = ()
     profiles: tuple[str, ...] = ()
+    stream_weights: bool = False
     train_steps: int | None = None
     finetune_steps: int | None = None
     seed: int = 0
@@ -103,6 +104,8 @@ class BuildSettings:
         for option, values in (("compute-capability", self.compute_capabilities), ("profile", self.profiles)):
             if values and not plans:
                 raise UsageError(f"--{option} is for TensorRT plans; add --target tensorrt-rtx, or leave it out")
+        if self.stream_weights and not any(TARGETS[target].build_name is None for target in plans):
+            raise UsageError("--stream-weights is for TensorRT plans; add --target tensorrt-rtx, or leave it out")
         for text in self.compute_capabilities:
             if not re.fullmatch(r"\d+\.\d", text):
                 raise UsageError(f"--compute-capability {text!r} is not one; write 8.9, or 8.6,8.9,12.0")

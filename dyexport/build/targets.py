@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from dyexport.plans import Flavour
+from dyexport.plans import ENGINE, PROGRAM, Flavour
 
 ONNX = "onnx"
 
@@ -16,8 +16,9 @@ ONNX = "onnx"
 class Target:
     """``export(slice, layout, path)`` writes one graph; ``check(path)`` raises where it is not valid.
 
-    A target with a ``flavour`` of TensorRT has neither: its plans are built from the ONNX graphs. ``proof`` says
-    what its engines have been run on.
+    A target with a ``flavour`` of TensorRT has neither: its plans are built from the ONNX graphs, or where there is
+    ``build(slice, layout, store, request, out)`` by that; ``file`` is what they are called. ``proof`` says what its
+    engines have been run on.
     """
 
     about: str
@@ -26,6 +27,8 @@ class Target:
     module: str = ""
     export_name: str = ""
     check_name: str | None = None
+    build_name: str | None = None
+    file: str = ENGINE
     flavour: Flavour | None = None
     static_tokens: bool = False  # its runtime cannot allocate by data
 
@@ -36,6 +39,10 @@ class Target:
     @property
     def check(self) -> Callable[..., None] | None:
         return self._load(self.check_name) if self.check_name else None
+
+    @property
+    def build(self) -> Callable[..., object] | None:
+        return self._load(self.build_name) if self.build_name else None
 
     def _load(self, name: str) -> Any:
         """An exporter is imported when its first graph is made."""
@@ -61,5 +68,14 @@ TARGETS = {
         about="TensorRT plans for the GPU of the machine that builds them",
         proof="never built, never run: untested on a GPU",
         flavour="tensorrt",
+    ),
+    "torch-tensorrt": Target(
+        about="Torch-TensorRT programs for the GPU of the machine that builds them",
+        proof="never built, never run: untested on a GPU; what it compiles equals the slim modules on CPUs",
+        flavour="torch-tensorrt",
+        module="dyexport.exporters.torch_program",
+        build_name="build_program",
+        file=PROGRAM,
+        static_tokens=True,
     ),
 }

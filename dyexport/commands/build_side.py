@@ -190,7 +190,7 @@ def _build_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
 
 def _plan_lines(stages: Mapping[str, Mapping[str, Any]]) -> Sequence[tuple[str, str]]:
     """What each TensorRT plan took, when it was made."""
-    made = {name: stage for name, stage in stages.items() if name.startswith("tensorrt")}
+    made = {name: stage for name, stage in stages.items() if "tensorrt" in name}
     return [
         (name, f"{stage['made_in']:.1f} s" + (", before" if stage["status"] == "reused" else ""))
         for name, stage in sorted(made.items())

@@ -91,6 +91,12 @@ class BuildOptions:
         list[str] | None,
         _option("Sizes of TensorRT plans, such as batch=1:2:8,image_tokens=1024:4096:4096; again for another profile."),
     ] = None
+    stream_weights: Annotated[
+        bool,
+        _option(
+            "TensorRT plans whose weights may stay in host memory where they do not fit on the GPU.", "--stream-weights"
+        ),
+    ] = False
     train_steps: Annotated[
         int | None, _option("Steps of training from scratch, for a digits model without a checkpoint.")
     ] = None
@@ -145,6 +151,7 @@ class BuildOptions:
             token_path=self.token_path,
             compute_capabilities=tuple(self.compute_capability.split(",")) if self.compute_capability else (),
             profiles=tuple(self.profile or ()),
+            stream_weights=self.stream_weights,
             train_steps=self.train_steps,
             finetune_steps=self.finetune_steps,
             seed=self.seed,

@@ -11,6 +11,7 @@ import typer
 from dyexport.commands.options import BuildOptions
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
 from dyexport.errors import UsageError
+from dyexport.sizes import parse_bytes
 
 app = typer.Typer()
 
@@ -18,6 +19,10 @@ BundleArgument = Annotated[Path, typer.Argument(help="A bundle directory.")]
 StepsOption = Annotated[int, typer.Option(help="Denoising steps.")]
 SchedulerOption = Annotated[
     str | None, typer.Option(help="ddim or dpm++ for DiT, euler for SiT; by default the first that fits.")
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(help="What weights may take while running, such as 8GiB; fewer engines stay in memory then."),
 ]
 TargetOption = Annotated[str, typer.Option(help="Which of the bundle's engine formats to run.")]
 
@@ -42,6 +47,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Rounds of alternating blocks, each 1 warm-up and 4 timed calls.")] = 10,
     threads: Annotated[int | None, typer.Option(help="Threads of every variant; by default torch's choice.")] = None,
     target: TargetOption = "onnx",
+    memory: MemoryOption = None,
     share_weights: Annotated[
         bool, typer.Option("--share-weights", help="Engines map one copy of the weights.")
     ] = False,
@@ -64,6 +70,7 @@ def bench(
 
         settings = BenchSettings(
             target=target,
+            memory=None if memory is None else parse_bytes(memory),
             batch=batch,
             steps=steps,
             rounds=rounds,

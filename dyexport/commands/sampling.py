@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from dyexport.commands.run_side import BundleArgument, SchedulerOption, TargetOption
+from dyexport.commands.run_side import BundleArgument, MemoryOption, SchedulerOption, TargetOption
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
 from dyexport.errors import UsageError
 
@@ -53,6 +53,7 @@ def sample(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     target: TargetOption = "onnx",
+    memory: MemoryOption = None,
     vae: Annotated[
         str | None, typer.Option(help="AutoencoderKL that decodes latents: a directory or a hub id.")
     ] = None,
@@ -67,7 +68,7 @@ def sample(
         from dyexport.runtime.pipeline import load
 
         classes = parse_labels(labels)
-        loaded = load(bundle, target=target)
+        loaded = load(bundle, target=target, memory=memory)
         out = _checked(out, video=loaded.spec.frames is not None and frames != 1)
         if loaded.spec.classes:
             drawn = _from_labels(loaded, classes, steps, guidance, seed, scheduler, vae, advance)

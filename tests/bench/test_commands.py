@@ -65,6 +65,15 @@ def test_latents_are_saved_where_no_vae_is_given(run: Any, built: Any, tmp_path:
     assert load_file(tmp_path / "a.safetensors")["latents"].shape == (2, *built.manifest.model.latent_shape)
 
 
+def test_memory_bounds_the_weights_of_a_run(run: Any, built: Any, tmp_path: Path) -> None:
+    sample = ("sample", built.root, "--labels", "1,2", "--steps", 2, "-o", tmp_path / "a.png", "--memory")
+    assert run(*sample, "1GB")[0] == 0
+    for command in (sample, ("bench", built.root, "--no-compile", "--rounds", 1, "--steps", 2, "--memory")):
+        code, _, stderr = run(*command, "3B")
+        assert code == 2
+        assert "memory of 3 bytes holds no engine of this bundle" in stderr
+
+
 def test_vae_decodes_latents(run: Any, built: Any, tmp_path: Path) -> None:
     from diffusers import AutoencoderKL
 

@@ -21,7 +21,7 @@ from dyexport.bundle import Bundle
 from dyexport.cli import main
 from dyexport.engines.registry import BACKENDS, Backend, get_backend
 from dyexport.engines.tensorrt_fit import misfit
-from dyexport.errors import BundleError, EngineMismatch, UsageError
+from dyexport.errors import BundleError, EngineBuildError, EngineMismatch, MissingDependency, UsageError
 from dyexport.plans import ENGINE, INFO, PlanInfo
 from dyexport.runtime.pipeline import load
 from dyexport.runtime.transformers import example_inputs
@@ -222,6 +222,15 @@ def test_targets_are_listed_with_what_proves_them(
     proof = {each["name"]: each["proof"] for each in json.loads(capsys.readouterr().out)["targets"]}
     assert "untested on a GPU" in proof["tensorrt-rtx"]
     assert "never built" in proof["tensorrt"]
+    assert "untested on a GPU" in proof["torch-tensorrt"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("target", ["tensorrt", "torch-tensorrt"])
+def test_what_needs_a_gpu_says_so_before_any_work(tmp_path: Path, target: str) -> None:
+    with pytest.raises((MissingDependency, EngineBuildError), match=r"dyexport\[tensorrt\]|GPU of this machine"):
+        build(tiny_settings(tmp_path, targets=(target,)))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -230,6 +239,8 @@ def test_targets_are_listed_with_what_proves_them(
         ({"targets": ("tensorrt-rtx",), "token_path": "compact"}, "allocates by data"),
         ({"compute_capabilities": ("8.9",)}, "add --target tensorrt-rtx"),
         ({"profiles": ("batch=1:2:4",)}, "add --target tensorrt-rtx"),
+        ({"stream_weights": True}, "add --target tensorrt-rtx"),
+        ({"stream_weights": True, "targets": ("torch-tensorrt",)}, "add --target tensorrt-rtx"),
         ({"targets": ("tensorrt-rtx",), "compute_capabilities": ("ada",)}, "'ada' is not one; write 8.9"),
         ({"targets": ("tensorrt-rtx",), "profiles": ("batch=4", "x")}, "MIN:OPT:MAX"),
     ],

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from dyexport.build.profiles import largest_topk, parse_profiles, profiles_for
+from dyexport.build.networks import Network
+from dyexport.build.profiles import largest_topk, parse_profiles, plan_request, profiles_for
 from dyexport.bundle import ModelSpec
 from dyexport.errors import UsageError
 from dyexport.plans import Profile
 from dyexport.presets import get_preset
-from dyexport.slicing.slicer import slice_segment, spec_of
+from dyexport.slicing.slicer import slice_conditioning, slice_segment, spec_of
+from tests.build.tiny import tiny_settings
 from tests.exporters.networks import ONE_BLOCK_EACH, architecture_of, half_width
 
 
@@ -55,3 +58,12 @@ def test_flux_counts_text_among_the_tokens_of_single_blocks() -> None:
     assert largest_topk(architecture.spec, fewer, profiles) == 3512
     more_text = profiles_for(architecture.spec, segment, parse_profiles(("text_tokens=1:512:1024",)))
     assert largest_topk(architecture.spec, fewer, more_text) == 4024, "which the gate refuses"
+
+
+def test_a_plan_is_asked_for_as_the_build_was(tmp_path: Path) -> None:
+    architecture = architecture_of(get_preset("sit-digits"))
+    network = Network(name="conditioning", segment=None, slice=slice_conditioning(architecture))
+    given = {"targets": ("tensorrt-rtx",), "stream_weights": True, "compute_capabilities": ("8.9",)}
+    request = plan_request(tiny_settings(tmp_path, **given), "tensorrt-rtx", architecture.spec, network)
+    assert (request.flavour, request.stream_weights, request.compute_capabilities) == ("tensorrt-rtx", True, ("8.9",))
+    assert request.inputs == network.slice.inputs

@@ -119,6 +119,19 @@ def test_more_tokens_than_tensorrt_sorts_are_counted_out(rtx: Any, tmp_path: Pat
 
 
 @pytest.mark.tensorrt
+def test_weights_that_may_be_streamed(rtx: Any, tmp_path: Path) -> None:
+    architecture = architecture_of(get_preset("sit-digits"))
+    slice_ = slice_conditioning(architecture)
+    graph, streamed = write_graph(slice_, tmp_path), {}
+    for stream in (False, True):
+        out = tmp_path / f"{stream}"
+        info = build_plan(graph, request_for(architecture, slice_, None, stream_weights=stream), out)
+        assert PlanInfo.read(out / INFO).streamable == info.streamable == stream
+        streamed[stream] = info.plan_sha256
+    assert streamed[True] != streamed[False], "the builder was told"
+
+
+@pytest.mark.tensorrt
 def test_an_unknown_gpu_is_named(rtx: Any, tmp_path: Path) -> None:
     architecture = architecture_of(get_preset("sit-digits"))
     slice_ = slice_conditioning(architecture)

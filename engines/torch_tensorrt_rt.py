@@ -1,0 +1,75 @@
+"""Torch-TensorRT programs on an NVIDIA GPU. Untested on a GPU: no machine of this project has one."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dyexport.engines.base import Engine, EngineIO, Tensors, WeightSpan
+from dyexport.engines.tensorrt_fit import choose_profile, plan_info, unfit
+from dyexport.errors import EngineBuildError, EngineMismatch
+from dyexport.plans import PlanInfo
+from dyexport.tensorrt_api import load_api
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TorchTensorRtEngine(Engine):
+    """Runs one program; its description stands beside it.
+
+    The file is code, and loading it runs it: bundles are opened for it with their hashes checked.
+    """
+
+    def __init__(self, path: Path, *, device: str = "cuda") -> None:
+        self.path = path
+        self.device = device
+        self._module: Any = None
+
+    @cached_property
+    def info(self) -> PlanInfo:
+        return plan_info(self.path)
+
+    @cached_property
+    def io(self) -> EngineIO:
+        return EngineIO(inputs=self.info.inputs, outputs=self.info.outputs)
+
+    @property
+    def weights(self) -> tuple[WeightSpan, ...]:
+        return (WeightSpan(path=self.path, offset=0, length=self.path.stat().st_size),)
+
+    @property
+    def shares_weights(self) -> bool:
+        return False
+
+    @property
+    def active(self) -> bool:
+        return self._module is not None
+
+    def activate(self) -> None:
+        """Raises ``EngineMismatch`` for a program of another GPU or version."""
+        if self._module is not None:
+            return
+        import torch
+
+        if (reason := unfit(self.path)) is not None:
+            raise EngineMismatch(f"{self.path}: {reason}")
+        try:
+            with torch.cuda.device(self.device):
+                self._module = load_api(self.info.flavour).trt.load(str(self.path)).module()
+        except Exception as error:  # of many libraries
+            raise EngineBuildError(f"Torch-TensorRT cannot load {self.path}: {error}") from error
+
+    def run(self, inputs: Tensors) -> dict[str, torch.Tensor]:
+        import torch
+
+        choose_profile(self.info.profiles, self.io.check(inputs))  # or it would run, slowly, in torch
+        self.activate()
+        with torch.no_grad(), torch.cuda.device(self.device):
+            outputs = self._module(*(inputs[spec.name] for spec in self.io.inputs))
+        values = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+        return {spec.name: value for spec, value in zip(self.io.outputs, values, strict=True)}
+
+    def close(self) -> None:
+        self._module = None
