@@ -84,6 +84,8 @@ def export_program(
             module,
             tuple(inputs[name] for name in names),
             dynamic_shapes=(tuple(shapes[name] for name in names),),
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,  # a guard would exclude a size of 1
         )
     except Exception as error:  # its tracer raises what it likes
         raise ExportError(f"torch cannot export the network: {error}") from error

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from dyexport.errors import DyexportError, EngineBuildError
 
+# Peaks seen: 0.54 GB for hardly any weights, 0.65 GB for 43 MB of them, 5.1 GB for 1.1 GB.
 BASE = 1_000_000_000  # bytes that a builder takes whatever it builds
 TIMES = 4  # and for each byte of weights
 PR_SET_PDEATHSIG = 1
