@@ -6,6 +6,7 @@ graphs/conditioning.onnx      what depends on t and the label alone; runs once f
 graphs/dense.onnx             the static model, for comparison (optional), with a conditioning of its own if need be
 graphs/weights.bin            the weight store
 calibration/widths.safetensors, calibration/tokens.safetensors
+calibration/ranges.json       largest magnitudes of what quantized linear layers read
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 WIDTHS = "calibration/widths.safetensors"
 TOKENS = "calibration/tokens.safetensors"
+RANGES = "calibration/ranges.json"
 
 CONDITIONING = "conditioning"
 DENSE = "dense"
@@ -158,6 +160,7 @@ class SegmentPlan(Frozen):
 
     ``merge_errors`` are what merging TD-LoRA costs in each segment, merged or refused: the squared distance of
     the output to the exact one over its squared norm, at random t. Empty where merging was not asked for.
+    ``quantization_errors`` are the same of quantized linear layers, fake-quantized in the masked model.
     """
 
     segments: tuple[Segment, ...]
@@ -167,6 +170,7 @@ class SegmentPlan(Frozen):
     disk_bytes: int
     resident_bytes: int
     merge_errors: tuple[float, ...] = ()
+    quantization_errors: tuple[float, ...] = ()
 
     @model_validator(mode="after")
     def _covers(self) -> SegmentPlan:
@@ -189,12 +193,14 @@ class SegmentPlan(Frozen):
 
 
 Precision = Literal["fp32", "fp16", "bf16"]
+Quantization = Literal["int8", "fp8"]  # fp8 is E4M3: four bits of exponent, three of mantissa
 
 
 class ModelSpec(Frozen):
     """What a pipeline needs to know of the model; ``config`` is its diffusers configuration.
 
-    ``precision`` is that of weights and products; inputs and outputs of a network are in fp32.
+    ``precision`` is that of weights and products; inputs and outputs of a network are in fp32. With
+    ``quantization`` the linear layers of attention and MLP have weights and inputs in eight bits.
     """
 
     name: str
@@ -207,7 +213,14 @@ class ModelSpec(Frozen):
     pixel_space: bool
     config: dict[str, Any]
     precision: Precision = "fp32"
+    quantization: Quantization | None = None
     td_lora: LoraSpec | None = None  # whose gates the conditioning network computes
+
+    @property
+    def number_formats(self) -> str:
+        """For people: ``fp16, linear layers in int8``."""
+        suffix = "" if self.quantization is None else f", linear layers in {self.quantization}"
+        return f"{self.precision}{suffix}"
 
     @property
     def frames(self) -> int | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from dyexport.errors import DyexportError
 
@@ -35,6 +36,14 @@ def emit(payload: Mapping[str, Any], *, as_json: bool, human: Callable[[Console]
         typer.echo(json.dumps(payload, indent=2, allow_nan=False))
     else:
         human(Console(highlight=False))
+
+
+def pairs(lines: Sequence[tuple[str, str]]) -> Table:
+    """Names, and what they stand for."""
+    table = Table(show_header=False, box=None)
+    for name, value in lines:
+        table.add_row(name, value)
+    return table
 
 
 @contextmanager

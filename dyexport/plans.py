@@ -17,6 +17,7 @@ PROGRAM = "program.pt2"  # instead, of Torch-TensorRT
 INFO = "plan.json"
 
 LARGEST_TOPK = 3840  # rows, the most that TensorRT sorts
+OLDEST_FP8 = 8.9  # compute capability of the first GPUs that multiply in FP8: Ada
 
 
 class Profile(BaseModel):

@@ -85,6 +85,7 @@ class OrtEngine(Engine):
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self._threads or torch.get_num_threads()
+        options.add_session_config_entry("session.x64quantprecision", "1")  # else int8 may saturate without VNNI
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.path.parent))
         if self.shares_weights:
             # Without prepacking the weights stay file pages; an arena of its own would hold activations per session.

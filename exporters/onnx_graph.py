@@ -26,6 +26,7 @@ from onnxscript.rewriter.rules import common as rules
 from dyexport.errors import ExportError
 from dyexport.exporters.examples import dynamic_shapes, example_inputs, example_sizes
 from dyexport.exporters.operator_gate import MODULE
+from dyexport.exporters.qdq import insert_qdq
 from dyexport.slicing.recipes import StoreLayout
 from dyexport.slicing.slicer import Slice
 
@@ -34,6 +35,8 @@ ONNX_DTYPES = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
     torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.int8: ir.DataType.INT8,
+    torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
 }
 REWRITES = (  # those of onnxscript that find something here; one of the others compares each node with every other
     rules.collapse_slice_rule,
@@ -58,6 +61,7 @@ def export_onnx(slice_: Slice, layout: StoreLayout, path: Path) -> None:
     """
     model = _export(slice_, path.stem)
     _optimize(model, slice_)
+    insert_qdq(model, slice_)
     refer_to_store(model, slice_, layout)
     strip_metadata(model)
     ir.save(model, path)
@@ -164,7 +168,7 @@ def refer_to_store(model: ir.Model, slice_: Slice, layout: StoreLayout) -> None:
             location=STORE,
             offset=layout.offsets[recipe],
             length=recipe.nbytes,
-            dtype=ONNX_DTYPES[recipe.dtype],
+            dtype=ONNX_DTYPES[recipe.stored_dtype],
             shape=ir.Shape(recipe.shape),
             name=name,
         )

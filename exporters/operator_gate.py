@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,12 +11,13 @@ import onnx
 from onnx import NodeProto, numpy_helper
 
 from dyexport.errors import EngineBuildError
-from dyexport.plans import LARGEST_TOPK, Flavour
+from dyexport.plans import LARGEST_TOPK, OLDEST_FP8, Flavour
 
 MODULE = "module"  # key of a node's metadata: the torch module that it came from
 
 BOTH: frozenset[Flavour] = frozenset({"tensorrt", "tensorrt-rtx"})
 RTX: frozenset[Flavour] = frozenset({"tensorrt-rtx"})
+FP8 = onnx.TensorProto.FLOAT8E4M3FN
 
 
 class Refusal(NamedTuple):
@@ -28,28 +30,47 @@ class Refusal(NamedTuple):
     cure: str
 
 
+class Known(NamedTuple):
+    """What a rule may look at beside a node.
+
+    ``integers`` are the graph's small ones by name, ``fp8`` the names of its tensors in FP8, ``largest_topk`` bounds a
+    K that is computed, and ``oldest`` is the lowest compute capability that is asked for. Infinite where none is: the
+    builder then leaves out GPUs that cannot run the graph.
+    """
+
+    integers: Mapping[str, int]
+    fp8: frozenset[str]
+    largest_topk: int
+    oldest: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """``refuses(node, constants, largest K)``; constants are the graph's small integers by name."""
+    """``refuses(node, known)``."""
 
     op_type: str
     flavours: frozenset[Flavour]
-    refuses: Callable[[NodeProto, Mapping[str, int], int], bool]
+    refuses: Callable[[NodeProto, Known], bool]
     reason: str
     cure: str
 
 
-def _always(node: NodeProto, constants: Mapping[str, int], largest: int) -> bool:
+def _always(node: NodeProto, known: Known) -> bool:
     return True
 
 
-def _reduces(node: NodeProto, constants: Mapping[str, int], largest: int) -> bool:
+def _reduces(node: NodeProto, known: Known) -> bool:
     return any(a.name == "reduction" and a.s not in (b"", b"none") for a in node.attribute)
 
 
-def _too_many(node: NodeProto, constants: Mapping[str, int], largest: int) -> bool:
+def _too_many(node: NodeProto, known: Known) -> bool:
     """A K that is computed is bounded by the largest number of rows that the network may be given."""
-    return constants.get(node.input[1], largest) > LARGEST_TOPK
+    return known.integers.get(node.input[1], known.largest_topk) > LARGEST_TOPK
+
+
+def _too_new(node: NodeProto, known: Known) -> bool:
+    """The type of a zero point is that of the codes."""
+    return node.input[2] in known.fp8 and known.oldest < OLDEST_FP8
 
 
 RULES = (
@@ -77,23 +98,39 @@ RULES = (
         reason=f"may ask for more than {LARGEST_TOPK} rows, the most that TensorRT sorts",
         cure="build with --token-path masked, or with --profile for less text",
     ),
+    Rule(
+        op_type="QuantizeLinear",
+        flavours=RTX,
+        refuses=_too_new,
+        reason=f"quantizes to FP8, in which GPUs multiply from compute capability {OLDEST_FP8} on",
+        cure=f"give --compute-capability {OLDEST_FP8} or higher ones only, or build with --quantize int8",
+    ),
 )
 
 
-def find_refusals(model: onnx.ModelProto, flavour: Flavour, *, largest_topk: int) -> tuple[Refusal, ...]:
+def find_refusals(
+    model: onnx.ModelProto, flavour: Flavour, *, largest_topk: int, compute_capabilities: Sequence[str] = ()
+) -> tuple[Refusal, ...]:
     """Every node that ``flavour`` refuses; ``largest_topk`` bounds a K that is not a constant."""
-    constants = _small_integers(model)
+    known = Known(
+        integers=_small_integers(model),
+        fp8=frozenset(t.name for t in model.graph.initializer if t.data_type == FP8),
+        largest_topk=largest_topk,
+        oldest=min((float(text) for text in compute_capabilities), default=math.inf),
+    )
     return tuple(
         Refusal(node.name, node.op_type, _module_of(node), rule.reason, rule.cure)
         for node in model.graph.node
         for rule in RULES
-        if node.op_type == rule.op_type and flavour in rule.flavours and rule.refuses(node, constants, largest_topk)
+        if node.op_type == rule.op_type and flavour in rule.flavours and rule.refuses(node, known)
     )
 
 
-def check_operators(model: onnx.ModelProto, flavour: Flavour, *, largest_topk: int) -> None:
+def check_operators(
+    model: onnx.ModelProto, flavour: Flavour, *, largest_topk: int, compute_capabilities: Sequence[str] = ()
+) -> None:
     """Raises ``EngineBuildError`` naming the first refused node, its torch module and the cure."""
-    refused = find_refusals(model, flavour, largest_topk=largest_topk)
+    refused = find_refusals(model, flavour, largest_topk=largest_topk, compute_capabilities=compute_capabilities)
     if refused:
         node, op_type, module, reason, cure = refused[0]
         more = f" ({len(refused) - 1} more like it)" if len(refused) > 1 else ""

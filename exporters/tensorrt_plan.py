@@ -55,7 +55,12 @@ def build_plan(
     ``MissingDependency`` where the flavour is not installed.
     """
     model = onnx.load(graph, load_external_data=False)
-    check_operators(model, request.flavour, largest_topk=request.largest_topk)
+    check_operators(
+        model,
+        request.flavour,
+        largest_topk=request.largest_topk,
+        compute_capabilities=request.compute_capabilities,
+    )
     api = load_api(request.flavour)
     log = BuildLog(api.trt)
     builder = api.trt.Builder(log.logger)

@@ -113,7 +113,9 @@ class ModelStages:
 
     @cached_property
     def tables(self) -> tuple[ModelSpec, WidthTable, TokenStats | None]:
-        return reference.read_calibrated(self.calibrated.path, self.settings.preset, self.settings.stored_precision)
+        settings = self.settings
+        path, precision = self.calibrated.path, settings.stored_precision
+        return reference.read_calibrated(path, settings.preset, precision, settings.quantize)
 
     @property
     def metrics(self) -> dict[str, float]:

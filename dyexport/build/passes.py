@@ -18,11 +18,12 @@ class Passes:
     compared: int  # with the static model
     tokens: int
     token_draws: int
+    ranges: int  # values of t in each segment
 
 
-DIGITS = Passes(samples=16, importance=32, probes=4, compared=16, tokens=32, token_draws=2)
+DIGITS = Passes(samples=16, importance=32, probes=4, compared=16, tokens=32, token_draws=2, ranges=8)
 USUAL = replace(DIGITS, samples=2)
-FEW = Passes(samples=1, importance=8, probes=1, compared=4, tokens=8, token_draws=1)
+FEW = Passes(samples=1, importance=8, probes=1, compared=4, tokens=8, token_draws=1, ranges=2)
 
 
 def passes_for(settings: BuildSettings) -> Passes:

@@ -37,11 +37,12 @@ from dyexport.build.networks import (
 )
 from dyexport.build.predictions import PlanCost, predict
 from dyexport.build.profiles import plan_request
+from dyexport.build.quantization import Ranges, make_ranges
 from dyexport.build.settings import BuildSettings
 from dyexport.build.side_by_side import Crew, how_many
 from dyexport.build.targets import ONNX, TARGETS
 from dyexport.build.team import Alone, find_team
-from dyexport.bundle import TOKENS, WIDTHS, Manifest, SegmentPlan
+from dyexport.bundle import RANGES, TOKENS, WIDTHS, Manifest, SegmentPlan
 from dyexport.calibration.segments import PlanSettings
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.exporters.weight_store import write_store
@@ -60,7 +61,7 @@ class Pipeline(ModelStages):
     def plan(self) -> SegmentPlan:
         """Segments for K engines."""
         settings: dict[str, Any] = {"engines": self.settings.engines, "token_path": self.settings.planned_token_path}
-        settings["precision"] = self.settings.stored_precision
+        settings |= {"precision": self.settings.stored_precision, "quantize": self.settings.quantize}
         inputs: dict[str, Any] = {"calibrated": self.calibrated.digest, "dyexport": __version__, **settings}
         if self._merges:
             inputs |= {"merge_tolerance": self.settings.merge_tolerance, "data": self._data_digest}
@@ -95,13 +96,35 @@ class Pipeline(ModelStages):
     def _networks_of(self, plan: SegmentPlan) -> list[Network]:
         """The plan's segments, their conditioning and, unless it is left out, the dense baseline."""
         spec, widths, stats = self.tables
-        return cut_networks(
+        networks = cut_networks(
             architecture_of(spec, widths, stats),
             widths,
             plan.segments,
             baseline=self.settings.baseline,
             own_dense=self._has_own_dense,
         )
+        if self.ranges is None:
+            return networks
+        ranges = Ranges.read(self.ranges.path)
+        return [ranges.attach(network) for network in networks]
+
+    @cached_property
+    def ranges(self) -> Outcome | None:
+        """Ranges of what quantized linear layers read, and what quantization costs; None where nothing is quantized."""
+        if self.settings.quantize is None:
+            return None
+        inputs = {
+            "plan": digest_of(self.plan.model_dump(mode="json")),
+            "model": [self.calibrated.digest, self.static.digest],
+            "data": self._data_digest,
+            "settings": [self.settings.quantize, self.settings.baseline, self.settings.seed],
+        }
+
+        def make(out: Path) -> None:
+            static, calibrated, data = self.static.path, self.calibrated.path, self.calibration_inputs
+            make_ranges(self.settings, static, calibrated, self.plan, self.tables, data, out)
+
+        return self._run("ranges", "ranges.json", inputs, make)
 
     @property
     def _has_own_dense(self) -> bool:
@@ -194,6 +217,7 @@ class Pipeline(ModelStages):
             "model": spec.model_dump(mode="json"),
             "segment": network.segment.model_dump(mode="json") if network.segment else None,
             "weights": digest_of(weights),
+            "ranges": dict(network.slice.ranges),
             "versions": [__version__, torch.__version__],
         }
 
@@ -217,8 +241,11 @@ class Pipeline(ModelStages):
         for (target, name), outcome in self.plans.items():
             files |= {f"{ENGINES}/{target}/{name}/{part}": Source.of(outcome, part) for part in outcome.files}
             engines[target, name] = f"{ENGINES}/{target}/{name}/{TARGETS[target].file}"
-        spec = self.tables[0]
-        manifest = describe_bundle(self.settings, spec, self.plan, files, engines, self.calibrated, self.metrics)
+        spec, plan = self.tables[0], self.plan
+        if self.ranges is not None:
+            files[RANGES] = Source.of(self.ranges)
+            plan = plan.model_copy(update={"quantization_errors": Ranges.read(self.ranges.path).errors})
+        manifest = describe_bundle(self.settings, spec, plan, files, engines, self.calibrated, self.metrics)
         begin = perf_counter()
         reused = assemble(self.settings.out, manifest, files)
         spent = perf_counter() - begin

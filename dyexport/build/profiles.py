@@ -31,7 +31,7 @@ def plan_request(settings: BuildSettings, target: str, spec: ModelSpec, network:
         flavour=flavour,
         inputs=network.slice.inputs,
         profiles=profiles,
-        precision=spec.precision,
+        precision=spec.number_formats,
         compute_capabilities=settings.compute_capabilities,
         largest_topk=largest_topk(spec, network.segment, profiles),
         stream_weights=settings.stream_weights,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dyexport.build.passes import passes_for
 from dyexport.build.settings import BuildSettings
 from dyexport.build.stages import count_trainable
-from dyexport.bundle import TOKENS, WIDTHS, ModelSpec, Precision, Segment
+from dyexport.bundle import TOKENS, WIDTHS, ModelSpec, Precision, Quantization, Segment
 from dyexport.calibration.merging import merge_segments
 from dyexport.calibration.precision import measure_magnitudes
 from dyexport.calibration.tokens import measure_tokens
@@ -125,10 +125,10 @@ def make_magnitudes(settings: BuildSettings, calibrated: Path, inputs: NoisedInp
 
 
 def read_calibrated(
-    directory: Path, preset: Preset, precision: Precision
+    directory: Path, preset: Preset, precision: Precision, quantization: Quantization | None
 ) -> tuple[ModelSpec, WidthTable, TokenStats | None]:
     """What planning needs to know of a calibrated model; reads no weights."""
-    spec = spec_of(preset, read_config(directory, preset), read_spec(directory).td_lora, precision)
+    spec = spec_of(preset, read_config(directory, preset), read_spec(directory).td_lora, precision, quantization)
     stats = TokenStats.load(directory / TOKENS) if (directory / TOKENS).is_file() else None
     return spec, WidthTable.load(directory / WIDTHS), stats
 

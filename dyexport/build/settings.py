@@ -10,10 +10,11 @@ from typing import Literal, get_args
 
 from dyexport.build.profiles import parse_profiles
 from dyexport.build.targets import ONNX, TARGETS
-from dyexport.bundle import Precision
+from dyexport.bundle import Precision, Quantization
 from dyexport.calibration.segments import PlanSettings
 from dyexport.errors import BudgetError, UsageError
 from dyexport.lora import LoraSpec
+from dyexport.plans import OLDEST_FP8
 from dyexport.presets import Preset, RouterKind, get_preset
 
 Routers = Literal["given", "random", "trained", "none"]
@@ -72,6 +73,7 @@ class BuildSettings:
     seed: int = 0
     baseline: bool = True
     precision: Precision | None = None
+    quantize: Quantization | None = None
     memory: int | None = None  # bytes that weights may take; None: what is free
 
     def __post_init__(self) -> None:
@@ -110,6 +112,22 @@ class BuildSettings:
             if not re.fullmatch(r"\d+\.\d", text):
                 raise UsageError(f"--compute-capability {text!r} is not one; write 8.9, or 8.6,8.9,12.0")
         parse_profiles(self.profiles)
+        self._check_quantization()
+
+    def _check_quantization(self) -> None:
+        if self.quantize not in (None, *get_args(Quantization)):
+            raise UsageError(f"--quantize is {self.quantize}; use {' or '.join(get_args(Quantization))}")
+        modules = [target for target in self.targets if TARGETS[target].build_name]
+        if self.quantize is not None and modules:
+            raise UsageError(
+                f"--quantize is for targets made from graphs, and {modules[0]} is not; leave one of them out"
+            )
+        too_old = [text for text in self.compute_capabilities if float(text) < OLDEST_FP8]
+        if self.quantize == "fp8" and too_old:
+            raise UsageError(
+                f"--compute-capability {too_old[0]} has no fp8, which GPUs have from {OLDEST_FP8} on; "
+                "leave it out, or use --quantize int8"
+            )
 
     def _check_steps(self, preset: Preset) -> None:
         if self.data == "synthetic" and self.from_scratch:

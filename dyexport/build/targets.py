@@ -18,11 +18,12 @@ class Target:
 
     A target with a ``flavour`` of TensorRT has neither: its plans are built from the ONNX graphs, or where there is
     ``build(slice, layout, store, request, out)`` by that; ``file`` is what they are called. ``proof`` says what its
-    engines have been run on.
+    engines have been run on, ``quantized`` what becomes of int8 and fp8 there.
     """
 
     about: str
     proof: str
+    quantized: str
     suffix: str = ""
     module: str = ""
     export_name: str = ""
@@ -53,6 +54,7 @@ TARGETS = {
     ONNX: Target(
         about="ONNX graphs over one weight store, for ONNX Runtime on a CPU or CUDA",
         proof="run and verified on CPUs; CUDA untested",
+        quantized="int8 beside fp32 multiplies in int8 on CPUs; fp8 rounds, then multiplies floats",
         suffix=".onnx",
         module="dyexport.exporters.onnx_graph",
         export_name="export_onnx",
@@ -61,17 +63,20 @@ TARGETS = {
     "tensorrt-rtx": Target(
         about="TensorRT-RTX plans, built ahead of time on any machine",
         proof="built on CPUs from the graphs that verify checks; never run: untested on a GPU",
+        quantized="both build; NVIDIA lists products in fp8 from 8.9 on, and int8 for weights alone",
         flavour="tensorrt-rtx",
         static_tokens=True,
     ),
     "tensorrt": Target(
         about="TensorRT plans for the GPU of the machine that builds them",
         proof="never built, never run: untested on a GPU",
+        quantized="never built; NVIDIA lists products in int8, and in fp8 from 8.9 on",
         flavour="tensorrt",
     ),
     "torch-tensorrt": Target(
         about="Torch-TensorRT programs for the GPU of the machine that builds them",
         proof="never built, never run: untested on a GPU; what it compiles equals the slim modules on CPUs",
+        quantized="int8 and fp8 are refused: Q/DQ nodes are in graphs, not in the modules that it compiles",
         flavour="torch-tensorrt",
         module="dyexport.exporters.torch_program",
         build_name="build_program",

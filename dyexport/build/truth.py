@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dyexport.bundle import SegmentPlan
+from dyexport.build.quantization import QuantizedModel
+from dyexport.bundle import Bundle
 from dyexport.calibration.merging import merged_gates
 from dyexport.errors import MissingDependency
 from dyexport.models.base import Inputs
@@ -26,8 +27,9 @@ class Truth:
     what that costs, and everything else is compared to the last digit.
     """
 
-    def __init__(self, model: DynamicTransformer, preset: Preset, plan: SegmentPlan, seed: int) -> None:
-        self.model, self.plan = model, plan
+    def __init__(self, model: DynamicTransformer, preset: Preset, bundle: Bundle, seed: int) -> None:
+        self.model, self.plan = model, bundle.manifest.plan
+        self.quantized_model = QuantizedModel(model, bundle) if bundle.manifest.model.quantization else None
         self.inputs = _inputs(preset, seed)
         self.redrawn = 0
 
@@ -42,6 +44,15 @@ class Truth:
                 break
             self.redrawn += 1
         return inputs, output
+
+    @torch.no_grad()
+    def quantized(self, t: float, inputs: Inputs) -> DynamicOutput | None:
+        """The same with linear layers quantized as the engines' are; None where the bundle has none such."""
+        if self.quantized_model is None:
+            return None
+        index = self.plan.segment_for(t)
+        with merged_gates(self.model, self.plan.segments[index]):
+            return self.quantized_model.run(index, inputs)
 
 
 def undecided(logits: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
-"""Commands that make a bundle: build, its stages one at a time, models, plan, verify."""
+"""Commands that make a bundle: build, its stages one at a time, models, plan."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,14 +11,7 @@ from rich.table import Table
 
 from dyexport.commands.building import building
 from dyexport.commands.options import BuildOptions, takes_build_options
-from dyexport.console import (
-    DebugOption,
-    JsonOption,
-    chatter_on_stderr,
-    emit,
-    format_bytes,
-    progress_bar,
-)
+from dyexport.console import DebugOption, JsonOption, emit, format_bytes, pairs
 
 if TYPE_CHECKING:
     from dyexport.build.predictions import PlanCost
@@ -51,7 +43,7 @@ def finetune(options: BuildOptions, json: JsonOption = False, debug: DebugOption
         path, counts = str(pipeline.dynamic.path), count_trainable(settings)
         payload = {"checkpoint": path, **counts, "stages": pipeline.stage_report}
     lines = (("checkpoint", path), *_trainable_lines(payload))
-    emit(payload, as_json=json, human=lambda console: console.print(_pairs(lines)))
+    emit(payload, as_json=json, human=lambda console: console.print(pairs(lines)))
 
 
 @app.command()
@@ -60,7 +52,7 @@ def calibrate(options: BuildOptions, json: JsonOption = False, debug: DebugOptio
     """Meet the budget and read widths and token counts off the routers: build's stages up to there."""
     with building(options.settings()) as pipeline:
         payload = {"checkpoint": str(pipeline.calibrated.path), **pipeline.metrics, "stages": pipeline.stage_report}
-    emit(payload, as_json=json, human=lambda console: console.print(_pairs(_calibration_lines(payload))))
+    emit(payload, as_json=json, human=lambda console: console.print(pairs(_calibration_lines(payload))))
 
 
 @app.command()
@@ -83,7 +75,7 @@ def _build(settings: BuildSettings, json: bool, without: frozenset[str] = frozen
         "flops_ratio": manifest.plan.flops_ratio,
         "stages": pipeline.stage_report,
     }
-    emit(payload, as_json=json, human=lambda console: console.print(_pairs(_build_lines(payload))))
+    emit(payload, as_json=json, human=lambda console: console.print(pairs(_build_lines(payload))))
 
 
 @app.command()
@@ -94,10 +86,13 @@ def plan(
     debug: DebugOption = False,
 ) -> None:
     """Show what K = 1, 2, 4, 8, 16 engines would cost, before any is exported. Calibrates first if that is not done."""
-    with building(options.settings()) as pipeline:
+    settings = options.settings()
+    with building(settings) as pipeline:
         plans = [pipeline.priced(engines) for engines in PLANNED_ENGINES]
         rows = [{**_costs(found), "tensorrt": _predictions(pipeline.predicted(found))} for found in plans]
-    emit({"model": options.model, "plans": rows}, as_json=json, human=lambda console: console.print(_plan_table(rows)))
+    formats = {"precision": settings.stored_precision, "quantization": settings.quantize}
+    payload = {"model": options.model, **formats, "plans": rows}
+    emit(payload, as_json=json, human=lambda console: console.print(_plan_table(rows)))
 
 
 @app.command()
@@ -112,7 +107,8 @@ def models(
     if targets:
         from dyexport.build.targets import TARGETS
 
-        found = [{"name": name, "about": each.about, "proof": each.proof} for name, each in TARGETS.items()]
+        shown = ("about", "proof", "quantized")
+        found = [{"name": name, **{part: getattr(each, part) for part in shown}} for name, each in TARGETS.items()]
         emit({"targets": found}, as_json=json, human=lambda console: console.print(_target_table(found)))
         return
     from dyexport.presets import PRESETS
@@ -131,37 +127,6 @@ def models(
         for preset in PRESETS.values()
     ]
     emit({"models": rows}, as_json=json, human=lambda console: console.print(_model_table(rows)))
-
-
-@app.command()
-def verify(
-    bundle: Annotated[Path, typer.Argument(help="A bundle directory.")],
-    timesteps: Annotated[int, typer.Option(help="How many random timesteps to compare at.")] = 64,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(help="Largest accepted error: absolute in fp32 (1e-4), relative in fp16 (1e-2) and bf16 (8e-2)."),
-    ] = None,
-    target: Annotated[str, typer.Option(help="Which of the bundle's engine formats to run.")] = "onnx",
-    reference: Annotated[
-        Path | None, typer.Option(help="The dynamic checkpoint to compare with; by default the one it was built from.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of timesteps and inputs.")] = 0,
-    layers: Annotated[
-        bool, typer.Option("--layers", help="Also compare every layer of the ONNX graphs, and name the first to drift.")
-    ] = False,
-    json: JsonOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Compare a bundle with the masked torch model it was cut from, in fp32 at random timesteps."""
-    from dyexport.build.verify import VerifySettings, verify_bundle
-
-    settings = VerifySettings(timesteps=timesteps, tolerance=tolerance, target=target, seed=seed, layers=layers)
-    with chatter_on_stderr(), progress_bar("verifying") as advance:
-        report = verify_bundle(bundle, settings, reference=reference, advance=advance)
-    payload = report.as_json()
-    emit(payload, as_json=json, human=lambda console: console.print(_pairs(_verify_lines(payload))))
-    if not report.passed:
-        raise typer.Exit(1)
 
 
 def _costs(found: SegmentPlan) -> dict[str, Any]:
@@ -183,6 +148,7 @@ def _build_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         ("output error against dense", f"{payload['output_relative_mse']:.4f} (relative MSE)"),
         *_trainable_lines(payload),
         *_headroom_lines(payload),
+        *_quantization_lines(payload),
         ("on disk", format_bytes(payload["disk_bytes"])),
         *_plan_lines(payload["stages"]),
     )
@@ -206,6 +172,12 @@ def _headroom_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     return (("largest value in fp16", f"{payload['fp16_headroom']:.1f} x below the limit{warning}"),)
 
 
+def _quantization_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+    if not (errors := payload["quantization_errors"]):
+        return ()
+    return (("output error of quantization", f"{min(errors):.1e} to {max(errors):.1e} by segment (relative MSE)"),)
+
+
 def _calibration_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     return (
         ("checkpoint", payload["checkpoint"]),
@@ -221,43 +193,6 @@ def _trainable_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         return ()
     count, share = payload["trainable_parameters"], payload["trainable_share"]
     return (("trained", f"{count:,.0f} parameters ({100 * share:.2f} % of full fine-tuning's)"),)
-
-
-def _verify_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
-    error = payload["error"]
-    return (
-        ("result", "passed" if payload["passed"] else "FAILED"),
-        ("largest error", "not a number" if error is None else f"{error:.2e} (at most {payload['tolerance']:g})"),
-        ("precision", payload["precision"]),
-        ("timesteps compared", f"{payload['timesteps']}"),
-        ("left out, tokens over capacity", f"{payload['overflow']}"),
-        ("redrawn, a token on its threshold", f"{payload['redrawn']}"),
-        *_layer_lines(payload["layers"]),
-    )
-
-
-def _layer_lines(layers: Mapping[str, Any] | None) -> Sequence[tuple[str, str]]:
-    """The first layer to drift, or the one that comes nearest to it."""
-    if layers is None:
-        return ()
-    compared = ("layers compared", f"{len(layers['layers'])}")
-    if (first := layers["first_drift"]) is not None:
-        return compared, ("first to drift", f"{first['module']} of {first['network']}: {_layer_error(first)}")
-    worst = max(layers["layers"], key=lambda layer: layer["relative_error"])
-    return compared, ("largest error of a layer", f"{_layer_error(worst)}: {worst['module']} of {worst['network']}")
-
-
-def _layer_error(layer: Mapping[str, Any]) -> str:
-    if layer["max_abs_error"] is None:
-        return "not a number"
-    return f"{layer['max_abs_error']:.2e}, relative {layer['relative_error']:.2e}"
-
-
-def _pairs(lines: Sequence[tuple[str, str]]) -> Table:
-    table = Table(show_header=False, box=None)
-    for name, value in lines:
-        table.add_row(name, value)
-    return table
 
 
 def _plan_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -280,9 +215,9 @@ def _plan_cost(cost: Mapping[str, Any]) -> str:
 
 
 def _target_table(rows: Sequence[Mapping[str, str]]) -> Table:
-    table = Table("target", "writes", "proof")
+    table = Table("target", "writes", "proof", "with --quantize")
     for row in rows:
-        table.add_row(row["name"], row["about"], row["proof"])
+        table.add_row(*row.values())
     return table
 
 

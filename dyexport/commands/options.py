@@ -13,7 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from dyexport.build.settings import BuildSettings
-    from dyexport.bundle import Precision
+    from dyexport.bundle import Precision, Quantization
     from dyexport.presets import RouterKind
 
 
@@ -107,6 +107,10 @@ class BuildOptions:
         str | None,
         _option("Of weights and products: fp32, fp16 or bf16; by default fp32, and bf16 for models of billions."),
     ] = None
+    quantize: Annotated[
+        str | None,
+        _option("int8 or fp8 for weights and inputs of the linear layers of attention and MLP; by default neither."),
+    ] = None
     memory: Annotated[
         str | None,
         _option(
@@ -157,6 +161,7 @@ class BuildOptions:
             seed=self.seed,
             baseline=not self.no_baseline,
             precision=cast("Precision | None", self.precision),  # as router
+            quantize=cast("Quantization | None", self.quantize),
             memory=None if self.memory is None else parse_bytes(self.memory),
         )
 

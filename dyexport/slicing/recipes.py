@@ -17,7 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dyexport.bundle import Quantization
+
 ALIGNMENT = 4096  # bytes; lets every tensor be mapped as whole pages
+
+CODES: Mapping[Quantization, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+QMAX: Mapping[Quantization, float] = {"int8": 127.0, "fp8": 448.0}  # symmetric: -128 is not used
 
 Read = Callable[[str], Tensor]
 """Returns a dense tensor by its name in the stock state dict."""
@@ -36,6 +41,9 @@ class Recipe:
     ``span`` are the rows or columns that the units divide, if not all. ``scale`` multiplies rows, the query, or the
     norm: head_dim ** -0.5 where attention is to be spared it.
     ``halves`` puts the even channels of a query's or key's head before the odd ones.
+
+    With ``quantization`` the tensor is stored as codes of eight bits; with ``scales`` too it is their scales, in
+    ``dtype``: one for each output channel, from all its inputs, kept or not, so that networks share a weight's codes.
     """
 
     kind: Literal["copy", "rows", "columns", "qkv", "norm"]
@@ -47,24 +55,60 @@ class Recipe:
     span: tuple[int, int] | None = None
     scale: float = 1.0
     halves: bool = False
+    quantization: Quantization | None = None
+    scales: bool = False
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return self.dtype if self.quantization is None or self.scales else CODES[self.quantization]
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+        return prod(self.shape) * self.stored_dtype.itemsize
 
     @property
     def family(self) -> tuple[object, ...]:
         """Recipes of one family differ only in the units they keep."""
         tail = self.shape if self.kind == "copy" else self.shape[1:]
-        return (self.kind, self.sources, self.unit_size, self.dtype, self.span, self.scale, self.halves, tail)
+        made = (self.kind, self.unit_size, self.span, self.scale, self.halves, tail)
+        return (self.sources, made, self.dtype, self.quantization, self.scales)
 
 
 def materialise(recipe: Recipe, read: Read) -> Tensor:
-    """Make the tensor: contiguous, of ``recipe.shape`` and ``recipe.dtype``."""
+    """Make the tensor: contiguous, of ``recipe.shape`` and ``recipe.stored_dtype``."""
     dense = [read(name) for name in recipe.sources]
-    if recipe.scale != 1.0:
+    if recipe.scale != 1.0 or recipe.quantization is not None:
         dense = [tensor.float() for tensor in dense]  # half precision is rounded once, at the end
-    return _MAKERS[recipe.kind](recipe, dense).reshape(recipe.shape).to(recipe.dtype).contiguous()
+    if recipe.scales:
+        return _scales(recipe, dense).contiguous()
+    made = _MAKERS[recipe.kind](recipe, dense)
+    if recipe.quantization is None:
+        return made.reshape(recipe.shape).to(recipe.dtype).contiguous()
+    scales = _scales(recipe, dense).float().unsqueeze(0 if recipe.kind == "columns" else 1)
+    return quantize(made.reshape(recipe.shape) / scales, recipe.quantization).contiguous()
+
+
+def quantize(scaled: Tensor, quantization: Quantization) -> Tensor:
+    """Values over their scale as the nearest codes, ties to even; what lies beyond the largest code becomes it."""
+    largest = QMAX[quantization]
+    nearest = scaled.round() if quantization == "int8" else scaled
+    return nearest.clamp(-largest, largest).to(CODES[quantization])
+
+
+def scale_of(largest: Tensor, quantization: Quantization, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the largest code is multiplied by to give ``largest``; above 0 for a row of zeros, normal in ``dtype``."""
+    return (largest / QMAX[quantization]).clamp(min=torch.finfo(dtype).tiny).to(dtype)
+
+
+def _scales(recipe: Recipe, dense: list[Tensor]) -> Tensor:
+    """Of output channels, rounded to ``dtype`` as the network will read them: (out,)."""
+    assert recipe.quantization is not None
+    if recipe.kind == "columns":
+        start, end = recipe.span or (0, dense[0].shape[1])
+        largest = dense[0][:, start:end].abs().amax(1)  # (out,)
+    else:
+        largest = _MAKERS[recipe.kind](recipe, [weight.abs().amax(1) for weight in dense]).flatten()
+    return scale_of(largest, recipe.quantization, recipe.dtype)
 
 
 def _rows(recipe: Recipe, dense: list[Tensor]) -> Tensor:

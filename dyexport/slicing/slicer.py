@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dyexport.bundle import ModelSpec, Precision, Segment, TokenPath
+from dyexport.bundle import ModelSpec, Precision, Quantization, Segment, TokenPath
 from dyexport.errors import UsageError
 from dyexport.lora import LoraSpec
 from dyexport.presets import Preset
 from dyexport.slicing.merging import merged_recipe
+from dyexport.slicing.quantizing import quantized_recipes
 from dyexport.slicing.recipes import Read, Recipe, materialise
 from dyexport.tables import WidthTable
 from dyexport.tensors import TensorSpec
@@ -58,6 +59,7 @@ class Slice:
     """A network without weights, how to make each of them, and what it is called with.
 
     ``limits`` are the largest values of symbols in ``inputs`` that have one, ``floors`` the smallest.
+    ``ranges``, by quantized weight, are the largest magnitudes of what is multiplied with it: needed to export.
     """
 
     module: nn.Module
@@ -66,6 +68,7 @@ class Slice:
     outputs: tuple[str, ...]
     limits: Mapping[str, int] = field(default_factory=dict)
     floors: Mapping[str, int] = field(default_factory=dict)
+    ranges: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -109,9 +112,12 @@ def get_slicer(backbone: str) -> Slicer:
 def slice_segment(architecture: Architecture, segment: Segment) -> Slice:
     """The slim network of a segment."""
     piece = get_slicer(architecture.spec.backbone).slice_network(architecture, segment)
-    if not segment.merged:
-        return piece
-    return replace(piece, recipes={name: merged_recipe(recipe, segment) for name, recipe in piece.recipes.items()})
+    recipes = piece.recipes
+    if segment.merged:
+        recipes = {name: merged_recipe(recipe, segment) for name, recipe in recipes.items()}
+    if (quantization := architecture.spec.quantization) is not None:
+        recipes = quantized_recipes(recipes, quantization)
+    return replace(piece, recipes=recipes)
 
 
 def slice_conditioning(architecture: Architecture) -> Slice:
@@ -120,7 +126,11 @@ def slice_conditioning(architecture: Architecture) -> Slice:
 
 
 def spec_of(
-    preset: Preset, config: Mapping[str, Any], td_lora: LoraSpec | None = None, precision: Precision = "fp32"
+    preset: Preset,
+    config: Mapping[str, Any],
+    td_lora: LoraSpec | None = None,
+    precision: Precision = "fp32",
+    quantization: Quantization | None = None,
 ) -> ModelSpec:
     """What a bundle says of a preset's model; ``config`` is the checkpoint's own."""
     return ModelSpec(
@@ -135,6 +145,7 @@ def spec_of(
         config=dict(config),
         td_lora=td_lora,
         precision=precision,
+        quantization=quantization,
     )
 
 

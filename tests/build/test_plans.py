@@ -219,7 +219,9 @@ def test_targets_are_listed_with_what_proves_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, "models", "--targets", "--json") == 0
-    proof = {each["name"]: each["proof"] for each in json.loads(capsys.readouterr().out)["targets"]}
+    targets = json.loads(capsys.readouterr().out)["targets"]
+    assert all("fp8" in each["quantized"] for each in targets)
+    proof = {each["name"]: each["proof"] for each in targets}
     assert "untested on a GPU" in proof["tensorrt-rtx"]
     assert "never built" in proof["tensorrt"]
     assert "untested on a GPU" in proof["torch-tensorrt"]

@@ -27,6 +27,12 @@ def settings(tmp_path: Path, **values: Any) -> BuildSettings:
         ({"budget": 1.5}, "budget is 1.5"),
         ({"budget": -0.5}, "budget is -0.5"),
         ({"engines": 0}, "--engines is 0"),
+        ({"quantize": "int3"}, "--quantize is int3; use int8 or fp8"),
+        ({"quantize": "int8", "targets": ("torch-tensorrt",)}, "made from graphs, and torch-tensorrt is not"),
+        (
+            {"quantize": "fp8", "targets": ("tensorrt-rtx",), "compute_capabilities": ("12.0", "8.6")},
+            "--compute-capability 8.6 has no fp8",
+        ),
         ({"targets": ("onnx", "paper")}, "unknown target 'paper'; known: onnx"),
         ({"targets": ("",)}, "unknown target ''"),
         ({"token_path": "some"}, "--token-path is 'some'"),

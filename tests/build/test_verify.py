@@ -127,7 +127,7 @@ def test_one_token_decision_fails(copy: Bundle) -> None:
     """Move the router's bias just so far that the token nearest its threshold changes sides."""
     model, preset = load_dynamic(find_reference(copy))
     t = draw_timesteps(copy.manifest, SETTINGS)[0]
-    _, output = Truth(model, preset, copy.manifest.plan, SETTINGS.seed).at(t)
+    _, output = Truth(model, preset, copy, SETTINGS.seed).at(t)
     logits = output.token_logits[:, 0].flatten()  # (B * N,)
     nearest = float(logits[logits.abs().argmin()])
 
@@ -155,7 +155,7 @@ def test_outputs_that_are_not_numbers_fail(copy: Bundle) -> None:
 def test_what_overflows_is_counted_and_left_out(copy: Bundle) -> None:
     """Say of every capacity that it is smaller than it is: what fits in less is compared, and still equal."""
     model, preset = load_dynamic(find_reference(copy))
-    truth = Truth(model, preset, copy.manifest.plan, SETTINGS.seed)
+    truth = Truth(model, preset, copy, SETTINGS.seed)
     kept = [truth.at(t)[1].tokens.sum(-1).max() for t in draw_timesteps(copy.manifest, SETTINGS)]
     manifest = json.loads((copy.root / MANIFEST).read_text())
     for segment in manifest["plan"]["segments"]:

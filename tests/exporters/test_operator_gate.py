@@ -116,6 +116,16 @@ def test_a_top_of_too_many_is_refused(count: int, refused: bool) -> None:
     assert bool(find_refusals(model_of(node), "tensorrt", largest_topk=count)) == refused
 
 
+def test_fp8_is_refused_for_gpus_without_it() -> None:
+    zero = helper.make_tensor("z", TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True)
+    model = model_of(helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"]), zero)
+    message = r"of module 'blocks\.3': .* from compute capability 8\.9 on; give .* or build with --quantize int8"
+    with pytest.raises(EngineBuildError, match=message):
+        check_operators(model, "tensorrt-rtx", largest_topk=0, compute_capabilities=("8.6", "12.0"))
+    for capabilities in (("8.9", "12.0"), ()):
+        assert not find_refusals(model, "tensorrt-rtx", largest_topk=0, compute_capabilities=capabilities)
+
+
 def test_too_many_tokens_are_refused_with_their_module_and_the_cure() -> None:
     node = helper.make_node("TopK", ["x", "k"], ["v", "i"], name="top")
     with pytest.raises(EngineBuildError, match=r"TopK 'top' of module 'blocks\.3': .*3840.*--token-path masked"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dyexport.build.profiles import parse_profiles, profiles_for
-from dyexport.bundle import TokenPath, sha256_of
+from dyexport.bundle import Precision, Quantization, TokenPath, sha256_of
 from dyexport.calibration.widths import read_widths
 from dyexport.errors import EngineBuildError, EngineMismatch, MissingDependency
 from dyexport.exporters.onnx_graph import STORE, export_onnx
@@ -24,11 +24,20 @@ from dyexport.models.random_weights import random_dynamic
 from dyexport.plans import ENGINE, INFO, PlanInfo
 from dyexport.presets import Preset, get_preset
 from dyexport.slicing.recipes import lay_out
-from dyexport.slicing.slicer import UnitOrder, dense_segment, slice_conditioning
+from dyexport.slicing.slicer import UnitOrder, dense_segment, slice_conditioning, slice_segment
 from dyexport.tensorrt_api import BuildLog, load_api
-from tests.exporters.networks import ONE_BLOCK_EACH, architecture_of, build_segment, request_for, write_graph
+from tests.exporters.networks import (
+    ONE_BLOCK_EACH,
+    architecture_of,
+    build_segment,
+    half_width,
+    request_for,
+    write_graph,
+)
+from tests.exporters.test_qdq import with_ranges
 from tests.factories import tiny_preset
 from tests.slicing.cut import Cutter
+from tests.slicing.test_quantizing import PRESETS
 
 TINY = {"dit": "dit-digits", "sit": "sit-digits", "latte": "latte-tiny", "flux": "flux-tiny"}
 CASES = [
@@ -62,6 +71,31 @@ def test_segments_of_every_backbone_build(
     assert [output.name for output in info.outputs] == ["sample", "kept_tokens"]
     assert info.outputs[0].shape[0] == "batch"
     assert any(layer.startswith("topk ") for layer in info.layers)
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize(
+    ("backbone", "precision", "quantization"),
+    [
+        ("sit", "fp32", "int8"),
+        ("sit", "fp16", "fp8"),
+        *(
+            pytest.param(backbone, precision, quantization, marks=pytest.mark.slow)
+            for backbone, precision in (("flux", "bf16"), ("latte", "fp16"))
+            for quantization in ("int8", "fp8")
+        ),
+    ],
+)
+def test_quantized_segments_build(
+    rtx: Any, tmp_path: Path, backbone: str, precision: Precision, quantization: Quantization
+) -> None:
+    preset = PRESETS[backbone]
+    architecture, segment = architecture_of(preset, precision), half_width(preset, "dynamic")
+    spec = architecture.spec.model_copy(update={"quantization": quantization})
+    slice_ = with_ranges(slice_segment(replace(architecture, spec=spec), segment))
+    graph = write_graph(slice_, tmp_path)
+    info = build_plan(graph, request_for(architecture, slice_, segment), tmp_path / "plan")
+    assert sum(layer.startswith("quantize ") for layer in info.layers) == len(slice_.ranges)
 
 
 @pytest.mark.tensorrt

@@ -1,0 +1,136 @@
+"""Ranges of activations for quantization, segment by segment, and what quantization costs.
+
+Activations of a diffusion transformer grow and shrink with t. A segment's scales need to cover its own t only; one
+network for every t would need those of the largest values throughout.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from dyexport.bundle import Quantization, Segment
+from dyexport.calibration.merging import DRAWS
+from dyexport.models.base import Inputs
+from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.inputs import NoisedInputs
+from dyexport.slicing.quantizing import LinearInput
+from dyexport.slicing.recipes import quantize, scale_of
+
+Ranges = Mapping[LinearInput, float]
+"""The largest magnitude of each input."""
+
+
+@torch.no_grad()
+def measure_ranges(
+    backbone: nn.Module,
+    run: Callable[[Inputs], object],
+    inputs: NoisedInputs,
+    points: Sequence[float],
+    linears: Iterable[LinearInput],
+) -> dict[LinearInput, float]:
+    """Over calibration inputs at ``points``, values of t; ``run`` is a pass through the backbone."""
+    found = dict.fromkeys(linears, 0.0)
+
+    def watch(linear: LinearInput, module: nn.Module, read: tuple[Tensor, ...]) -> None:
+        found[linear] = max(found[linear], float(_part(read[0], linear).abs().amax()))
+
+    with _hooked(backbone, ((linear, partial(watch, linear)) for linear in found)):
+        for chunk in inputs.chunks(points):
+            run(inputs.over(chunk))
+    return found
+
+
+@torch.no_grad()
+def quantization_error(
+    model: DynamicTransformer,
+    inputs: NoisedInputs,
+    segment: Segment,
+    ranges: Ranges,
+    quantization: Quantization,
+    seed: int = 0,
+) -> float:
+    """Squared distance of the quantized segment's output to the exact one's, over its squared norm, at random t."""
+    drawn = np.random.default_rng(seed).uniform(segment.start, segment.end, DRAWS).astype(np.float32)
+    apart = norm = 0.0
+    for chunk in inputs.chunks(drawn.tolist()):
+        arguments = inputs.over(chunk)
+        truth = model(arguments).sample.double()
+        with fake_quantized(model.backbone, ranges, quantization):
+            apart += float((model(arguments).sample - truth).square().sum())
+        norm += float(truth.square().sum())
+    return apart / norm
+
+
+@contextmanager
+def fake_quantized(backbone: nn.Module, ranges: Ranges, quantization: Quantization) -> Iterator[None]:
+    """Inside, linear layers quantize and dequantize their inputs and weights, as quantized engines do."""
+    mode = _FakeQuantize(ranges, quantization)
+    parts: dict[str, list[LinearInput]] = defaultdict(list)
+    for linear in ranges:
+        parts[linear.module].append(linear)
+    with _hooked(backbone, ((own[0], partial(mode.enter, own)) for own in parts.values())), mode:
+        yield
+
+
+class _FakeQuantize(TorchFunctionMode):
+    """Changes the call of ``F.linear``, since a streamed module has its weights only while it runs."""
+
+    def __init__(self, ranges: Ranges, quantization: Quantization) -> None:
+        super().__init__()
+        self.ranges, self.quantization = ranges, quantization
+        self.parts: Sequence[LinearInput] = ()  # of the Linear about to run
+
+    def enter(self, parts: Sequence[LinearInput], module: nn.Module, inputs: Any) -> None:
+        self.parts = parts
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and self.parts:
+            parts, self.parts = self.parts, ()
+            args = (*self._operands(parts, args[0], args[1]), *args[2:])
+        return func(*args, **(kwargs or {}))
+
+    def _operands(self, parts: Sequence[LinearInput], value: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., in), (out, in): each part of the inputs has a scale of its own, and one for each output."""
+        value, weight = value.clone(), weight.clone()
+        for part in parts:
+            self._round(_part(value, part), torch.tensor(self.ranges[part]))
+            rows = _part(weight, part)
+            self._round(rows, rows.abs().amax(1, keepdim=True))
+        return value, weight
+
+    def _round(self, values: Tensor, largest: Tensor) -> None:
+        """In place."""
+        scale = scale_of(largest.float(), self.quantization)
+        values.copy_(quantize(values.float() / scale, self.quantization).float() * scale)
+
+
+def _part(values: Tensor, linear: LinearInput) -> Tensor:
+    """The channels that are read, of (..., in)."""
+    start, end = linear.span or (0, values.shape[-1])
+    return values[..., start:end]
+
+
+@contextmanager
+def _hooked(backbone: nn.Module, hooks: Iterable[tuple[LinearInput, Callable[..., None]]]) -> Iterator[None]:
+    """Inside, each is shown what its module is about to read."""
+    handles: list[RemovableHandle] = []
+    try:
+        for linear, hook in hooks:
+            handles.append(backbone.get_submodule(linear.module).register_forward_pre_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,88 @@
+"""The command that proves a bundle: verify."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, pairs, progress_bar
+
+app = typer.Typer()
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="A bundle directory.")],
+    timesteps: Annotated[int, typer.Option(help="How many random timesteps to compare at.")] = 64,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest accepted error: absolute in fp32 (1e-4), relative in fp16 (1e-2) and bf16 (8e-2), "
+            "in units of what quantization costs in int8 and fp8 (2)."
+        ),
+    ] = None,
+    target: Annotated[str, typer.Option(help="Which of the bundle's engine formats to run.")] = "onnx",
+    reference: Annotated[
+        Path | None, typer.Option(help="The dynamic checkpoint to compare with; by default the one it was built from.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of timesteps and inputs.")] = 0,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Also compare every layer of the ONNX graphs, and name the first to drift.")
+    ] = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare a bundle with the masked torch model it was cut from, in fp32 at random timesteps."""
+    from dyexport.build.verify import VerifySettings, verify_bundle
+
+    settings = VerifySettings(timesteps=timesteps, tolerance=tolerance, target=target, seed=seed, layers=layers)
+    with chatter_on_stderr(), progress_bar("verifying") as advance:
+        report = verify_bundle(bundle, settings, reference=reference, advance=advance)
+    payload = report.as_json()
+    emit(payload, as_json=json, human=lambda console: console.print(pairs(_verify_lines(payload))))
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def _verify_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+    error = payload["error"]
+    unit = "largest error" if payload["quantization"] is None else "largest error over that of quantization"
+    return (
+        ("result", "passed" if payload["passed"] else "FAILED"),
+        (unit, "not a number" if error is None else f"{error:.2e} (at most {payload['tolerance']:g})"),
+        ("precision", payload["precision"]),
+        *_quantized_lines(payload),
+        ("timesteps compared", f"{payload['timesteps']}"),
+        ("left out, tokens over capacity", f"{payload['overflow']}"),
+        ("redrawn, a token on its threshold", f"{payload['redrawn']}"),
+        *_layer_lines(payload["layers"]),
+    )
+
+
+def _quantized_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+    """The distance to the model as it is: what quantization costs, and all else."""
+    if payload["quantization"] is None:
+        return ()
+    error = payload["relative_error"]
+    shown = "not a number" if error is None else f"{error:.2e}"
+    return (("linear layers in", payload["quantization"]), ("largest relative error, unquantized", shown))
+
+
+def _layer_lines(layers: Mapping[str, Any] | None) -> Sequence[tuple[str, str]]:
+    """The first layer to drift, or the one that comes nearest to it."""
+    if layers is None:
+        return ()
+    compared = ("layers compared", f"{len(layers['layers'])}")
+    if (first := layers["first_drift"]) is not None:
+        return compared, ("first to drift", f"{first['module']} of {first['network']}: {_layer_error(first)}")
+    worst = max(layers["layers"], key=lambda layer: layer["relative_error"])
+    return compared, ("largest error of a layer", f"{_layer_error(worst)}: {worst['module']} of {worst['network']}")
+
+
+def _layer_error(layer: Mapping[str, Any]) -> str:
+    if layer["max_abs_error"] is None:
+        return "not a number"
+    return f"{layer['max_abs_error']:.2e}, relative {layer['relative_error']:.2e}"
