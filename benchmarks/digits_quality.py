@@ -3,10 +3,10 @@
 One static model is trained from scratch; from it, for each seed, a dynamic model is fine-tuned and the
 control is trained for as many steps on the same batches. All are then sampled and judged alike.
 
-    python benchmarks/digits_quality.py --work out/digits-quality
+    python benchmarks/digits_quality.py --train-steps 10000 --work out/digits-quality
 
 Takes about an hour on 2 cores. Stop it at any time: the same command goes on where it stopped. Writes
-benchmarks/results/digits_quality.json and .md.
+benchmarks/results/digits_quality_10000.json and .md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dyexport.bench.report import as_markdown
 from dyexport.build.files import write_atomically
 from dyexport.build.ledger import digest_of
 from dyexport.build.pipeline import opened
-from dyexport.build.settings import BuildSettings
+from dyexport.build.settings import FROM_SCRATCH, BuildSettings
 from dyexport.bundle import Bundle
 from dyexport.console import StageLines, chatter_on_stderr
 from dyexport.demo import real_digits
@@ -40,9 +40,9 @@ def main() -> None:
     parser.add_argument("--model", default="sit-digits")
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--seeds", type=int, default=3, help="fine-tuning runs")
-    parser.add_argument("--train-steps", type=int)
+    parser.add_argument("--train-steps", type=int, default=FROM_SCRATCH.steps, help="of the static model")
     parser.add_argument("--finetune-steps", type=int)
-    parser.add_argument("--samples", type=int, default=1800)
+    parser.add_argument("--samples", type=int, default=5400)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -56,7 +56,7 @@ def main() -> None:
         finetune_steps=options.finetune_steps,
     )
     runs = [run_seed(first, seed, drawing) for seed in range(options.seeds)]
-    write_results(options.results, runs)
+    write_results(options.results / f"digits_quality_{options.train_steps}.json", runs, options.train_steps)
 
 
 def run_seed(first: BuildSettings, seed: int, drawing: Drawing) -> dict[str, Any]:
@@ -93,18 +93,20 @@ def _from_same_static(first: BuildSettings, seed: int) -> BuildSettings:
     )
 
 
-def write_results(folder: Path, runs: list[dict[str, Any]]) -> None:
+def write_results(file: Path, runs: list[dict[str, Any]], train_steps: int) -> None:
+    """And, beside it, the same as a table."""
     summary: dict[str, Any] = {name: fmean(run[name] for run in runs) for name in VALUES}
     summary["frechet_real"] = runs[0]["frechet_real"]
     summary["dynamic_at_most_control"] = summary["frechet_dynamic"] <= summary["frechet_control"]
-    folder.mkdir(parents=True, exist_ok=True)
     whole = {
         **{name: runs[0][name] for name in ("model", "samples", "steps", "guidance")},
+        "train_steps": train_steps,
         "mean": summary,
         "seeds": runs,
     }
-    write_atomically(folder / "digits_quality.json", (json.dumps(whole, indent=1) + "\n").encode())
-    write_atomically(folder / "digits_quality.md", markdown(whole).encode())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, (json.dumps(whole, indent=1) + "\n").encode())
+    write_atomically(file.with_suffix(".md"), markdown(whole).encode())
     print(markdown(whole))
 
 
@@ -121,7 +123,8 @@ def markdown(whole: Mapping[str, Any]) -> str:
     return (
         f"{whole['model']}, {whole['samples']} samples, {whole['steps']} steps, guidance {whole['guidance']:g}; "
         f"Frechet distance to the training digits, on which held-out real digits score {summary['frechet_real']:.3f}.\n"
-        "The control is the static model trained as long on the same batches.\n\n"
+        f"The static model was trained for {whole['train_steps']} steps; the control is that model trained further, "
+        "as long as the dynamic one is fine-tuned and on the same batches.\n\n"
         + as_markdown(("", *columns, "mean"), rows)
         + f"\nThe dynamic model's mean is {verdict} the control's.\n"
     )
