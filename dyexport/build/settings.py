@@ -117,6 +117,8 @@ class BuildSettings:
     def _check_quantization(self) -> None:
         if self.quantize not in (None, *get_args(Quantization)):
             raise UsageError(f"--quantize is {self.quantize}; use {' or '.join(get_args(Quantization))}")
+        if self.quantize is not None and self.merge_tolerance is not None:
+            raise UsageError(f"--merge-tolerance is not measured in {self.quantize}; leave it or --quantize out")
         modules = [target for target in self.targets if TARGETS[target].build_name]
         if self.quantize is not None and modules:
             raise UsageError(

@@ -28,6 +28,7 @@ def settings(tmp_path: Path, **values: Any) -> BuildSettings:
         ({"budget": -0.5}, "budget is -0.5"),
         ({"engines": 0}, "--engines is 0"),
         ({"quantize": "int3"}, "--quantize is int3; use int8 or fp8"),
+        ({"quantize": "fp8", "merge_tolerance": 0.1, "td_lora": LORA}, "--merge-tolerance is not measured in fp8"),
         ({"quantize": "int8", "targets": ("torch-tensorrt",)}, "made from graphs, and torch-tensorrt is not"),
         (
             {"quantize": "fp8", "targets": ("tensorrt-rtx",), "compute_capabilities": ("12.0", "8.6")},
