@@ -1,11 +1,12 @@
 """Does width that follows t cost quality? Digits at lambda 0.5 against the static model trained as long, three seeds.
 
 One static model is trained from scratch; from it, for each seed, a dynamic model is fine-tuned and the
-control is trained for as many steps on the same batches. All are then sampled and judged alike.
+control is trained for as many steps on the same batches. All are then sampled and judged alike, several times
+from the same noise: with thousands of pictures the noise alone moves a model's score by as much as a seed does.
 
     python benchmarks/digits_quality.py --train-steps 10000 --work out/digits-quality
 
-Takes about an hour on 2 cores. Stop it at any time: the same command goes on where it stopped. Writes
+Takes about two hours on 2 cores. Stop it at any time: the same command goes on where it stopped. Writes
 benchmarks/results/digits_quality_10000.json and .md.
 """
 
@@ -42,7 +43,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="fine-tuning runs")
     parser.add_argument("--train-steps", type=int, default=FROM_SCRATCH.steps, help="of the static model")
     parser.add_argument("--finetune-steps", type=int)
-    parser.add_argument("--samples", type=int, default=5400)
+    parser.add_argument("--samples", type=int, default=5400, help="pictures in a draw")
+    parser.add_argument("--draws", type=int, default=3, help="of every model, each from noise of its own")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -55,17 +57,17 @@ def main() -> None:
         train_steps=options.train_steps,
         finetune_steps=options.finetune_steps,
     )
-    runs = [run_seed(first, seed, drawing) for seed in range(options.seeds)]
+    runs = [run_seed(first, seed, drawing, options.draws) for seed in range(options.seeds)]
     write_results(options.results / f"digits_quality_{options.train_steps}.json", runs, options.train_steps)
 
 
-def run_seed(first: BuildSettings, seed: int, drawing: Drawing) -> dict[str, Any]:
+def run_seed(first: BuildSettings, seed: int, drawing: Drawing, draws: int) -> dict[str, Any]:
     """Build and judge one seed; what was judged before is read back."""
     settings = first if seed == 0 else _from_same_static(first, seed)
     with chatter_on_stderr(), StageLines() as lines, opened(settings, lines) as pipeline:
         manifest = pipeline.bundle()
         control = pipeline.control
-        key = digest_of([manifest.model_dump(mode="json"), control.digest, asdict(drawing)])
+        key = digest_of([manifest.model_dump(mode="json"), control.digest, asdict(drawing), draws])
         saved = settings.work / "score.json"
         if saved.exists() and (score := json.loads(saved.read_text()))["key"] == key:
             return dict(score)
@@ -77,7 +79,7 @@ def run_seed(first: BuildSettings, seed: int, drawing: Drawing) -> dict[str, Any
             judge,
             real_digits("held-out"),
             drawing,
-            [seed],
+            range(draws),
             lambda done, total: lines.advanced("eval", done, total),
         )
         score = {"key": key, "seed": seed, **asdict(report)}
@@ -100,6 +102,7 @@ def write_results(file: Path, runs: list[dict[str, Any]], train_steps: int) -> N
     summary["dynamic_at_most_control"] = summary["frechet_dynamic"] <= summary["frechet_control"]
     whole = {
         **{name: runs[0][name] for name in ("model", "samples", "steps", "guidance")},
+        "draws": len(runs[0]["per_seed"]["dynamic"]),
         "train_steps": train_steps,
         "mean": summary,
         "seeds": runs,
@@ -121,7 +124,8 @@ def markdown(whole: Mapping[str, Any]) -> str:
         rows.append((name, *(f"{value:.3f}" for value in values), f"{summary[name]:.3f}{spread}"))
     verdict = "at most" if summary["dynamic_at_most_control"] else "above"
     return (
-        f"{whole['model']}, {whole['samples']} samples, {whole['steps']} steps, guidance {whole['guidance']:g}; "
+        f"{whole['model']}, {whole['draws']} draws of {whole['samples']} samples, {whole['steps']} steps, "
+        f"guidance {whole['guidance']:g}; "
         f"Frechet distance to the training digits, on which held-out real digits score {summary['frechet_real']:.3f}.\n"
         f"The static model was trained for {whole['train_steps']} steps; the control is that model trained further, "
         "as long as the dynamic one is fine-tuned and on the same batches.\n\n"

@@ -6,7 +6,7 @@ plain LoRA of about the same size. All are sampled and judged alike.
     python benchmarks/td_lora_digits.py --train-steps 10000 --work out/td-lora-digits
 
 Takes about an hour on a core for each seed. Stop it at any time: the same command goes on where it stopped. Writes
-benchmarks/results/td_lora_digits.json and .md.
+benchmarks/results/td_lora_digits_10000.json and .md.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
         for seed in range(options.seeds)
         for name in (FULL, *options.runs)
     ]
-    write_results(options.results, runs, drawing, options.train_steps)
+    write_results(options.results / f"td_lora_digits_{options.train_steps}.json", runs, drawing, options.train_steps)
 
 
 def fine_tuning(base: BuildSettings, static: Path, name: str, seed: int) -> BuildSettings:
@@ -102,13 +102,14 @@ def score_run(settings: BuildSettings, name: str, drawing: Drawing) -> dict[str,
     return score
 
 
-def write_results(folder: Path, runs: Sequence[dict[str, Any]], drawing: Drawing, train_steps: int) -> None:
+def write_results(file: Path, runs: Sequence[dict[str, Any]], drawing: Drawing, train_steps: int) -> None:
+    """And, beside it, the same as a table."""
     names = list(dict.fromkeys(run["run"] for run in runs))
     mean = {name: mean_of(runs, name) for name in names}
     whole = {"train_steps": train_steps, "drawing": asdict(drawing), "mean": mean, "runs": runs}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "td_lora_digits.json", (json.dumps(whole, indent=1) + "\n").encode())
-    write_atomically(folder / "td_lora_digits.md", markdown(whole).encode())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, (json.dumps(whole, indent=1) + "\n").encode())
+    write_atomically(file.with_suffix(".md"), markdown(whole).encode())
     print(markdown(whole))
 
 
