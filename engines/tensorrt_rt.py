@@ -11,12 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyexport.engines.base import Engine, EngineIO, Tensors, WeightSpan
+from dyexport.engines.base import Tensors
+from dyexport.engines.plan_engine import PlanEngine
 from dyexport.engines.tensorrt_contexts import ShapedContext, Workspace, shape_key
-from dyexport.engines.tensorrt_fit import choose_profile, plan_info, unfit
+from dyexport.engines.tensorrt_fit import choose_profile, unfit
 from dyexport.engines.tensorrt_session import Session
 from dyexport.errors import EngineMismatch
-from dyexport.plans import PlanInfo
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SHAPES = 8  # sets of input shapes that an engine keeps a context for
 
 
-class TensorRtEngine(Engine):
+class TensorRtEngine(PlanEngine):
     """Runs one plan. ``path`` is ``engine.plan``; its description stands beside it.
 
     Engines of one ``workspace`` run one after another, in its memory and on its stream. Where TensorRT can take
@@ -43,22 +43,6 @@ class TensorRtEngine(Engine):
         self._loaded: torch.cuda.Event | None = None  # the weights are there
         self._done: torch.cuda.Event | None = None  # the last run is over
         workspace.join(self)
-
-    @cached_property
-    def info(self) -> PlanInfo:
-        return plan_info(self.path)
-
-    @cached_property
-    def io(self) -> EngineIO:
-        return EngineIO(inputs=self.info.inputs, outputs=self.info.outputs)
-
-    @property
-    def weights(self) -> tuple[WeightSpan, ...]:
-        return (WeightSpan(path=self.path, offset=0, length=self.path.stat().st_size),)
-
-    @property
-    def shares_weights(self) -> bool:
-        return False
 
     @property
     def active(self) -> bool:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyexport.engines.base import Engine, EngineIO, Tensors, WeightSpan
-from dyexport.engines.tensorrt_fit import choose_profile, plan_info, unfit
+from dyexport.engines.base import Tensors
+from dyexport.engines.plan_engine import PlanEngine
+from dyexport.engines.tensorrt_fit import choose_profile, unfit
 from dyexport.errors import EngineBuildError, EngineMismatch
-from dyexport.plans import PlanInfo
 from dyexport.tensorrt_api import load_api
 
 if TYPE_CHECKING:
     import torch
 
 
-class TorchTensorRtEngine(Engine):
+class TorchTensorRtEngine(PlanEngine):
     """Runs one program; its description stands beside it.
 
     The file is code, and loading it runs it: bundles are opened for it with their hashes checked.
@@ -26,22 +25,6 @@ class TorchTensorRtEngine(Engine):
         self.path = path
         self.device = device
         self._module: Any = None
-
-    @cached_property
-    def info(self) -> PlanInfo:
-        return plan_info(self.path)
-
-    @cached_property
-    def io(self) -> EngineIO:
-        return EngineIO(inputs=self.info.inputs, outputs=self.info.outputs)
-
-    @property
-    def weights(self) -> tuple[WeightSpan, ...]:
-        return (WeightSpan(path=self.path, offset=0, length=self.path.stat().st_size),)
-
-    @property
-    def shares_weights(self) -> bool:
-        return False
 
     @property
     def active(self) -> bool:

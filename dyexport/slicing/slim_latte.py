@@ -7,6 +7,7 @@ text enters here, once a sample, where the stock module projects it anew for eac
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -65,7 +66,7 @@ class Grid(NamedTuple):
         return self.height * self.width
 
 
-class LatteBlock(SlimBlock):
+class LatteBlock(SlimBlock, ABC):
     """A block whose modulation is that of all blocks plus a table of its own."""
 
     def __init__(
@@ -83,9 +84,9 @@ class LatteBlock(SlimBlock):
         hidden = gated_update(hidden, parts[2], self.mix(normed, gates, grid))  # (B, F * N, C)
         return self.feed(self.read(hidden, text), parts[3:], gates, slots)
 
+    @abstractmethod
     def mix(self, normed: Tensor, gates: Gates, grid: Grid) -> Tensor:
         """Self-attention along one axis: (B, F * N, C) -> (B, F * N, C)."""
-        raise NotImplementedError
 
     def read(self, hidden: Tensor, text: Tensor) -> Tensor:
         """What the text adds: (B, F * N, C), (B, T, C) -> (B, F * N, C)."""
