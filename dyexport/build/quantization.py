@@ -14,7 +14,6 @@ from dyexport.build.networks import Network, architecture_of
 from dyexport.build.passes import passes_for
 from dyexport.build.settings import BuildSettings
 from dyexport.bundle import DENSE, RANGES, Bundle, Frozen, ModelSpec, SegmentPlan, segment_name
-from dyexport.calibration.merging import merged_gates
 from dyexport.calibration.ranges import fake_quantized, measure_ranges, quantization_error
 from dyexport.errors import BundleError
 from dyexport.models.base import Inputs
@@ -85,9 +84,8 @@ def make_ranges(
     networks, errors = {}, []
     for index, segment in enumerate(plan.segments):
         points = _points(segment.start, segment.end, count)
-        with merged_gates(model, segment):
-            found = measure_ranges(model.backbone, model, inputs, points, every)
-            errors.append(quantization_error(model, inputs, segment, found, settings.quantize))
+        found = measure_ranges(model.backbone, model, inputs, points, every)
+        errors.append(quantization_error(model, inputs, segment, found, settings.quantize))
         networks[segment_name(index)] = _by_weight(linears, found)
     if settings.baseline:
         dense, points = load_static(str(static), preset, stream=stream), _points(*preset.timestep_range, count)
@@ -102,9 +100,8 @@ def _points(start: float, end: float, count: int) -> list[float]:
 
 
 def _linear_inputs(plan: SegmentPlan, tables: Tables) -> LinearInputs:
-    """The same in every network, under the stock names of what is not merged."""
-    segment = plan.segments[0].model_copy(update={"merged": False})
-    return linear_inputs(slice_segment(architecture_of(*tables), segment).recipes)
+    """The same in every network."""
+    return linear_inputs(slice_segment(architecture_of(*tables), plan.segments[0]).recipes)
 
 
 def _by_input(linears: LinearInputs, ranges: Mapping[str, float]) -> dict[LinearInput, float]:

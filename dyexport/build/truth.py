@@ -50,9 +50,7 @@ class Truth:
         """The same with linear layers quantized as the engines' are; None where the bundle has none such."""
         if self.quantized_model is None:
             return None
-        index = self.plan.segment_for(t)
-        with merged_gates(self.model, self.plan.segments[index]):
-            return self.quantized_model.run(index, inputs)
+        return self.quantized_model.run(self.plan.segment_for(t), inputs)
 
 
 def undecided(logits: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
 from dyexport.build.side_by_side import Crew
 from dyexport.build.verify import VerifySettings, verify_bundle
-from dyexport.bundle import Bundle
+from dyexport.bundle import CONDITIONING, Bundle, segment_name
 from dyexport.cli import main
 from dyexport.engines.registry import BACKENDS, Backend, get_backend
 from dyexport.engines.tensorrt_fit import misfit
@@ -53,6 +53,14 @@ def test_every_network_has_a_plan_of_the_graph_that_onnx_runtime_runs(bundle: Bu
         assert info.compute_capabilities == ("8.9", "12.0")
     assert set(bundle.manifest.plan.segments[0].token_paths) <= {"dynamic", "masked"}
     assert verify_bundle(bundle.root, VerifySettings(timesteps=16)).passed
+
+
+@pytest.mark.tensorrt
+def test_each_of_four_engines_has_a_plan(rtx: Any, tmp_path: Path) -> None:
+    bundle = build(tiny_settings(tmp_path, engines=4, targets=("tensorrt-rtx",)))
+    names = {segment_name(index) for index in range(4)} | {CONDITIONING}
+    assert len(bundle.manifest.plan.segments) == 4
+    assert set(bundle.engine_paths("tensorrt-rtx")) == names
 
 
 @pytest.mark.tensorrt
