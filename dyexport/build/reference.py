@@ -33,6 +33,7 @@ from dyexport.models.checkpoints import (
     read_spec,
     save_dynamic,
 )
+from dyexport.models.devices import bf16_products
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.sources import read_config
@@ -58,23 +59,31 @@ def make_calibrated(settings: BuildSettings, static: Path, dynamic: Path, inputs
     model, _ = load_dynamic(dynamic, stream=stream)
     if plain:
         model.merge_lora()
-    flops, passes = FlopsModel.of_preset(preset), passes_for(settings)
-    _meet(settings, model, inputs)
+    with bf16_products(model.device, enabled=settings.calibrates_in_bf16):
+        _meet(settings, model, inputs)
+        save_dynamic(model, out, preset, backbone=None if plain else dynamic)
+        tuned = settings.routers == "trained" or lora is not None
+        dense = load_static(str(static), preset, stream=stream) if tuned else model.backbone
+        _measure(settings, model, dense, inputs, out)
+
+
+def _measure(
+    settings: BuildSettings, model: DynamicTransformer, dense: nn.Module, inputs: NoisedInputs, out: Path
+) -> None:
+    """Write the tables, and the metrics."""
+    preset, passes = settings.preset, passes_for(settings)
     widths = read_widths(model, preset.timestep_range)
     stats = None
     if model.has_token_routers:
         stats = measure_tokens(model, inputs, tokens=preset.tokens, points=passes.tokens, draws=passes.token_draws)
-    save_dynamic(model, out, preset, backbone=None if plain else dynamic)
     (out / WIDTHS).parent.mkdir()
     widths.save(out / WIDTHS)
     if stats is not None:
         stats.save(out / TOKENS)
     points, compared = (trajectory_points(preset.timestep_range, n) for n in (TRAJECTORY_POINTS, passes.compared))
     kept = stats.mean_fraction(points) if stats is not None else np.ones((len(points), model.depth))  # (P, L)
-    tuned = settings.routers == "trained" or lora is not None
-    dense = load_static(str(static), preset, stream=stream) if tuned else model.backbone
     metrics = {
-        "flops_ratio": flops_ratio(widths, kept, points, flops),
+        "flops_ratio": flops_ratio(widths, kept, points, FlopsModel.of_preset(preset)),
         **count_trainable(settings),
         "output_relative_mse": _relative_mse(model, dense, inputs, compared.tolist()),
     }

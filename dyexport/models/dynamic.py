@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dyexport.lora import LoraSpec
 from dyexport.models.base import BackboneAdapter, Inputs
-from dyexport.models.gates import BlockGates, BlockRouter, GatedPass, GateNoise, hard_gate
+from dyexport.models.gates import BlockGates, BlockRouter, GatedPass, GateNoise, hard_gate, without_autocast
 from dyexport.models.lora import TdLora
 from dyexport.presets import RouterKind
 from dyexport.tables import WidthTable
@@ -93,7 +93,7 @@ class DynamicTransformer(nn.Module):
     def lora_gates(self, timestep: Tensor) -> Tensor:
         """Of the experts of every block: (B,) -> (B, L, E)."""
         assert self.td_lora is not None
-        return self.td_lora.gates_at(self.adapter.timestep_embedding(self.backbone, timestep))
+        return self.td_lora.gates_at(self._timestep_embedding(timestep))
 
     @torch.no_grad()
     def mean_lora_gates(self, start: float, end: float) -> Tensor:
@@ -141,9 +141,14 @@ class DynamicTransformer(nn.Module):
         device = next(self.backbone.parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
 
+    def _timestep_embedding(self, timestep: Tensor) -> Tensor:
+        """What routers decide by: (B,) -> (B, C)."""
+        with without_autocast(timestep.device):
+            return self.adapter.timestep_embedding(self.backbone, timestep)
+
     def width_logits(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Router logits in fp32: (B,) -> (B, L, H), (B, L, G). Unit 0 has +inf: it is always on."""
-        embedding = self.adapter.timestep_embedding(self.backbone, timestep).float()  # (B, C)
+        embedding = self._timestep_embedding(timestep).float()  # (B, C)
         heads = torch.stack([router.heads(embedding) for router in self.block_routers], dim=1)
         groups = torch.stack([router.groups(embedding) for router in self.block_routers], dim=1)
         return F.pad(heads, (1, 0), value=torch.inf), F.pad(groups, (1, 0), value=torch.inf)

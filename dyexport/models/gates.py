@@ -36,7 +36,13 @@ def hard_gate(logits: Tensor, noise: GateNoise | None = None) -> Tensor:
 
 
 def fp32_linear(linear: nn.Linear, value: Tensor) -> Tensor:
-    return F.linear(value.float(), linear.weight.float(), linear.bias.float())
+    """Of a router, whose decisions do not round: autocast, where it is on, leaves this alone."""
+    with without_autocast(value.device):
+        return F.linear(value.float(), linear.weight.float(), linear.bias.float())
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, enabled=False)
 
 
 class Fp32Linear(nn.Linear):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from dyexport.build.ledger import Silent
 from dyexport.build.pipeline import opened
+from dyexport.build.reference import METRICS
 from dyexport.build.settings import BuildSettings
 from dyexport.build.verify import VerifySettings, verify_bundle
 from dyexport.exporters.onnx_graph import STORE
@@ -47,6 +49,11 @@ def calibrate(settings: BuildSettings) -> tuple[str, list[str]]:
         return digest, [name for name, outcome in pipeline.ledger.outcomes.items() if not outcome.reused]
 
 
+def calibrated_metrics(settings: BuildSettings) -> dict[str, float]:
+    found: dict[str, float] = json.loads((settings.work / "calibrated" / METRICS).read_text())
+    return found
+
+
 def test_shards_are_linked_and_the_bundle_is_right(shards: Path, tmp_path: Path) -> None:
     settings = settings_for(shards, tmp_path / "built")
     build(settings)
@@ -72,6 +79,19 @@ def test_a_large_store_is_on_the_disk_once(shards: Path, tmp_path: Path, monkeyp
         assert pipeline.bundle() == before
         assert [name for name, outcome in pipeline.ledger.outcomes.items() if not outcome.reused] == ["onnx segment-01"]
     assert verify_bundle(settings.out, VerifySettings(timesteps=4)).passed
+
+
+def test_a_large_model_is_calibrated_in_bf16(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BuildSettings, "large", True)
+    whole, streamed = settings_for(shards, tmp_path / "whole"), settings_for(shards, tmp_path / "streamed", memory=1)
+    assert calibrate(whole)[0] == calibrate(streamed)[0]
+    assert calibrate(replace(whole, precision="fp32"))[1] == ["calibrate"]
+    exact = calibrated_metrics(whole)
+    assert calibrate(whole)[1] == ["calibrate"]
+    rounded = calibrated_metrics(whole)
+    assert rounded["flops_ratio"] == pytest.approx(0.5, abs=0.01)
+    assert rounded["output_relative_mse"] != exact["output_relative_mse"]
+    assert rounded["output_relative_mse"] == pytest.approx(exact["output_relative_mse"], rel=0.05)
 
 
 def test_calibration_of_streamed_weights_is_the_same_to_the_byte(shards: Path, tmp_path: Path) -> None:

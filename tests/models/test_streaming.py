@@ -9,6 +9,7 @@ import torch
 
 from dyexport import presets
 from dyexport.models.checkpoints import load_dynamic, load_static, save_dynamic
+from dyexport.models.devices import bf16_products
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.importance import unit_importance
 from dyexport.models.inputs import NoisedInputs
@@ -54,6 +55,23 @@ def test_importance_is_the_same_and_leaves_nothing_in_memory(preset: Preset, sav
         assert one.min() > 0
         assert (one == other).all()
     assert resident(streamed) == before
+
+
+@torch.no_grad()
+def test_products_in_bf16_are_the_same_streamed_and_decide_no_width(preset: Preset, saved: Path) -> None:
+    inputs = NoisedInputs(preset=preset, batch_size=2)
+    streamed, whole = load_dynamic(saved, stream=True)[0], load_dynamic(saved)[0]
+    t = torch.linspace(*preset.timestep_range, 64)
+    exact, output = whole.width_logits(t), whole(inputs.at(0.4))
+    with bf16_products(whole.device, enabled=True):
+        assert all(torch.equal(one, other) for one, other in zip(whole.width_logits(t), exact, strict=True))
+        rounded = whole(inputs.at(0.4))
+        assert all(torch.equal(one, other) for one, other in zip(streamed(inputs.at(0.4)), rounded, strict=True))
+        for one, other in zip(*(unit_importance(m, inputs, [0.2, 0.7], 2) for m in (streamed, whole)), strict=True):
+            assert one.min() > 0
+            assert (one == other).all()
+    assert not torch.equal(rounded.sample.float(), output.sample)
+    assert torch.equal(rounded.heads, output.heads)
 
 
 def test_a_streamed_model_is_saved_with_its_routers(preset: Preset, saved: Path, tmp_path: Path) -> None:
