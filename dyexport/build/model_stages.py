@@ -78,15 +78,19 @@ class ModelStages:
     @cached_property
     def calibrated(self) -> Outcome:
         """The reference model on budget, with its width table and token statistics."""
-        upstream = {"static": self.static.digest, "dynamic": self.dynamic.digest, "data": self._data_digest}
-        settings = {"budget": self.settings.budget, "routers": self.settings.routers, "seed": self.settings.seed}
+        inputs: dict[str, Any] = {
+            "static": self.static.digest,
+            "dynamic": self.dynamic.digest,
+            "data": self._data_digest,
+        }
+        inputs |= {"budget": self.settings.budget, "routers": self.settings.routers, "seed": self.settings.seed}
         if self.settings.calibrates_in_bf16:  # left out otherwise: work of before there was a choice stays valid
-            settings["products"] = "bf16"
+            inputs["products"] = "bf16"
 
         def make(out: Path) -> None:
             reference.make_calibrated(self.settings, self.static.path, self.dynamic.path, self.calibration_inputs, out)
 
-        return self._run("calibrate", "calibrated", {**upstream, **settings}, make)
+        return self._run("calibrate", "calibrated", inputs, make)
 
     @cached_property
     def control(self) -> Outcome:
