@@ -18,6 +18,7 @@ import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 import torch._dynamo.config
+from onnx.external_data_helper import ExternalDataInfo
 from onnx_ir.passes import common as passes
 from onnxscript import opset20 as op
 from onnxscript import rewriter
@@ -203,7 +204,8 @@ def _module_of(scopes: str) -> str:
 def check_onnx(path: Path) -> None:
     """``onnx.checker`` on the file and its place in the store. Raises ``ExportError``.
 
-    The checker wants the store beside the graph, and no link to it; an empty file of its length does.
+    The checker wants the store beside the graph, and no link to it; an empty file of its length does. It does not ask
+    whether weights lie within the store.
     """
     try:
         length = (path.parent / STORE).stat().st_size
@@ -214,3 +216,12 @@ def check_onnx(path: Path) -> None:
             onnx.checker.check_model(f"{directory}/{path.name}", full_check=True)
     except (OSError, onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"{path.name} is not valid ONNX: {error}") from error
+    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+        if (end := _end(tensor)) > length:
+            raise ExportError(f"{path.name} has {tensor.name} end at byte {end} of {STORE}, which has {length}")
+
+
+def _end(tensor: onnx.TensorProto) -> int:
+    """Where a tensor ends in the store; 0 if it lies in the graph."""
+    place = ExternalDataInfo(tensor) if tensor.external_data else None
+    return 0 if place is None else (place.offset or 0) + (place.length or 0)

@@ -138,6 +138,16 @@ def test_damaged_graph_fails_the_check(stats, tmp_path: Path) -> None:
         check_onnx(file)
 
 
+def test_a_store_that_is_too_short_fails_the_check(tmp_path: Path) -> None:
+    file = export(dense_slice(), tmp_path)
+    check_onnx(file)
+    short = (tmp_path / STORE).stat().st_size // 2
+    with (tmp_path / STORE).open("r+b") as store:
+        store.truncate(short)
+    with pytest.raises(ExportError, match=rf"end at byte \d+ of weights\.bin, which has {short}$"):
+        check_onnx(file)
+
+
 def test_a_network_of_full_width_is_exported_without_a_weight(tmp_path: Path) -> None:
     """FLUX.1-dev's width, in one double and one single block: norms have larger constants than in small models."""
     slice_ = dense_network(ONE_BLOCK_EACH, "bf16")
