@@ -12,9 +12,9 @@ which the system takes back when it wants to (VmHWM); and anonymous memory alone
     python benchmarks/flux_memory.py --depths 4 8 19 --work out/flux-memory
 
 A depth of n means n double and 2 n single blocks; 19 is FLUX.1-dev, and below 4 a model is no longer calibrated as
-large ones are. The disk holds the checkpoint and the
-store, in which four engines of ordered widths share their bytes and those of free widths share little. All but the
-results is deleted. Writes benchmarks/results/flux_memory.json and .md, after each depth anew.
+large ones are. The disk holds the checkpoint and the store, in which four engines of ordered widths share their bytes
+and those of free widths (--router free) share little. All but the results is deleted. Writes
+benchmarks/results/flux_memory_ordered.json and .md, after each depth anew.
 """
 
 from __future__ import annotations
@@ -214,8 +214,9 @@ def main() -> None:
 
 def write_results(folder: Path, found: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "flux_memory.json", (json.dumps(found, indent=1) + "\n").encode())
-    write_atomically(folder / "flux_memory.md", markdown(found).encode())
+    file = folder / f"flux_memory_{found['router']}.json"
+    write_atomically(file, (json.dumps(found, indent=1) + "\n").encode())
+    write_atomically(file.with_suffix(".md"), markdown(found).encode())
     print(markdown(found))
 
 
