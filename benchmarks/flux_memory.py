@@ -37,6 +37,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dyexport.architectures import FluxPreset, Preset, RouterKind
 from dyexport.bench.report import Rows, as_markdown
 from dyexport.build.files import write_atomically
 from dyexport.build.ledger import Silent
@@ -44,7 +45,7 @@ from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
 from dyexport.console import format_bytes
 from dyexport.models.base import get_adapter
-from dyexport.presets import PRESETS, FluxPreset, Preset, RouterKind
+from dyexport.presets import PRESETS
 
 RESULTS = Path(__file__).parent / "results"
 SHARD = 4 * 2**30

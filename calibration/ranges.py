@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from dyexport.bundle import Quantization, Segment
 from dyexport.calibration.merging import DRAWS
+from dyexport.manifest import Quantization, Segment
 from dyexport.models.base import Inputs
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs

@@ -8,8 +8,8 @@ from typing import cast
 
 import numpy as np
 
-from dyexport.bundle import Segment, SegmentPlan, TokenPath
 from dyexport.errors import UsageError
+from dyexport.manifest import Segment, SegmentPlan, TokenPath
 from dyexport.slicing.flops import FlopsModel
 from dyexport.slicing.slicer import UnitOrder
 from dyexport.tables import TokenStats, WidthTable

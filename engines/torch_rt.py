@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from dyexport.bundle import BundlePath, Frozen
 from dyexport.engines.base import Engine, EngineIO, Tensors, WeightSpan
 from dyexport.engines.pt2 import load_program, read_extra
 from dyexport.errors import EngineBuildError, EngineMismatch
+from dyexport.manifest import BundlePath, Frozen
 from dyexport.tensors import TensorSpec
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from functools import cache
 import numpy as np
 import torch
 
-from dyexport.bundle import ModelSpec
+from dyexport.architectures import DiTPreset, LattePreset, Preset
+from dyexport.manifest import ModelSpec
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.random_weights import random_dynamic
-from dyexport.presets import DiTPreset, LattePreset, Preset
 from dyexport.slicing import slicer
 from dyexport.slicing.flops import FlopsModel
 

@@ -17,7 +17,19 @@ import dyexport
 ROOT = Path(__file__).parents[1]
 LINKED = ("calibration", "engines", "exporters")
 
-CONTRACTS = {"errors", "sizes", "tables", "tensors", "presets", "lora", "bundle", "plans", "tensorrt_api"}
+CONTRACTS = {
+    "errors",
+    "sizes",
+    "tables",
+    "tensors",
+    "architectures",
+    "presets",
+    "lora",
+    "manifest",
+    "bundle",
+    "plans",
+    "tensorrt_api",
+}
 BUILD_SIDE = {"models", "slicing", "calibration", "exporters", "training"}
 RUN_SIDE = {"engines", "runtime", "serving", "bench"}
 EITHER_SIDE = CONTRACTS | BUILD_SIDE | RUN_SIDE
@@ -28,9 +40,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sizes": {"errors"},
     "tables": {"errors"},
     "tensors": set(),
-    "presets": {"errors"},
+    "architectures": set(),
+    "presets": {"errors", "architectures"},
     "lora": {"errors"},
-    "bundle": {"errors", "lora", "tables"},
+    "manifest": {"errors", "lora", "tables"},
+    "bundle": {"errors", "manifest", "tables"},
     "plans": {"errors", "tensors"},
     "tensorrt_api": {"errors", "plans"},
     "models": CONTRACTS,
@@ -38,10 +52,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": CONTRACTS | {"models", "slicing"},
     "exporters": CONTRACTS | {"models", "slicing"},
     "training": CONTRACTS | {"models", "slicing"},
-    "engines": {"errors", "tables", "tensors", "bundle", "plans", "tensorrt_api"},
-    "runtime": {"errors", "sizes", "tables", "bundle", "engines"},
-    "serving": {"errors", "tables", "bundle", "engines", "runtime"},
-    "bench": {"errors", "tables", "bundle", "plans", "engines", "runtime"},
+    "engines": {"errors", "tables", "tensors", "manifest", "bundle", "plans", "tensorrt_api"},
+    "runtime": {"errors", "sizes", "tables", "manifest", "bundle", "engines"},
+    "serving": {"errors", "tables", "manifest", "bundle", "engines", "runtime"},
+    "bench": {"errors", "tables", "manifest", "bundle", "plans", "engines", "runtime"},
     "build": EITHER_SIDE,
     "demo": EITHER_SIDE | {"build"},
     "console": {"errors"},

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dyexport.bundle import (
+from dyexport.bundle import MANIFEST, WIDTHS, Bundle, sha256_of
+from dyexport.errors import BundleError, EngineMismatch
+from dyexport.manifest import (
     CONDITIONING,
     DENSE,
     DENSE_CONDITIONING,
-    MANIFEST,
     SCHEMA_VERSION,
-    WIDTHS,
-    Bundle,
     EngineRecord,
     FileRecord,
     Manifest,
@@ -26,9 +25,7 @@ from dyexport.bundle import (
     Segment,
     SegmentPlan,
     segment_name,
-    sha256_of,
 )
-from dyexport.errors import BundleError, EngineMismatch
 from dyexport.tables import WidthTable
 
 GRAPH = "graphs/segment-00.onnx"

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dyexport.architectures import FluxPreset, Preset
 from dyexport.build.networks import architecture_of
-from dyexport.bundle import ModelSpec, Precision, Segment, SegmentPlan
 from dyexport.calibration.segments import PlanSettings, make_segments, price_plan
 from dyexport.errors import UsageError
-from dyexport.presets import FluxPreset, Preset, get_preset
+from dyexport.manifest import ModelSpec, Precision, Segment, SegmentPlan
+from dyexport.presets import get_preset
 from dyexport.slicing.flops import FlopsModel
 from dyexport.slicing.slicer import (
     Architecture,

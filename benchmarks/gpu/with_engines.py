@@ -16,7 +16,6 @@ from benchmarks.gpu.summary import summarise
 from benchmarks.gpu.timing import Run, Timing, require_finite
 from benchmarks.gpu.with_torch import network_inputs
 from dyexport.build.profiles import largest_topk, profiles_for
-from dyexport.bundle import Segment
 from dyexport.engines.base import Engine
 from dyexport.engines.registry import EngineOptions, get_backend, make_engines
 from dyexport.engines.tensorrt_fit import plan_info, unfit
@@ -24,6 +23,7 @@ from dyexport.engines.tensorrt_session import Session
 from dyexport.errors import EngineMismatch
 from dyexport.exporters.onnx_graph import STORE, export_onnx
 from dyexport.exporters.tensorrt_plan import PlanRequest, build_plan
+from dyexport.manifest import Segment
 from dyexport.plans import ENGINE, Flavour, Profile
 from dyexport.slicing.recipes import StoreLayout, lay_out
 from dyexport.tensorrt_api import load_api

@@ -22,8 +22,9 @@ from dyexport.bench.variants import (
     module_variant,
     segment_variants,
 )
-from dyexport.bundle import Bundle, Segment, SegmentPlan
+from dyexport.bundle import Bundle
 from dyexport.errors import UsageError
+from dyexport.manifest import Segment, SegmentPlan
 from dyexport.runtime.pipeline import BundleTransformer, load
 from dyexport.runtime.transformers import example_inputs, stock_transformer
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from dyexport.bench.quality import Digits, Judge, Score
-from dyexport.bundle import Bundle, ModelSpec
+from dyexport.bundle import Bundle
 from dyexport.errors import CheckpointError, UsageError
+from dyexport.manifest import ModelSpec
 from dyexport.runtime.pipeline import load
 from dyexport.runtime.sampling import Denoiser, sample
 

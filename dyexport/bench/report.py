@@ -9,7 +9,8 @@ from rich.table import Table
 
 from dyexport.bench.evaluation import EvalReport, mean_accuracy, mean_frechet
 from dyexport.bench.latency import BenchReport
-from dyexport.bundle import Bundle, Segment
+from dyexport.bundle import Bundle
+from dyexport.manifest import Segment
 
 Rows = list[tuple[str, ...]]
 

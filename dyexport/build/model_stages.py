@@ -15,8 +15,9 @@ from dyexport.build.files import remove
 from dyexport.build.ledger import Ledger, Listener, Outcome, Stage, describe, digest_of
 from dyexport.build.settings import BuildSettings, Schedule
 from dyexport.build.team import Team
-from dyexport.bundle import ModelSpec, sha256_of
+from dyexport.bundle import sha256_of
 from dyexport.calibration.precision import headroom
+from dyexport.manifest import ModelSpec
 from dyexport.models.inputs import NoisedInputs
 from dyexport.tables import TokenStats, WidthTable
 from dyexport.training.data import LatentSource

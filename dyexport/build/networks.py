@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dyexport.bundle import CONDITIONING, DENSE, DENSE_CONDITIONING, ModelSpec, Segment, SegmentPlan, segment_name
 from dyexport.calibration.segments import PlanSettings, make_segments, price_plan
+from dyexport.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING, ModelSpec, Segment, SegmentPlan, segment_name
 from dyexport.slicing.flops import FlopsModel, low_rank_flops
 from dyexport.slicing.recipes import Read, Recipe, lay_out
 from dyexport.slicing.slicer import (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from dyexport.architectures import FluxPreset, Preset
 from dyexport.build.settings import BuildSettings
-from dyexport.presets import FluxPreset, Preset
 
 
 @dataclass(frozen=True, kw_only=True)

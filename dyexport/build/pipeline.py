@@ -42,10 +42,11 @@ from dyexport.build.settings import BuildSettings
 from dyexport.build.side_by_side import Crew, how_many
 from dyexport.build.targets import ONNX, TARGETS
 from dyexport.build.team import Alone, find_team
-from dyexport.bundle import RANGES, TOKENS, WIDTHS, Manifest, SegmentPlan
+from dyexport.bundle import RANGES, TOKENS, WIDTHS
 from dyexport.calibration.segments import PlanSettings
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.exporters.weight_store import write_store
+from dyexport.manifest import Manifest, SegmentPlan
 from dyexport.slicing.recipes import StoreLayout, lay_out
 from dyexport.tensorrt_api import Api, load_api
 

@@ -8,7 +8,7 @@ from statistics import median
 
 from dyexport.build.ledger import Record
 from dyexport.build.networks import Network
-from dyexport.bundle import CONDITIONING
+from dyexport.manifest import CONDITIONING
 
 
 @dataclass(frozen=True, kw_only=True)

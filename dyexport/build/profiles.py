@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dyexport.build.targets import TARGETS
-from dyexport.bundle import ModelSpec, Segment
 from dyexport.errors import UsageError
+from dyexport.manifest import ModelSpec, Segment
 from dyexport.plans import LARGEST_TOPK, Profile
 
 if TYPE_CHECKING:

@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from dyexport.build.networks import Network, architecture_of
 from dyexport.build.passes import passes_for
 from dyexport.build.settings import BuildSettings
-from dyexport.bundle import DENSE, RANGES, Bundle, Frozen, ModelSpec, SegmentPlan, segment_name
+from dyexport.bundle import RANGES, Bundle
 from dyexport.calibration.ranges import fake_quantized, measure_ranges, quantization_error
 from dyexport.errors import BundleError
+from dyexport.manifest import DENSE, Frozen, ModelSpec, SegmentPlan, segment_name
 from dyexport.models.base import Inputs
 from dyexport.models.checkpoints import load_dynamic, load_static
 from dyexport.models.dynamic import DynamicOutput, DynamicTransformer

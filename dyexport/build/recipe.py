@@ -8,9 +8,9 @@ from time import perf_counter
 
 import torch
 
+from dyexport.architectures import FluxPreset, Preset
 from dyexport.build.settings import BuildSettings
 from dyexport.errors import DyexportError
-from dyexport.presets import FluxPreset, Preset
 from dyexport.slicing.flops import FlopsModel
 from dyexport.training.synthetic import SyntheticConfig
 

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dyexport.architectures import Preset
 from dyexport.build.passes import passes_for
 from dyexport.build.settings import BuildSettings
 from dyexport.build.stages import count_trainable
-from dyexport.bundle import TOKENS, WIDTHS, ModelSpec, Precision, Quantization, Segment
+from dyexport.bundle import TOKENS, WIDTHS
 from dyexport.calibration.merging import merge_segments
 from dyexport.calibration.precision import measure_magnitudes
 from dyexport.calibration.tokens import measure_tokens
@@ -26,6 +27,7 @@ from dyexport.calibration.widths import (
     trajectory_points,
 )
 from dyexport.errors import BudgetError
+from dyexport.manifest import ModelSpec, Precision, Quantization, Segment
 from dyexport.models.checkpoints import (
     dynamic_weights,
     load_dynamic,
@@ -39,7 +41,6 @@ from dyexport.models.inputs import NoisedInputs
 from dyexport.models.sources import read_config
 from dyexport.models.stored import StoredWeights
 from dyexport.models.streaming import must_stream
-from dyexport.presets import Preset
 from dyexport.slicing.flops import FlopsModel
 from dyexport.slicing.merging import merging_reader
 from dyexport.slicing.recipes import Read

@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from dyexport.architectures import Preset, RouterKind
 from dyexport.build.profiles import parse_profiles
 from dyexport.build.targets import ONNX, TARGETS
-from dyexport.bundle import Precision, Quantization
 from dyexport.calibration.segments import PlanSettings
 from dyexport.errors import BudgetError, UsageError
 from dyexport.lora import LoraSpec
+from dyexport.manifest import Precision, Quantization
 from dyexport.plans import OLDEST_FP8
-from dyexport.presets import Preset, RouterKind, get_preset
+from dyexport.presets import get_preset
 
 Routers = Literal["given", "random", "trained", "none"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dyexport.architectures import Preset
 from dyexport.build.quantization import QuantizedModel
 from dyexport.bundle import Bundle
 from dyexport.calibration.merging import merged_gates
@@ -12,7 +13,6 @@ from dyexport.errors import MissingDependency
 from dyexport.models.base import Inputs
 from dyexport.models.dynamic import DynamicOutput, DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
-from dyexport.presets import Preset
 from dyexport.training.data import digits
 
 BATCH = 2

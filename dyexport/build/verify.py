@@ -23,8 +23,9 @@ from torch import Tensor
 from dyexport.build.layers import LayerReport, compare_layers
 from dyexport.build.ledger import describe, digest_of
 from dyexport.build.truth import Truth, undecided
-from dyexport.bundle import Bundle, Manifest, ModelSpec, Precision, Quantization
+from dyexport.bundle import Bundle
 from dyexport.errors import BundleError, UsageError
+from dyexport.manifest import Manifest, ModelSpec, Precision, Quantization
 from dyexport.models.checkpoints import load_dynamic
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.streaming import must_stream

@@ -16,7 +16,7 @@ from dyexport.console import DebugOption, JsonOption, emit, format_bytes, pairs
 if TYPE_CHECKING:
     from dyexport.build.predictions import PlanCost
     from dyexport.build.settings import BuildSettings
-    from dyexport.bundle import SegmentPlan
+    from dyexport.manifest import SegmentPlan
 
 app = typer.Typer()
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 import typer
 
 if TYPE_CHECKING:
+    from dyexport.architectures import RouterKind
     from dyexport.build.settings import BuildSettings
-    from dyexport.bundle import Precision, Quantization
-    from dyexport.presets import RouterKind
+    from dyexport.manifest import Precision, Quantization
 
 
 def _option(help_text: str, *names: str, metavar: str | None = None) -> Any:

@@ -25,9 +25,10 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dyexport.bundle import Frozen
+from dyexport.architectures import FluxPreset, Preset, RouterKind
 from dyexport.errors import CheckpointError, UsageError
 from dyexport.lora import LoraSpec
+from dyexport.manifest import Frozen
 from dyexport.models import published
 from dyexport.models.base import get_adapter
 from dyexport.models.dynamic import DynamicTransformer
@@ -43,7 +44,7 @@ from dyexport.models.stored import (
 )
 from dyexport.models.streaming import meta_parameters, stored_state, stream_backbone, stream_routers
 from dyexport.models.user_lora import MergedWeights, UserLora
-from dyexport.presets import FluxPreset, Preset, RouterKind, get_preset
+from dyexport.presets import get_preset
 from dyexport.tables import WidthTable
 
 DYNAMIC = "dynamic.json"

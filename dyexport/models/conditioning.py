@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dyexport.architectures import FluxPreset, LattePreset, Preset
 from dyexport.models.base import Inputs
-from dyexport.presets import FluxPreset, LattePreset, Preset
 
 Conditions = dict[str, Tensor]
 """One row per sample, by the names of the stock module's arguments."""

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dyexport.architectures import RouterKind
 from dyexport.lora import LoraSpec
 from dyexport.models.base import BackboneAdapter, Inputs
 from dyexport.models.gates import BlockGates, BlockRouter, GatedPass, GateNoise, hard_gate, without_autocast
 from dyexport.models.lora import TdLora
-from dyexport.presets import RouterKind
 from dyexport.tables import WidthTable
 
 MEAN_POINTS = 64  # timesteps that gates are averaged over

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dyexport.architectures import Preset
 from dyexport.models.base import Inputs
 from dyexport.models.conditioning import Batch, get_conditioning
-from dyexport.presets import Preset
 
 ROWS = 2048  # tokens of one pass, which bounds the memory that activations take
 DDPM_STEPS = 1000

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dyexport.architectures import Preset
 from dyexport.errors import CheckpointError
 from dyexport.models.dit import FREQ_SHIFT, STORED_POSITIONS
-from dyexport.presets import Preset
 
 CONFIG = "config.json"
 OWN_CONFIG = ("norm_eps", FREQ_SHIFT, STORED_POSITIONS)  # what a checkpoint may say otherwise than its preset

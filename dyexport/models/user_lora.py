@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dyexport.architectures import FluxPreset, Preset
 from dyexport.errors import CheckpointError
 from dyexport.models.stored import SAFETENSORS, StoredWeights
-from dyexport.presets import FluxPreset, Preset
 
 PREFIXES = r"(?:transformer\.|base_model\.model\.|module\.)*"
 FACTOR = re.compile(rf"{PREFIXES}(.+?)\.(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.default)?\.weight")

@@ -15,11 +15,12 @@ import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 
-from dyexport.bundle import CONDITIONING, DENSE, DENSE_CONDITIONING, Bundle, ModelSpec, segment_name
+from dyexport.bundle import Bundle
 from dyexport.engines.base import Tensors
 from dyexport.engines.registry import EngineOptions, get_backend, make_engines
 from dyexport.engines.switching import SwitchingEngine
 from dyexport.errors import BundleError, UsageError
+from dyexport.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING, ModelSpec, segment_name
 from dyexport.runtime.conditioning import Conditioner
 from dyexport.runtime.memory import Placement, WeightBytes, place
 from dyexport.runtime.overflow import Overflow, OverflowCounter

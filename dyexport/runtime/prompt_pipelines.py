@@ -8,8 +8,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from dyexport.bundle import ModelSpec
 from dyexport.errors import UsageError
+from dyexport.manifest import ModelSpec
 from dyexport.runtime.sampling import make_scheduler
 
 Columns = Mapping[str, tuple[int | None, ...]]

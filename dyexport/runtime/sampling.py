@@ -9,8 +9,8 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DecoderOutput
 
-from dyexport.bundle import ModelSpec
 from dyexport.errors import CheckpointError, UsageError
+from dyexport.manifest import ModelSpec
 from dyexport.runtime.placeholder import offloading_placeholder
 
 if TYPE_CHECKING:

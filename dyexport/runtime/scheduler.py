@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from dyexport.bundle import Segment, SegmentPlan
 from dyexport.engines.base import Tensors
 from dyexport.engines.switching import Choice
 from dyexport.errors import BundleError, EngineMismatch
+from dyexport.manifest import Segment, SegmentPlan
 from dyexport.tables import FloatArray, TokenStats, WidthTable
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from dyexport.bundle import ModelSpec
 from dyexport.errors import EngineMismatch
+from dyexport.manifest import ModelSpec
 from dyexport.runtime.pipeline import BundleTransformer
 
 DIT_PIPELINE_NULL_CLASS = 1000  # what diffusers' DiTPipeline gives as "no class", whatever the model's classes

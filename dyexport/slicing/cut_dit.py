@@ -10,7 +10,7 @@ import torch
 from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor
 
-from dyexport.bundle import ModelSpec, Segment
+from dyexport.manifest import ModelSpec, Segment
 from dyexport.models.dit import FREQ_SHIFT
 from dyexport.slicing.cut_lora import PathCut, router_names
 from dyexport.slicing.recipes import Recipe

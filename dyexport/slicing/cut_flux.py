@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyexport.bundle import Segment
+from dyexport.manifest import Segment
 from dyexport.slicing.cut_lora import PathCut, router_names
 from dyexport.slicing.flux_conditioning import FluxConditioning, channels_of, depth_of, modulation_size
 from dyexport.slicing.recipes import Recipe

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyexport.bundle import ModelSpec, Segment
+from dyexport.manifest import ModelSpec, Segment
 from dyexport.slicing.cut_dit import block_recipes
 from dyexport.slicing.cut_lora import router_names
 from dyexport.slicing.recipes import Recipe

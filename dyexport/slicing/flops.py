@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from dyexport.bundle import ModelSpec
+from dyexport.architectures import Preset
 from dyexport.errors import UsageError
-from dyexport.presets import Preset
+from dyexport.manifest import ModelSpec
 
 Array = Any  # numpy array or torch tensor: every method is plain arithmetic
 Config = Mapping[str, Any]

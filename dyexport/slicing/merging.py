@@ -10,7 +10,7 @@ from functools import cache
 
 from torch import Tensor
 
-from dyexport.bundle import Segment
+from dyexport.manifest import Segment
 from dyexport.models.basic_block import LINEARS
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.flux import DOUBLE_LINEARS, SINGLE_LINEARS

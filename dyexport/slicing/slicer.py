@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dyexport.bundle import ModelSpec, Precision, Quantization, Segment, TokenPath
+from dyexport.architectures import Preset
 from dyexport.errors import UsageError
 from dyexport.lora import LoraSpec
-from dyexport.presets import Preset
+from dyexport.manifest import ModelSpec, Precision, Quantization, Segment, TokenPath
 from dyexport.slicing.merging import merged_recipe
 from dyexport.slicing.quantizing import quantized_recipes
 from dyexport.slicing.recipes import Read, Recipe, materialise

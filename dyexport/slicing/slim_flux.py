@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyexport.bundle import Segment
 from dyexport.lora import LoraSpec
+from dyexport.manifest import Segment
 from dyexport.plans import LARGEST_TOPK
 from dyexport.slicing.flux_conditioning import FINAL_PARTS, SINGLE_PARTS, STREAM_PARTS, channels_of
 from dyexport.slicing.slim_layers import (

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyexport.bundle import Segment
 from dyexport.lora import LoraSpec
+from dyexport.manifest import Segment
 from dyexport.slicing.slim_dit import BLOCK_PARTS, FINAL_PARTS, SlimBlock
 from dyexport.slicing.slim_layers import (
     Gates,

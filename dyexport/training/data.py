@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dyexport.architectures import Preset
 from dyexport.errors import DataError, MissingDependency
 from dyexport.models.conditioning import Batch, Column, get_conditioning
-from dyexport.presets import Preset
 
 Split = Literal["train", "held-out"]
 HELD_OUT_SHARE = 0.2

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
+from dyexport.architectures import Objective
 from dyexport.models.base import BackboneAdapter, Inputs
 from dyexport.models.dynamic import DynamicOutput, DynamicTransformer
 from dyexport.models.gates import GateNoise
 from dyexport.models.inputs import DDPM_BETAS, DDPM_STEPS
-from dyexport.presets import Objective
 from dyexport.slicing.flops import FlopsModel
 from dyexport.training.teacher import Teacher
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from dyexport.architectures import Preset
 from dyexport.errors import CheckpointError, DataError
 from dyexport.models.conditioning import Conditions
-from dyexport.presets import Preset
 
 SUBJECTS = (
     "a red fox", "an old sailor", "a glass of water", "a steam train", "a city street in the rain", "a bowl of fruit",

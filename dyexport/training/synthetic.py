@@ -13,11 +13,11 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from dyexport.architectures import FluxPreset, Preset
 from dyexport.errors import UsageError
 from dyexport.models.base import get_adapter
 from dyexport.models.conditioning import Conditions, get_conditioning
 from dyexport.models.inputs import DDPM_BETAS, DDPM_STEPS
-from dyexport.presets import FluxPreset, Preset
 from dyexport.training.data import ShardDirectory
 from dyexport.training.draws import step_generator
 from dyexport.training.state import fingerprint, write_tensors

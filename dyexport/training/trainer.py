@@ -13,11 +13,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dyexport.architectures import Preset
 from dyexport.errors import DataError, DyexportError, UsageError
 from dyexport.models.base import get_adapter
 from dyexport.models.conditioning import get_conditioning
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.presets import Preset
 from dyexport.slicing.flops import FlopsModel
 from dyexport.training.config import FinetuneConfig, TrainConfig
 from dyexport.training.data import LatentSource

@@ -16,9 +16,10 @@ from dyexport.bench.latency import BenchReport
 from dyexport.bench.memory import MemoryProbe, added_bytes
 from dyexport.bench.report import bench_tables
 from dyexport.bench.variants import compiled_variant, conditioning_variant
-from dyexport.bundle import DENSE, MANIFEST, Bundle
+from dyexport.bundle import MANIFEST, Bundle
 from dyexport.engines.fake import FakeEngine
 from dyexport.errors import BundleError, DyexportError, UsageError
+from dyexport.manifest import DENSE
 from dyexport.runtime.pipeline import load
 from dyexport.runtime.transformers import example_inputs, stock_transformer
 from tests.bench.text import rendered

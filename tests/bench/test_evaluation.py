@@ -10,8 +10,8 @@ import torch
 
 from dyexport.bench.evaluation import Drawing, draw_digits, mean_accuracy, mean_frechet, score_models
 from dyexport.bench.quality import Digits, Judge
-from dyexport.bundle import ModelSpec
 from dyexport.errors import UsageError
+from dyexport.manifest import ModelSpec
 from dyexport.presets import get_preset
 from dyexport.training.data import digits
 from tests.factories import spec_of

@@ -8,8 +8,9 @@ import pytest
 
 from dyexport.build.assemble import STAGING, Source, assemble
 from dyexport.build.ledger import describe
-from dyexport.bundle import MANIFEST, WIDTHS, Bundle, Manifest
+from dyexport.bundle import MANIFEST, WIDTHS, Bundle
 from dyexport.errors import StorageError
+from dyexport.manifest import Manifest
 from tests.build.tiny import hashes
 from tests.test_bundle import GRAPH, manifest_of, root
 

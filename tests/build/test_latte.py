@@ -16,6 +16,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from PIL import Image, ImageSequence
 from safetensors.torch import load_file, save_file
 
+from dyexport.architectures import LattePreset
 from dyexport.bench.variants import conditioning_variant, segment_variants
 from dyexport.build.settings import BuildSettings
 from dyexport.build.verify import VerifySettings, find_reference, verify_bundle
@@ -23,7 +24,7 @@ from dyexport.bundle import Bundle
 from dyexport.cli import main
 from dyexport.errors import DataError, EngineMismatch, UsageError
 from dyexport.models.checkpoints import load_dynamic
-from dyexport.presets import PRESETS, LattePreset
+from dyexport.presets import PRESETS
 from dyexport.runtime.pipeline import load
 from dyexport.runtime.prompts import Prompts, draw_prompts
 from dyexport.runtime.transformers import LatteBundle, example_inputs, stock_transformer

@@ -19,9 +19,10 @@ from dyexport.build.layers import LayerErrors
 from dyexport.build.networks import architecture_of, cut_networks
 from dyexport.build.taps import pair_up
 from dyexport.build.verify import VerifyReport, VerifySettings, verify_bundle
-from dyexport.bundle import Bundle, segment_name
+from dyexport.bundle import Bundle
 from dyexport.cli import main
 from dyexport.exporters.operator_gate import MODULE
+from dyexport.manifest import segment_name
 from dyexport.slicing.recipes import Recipe
 from tests.build.test_verify import overwrite
 from tests.build.tiny import tamper

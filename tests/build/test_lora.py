@@ -14,9 +14,10 @@ from dyexport.build.ledger import Silent
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
 from dyexport.build.verify import TOLERANCES, VerifySettings, find_reference, verify_bundle
-from dyexport.bundle import DENSE_CONDITIONING, Bundle
+from dyexport.bundle import Bundle
 from dyexport.errors import CheckpointError
 from dyexport.lora import LoraSpec
+from dyexport.manifest import DENSE_CONDITIONING
 from dyexport.models.checkpoints import TD_LORA, load_dynamic, load_static, save_static
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone

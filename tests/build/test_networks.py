@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from dyexport.build.networks import STATIC_PREFIX, Network, architecture_of, cut_networks, plan_for
-from dyexport.bundle import CONDITIONING, DENSE, DENSE_CONDITIONING
 from dyexport.calibration.segments import PlanSettings
 from dyexport.calibration.widths import read_widths
+from dyexport.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING
 from dyexport.slicing.recipes import lay_out
 from tests.factories import shared_tiny_model, spec_of, tiny_preset
 

@@ -15,8 +15,9 @@ from dyexport.build.ledger import Silent
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
 from dyexport.build.verify import VerifySettings, verify_bundle
-from dyexport.bundle import CONDITIONING, DENSE, DENSE_CONDITIONING, MANIFEST, Bundle
+from dyexport.bundle import MANIFEST, Bundle
 from dyexport.errors import BudgetError, CheckpointError, DyexportError, UsageError
+from dyexport.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING
 from dyexport.models.checkpoints import load_dynamic, load_static, save_static
 from dyexport.models.random_weights import random_backbone
 from dyexport.runtime.pipeline import load

@@ -17,11 +17,12 @@ from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
 from dyexport.build.side_by_side import Crew
 from dyexport.build.verify import VerifySettings, verify_bundle
-from dyexport.bundle import CONDITIONING, Bundle, segment_name
+from dyexport.bundle import Bundle
 from dyexport.cli import main
 from dyexport.engines.registry import BACKENDS, Backend, get_backend
 from dyexport.engines.tensorrt_fit import misfit
 from dyexport.errors import BundleError, EngineBuildError, EngineMismatch, MissingDependency, UsageError
+from dyexport.manifest import CONDITIONING, segment_name
 from dyexport.plans import ENGINE, INFO, PlanInfo
 from dyexport.runtime.pipeline import load
 from dyexport.runtime.transformers import example_inputs

@@ -9,8 +9,8 @@ import pytest
 
 from dyexport.build.networks import Network
 from dyexport.build.profiles import largest_topk, parse_profiles, plan_request, profiles_for
-from dyexport.bundle import ModelSpec
 from dyexport.errors import UsageError
+from dyexport.manifest import ModelSpec
 from dyexport.plans import Profile
 from dyexport.presets import get_preset
 from dyexport.slicing.slicer import slice_conditioning, slice_segment, spec_of

@@ -17,10 +17,11 @@ from dyexport.build.ledger import Silent
 from dyexport.build.pipeline import opened
 from dyexport.build.quantization import Ranges
 from dyexport.build.verify import QUANTIZED, VerifySettings, verify_bundle
-from dyexport.bundle import CONDITIONING, DENSE_CONDITIONING, RANGES, Bundle, Quantization, segment_name
+from dyexport.bundle import RANGES, Bundle
 from dyexport.cli import main
 from dyexport.errors import BundleError, UsageError
 from dyexport.exporters.onnx_graph import STORE
+from dyexport.manifest import CONDITIONING, DENSE_CONDITIONING, Quantization, segment_name
 from tests.build.tiny import build, tamper, tiny_settings
 
 SETTINGS = VerifySettings(timesteps=8)

@@ -15,9 +15,10 @@ import torch
 from dyexport.build.networks import architecture_of, cut_networks
 from dyexport.build.truth import Truth, undecided
 from dyexport.build.verify import VerifySettings, draw_timesteps, find_reference, verify_bundle
-from dyexport.bundle import CONDITIONING, MANIFEST, WIDTHS, Bundle, segment_name
+from dyexport.bundle import MANIFEST, WIDTHS, Bundle
 from dyexport.errors import BundleError, UsageError
 from dyexport.exporters.onnx_graph import STORE
+from dyexport.manifest import CONDITIONING, segment_name
 from dyexport.models.checkpoints import load_dynamic
 from dyexport.slicing.recipes import Recipe, lay_out
 from tests.build.tiny import tamper

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dyexport.bundle import Quantization, Segment
 from dyexport.calibration.ranges import fake_quantized, measure_ranges, quantization_error
+from dyexport.manifest import Quantization, Segment
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic

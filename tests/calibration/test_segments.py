@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dyexport.bundle import Segment
 from dyexport.calibration.segments import PlanSettings, make_segments, price_plan
 from dyexport.errors import UsageError
+from dyexport.manifest import Segment
 from dyexport.tables import TokenStats, WidthTable
 from tests.factories import uniform_flops
 

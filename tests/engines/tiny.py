@@ -15,8 +15,8 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-from dyexport.bundle import Segment
 from dyexport.engines.base import EngineIO, Tensors
+from dyexport.manifest import Segment
 from dyexport.tensors import TensorSpec
 
 DEPTH, HEADS, GROUPS = 2, 4, 4

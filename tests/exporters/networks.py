@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from dyexport.architectures import FluxPreset, Preset
 from dyexport.build.profiles import largest_topk, profiles_for
-from dyexport.bundle import Precision, Segment, TokenPath
 from dyexport.exporters.onnx_graph import STORE, export_onnx
 from dyexport.exporters.tensorrt_plan import PlanRequest, build_plan
+from dyexport.manifest import Precision, Segment, TokenPath
 from dyexport.plans import PlanInfo
-from dyexport.presets import FluxPreset, Preset
 from dyexport.slicing.recipes import lay_out
 from dyexport.slicing.slicer import Architecture, Slice, UnitOrder, dense_segment, slice_segment, spec_of
 

@@ -11,18 +11,20 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from dyexport.architectures import Preset
 from dyexport.build.profiles import parse_profiles, profiles_for
-from dyexport.bundle import Precision, Quantization, TokenPath, sha256_of
+from dyexport.bundle import sha256_of
 from dyexport.calibration.widths import read_widths
 from dyexport.errors import EngineBuildError, EngineMismatch, MissingDependency
 from dyexport.exporters.onnx_graph import STORE, export_onnx
 from dyexport.exporters.tensorrt_plan import build_plan
 from dyexport.exporters.timing_cache import kept_timings, read_timings
 from dyexport.exporters.weight_store import write_store
+from dyexport.manifest import Precision, Quantization, TokenPath
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
 from dyexport.plans import ENGINE, INFO, PlanInfo
-from dyexport.presets import Preset, get_preset
+from dyexport.presets import get_preset
 from dyexport.slicing.recipes import lay_out
 from dyexport.slicing.slicer import UnitOrder, dense_segment, slice_conditioning, slice_segment
 from dyexport.tensorrt_api import BuildLog, load_api

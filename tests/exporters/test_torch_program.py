@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dyexport.bundle import TokenPath
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.exporters.torch_program import compiled_input, export_program, outputs_of
 from dyexport.exporters.weight_store import write_store
+from dyexport.manifest import TokenPath
 from dyexport.plans import Profile
 from dyexport.slicing.recipes import lay_out
 from dyexport.slicing.slicer import Slice, slice_conditioning

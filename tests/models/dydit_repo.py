@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyexport.presets import DiTPreset, FluxPreset
+from dyexport.architectures import DiTPreset, FluxPreset
 
 
 class PatchEmbed(nn.Module):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyexport.presets import DiTPreset
+from dyexport.architectures import DiTPreset
 
 State = dict[str, Tensor]
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from dyexport import presets
+from dyexport.architectures import FluxPreset, Preset
 from dyexport.models.base import Inputs
 from dyexport.models.checkpoints import load_given, load_static
 from dyexport.models.inputs import NoisedInputs
-from dyexport.presets import FluxPreset, Preset, get_preset
+from dyexport.presets import get_preset
 from dyexport.runtime.pipeline import load
 from tests.build.tiny import build, tiny_settings
 from tests.factories import random_timesteps

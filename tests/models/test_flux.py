@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
+from dyexport.architectures import FluxPreset
 from dyexport.calibration.tokens import measure_tokens
 from dyexport.calibration.widths import choose_widths, meet_budget, read_widths
 from dyexport.models.base import Inputs, get_adapter
@@ -18,7 +19,7 @@ from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.importance import rank_units, unit_importance
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
-from dyexport.presets import PRESETS, FluxPreset
+from dyexport.presets import PRESETS
 from dyexport.slicing.flops import FlopsModel
 
 PRESET = PRESETS["flux-tiny"]

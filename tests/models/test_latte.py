@@ -10,6 +10,7 @@ import torch
 from diffusers import LatteTransformer3DModel
 from torch import Tensor
 
+from dyexport.architectures import LattePreset
 from dyexport.calibration.tokens import measure_tokens
 from dyexport.calibration.widths import choose_widths, meet_budget, read_widths
 from dyexport.models.base import Inputs, get_adapter
@@ -17,7 +18,7 @@ from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.importance import rank_units, unit_importance
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic
-from dyexport.presets import PRESETS, LattePreset
+from dyexport.presets import PRESETS
 from dyexport.slicing.flops import FlopsModel
 
 PRESET = PRESETS["latte-tiny"]

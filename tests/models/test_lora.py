@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from dyexport.architectures import Preset
 from dyexport.errors import UsageError
 from dyexport.lora import LoraSpec, parse_lora
 from dyexport.models.base import get_adapter
@@ -14,7 +15,7 @@ from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.lora import LowRank
 from dyexport.models.random_weights import random_backbone, random_dynamic
-from dyexport.presets import Preset, get_preset
+from dyexport.presets import get_preset
 from tests.factories import tiny_preset
 
 VARIANTS = ["standard", "inverse", "symmetric"]

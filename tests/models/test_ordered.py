@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dyexport.architectures import Preset
 from dyexport.build.networks import plan_for
 from dyexport.calibration.segments import PlanSettings
 from dyexport.calibration.widths import meet_budget, read_widths
@@ -17,7 +18,7 @@ from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.gates import OrderedRouter
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic
-from dyexport.presets import PRESETS, Preset
+from dyexport.presets import PRESETS
 from dyexport.slicing.flops import FlopsModel
 from tests.factories import random_timesteps, spec_of, tiny_preset
 

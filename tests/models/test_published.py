@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dyexport import presets
+from dyexport.architectures import Preset
 from dyexport.errors import CheckpointError
 from dyexport.models.checkpoints import (
     has_routers,
@@ -25,7 +26,7 @@ from dyexport.models.checkpoints import (
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
-from dyexport.presets import Preset, get_preset
+from dyexport.presets import get_preset
 from dyexport.runtime.pipeline import load
 from tests.build.tiny import build, tiny_settings
 from tests.factories import random_timesteps, tiny_preset

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dyexport import presets
+from dyexport.architectures import Preset
 from dyexport.models.checkpoints import load_dynamic, load_static, save_dynamic
 from dyexport.models.devices import bf16_products
 from dyexport.models.dynamic import DynamicTransformer
@@ -15,7 +16,7 @@ from dyexport.models.importance import unit_importance
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
 from dyexport.models.streaming import must_stream
-from dyexport.presets import Preset, get_preset
+from dyexport.presets import get_preset
 from tests.factories import tiny_preset
 
 

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
+from dyexport.architectures import Preset
 from dyexport.errors import CheckpointError
 from dyexport.models.checkpoints import adopt_static, load_static, save_dynamic, save_static
 from dyexport.models.dynamic import DynamicTransformer
@@ -18,7 +19,7 @@ from dyexport.models.importance import rank_units
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic
 from dyexport.models.user_lora import UserLora
-from dyexport.presets import Preset, get_preset
+from dyexport.presets import get_preset
 from tests.build.tiny import TINY
 
 FLUX = get_preset("flux-tiny")

@@ -11,12 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from dyexport.bundle import (
+from dyexport.bundle import TOKENS, WIDTHS, sha256_of
+from dyexport.manifest import (
     CONDITIONING,
     DENSE,
     SCHEMA_VERSION,
-    TOKENS,
-    WIDTHS,
     EngineRecord,
     FileRecord,
     Manifest,
@@ -25,7 +24,6 @@ from dyexport.bundle import (
     SegmentPlan,
     TokenPath,
     segment_name,
-    sha256_of,
 )
 from dyexport.runtime.scheduler import route
 from dyexport.tables import TokenStats, WidthTable

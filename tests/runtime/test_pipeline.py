@@ -15,9 +15,9 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 import dyexport
-from dyexport.bundle import CONDITIONING, DENSE, DENSE_CONDITIONING, EngineRecord, Manifest
 from dyexport.engines.fake import FakeEngine
 from dyexport.errors import BundleError, EngineMismatch, UsageError
+from dyexport.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING, EngineRecord, Manifest
 from dyexport.runtime.pipeline import BundleTransformer, load
 from dyexport.tables import WidthTable
 from tests.engines.tiny import CLASSES, Store, modulate, reference, write_conditioning_onnx

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 
-from dyexport.bundle import ModelSpec
 from dyexport.errors import UsageError
+from dyexport.manifest import ModelSpec
 from dyexport.runtime.pipeline import load
 from dyexport.runtime.sampling import PixelVAE, guided, make_pipeline, make_scheduler, sample, sample_flow
 from tests.engines.tiny import CHANNELS, CLASSES, SIZE

@@ -7,11 +7,11 @@ from functools import cached_property
 
 import torch
 
-from dyexport.bundle import ModelSpec, Segment
+from dyexport.architectures import Preset
+from dyexport.manifest import ModelSpec, Segment
 from dyexport.models.base import Inputs
 from dyexport.models.checkpoints import all_weights
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.presets import Preset
 from dyexport.slicing.recipes import Read
 from dyexport.slicing.slicer import Architecture, Slice, dense_reader, slice_conditioning, slice_segment
 from dyexport.tables import TokenStats, WidthTable

@@ -8,10 +8,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from dyexport.architectures import LattePreset, Preset
 from dyexport.errors import UsageError
 from dyexport.models.base import get_adapter
 from dyexport.models.inputs import NoisedInputs
-from dyexport.presets import PRESETS, LattePreset, Preset
+from dyexport.presets import PRESETS
 from dyexport.slicing.flops import FlopsModel
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dyexport.bundle import Quantization, Segment
-from dyexport.presets import Preset, get_preset
+from dyexport.architectures import Preset
+from dyexport.manifest import Quantization, Segment
+from dyexport.presets import get_preset
 from dyexport.slicing.quantizing import SCALE, linear_inputs, quantized_recipes
 from dyexport.slicing.recipes import QMAX, Recipe, lay_out, materialise
 from dyexport.slicing.slicer import Architecture, Slice, slice_segment, spec_of

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dyexport.bundle import Segment
 from dyexport.calibration.segments import PlanSettings, make_segments
 from dyexport.calibration.tokens import measure_tokens
 from dyexport.calibration.widths import read_widths
 from dyexport.lora import LoraSpec
+from dyexport.manifest import Segment
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
 from dyexport.slicing.flops import FlopsModel

@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from dyexport.architectures import Preset, RouterKind
 from dyexport.lora import LoraSpec
 from dyexport.models.base import get_adapter
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.presets import Preset, RouterKind, get_preset
+from dyexport.presets import get_preset
 from dyexport.training.data import MemorySource
 
 SIT = replace(get_preset("sit-digits"), name="tiny-sit", hidden_size=16, heads=4, layers=2, patch_size=2)

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dyexport.architectures import FluxPreset
 from dyexport.errors import DataError
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic
-from dyexport.presets import PRESETS, FluxPreset
+from dyexport.presets import PRESETS
 from dyexport.training.config import FinetuneConfig
 from dyexport.training.data import ShardDirectory, open_source
 from dyexport.training.losses import SigmaFlowObjective

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dyexport.architectures import LattePreset
 from dyexport.errors import DataError
 from dyexport.models.random_weights import random_backbone, random_dynamic
-from dyexport.presets import PRESETS, LattePreset
+from dyexport.presets import PRESETS
 from dyexport.training.config import FinetuneConfig
 from dyexport.training.data import open_source
 from dyexport.training.losses import DdpmObjective

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dyexport.architectures import Preset
 from dyexport.errors import UsageError
-from dyexport.presets import Preset
 from dyexport.training.synthetic import SHARD_SAMPLES, SyntheticConfig, generate
 from tests.training.helpers import DIT, SIT, backbone
 
