@@ -23,13 +23,13 @@ from typing import Any
 from dyexport.bench.evaluation import Drawing, evaluate
 from dyexport.bench.quality import Judge
 from dyexport.bench.report import as_markdown
-from dyexport.build.files import write_atomically
 from dyexport.build.ledger import digest_of
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import FROM_SCRATCH, BuildSettings
 from dyexport.bundle import Bundle
 from dyexport.console import StageLines, chatter_on_stderr
 from dyexport.demo import real_digits
+from dyexport.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 VALUES = ("frechet_dense", "frechet_control", "frechet_dynamic", "class_accuracy", "flops_ratio", "network_flops_ratio")

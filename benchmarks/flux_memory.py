@@ -39,11 +39,11 @@ from torch import Tensor
 
 from dyexport.architectures import FluxPreset, Preset, RouterKind
 from dyexport.bench.report import Rows, as_markdown
-from dyexport.build.files import write_atomically
 from dyexport.build.ledger import Silent
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
 from dyexport.console import format_bytes
+from dyexport.files import write_atomically
 from dyexport.models.base import get_adapter
 from dyexport.presets import PRESETS
 

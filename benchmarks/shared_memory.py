@@ -19,11 +19,11 @@ from typing import Any
 
 from dyexport.bench.memory import MemoryProbe, added_bytes
 from dyexport.bench.report import Rows, as_markdown
-from dyexport.build.files import write_atomically
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
 from dyexport.bundle import Bundle
 from dyexport.console import StageLines, chatter_on_stderr, format_bytes
+from dyexport.files import write_atomically
 from dyexport.manifest import Segment
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,12 +22,12 @@ from typing import Any
 from dyexport.bench.evaluation import Drawing, score_models
 from dyexport.bench.quality import Judge
 from dyexport.bench.report import as_markdown
-from dyexport.build.files import write_atomically
 from dyexport.build.ledger import digest_of
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import FROM_SCRATCH, BuildSettings
 from dyexport.console import StageLines, chatter_on_stderr
 from dyexport.demo import real_digits
+from dyexport.files import write_atomically
 from dyexport.lora import parse_lora
 from dyexport.runtime.pipeline import load
 

@@ -19,6 +19,7 @@ LINKED = ("calibration", "engines", "exporters")
 
 CONTRACTS = {
     "errors",
+    "files",
     "sizes",
     "tables",
     "tensors",
@@ -37,6 +38,7 @@ EITHER_SIDE = CONTRACTS | BUILD_SIDE | RUN_SIDE
 # What each unit of the package (a module or folder right below dyexport/) may import.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "files": {"errors"},
     "sizes": {"errors"},
     "tables": {"errors"},
     "tensors": set(),

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dyexport import __version__
-from dyexport.build.files import PARTIAL, remove, storage_errors, sync, write_atomically
 from dyexport.build.ledger import Outcome, describe
 from dyexport.build.settings import BuildSettings
 from dyexport.bundle import MANIFEST, Bundle, read_manifest
 from dyexport.errors import BundleError, StorageError
+from dyexport.files import PARTIAL, remove, storage_errors, sync, write_atomically
 from dyexport.manifest import SCHEMA_VERSION, EngineRecord, FileRecord, Manifest, ModelSpec, Reference, SegmentPlan
 
 STAGING = f"{PARTIAL}bundle"

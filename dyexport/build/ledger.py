@@ -21,10 +21,10 @@ from typing import Any, Protocol
 
 from pydantic import Field, ValidationError
 
-from dyexport.build.files import PARTIAL, flush, remove, storage_errors, sync, write_atomically
 from dyexport.build.team import Alone, Team
 from dyexport.bundle import sha256_of
 from dyexport.errors import StorageError, UsageError
+from dyexport.files import PARTIAL, flush, remove, storage_errors, sync, write_atomically
 from dyexport.manifest import FileRecord, Frozen
 
 LEDGER = "ledger.json"

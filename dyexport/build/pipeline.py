@@ -15,7 +15,6 @@ import torch
 from dyexport import __version__
 from dyexport.build import reference
 from dyexport.build.assemble import Source, assemble, describe_bundle
-from dyexport.build.files import check_writable
 from dyexport.build.ledger import (
     Listener,
     Outcome,
@@ -46,6 +45,7 @@ from dyexport.bundle import RANGES, TOKENS, WIDTHS
 from dyexport.calibration.segments import PlanSettings
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.exporters.weight_store import write_store
+from dyexport.files import check_writable
 from dyexport.manifest import Manifest, SegmentPlan
 from dyexport.slicing.recipes import StoreLayout, lay_out
 from dyexport.tensorrt_api import Api, load_api

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dyexport.errors import CheckpointError, DyexportError
+from dyexport.files import flush
 
 
 class SavedState(NamedTuple):
@@ -31,9 +32,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: value.detach().contiguous() for name, value in tensors.items()}, partial, dict(metadata))
-        _sync(partial)
+        flush(partial)
         partial.replace(path)
-        _sync(path.parent)
+        flush(path.parent)
     except (OSError, SafetensorError) as error:
         raise DyexportError(f"cannot write {path} ({error}); free space or choose another directory") from error
     finally:
@@ -67,11 +68,3 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dyexport.build.files import check_writable
 from dyexport.build.ledger import LEDGER, Ledger, Stage, digest_of, locked
 from dyexport.errors import StorageError, UsageError
+from dyexport.files import check_writable
 
 
 class Log:
