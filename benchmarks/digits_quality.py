@@ -7,7 +7,7 @@ from the same noise: with thousands of pictures the noise alone moves a model's 
     python benchmarks/digits_quality.py --train-steps 10000 --work out/digits-quality
 
 Takes about two hours on 2 cores. Stop it at any time: the same command goes on where it stopped. Writes
-benchmarks/results/digits_quality_10000.json and .md.
+benchmarks/results/sit-digits_quality_10000.json and .md.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
         finetune_steps=options.finetune_steps,
     )
     runs = [run_seed(first, seed, drawing, options.draws) for seed in range(options.seeds)]
-    write_results(options.results / f"digits_quality_{options.train_steps}.json", runs, options.train_steps)
+    write_results(options.results / f"{options.model}_quality_{options.train_steps}.json", runs, options.train_steps)
 
 
 def run_seed(first: BuildSettings, seed: int, drawing: Drawing, draws: int) -> dict[str, Any]:

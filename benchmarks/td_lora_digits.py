@@ -6,7 +6,7 @@ plain LoRA of about the same size. All are sampled and judged alike.
     python benchmarks/td_lora_digits.py --train-steps 10000 --work out/td-lora-digits
 
 Takes about an hour on a core for each seed. Stop it at any time: the same command goes on where it stopped. Writes
-benchmarks/results/td_lora_digits_10000.json and .md.
+benchmarks/results/td_lora_sit-digits_10000.json and .md.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def main() -> None:
         for seed in range(options.seeds)
         for name in (FULL, *options.runs)
     ]
-    write_results(options.results / f"td_lora_digits_{options.train_steps}.json", runs, drawing, options.train_steps)
+    file = options.results / f"td_lora_{options.model}_{options.train_steps}.json"
+    write_results(file, runs, drawing, options.model, options.train_steps)
 
 
 def fine_tuning(base: BuildSettings, static: Path, name: str, seed: int) -> BuildSettings:
@@ -102,11 +103,11 @@ def score_run(settings: BuildSettings, name: str, drawing: Drawing) -> dict[str,
     return score
 
 
-def write_results(file: Path, runs: Sequence[dict[str, Any]], drawing: Drawing, train_steps: int) -> None:
+def write_results(file: Path, runs: Sequence[dict[str, Any]], drawing: Drawing, model: str, train_steps: int) -> None:
     """And, beside it, the same as a table."""
     names = list(dict.fromkeys(run["run"] for run in runs))
     mean = {name: mean_of(runs, name) for name in names}
-    whole = {"train_steps": train_steps, "drawing": asdict(drawing), "mean": mean, "runs": runs}
+    whole = {"model": model, "train_steps": train_steps, "drawing": asdict(drawing), "mean": mean, "runs": runs}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, (json.dumps(whole, indent=1) + "\n").encode())
     write_atomically(file.with_suffix(".md"), markdown(whole).encode())
@@ -130,8 +131,8 @@ def markdown(whole: Mapping[str, Any]) -> str:
         rows.append((name, share, f"{mean['frechet']:.3f} ({each})", f"{ratio:.2f}", accuracy))
     titles = ("fine-tuning", "trainable", "Frechet (each seed)", "over full", "class accuracy")
     return (
-        f"sit-digits at lambda 0.5, {whole['drawing']['samples']} samples, {whole['drawing']['steps']} steps; Frechet "
-        f"distance to the training digits. The static model was trained for {whole['train_steps']} steps. The goal is "
+        f"{whole['model']} at lambda 0.5, {whole['drawing']['samples']} samples, {whole['drawing']['steps']} steps; "
+        f"Frechet distance to the training digits. The static model was trained for {whole['train_steps']} steps. The goal is "
         f"at most {GOAL} of full fine-tuning with less than 5 % trainable.\n\n" + as_markdown(titles, rows)
     )
 

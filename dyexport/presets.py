@@ -30,20 +30,20 @@ def _imagenet(backbone: Literal["dit", "sit"], size: str, sample_size: int) -> D
     )
 
 
-def _digits(backbone: Literal["dit", "sit"]) -> DiTPreset:
+def _digits(backbone: Literal["dit", "sit"], suffix: str = "", *, hidden_size: int = 64, about: str) -> DiTPreset:
     return DiTPreset(
-        name=f"{backbone}-digits",
+        name=f"{backbone}-digits{suffix}",
         backbone=backbone,
         layers=4,
-        hidden_size=64,
-        heads=4,
+        hidden_size=hidden_size,
+        heads=hidden_size // 16,
         patch_size=1,
         sample_size=8,
         in_channels=1,
         learn_sigma=False,
         classes=10,
         pixel_space=True,
-        about="scikit-learn's handwritten digits, 8 x 8 pixels, trains from scratch in minutes on a CPU",
+        about=f"scikit-learn's handwritten digits, 8 x 8 pixels, {about}",
     )
 
 
@@ -54,8 +54,9 @@ PRESETS: dict[str, Preset] = {
         _imagenet("dit", "xl", 64),
         *(_imagenet("sit", size, 32) for size in _SIZES),
         _imagenet("sit", "xl", 64),
-        _digits("dit"),
-        _digits("sit"),
+        _digits("dit", about="trains from scratch in minutes on a CPU"),
+        _digits("sit", about="trains from scratch in minutes on a CPU"),
+        _digits("sit", "-wide", hidden_size=128, about="with width to spare"),
         FluxPreset(name="flux", hub_id="black-forest-labs/FLUX.1-dev", about="FLUX.1-dev, guidance-distilled"),
         FluxPreset(
             name="flux-schnell",
