@@ -132,8 +132,8 @@ def markdown(whole: Mapping[str, Any]) -> str:
     titles = ("fine-tuning", "trainable", "Frechet (each seed)", "over full", "class accuracy")
     return (
         f"{whole['model']} at lambda 0.5, {whole['drawing']['samples']} samples, {whole['drawing']['steps']} steps; "
-        f"Frechet distance to the training digits. The static model was trained for {whole['train_steps']} steps. The goal is "
-        f"at most {GOAL} of full fine-tuning with less than 5 % trainable.\n\n" + as_markdown(titles, rows)
+        f"Frechet distance to the training digits. The static model was trained for {whole['train_steps']} steps. "
+        f"The goal is at most {GOAL} of full fine-tuning with less than 5 % trainable.\n\n" + as_markdown(titles, rows)
     )
 
 
