@@ -207,7 +207,7 @@ class BuildSettings:
 
     @property
     def calibrates_in_bf16(self) -> bool:
-        """Whether calibration multiplies in bf16, as the bundle will: on a CPU as well that is several times faster."""
+        """Whether calibration multiplies in bf16, as the bundle will; CPUs with such products are faster too."""
         return self.large and self.stored_precision == "bf16"
 
     @property
