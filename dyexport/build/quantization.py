@@ -18,8 +18,9 @@ from dyexport.calibration.ranges import fake_quantized, measure_ranges, quantiza
 from dyexport.errors import BundleError
 from dyexport.manifest import DENSE, Frozen, ModelSpec, SegmentPlan, segment_name
 from dyexport.models.base import Inputs
-from dyexport.models.checkpoints import load_dynamic, load_static
+from dyexport.models.checkpoints import load_static
 from dyexport.models.dynamic import DynamicOutput, DynamicTransformer
+from dyexport.models.dynamic_checkpoints import load_dynamic
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.streaming import must_stream
 from dyexport.slicing.quantizing import LinearInput, linear_inputs

@@ -28,15 +28,10 @@ from dyexport.calibration.widths import (
 )
 from dyexport.errors import BudgetError
 from dyexport.manifest import ModelSpec, Precision, Quantization, Segment
-from dyexport.models.checkpoints import (
-    dynamic_weights,
-    load_dynamic,
-    load_static,
-    read_spec,
-    save_dynamic,
-)
+from dyexport.models.checkpoints import load_static
 from dyexport.models.devices import bf16_products
 from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.dynamic_checkpoints import dynamic_weights, load_dynamic, read_spec, save_dynamic
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.sources import read_config
 from dyexport.models.stored import StoredWeights

@@ -16,15 +16,10 @@ from dyexport.calibration.widths import (
 )
 from dyexport.errors import CheckpointError
 from dyexport.models.base import get_adapter
-from dyexport.models.checkpoints import (
-    adopt_static,
-    load_given,
-    load_static,
-    save_dynamic,
-    save_static,
-)
+from dyexport.models.checkpoints import adopt_static, load_static, save_static
 from dyexport.models.devices import best_device
 from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.dynamic_checkpoints import load_given, save_dynamic
 from dyexport.models.importance import rank_units
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic
@@ -32,9 +27,10 @@ from dyexport.models.sources import find_checkpoint
 from dyexport.models.user_lora import UserLora
 from dyexport.training.config import FinetuneConfig, TrainConfig
 from dyexport.training.data import LatentSource, open_source
+from dyexport.training.finetuning import finetune
 from dyexport.training.prompts import embed_prompts, read_prompts
 from dyexport.training.synthetic import SyntheticConfig, generate
-from dyexport.training.trainer import Progress, finetune, train_static
+from dyexport.training.trainer import Progress, train_static
 
 RANKING_POINTS = 8
 CALIBRATION_SAMPLES = 512  # latents that calibration draws from

@@ -26,8 +26,8 @@ from dyexport.build.truth import Truth, undecided
 from dyexport.bundle import Bundle
 from dyexport.errors import BundleError, UsageError
 from dyexport.manifest import Manifest, ModelSpec, Precision, Quantization
-from dyexport.models.checkpoints import load_dynamic
 from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.dynamic_checkpoints import load_dynamic
 from dyexport.models.streaming import must_stream
 from dyexport.presets import get_preset
 from dyexport.runtime.pipeline import BundleTransformer, load

@@ -114,6 +114,16 @@ class DynamicTransformer(nn.Module):
         """What fine-tuning moves, beside the routers."""
         return self.backbone if self.td_lora is None else self.td_lora
 
+    def parts(self) -> dict[str, nn.Module]:
+        """What it has beside its backbone, by attribute."""
+        parts = {"routers": self.routers, "td_lora": self.td_lora}
+        return {name: module for name, module in parts.items() if module is not None}
+
+    def all_weights(self) -> dict[str, Tensor]:
+        """Backbone, routers and TD-LoRA by the names that slices read."""
+        parts = {f"{part}.{name}": value for part, m in self.parts().items() for name, value in m.state_dict().items()}
+        return {**self.backbone.state_dict(), **parts}
+
     @property
     def block_routers(self) -> list[BlockRouter]:
         return cast(list[BlockRouter], list(self.routers))

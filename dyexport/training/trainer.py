@@ -1,13 +1,13 @@
-"""Training, static and dynamic: named steps, run on one process or, under ``accelerate launch``, on several."""
+"""A training run: named steps, on one process or, under ``accelerate launch``, on several."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -17,27 +17,20 @@ from dyexport.architectures import Preset
 from dyexport.errors import DataError, DyexportError, UsageError
 from dyexport.models.base import get_adapter
 from dyexport.models.conditioning import get_conditioning
-from dyexport.models.dynamic import DynamicTransformer
 from dyexport.slicing.flops import FlopsModel
-from dyexport.training.config import FinetuneConfig, TrainConfig
+from dyexport.training.config import TrainConfig
 from dyexport.training.data import LatentSource
-from dyexport.training.draws import BatchDraws, LogisticNoise, Share, step_generator
+from dyexport.training.draws import BatchDraws, Share
 from dyexport.training.ema import Ema
 from dyexport.training.losses import (
-    DynamicLosses,
     Losses,
     NoisyBatch,
     StaticLosses,
-    flops_penalty,
-    flops_ratio,
     get_objective,
 )
 from dyexport.training.state import SavedState, fingerprint, load_state, save_state
-from dyexport.training.teacher import Teacher
 
 LOG_EVERY = 10  # steps; reading losses waits for the device
-MEASURED_SAMPLES = 512
-TEACHER = "teacher."  # before names of its weights in a saved state
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 """Called with steps done, steps in all, and the latest metrics."""
@@ -79,19 +72,6 @@ def train_static(
     """Train a stock backbone in place: from scratch, or as the control that a dynamic model is compared with."""
     get_adapter(preset.backbone).share_embedders(backbone)
     return Trainer(backbone, preset, source, config, work_dir=work_dir, progress=progress).train()
-
-
-def finetune(
-    model: DynamicTransformer,
-    preset: Preset,
-    source: LatentSource,
-    config: FinetuneConfig,
-    *,
-    work_dir: Path,
-    progress: Progress | None = None,
-) -> TrainResult:
-    """Fine-tune a dynamic model in place until its FLOPs ratio meets the budget (arXiv 2410.03456 section 3.5)."""
-    return DynamicTrainer(model, preset, source, config, work_dir=work_dir, progress=progress).train()
 
 
 class Trainer(Generic[Config]):
@@ -233,65 +213,6 @@ class Trainer(Generic[Config]):
     def finish(self) -> TrainResult:
         self.ema.apply()
         return TrainResult(steps=self.step, history=tuple(self.history), flops_ratio=None)
-
-
-class DynamicTrainer(Trainer[FinetuneConfig]):
-    """Fine-tunes a ``DynamicTransformer``: diffusion loss, complete-model loss and FLOPs penalty."""
-
-    model: DynamicTransformer
-    teacher: Teacher | None = None  # with ``distill``, from where the complete model is no longer trained
-
-    def loss_module(self) -> nn.Module:
-        return DynamicLosses(self.model, self.draws.objective, self.flops, distill=self.config.distill)
-
-    def new_optimizer(self) -> torch.optim.Optimizer:
-        groups: list[dict[str, Any]] = [
-            {"params": self.model.tuned.parameters()},
-            {"params": self.model.routers.parameters(), "lr": self.config.router_learning_rate},
-        ]
-        return torch.optim.AdamW(groups, lr=self.config.learning_rate, weight_decay=0, fused=True)
-
-    def losses(self, batch: NoisyBatch) -> Losses:
-        generator = step_generator(self.config.seed, self.step, "gates", self.accelerator.device)
-        noise = LogisticNoise(generator, self.share, self.config.noise_scale(self.step))
-        complete = self.step < self.config.complete_steps
-        if self.config.distill and not complete and self.teacher is None:
-            self.teacher = Teacher(self.model, self._averages())
-        losses: Losses = self.module(batch, noise, complete=complete, teacher=self.teacher)
-        return losses
-
-    def total(self, losses: Losses) -> Tensor:
-        assert losses.flops_ratio is not None
-        overall = self.accelerator.reduce(losses.flops_ratio.detach(), "mean")
-        total = losses.diffusion + flops_penalty(losses.flops_ratio, overall, self.config.target(self.step))
-        return total if losses.complete is None else total + losses.complete
-
-    def restore(self, state: SavedState) -> None:
-        super().restore(state)
-        if any(name.startswith(TEACHER) for name in state.tensors):
-            self.teacher = Teacher(self.model, self._averages())
-            for name, value in self.teacher.weights.items():
-                value.copy_(state.tensors[f"{TEACHER}{name}"])
-
-    def _averages(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self.ema.averages.items()}
-
-    def tensors(self) -> dict[str, Tensor]:
-        taught = {} if self.teacher is None else self.teacher.weights
-        return {**super().tensors(), **{f"{TEACHER}{name}": value for name, value in taught.items()}}
-
-    def finish(self) -> TrainResult:
-        return replace(super().finish(), flops_ratio=self.measured_ratio())
-
-    @torch.no_grad()
-    def measured_ratio(self) -> float:
-        """Lambda under hard gates, over noisy batches that no step has seen."""
-        draws = replace(self.draws, share=Share())
-        batches = math.ceil(MEASURED_SAMPLES / self.config.batch_size)
-        ratios = []
-        for step in range(self.config.steps, self.config.steps + batches):
-            ratios.append(flops_ratio(self.model(draws.at(step).inputs), self.flops).mean())
-        return float(torch.stack(ratios).mean())
 
 
 def _check_shapes(source: LatentSource, config: TrainConfig, share: Share) -> None:

@@ -23,7 +23,7 @@ from dyexport.build.verify import VerifySettings, find_reference, verify_bundle
 from dyexport.bundle import Bundle
 from dyexport.cli import main
 from dyexport.errors import DataError, EngineMismatch, UsageError
-from dyexport.models.checkpoints import load_dynamic
+from dyexport.models.dynamic_checkpoints import load_dynamic
 from dyexport.presets import PRESETS
 from dyexport.runtime.pipeline import load
 from dyexport.runtime.prompts import Prompts, draw_prompts

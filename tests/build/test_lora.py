@@ -18,7 +18,8 @@ from dyexport.bundle import Bundle
 from dyexport.errors import CheckpointError
 from dyexport.lora import LoraSpec
 from dyexport.manifest import DENSE_CONDITIONING
-from dyexport.models.checkpoints import TD_LORA, load_dynamic, load_static, save_static
+from dyexport.models.checkpoints import load_static, save_static
+from dyexport.models.dynamic_checkpoints import TD_LORA, load_dynamic
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone
 from dyexport.runtime.pipeline import load

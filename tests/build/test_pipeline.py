@@ -18,7 +18,8 @@ from dyexport.build.verify import VerifySettings, verify_bundle
 from dyexport.bundle import MANIFEST, Bundle
 from dyexport.errors import BudgetError, CheckpointError, DyexportError, UsageError
 from dyexport.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING
-from dyexport.models.checkpoints import load_dynamic, load_static, save_static
+from dyexport.models.checkpoints import load_static, save_static
+from dyexport.models.dynamic_checkpoints import load_dynamic
 from dyexport.models.random_weights import random_backbone
 from dyexport.runtime.pipeline import load
 from tests.build.tiny import TINY, build, hashes, tiny_settings

@@ -12,7 +12,7 @@ import torch
 
 from dyexport.build.ledger import Silent
 from dyexport.build.pipeline import opened
-from dyexport.models.checkpoints import load_dynamic
+from dyexport.models.dynamic_checkpoints import load_dynamic
 from tests.build.tiny import tiny_settings
 
 ROOT = Path(__file__).parents[2]

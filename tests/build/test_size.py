@@ -16,7 +16,7 @@ from dyexport.build.reference import METRICS
 from dyexport.build.settings import BuildSettings
 from dyexport.build.verify import VerifySettings, verify_bundle
 from dyexport.exporters.onnx_graph import STORE
-from dyexport.models.checkpoints import save_dynamic
+from dyexport.models.dynamic_checkpoints import save_dynamic
 from dyexport.models.random_weights import random_backbone, random_dynamic
 from dyexport.presets import get_preset
 from tests.build.tiny import build

@@ -19,7 +19,7 @@ from dyexport.bundle import MANIFEST, WIDTHS, Bundle
 from dyexport.errors import BundleError, UsageError
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.manifest import CONDITIONING, segment_name
-from dyexport.models.checkpoints import load_dynamic
+from dyexport.models.dynamic_checkpoints import load_dynamic
 from dyexport.slicing.recipes import Recipe, lay_out
 from tests.build.tiny import tamper
 

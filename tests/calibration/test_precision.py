@@ -14,8 +14,8 @@ from dyexport.build.verify import TOLERANCES, VerifySettings, verify_bundle
 from dyexport.bundle import Bundle
 from dyexport.calibration.precision import FP16_MAX, headroom, measure_magnitudes
 from dyexport.errors import EngineMismatch, UsageError
-from dyexport.models.checkpoints import save_dynamic
 from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.dynamic_checkpoints import save_dynamic
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
 from dyexport.presets import get_preset

@@ -13,7 +13,6 @@ from dyexport.errors import ExportError
 from dyexport.exporters.onnx_graph import MODULE, STORE, check_onnx, export_onnx
 from dyexport.exporters.weight_store import write_store
 from dyexport.manifest import Quantization
-from dyexport.models.checkpoints import all_weights
 from dyexport.models.random_weights import random_dynamic
 from dyexport.slicing.quantizing import linear_inputs
 from dyexport.slicing.recipes import lay_out
@@ -32,7 +31,7 @@ def exported(backbone: str, quantization: Quantization, directory: Path) -> onnx
     piece = with_ranges(first_units(backbone, 2, quantization))
     layout = lay_out(piece.recipes.values())
     spec = spec_of(preset, preset.transformer_config())
-    write_store(layout, dense_reader(all_weights(random_dynamic(preset)), spec), directory / STORE)
+    write_store(layout, dense_reader(random_dynamic(preset).all_weights(), spec), directory / STORE)
     export_onnx(piece, layout, directory / "network.onnx")
     check_onnx(directory / "network.onnx")
     return onnx.load(directory / "network.onnx", load_external_data=False).graph

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from dyexport import presets
 from dyexport.architectures import FluxPreset, Preset
 from dyexport.models.base import Inputs
-from dyexport.models.checkpoints import load_given, load_static
+from dyexport.models.checkpoints import load_static
+from dyexport.models.dynamic_checkpoints import load_given
 from dyexport.models.inputs import NoisedInputs
 from dyexport.presets import get_preset
 from dyexport.runtime.pipeline import load

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from dyexport import presets
 from dyexport.errors import CheckpointError
-from dyexport.models.checkpoints import WEIGHTS, load_dynamic, load_static, save_dynamic, save_static
+from dyexport.models.checkpoints import WEIGHTS, load_static, save_static
+from dyexport.models.dynamic_checkpoints import load_dynamic, save_dynamic
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone
 from tests.factories import tiny_model, tiny_preset

@@ -13,8 +13,8 @@ from dyexport.build.networks import plan_for
 from dyexport.calibration.segments import PlanSettings
 from dyexport.calibration.widths import meet_budget, read_widths
 from dyexport.models.base import get_adapter
-from dyexport.models.checkpoints import DYNAMIC, load_dynamic, save_dynamic
 from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.dynamic_checkpoints import DYNAMIC, load_dynamic, save_dynamic
 from dyexport.models.gates import OrderedRouter
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic

@@ -14,16 +14,9 @@ from torch import Tensor
 from dyexport import presets
 from dyexport.architectures import Preset
 from dyexport.errors import CheckpointError
-from dyexport.models.checkpoints import (
-    has_routers,
-    load_dynamic,
-    load_given,
-    load_static,
-    open_widths,
-    save_dynamic,
-    save_static,
-)
+from dyexport.models.checkpoints import has_routers, load_static, save_static
 from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.dynamic_checkpoints import load_dynamic, load_given, open_widths, save_dynamic
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
 from dyexport.presets import get_preset

@@ -9,9 +9,10 @@ import torch
 
 from dyexport import presets
 from dyexport.architectures import Preset
-from dyexport.models.checkpoints import load_dynamic, load_static, save_dynamic
+from dyexport.models.checkpoints import load_static
 from dyexport.models.devices import bf16_products
 from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.dynamic_checkpoints import load_dynamic, save_dynamic
 from dyexport.models.importance import unit_importance
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 
 from dyexport.architectures import Preset
 from dyexport.errors import CheckpointError
-from dyexport.models.checkpoints import adopt_static, load_static, save_dynamic, save_static
+from dyexport.models.checkpoints import adopt_static, load_static, save_static
 from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.dynamic_checkpoints import save_dynamic
 from dyexport.models.importance import rank_units
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic

@@ -10,7 +10,6 @@ import torch
 from dyexport.architectures import Preset
 from dyexport.manifest import ModelSpec, Segment
 from dyexport.models.base import Inputs
-from dyexport.models.checkpoints import all_weights
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.slicing.recipes import Read
 from dyexport.slicing.slicer import Architecture, Slice, dense_reader, slice_conditioning, slice_segment
@@ -36,7 +35,7 @@ class Cutter:
 
     @cached_property
     def read(self) -> Read:
-        return dense_reader(all_weights(self.model), self.spec)
+        return dense_reader(self.model.all_weights(), self.spec)
 
     def cut(self, segment: Segment) -> Slice:
         return slice_segment(self.architecture, segment)

@@ -1,8 +1,10 @@
-"""A dynamic DiT small enough to train in a test."""
+"""A dynamic DiT small enough to train in a test, and its training."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,10 +14,13 @@ from dyexport.lora import LoraSpec
 from dyexport.models.base import get_adapter
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.presets import get_preset
+from dyexport.training.config import FinetuneConfig
 from dyexport.training.data import MemorySource
+from dyexport.training.finetuning import DynamicTrainer
 
 SIT = replace(get_preset("sit-digits"), name="tiny-sit", hidden_size=16, heads=4, layers=2, patch_size=2)
 DIT = replace(SIT, name="tiny-dit", backbone="dit", learn_sigma=True)
+DYNAMIC = FinetuneConfig(steps=20, batch_size=8, checkpoint_every=5, seed=3, lr_decay=0.5)
 
 
 def backbone(preset: Preset, seed: int = 0) -> nn.Module:
@@ -44,3 +49,15 @@ def blobs(preset: Preset, count: int = 64) -> MemorySource:
     shape = (count, preset.in_channels, preset.sample_size, preset.sample_size)
     levels = labels.float().div(preset.classes / 2).sub(1)
     return MemorySource("blobs", levels[:, None, None, None].expand(shape).clone(), labels)
+
+
+def trainer(work_dir: Path, config: FinetuneConfig = DYNAMIC) -> DynamicTrainer:
+    return DynamicTrainer(dynamic(SIT), SIT, blobs(SIT), config, work_dir=work_dir)
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def same(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)

@@ -18,9 +18,10 @@ from dyexport.models.random_weights import random_backbone, random_dynamic
 from dyexport.presets import PRESETS
 from dyexport.training.config import FinetuneConfig
 from dyexport.training.data import ShardDirectory, open_source
+from dyexport.training.finetuning import finetune
 from dyexport.training.losses import SigmaFlowObjective
 from dyexport.training.synthetic import SyntheticConfig, generate
-from dyexport.training.trainer import finetune, train_static
+from dyexport.training.trainer import train_static
 
 PRESET = PRESETS["flux-tiny"]
 assert isinstance(PRESET, FluxPreset)

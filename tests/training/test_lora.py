@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from dyexport.lora import LoraSpec
 from dyexport.training.config import FinetuneConfig
-from dyexport.training.trainer import DynamicTrainer
+from dyexport.training.finetuning import DynamicTrainer
 from tests.training.helpers import SIT, blobs, dynamic
 
 ROOT = Path(__file__).parents[2]

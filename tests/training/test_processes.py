@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dyexport.training.config import FinetuneConfig
-from dyexport.training.trainer import finetune
+from dyexport.training.finetuning import finetune
 from tests.training.helpers import SIT, blobs, dynamic
 
 ROOT = Path(__file__).parents[2]

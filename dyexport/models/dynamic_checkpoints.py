@@ -1,0 +1,176 @@
+"""Dynamic checkpoints: models with routers, from and to disk.
+
+A dynamic checkpoint is a diffusers directory (it loads as the stock, complete model) with three more
+files: ``dynamic.json``, ``routers.safetensors`` and, for a model without trained routers,
+``widths.safetensors``. Of a model trained by TD-LoRA the directory has the frozen backbone, and a file
+``td_lora.safetensors`` what was trained.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dyexport.architectures import Preset, RouterKind
+from dyexport.errors import CheckpointError, UsageError
+from dyexport.lora import LoraSpec
+from dyexport.manifest import Frozen
+from dyexport.models.base import get_adapter
+from dyexport.models.checkpoints import (
+    ORDER,
+    fill,
+    load_backbone,
+    load_static,
+    meta_backbone,
+    open_checkpoint,
+    save_static,
+)
+from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.gates import WIDTH_BIAS
+from dyexport.models.sources import CONFIG
+from dyexport.models.stored import StoredWeights, View, check_weights, link_weights, write_weights
+from dyexport.models.streaming import meta_parameters, stored_state, stream_routers
+from dyexport.presets import get_preset
+from dyexport.tables import WidthTable
+
+DYNAMIC = "dynamic.json"
+TD_LORA = "td_lora.safetensors"
+PARTS = {"routers": "routers.safetensors", "td_lora": TD_LORA}  # of the dynamic model, by attribute
+TABLE = "widths.safetensors"
+
+
+class DynamicSpec(Frozen):
+    """``dynamic.json``: which preset the routers were made for, and what they route."""
+
+    preset: str
+    heads: int
+    groups: int
+    tokens: bool
+    router: RouterKind = "free"
+    td_lora: LoraSpec | None = None
+
+    def attach(self, backbone: nn.Module, preset: Preset) -> DynamicTransformer:
+        """A dynamic model around a stock one, with new routers."""
+        return DynamicTransformer(
+            backbone,
+            get_adapter(preset.backbone),
+            heads=self.heads,
+            groups=self.groups,
+            tokens=self.tokens,
+            router=self.router,
+            td_lora=self.td_lora,
+        )
+
+
+def load_given(source: Path, preset: Preset, *, stream: bool = False) -> DynamicTransformer:
+    """A model with its own routers: a dynamic checkpoint, or a published DyDiT file."""
+    if source.is_dir():
+        model, found = load_dynamic(source, stream=stream)
+        if found.name != preset.name:
+            raise CheckpointError(f"{source} is a checkpoint of {found.name}; build it with --model {found.name}")
+        return model
+    checkpoint = open_checkpoint(str(source), preset)
+    spec = DynamicSpec(preset=preset.name, heads=preset.heads, groups=preset.heads, tokens=True)
+    model = _dynamic(
+        load_backbone(checkpoint, preset, stream=stream), preset, spec, {"routers": checkpoint.routers}, stream
+    )
+    if not any(".heads." in name for name in checkpoint.routers):
+        open_widths(model, preset)
+    return model
+
+
+def _dynamic(
+    backbone: nn.Module, preset: Preset, spec: DynamicSpec, parts: Mapping[str, Mapping[str, Tensor]], stream: bool
+) -> DynamicTransformer:
+    """The model with the weights of its ``parts``."""
+    with meta_parameters(stream):
+        model = spec.attach(backbone, preset)
+    if stream:
+        stream_routers(model.block_routers, parts["routers"])
+        if model.td_lora is not None:
+            model.td_lora.to_empty(device="cpu")
+    for name, module in model.parts().items():
+        fill(module, parts[name])
+    return model.eval()
+
+
+@torch.no_grad()
+def open_widths(model: DynamicTransformer, preset: Preset) -> None:
+    """For a file with token routers alone: every unit on at every t, until a budget chooses some."""
+    for router in model.block_routers:
+        for linear in (router.heads, router.groups):
+            nn.init.zeros_(linear.weight)
+            nn.init.constant_(linear.bias, WIDTH_BIAS)
+    start, end = preset.timestep_range
+    heads, groups = (np.ones((1, model.depth, units), dtype=bool) for units in (model.heads, model.groups))
+    model.table = WidthTable(grid=np.array([start]), end=end, heads=heads, groups=groups)
+
+
+def load_dynamic(directory: Path, *, stream: bool = False) -> tuple[DynamicTransformer, Preset]:
+    """Read a dynamic checkpoint; raises ``CheckpointError`` naming what does not fit."""
+    spec = read_spec(directory)
+    preset = get_preset(spec.preset)
+    backbone: Any = load_static(str(directory), preset, stream=stream)
+    with torch.device("meta"):
+        expected = spec.attach(meta_backbone(preset, backbone.config), preset).parts()
+    parts = {name: StoredWeights(directory / PARTS[name]) for name in expected}
+    for name, module in expected.items():
+        check_weights(parts[name], module.state_dict(), directory / PARTS[name], preset.name)
+    model = _dynamic(backbone, preset, spec, parts, stream)
+    if (directory / TABLE).is_file():
+        model.table = WidthTable.load(directory / TABLE)
+    if (directory / ORDER).is_file():
+        model.order = load_file(directory / ORDER)
+    return model, preset
+
+
+def read_spec(directory: Path) -> DynamicSpec:
+    """What a dynamic checkpoint says of itself; its preset is known."""
+    try:
+        spec = DynamicSpec.model_validate_json((directory / DYNAMIC).read_text(encoding="utf-8"))
+        get_preset(spec.preset)
+    except (OSError, ValidationError, UsageError) as error:
+        raise CheckpointError(f"{directory} is not a dynamic checkpoint: {error}") from error
+    return spec
+
+
+def dynamic_weights(directory: Path) -> Mapping[str, Tensor]:
+    """All of a dynamic checkpoint by the names that slices read; each tensor is read when asked for."""
+    stored = {
+        f"{name}.": StoredWeights(directory / file) for name, file in PARTS.items() if (directory / file).is_file()
+    }
+    stored[""] = StoredWeights(directory)
+    return View({f"{prefix}{name}": (weights, name) for prefix, weights in stored.items() for name in weights})
+
+
+def save_dynamic(model: DynamicTransformer, directory: Path, preset: Preset, *, backbone: Path | None = None) -> None:
+    """Write a dynamic checkpoint. ``backbone`` is a diffusers directory that has the model's backbone already."""
+    if backbone is None:
+        save_static(model.backbone, directory)
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(backbone / CONFIG, directory / CONFIG)
+        link_weights(backbone, directory)
+    for name, module in model.parts().items():
+        write_weights(stored_state(module), directory / PARTS[name])
+    spec = DynamicSpec(
+        preset=preset.name,
+        heads=model.heads,
+        groups=model.groups,
+        tokens=model.has_token_routers,
+        router=model.router,
+        td_lora=None if model.td_lora is None else model.td_lora.spec,
+    )
+    (directory / DYNAMIC).write_text(spec.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
+    if model.table is not None:
+        model.table.save(directory / TABLE)
+    if model.order is not None:
+        save_file(dict(model.order), directory / ORDER)

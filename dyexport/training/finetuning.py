@@ -1,0 +1,96 @@
+"""Fine-tuning of a dynamic model under a FLOPs budget (arXiv 2410.03456 section 3.5)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dyexport.architectures import Preset
+from dyexport.models.dynamic import DynamicTransformer
+from dyexport.training.config import FinetuneConfig
+from dyexport.training.data import LatentSource
+from dyexport.training.draws import LogisticNoise, Share, step_generator
+from dyexport.training.losses import DynamicLosses, Losses, NoisyBatch, flops_penalty, flops_ratio
+from dyexport.training.state import SavedState
+from dyexport.training.teacher import Teacher
+from dyexport.training.trainer import Progress, Trainer, TrainResult
+
+MEASURED_SAMPLES = 512
+TEACHER = "teacher."  # before names of its weights in a saved state
+
+
+def finetune(
+    model: DynamicTransformer,
+    preset: Preset,
+    source: LatentSource,
+    config: FinetuneConfig,
+    *,
+    work_dir: Path,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Fine-tune a dynamic model in place until its FLOPs ratio meets the budget (arXiv 2410.03456 section 3.5)."""
+    return DynamicTrainer(model, preset, source, config, work_dir=work_dir, progress=progress).train()
+
+
+class DynamicTrainer(Trainer[FinetuneConfig]):
+    """Fine-tunes a ``DynamicTransformer``: diffusion loss, complete-model loss and FLOPs penalty."""
+
+    model: DynamicTransformer
+    teacher: Teacher | None = None  # with ``distill``, from where the complete model is no longer trained
+
+    def loss_module(self) -> nn.Module:
+        return DynamicLosses(self.model, self.draws.objective, self.flops, distill=self.config.distill)
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        groups: list[dict[str, Any]] = [
+            {"params": self.model.tuned.parameters()},
+            {"params": self.model.routers.parameters(), "lr": self.config.router_learning_rate},
+        ]
+        return torch.optim.AdamW(groups, lr=self.config.learning_rate, weight_decay=0, fused=True)
+
+    def losses(self, batch: NoisyBatch) -> Losses:
+        generator = step_generator(self.config.seed, self.step, "gates", self.accelerator.device)
+        noise = LogisticNoise(generator, self.share, self.config.noise_scale(self.step))
+        complete = self.step < self.config.complete_steps
+        if self.config.distill and not complete and self.teacher is None:
+            self.teacher = Teacher(self.model, self._averages())
+        losses: Losses = self.module(batch, noise, complete=complete, teacher=self.teacher)
+        return losses
+
+    def total(self, losses: Losses) -> Tensor:
+        assert losses.flops_ratio is not None
+        overall = self.accelerator.reduce(losses.flops_ratio.detach(), "mean")
+        total = losses.diffusion + flops_penalty(losses.flops_ratio, overall, self.config.target(self.step))
+        return total if losses.complete is None else total + losses.complete
+
+    def restore(self, state: SavedState) -> None:
+        super().restore(state)
+        if any(name.startswith(TEACHER) for name in state.tensors):
+            self.teacher = Teacher(self.model, self._averages())
+            for name, value in self.teacher.weights.items():
+                value.copy_(state.tensors[f"{TEACHER}{name}"])
+
+    def _averages(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.ema.averages.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        taught = {} if self.teacher is None else self.teacher.weights
+        return {**super().tensors(), **{f"{TEACHER}{name}": value for name, value in taught.items()}}
+
+    def finish(self) -> TrainResult:
+        return replace(super().finish(), flops_ratio=self.measured_ratio())
+
+    @torch.no_grad()
+    def measured_ratio(self) -> float:
+        """Lambda under hard gates, over noisy batches that no step has seen."""
+        draws = replace(self.draws, share=Share())
+        batches = math.ceil(MEASURED_SAMPLES / self.config.batch_size)
+        ratios = []
+        for step in range(self.config.steps, self.config.steps + batches):
+            ratios.append(flops_ratio(self.model(draws.at(step).inputs), self.flops).mean())
+        return float(torch.stack(ratios).mean())
