@@ -9,14 +9,17 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from dyexport.errors import UsageError
 
 Variant = Literal["standard", "inverse", "symmetric"]
-KEYS = "rank, experts, variant and alpha"
+Biases = Literal["none", "all"]
+KEYS = "rank, experts, variant, alpha and bias"
 
 
 class LoraSpec(BaseModel):
     """A Linear computes W x + alpha / rank * sum_i g_i(t) B_i A_i x, with g the softmax of a router on the timestep.
 
     ``variant`` says what there is one of for each expert: B alone (``standard``, A is shared), A alone
-    (``inverse``) or both (``symmetric``). With one expert there is no router, and it is a plain LoRA.
+    (``inverse``) or both (``symmetric``). With one expert there is no router, and it is a plain LoRA. With ``bias``
+    'all' the backbone's biases are trained beside it, as peft's are: half a percent of a DiT's parameters, and what
+    makes up for the mean of units that are cut. Not in the paper.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -25,6 +28,7 @@ class LoraSpec(BaseModel):
     experts: PositiveInt = 4
     variant: Variant = "standard"
     alpha: float = Field(gt=0, allow_inf_nan=False)
+    bias: Biases = "none"
 
     @property
     def scale(self) -> float:
@@ -62,6 +66,7 @@ def parse_lora(text: str | None) -> LoraSpec | None:
         return LoraSpec.model_validate({"alpha": values["rank"] or 1, **values})
     except ValidationError as error:
         field = str(error.errors()[0]["loc"][0])
-        want = {"variant": " or ".join(get_args(Variant)), "alpha": "a number above 0"}
+        want = {name: " or ".join(get_args(choice)) for name, choice in (("variant", Variant), ("bias", Biases))}
+        want["alpha"] = "a number above 0"
         message = f"{field} is {values.get(field)!r}; use {want.get(field, 'a whole number above 0')}"
         raise UsageError(f"--td-lora {text!r}: {message}") from error

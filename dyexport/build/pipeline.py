@@ -129,8 +129,9 @@ class Pipeline(ModelStages):
 
     @property
     def _has_own_dense(self) -> bool:
-        """Fine-tuning all weights moves the backbone; the baseline is the static model as it was."""
-        return self.settings.routers == "trained" and self.tables[0].td_lora is None
+        """Fine-tuning moves the backbone, unless it is TD-LoRA's alone; the baseline is the static model as it was."""
+        lora = self.tables[0].td_lora
+        return self.settings.routers == "trained" and (lora is None or lora.bias == "all")
 
     @cached_property
     def layout(self) -> StoreLayout:

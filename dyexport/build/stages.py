@@ -201,7 +201,7 @@ def count_trainable(settings: BuildSettings) -> dict[str, float]:
         backbone = get_adapter(settings.preset.backbone).build(settings.preset.transformer_config())
         model = _untrained(settings, backbone)
     trained, whole = (
-        sum(parameter.numel() for part in (module, model.routers) for parameter in part.parameters())
-        for module in (model.tuned, backbone)
+        sum(parameter.numel() for parameter in (*parameters, *model.routers.parameters()))
+        for parameters in (model.tuned, backbone.parameters())
     )
     return {"trainable_parameters": trained, "trainable_share": trained / whole}

@@ -42,7 +42,7 @@ class BuildOptions:
         str | None,
         _option(
             "Train low-rank updates that follow the timestep, and routers, instead of all weights.",
-            metavar="rank=R[,experts=E][,variant=standard|inverse|symmetric][,alpha=A]",
+            metavar="rank=R[,experts=E][,variant=standard|inverse|symmetric][,alpha=A][,bias=none|all]",
         ),
     ] = None
     merge_tolerance: Annotated[

@@ -45,7 +45,8 @@ class DynamicTransformer(nn.Module):
     False there is no token router and every token runs. With ``router`` 'ordered' the units that are
     on at a timestep are always the first of their block. ``table``, where set, replaces the width
     routers' decisions (a model calibrated without training has no trained routers). With ``td_lora`` the
-    backbone is frozen, and low-rank updates that follow the timestep are trained in its place.
+    backbone is frozen, but for its biases where they are wanted, and low-rank updates that follow the timestep
+    are trained in its place.
     ``order``, where set, says where units were before they were ranked: ``heads`` (L, H), ``groups`` (L, G).
     """
 
@@ -83,7 +84,8 @@ class DynamicTransformer(nn.Module):
         self.td_lora = None if td_lora is None else self._new_lora(blocks, channels, td_lora)
 
     def _new_lora(self, blocks: list[nn.Module], channels: int, spec: LoraSpec) -> TdLora:
-        self.backbone.requires_grad_(False)
+        for name, value in self.backbone.named_parameters():
+            value.requires_grad_(spec.bias == "all" and name.endswith(".bias"))
         return TdLora([self.lora_linears(block) for block in blocks], channels, spec)
 
     def lora_linears(self, block: nn.Module) -> dict[str, nn.Linear]:
@@ -110,9 +112,10 @@ class DynamicTransformer(nn.Module):
         self.td_lora = None
 
     @property
-    def tuned(self) -> nn.Module:
+    def tuned(self) -> list[nn.Parameter]:
         """What fine-tuning moves, beside the routers."""
-        return self.backbone if self.td_lora is None else self.td_lora
+        modules = [self.backbone] if self.td_lora is None else [self.backbone, self.td_lora]
+        return [value for module in modules for value in module.parameters() if value.requires_grad]
 
     def parts(self) -> dict[str, nn.Module]:
         """What it has beside its backbone, by attribute."""

@@ -78,6 +78,22 @@ def test_a_trained_one_says_how_much_it_trained(tmp_path: Path) -> None:
     assert bundle.manifest.model.td_lora == SPEC
 
 
+def test_one_with_biases_has_the_static_model_as_its_dense_network(tmp_path: Path) -> None:
+    settings = replace(trained_settings(tmp_path), td_lora=SPEC.model_copy(update={"bias": "all"}), baseline=True)
+    bundle = build(settings)
+    assert verify_bundle(bundle.root, VerifySettings(timesteps=8)).passed
+    model, _ = load_dynamic(find_reference(bundle))
+    moved = [*model.routers.parameters(), *model.td_lora.parameters()]
+    moved += [value for name, value in model.backbone.named_parameters() if name.endswith(".bias")]
+    assert bundle.manifest.metrics["trainable_parameters"] == sum(value.numel() for value in moved)
+    static, tuned = (load_static(str(path), TINY) for path in (settings.work / "static", find_reference(bundle)))
+    inputs = torch.randn(2, 1, 8, 8), torch.full((2,), 0.7), torch.tensor([1, 2])
+    with torch.no_grad():
+        truth, moved_on = static(*inputs).sample, tuned(*inputs).sample
+    assert (load(bundle.root, dense=True)(*inputs).sample - truth).abs().max() < 1e-5
+    assert (moved_on - truth).abs().max() > 1e-4
+
+
 def test_merging_is_measured_and_then_exact(tmp_path: Path) -> None:
     """A merged bundle equals the model at the mean gates to the last digit; what the mean costs is written down."""
     path = build(tiny_settings(tmp_path / "path", td_lora=SPEC, engines=3))

@@ -131,12 +131,14 @@ def test_specifications() -> None:
     assert found == LoraSpec(rank=8, experts=2, variant="inverse", alpha=4)
     assert found is not None
     assert found.scale == 0.5
+    assert found.bias == "none"
+    assert parse_lora("rank=8,experts=2,bias=all") == LoraSpec(rank=8, experts=2, alpha=8, bias="all")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is not one of rank, experts, variant and alpha"),
+        ("", "'' is not one of rank, experts, variant, alpha and bias"),
         ("16", "'16' is not one of"),
         ("experts=4", "has no rank; write rank=16,experts=4"),
         ("rank=16,rank=8", "'rank=8' is not one of .* once each"),
@@ -148,6 +150,7 @@ def test_specifications() -> None:
         ("rank=4,variant=reverse", "variant is 'reverse'; use standard or inverse or symmetric"),
         ("rank=4,alpha=-1", "alpha is '-1'; use a number above 0"),
         ("rank=4,alpha=nan", "alpha is 'nan'; use a number above 0"),
+        ("rank=4,bias=some", "bias is 'some'; use none or all"),
     ],
 )
 def test_what_is_no_specification_is_said_in_one_sentence(text: str, message: str) -> None:

@@ -23,8 +23,11 @@ ROOT = Path(__file__).parents[2]
 CONFIG = FinetuneConfig(steps=20, batch_size=8, checkpoint_every=5, seed=3, learning_rate=1e-2)
 
 
-def trainer(work_dir: Path, config: FinetuneConfig = CONFIG) -> DynamicTrainer:
-    model = dynamic(SIT, td_lora=LoraSpec(rank=2, experts=3, alpha=2))
+SPEC = LoraSpec(rank=2, experts=3, alpha=2)
+
+
+def trainer(work_dir: Path, config: FinetuneConfig = CONFIG, spec: LoraSpec = SPEC) -> DynamicTrainer:
+    model = dynamic(SIT, td_lora=spec)
     return DynamicTrainer(model, SIT, blobs(SIT), config, work_dir=work_dir)
 
 
@@ -34,12 +37,15 @@ def trained(run: DynamicTrainer) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("distill", [False, True])
-def test_routers_and_updates_move_and_the_backbone_does_not(tmp_path: Path, distill: bool) -> None:
-    run = trainer(tmp_path, replace(CONFIG, distill=distill))
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_routers_and_updates_move_and_of_the_backbone_only_biases_do(tmp_path: Path, distill: bool, bias: str) -> None:
+    spec = LoraSpec.model_validate({**SPEC.model_dump(), "bias": bias})
+    run = trainer(tmp_path, replace(CONFIG, distill=distill), spec)
     before = copy.deepcopy(run.model.state_dict())
     moved = {name for name, value in trained(run).items() if not torch.equal(value, before[name])}
-    assert {name for name in moved if name.startswith("backbone.")} == set()
     expected = {name for name in before if name.startswith(("routers.", "td_lora."))}
+    if bias == "all":
+        expected |= {name for name in before if name.startswith("backbone.") and name.endswith(".bias")}
     assert moved == expected
 
 
