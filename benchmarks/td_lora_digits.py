@@ -1,7 +1,7 @@
 """Does TD-LoRA train as well as full fine-tuning? Digits at lambda 0.5 from one static model, all else equal.
 
-Full fine-tuning, TD-LoRA with less than 5 % of its trainable parameters, the plain LoRA of the same rank, and the
-plain LoRA of about the same size. All are sampled and judged alike.
+Full fine-tuning, TD-LoRA with less than 5 % of its trainable parameters, without biases and with them, and the static
+LoRA of the same rank. All are sampled and judged alike, several times from the same noise.
 
     python benchmarks/td_lora_digits.py --train-steps 10000 --work out/td-lora-digits
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dyexport.bench.evaluation import Drawing, score_models
+from dyexport.bench.evaluation import Drawing, mean_accuracy, mean_frechet, score_models
 from dyexport.bench.quality import Judge
 from dyexport.bench.report import as_markdown
 from dyexport.build.ledger import digest_of
@@ -33,7 +33,7 @@ from dyexport.runtime.pipeline import load
 
 RESULTS = Path(__file__).parent / "results"
 FULL = "full"
-RUNS = ("rank=1,experts=4", "rank=1,experts=1", "rank=3,experts=1")
+RUNS = ("rank=1,experts=4", "rank=1,experts=2,bias=all", "rank=1,experts=1,bias=all")
 GOAL = 1.1  # TD-LoRA's Frechet distance over full fine-tuning's
 
 
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--train-steps", type=int, default=FROM_SCRATCH.steps, help="of the static model")
     parser.add_argument("--finetune-steps", type=int)
     parser.add_argument("--samples", type=int, default=5400)
+    parser.add_argument("--draws", type=int, default=3, help="of every model, each from noise of its own")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -62,7 +63,7 @@ def main() -> None:
     with chatter_on_stderr(), StageLines() as lines, opened(base, lines) as pipeline:
         static = pipeline.static.path
     runs = [
-        score_run(fine_tuning(base, static, name, seed), name, drawing)
+        score_run(fine_tuning(base, static, name, seed), name, drawing, options.draws)
         for seed in range(options.seeds)
         for name in (FULL, *options.runs)
     ]
@@ -83,11 +84,11 @@ def fine_tuning(base: BuildSettings, static: Path, name: str, seed: int) -> Buil
     )
 
 
-def score_run(settings: BuildSettings, name: str, drawing: Drawing) -> dict[str, Any]:
+def score_run(settings: BuildSettings, name: str, drawing: Drawing, draws: int) -> dict[str, Any]:
     """Build and judge; what was judged before is read back."""
     with chatter_on_stderr(), StageLines() as lines, opened(settings, lines) as pipeline:
         manifest = pipeline.bundle()
-        key = digest_of([manifest.model_dump(mode="json"), asdict(drawing)])
+        key = digest_of([manifest.model_dump(mode="json"), asdict(drawing), draws])
         saved = settings.work / "score.json"
         if saved.exists() and (score := json.loads(saved.read_text()))["key"] == key:
             return dict(score)
@@ -95,10 +96,19 @@ def score_run(settings: BuildSettings, name: str, drawing: Drawing) -> dict[str,
         loaded = load(settings.out, check_hashes=False)
         judge = Judge(real_digits("train"))
         advance = lambda done, total: lines.advanced("eval", done, total)  # noqa: E731
-        found = score_models({name: loaded}, manifest.model, judge, drawing, [settings.seed], advance)[name][0]
+        found = score_models({name: loaded}, manifest.model, judge, drawing, range(draws), advance)[name]
         loaded.close()
         trained = {part: manifest.metrics[f"{part}"] for part in ("trainable_parameters", "trainable_share")}
-        score = {"key": key, "run": name, "flops_ratio": manifest.plan.flops_ratio, **trained, **asdict(found)}
+        score = {
+            "key": key,
+            "run": name,
+            "seed": settings.seed,
+            "flops_ratio": manifest.plan.flops_ratio,
+            **trained,
+            "frechet": mean_frechet(found),
+            "class_accuracy": mean_accuracy(found),
+            "draws": [asdict(each) for each in found],
+        }
         write_atomically(saved, json.dumps(score, indent=1).encode())
     return score
 
@@ -130,8 +140,9 @@ def markdown(whole: Mapping[str, Any]) -> str:
         accuracy = f"{100 * mean['class_accuracy']:.1f} %"
         rows.append((name, share, f"{mean['frechet']:.3f} ({each})", f"{ratio:.2f}", accuracy))
     titles = ("fine-tuning", "trainable", "Frechet (each seed)", "over full", "class accuracy")
+    draws = f"{len(whole['runs'][0]['draws'])} draws of {whole['drawing']['samples']} samples"
     return (
-        f"{whole['model']} at lambda 0.5, {whole['drawing']['samples']} samples, {whole['drawing']['steps']} steps; "
+        f"{whole['model']} at lambda 0.5, {draws}, {whole['drawing']['steps']} steps; "
         f"Frechet distance to the training digits. The static model was trained for {whole['train_steps']} steps. "
         f"The goal is at most {GOAL} of full fine-tuning with less than 5 % trainable.\n\n" + as_markdown(titles, rows)
     )
