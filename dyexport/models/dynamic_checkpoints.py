@@ -2,8 +2,8 @@
 
 A dynamic checkpoint is a diffusers directory (it loads as the stock, complete model) with three more
 files: ``dynamic.json``, ``routers.safetensors`` and, for a model without trained routers,
-``widths.safetensors``. Of a model trained by TD-LoRA the directory has the frozen backbone, and a file
-``td_lora.safetensors`` what was trained.
+``widths.safetensors``. Of a model trained by TD-LoRA the directory has the backbone, frozen but for
+its biases where those were trained, and a file ``td_lora.safetensors`` the updates.
 """
 
 from __future__ import annotations
