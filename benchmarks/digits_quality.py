@@ -1,136 +1,242 @@
-"""Does width that follows t cost quality? Digits at lambda 0.5 against the static model trained as long, three seeds.
+"""Does width that follows t cost quality? Digits at lambda 0.5 against the static model trained as long.
 
-One static model is trained from scratch; from it, for each seed, a dynamic model is fine-tuned and the
-control is trained for as many steps on the same batches. All are then sampled and judged alike, several times
-from the same noise: with thousands of pictures the noise alone moves a model's score by as much as a seed does.
+One static model is trained from scratch; from it, for each seed, the *control* is trained on, a dynamic model is
+fine-tuned on the same batches (``full``), and so, where ``--models`` asks for them, are models with TD-LoRA. All are
+judged alike: by the Frechet distance to the training digits, over several draws from the same noise for every model
+(with thousands of pictures the noise alone moves a model's score by as much as a seed does), and by the loss on
+training and on held-out digits, the same noise and timesteps for every model, which is far quieter.
 
-    python benchmarks/digits_quality.py --train-steps 10000 --work out/digits-quality
+    python benchmarks/digits_quality.py --train-steps 10000 --models static control full rank=1,experts=4
 
-Takes about two hours on 2 cores. Stop it at any time: the same command goes on where it stopped. Writes
-benchmarks/results/sit-digits_quality_10000.json and .md.
+Takes two to five hours on 2 cores. Stop it at any time: the same command goes on where it stopped. With the static
+model there, runs of some of the models and seeds, side by side in several terminals, share the work; the whole command
+then reads it all back. Writes benchmarks/results/sit-digits_quality_10000.json and .md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from dyexport.bench.evaluation import Drawing, evaluate
+import torch
+from diffusers import DiTTransformer2DModel
+
+from dyexport.architectures import Preset
+from dyexport.bench.evaluation import Drawing, mean_accuracy, mean_frechet, score_models
 from dyexport.bench.quality import Judge
 from dyexport.bench.report import as_markdown
 from dyexport.build.ledger import digest_of
-from dyexport.build.pipeline import opened
+from dyexport.build.pipeline import Pipeline, opened
 from dyexport.build.settings import FROM_SCRATCH, BuildSettings
-from dyexport.bundle import Bundle
 from dyexport.console import StageLines, chatter_on_stderr
 from dyexport.demo import real_digits
 from dyexport.files import write_atomically
+from dyexport.lora import parse_lora
+from dyexport.runtime.pipeline import load
+from dyexport.runtime.sampling import Denoiser, guided
+from dyexport.slicing.slicer import spec_of
+from dyexport.training.data import Split, digits
+from dyexport.training.losses import get_objective
 
 RESULTS = Path(__file__).parent / "results"
-VALUES = ("frechet_dense", "frechet_control", "frechet_dynamic", "class_accuracy", "flops_ratio", "network_flops_ratio")
+STATIC, CONTROL, FULL = "static", "control", "full"  # anything else is what --td-lora takes
+LOSS_TIMESTEPS = 20
+GOAL = 1.1  # TD-LoRA's Frechet distance over full fine-tuning's
 
 
-def main() -> None:
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How every model is judged."""
+
+    drawing: Drawing
+    draws: int
+
+    def key(self, model: Any) -> str:
+        """Identifies a model's score."""
+        return digest_of([model, asdict(self.drawing), self.draws, LOSS_TIMESTEPS])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("out/digits-quality"))
     parser.add_argument("--model", default="sit-digits")
     parser.add_argument("--budget", type=float, default=0.5)
-    parser.add_argument("--seeds", type=int, default=3, help="fine-tuning runs")
+    parser.add_argument("--models", nargs="+", default=[STATIC, CONTROL, FULL], help="or what --td-lora takes")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the fine-tuning runs")
     parser.add_argument("--train-steps", type=int, default=FROM_SCRATCH.steps, help="of the static model")
     parser.add_argument("--finetune-steps", type=int)
+    parser.add_argument("--engines", type=int, default=4, help="that a dynamic model is drawn with")
     parser.add_argument("--samples", type=int, default=5400, help="pictures in a draw")
     parser.add_argument("--draws", type=int, default=3, help="of every model, each from noise of its own")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=50, help="of sampling")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    drawing = Drawing(samples=options.samples, steps=options.steps)
-    first = BuildSettings(
+    options = parser.parse_args(arguments)
+    protocol = Protocol(drawing=Drawing(samples=options.samples, steps=options.steps), draws=options.draws)
+    static = BuildSettings(
         model=options.model,
         budget=options.budget,
-        out=options.work / "seed-0",
-        work=options.work / "seed-0.work",
+        out=options.work / STATIC,
+        work=options.work / f"{STATIC}.work",
         train_steps=options.train_steps,
         finetune_steps=options.finetune_steps,
+        engines=options.engines,
+        baseline=False,
     )
-    runs = [run_seed(first, seed, drawing, options.draws) for seed in range(options.seeds)]
-    write_results(options.results / f"{options.model}_quality_{options.train_steps}.json", runs, options.train_steps)
-
-
-def run_seed(first: BuildSettings, seed: int, drawing: Drawing, draws: int) -> dict[str, Any]:
-    """Build and judge one seed; what was judged before is read back."""
-    settings = first if seed == 0 else _from_same_static(first, seed)
-    with chatter_on_stderr(), StageLines() as lines, opened(settings, lines) as pipeline:
-        manifest = pipeline.bundle()
-        control = pipeline.control
-        key = digest_of([manifest.model_dump(mode="json"), control.digest, asdict(drawing), draws])
-        saved = settings.work / "score.json"
-        if saved.exists() and (score := json.loads(saved.read_text()))["key"] == key:
-            return dict(score)
-        judge = Judge(real_digits("train"))
-        lines.started("eval", f"seed {seed}")
-        report = evaluate(
-            Bundle.open(settings.out),
-            control.path,
-            judge,
-            real_digits("held-out"),
-            drawing,
-            range(draws),
-            lambda done, total: lines.advanced("eval", done, total),
-        )
-        score = {"key": key, "seed": seed, **asdict(report)}
-        write_atomically(saved, json.dumps(score, indent=1).encode())
-    return score
-
-
-def _from_same_static(first: BuildSettings, seed: int) -> BuildSettings:
-    work = first.work.with_name(f"seed-{seed}.work")
-    static = str(first.work / "static")
-    return replace(
-        first, seed=seed, out=first.out.with_name(f"seed-{seed}"), work=work, checkpoint=static, train_steps=None
-    )
-
-
-def write_results(file: Path, runs: list[dict[str, Any]], train_steps: int) -> None:
-    """And, beside it, the same as a table."""
-    summary: dict[str, Any] = {name: fmean(run[name] for run in runs) for name in VALUES}
-    summary["frechet_real"] = runs[0]["frechet_real"]
-    summary["dynamic_at_most_control"] = summary["frechet_dynamic"] <= summary["frechet_control"]
+    with opened(static, StageLines()) as pipeline:
+        path = pipeline.static.path
+    runs = [
+        score_run(static if name == STATIC else tuned_from(path, static, name, seed), name, protocol)
+        for name in options.models
+        for seed in (options.seeds[:1] if name == STATIC else options.seeds)
+    ]
     whole = {
-        **{name: runs[0][name] for name in ("model", "samples", "steps", "guidance")},
-        "draws": len(runs[0]["per_seed"]["dynamic"]),
-        "train_steps": train_steps,
-        "mean": summary,
-        "seeds": runs,
+        "model": options.model,
+        "budget": options.budget,
+        "train_steps": options.train_steps,
+        "finetune_steps": static.finetune_schedule.steps,
+        **asdict(protocol),
+        "frechet_real": judge().frechet(real_digits("held-out").pictures),
+        "mean": {name: mean_of(runs, name) for name in options.models},
+        "runs": runs,
     }
+    file = options.results / f"{options.model}_quality_{options.train_steps}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, (json.dumps(whole, indent=1) + "\n").encode())
     write_atomically(file.with_suffix(".md"), markdown(whole).encode())
     print(markdown(whole))
 
 
+def tuned_from(checkpoint: Path, static: BuildSettings, name: str, seed: int) -> BuildSettings:
+    out = static.out.with_name(f"{name.replace(',', '-').replace('=', '')}-seed{seed}")
+    return replace(
+        static,
+        out=out,
+        work=out.with_name(f"{out.name}.work"),
+        checkpoint=str(checkpoint),
+        train_steps=None,
+        td_lora=None if name in (CONTROL, FULL) else parse_lora(name),
+        seed=seed,
+    )
+
+
+def score_run(settings: BuildSettings, name: str, protocol: Protocol) -> dict[str, Any]:
+    """Train and judge one model; what was judged before is read back."""
+    with chatter_on_stderr(), StageLines() as lines, opened(settings, lines) as pipeline:
+        trained, transformer, facts = trained_model(pipeline, name)
+        key = protocol.key(trained)
+        saved = settings.work / "score.json"
+        if saved.exists() and (score := json.loads(saved.read_text()))["key"] == key:
+            return dict(score)
+        lines.started("eval", f"{name}, seed {settings.seed}")
+        found = judged(transformer(), settings.preset, protocol, lambda done, all_: lines.advanced("eval", done, all_))
+        score = {"key": key, "run": name, "seed": settings.seed, **facts, **found}
+        write_atomically(saved, json.dumps(score, indent=1).encode())
+    return score
+
+
+def trained_model(pipeline: Pipeline, name: str) -> tuple[Any, Callable[[], Any], dict[str, float]]:
+    """What identifies it, what loads it, and what is known of it without a picture."""
+    if name in (STATIC, CONTROL):
+        outcome = pipeline.static if name == STATIC else pipeline.control
+        return outcome.digest, lambda: DiTTransformer2DModel.from_pretrained(outcome.path).eval(), {}
+    manifest = pipeline.bundle()
+    facts = {part: manifest.metrics[part] for part in ("trainable_parameters", "trainable_share")}
+    facts |= {"flops_ratio": manifest.plan.flops_ratio, "network_flops_ratio": manifest.plan.network_flops_ratio}
+    out = pipeline.settings.out
+    return manifest.model_dump(mode="json"), lambda: load(out, check_hashes=False), facts
+
+
+def judged(
+    transformer: Denoiser, preset: Preset, protocol: Protocol, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    spec = spec_of(preset, preset.transformer_config())
+    found = score_models({"": transformer}, spec, judge(), protocol.drawing, range(protocol.draws), progress)[""]
+    return {
+        "frechet": mean_frechet(found),
+        "class_accuracy": mean_accuracy(found),
+        "loss_train": loss_of(transformer, preset, "train"),
+        "loss_held_out": loss_of(transformer, preset, "held-out"),
+        "draws": [asdict(each) for each in found],
+    }
+
+
+@cache
+def judge() -> Judge:
+    return Judge(real_digits("train"))
+
+
+@torch.no_grad()
+def loss_of(transformer: Denoiser, preset: Preset, split: Split) -> float:
+    """Mean of the diffusion loss over all digits at evenly spaced timesteps; a learned variance does not count."""
+    objective, source = get_objective(preset.objective), digits(split)
+    spec = spec_of(preset, preset.transformer_config())
+    losses = []
+    for index in range(LOSS_TIMESTEPS):
+        noise = torch.randn(source.latents.shape, generator=torch.Generator().manual_seed(index))  # (n, 1, 8, 8)
+        uniform = torch.full((len(source),), (index + 0.5) / LOSS_TIMESTEPS)  # (n,)
+        noised = objective.noisy(source.latents, noise, uniform)
+        sample = guided(transformer, spec, noised.latents, float(noised.timestep[0]), source.labels, 1.0)
+        losses.append(float(objective.loss(sample, noised).mean()))
+    return fmean(losses)
+
+
+def mean_of(runs: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
+    mine = [run for run in runs if run["run"] == name]
+    return {value: fmean(run[value] for run in mine) for value, kind in mine[0].items() if isinstance(kind, float)}
+
+
 def markdown(whole: Mapping[str, Any]) -> str:
-    """The table, every number in it: also where the dynamic model loses."""
-    runs, summary = whole["seeds"], whole["mean"]
-    columns = [f"seed {run['seed']}" for run in runs]
-    rows: list[tuple[str, ...]] = []
-    for name in VALUES:
-        values = [run[name] for run in runs]
-        spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-        rows.append((name, *(f"{value:.3f}" for value in values), f"{summary[name]:.3f}{spread}"))
-    verdict = "at most" if summary["dynamic_at_most_control"] else "above"
+    """The table, every number in it: also where the dynamic model or TD-LoRA loses."""
+    means, rows = whole["mean"], []
+    for name, mean in means.items():
+        mine = [run for run in whole["runs"] if run["run"] == name]
+        each = [run["frechet"] for run in mine]
+        spread = f" ± {stdev(each):.4f} ({', '.join(f'{value:.4f}' for value in each)})" if len(each) > 1 else ""
+        ratios = [
+            f"{mean['frechet'] / means[base]['frechet']:.2f}" if base in means else "" for base in (CONTROL, FULL)
+        ]
+        counts = (
+            "{trainable_parameters:.0f} ({trainable_share:.2%})".format(**mean) if "trainable_share" in mean else ""
+        )
+        rows.append(
+            (
+                name,
+                counts,
+                f"{mean['flops_ratio']:.3f}" if "flops_ratio" in mean else "1",
+                f"{mean['frechet']:.4f}{spread}",
+                *ratios,
+                f"{mean['loss_train']:.4f}",
+                f"{mean['loss_held_out']:.4f}",
+                f"{100 * mean['class_accuracy']:.1f} %",
+            )
+        )
     return (
-        f"{whole['model']}, {whole['draws']} draws of {whole['samples']} samples, {whole['steps']} steps, "
-        f"guidance {whole['guidance']:g}; "
-        f"Frechet distance to the training digits, on which held-out real digits score {summary['frechet_real']:.3f}.\n"
-        f"The static model was trained for {whole['train_steps']} steps; the control is that model trained further, "
-        "as long as the dynamic one is fine-tuned and on the same batches.\n\n"
-        + as_markdown(("", *columns, "mean"), rows)
-        + f"\nThe dynamic model's mean is {verdict} the control's.\n"
+        f"{whole['model']}, {whole['draws']} draws of {whole['drawing']['samples']} samples, "
+        f"{whole['drawing']['steps']} steps, no guidance; Frechet distance to the training digits, on which held-out "
+        f"real digits score {whole['frechet_real']:.3f}.\n"
+        f"The static model was trained for {whole['train_steps']} steps, all others for {whole['finetune_steps']} more "
+        f"on the same batches. Goals: full at most control; TD-LoRA at most {GOAL} of full with less than 5 % "
+        "trainable.\n\n"
+        + as_markdown(
+            (
+                "model",
+                "trainable",
+                "lambda",
+                "Frechet: mean, deviation, each seed",
+                "over control",
+                "over full",
+                "loss, training digits",
+                "loss, held-out",
+                "class accuracy",
+            ),
+            rows,
+        )
     )
 
 

@@ -12,17 +12,20 @@ from safetensors.torch import save_file
 
 from dyexport.build.ledger import Silent
 from dyexport.build.pipeline import opened
-from dyexport.build.settings import BuildSettings
+from dyexport.build.settings import LORA, BuildSettings
 from dyexport.build.verify import TOLERANCES, VerifySettings, find_reference, verify_bundle
 from dyexport.bundle import Bundle
 from dyexport.errors import CheckpointError
 from dyexport.lora import LoraSpec
 from dyexport.manifest import DENSE_CONDITIONING
+from dyexport.models.base import get_adapter
 from dyexport.models.checkpoints import load_static, save_static
 from dyexport.models.dynamic_checkpoints import TD_LORA, load_dynamic
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone
+from dyexport.presets import PRESETS
 from dyexport.runtime.pipeline import load
+from dyexport.training.synthetic import SyntheticConfig, generate
 from tests.build.tiny import TINY, build, hashes, tiny_settings
 
 SPEC = LoraSpec(rank=2, experts=3, alpha=4)
@@ -124,6 +127,26 @@ def test_other_backbones_too(model: str, tolerance: float | None, tmp_path: Path
     bundle = build(settings)
     assert [segment.merged for segment in bundle.manifest.plan.segments] == [tolerance is not None]
     assert verify_bundle(bundle.root, VerifySettings(timesteps=6)).passed
+
+
+@pytest.mark.parametrize("model", ["flux-tiny", "latte-tiny"])
+def test_their_biases_can_be_trained_too(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundle is the model with its trained biases, its dense network the one before."""
+    monkeypatch.setattr("dyexport.build.settings.LORA", replace(LORA, batch_size=2, learning_rate=1e-2))
+    preset, spec = PRESETS[model], SPEC.model_copy(update={"bias": "all"})
+    backbone = random_backbone(preset)
+    save_static(backbone, tmp_path / "stock")
+    generate(backbone, preset, SyntheticConfig(samples=4, steps=1), tmp_path / "data", lambda *_: None)
+    sources = {"checkpoint": str(tmp_path / "stock"), "data": str(tmp_path / "data")}
+    settings = tiny_settings(tmp_path, random_weights=False, baseline=True, finetune_steps=3, td_lora=spec, **sources)
+    bundle = build(replace(settings, model=model))
+    assert verify_bundle(bundle.root, VerifySettings(timesteps=6)).passed
+    tuned = load_static(str(find_reference(bundle)), preset)
+    inputs = NoisedInputs(preset=preset, batch_size=2).at(0.6 * preset.timestep_range[1])
+    with torch.no_grad():
+        truth, moved_on = (get_adapter(preset.backbone).run(each, inputs) for each in (backbone, tuned))
+    assert (load(bundle.root, dense=True)(**inputs).sample - truth).abs().max() < 1e-4
+    assert (moved_on - truth).abs().max() > 1e-3
 
 
 def test_what_costs_too_much_is_not_merged(tmp_path: Path) -> None:
