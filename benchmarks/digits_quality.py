@@ -127,8 +127,9 @@ def tuned_from(checkpoint: Path, static: BuildSettings, name: str, seed: int) ->
 
 def score_run(settings: BuildSettings, name: str, protocol: Protocol) -> dict[str, Any]:
     """Train and judge one model; what was judged before is read back."""
-    with chatter_on_stderr(), StageLines() as lines, opened(settings, lines) as pipeline:
-        trained, transformer, facts = trained_model(pipeline, name)
+    with chatter_on_stderr(), StageLines() as lines:
+        with opened(settings, lines) as pipeline:
+            trained, transformer, facts = trained_model(pipeline, name)
         key = protocol.key(trained)
         saved = settings.work / "score.json"
         if saved.exists() and (score := json.loads(saved.read_text()))["key"] == key:
