@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from dyexport.calibration.segments import PlanSettings, make_segments, price_plan
 from dyexport.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING, ModelSpec, Segment, SegmentPlan, segment_name
+from dyexport.models.base import BIAS
 from dyexport.slicing.flops import FlopsModel, low_rank_flops
 from dyexport.slicing.recipes import Read, Recipe, lay_out
 from dyexport.slicing.slicer import (
@@ -24,6 +25,9 @@ from dyexport.slicing.slicer import (
 from dyexport.tables import TokenStats, WidthTable
 
 STATIC_PREFIX = "static."  # before names of the static model's weights, where they are not the dynamic one's
+
+OwnDense = Literal["nothing", "biases", "everything"]
+"""What the dense network has of its own, because training moved it in the dynamic model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +45,12 @@ def cut_networks(
     segments: Sequence[Segment],
     *,
     baseline: bool,
-    own_dense: bool,
+    own_dense: OwnDense,
 ) -> list[Network]:
     """One per segment, their conditioning, and with ``baseline`` the dense network.
 
-    With ``own_dense`` the dense network's weights are called ``STATIC_PREFIX`` + name, and it has a
-    conditioning network of its own; the latter also beside TD-LoRA, which leaves the dense weights as they were.
+    What ``own_dense`` says is read under ``STATIC_PREFIX`` + name, and the dense network then has a conditioning
+    network of its own; the latter also beside TD-LoRA, which leaves the dense weights as they were.
     """
     networks = [
         Network(name=segment_name(index), segment=segment, slice=slice_segment(architecture, segment))
@@ -58,15 +62,15 @@ def cut_networks(
     return networks
 
 
-def _dense_networks(architecture: Architecture, order: UnitOrder, own: bool) -> list[Network]:
+def _dense_networks(architecture: Architecture, order: UnitOrder, own: OwnDense) -> list[Network]:
     segment = dense_segment(architecture.spec, order)
-    if not own and architecture.spec.td_lora is None:
+    if own == "nothing" and architecture.spec.td_lora is None:
         return [Network(name=DENSE, segment=segment, slice=slice_segment(architecture, segment))]
-    spec, prefix = architecture.spec.model_copy(update={"td_lora": None}), STATIC_PREFIX if own else ""
+    spec = architecture.spec.model_copy(update={"td_lora": None})
     static = replace(architecture, spec=spec, token_routers=False)
     return [
-        Network(name=DENSE, segment=segment, slice=_renamed(slice_segment(static, segment), prefix)),
-        Network(name=DENSE_CONDITIONING, segment=None, slice=_renamed(slice_conditioning(static), prefix)),
+        Network(name=DENSE, segment=segment, slice=_static(slice_segment(static, segment), own)),
+        Network(name=DENSE_CONDITIONING, segment=None, slice=_static(slice_conditioning(static), own)),
     ]
 
 
@@ -74,17 +78,25 @@ def architecture_of(spec: ModelSpec, widths: WidthTable, stats: TokenStats | Non
     return Architecture(spec=spec, groups=widths.groups.shape[-1], token_routers=stats is not None)
 
 
-def _renamed(piece: Slice, prefix: str) -> Slice:
-    """The same network with weights read from sources of other names."""
+def _static(piece: Slice, own: OwnDense) -> Slice:
+    """The same network, with what the static model has of its own read from there."""
     recipes = {
-        name: replace(recipe, sources=tuple(f"{prefix}{source}" for source in recipe.sources))
+        name: replace(recipe, sources=tuple(_source(source, own) for source in recipe.sources))
         for name, recipe in piece.recipes.items()
     }
     return replace(piece, recipes=recipes)
 
 
+def _source(name: str, own: OwnDense) -> str:
+    static = own == "everything" or (own == "biases" and name.endswith(BIAS))
+    return f"{STATIC_PREFIX}{name}" if static else name
+
+
 def store_reader(spec: ModelSpec, mine: Read, static: Mapping[str, Tensor]) -> Read:
-    """Reads the dynamic model's weights and, under names with ``STATIC_PREFIX``, the static model's."""
+    """Reads the dynamic model's weights and, under names with ``STATIC_PREFIX``, the static model's.
+
+    Where biases alone are the static model's, their units must stand in the order of the dynamic model's weights.
+    """
     theirs = dense_reader(static, spec)
     return lambda name: theirs(name[len(STATIC_PREFIX) :]) if name.startswith(STATIC_PREFIX) else mine(name)
 

@@ -27,6 +27,7 @@ from dyexport.build.ledger import (
 from dyexport.build.model_stages import ModelStages
 from dyexport.build.networks import (
     Network,
+    OwnDense,
     architecture_of,
     cut_networks,
     identity,
@@ -102,7 +103,7 @@ class Pipeline(ModelStages):
             widths,
             plan.segments,
             baseline=self.settings.baseline,
-            own_dense=self._has_own_dense,
+            own_dense=self._own_dense,
         )
         if self.ranges is None:
             return networks
@@ -128,10 +129,14 @@ class Pipeline(ModelStages):
         return self._run("ranges", "ranges.json", inputs, make)
 
     @property
-    def _has_own_dense(self) -> bool:
-        """Fine-tuning moves the backbone, unless it is TD-LoRA's alone; the baseline is the static model as it was."""
+    def _own_dense(self) -> OwnDense:
+        """Fine-tuning moves the backbone, beside TD-LoRA at most its biases; the baseline is the model as it was."""
+        if self.settings.routers != "trained":
+            return "nothing"
         lora = self.tables[0].td_lora
-        return self.settings.routers == "trained" and (lora is None or lora.bias == "all")
+        if lora is None:
+            return "everything"
+        return "biases" if lora.bias == "all" else "nothing"
 
     @cached_property
     def layout(self) -> StoreLayout:
@@ -145,7 +150,7 @@ class Pipeline(ModelStages):
         return self._run("weights", f"{GRAPHS}/{STORE}", inputs, self._make_store)
 
     def _make_store(self, out: Path) -> None:
-        static = reference.static_weights(self.static.path) if self._has_own_dense else {}
+        static = reference.static_weights(self._own_dense, self.static.path, self.calibrated.path)
         spec = self.tables[0]
         read = store_reader(spec, reference.calibrated_reader(self.calibrated.path, spec), static)
         write_store(self.layout, read, out, partial(self.listener.advanced, "weights"))

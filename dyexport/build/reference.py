@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dyexport.architectures import Preset
+from dyexport.build.networks import OwnDense
 from dyexport.build.passes import passes_for
 from dyexport.build.settings import BuildSettings
 from dyexport.build.stages import count_trainable
@@ -31,7 +32,7 @@ from dyexport.manifest import ModelSpec, Precision, Quantization, Segment
 from dyexport.models.checkpoints import load_static
 from dyexport.models.devices import bf16_products
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.dynamic_checkpoints import dynamic_weights, load_dynamic, read_spec, save_dynamic
+from dyexport.models.dynamic_checkpoints import dynamic_weights, load_dynamic, ranked_biases, read_spec, save_dynamic
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.sources import read_config
 from dyexport.models.stored import StoredWeights
@@ -158,5 +159,8 @@ def calibrated_reader(directory: Path, spec: ModelSpec) -> Read:
     return read if spec.td_lora is None else merging_reader(load_dynamic(directory, stream=True)[0], read)
 
 
-def static_weights(directory: Path) -> Mapping[str, Tensor]:
-    return StoredWeights(directory)
+def static_weights(own: OwnDense, static: Path, calibrated: Path) -> Mapping[str, Tensor]:
+    """What the dense network has of its own, in the order of units that goes with the rest of its weights."""
+    if own == "nothing":
+        return {}
+    return ranked_biases(static, calibrated) if own == "biases" else StoredWeights(static)

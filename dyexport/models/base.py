@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from dyexport.errors import UsageError
 from dyexport.models.gates import BlockGates, TokenRouter
 
+BIAS = ".bias"  # ends the names of what is trained beside TD-LoRA, where that is asked for
+
 Inputs = Mapping[str, Tensor]
 """Arguments of one forward pass, by the names of the stock module: ``hidden_states``, ``timestep``, and so on."""
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dyexport.architectures import RouterKind
 from dyexport.lora import LoraSpec
-from dyexport.models.base import BackboneAdapter, Inputs
+from dyexport.models.base import BIAS, BackboneAdapter, Inputs
 from dyexport.models.gates import BlockGates, BlockRouter, GatedPass, GateNoise, hard_gate, without_autocast
 from dyexport.models.lora import TdLora
 from dyexport.tables import WidthTable
@@ -85,7 +85,7 @@ class DynamicTransformer(nn.Module):
 
     def _new_lora(self, blocks: list[nn.Module], channels: int, spec: LoraSpec) -> TdLora:
         for name, value in self.backbone.named_parameters():
-            value.requires_grad_(spec.bias == "all" and name.endswith(".bias"))
+            value.requires_grad_(spec.bias == "all" and name.endswith(BIAS))
         return TdLora([self.lora_linears(block) for block in blocks], channels, spec)
 
     def lora_linears(self, block: nn.Module) -> dict[str, nn.Linear]:

@@ -23,7 +23,7 @@ from dyexport.architectures import Preset, RouterKind
 from dyexport.errors import CheckpointError, UsageError
 from dyexport.lora import LoraSpec
 from dyexport.manifest import Frozen
-from dyexport.models.base import get_adapter
+from dyexport.models.base import BIAS, get_adapter
 from dyexport.models.checkpoints import (
     ORDER,
     fill,
@@ -35,7 +35,7 @@ from dyexport.models.checkpoints import (
 )
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.gates import WIDTH_BIAS
-from dyexport.models.sources import CONFIG
+from dyexport.models.sources import CONFIG, read_config
 from dyexport.models.stored import StoredWeights, View, check_weights, link_weights, write_weights
 from dyexport.models.streaming import meta_parameters, stored_state, stream_routers
 from dyexport.presets import get_preset
@@ -149,6 +149,22 @@ def dynamic_weights(directory: Path) -> Mapping[str, Tensor]:
     }
     stored[""] = StoredWeights(directory)
     return View({f"{prefix}{name}": (weights, name) for prefix, weights in stored.items() for name in weights})
+
+
+@torch.no_grad()
+def ranked_biases(static: Path, directory: Path) -> dict[str, Tensor]:
+    """A static model's biases, by name, with units in the order of a dynamic checkpoint that was made from it."""
+    preset = get_preset(read_spec(directory).preset)
+    backbone, adapter = meta_backbone(preset, read_config(static, preset)), get_adapter(preset.backbone)
+    stored = StoredWeights(static)
+    biases = [name for name in backbone.state_dict() if name.endswith(BIAS)]
+    backbone.load_state_dict({name: stored[name] for name in biases}, strict=False, assign=True)
+    if (directory / ORDER).is_file():
+        order = load_file(directory / ORDER)
+        for block, (heads, groups) in enumerate(zip(order["heads"], order["groups"], strict=True)):
+            adapter.permute_units(backbone, block, heads, groups)
+    state = backbone.state_dict()
+    return {name: state[name] for name in biases}
 
 
 def save_dynamic(model: DynamicTransformer, directory: Path, preset: Preset, *, backbone: Path | None = None) -> None:

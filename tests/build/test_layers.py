@@ -41,7 +41,7 @@ def layers_with_weights(bundle: Bundle) -> set[tuple[str, str]]:
     """Network and module of every Linear, embedding and convolution."""
     manifest = bundle.manifest
     architecture = architecture_of(manifest.model, bundle.widths, bundle.token_stats)
-    networks = cut_networks(architecture, bundle.widths, manifest.plan.segments, baseline=False, own_dense=False)
+    networks = cut_networks(architecture, bundle.widths, manifest.plan.segments, baseline=False, own_dense="nothing")
     return {
         (network.name, name.rpartition(".")[0])
         for network in networks

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from dyexport.build.networks import STATIC_PREFIX, Network, architecture_of, cut_networks, plan_for
+from dyexport.build.networks import STATIC_PREFIX, Network, OwnDense, architecture_of, cut_networks, plan_for
 from dyexport.calibration.segments import PlanSettings
 from dyexport.calibration.widths import read_widths
 from dyexport.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING
@@ -17,7 +19,7 @@ WIDTHS = read_widths(shared_tiny_model(tokens=False), PRESET.timestep_range)
 PLAN = plan_for(SPEC, WIDTHS, None, PlanSettings(engines=2))
 
 
-def cut(*, baseline: bool = False, own_dense: bool = False) -> dict[str, Network]:
+def cut(*, baseline: bool = False, own_dense: OwnDense = "nothing") -> dict[str, Network]:
     architecture = architecture_of(SPEC, WIDTHS, None)
     networks = cut_networks(architecture, WIDTHS, PLAN.segments, baseline=baseline, own_dense=own_dense)
     return {network.name: network for network in networks}
@@ -34,12 +36,13 @@ def sources(network: Network) -> set[str]:
 @pytest.mark.parametrize(
     ("settings", "dense"),
     [
-        ({"own_dense": True}, []),
+        ({"own_dense": "everything"}, []),
         ({"baseline": True}, [DENSE]),
-        ({"baseline": True, "own_dense": True}, [DENSE, DENSE_CONDITIONING]),
+        ({"baseline": True, "own_dense": "biases"}, [DENSE, DENSE_CONDITIONING]),
+        ({"baseline": True, "own_dense": "everything"}, [DENSE, DENSE_CONDITIONING]),
     ],
 )
-def test_networks_by_name(settings: dict[str, bool], dense: list[str]) -> None:
+def test_networks_by_name(settings: dict[str, Any], dense: list[str]) -> None:
     networks = cut(**settings)
     assert list(networks) == ["segment-00", "segment-01", CONDITIONING, *dense]
     served = [network.segment for network in networks.values()]
@@ -50,12 +53,26 @@ def test_networks_by_name(settings: dict[str, bool], dense: list[str]) -> None:
 
 
 def test_a_dense_network_of_its_own_shares_nothing() -> None:
-    networks = cut(baseline=True, own_dense=True)
+    networks = cut(baseline=True, own_dense="everything")
     for name, network in networks.items():
         static = {source.startswith(STATIC_PREFIX) for source in sources(network)}
         assert static == {name in (DENSE, DENSE_CONDITIONING)}
     own = store_bytes({name: networks[name] for name in (DENSE, DENSE_CONDITIONING)})
     assert store_bytes(networks) == store_bytes(cut()) + own
+
+
+def test_a_dense_network_with_biases_of_its_own_shares_the_rest() -> None:
+    networks, same = cut(baseline=True, own_dense="biases"), cut(baseline=True)
+    for name, network in networks.items():
+        dense = name in (DENSE, DENSE_CONDITIONING)
+        assert all(source.startswith(STATIC_PREFIX) == (dense and "bias" in source) for source in sources(network))
+    biases = {
+        recipe
+        for name in (DENSE, DENSE_CONDITIONING)
+        for recipe in networks[name].slice.recipes.values()
+        if any(source.startswith(STATIC_PREFIX) for source in recipe.sources)
+    }
+    assert store_bytes(networks) == store_bytes(same) + lay_out(biases).nbytes
 
 
 def test_a_dense_network_of_the_same_weights_shares_the_conditioning_and_its_longest_units() -> None:

@@ -73,7 +73,7 @@ def overwrite(bundle: Bundle, network: str, weight: str, change: Callable[[Recip
     """Change one weight of one network where it lies in the store; ``change`` edits it in place."""
     manifest = bundle.manifest
     architecture = architecture_of(manifest.model, bundle.widths, bundle.token_stats)
-    networks = cut_networks(architecture, bundle.widths, manifest.plan.segments, baseline=False, own_dense=False)
+    networks = cut_networks(architecture, bundle.widths, manifest.plan.segments, baseline=False, own_dense="nothing")
     recipes = {each.name: each.slice.recipes for each in networks}
     layout = lay_out(recipe for each in recipes.values() for recipe in each.values())
     recipe = recipes[network][weight]
