@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from dyexport.build.ledger import Silent
+from dyexport.build.networks import STATIC_PREFIX
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import LORA, BuildSettings
 from dyexport.build.verify import TOLERANCES, VerifySettings, find_reference, verify_bundle
 from dyexport.bundle import Bundle
 from dyexport.errors import CheckpointError
 from dyexport.lora import LoraSpec
-from dyexport.manifest import DENSE_CONDITIONING
+from dyexport.manifest import DENSE, DENSE_CONDITIONING
 from dyexport.models.base import get_adapter
 from dyexport.models.checkpoints import load_static, save_static
 from dyexport.models.dynamic_checkpoints import TD_LORA, load_dynamic
@@ -95,6 +96,11 @@ def test_one_with_biases_has_the_static_model_as_its_dense_network(tmp_path: Pat
         truth, moved_on = static(*inputs).sample, tuned(*inputs).sample
     assert (load(bundle.root, dense=True)(*inputs).sample - truth).abs().max() < 1e-5
     assert (moved_on - truth).abs().max() > 1e-4
+    with opened(settings, Silent()) as pipeline:
+        dense = next(network for network in pipeline.networks if network.name == DENSE)
+    sources = {source for recipe in dense.slice.recipes.values() for source in recipe.sources}
+    stored_again = {source for source in sources if source.startswith(STATIC_PREFIX)}
+    assert stored_again == {source for source in sources if source.endswith(".bias")} != set()
 
 
 def test_merging_is_measured_and_then_exact(tmp_path: Path) -> None:
