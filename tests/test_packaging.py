@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,12 @@ def test_pyproject_lists_every_package() -> None:
 def test_every_folder_with_modules_is_a_package() -> None:
     folders = {str(Path(name).parent).replace("/", ".") for name in expected_modules()}
     assert folders == packages(expected_modules())
+
+
+def test_every_test_is_run(request: pytest.FixtureRequest) -> None:
+    """pytest passes over folders by name: its own list holds ``build``, and so held all of tests/build."""
+    passed_over = request.config.getini("norecursedirs")
+    tests = ROOT / "tests"
+    files = [path.relative_to(ROOT) for path in tests.rglob("test_*.py")]
+    assert Path("tests/build/test_pipeline.py") in files
+    assert [str(file) for file in files if any(fnmatch(part, bad) for part in file.parts for bad in passed_over)] == []
