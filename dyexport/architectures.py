@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 Objective = Literal["ddpm", "flow", "flow-sigma"]
 RouterKind = Literal["free", "ordered"]
@@ -66,6 +66,10 @@ class Preset(ABC):
     def timestep_range(self) -> tuple[float, float]:
         """Half-open range of the value the transformer is called with."""
         return (0.0, 1000.0) if self.objective == "ddpm" else (0.0, 1.0)
+
+    def for_noise(self) -> Self:
+        """What noise is drawn for: a smaller picture where the backbone takes any, for widths do not depend on it."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +189,10 @@ class FluxPreset(Preset):
             "axes_dims_rope": list(self.rope_axes),
         }
 
+    def for_noise(self) -> Self:
+        """128 px and 32 words."""
+        return replace(self, side=min(self.side, 8), text_tokens=min(self.text_tokens, 32))
+
 
 @dataclass(frozen=True, kw_only=True)
 class LattePreset(Preset):
@@ -250,3 +258,7 @@ class LattePreset(Preset):
             "caption_channels": self.caption_size,
             "video_length": self.frames,
         }
+
+    def for_noise(self) -> Self:
+        """64 px and 32 words, in as many frames."""
+        return replace(self, sample_size=min(self.sample_size, 8), text_tokens=min(self.text_tokens, 32))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from dyexport.architectures import FluxPreset, Preset
 from dyexport.build.settings import BuildSettings
 
 
@@ -23,18 +22,12 @@ class Passes:
 
 DIGITS = Passes(samples=16, importance=32, probes=4, compared=16, tokens=32, token_draws=2, ranges=8)
 USUAL = replace(DIGITS, samples=2)
+HEAVY = 1e12  # parameters x tokens, from which on one sample takes minutes on a CPU
 FEW = Passes(samples=1, importance=8, probes=1, compared=4, tokens=8, token_draws=1, ranges=2)
 
 
 def passes_for(settings: BuildSettings) -> Passes:
-    """Few for a large model, of which one takes minutes on a CPU."""
-    if settings.preset.pixel_space:
+    preset = settings.preset
+    if preset.pixel_space:
         return DIGITS
-    return FEW if settings.large else USUAL
-
-
-def noise_preset(preset: Preset) -> Preset:
-    """What noise is drawn for: FLUX at 128 px and 32 words, since its widths do not depend on either."""
-    if not isinstance(preset, FluxPreset):
-        return preset
-    return replace(preset, side=min(preset.side, 8), text_tokens=min(preset.text_tokens, 32))
+    return FEW if preset.parameters * preset.tokens >= HEAVY else USUAL

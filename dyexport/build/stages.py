@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dyexport.build.passes import noise_preset, passes_for
+from dyexport.build.passes import passes_for
 from dyexport.build.settings import BuildSettings, Schedule
 from dyexport.calibration.widths import (
     trajectory_points,
@@ -135,7 +135,7 @@ def calibration_inputs(settings: BuildSettings, source: LatentSource | None) -> 
     """Noised training latents where there are any, else noise."""
     batch = passes_for(settings).samples
     if source is None:
-        return NoisedInputs(preset=noise_preset(settings.preset), batch_size=batch, seed=settings.seed)
+        return NoisedInputs(preset=settings.preset.for_noise(), batch_size=batch, seed=settings.seed)
     rows = torch.linspace(0, len(source) - 1, min(len(source), CALIBRATION_SAMPLES)).long()
     return NoisedInputs(preset=settings.preset, batch_size=batch, seed=settings.seed, clean=source.batch(rows))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 
 PROBES = 4
+KEPT = 2**25  # elements of all blocks' outputs in a pass; what going back needs takes a hundred bytes for each
 
 
 def unit_importance(
@@ -24,8 +27,25 @@ def unit_importance(
     first order, when the unit goes. It is estimated with random output probes v, as
     E[(d (v . f) / d m_u)^2]; masks are per sample, so one backward pass serves a whole batch.
     """
-    heads, groups = zip(*(_at(model, inputs, chunk, probes) for chunk in inputs.chunks(timesteps)), strict=True)
+    chunks = list(inputs.chunks(timesteps))
+    outputs = len(chunks[0]) * inputs.rows * model.depth * inputs.preset.hidden_size
+    with _recomputing(model, enabled=outputs > KEPT):
+        heads, groups = zip(*(_at(model, inputs, chunk, probes) for chunk in chunks), strict=True)
     return torch.cat(heads).numpy(), torch.cat(groups).numpy()
+
+
+@contextmanager
+def _recomputing(model: DynamicTransformer, *, enabled: bool) -> Iterator[None]:
+    """Inside, a backward pass computes block by block anew, instead of keeping all that it needs."""
+    backbone = cast(Any, model.backbone)
+    if not enabled or backbone.is_gradient_checkpointing:  # as a streamed backbone always is
+        yield
+        return
+    backbone.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        backbone.disable_gradient_checkpointing()
 
 
 def _at(
@@ -45,7 +65,7 @@ def _probe(model: DynamicTransformer, inputs: Inputs, seed: int) -> tuple[Tensor
     batch, channels = inputs["hidden_states"].shape[:2]
     heads = torch.ones(batch, model.depth, model.heads, device=model.device, requires_grad=True)
     groups = torch.ones(batch, model.depth, model.groups, device=model.device, requires_grad=True)
-    with torch.enable_grad(), model.gated(heads=heads, groups=groups):  # a streamed model recomputes going back
+    with torch.enable_grad(), model.gated(heads=heads, groups=groups):  # going back may recompute
         sample = model.complete(inputs)[:, :channels]  # without a learned sigma
         probe = torch.randn(sample.shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
         gradients = torch.autograd.grad(sample, (heads, groups), probe)

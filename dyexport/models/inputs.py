@@ -42,10 +42,14 @@ class NoisedInputs:
         inputs = get_conditioning(self.preset).inputs(noised, timestep, conditions)
         return {name: tensor.to(device) for name, tensor in inputs.items()}
 
+    @property
+    def rows(self) -> int:
+        """Tokens at each t, those of the text among them."""
+        return self.batch_size * (self.preset.tokens + self.preset.text_tokens)
+
     def chunks(self, timesteps: Sequence[float]) -> Iterator[tuple[float, ...]]:
         """Timesteps in groups as large as one pass holds: a streamed model reads its weights once for each group."""
-        rows = self.batch_size * (self.preset.tokens + self.preset.text_tokens)
-        size = max(ROWS // rows, 1)
+        size = max(ROWS // self.rows, 1)
         return (tuple(timesteps[start : start + size]) for start in range(0, len(timesteps), size))
 
     def _draw(self, t: float, draw: int) -> Batch:

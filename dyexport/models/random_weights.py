@@ -105,7 +105,7 @@ def _fit(embedding: Tensor, waves: Tensor) -> Tensor:
 def _spread_tokens(model: DynamicTransformer, preset: Preset) -> None:
     """Scale each block's token logits to unit variance, with ``KEPT_TOKENS`` of them positive."""
     start, end = preset.timestep_range
-    inputs = NoisedInputs(preset=preset, batch_size=2)
+    inputs = NoisedInputs(preset=preset.for_noise(), batch_size=2)
     logits = [model(inputs.at(start + share * (end - start))).token_logits for share in (0.2, 0.8)]
     stacked = torch.cat(logits)  # (B, L, N)
     for block, router in enumerate(model.block_routers):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
+from dyexport.models import importance
 from dyexport.models.importance import rank_units, unit_importance
 from dyexport.models.inputs import NoisedInputs
+from dyexport.models.random_weights import random_dynamic
+from dyexport.presets import get_preset
 from tests.factories import tiny_model, tiny_preset
 
 INPUTS = NoisedInputs(preset=tiny_preset(), batch_size=16)
@@ -53,3 +57,24 @@ def test_ranking_puts_the_most_important_unit_first() -> None:
     heads, groups = unit_importance(model, INPUTS, [200.0])
     assert (heads[0].argmax(axis=-1) == 0).all()
     assert (groups[0].argmax(axis=-1) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["dit", "flux-tiny", "latte-tiny"])
+def test_a_large_pass_is_computed_twice_block_by_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = tiny_preset() if name == "dit" else get_preset(name)
+    model, inputs = random_dynamic(preset), NoisedInputs(preset=preset, batch_size=2)
+    start, end = preset.timestep_range
+    timesteps = [start + 0.25 * (end - start), start + 0.75 * (end - start)]
+    passes: list[None] = []
+    block = model.adapter.blocks(model.backbone)[0]
+    block.register_forward_pre_hook(lambda *_: passes.append(None))
+
+    kept = unit_importance(model, inputs, timesteps, probes=1)
+    once = len(passes)
+    monkeypatch.setattr(importance, "KEPT", 0)
+    recomputed = unit_importance(model, inputs, timesteps, probes=1)
+
+    assert len(passes) == 3 * once
+    assert not model.backbone.is_gradient_checkpointing
+    for one, other in zip(kept, recomputed, strict=True):
+        assert np.array_equal(one, other)
