@@ -15,7 +15,7 @@ from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 
 PROBES = 4
-KEPT = 2**25  # elements of all blocks' outputs in a pass; what going back needs takes a hundred bytes for each
+KEPT = 2**26  # elements of all blocks' outputs in a pass, for each of which going back needs some 100 bytes: 7 GB
 
 
 def unit_importance(
