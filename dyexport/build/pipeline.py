@@ -53,6 +53,7 @@ from dyexport.tensorrt_api import Api, load_api
 
 GRAPHS = "graphs"
 ENGINES = "engines"
+LARGE_STORE = 2**30  # bytes, from which on the disk holds a store once
 TIMINGS = "timings"  # of TensorRT's kernels, by flavour and version
 
 
@@ -241,7 +242,8 @@ class Pipeline(ModelStages):
         for target in self._plan_targets:
             self._builder(target)  # before hours of work for one that is not there
         self.headroom  # noqa: B018  # before anything is written in a precision that will not do
-        files = {f"{GRAPHS}/{STORE}": Source.of(self.store, moved=self.settings.large)}
+        moved = self.store.files["."].bytes >= LARGE_STORE
+        files = {f"{GRAPHS}/{STORE}": Source.of(self.store, moved=moved)}
         files |= {name: Source.of(self.calibrated, name) for name in (WIDTHS, TOKENS) if name in self.calibrated.files}
         files |= {f"{GRAPHS}/{outcome.path.name}": Source.of(outcome) for outcome in self.graphs.values()}
         engines = {(ONNX, name): f"{GRAPHS}/{outcome.path.name}" for name, outcome in self.graphs.items()}

@@ -44,7 +44,7 @@ from dyexport.slicing.slicer import dense_reader, spec_of
 from dyexport.tables import TokenStats, WidthTable
 
 METRICS = "metrics.json"
-TRAJECTORY_POINTS = 16
+TRAJECTORY_POINTS = 512  # more than a table has rows
 
 
 def make_calibrated(settings: BuildSettings, static: Path, dynamic: Path, inputs: NoisedInputs, out: Path) -> None:

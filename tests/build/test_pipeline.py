@@ -110,6 +110,7 @@ def test_without_routers_and_training_units_are_chosen_by_importance(tmp_path: P
     assert model.table is not None
     assert not model.has_token_routers
     assert metrics["flops_ratio"] == pytest.approx(0.5, abs=0.01)
+    assert metrics["flops_ratio"] == pytest.approx(plan.flops_ratio, abs=1e-3)
     assert 0 < metrics["output_relative_mse"] < 1
     assert {path for segment in plan.segments for path in segment.token_paths} == {"all"}
 

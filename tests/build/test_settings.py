@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dyexport.build.passes import DIGITS, FEW, USUAL, Passes, passes_for
 from dyexport.build.settings import BuildSettings, default_out, parse_budget
 from dyexport.errors import BudgetError, UsageError
 from dyexport.lora import LoraSpec
@@ -63,6 +64,14 @@ def test_large_models_are_stored_in_bf16_unless_told(tmp_path: Path) -> None:
     assert BuildSettings(model="flux", **given).stored_precision == "bf16"
     assert BuildSettings(model="flux", precision="fp16", **given).stored_precision == "fp16"
     assert BuildSettings(model="flux-tiny", random_weights=True, **given).stored_precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("model", "passes"), [("sit-digits", DIGITS), ("dit-xl-2", USUAL), ("latte", FEW), ("flux", FEW)]
+)
+def test_the_heavier_a_pass_the_fewer(tmp_path: Path, model: str, passes: Passes) -> None:
+    given = BuildSettings(model=model, out=tmp_path / "b", work=tmp_path / "w", budget=0.5, finetune_steps=0)
+    assert passes_for(given) == passes
 
 
 @pytest.mark.parametrize("text", ["abc", "", "nan", "inf", "0,5", "50%"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dyexport.build import passes
 from dyexport.build.ledger import Silent
 from dyexport.build.pipeline import opened
 from dyexport.build.reference import METRICS
@@ -68,7 +69,7 @@ def test_shards_are_linked_and_the_bundle_is_right(shards: Path, tmp_path: Path)
 
 def test_a_large_store_is_on_the_disk_once(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It moves into the bundle, and what is left to do is done with the link to it."""
-    monkeypatch.setattr(BuildSettings, "large", True)
+    monkeypatch.setattr("dyexport.build.pipeline.LARGE_STORE", 1)
     settings = settings_for(shards, tmp_path / "built", precision="fp32")
     before = build(settings).manifest
     store = settings.work / "graphs" / STORE
@@ -83,6 +84,7 @@ def test_a_large_store_is_on_the_disk_once(shards: Path, tmp_path: Path, monkeyp
 
 def test_a_large_model_is_calibrated_in_bf16(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BuildSettings, "large", True)
+    monkeypatch.setattr(passes, "HEAVY", 0)
     whole, streamed = settings_for(shards, tmp_path / "whole"), settings_for(shards, tmp_path / "streamed", memory=1)
     assert calibrate(whole)[0] == calibrate(streamed)[0]
     assert calibrate(replace(whole, precision="fp32"))[1] == ["calibrate"]
