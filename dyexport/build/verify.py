@@ -44,6 +44,7 @@ class VerifySettings:
     target: str = "onnx"
     seed: int = 0
     layers: bool = False  # also compare the graphs with torch module by module
+    small: bool = False  # on pictures as small as noise is drawn for
 
     def __post_init__(self) -> None:
         if self.timesteps < 1:
@@ -134,7 +135,7 @@ def verify_bundle(
     stream = must_stream(get_preset(bundle.manifest.model.name).parameters)
     reference = reference or find_reference(bundle)
     model, preset = load_dynamic(reference, stream=stream)
-    truth = Truth(model, preset, bundle, settings.seed)
+    truth = Truth(model, preset.for_noise() if settings.small else preset, bundle, settings.seed)
     comparisons: list[Comparison] = []
     transformer = load(path, target=settings.target, device="cpu", check_hashes=False, fallback=False)
     try:

@@ -32,13 +32,21 @@ def verify(
     layers: Annotated[
         bool, typer.Option("--layers", help="Also compare every layer of the ONNX graphs, and name the first to drift.")
     ] = False,
+    small: Annotated[
+        bool,
+        typer.Option(
+            "--small", help="On pictures of 128 px (FLUX) or 64 px (Latte): at full size a pass takes minutes on a CPU."
+        ),
+    ] = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Compare a bundle with the masked torch model it was cut from, in fp32 at random timesteps."""
     from dyexport.build.verify import VerifySettings, verify_bundle
 
-    settings = VerifySettings(timesteps=timesteps, tolerance=tolerance, target=target, seed=seed, layers=layers)
+    settings = VerifySettings(
+        timesteps=timesteps, tolerance=tolerance, target=target, seed=seed, layers=layers, small=small
+    )
     with chatter_on_stderr(), progress_bar("verifying") as advance:
         report = verify_bundle(bundle, settings, reference=reference, advance=advance)
     payload = report.as_json()

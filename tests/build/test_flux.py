@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dyexport.architectures import FluxPreset
 from dyexport.build.settings import BuildSettings
 from dyexport.build.verify import VerifySettings, find_reference, verify_bundle
 from dyexport.bundle import Bundle
@@ -107,6 +109,14 @@ def test_equals_the_masked_model(built: Bundle) -> None:
     assert report.passed
     assert report.max_abs_error < 2e-5
     assert all(segment.compared for segment in report.segments)
+
+
+def test_equals_the_masked_model_on_small_pictures(built: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FluxPreset, "for_noise", lambda preset: replace(preset, side=3, text_tokens=5))
+    usual, small = (verify_bundle(built.root, VerifySettings(timesteps=4, small=small)) for small in (False, True))
+    assert usual.passed
+    assert small.passed
+    assert small.max_abs_error != usual.max_abs_error
 
 
 @pytest.mark.parametrize("path", ["capacity", "dynamic"])
