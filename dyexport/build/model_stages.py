@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,8 @@ class ModelStages:
             inputs["products"] = "bf16"
 
         def make(out: Path) -> None:
-            reference.make_calibrated(self.settings, self.static.path, self.dynamic.path, self.calibration_inputs, out)
+            inputs = self.calibration_inputs("calibrate")
+            reference.make_calibrated(self.settings, self.static.path, self.dynamic.path, inputs, out)
 
         return self._run("calibrate", "calibrated", inputs, make)
 
@@ -113,7 +114,8 @@ class ModelStages:
         inputs = {"calibrated": self.calibrated.digest, "data": self._data_digest, "seed": self.settings.seed}
 
         def make(out: Path) -> None:
-            reference.make_magnitudes(self.settings, self.calibrated.path, self.calibration_inputs, out)
+            inputs = self.calibration_inputs("precision")
+            reference.make_magnitudes(self.settings, self.calibrated.path, inputs, out)
 
         outcome = self._run("precision", "magnitudes.json", inputs, make)
         return {"fp16_headroom": headroom(reference.read_metrics(outcome.path))}
@@ -146,9 +148,10 @@ class ModelStages:
         """Training and calibration data; call only where ``settings.data_source`` says there is some."""
         return stages.open_data(self.settings, self._synthetic)
 
-    @property
-    def calibration_inputs(self) -> NoisedInputs:
-        return stages.calibration_inputs(self.settings, self.data if self.settings.data_source else None)
+    def calibration_inputs(self, stage: str) -> NoisedInputs:
+        """For a stage, whose progress they tell."""
+        inputs = stages.calibration_inputs(self.settings, self.data if self.settings.data_source else None)
+        return replace(inputs, advance=partial(self.listener.advanced, stage))
 
     @property
     def _data_digest(self) -> str:

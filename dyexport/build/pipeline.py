@@ -74,7 +74,7 @@ class Pipeline(ModelStages):
     def _make_plan(self, out: Path) -> None:
         plan = self.priced(self.settings.engines)
         if self._merges:
-            path, inputs = self.calibrated.path, self.calibration_inputs
+            path, inputs = self.calibrated.path, self.calibration_inputs("plan")
             segments, errors = reference.merge_lora(self.settings, path, plan.segments, inputs)
             plan = plan_of(segments, *self.tables).model_copy(update={"merge_errors": errors})
         out.write_text(plan.model_dump_json(indent=1), encoding="utf-8")
@@ -124,8 +124,8 @@ class Pipeline(ModelStages):
         }
 
         def make(out: Path) -> None:
-            static, calibrated, data = self.static.path, self.calibrated.path, self.calibration_inputs
-            make_ranges(self.settings, static, calibrated, self.plan, self.tables, data, out)
+            static, calibrated, drawn = self.static.path, self.calibrated.path, self.calibration_inputs("ranges")
+            make_ranges(self.settings, static, calibrated, self.plan, self.tables, drawn, out)
 
         return self._run("ranges", "ranges.json", inputs, make)
 

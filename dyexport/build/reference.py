@@ -72,7 +72,8 @@ def _measure(
     widths = read_widths(model, preset.timestep_range)
     stats = None
     if model.has_token_routers:
-        stats = measure_tokens(model, inputs, tokens=preset.tokens, points=passes.tokens, draws=passes.token_draws)
+        drawn = inputs.during("tokens")
+        stats = measure_tokens(model, drawn, tokens=preset.tokens, points=passes.tokens, draws=passes.token_draws)
     (out / WIDTHS).parent.mkdir()
     widths.save(out / WIDTHS)
     if stats is not None:
@@ -82,7 +83,7 @@ def _measure(
     metrics = {
         "flops_ratio": flops_ratio(widths, kept, points, FlopsModel.of_preset(preset)),
         **count_trainable(settings),
-        "output_relative_mse": _relative_mse(model, dense, inputs, compared.tolist()),
+        "output_relative_mse": _relative_mse(model, dense, inputs.during("comparison"), compared.tolist()),
     }
     (out / METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -95,7 +96,7 @@ def _meet(settings: BuildSettings, model: DynamicTransformer, inputs: NoisedInpu
         _choose(settings, settings.budget, model, inputs)
         return
     try:
-        meet_budget(model, inputs, settings.budget, FlopsModel.of_preset(settings.preset))
+        meet_budget(model, inputs.during("budget"), settings.budget, FlopsModel.of_preset(settings.preset))
     except BudgetError as error:
         if settings.routers != "trained":
             raise
@@ -107,7 +108,8 @@ def _meet(settings: BuildSettings, model: DynamicTransformer, inputs: NoisedInpu
 
 def _choose(settings: BuildSettings, budget: float, model: DynamicTransformer, inputs: NoisedInputs) -> None:
     flops, passes = FlopsModel.of_preset(settings.preset), passes_for(settings)
-    model.table = choose_widths(model, inputs, budget, flops, count=passes.importance, probes=passes.probes)
+    drawn = inputs.during("importance")
+    model.table = choose_widths(model, drawn, budget, flops, count=passes.importance, probes=passes.probes)
 
 
 @torch.no_grad()

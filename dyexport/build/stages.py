@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -166,7 +166,8 @@ def _finetuned(
     preset = settings.preset
     model = attach_routers(load_static(str(static), preset), settings)
     points = trajectory_points(preset.timestep_range, RANKING_POINTS)
-    rank_units(model, calibration_inputs(settings, source), [float(t) for t in points])
+    inputs = replace(calibration_inputs(settings, source), advance=lambda done, total: progress(done, total, {}))
+    rank_units(model, inputs, [float(t) for t in points])
     config = FinetuneConfig(
         **asdict(settings.finetune_schedule), seed=settings.seed, budget=settings.budget, distill=settings.distill
     )

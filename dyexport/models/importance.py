@@ -27,10 +27,9 @@ def unit_importance(
     first order, when the unit goes. It is estimated with random output probes v, as
     E[(d (v . f) / d m_u)^2]; masks are per sample, so one backward pass serves a whole batch.
     """
-    chunks = list(inputs.chunks(timesteps))
-    outputs = len(chunks[0]) * inputs.rows * model.depth * inputs.preset.hidden_size
-    with _recomputing(model, enabled=outputs > KEPT):
-        heads, groups = zip(*(_at(model, inputs, chunk, probes) for chunk in chunks), strict=True)
+    rows = min(len(timesteps), inputs.per_pass) * inputs.rows
+    with _recomputing(model, enabled=rows * model.depth * inputs.preset.hidden_size > KEPT):
+        heads, groups = zip(*(_at(model, inputs, chunk, probes) for chunk in inputs.chunks(timesteps)), strict=True)
     return torch.cat(heads).numpy(), torch.cat(groups).numpy()
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,18 +18,28 @@ DDPM_STEPS = 1000
 DDPM_BETAS = (1e-4, 2e-2)  # linear schedule of DiT
 
 
+def _untold(done: int, total: int, detail: str = "") -> None:
+    """Progress that nobody asked for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class NoisedInputs:
     """Draws inputs at any t, reproducibly: the same seed and t give the same tensors.
 
     ``clean`` holds samples to draw from; without them the network is fed pure noise, which is what a
-    model with random weights deserves.
+    model with random weights deserves. ``advance`` is told how many timesteps of a pass over several are done, of how
+    many.
     """
 
     preset: Preset
     batch_size: int
     seed: int = 0
     clean: Batch | None = None
+    advance: Callable[..., None] = _untold
+
+    def during(self, phase: str) -> NoisedInputs:
+        """The same for one phase of several, whose progress goes by its name."""
+        return replace(self, advance=partial(self.advance, detail=phase))
 
     def at(self, t: float, draw: int = 0, device: torch.device | str = "cpu") -> Inputs:
         return self.over((t,), draw, device)
@@ -47,10 +58,17 @@ class NoisedInputs:
         """Tokens at each t, those of the text among them."""
         return self.batch_size * (self.preset.tokens + self.preset.text_tokens)
 
+    @property
+    def per_pass(self) -> int:
+        """Timesteps that one pass holds."""
+        return max(ROWS // self.rows, 1)
+
     def chunks(self, timesteps: Sequence[float]) -> Iterator[tuple[float, ...]]:
         """Timesteps in groups as large as one pass holds: a streamed model reads its weights once for each group."""
-        size = max(ROWS // self.rows, 1)
-        return (tuple(timesteps[start : start + size]) for start in range(0, len(timesteps), size))
+        for start in range(0, len(timesteps), self.per_pass):
+            self.advance(start, len(timesteps))
+            yield tuple(timesteps[start : start + self.per_pass])
+        self.advance(len(timesteps), len(timesteps))
 
     def _draw(self, t: float, draw: int) -> Batch:
         generator = torch.Generator().manual_seed(hash((self.seed, round(t * 1e6), draw)) % 2**63)

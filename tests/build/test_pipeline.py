@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +114,29 @@ def test_without_routers_and_training_units_are_chosen_by_importance(tmp_path: P
     assert metrics["flops_ratio"] == pytest.approx(plan.flops_ratio, abs=1e-3)
     assert 0 < metrics["output_relative_mse"] < 1
     assert {path for segment in plan.segments for path in segment.token_paths} == {"all"}
+
+
+class Told(Silent):
+    """Keeps the progress of a stage, phase by phase."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.phases: dict[str, list[tuple[int, int]]] = {}
+
+    def advanced(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        if stage == self.stage:
+            self.phases.setdefault(detail, []).append((done, total))
+
+
+@pytest.mark.parametrize(("values", "phases"), [({"finetune_steps": 0}, ["importance"]), ({}, ["budget", "tokens"])])
+def test_calibration_tells_how_far_it_is(tmp_path: Path, values: dict[str, Any], phases: list[str]) -> None:
+    told = Told("calibrate")
+    with opened(tiny_settings(tmp_path, **values), told) as pipeline:
+        pipeline.calibrated  # noqa: B018
+    assert list(told.phases) == [*phases, "comparison"]
+    for steps in told.phases.values():
+        assert steps[0][0] == 0
+        assert steps[-1][0] == steps[-1][1] > 1
 
 
 def test_a_calibrated_checkpoint_without_budget_is_kept(settings: BuildSettings, tmp_path: Path) -> None:
