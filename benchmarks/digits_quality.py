@@ -10,7 +10,8 @@ training and on held-out digits, the same noise and timesteps for every model, w
 
 Takes two to five hours on 2 cores. Stop it at any time: the same command goes on where it stopped. With the static
 model there, runs of some of the models and seeds, side by side in several terminals, share the work; the whole command
-then reads it all back. Writes benchmarks/results/sit-digits_quality_10000.json and .md.
+then reads it all back. Writes benchmarks/results/sit-digits_quality_10000.json and .md; with ``--finetune-steps``
+their number is in the name too.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "mean": {name: mean_of(runs, name) for name in options.models},
         "runs": runs,
     }
-    file = options.results / f"{options.model}_quality_{options.train_steps}.json"
+    steps = [options.train_steps, *([options.finetune_steps] if options.finetune_steps else [])]
+    file = options.results / f"{options.model}_quality_{'_'.join(map(str, steps))}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, (json.dumps(whole, indent=1) + "\n").encode())
     write_atomically(file.with_suffix(".md"), markdown(whole).encode())

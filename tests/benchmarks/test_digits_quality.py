@@ -20,7 +20,7 @@ SHORT = "--train-steps 3 --finetune-steps 3 --samples 20 --draws 2 --steps 2 --s
 
 def run(folder: Path, *arguments: str) -> dict[str, Any]:
     main(["--model", TINY.name, "--work", str(folder / "work"), "--results", str(folder), *SHORT.split(), *arguments])
-    whole: dict[str, Any] = json.loads((folder / f"{TINY.name}_quality_3.json").read_text())
+    whole: dict[str, Any] = json.loads((folder / f"{TINY.name}_quality_3_3.json").read_text())
     return whole
 
 
