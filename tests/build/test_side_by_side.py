@@ -112,7 +112,11 @@ def test_one_at_a_time_takes_no_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGINT])
 def test_nothing_outlives_a_build(tmp_path: Path, way: signal.Signals) -> None:
     pids = [tmp_path / "a", tmp_path / "b"]
-    script = "import sys; from tests.build.test_side_by_side import sleep_side_by_side as s; s(*sys.argv[1:])"
+    script = (
+        "import signal, sys; from tests.build.test_side_by_side import sleep_side_by_side as s;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"  # background jobs of shells ignore it
+        "s(*sys.argv[1:])"
+    )
     build = subprocess.Popen([sys.executable, "-c", script, *map(str, pids)], cwd=ROOT, stderr=subprocess.DEVNULL)
     wait_for(lambda: all(pid.exists() for pid in pids))
     assert not any(map(gone, pids))
