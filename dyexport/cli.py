@@ -7,7 +7,7 @@ import traceback
 
 import typer
 
-from dyexport.commands import build_side, run_side, sampling, verifying
+from dyexport.commands import build_side, deploying, run_side, sampling, verifying
 from dyexport.console import stderr
 from dyexport.errors import DyexportError
 
@@ -22,6 +22,7 @@ app.add_typer(build_side.app)
 app.add_typer(verifying.app)
 app.add_typer(sampling.app)
 app.add_typer(run_side.app)
+app.add_typer(deploying.app)
 
 
 def main() -> None:

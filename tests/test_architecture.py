@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": CONTRACTS | {"models", "slicing"},
     "engines": {"errors", "tables", "tensors", "manifest", "bundle", "plans", "tensorrt_api"},
     "runtime": {"errors", "sizes", "tables", "manifest", "bundle", "engines"},
-    "serving": {"errors", "tables", "manifest", "bundle", "engines", "runtime"},
+    "serving": {"errors", "files", "sizes", "tables", "manifest", "bundle", "engines", "runtime"},
     "bench": {"errors", "tables", "manifest", "bundle", "plans", "engines", "runtime"},
     "build": EITHER_SIDE,
     "demo": EITHER_SIDE | {"build"},

@@ -65,19 +65,6 @@ def save_sample(drawn: torch.Tensor, path: Path, *, pixels: bool) -> Path:
     return latents
 
 
-def decode(latents: torch.Tensor, vae: str) -> torch.Tensor:
-    """Latents (B, 4, h, w) to pixels in [0, 1], (B, 3, H, W). Raises ``CheckpointError``."""
-    import torch
-
-    from dyexport.runtime.sampling import open_vae
-
-    decoder = open_vae(vae)
-    with torch.inference_mode():
-        decoded = decoder.decode(latents.cpu() / decoder.config.scaling_factor).sample  # (B, 3, H, W)
-    pixels: torch.Tensor = (decoded / 2 + 0.5).clamp(0, 1)
-    return pixels
-
-
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A name to write to: the file comes to be whole or not at all."""

@@ -78,7 +78,7 @@ def sample(
             wanted = Prompts(
                 texts=tuple(prompt or ()),
                 embedded=prompt_embeds,
-                pipeline=pipeline or (_home_of(loaded.spec.name) if prompt else None),
+                pipeline=pipeline or (home_of(loaded.spec.name) if prompt else None),
                 vae=vae,
                 steps=steps,
                 guidance=guidance,
@@ -129,11 +129,11 @@ def _from_labels(
     vae: str | None,
     advance: Advance,
 ) -> _Drawn:
-    from dyexport.bench.pictures import decode
+    from dyexport.runtime.sampling import LABEL_HABITS, decode, open_vae
     from dyexport.runtime.sampling import sample as draw
 
-    steps = 50 if steps is None else steps
-    guidance = 1.5 if guidance is None else guidance
+    steps = LABEL_HABITS.steps if steps is None else steps
+    guidance = LABEL_HABITS.guidance if guidance is None else guidance
     drawn = draw(
         _Counted(loaded, steps, advance),
         loaded.spec,
@@ -145,7 +145,7 @@ def _from_labels(
     )  # (B, C, H, W)
     settings = {"labels": labels, "steps": steps, "guidance": guidance, "seed": seed}
     if vae is not None:
-        return _Drawn(decode(drawn, vae), True, settings)
+        return _Drawn(decode(open_vae(vae), drawn), True, settings)
     return _Drawn(drawn, loaded.spec.pixel_space, settings)
 
 
@@ -157,7 +157,7 @@ def _from_prompts(loaded: Any, wanted: Any, advance: Advance) -> _Drawn:
     return _Drawn(drawn.values, drawn.pixels, settings)
 
 
-def _home_of(model: str) -> str | None:
+def home_of(model: str) -> str | None:
     """The hub repository of a preset, which holds its text encoders and VAE."""
     from dyexport.presets import PRESETS
 

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 
 from dyexport.errors import UsageError
 from dyexport.manifest import ModelSpec
-from dyexport.runtime.sampling import make_scheduler
+from dyexport.runtime.sampling import Habits, make_scheduler
 
 Columns = Mapping[str, tuple[int | None, ...]]
 """Tensors of a file of embedded prompts, and their shapes after the first dimension; None: any length."""
-
-
-class Habits(NamedTuple):
-    """What a model is usually sampled with."""
-
-    steps: int
-    guidance: float
 
 
 class PromptPipeline(ABC):
@@ -28,6 +21,7 @@ class PromptPipeline(ABC):
 
     name: ClassVar[str]
     text_parts: ClassVar[tuple[str, ...]]
+    batches: ClassVar[bool] = True  # whether a sample is the same in a batch as alone
 
     @abstractmethod
     def habits(self, spec: ModelSpec) -> Habits:
@@ -40,6 +34,10 @@ class PromptPipeline(ABC):
     @abstractmethod
     def scheduler(self, spec: ModelSpec) -> Any:
         """The schedule of the model's own pipeline."""
+
+    @abstractmethod
+    def side(self, pipe: Any) -> int:
+        """Pixels on a side where no size is asked for."""
 
     @abstractmethod
     def arguments(self, spec: ModelSpec, *, frames: int | None, embedded: bool) -> dict[str, Any]:
@@ -69,6 +67,9 @@ class FluxPictures(PromptPipeline):
 
         return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=_distilled(spec))
 
+    def side(self, pipe: Any) -> int:
+        return int(pipe.default_sample_size * pipe.vae_scale_factor)
+
     def arguments(self, spec: ModelSpec, *, frames: int | None, embedded: bool) -> dict[str, Any]:
         if frames is not None:
             raise UsageError(f"{spec.name} draws pictures; leave --frames out")
@@ -88,6 +89,7 @@ def _distilled(spec: ModelSpec) -> bool:
 class LatteVideos(PromptPipeline):
     name = "LattePipeline"
     text_parts = ("text_encoder", "tokenizer")
+    batches = False  # a lone prompt is cut to its length, those of a batch are padded with zeros, which text attends to
 
     def habits(self, spec: ModelSpec) -> Habits:
         return Habits(steps=50, guidance=7.5)
@@ -98,6 +100,9 @@ class LatteVideos(PromptPipeline):
 
     def scheduler(self, spec: ModelSpec) -> Any:
         return make_scheduler(spec)
+
+    def side(self, pipe: Any) -> int:
+        return int(pipe.transformer.config.sample_size * pipe.vae_scale_factor)
 
     def arguments(self, spec: ModelSpec, *, frames: int | None, embedded: bool) -> dict[str, Any]:
         if frames not in (None, 1, spec.frames):

@@ -12,7 +12,7 @@ import torch
 from dyexport.errors import CheckpointError, DataError, UsageError
 from dyexport.runtime.pipeline import BundleTransformer
 from dyexport.runtime.prompt_pipelines import PIPELINES, Columns, PromptPipeline
-from dyexport.runtime.sampling import open_vae
+from dyexport.runtime.sampling import noise_of, open_vae
 
 Progress = Callable[[int, int], None]
 """Called with denoising steps done and steps in all."""
@@ -24,6 +24,7 @@ class Prompts:
 
     ``pipeline`` is where text encoders and VAE come from, a directory or hub repository; embedded prompts need
     none, and get a VAE from there or from ``vae``. Sizes in pixels. None takes what is usual for the model.
+    ``seed`` is of all of them, or has one for each.
     """
 
     texts: tuple[str, ...] = ()
@@ -35,7 +36,7 @@ class Prompts:
     height: int | None = None
     width: int | None = None
     frames: int | None = None
-    seed: int = 0
+    seed: int | tuple[int, ...] = 0
 
     def __post_init__(self) -> None:
         if bool(self.texts) == (self.embedded is not None):
@@ -58,8 +59,10 @@ class Drawn(NamedTuple):
 
 
 @torch.inference_mode()
-def draw_prompts(transformer: BundleTransformer, wanted: Prompts, progress: Progress | None = None) -> Drawn:
-    """One picture, or one video, for each prompt.
+def draw_prompts(
+    transformer: BundleTransformer, wanted: Prompts, progress: Progress | None = None, *, pipe: Any = None
+) -> Drawn:
+    """One picture, or one video, for each prompt; with ``pipe``, where that is open already.
 
     Raises ``CheckpointError`` where the pipeline cannot be read and ``DataError`` for embeddings that do not fit.
     """
@@ -70,7 +73,9 @@ def draw_prompts(transformer: BundleTransformer, wanted: Prompts, progress: Prog
     conditions: dict[str, Any] = {"prompt": list(wanted.texts)}
     if wanted.embedded is not None:
         conditions = read_embedded(wanted.embedded, kind.columns(spec, guided=guidance > 1))
-    pipe = _pipeline(transformer, kind, wanted)
+    count = len(wanted.texts) or len(conditions["prompt_embeds"])
+    generator = noise_of(wanted.seed, count)
+    pipe = _pipeline(transformer, kind, wanted) if pipe is None else pipe
 
     def advance(_pipe: Any, step: int, _t: Any, kept: dict[str, Any]) -> dict[str, Any]:
         if progress is not None:
@@ -84,7 +89,7 @@ def draw_prompts(transformer: BundleTransformer, wanted: Prompts, progress: Prog
         width=wanted.width,
         num_inference_steps=steps,
         guidance_scale=guidance,
-        generator=torch.Generator().manual_seed(wanted.seed),
+        generator=generator,
         output_type="latent" if pipe.vae is None else "pt",
         callback_on_step_end=advance,
     )

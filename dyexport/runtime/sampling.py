@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.utils.torch_utils import randn_tensor
 
 from dyexport.errors import CheckpointError, UsageError
 from dyexport.manifest import ModelSpec
@@ -25,6 +26,20 @@ BETAS: dict[str, Any] = {  # DiT's
     "beta_start": 0.0001,
     "beta_end": 0.02,
 }
+
+
+Noise = torch.Generator | list[torch.Generator]
+"""What draws the noise of a batch, or that of each sample."""
+
+
+class Habits(NamedTuple):
+    """What a model is usually sampled with."""
+
+    steps: int
+    guidance: float
+
+
+LABEL_HABITS = Habits(steps=50, guidance=1.5)
 
 
 class Denoiser(Protocol):
@@ -90,6 +105,15 @@ def make_pipeline(
     return DiTPipeline(transformer=transformer, vae=vae or PixelVAE(), scheduler=make_scheduler(spec, scheduler))
 
 
+def noise_of(seed: int | Sequence[int], count: int) -> Noise:
+    """From one seed for a batch, or one for each of its samples. Raises ``UsageError`` where their number is wrong."""
+    if isinstance(seed, int):
+        return torch.Generator().manual_seed(seed)
+    if len(seed) != count:
+        raise UsageError(f"there are {len(seed)} seeds for {count} samples; give one, or one for each")
+    return [torch.Generator().manual_seed(each) for each in seed]
+
+
 @torch.no_grad()
 def sample(
     transformer: Denoiser,
@@ -99,12 +123,13 @@ def sample(
     steps: int = 20,
     scheduler: str | None = None,
     guidance_scale: float = 4.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> torch.Tensor:
     """Draw one picture for each label (B,): pixels in [0, 1], or latents where a VAE must follow, (B, C, H, W).
 
-    The same seed starts from the same noise on every device. ``guidance_scale`` 1 turns classifier-free
-    guidance off. Raises ``UsageError`` for values out of range.
+    The same seed starts from the same noise on every device; with a seed for each label, a picture does not depend
+    on what it is drawn beside. ``guidance_scale`` 1 turns classifier-free guidance off. Raises ``UsageError`` for
+    values out of range.
     """
     if not spec.classes:
         raise UsageError(f"{spec.name} draws from prompts, not from labels; see dyexport.runtime.prompts")
@@ -113,9 +138,10 @@ def sample(
     labels = torch.as_tensor(labels, dtype=torch.int64)  # (B,)
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= spec.classes:
         raise UsageError(f"labels must be in [0, {spec.classes}], {spec.classes} being no class: {labels.tolist()}")
-    generator = torch.Generator().manual_seed(seed)
     loop = sample_ddpm if spec.objective == "ddpm" else sample_flow
-    latents = loop(transformer, spec, labels, steps, guidance_scale, generator, make_scheduler(spec, scheduler))
+    latents = loop(
+        transformer, spec, labels, steps, guidance_scale, noise_of(seed, len(labels)), make_scheduler(spec, scheduler)
+    )
     return (latents / 2 + 0.5).clamp(0, 1) if spec.pixel_space else latents  # (B, C, H, W)
 
 
@@ -125,11 +151,11 @@ def sample_ddpm(
     labels: torch.Tensor,
     steps: int,
     guidance_scale: float,
-    generator: torch.Generator,
+    generator: Noise,
     scheduler: Any,
 ) -> torch.Tensor:
     """From noise at t = 999 down to data, the network predicting the noise (arXiv 2212.09748): (B, C, H, W)."""
-    latents = torch.randn(len(labels), *spec.latent_shape, generator=generator)  # (B, C, H, W)
+    latents = randn_tensor((len(labels), *spec.latent_shape), generator=generator)  # (B, C, H, W)
     latents = latents.to(device_of(transformer)) * scheduler.init_noise_sigma
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
@@ -144,14 +170,14 @@ def sample_flow(
     labels: torch.Tensor,
     steps: int,
     guidance_scale: float,
-    generator: torch.Generator,
+    generator: Noise,
     scheduler: Any,
 ) -> torch.Tensor:
     """Along the velocity from noise at t = 0 to data at t = 1 (arXiv 2401.08740): (B, C, H, W).
 
     The scheduler counts sigma = 1 - t downwards and expects the opposite velocity, noise - data.
     """
-    latents = torch.randn(len(labels), *spec.latent_shape, generator=generator)  # (B, C, H, W)
+    latents = randn_tensor((len(labels), *spec.latent_shape), generator=generator)  # (B, C, H, W)
     latents = latents.to(device_of(transformer))
     scheduler.set_timesteps(steps)
     for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):  # sigmas has the end, 0, too
@@ -176,6 +202,14 @@ def guided(
         return output
     conditional, unconditional = output.chunk(2)  # (B, C, H, W) each
     return unconditional + scale * (conditional - unconditional)
+
+
+@torch.inference_mode()
+def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Latents (B, 4, h, w) to pixels in [0, 1], (B, 3, H, W), by an ``AutoencoderKL``."""
+    decoded = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample  # (B, 3, H, W)
+    pixels: torch.Tensor = (decoded.float() / 2 + 0.5).clamp(0, 1)
+    return pixels
 
 
 def device_of(transformer: Denoiser) -> torch.device:

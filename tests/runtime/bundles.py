@@ -121,7 +121,7 @@ def make_plan(widths: WidthTable, segments: int, path: TokenPath = "all", capaci
     )
 
 
-def make_spec(objective: str = "ddpm", classes: int = CLASSES) -> ModelSpec:
+def make_spec(objective: str = "ddpm", classes: int = CLASSES, *, pixels: bool = True) -> ModelSpec:
     config = {"sample_size": SIZE, "in_channels": CHANNELS, "out_channels": CHANNELS, "patch_size": 1}
     return ModelSpec(
         name="tiny",
@@ -130,7 +130,7 @@ def make_spec(objective: str = "ddpm", classes: int = CLASSES) -> ModelSpec:
         timestep_range=(0.0, 1000.0 if objective == "ddpm" else 1.0),
         tokens=FEATURES,
         classes=classes,
-        pixel_space=True,
+        pixel_space=pixels,
         config={**config, "num_embeds_ada_norm": classes, "norm_type": "ada_norm_zero"},
     )
 
@@ -153,8 +153,9 @@ def write_bundle(
     path: TokenPath = "all",
     capacity: int = FEATURES,
     targets: tuple[str, ...] = ("onnx",),
+    pixels: bool = True,
 ) -> TinyBundle:
-    spec = make_spec(objective)
+    spec = make_spec(objective, pixels=pixels)
     end = spec.timestep_range[1]
     widths, stats, weights = make_widths(end), make_stats(end), make_weights(end=end)
     plan = make_plan(widths, segments, path, capacity)

@@ -1,0 +1,75 @@
+"""``dyexport deploy``: a bundle as a model of an inference server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dyexport.commands.run_side import BundleArgument, MemoryOption, SchedulerOption, TargetOption
+from dyexport.console import DebugOption, JsonOption, emit
+
+deploy = typer.Typer(help="Write a bundle as a model of an inference server.", no_args_is_help=True)
+app = typer.Typer()
+app.add_typer(deploy, name="deploy")
+
+
+@deploy.callback()
+def _servers() -> None:
+    """Write a bundle as a model of an inference server."""
+
+
+@deploy.command()
+def triton(
+    bundle: BundleArgument,
+    repository: Annotated[Path, typer.Argument(help="A Triton model repository; made where there is none.")],
+    name: Annotated[str | None, typer.Option(help="Of the model; by default the bundle's.")] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(help="FLUX, Latte: text encoders and VAE, a directory or hub id; by default the model's own."),
+    ] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(help="DiT, SiT: AutoencoderKL, a directory or a hub id; without it the server returns latents."),
+    ] = None,
+    target: TargetOption = "onnx",
+    scheduler: SchedulerOption = None,
+    memory: MemoryOption = None,
+    instances: Annotated[int, typer.Option(help="Copies that work side by side, each a process.")] = 1,
+    max_batch: Annotated[
+        int | None, typer.Option(help="Samples drawn together at most; by default 8, FLUX and Latte 1.")
+    ] = None,
+    max_steps: Annotated[int, typer.Option(help="Denoising steps that a request may ask for.")] = 100,
+    max_pixels: Annotated[int, typer.Option(help="FLUX, Latte: pixels that a request may ask for.")] = 2048 * 2048,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write a model that samples inside Triton's Python backend: a label or prompt in, a picture or video out."""
+    from dyexport.bundle import Bundle
+    from dyexport.commands.sampling import home_of
+    from dyexport.serving.triton_repository import Deployment
+    from dyexport.serving.triton_repository import deploy as write
+
+    spec = Bundle.open(bundle, check_hashes=False).manifest.model
+    deployment = Deployment(
+        bundle=bundle,
+        repository=repository,
+        name=bundle.absolute().name if name is None else name,
+        pipeline=pipeline or (None if spec.classes else home_of(spec.name)),
+        vae=vae,
+        scheduler=scheduler,
+        target=target,
+        memory=memory,
+        instances=instances,
+        max_batch=max_batch,
+        max_steps=max_steps,
+        max_pixels=max_pixels,
+    )
+    model = write(deployment)
+    payload = {"model": deployment.name, "path": str(model), "config": str(model / "config.pbtxt")}
+    told = (
+        f"{model}\n"
+        f"Start it, dyexport being installed in the server's Python: tritonserver --model-repository {repository}"
+    )
+    emit(payload, as_json=json, human=lambda console: console.print(told, markup=False, soft_wrap=True))

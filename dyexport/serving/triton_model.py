@@ -1,0 +1,121 @@
+"""The model that Triton's Python backend runs: the whole sampling loop, so that no latents travel between steps.
+
+A repository's ``model.py`` imports ``TritonPythonModel`` from here. Only inside the server can this be imported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb
+
+from dyexport.engines.registry import get_backend
+from dyexport.errors import DyexportError, EngineMismatch, UsageError
+from dyexport.serving.orders import SEED, Order, OrderBook, together
+from dyexport.serving.orders import split as split_rows
+from dyexport.serving.served import Served
+
+FIRST_STEPS = 8
+
+
+class Cancelled(Exception):
+    """Nobody waits for what is being drawn."""
+
+
+class TritonPythonModel:
+    """Answers label or prompt with picture, video or latents, and with the seed, so that it can be drawn again."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Opens the bundle and draws once: a model that cannot draw is never ready."""
+        check_tensors()
+        config = json.loads(args["model_config"])
+        served = Served.of_config(config)
+        from dyexport.serving.samplers import open_sampler  # torch and diffusers: seconds
+
+        folder = Path(args["model_repository"]) / args["model_version"]
+        self._sampler = open_sampler(folder, served, _device(args, served.target))
+        self._inputs = [entry["name"] for entry in config["input"]]
+        self._draw([self._sampler.book.read(_first(self._sampler.book))], [])
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One response for each request, in order; a bad one does not spoil the others of its batch."""
+        responses: dict[int, Any] = {}
+        orders: dict[int, Order] = {}
+        for index, request in enumerate(requests):
+            try:
+                orders[index] = self._sampler.book.read(self._arrays(request))
+            except UsageError as error:
+                responses[index] = _failed(str(error), pb.TritonError.INVALID_ARG)
+        for group in together(orders):
+            drawn = self._answered([orders[index] for index in group], [requests[index] for index in group])
+            responses.update(zip(group, drawn, strict=True))
+        return [responses[index] for index in range(len(requests))]
+
+    def _arrays(self, request: Any) -> dict[str, np.ndarray]:
+        found = {name: pb.get_input_tensor_by_name(request, name) for name in self._inputs}
+        return {name: tensor.as_numpy() for name, tensor in found.items() if tensor is not None}
+
+    def _answered(self, orders: Sequence[Order], requests: Sequence[Any]) -> list[Any]:
+        try:
+            batches = self._draw(orders, requests)
+        except Cancelled as stopped:
+            pb.Logger.log_info(f"dyexport: {stopped}")
+            return [_failed("cancelled", pb.TritonError.CANCELLED) for _ in orders]
+        except Exception as error:  # out of memory, say: the server goes on
+            what = str(error) if isinstance(error, DyexportError) else f"{type(error).__name__}: {error}"
+            pb.Logger.log_error(f"dyexport: {what}")
+            return [_failed(what, pb.TritonError.INTERNAL) for _ in orders]
+        return [self._response(order, values) for order, values in zip(orders, batches, strict=True)]
+
+    def _draw(self, orders: Sequence[Order], requests: Sequence[Any]) -> list[np.ndarray]:
+        """Samples of each order, drawn together until no request is waited for any more."""
+
+        steps = 0
+
+        def after_step() -> None:
+            nonlocal steps
+            steps += 1
+            if requests and all(request.is_cancelled() for request in requests):
+                raise Cancelled(f"cancelled after step {steps} of {orders[0].settings.steps}")
+
+        return split_rows(self._sampler.draw(orders, after_step), [len(order) for order in orders])
+
+    def _response(self, order: Order, values: np.ndarray) -> Any:
+        seeds = np.array(order.seeds, np.int64)[:, None]  # (B, 1)
+        tensors = [pb.Tensor(self._sampler.output.name, np.ascontiguousarray(values)), pb.Tensor(SEED, seeds)]
+        return pb.InferenceResponse(output_tensors=tensors)
+
+
+def _failed(message: str, code: Any) -> Any:
+    return pb.InferenceResponse(output_tensors=[], error=pb.TritonError(message, code))
+
+
+def _first(book: OrderBook) -> dict[str, np.ndarray]:
+    """A sample of the usual size, in a few steps, so that engines are loaded before anyone waits for them."""
+    subject = np.zeros((1, 1), np.int64) if book.classes else np.array([[b"a"]], np.object_)
+    return {book.subject: subject, "steps": np.array([[min(FIRST_STEPS, book.limits.max_steps)]])}
+
+
+def _device(args: dict[str, str], target: str) -> str | None:
+    """The instance's GPU, where torch and the engines can use one; on a CPU instance the CPU."""
+    import torch
+
+    if args["model_instance_kind"] != "GPU":
+        return "cpu"
+    usable = torch.cuda.is_available() and get_backend(target).has_cuda()
+    return f"cuda:{args['model_instance_device_id']}" if usable else None
+
+
+def check_tensors() -> None:
+    """Raises ``EngineMismatch`` where tensors arrive garbled: in servers of before mid 2024 beside numpy 2."""
+    sent = np.arange(1, 4, dtype=np.float32)
+    received = pb.Tensor.from_dlpack("probe", pb.Tensor("probe", sent).to_dlpack()).as_numpy()
+    if not np.array_equal(received, sent):
+        raise EngineMismatch(
+            f"this Triton server garbles tensors beside numpy {np.__version__}: it reads {received} where {sent} was "
+            "sent; install numpy<2 where the server finds dyexport, or use a newer server"
+        )

@@ -1,0 +1,205 @@
+"""Writes a bundle as a model of a Triton repository.
+
+REPOSITORY/
+  NAME/
+    config.pbtxt     inputs, outputs, batching, and parameters that may be edited
+    1/
+      model.py       imports ``dyexport.serving.triton_model``
+      bundle/        the bundle; links to its files where the file system allows, so it takes no room
+      pipeline/      FLUX, Latte: text encoders and VAE, likewise; or vae/
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dyexport.bundle import Bundle
+from dyexport.engines.registry import get_backend
+from dyexport.errors import UsageError
+from dyexport.files import PARTIAL, check_writable, remove, storage_errors, sync
+from dyexport.manifest import ModelSpec
+from dyexport.serving.orders import LABEL, PROMPT, SEED, Limits
+from dyexport.serving.served import BUNDLE, PIPELINE, VAE, Served, output_of
+from dyexport.sizes import parse_bytes
+
+VERSION = "1"
+MODEL_PY = '''\
+"""Serves the bundle beside it. Written by `dyexport deploy triton`; needs dyexport in the server's Python."""
+
+from dyexport.serving.triton_model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+LARGE_BATCH = {"flux": 1, "latte": 1}  # pictures of 1024 px and videos fill a GPU by themselves
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """What to serve, and where. ``pipeline`` and ``vae`` are directories or hub ids.
+
+    ``instances`` of the model work side by side, each a process; ``max_batch`` samples are drawn together at most.
+    """
+
+    bundle: Path
+    repository: Path
+    name: str
+    pipeline: str | None = None
+    vae: str | None = None
+    scheduler: str | None = None
+    target: str = "onnx"
+    memory: str | None = None
+    instances: int = 1
+    max_batch: int | None = None
+    max_steps: int = Limits.max_steps
+    max_pixels: int = Limits.max_pixels
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
+            raise UsageError(f"--name is {self.name!r}; give letters, digits, '.', '_' and '-'")
+        for option in ("instances", "max_batch", "max_steps", "max_pixels"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise UsageError(f"--{option.replace('_', '-')} is {value}; give at least 1")
+
+
+def deploy(deployment: Deployment) -> Path:
+    """Write the model, whole or not at all, over one that was deployed there before; returns its directory.
+
+    Raises ``BundleError`` for a damaged bundle, ``EngineMismatch`` for a target it was not built for, ``UsageError``
+    for parts that do not belong to the model, ``StorageError`` where nothing can be written.
+    """
+    bundle = Bundle.open(deployment.bundle)
+    bundle.engine_paths(get_backend(deployment.target).files or deployment.target)
+    spec, model = bundle.manifest.model, deployment.repository / deployment.name
+    _check_parts(deployment, spec)
+    _check_ours(model)
+    check_writable(deployment.repository)
+    partial = deployment.repository / f"{PARTIAL}{deployment.name}"
+    with storage_errors(deployment.repository):
+        remove(partial)
+        (partial / VERSION).mkdir(parents=True)
+        served = _place(deployment, bundle, partial / VERSION)
+        (partial / "config.pbtxt").write_text(config_text(deployment, spec, served))
+        (partial / VERSION / "model.py").write_text(MODEL_PY)
+        sync(partial)
+        _swap(partial, model)
+    return model
+
+
+def _check_parts(deployment: Deployment, spec: ModelSpec) -> None:
+    if spec.classes and deployment.pipeline is not None:
+        raise UsageError(f"{spec.name} draws from labels and has no pipeline to read; give --vae to decode its latents")
+    if not spec.classes and deployment.pipeline is None:
+        raise UsageError(f"{spec.name} draws from prompts; give --pipeline with its text encoders and VAE")
+    if not spec.classes and deployment.vae is not None:
+        raise UsageError("--vae is for models of labels; a pipeline has its own")
+    if spec.pixel_space and deployment.vae is not None:
+        raise UsageError(f"{spec.name} draws pixels; leave --vae out")
+    if deployment.scheduler is not None:
+        if not spec.classes:
+            raise UsageError(f"--scheduler is for models of labels; {spec.name}'s comes with its pipeline")
+        from dyexport.runtime.sampling import make_scheduler
+
+        make_scheduler(spec, deployment.scheduler)
+    if deployment.memory is not None:
+        parse_bytes(deployment.memory)
+
+
+def _check_ours(model: Path) -> None:
+    written = model / VERSION / "model.py"
+    if model.exists() and not (written.is_file() and written.read_text() == MODEL_PY):
+        raise UsageError(f"{model} is there and was not written by dyexport; choose another --name")
+
+
+def _place(deployment: Deployment, bundle: Bundle, folder: Path) -> Served:
+    """Put the parts into the version's folder, and say how they are called there."""
+    for name in ("manifest.json", *bundle.manifest.files):
+        link_or_copy(bundle.root / name, folder / BUNDLE / name)
+    return Served(
+        target=deployment.target,
+        pipeline=_beside(deployment.pipeline, folder / PIPELINE, leave_out=("transformer",)),
+        vae=_beside(deployment.vae, folder / VAE),
+        scheduler=deployment.scheduler,
+        memory=deployment.memory,
+        share_weights=deployment.instances > 1 and deployment.target == "onnx",
+        max_steps=deployment.max_steps,
+        max_pixels=deployment.max_pixels,
+    )
+
+
+def _beside(source: str | None, target: Path, leave_out: tuple[str, ...] = ()) -> str | None:
+    """A directory becomes a folder of the model; a hub id stays what it is."""
+    if source is None or not Path(source).is_dir():
+        return source
+    root = Path(source)
+    for path in sorted(root.rglob("*")):
+        inner = path.relative_to(root)
+        if path.is_file() and inner.parts[0] not in leave_out:
+            link_or_copy(path, target / inner)
+    return target.name
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or, across file systems, copy it. Files of a bundle are replaced, never changed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = source.resolve()
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _swap(partial: Path, model: Path) -> None:
+    if model.exists():
+        old = model.with_name(f"{PARTIAL}old-{model.name}")
+        remove(old)
+        model.rename(old)
+        partial.rename(model)
+        remove(old)
+    else:
+        partial.rename(model)
+
+
+def config_text(deployment: Deployment, spec: ModelSpec, served: Served) -> str:
+    """``config.pbtxt``: what a request holds, and what it is answered with."""
+    output = output_of(spec, decoded=spec.pixel_space or served.vae is not None or served.pipeline is not None)
+    batch = deployment.max_batch or LARGE_BATCH.get(spec.backbone, 8)
+    lines = [
+        "# Written by `dyexport deploy triton`. Edit what you like: parameters, batching, instances.",
+        'backend: "python"',
+        f"max_batch_size: {batch}",
+        *_inputs(spec),
+        *_tensor("output", output.name, output.data_type, output.dims),
+        *_tensor("output", SEED, "TYPE_INT64", (1,)),
+        f"instance_group [ {{ count: {deployment.instances} }} ]",
+        "dynamic_batching { }",
+        *_parameters(served.parameters()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _inputs(spec: ModelSpec) -> Iterable[str]:
+    """One row a sample; of what may be left out, the model's own."""
+    subject = (LABEL, "TYPE_INT64") if spec.classes else (PROMPT, "TYPE_STRING")
+    yield from _tensor("input", *subject, (1,))
+    optional = {SEED: "TYPE_INT64", "steps": "TYPE_INT32", "guidance": "TYPE_FP32"}
+    if not spec.classes:
+        optional |= {"height": "TYPE_INT32", "width": "TYPE_INT32"}
+    for name, data_type in optional.items():
+        yield from _tensor("input", name, data_type, (1,), "optional: true")
+
+
+def _tensor(kind: str, name: str, data_type: str, dims: Iterable[int], more: str = "") -> Iterable[str]:
+    shape = ", ".join(map(str, dims))
+    yield f'{kind} [ {{ name: "{name}" data_type: {data_type} dims: [ {shape} ] {more}{" " if more else ""}}} ]'
+
+
+def _parameters(values: Mapping[str, str]) -> Iterable[str]:
+    for name, value in values.items():
+        text = value.replace("\\", "\\\\").replace('"', '\\"')
+        yield f'parameters {{ key: "{name}" value {{ string_value: "{text}" }} }}'

@@ -1,0 +1,123 @@
+"""A bundle as a model of a Triton repository: whole, linked, and refused where it cannot be served."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dyexport.bundle import Bundle
+from dyexport.cli import main
+from dyexport.errors import BundleError, EngineMismatch, UsageError
+from dyexport.serving.served import Served
+from dyexport.serving.triton_repository import Deployment, deploy
+from tests.build.tiny import hashes
+from tests.runtime.bundles import TinyBundle, write_bundle
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
+    return write_bundle(tmp_path_factory.mktemp("served") / "bundle")
+
+
+def deployed(bundle: TinyBundle, repository: Path, **values: Any) -> Path:
+    return deploy(Deployment(bundle=bundle.root, repository=repository, **{"name": "digits", **values}))
+
+
+def test_a_model_is_the_bundle_and_what_serves_it(tiny: TinyBundle, tmp_path: Path) -> None:
+    model = deployed(tiny, tmp_path / "models")
+    assert hashes(model / "1" / "bundle") == hashes(tiny.root)
+    Bundle.open(model / "1" / "bundle")
+    assert "dyexport.serving.triton_model" in (model / "1" / "model.py").read_text()
+    config = (model / "config.pbtxt").read_text()
+    assert 'input [ { name: "label" data_type: TYPE_INT64 dims: [ 1 ] } ]' in config
+    assert 'output [ { name: "image" data_type: TYPE_UINT8 dims: [ -1, -1, -1 ] } ]' in config
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["digits"]
+
+
+def test_its_files_are_links_to_the_bundles(tiny: TinyBundle, tmp_path: Path) -> None:
+    model = deployed(tiny, tmp_path / "models")
+    assert (model / "1/bundle/graphs/weights.bin").samefile(tiny.root / "graphs/weights.bin")
+
+
+def test_parameters_come_back_from_the_configuration(tiny: TinyBundle, tmp_path: Path) -> None:
+    model = deployed(tiny, tmp_path, scheduler="dpm++", memory="1GiB", instances=2, max_steps=7, max_batch=3)
+    config = (model / "config.pbtxt").read_text()
+    found = re.findall(r'parameters \{ key: "(\w+)" value \{ string_value: "([^"]*)" \} \}', config)
+    served = Served.of_config({"parameters": {name: {"string_value": value} for name, value in found}})
+    assert served == Served(scheduler="dpm++", memory="1GiB", share_weights=True, max_steps=7)
+    assert "max_batch_size: 3" in config
+    assert "instance_group [ { count: 2 } ]" in config
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_steps", "many"), ("max_steps", "0"), ("share_weights", "x"), ("colour", "red")]
+)
+def test_an_edited_parameter_that_is_wrong_is_named(name: str, value: str) -> None:
+    with pytest.raises(UsageError, match=f"parameter {name} of config.pbtxt is '{value}'"):
+        Served.of_config({"parameters": {name: {"string_value": value}}})
+
+
+def test_deploying_again_replaces_the_model(tiny: TinyBundle, tmp_path: Path) -> None:
+    deployed(tiny, tmp_path, max_steps=7)
+    (tmp_path / ".partial-digits").mkdir()  # of a run that was killed
+    model = deployed(tiny, tmp_path, max_steps=8)
+    assert 'string_value: "8"' in (model / "config.pbtxt").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["digits"]
+
+
+def test_another_model_of_that_name_is_left_alone(tiny: TinyBundle, tmp_path: Path) -> None:
+    (tmp_path / "digits" / "1").mkdir(parents=True)
+    (tmp_path / "digits" / "1" / "model.py").write_text("print()")
+    with pytest.raises(UsageError, match="was not written by dyexport; choose another --name"):
+        deployed(tiny, tmp_path)
+    assert (tmp_path / "digits" / "1" / "model.py").read_text() == "print()"
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"name": "../x"}, UsageError, "--name is '../x'"),
+        ({"name": ""}, UsageError, "--name is ''"),
+        ({"instances": 0}, UsageError, "--instances is 0"),
+        ({"max_batch": 0}, UsageError, "--max-batch is 0"),
+        ({"pipeline": "x"}, UsageError, "has no pipeline to read"),
+        ({"vae": "x"}, UsageError, "draws pixels; leave --vae out"),
+        ({"scheduler": "euler"}, UsageError, "use ddim or dpm"),
+        ({"memory": "much"}, UsageError, "much"),
+        ({"target": "tensorrt-rtx"}, EngineMismatch, "no 'tensorrt-rtx' engines"),
+        ({"target": "paper"}, UsageError, "paper"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(
+    tiny: TinyBundle, tmp_path: Path, values: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        deployed(tiny, tmp_path / "models", **values)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_bundle_is_refused(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    content = bytearray((bundle.root / "graphs/weights.bin").read_bytes())
+    content[0] ^= 1
+    (bundle.root / "graphs/weights.bin").write_bytes(content)
+    with pytest.raises(BundleError, match="does not match its hash"):
+        deployed(bundle, tmp_path / "models")
+    assert not (tmp_path / "models").exists()
+
+
+def test_the_command(
+    tiny: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dyexport", "deploy", "triton", str(tiny.root), str(tmp_path), "--json"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 0
+    payload = json.loads(capsys.readouterr().out)
+    assert payload == {"model": "bundle", "path": f"{tmp_path}/bundle", "config": f"{tmp_path}/bundle/config.pbtxt"}
+    assert (tmp_path / "bundle" / "config.pbtxt").is_file()
