@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dyexport.commands.run_side import BundleArgument, MemoryOption, SchedulerOption, TargetOption
-from dyexport.console import DebugOption, JsonOption, emit
+from dyexport.console import DebugOption, JsonOption, emit, progress_bar
 
 deploy = typer.Typer(help="Write a bundle as a model of an inference server.", no_args_is_help=True)
 app = typer.Typer()
@@ -66,7 +66,8 @@ def triton(
         max_steps=max_steps,
         max_pixels=max_pixels,
     )
-    model = write(deployment)
+    with progress_bar(f"writing {repository / deployment.name}") as advance:
+        model = write(deployment, advance)
     payload = {"model": deployment.name, "path": str(model), "config": str(model / "config.pbtxt")}
     told = (
         f"{model}\n"

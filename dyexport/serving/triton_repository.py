@@ -14,11 +14,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dyexport.bundle import Bundle
+from dyexport.bundle import MANIFEST, Bundle
 from dyexport.engines.registry import get_backend
 from dyexport.errors import UsageError
 from dyexport.files import PARTIAL, check_writable, remove, storage_errors, sync
@@ -26,6 +26,9 @@ from dyexport.manifest import ModelSpec
 from dyexport.serving.orders import LABEL, PROMPT, SEED, Limits
 from dyexport.serving.served import BUNDLE, PIPELINE, VAE, Served, output_of
 from dyexport.sizes import parse_bytes
+
+Progress = Callable[[int, int], None]
+"""Called with files done and files in all."""
 
 VERSION = "1"
 MODEL_PY = '''\
@@ -67,7 +70,7 @@ class Deployment:
                 raise UsageError(f"--{option.replace('_', '-')} is {value}; give at least 1")
 
 
-def deploy(deployment: Deployment) -> Path:
+def deploy(deployment: Deployment, progress: Progress | None = None) -> Path:
     """Write the model, whole or not at all, over one that was deployed there before; returns its directory.
 
     Raises ``BundleError`` for a damaged bundle, ``EngineMismatch`` for a target it was not built for, ``UsageError``
@@ -81,14 +84,26 @@ def deploy(deployment: Deployment) -> Path:
     check_writable(deployment.repository)
     partial = deployment.repository / f"{PARTIAL}{deployment.name}"
     with storage_errors(deployment.repository):
-        remove(partial)
-        (partial / VERSION).mkdir(parents=True)
-        served = _place(deployment, bundle, partial / VERSION)
-        (partial / "config.pbtxt").write_text(config_text(deployment, spec, served))
-        (partial / VERSION / "model.py").write_text(MODEL_PY)
-        sync(partial)
-        _swap(partial, model)
+        try:
+            _write(deployment, bundle, partial, progress)
+            _swap(partial, model)
+        finally:
+            remove(partial)
     return model
+
+
+def _write(deployment: Deployment, bundle: Bundle, model: Path, progress: Progress | None) -> None:
+    remove(model)  # of a run that was killed
+    folder = model / VERSION
+    files = _files(deployment, bundle)
+    for done, (name, source) in enumerate(files.items()):
+        if progress is not None:
+            progress(done, len(files))
+        link_or_copy(source, folder / name)
+    served = _served(deployment)
+    (model / "config.pbtxt").write_text(config_text(deployment, bundle.manifest.model, served))
+    (folder / "model.py").write_text(MODEL_PY)
+    sync(model)
 
 
 def _check_parts(deployment: Deployment, spec: ModelSpec) -> None:
@@ -116,32 +131,29 @@ def _check_ours(model: Path) -> None:
         raise UsageError(f"{model} is there and was not written by dyexport; choose another --name")
 
 
-def _place(deployment: Deployment, bundle: Bundle, folder: Path) -> Served:
-    """Put the parts into the version's folder, and say how they are called there."""
-    for name in ("manifest.json", *bundle.manifest.files):
-        link_or_copy(bundle.root / name, folder / BUNDLE / name)
+def _files(deployment: Deployment, bundle: Bundle) -> dict[str, Path]:
+    """What goes into the version's folder, by name there. A pipeline's own transformer stays out."""
+    files = {f"{BUNDLE}/{name}": bundle.root / name for name in (MANIFEST, *bundle.manifest.files)}
+    for folder, source in ((PIPELINE, deployment.pipeline), (VAE, deployment.vae)):
+        if source is not None and (root := Path(source)).is_dir():
+            inner = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
+            files |= {f"{folder}/{name}": root / name for name in inner if name.parts[0] != "transformer"}
+    return files
+
+
+def _served(deployment: Deployment) -> Served:
+    """A directory became a folder of the model; a hub id stays what it is."""
+    pipeline, vae = deployment.pipeline, deployment.vae
     return Served(
         target=deployment.target,
-        pipeline=_beside(deployment.pipeline, folder / PIPELINE, leave_out=("transformer",)),
-        vae=_beside(deployment.vae, folder / VAE),
+        pipeline=PIPELINE if pipeline is not None and Path(pipeline).is_dir() else pipeline,
+        vae=VAE if vae is not None and Path(vae).is_dir() else vae,
         scheduler=deployment.scheduler,
         memory=deployment.memory,
         share_weights=deployment.instances > 1 and deployment.target == "onnx",
         max_steps=deployment.max_steps,
         max_pixels=deployment.max_pixels,
     )
-
-
-def _beside(source: str | None, target: Path, leave_out: tuple[str, ...] = ()) -> str | None:
-    """A directory becomes a folder of the model; a hub id stays what it is."""
-    if source is None or not Path(source).is_dir():
-        return source
-    root = Path(source)
-    for path in sorted(root.rglob("*")):
-        inner = path.relative_to(root)
-        if path.is_file() and inner.parts[0] not in leave_out:
-            link_or_copy(path, target / inner)
-    return target.name
 
 
 def link_or_copy(source: Path, target: Path) -> None:

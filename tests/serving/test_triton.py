@@ -71,7 +71,7 @@ def server(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     repository = root / "repository"
     for name, bundle, parts in (
         ("ddpm", models.ddpm.root, {"max_steps": 20}),
-        ("flow", models.flow.root, {"instances": 2}),
+        ("flow-0.5", models.flow.root, {"instances": 2}),
         ("decoded", models.latents.root, {"vae": str(models.vae)}),
         ("flux", models.flux.root, {"pipeline": str(models.pipeline), "max_batch": 4}),
         ("damaged", models.ddpm.root, {}),
@@ -114,9 +114,9 @@ def assert_same(found: np.ndarray, wanted: np.ndarray) -> None:
     assert np.abs(found.astype(int) - wanted).max() <= 1
 
 
-@pytest.mark.parametrize("model", ["ddpm", "flow"])
+@pytest.mark.parametrize("model", ["ddpm", "flow-0.5"])
 def test_pictures_are_the_bundles(server: Server, models: Models, model: str) -> None:
-    bundle = models.flow if model == "flow" else models.ddpm
+    bundle = models.flow if model == "flow-0.5" else models.ddpm
     labels, seeds = [1, 3, 0], [5, 6, 7]
     found = drawn(server, model, label=labels, seed=seeds, steps=[STEPS] * 3, guidance=[3.0] * 3)
     wanted = expected(bundle, labels, seeds, guidance_scale=3.0)
@@ -140,7 +140,7 @@ def test_a_seed_that_was_not_asked_for_is_told(server: Server) -> None:
 
 
 def test_what_is_left_out_is_the_models_own(server: Server, models: Models) -> None:
-    found = drawn(server, "flow", label=1, seed=4)
+    found = drawn(server, "flow-0.5", label=1, seed=4)
     assert_same(found, expected(models.flow, [1], [4], steps=50, guidance_scale=1.5))
 
 

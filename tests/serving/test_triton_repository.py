@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import resource
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -121,3 +123,19 @@ def test_the_command(
     payload = json.loads(capsys.readouterr().out)
     assert payload == {"model": "bundle", "path": f"{tmp_path}/bundle", "config": f"{tmp_path}/bundle/config.pbtxt"}
     assert (tmp_path / "bundle" / "config.pbtxt").is_file()
+
+
+def limit_file_size() -> None:
+    """A disk with no room, to anyone who is not root; links take none."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+
+def test_a_full_disk_leaves_what_was_there(tiny: TinyBundle, tmp_path: Path) -> None:
+    before = hashes(deployed(tiny, tmp_path, name="bundle"))
+    command = [sys.executable, "-m", "dyexport", "deploy", "triton", str(tiny.root), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit_file_size)
+    assert done.returncode == 1
+    assert "cannot write" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert hashes(tmp_path / "bundle") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
