@@ -20,7 +20,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dyexport.errors import BundleError, EngineMismatch
-from dyexport.manifest import SCHEMA_VERSION, FileRecord, Manifest
+from dyexport.manifest import SCHEMA_VERSION, FileRecord, Manifest, first_problem
 from dyexport.tables import TokenStats, WidthTable
 
 MANIFEST = "manifest.json"
@@ -98,9 +98,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{path}: {where}: {first['msg']}") from error
+        raise BundleError(f"{path}: {first_problem(error)}") from error
 
 
 def sha256_of(path: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import PositiveInt, ValidationError
 
 from dyexport.errors import UsageError
-from dyexport.manifest import Frozen, ModelSpec
+from dyexport.manifest import Frozen, ModelSpec, first_problem
 from dyexport.serving.orders import Limits
 
 BUNDLE, PIPELINE, VAE = "bundle", "pipeline", "vae"  # folders beside model.py
@@ -45,9 +45,8 @@ class Served(Frozen):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            raise UsageError(f"parameter {name} of config.pbtxt is {first['input']!r}: {first['msg']}") from error
+            given = values[str(error.errors()[0]["loc"][0])]
+            raise UsageError(f"parameters of config.pbtxt: {first_problem(error)}; it is {given!r}") from error
 
 
 class Output(Frozen):

@@ -27,24 +27,14 @@ from dyexport.runtime.pipeline import load
 from dyexport.runtime.prompts import Prompts, draw_prompts
 from dyexport.runtime.transformers import FluxBundle
 from tests.build.test_layers import assert_every_layer_agrees
-from tests.build.tiny import build
+from tests.build.tiny import build, tiny_settings
 from tests.build.tiny_pipeline import save_pipeline
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     root = tmp_path_factory.mktemp("flux")
-    return build(
-        BuildSettings(
-            model="flux-tiny",
-            budget=0.5,
-            random_weights=True,
-            engines=2,
-            baseline=False,
-            out=root / "bundle",
-            work=root / "work",
-        )
-    )
+    return build(tiny_settings(root, model="flux-tiny", engines=2))
 
 
 @pytest.fixture(scope="module")

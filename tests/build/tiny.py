@@ -22,8 +22,8 @@ PRESETS[TINY.name] = TINY
 
 def tiny_settings(root: Path, **values: Any) -> BuildSettings:
     """Random weights at half the FLOPs, in one engine and without baseline unless ``values`` say otherwise."""
-    given = {"budget": 0.5, "random_weights": True, "engines": 1, "baseline": False, **values}
-    return BuildSettings(model=TINY.name, out=root / "bundle", work=root / "work", **given)
+    given = {"model": TINY.name, "budget": 0.5, "random_weights": True, "engines": 1, "baseline": False, **values}
+    return BuildSettings(out=root / "bundle", work=root / "work", **given)
 
 
 def build(settings: BuildSettings) -> Bundle:

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dyexport.build.settings import BuildSettings
 from dyexport.runtime.pipeline import load
 from dyexport.runtime.sampling import sample
 from dyexport.serving.orders import Order, Settings
 from dyexport.serving.samplers import Sampler, open_sampler
 from dyexport.serving.served import Served
 from dyexport.serving.triton_repository import Deployment, deploy
-from tests.build.tiny import build
+from tests.build.tiny import build, tiny_settings
 from tests.build.tiny_pipeline import save_latte_pipeline
 from tests.runtime.bundles import TinyBundle, write_bundle
 
@@ -58,18 +57,10 @@ def test_it_may_end_after_any_step(sampler: Sampler) -> None:
 
 
 def test_a_video_for_each_prompt(tmp_path: Path) -> None:
-    latte = BuildSettings(
-        model="latte-tiny",
-        budget=0.5,
-        random_weights=True,
-        engines=1,
-        baseline=False,
-        out=tmp_path / "latte",
-        work=tmp_path / "work",
-    )
+    bundle = build(tiny_settings(tmp_path, model="latte-tiny"))
     pipeline = str(save_latte_pipeline(tmp_path / "pipeline"))
     deployment = Deployment(
-        bundle=build(latte).root, repository=tmp_path / "models", name="latte", pipeline=pipeline, max_batch=2
+        bundle=bundle.root, repository=tmp_path / "models", name="latte", pipeline=pipeline, max_batch=2
     )
     model = deploy(deployment)
     assert not (model / "1/pipeline/transformer").exists()

@@ -14,13 +14,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from dyexport.build.settings import BuildSettings
 from dyexport.bundle import Bundle
 from dyexport.runtime.pipeline import load
 from dyexport.runtime.prompts import open_pipeline
 from dyexport.runtime.sampling import open_vae, sample
 from dyexport.serving.triton_repository import Deployment, deploy
-from tests.build.tiny import build
+from tests.build.tiny import build, tiny_settings
 from tests.build.tiny_pipeline import save_pipeline
 from tests.engines.tiny import CHANNELS, CLASSES, SIZE
 from tests.runtime.bundles import TinyBundle, write_bundle
@@ -44,22 +43,13 @@ class Models(NamedTuple):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     root = tmp_path_factory.mktemp("models")
-    flux = BuildSettings(
-        model="flux-tiny",
-        budget=0.5,
-        random_weights=True,
-        engines=2,
-        baseline=False,
-        out=root / "flux",
-        work=root / "flux.work",
-    )
     vae = AutoencoderKL(latent_channels=CHANNELS, block_out_channels=(32,), norm_num_groups=8)
     vae.save_pretrained(root / "vae")
     return Models(
         ddpm=write_bundle(root / "ddpm"),
         flow=write_bundle(root / "flow", objective="flow"),
         latents=write_bundle(root / "latents", pixels=False),
-        flux=build(flux),
+        flux=build(tiny_settings(root, model="flux-tiny", engines=2)),
         vae=root / "vae",
         pipeline=save_pipeline(root / "pipeline"),
     )
@@ -229,7 +219,7 @@ def test_drawing_ends_when_nobody_waits_any_more(server: Server) -> None:
 def test_a_model_that_cannot_draw_is_not_ready(server: Server) -> None:
     assert [server.ready(model) for model in ("ddpm", "damaged", "edited")] == [True, False, False]
     assert "does not match its hash; build the bundle again" in server.said
-    assert "parameter max_steps of config.pbtxt is 'seven'" in server.said
+    assert "parameters of config.pbtxt: max_steps: Input should be a valid integer" in server.said
 
 
 def test_a_server_that_garbles_tensors_is_found_out(models: Models, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_parameters_come_back_from_the_configuration(tiny: TinyBundle, tmp_path:
     ("name", "value"), [("max_steps", "many"), ("max_steps", "0"), ("share_weights", "x"), ("colour", "red")]
 )
 def test_an_edited_parameter_that_is_wrong_is_named(name: str, value: str) -> None:
-    with pytest.raises(UsageError, match=f"parameter {name} of config.pbtxt is '{value}'"):
+    with pytest.raises(UsageError, match=rf"parameters of config.pbtxt: {name}: .*; it is '{value}'"):
         Served.of_config({"parameters": {name: {"string_value": value}}})
 
 
