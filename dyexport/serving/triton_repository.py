@@ -31,8 +31,9 @@ Progress = Callable[[int, int], None]
 """Called with files done and files in all."""
 
 VERSION = "1"
-MODEL_PY = '''\
-"""Serves the bundle beside it. Written by `dyexport deploy triton`; needs dyexport in the server's Python."""
+MARK = "Written by `dyexport deploy triton`"
+MODEL_PY = f'''\
+"""Serves the bundle beside it. {MARK}; needs dyexport in the server's Python."""
 
 from dyexport.serving.triton_model import TritonPythonModel
 
@@ -127,7 +128,7 @@ def _check_parts(deployment: Deployment, spec: ModelSpec) -> None:
 
 def _check_ours(model: Path) -> None:
     written = model / VERSION / "model.py"
-    if model.exists() and not (written.is_file() and written.read_text() == MODEL_PY):
+    if model.exists() and not (written.is_file() and MARK in written.read_text()):
         raise UsageError(f"{model} is there and was not written by dyexport; choose another --name")
 
 
@@ -182,7 +183,7 @@ def config_text(deployment: Deployment, spec: ModelSpec, served: Served) -> str:
     output = output_of(spec, decoded=spec.pixel_space or served.vae is not None or served.pipeline is not None)
     batch = deployment.max_batch or LARGE_BATCH.get(spec.backbone, 8)
     lines = [
-        "# Written by `dyexport deploy triton`. Edit what you like: parameters, batching, instances.",
+        f"# {MARK}. Edit what you like: parameters, batching, instances.",
         'backend: "python"',
         f"max_batch_size: {batch}",
         *_inputs(spec),
