@@ -39,7 +39,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def _unwritable(path: Path | str, why: str) -> StorageError:
-    return StorageError(f"cannot write {path}: {why}; make room, or choose another -o and --work, then repeat")
+    return StorageError(f"cannot write {path}: {why}; make room, or choose another directory, then repeat")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
