@@ -111,7 +111,7 @@ def _device(args: dict[str, str], target: str) -> str | None:
 
 
 def check_tensors() -> None:
-    """Raises ``EngineMismatch`` where tensors arrive garbled: in servers of before mid 2024 beside numpy 2."""
+    """Raises ``EngineMismatch`` where tensors arrive garbled, as in server 2.51 beside numpy 2."""
     sent = np.arange(1, 4, dtype=np.float32)
     received = pb.Tensor.from_dlpack("probe", pb.Tensor("probe", sent).to_dlpack()).as_numpy()
     if not np.array_equal(received, sent):
