@@ -1,6 +1,6 @@
 """The bundle: a directory that holds everything needed to run a model, and nothing else.
 
-manifest.json                 ``dyexport.manifest``; hashes of every other file
+manifest.json                 ``dyexport.manifest``; hashes of every other file, and of its own text
 graphs/segment-00.onnx ...    one graph per segment, weights by reference into the store
 graphs/conditioning.onnx      what depends on t and the label alone; runs once for all steps
 graphs/dense.onnx             the static model, for comparison (optional), with a conditioning of its own if need be
@@ -12,12 +12,14 @@ calibration/ranges.json       largest magnitudes of what quantized linear layers
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import from_json
 
 from dyexport.errors import BundleError, EngineMismatch
 from dyexport.manifest import SCHEMA_VERSION, FileRecord, Manifest, first_problem
@@ -27,6 +29,8 @@ MANIFEST = "manifest.json"
 WIDTHS = "calibration/widths.safetensors"
 TOKENS = "calibration/tokens.safetensors"
 RANGES = "calibration/ranges.json"
+SEALED = re.compile(rb'\{\n "sha256": "(?P<sha256>[0-9a-f]{64})",(?P<body>.*)', re.DOTALL)
+LARGEST_MANIFEST = 2**26  # bytes; 64 engines of FLUX.1 take four million
 
 
 @dataclass(frozen=True)
@@ -80,25 +84,63 @@ class Bundle:
         return TokenStats.load(path) if TOKENS in self.manifest.files else None
 
 
+def manifest_text(manifest: Manifest) -> bytes:
+    """A manifest as it is written, sealed."""
+    return seal(manifest.model_dump_json(indent=1))
+
+
+def seal(text: str) -> bytes:
+    """A JSON object with a first member that is the hash of every byte after it.
+
+    Bytes and not values are hashed: two texts may parse to the same values (keys that occur twice, ``1.0`` and
+    ``1.00``), and a reader that must first parse cannot tell which of them was written.
+    """
+    body = text.encode().removeprefix(b"{")
+    return b'{\n "sha256": "%s",%s' % (_sha256(body), body)
+
+
 def read_manifest(path: Path) -> Manifest:
     """Parse a manifest; every way in which it can be wrong is a ``BundleError``."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = _read_whole(path)
+        content = from_json(raw, allow_inf_nan=False)
     except FileNotFoundError as error:
         raise BundleError(f"{path.parent} is not a bundle: it has no {MANIFEST}") from error
     except (OSError, ValueError) as error:
-        raise BundleError(f"cannot read {path}: {error}") from error
-    version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if not isinstance(version, int):
+        raise BundleError(f"cannot read {path}: {error}; build the bundle again") from error
+    _check_version(path, content)
+    sealed = SEALED.fullmatch(raw)
+    if sealed is None or sealed["sha256"] != _sha256(sealed["body"]):
+        raise BundleError(f"{path} was changed after it was written: its hash differs; build the bundle again")
+    del content["sha256"]
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        raise BundleError(f"{path}: {first_problem(error)}; build the bundle again") from error
+
+
+def _read_whole(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise ValueError("it is not a file")
+    with path.open("rb") as file:
+        raw = file.read(LARGEST_MANIFEST + 1)
+    if len(raw) > LARGEST_MANIFEST:
+        raise ValueError(f"it has more than {LARGEST_MANIFEST} bytes")
+    return raw
+
+
+def _check_version(path: Path, content: Any) -> None:
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if type(version) is not int:
         raise BundleError(f"{path} is not a dyexport manifest: it has no schema_version")
     if version > SCHEMA_VERSION:
         raise BundleError(f"{path} has schema {version}, this dyexport reads up to {SCHEMA_VERSION}; upgrade dyexport")
     if version < SCHEMA_VERSION:
         raise BundleError(f"{path} has schema {version}, of an older dyexport; build the bundle again")
-    try:
-        return Manifest.model_validate(raw)
-    except ValidationError as error:
-        raise BundleError(f"{path}: {first_problem(error)}") from error
+
+
+def _sha256(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
 
 
 def sha256_of(path: Path) -> str:

@@ -6,13 +6,13 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
 
 from dyexport.errors import EngineMismatch
 from dyexport.lora import LoraSpec
 from dyexport.tables import FloatArray, TokenStats, WidthTable
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 CONDITIONING = "conditioning"
 DENSE = "dense"
@@ -40,7 +40,7 @@ BundlePath = Annotated[str, AfterValidator(_inside)]
 class Frozen(BaseModel):
     """Base of what is read from disk: immutable, and unknown fields are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def first_problem(error: ValidationError) -> str:
@@ -188,6 +188,7 @@ Quantization = Literal["int8", "fp8"]  # fp8 is E4M3: four bits of exponent, thr
 class ModelSpec(Frozen):
     """What a pipeline needs to know of the model; ``config`` is its diffusers configuration.
 
+    ``latent_shape`` is of one sample as the network takes it: (C, H, W), (C, F, H, W) of a video, (N, C) packed.
     ``precision`` is that of weights and products; inputs and outputs of a network are in fp32. With
     ``quantization`` the linear layers of attention and MLP have weights and inputs in eight bits.
     """
@@ -196,6 +197,7 @@ class ModelSpec(Frozen):
     backbone: str
     objective: Literal["ddpm", "flow", "flow-sigma"]
     timestep_range: tuple[float, float]
+    latent_shape: tuple[PositiveInt, ...]
     tokens: int  # that a router may skip
     text_tokens: int = 0
     classes: int
@@ -214,14 +216,7 @@ class ModelSpec(Frozen):
     @property
     def frames(self) -> int | None:
         """Of a video; None for a model of pictures."""
-        return int(self.config["video_length"]) if "video_length" in self.config else None
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """(C, H, W) of one sample, (C, F, H, W) of a video."""
-        size = int(self.config["sample_size"])
-        frames = () if self.frames is None else (self.frames,)
-        return (int(self.config["in_channels"]), *frames, size, size)
+        return self.latent_shape[1] if len(self.latent_shape) == 4 else None
 
 
 class EngineRecord(Frozen):

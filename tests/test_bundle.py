@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from dyexport.manifest import (
     segment_name,
 )
 from dyexport.tables import WidthTable
+from tests.manifests import write_content
 
 GRAPH = "graphs/segment-00.onnx"
 
@@ -40,7 +40,7 @@ def root(tmp_path: Path) -> Path:
     on = np.ones((1, 2, 2), bool)
     WidthTable(grid=np.zeros(1), end=1.0, heads=on, groups=on).save(root / WIDTHS)
     (root / GRAPH).write_bytes(bytes(range(256)))
-    write(root, manifest_of(root))
+    write_content(root, manifest_of(root))
     return root
 
 
@@ -64,6 +64,7 @@ def manifest_of(root: Path) -> dict[str, Any]:
             backbone="sit",
             objective="flow",
             timestep_range=(0.0, 1.0),
+            latent_shape=(1, 2, 2),
             tokens=4,
             classes=2,
             pixel_space=True,
@@ -90,10 +91,6 @@ def manifest_of(root: Path) -> dict[str, Any]:
     return content
 
 
-def write(root: Path, manifest: Any) -> None:
-    (root / MANIFEST).write_text(json.dumps(manifest))
-
-
 def test_a_bundle_opens(root: Path) -> None:
     bundle = Bundle.open(root)
     assert bundle.engine_paths("onnx") == {"segment-00": root / GRAPH}
@@ -114,6 +111,37 @@ def test_any_flipped_bit_is_found(root: Path, name: str) -> None:
         content[position] ^= 1
     (root / name).write_bytes(content)
     Bundle.open(root)
+
+
+def test_any_flipped_bit_of_the_manifest_is_found(root: Path) -> None:
+    """Every bit of a short manifest: none is read as something else, whether it still parses or not."""
+    content = (root / MANIFEST).read_bytes()
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (root / MANIFEST).write_bytes(flipped)
+        with pytest.raises(BundleError, match="manifest"):
+            Bundle.open(root, check_hashes=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace('"tokens": 4', '"tokens": 9', 1),
+        lambda text: text.replace('"budget": 0.5', '"budget": 0.50', 1),
+        lambda text: text.replace('"tokens": 4', '"tokens": 9, "tokens": 4', 1),
+        lambda text: text.replace(": ", ":", 1),
+        lambda text: text + "\n",
+    ],
+)
+def test_a_manifest_that_was_edited_is_refused(root: Path, change: Callable[[str], str]) -> None:
+    """Even where it says the same: a reader that parses first cannot tell."""
+    before = (root / MANIFEST).read_text()
+    after = change(before)
+    assert after != before
+    (root / MANIFEST).write_text(after)
+    with pytest.raises(BundleError, match="was changed after it was written"):
+        Bundle.open(root, check_hashes=False)
 
 
 def test_a_truncated_file_is_found_without_hashing(root: Path) -> None:
@@ -142,7 +170,7 @@ def test_a_manifest_names_only_what_is_inside(root: Path, path: str) -> None:
             manifest["files"][path] = manifest["files"][GRAPH]
         else:
             manifest["engines"][0]["path"] = path
-        write(root, manifest)
+        write_content(root, manifest)
         with pytest.raises(BundleError, match="points outside the bundle"):
             Bundle.open(root)
 
@@ -191,7 +219,7 @@ def _gap(manifest: dict[str, Any]) -> None:
 def test_a_manifest_that_is_wrong(root: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
     manifest = manifest_of(root)
     change(manifest)
-    write(root, manifest)
+    write_content(root, manifest)
     with pytest.raises(BundleError, match=message):
         Bundle.open(root)
 
@@ -214,7 +242,7 @@ def test_engines_are_of_networks_by_name(root: Path) -> None:
     networks = [segment_name(0), CONDITIONING, DENSE, DENSE_CONDITIONING]
     manifest["engines"] = [{"target": "onnx", "network": name, "path": GRAPH} for name in networks]
     manifest["engines"].append({"target": "torch", "network": CONDITIONING, "path": WIDTHS})
-    write(root, manifest)
+    write_content(root, manifest)
     bundle = Bundle.open(root)
     assert bundle.engine_paths("onnx") == dict.fromkeys(networks, root / GRAPH)
     assert bundle.engine_paths("torch") == {CONDITIONING: root / WIDTHS}

@@ -11,6 +11,7 @@ from diffusers import FluxTransformer2DModel
 from dyexport.errors import UsageError
 from dyexport.models.base import get_adapter
 from dyexport.presets import PRESETS, get_preset
+from tests.factories import spec_of
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -43,3 +44,11 @@ def test_latte_is_the_published_one() -> None:
 def test_unknown_names_come_with_a_hint() -> None:
     with pytest.raises(UsageError, match="did you mean 'flux-tiny'"):
         get_preset("flux-tniy")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_bundle_knows_the_latents_of_every_backbone(name: str) -> None:
+    preset = get_preset(name)
+    spec = spec_of(preset)
+    assert spec.latent_shape == preset.latent_shape
+    assert spec.frames == getattr(preset, "frames", None)

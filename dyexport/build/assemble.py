@@ -12,7 +12,7 @@ from typing import NamedTuple
 from dyexport import __version__
 from dyexport.build.ledger import Outcome, describe
 from dyexport.build.settings import BuildSettings
-from dyexport.bundle import MANIFEST, Bundle, read_manifest
+from dyexport.bundle import MANIFEST, Bundle, manifest_text, read_manifest
 from dyexport.errors import BundleError, StorageError
 from dyexport.files import PARTIAL, remove, storage_errors, sync, write_atomically
 from dyexport.manifest import SCHEMA_VERSION, EngineRecord, FileRecord, Manifest, ModelSpec, Reference, SegmentPlan
@@ -121,7 +121,7 @@ def _publish(out: Path, staging: Path, manifest: Manifest, files: Mapping[str, S
         (staging / name).unlink(missing_ok=True)  # a name of the same file replaces nothing and stays
         _leave_link(source.path, out / name)
     sync(out)
-    write_atomically(out / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    write_atomically(out / MANIFEST, manifest_text(manifest))
 
 
 def _leave_link(path: Path, final: Path) -> None:

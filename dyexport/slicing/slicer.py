@@ -138,6 +138,7 @@ def spec_of(
         backbone=preset.backbone,
         objective=preset.objective,
         timestep_range=preset.timestep_range,
+        latent_shape=preset.latent_shape,
         tokens=preset.tokens,
         text_tokens=preset.text_tokens,
         classes=preset.classes,

@@ -16,7 +16,7 @@ from dyexport.bench.latency import BenchReport
 from dyexport.bench.memory import MemoryProbe, added_bytes
 from dyexport.bench.report import bench_tables
 from dyexport.bench.variants import compiled_variant, conditioning_variant
-from dyexport.bundle import MANIFEST, Bundle
+from dyexport.bundle import MANIFEST, Bundle, manifest_text
 from dyexport.engines.fake import FakeEngine
 from dyexport.errors import BundleError, DyexportError, UsageError
 from dyexport.manifest import DENSE
@@ -107,7 +107,7 @@ def test_a_bundle_without_baseline_is_refused(built: Bundle, tmp_path: Path) -> 
     engines = tuple(engine for engine in built.manifest.engines if engine.network != DENSE)
     assert len(engines) == len(built.manifest.engines) - 1
     manifest = built.manifest.model_copy(update={"engines": engines})
-    (tmp_path / "copy" / MANIFEST).write_text(manifest.model_dump_json())
+    (tmp_path / "copy" / MANIFEST).write_bytes(manifest_text(manifest))
     with pytest.raises(BundleError, match="no 'onnx' engine 'dense'; build the bundle again"):
         compare(Bundle.open(tmp_path / "copy"), BenchSettings(rounds=1, compiled=False))
 

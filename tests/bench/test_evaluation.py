@@ -67,9 +67,10 @@ def test_scores_by_model_and_seed(real: Digits) -> None:
     assert seen == [(0, 160), (40, 160), (80, 160), (120, 160)]
 
 
-def test_other_models_cannot_be_scored() -> None:
-    with pytest.raises(UsageError, match="dit-s-2 does not draw digits"):
-        draw_digits(lambda **_: None, spec("dit-s-2"), Drawing(), 0)
+@pytest.mark.parametrize("name", ["dit-s-2", "flux", "latte"])
+def test_other_models_cannot_be_scored(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} does not draw digits"):
+        draw_digits(lambda **_: None, spec(name), Drawing(), 0)
 
 
 def test_one_sample_has_no_distance() -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +15,14 @@ import torch
 from dyexport.build.networks import architecture_of, cut_networks
 from dyexport.build.truth import Truth, undecided
 from dyexport.build.verify import VerifySettings, draw_timesteps, find_reference, verify_bundle
-from dyexport.bundle import MANIFEST, WIDTHS, Bundle
+from dyexport.bundle import WIDTHS, Bundle
 from dyexport.errors import BundleError, UsageError
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.manifest import CONDITIONING, segment_name
 from dyexport.models.dynamic_checkpoints import load_dynamic
 from dyexport.slicing.recipes import Recipe, lay_out
 from tests.build.tiny import tamper
+from tests.manifests import forge
 
 SETTINGS = VerifySettings(timesteps=64)
 WEIGHTS = f"graphs/{STORE}"
@@ -158,11 +159,13 @@ def test_what_overflows_is_counted_and_left_out(copy: Bundle) -> None:
     model, preset = load_dynamic(find_reference(copy))
     truth = Truth(model, preset, copy, SETTINGS.seed)
     kept = [truth.at(t)[1].tokens.sum(-1).max() for t in draw_timesteps(copy.manifest, SETTINGS)]
-    manifest = json.loads((copy.root / MANIFEST).read_text())
-    for segment in manifest["plan"]["segments"]:
-        slots = segment["slot_buckets"][-1:] or [0]
-        segment["capacities"] = [int(min(kept)) - slots[0]] * len(segment["capacities"])
-    (copy.root / MANIFEST).write_text(json.dumps(manifest))
+
+    def shrink(manifest: dict[str, Any]) -> None:
+        for segment in manifest["plan"]["segments"]:
+            slots = segment["slot_buckets"][-1:] or [0]
+            segment["capacities"] = [int(min(kept)) - slots[0]] * len(segment["capacities"])
+
+    forge(copy.root, shrink)
     report = verify_bundle(copy.root, SETTINGS)
     assert 0 < report.overflow < 64
     assert report.overflow_share == report.overflow / 64

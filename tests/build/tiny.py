@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 from dyexport.build.ledger import Silent
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
-from dyexport.bundle import MANIFEST, Bundle, sha256_of
+from dyexport.bundle import Bundle, sha256_of
 from dyexport.cli import main
 from dyexport.presets import PRESETS
+from tests.manifests import forge
 
 TINY = replace(PRESETS["sit-digits"], name="sit-tiny", layers=2, hidden_size=48, heads=8, patch_size=2)
 PRESETS[TINY.name] = TINY
@@ -49,9 +49,8 @@ def tamper(root: Path, name: str, change: Callable[[bytes], bytes]) -> None:
     """Change a file of a bundle, and its hash in the manifest as a forger would."""
     content = change((root / name).read_bytes())
     (root / name).write_bytes(content)
-    manifest = json.loads((root / MANIFEST).read_text())
-    manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    (root / MANIFEST).write_text(json.dumps(manifest))
+    record = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    forge(root, lambda manifest: manifest["files"].update({name: record}))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from dyexport.bundle import TOKENS, WIDTHS, sha256_of
+from dyexport.bundle import MANIFEST, TOKENS, WIDTHS, manifest_text, sha256_of
 from dyexport.manifest import (
     CONDITIONING,
     DENSE,
@@ -128,6 +127,7 @@ def make_spec(objective: str = "ddpm", classes: int = CLASSES, *, pixels: bool =
         backbone="dit" if objective == "ddpm" else "sit",
         objective=objective,
         timestep_range=(0.0, 1000.0 if objective == "ddpm" else 1.0),
+        latent_shape=(CHANNELS, SIZE, SIZE),
         tokens=FEATURES,
         classes=classes,
         pixel_space=pixels,
@@ -179,7 +179,7 @@ def write_bundle(
 
 
 def write_manifest(root: Path, spec: ModelSpec, plan: SegmentPlan, engines: list[EngineRecord]) -> None:
-    files = [file for file in sorted(root.rglob("*")) if file.is_file() and file.name != "manifest.json"]
+    files = [file for file in sorted(root.rglob("*")) if file.is_file() and file.name != MANIFEST]
     records = {
         str(file.relative_to(root)): FileRecord(sha256=sha256_of(file), bytes=file.stat().st_size) for file in files
     }
@@ -194,4 +194,4 @@ def write_manifest(root: Path, spec: ModelSpec, plan: SegmentPlan, engines: list
         metrics={},
         files=records,
     )
-    (root / "manifest.json").write_text(json.dumps(manifest.model_dump(mode="json")))
+    (root / MANIFEST).write_bytes(manifest_text(manifest))

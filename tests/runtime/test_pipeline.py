@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,12 +14,14 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 import dyexport
+from dyexport.bundle import MANIFEST, read_manifest
 from dyexport.engines.fake import FakeEngine
 from dyexport.errors import BundleError, EngineMismatch, UsageError
-from dyexport.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING, EngineRecord, Manifest
+from dyexport.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING, EngineRecord
 from dyexport.runtime.pipeline import BundleTransformer, load
 from dyexport.tables import WidthTable
 from tests.engines.tiny import CLASSES, Store, modulate, reference, write_conditioning_onnx
+from tests.manifests import forge
 from tests.runtime.bundles import TinyBundle, make_inputs, write_bundle, write_manifest
 
 
@@ -62,9 +63,7 @@ def test_a_flipped_gate_changes_the_output(own: Path) -> None:
     WidthTable(grid=bundle.widths.grid, end=1000.0, heads=heads, groups=bundle.widths.groups).save(
         own / "calibration/widths.safetensors"
     )
-    write_manifest(
-        own, bundle.spec, bundle.plan, list(Manifest.model_validate_json((own / "manifest.json").read_bytes()).engines)
-    )
+    write_manifest(own, bundle.spec, bundle.plan, list(read_manifest(own / MANIFEST).engines))
     assert (predict(load(own), inputs) - before).abs().max() > 1e-3
 
 
@@ -84,7 +83,7 @@ def test_dense_has_a_conditioning_of_its_own_where_it_is_built_with_one(own: Pat
     before = {dense: predict(load(own, dense=dense), inputs) for dense in (False, True)}
     other = replace(bundle.weights, classes=bundle.weights.classes + 1)
     write_conditioning_onnx(own / "graphs/own.onnx", other, Store(own / "graphs/own.bin"))
-    engines = Manifest.model_validate_json((own / "manifest.json").read_bytes()).engines
+    engines = read_manifest(own / MANIFEST).engines
     record = EngineRecord(target="onnx", network=DENSE_CONDITIONING, path="graphs/own.onnx")
     write_manifest(own, bundle.spec, bundle.plan, [*engines, record])
     assert torch.equal(predict(load(own), inputs), before[False])
@@ -179,7 +178,7 @@ def test_arguments_that_do_not_fit(ddpm: TinyBundle, arguments: dict[str, object
 def test_a_missing_engine_is_named(own: Path, network: str, kinds: list[bool]) -> None:
     """Only by those who need it: ``kinds`` of bundle, dense or not."""
     bundle = write_bundle(own)
-    engines = Manifest.model_validate_json((own / "manifest.json").read_bytes()).engines
+    engines = read_manifest(own / MANIFEST).engines
     write_manifest(own, bundle.spec, bundle.plan, [engine for engine in engines if engine.network != network])
     for dense in (False, True):
         with pytest.raises(BundleError, match=f"'{network}'") if dense in kinds else nullcontext():
@@ -290,8 +289,6 @@ def test_moving_and_casting_pass_over_it(ddpm: TinyBundle) -> None:
 
 def test_a_damaged_bundle_does_not_load(own: Path) -> None:
     write_bundle(own)
-    manifest = json.loads((own / "manifest.json").read_text())
-    manifest["schema_version"] = 99
-    (own / "manifest.json").write_text(json.dumps(manifest))
+    forge(own, lambda manifest: manifest.update(schema_version=99))
     with pytest.raises(BundleError, match="schema 99"):
         load(own)
