@@ -21,6 +21,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import from_json
 
+from dyexport.digests import sha256_of
 from dyexport.errors import BundleError, EngineMismatch
 from dyexport.manifest import SCHEMA_VERSION, FileRecord, Manifest, first_problem
 from dyexport.tables import TokenStats, WidthTable
@@ -141,8 +142,3 @@ def _check_version(path: Path, content: Any) -> None:
 
 def _sha256(content: bytes) -> bytes:
     return hashlib.sha256(content).hexdigest().encode()
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,6 +18,109 @@ from safetensors import SafetensorError
 from dyexport.errors import StorageError
 
 PARTIAL = ".partial-"
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+_numbers = count()
+_in_use: set[Path] = set()
+
+
+@contextmanager
+def replacing(path: Path, *, follow_symlinks: bool = True) -> Iterator[Path]:
+    """Yield a temporary name in path's folder to write a file or a folder under.
+
+    On success it is flushed to disk and renamed onto ``path``: whatever is there is whole at every moment. It is
+    removed on any exception. Links are followed unless ``follow_symlinks`` is off.
+    Raises ``StorageError`` for a disk that is full or read-only, and for a path that is a device or a pipe.
+    """
+    place = Path(os.path.realpath(path)) if follow_symlinks else path.parent.resolve() / path.name
+    with storage_errors(path):
+        check_replaceable(place)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        clear_partials(place)
+        partial = place.with_name(f"{PARTIAL}{os.getpid()}-{next(_numbers)}-{place.name}")
+        _in_use.add(partial)
+        try:
+            yield partial
+            sync(partial)
+            _put(partial, place)
+            flush(place.parent)
+        finally:
+            remove(partial)
+            _in_use.discard(partial)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise ``StorageError`` for what cannot be replaced as a whole: a device, a pipe, a socket, the root."""
+    if not path.name:
+        raise StorageError(f"cannot write {path}: it is no name of a file or folder; give one")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise StorageError(f"cannot write {path}: it is a device or a pipe; give the name of a file")
+
+
+def _put(partial: Path, place: Path) -> None:
+    """Rename a file or folder onto another, which ``partial`` may hold afterwards."""
+    if place.is_symlink() or not place.is_dir():
+        if partial.is_dir():
+            remove(place)
+        os.replace(partial, place)
+    elif not partial.is_dir():
+        raise StorageError(f"cannot write {place}: it is a folder; give the name of a file")
+    elif not _exchanged(partial, place):
+        old = _aside(place)
+        place.rename(old)
+        partial.rename(place)
+        remove(old)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two names change places, in one step; whether the kernel and the file system can."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # an old C library
+        return False
+    if rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def _aside(place: Path) -> Path:
+    """Where a folder waits while another takes its name, in two steps."""
+    return place.with_name(f"{PARTIAL}old-{place.name}")
+
+
+def clear_partials(place: Path) -> None:
+    """Clean up after killed processes: bring back a folder put aside, remove what was written of ``place``."""
+    old = _aside(place)
+    if old.exists() and not place.exists():
+        old.rename(place)
+    remove(old)
+    for entry in list(place.parent.iterdir()) if place.parent.is_dir() else ():
+        found = re.fullmatch(rf"{re.escape(PARTIAL)}(?:(\d+)-\d+-)?{re.escape(place.name)}", entry.name)
+        if found and entry not in _in_use and not _runs(int(found[1] or 0)):
+            remove(entry)
+
+
+def _runs(process: int) -> bool:
+    """Whether another process of this number runs; ours is known by what is in use."""
+    if process in (0, os.getpid()):
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def user_cache() -> Path:
+    """The user's folder for what can be found out again: ``DYEXPORT_CACHE``, or one below ``XDG_CACHE_HOME``."""
+    if own := os.environ.get("DYEXPORT_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dyexport"
 
 
 def check_writable(path: Path) -> None:
@@ -31,11 +138,19 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _unwritable(error.filename or path, error.strerror or str(error)) from error
+        raise _unwritable(_blamed(error, path), error.strerror or str(error)) from error
     except SafetensorError as error:
         if "os error" not in str(error):
             raise
         raise _unwritable(path, str(error)) from error
+
+
+def _blamed(error: OSError, path: Path) -> Path | str:
+    """Where an error arose: a copy's destination, not its source; what was to be replaced, not a temporary name."""
+    name = error.filename2 or error.filename
+    if not isinstance(name, str) or any(part.startswith(PARTIAL) for part in Path(name).parts):
+        return path
+    return name
 
 
 def _unwritable(path: Path | str, why: str) -> StorageError:
@@ -43,11 +158,8 @@ def _unwritable(path: Path | str, why: str) -> StorageError:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    partial = path.with_name(PARTIAL + path.name)
-    partial.write_bytes(content)
-    sync(partial)
-    partial.replace(path)
-    flush(path.parent)
+    with replacing(path) as partial:
+        partial.write_bytes(content)
 
 
 def sync(path: Path) -> None:

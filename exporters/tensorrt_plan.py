@@ -6,7 +6,6 @@ plan computes in the graph's own precision.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import onnx
 
+from dyexport.digests import sha256_of
 from dyexport.errors import EngineBuildError
 from dyexport.exporters.operator_gate import check_operators
 from dyexport.exporters.timing_cache import kept_timings
@@ -83,8 +83,8 @@ def build_plan(
         inputs=request.inputs,
         outputs=_outputs(model),
         layers=tuple(_describe(network.get_layer(index)) for index in range(network.num_layers)),
-        graph_sha256=_sha256(graph),
-        plan_sha256=_sha256(out / ENGINE),
+        graph_sha256=sha256_of(graph),
+        plan_sha256=sha256_of(out / ENGINE),
     )
     (out / INFO).write_text(info.model_dump_json(indent=1), encoding="utf-8")
     return info
@@ -174,8 +174,3 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
 
 def _describe(layer: Any) -> str:
     return f"{layer.type.name.lower()} {layer.name}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

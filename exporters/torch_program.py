@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dyexport.digests import sha256_of
 from dyexport.errors import EngineBuildError, ExportError
 from dyexport.exporters.examples import dynamic_shapes, example_inputs, example_sizes
 from dyexport.exporters.tensorrt_plan import PlanRequest, Profiles, size_range
@@ -66,7 +67,7 @@ def build_program(slice_: Slice, layout: StoreLayout, store: Path, request: Plan
         outputs=outputs_of(program, slice_),
         layers=tuple(f"{node.op} {node.target}" for node in compiled.graph.nodes),
         graph_sha256=hashlib.sha256(str(program.graph).encode()).hexdigest(),
-        plan_sha256=hashlib.sha256((out / PROGRAM).read_bytes()).hexdigest(),
+        plan_sha256=sha256_of(out / PROGRAM),
     )
     (out / INFO).write_text(info.model_dump_json(indent=1), encoding="utf-8")
     return info

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+_CACHE = tempfile.TemporaryDirectory(prefix="dyexport-")  # not the user's
+os.environ["DYEXPORT_CACHE"] = _CACHE.name
 # Tests run in two processes, and their tensors are small: more threads only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dyexport.bundle import MANIFEST, WIDTHS, Bundle, sha256_of
+from dyexport.bundle import MANIFEST, WIDTHS, Bundle
+from dyexport.digests import sha256_of
 from dyexport.errors import BundleError, EngineMismatch
 from dyexport.manifest import (
     CONDITIONING,

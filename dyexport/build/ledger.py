@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from pydantic import Field, ValidationError
 
 from dyexport.build.team import Alone, Team
-from dyexport.bundle import sha256_of
+from dyexport.digests import sha256_of
 from dyexport.errors import StorageError, UsageError
 from dyexport.files import PARTIAL, flush, remove, storage_errors, sync, write_atomically
 from dyexport.manifest import FileRecord, Frozen

@@ -14,8 +14,8 @@ from dyexport.build import reference, stages
 from dyexport.build.ledger import Ledger, Listener, Outcome, Stage, describe, digest_of
 from dyexport.build.settings import BuildSettings, Schedule
 from dyexport.build.team import Team
-from dyexport.bundle import sha256_of
 from dyexport.calibration.precision import headroom
+from dyexport.digests import sha256_of
 from dyexport.files import remove
 from dyexport.manifest import ModelSpec
 from dyexport.models.inputs import NoisedInputs

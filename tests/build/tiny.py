@@ -11,7 +11,7 @@ from typing import Any
 from dyexport.build.ledger import Silent
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
-from dyexport.bundle import Bundle, sha256_of
+from dyexport.bundle import Bundle
 from dyexport.cli import main
 from dyexport.presets import PRESETS
 from tests.manifests import forge
@@ -42,7 +42,7 @@ def redone(settings: BuildSettings) -> set[str]:
 def hashes(directory: Path) -> dict[str, str]:
     """Every file of a directory by its hash."""
     files = (path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): sha256_of(path) for path in files}
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def tamper(root: Path, name: str, change: Callable[[bytes], bytes]) -> None:

@@ -13,8 +13,8 @@ import torch
 
 from dyexport.architectures import Preset
 from dyexport.build.profiles import parse_profiles, profiles_for
-from dyexport.bundle import sha256_of
 from dyexport.calibration.widths import read_widths
+from dyexport.digests import sha256_of
 from dyexport.errors import EngineBuildError, EngineMismatch, MissingDependency
 from dyexport.exporters.onnx_graph import STORE, export_onnx
 from dyexport.exporters.tensorrt_plan import build_plan

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from dyexport.bundle import MANIFEST, TOKENS, WIDTHS, manifest_text, sha256_of
+from dyexport.bundle import MANIFEST, TOKENS, WIDTHS, manifest_text
+from dyexport.digests import sha256_of
 from dyexport.manifest import (
     CONDITIONING,
     DENSE,

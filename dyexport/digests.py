@@ -1,0 +1,100 @@
+"""SHA-256 of files, each read once: the user's cache remembers it for as long as the file is not touched.
+
+A file is known by its device, inode, size, and times of modification and of change. The last cannot be set back by
+``touch``, so a file that was tampered with is read again. A cache that cannot be read or written costs time only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import time
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from dyexport.files import user_cache
+
+STORE = "digests.sqlite3"
+KEPT = 100_000  # newest facts: 20 MB
+TICK = 20_000_000  # nanoseconds; kernels stamp files at least every 10 ms
+COARSE = 2_000_000_000  # nanoseconds, for file systems that count in seconds
+WAIT = 0.5  # seconds for another process that writes the cache
+
+_TABLE = "CREATE TABLE IF NOT EXISTS facts (number INTEGER PRIMARY KEY, name TEXT UNIQUE, value TEXT NOT NULL)"
+
+
+class _Seen(NamedTuple):
+    """A file as it was at one moment; ``settled`` where any change since then would show in its times."""
+
+    name: str
+    settled: bool
+
+
+def sha256_of(path: Path) -> str:
+    """Contents of a file; read once per (device, inode, size, mtime_ns, ctime_ns), remembered in the user's cache."""
+    before = _see(path)
+    if (known := recall(before.name)) is not None:
+        return known
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    _remember(path, before, digest)
+    return digest
+
+
+def remember(path: Path, sha256: str) -> None:
+    """Remember a file whose contents are known, because this process just moved it or gave it another name."""
+    _remember(path, _see(path), sha256)
+
+
+def _remember(path: Path, before: _Seen, sha256: str) -> None:
+    if before.settled and _see(path).name == before.name:
+        note(before.name, sha256)
+
+
+def _see(path: Path) -> _Seen:
+    """Wait, where that takes milliseconds, until a file that was just written has settled."""
+    found, now = path.stat(), time.time_ns()
+    grain = TICK if found.st_ctime_ns % 1_000_000_000 else COARSE
+    age = now - found.st_ctime_ns
+    if grain == TICK and 0 <= age <= grain:
+        time.sleep((grain - age) / 1e9)
+        found, now = path.stat(), time.time_ns()
+    facts = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return _Seen("file " + " ".join(map(str, facts)), now - found.st_ctime_ns > grain)
+
+
+def recall(name: str) -> str | None:
+    """What was noted under a name; None where nothing was, or where the cache cannot be read."""
+    with suppress(sqlite3.Error, OSError), closing(_connect()) as store:
+        found = store.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return None if found is None else str(found[0])
+    return None
+
+
+def note(name: str, value: str) -> None:
+    """Keep a fact for every later process of this user. A cache that cannot be written is left alone."""
+    try:
+        with closing(_connect()) as store, store:
+            store.execute("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)", (name, value))
+            store.execute("DELETE FROM facts WHERE number <= (SELECT max(number) FROM facts) - ?", (KEPT,))
+    except (sqlite3.OperationalError, OSError):
+        pass
+    except sqlite3.DatabaseError:  # damaged: begin a new one
+        with suppress(OSError):
+            (user_cache() / STORE).unlink(missing_ok=True)
+
+
+def _connect() -> sqlite3.Connection:
+    """Open the cache for one operation, so that no connection is shared between threads or survives a fork."""
+    folder = user_cache()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    store = sqlite3.connect(folder / STORE, timeout=WAIT)
+    try:
+        store.execute("PRAGMA journal_mode = WAL")
+        store.execute("PRAGMA synchronous = NORMAL")
+        store.execute(_TABLE)
+    except BaseException:
+        store.close()
+        raise
+    return store
