@@ -1,7 +1,9 @@
-"""What a TD-LoRA is, as numbers (DyDiT++, arXiv 2504.06803). Imports no torch."""
+"""A TD-LoRA as numbers (DyDiT++, arXiv 2504.06803), and files of users' LoRAs. Imports no torch."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
@@ -11,6 +13,8 @@ from dyexport.errors import UsageError
 Variant = Literal["standard", "inverse", "symmetric"]
 Biases = Literal["none", "all"]
 KEYS = "rank, experts, variant, alpha and bias"
+PEFT_WEIGHTS = "adapter_model.safetensors"  # peft's name for them, always next to their configuration
+PEFT_CONFIG = "adapter_config.json"
 
 
 class LoraSpec(BaseModel):
@@ -70,3 +74,30 @@ def parse_lora(text: str | None) -> LoraSpec | None:
         want["alpha"] = "a number above 0"
         message = f"{field} is {values.get(field)!r}; use {want.get(field, 'a whole number above 0')}"
         raise UsageError(f"--td-lora {text!r}: {message}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraFile:
+    """A user's LoRA, and how strongly it counts."""
+
+    file: Path
+    scale: float = 1.0
+
+
+def parse_lora_file(text: str) -> LoraFile:
+    """Parse ``FILE`` or ``FILE@SCALE``; a file whose own name ends in @ and a number is found under that name."""
+    name, at, scale = text.rpartition("@")
+    if not at or Path(text).exists():
+        return LoraFile(file=Path(text))
+    try:
+        return LoraFile(file=Path(name), scale=float(scale))
+    except ValueError as error:
+        raise UsageError(
+            f"--lora {text}: {scale!r} is not a number and there is no such file; write {name}@0.8"
+        ) from error
+
+
+def lora_sources(file: Path) -> list[Path]:
+    """All files that a LoRA is read from; peft keeps the configuration in a file of its own."""
+    config = file.with_name(PEFT_CONFIG)
+    return [file, config] if file.name == PEFT_WEIGHTS and config.is_file() else [file]

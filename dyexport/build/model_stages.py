@@ -17,6 +17,7 @@ from dyexport.build.team import Team
 from dyexport.calibration.precision import headroom
 from dyexport.digests import sha256_of
 from dyexport.files import remove
+from dyexport.lora import LoraFile, lora_sources
 from dyexport.manifest import ModelSpec
 from dyexport.models.inputs import NoisedInputs
 from dyexport.tables import TokenStats, WidthTable
@@ -46,8 +47,8 @@ class ModelStages:
         inputs: dict[str, Any] = {"model": self.settings.model, "seed": self.settings.seed}
         if source is not None:
             inputs = {"model": self.settings.model, "checkpoint": _contents(source)}
-            if (file := self.settings.lora_file) is not None:  # left out otherwise: without it, all is as before
-                inputs["lora"] = [sha256_of(file), self.settings.lora_scale]
+            if self.settings.loras:  # left out otherwise: without them, all is as before
+                inputs["loras"] = sorted(_lora_key(lora) for lora in self.settings.loras)
         elif self.settings.from_scratch:
             inputs |= self._training(self.settings.static_schedule)
         scratch = self._scratch("static")
@@ -195,6 +196,11 @@ class ModelStages:
             with suppress(OSError):  # the folder of another run's scratch stays
                 scratch.parent.rmdir()
         return outcome
+
+
+def _lora_key(lora: LoraFile) -> tuple[list[str], float]:
+    """Identifies a LoRA by contents and scale; their order makes no difference."""
+    return [sha256_of(file) for file in lora_sources(lora.file)], lora.scale
 
 
 def _contents(directory: Path) -> str:

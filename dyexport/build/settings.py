@@ -13,7 +13,7 @@ from dyexport.build.profiles import parse_profiles
 from dyexport.build.targets import ONNX, TARGETS
 from dyexport.calibration.segments import PlanSettings
 from dyexport.errors import BudgetError, UsageError
-from dyexport.lora import LoraSpec
+from dyexport.lora import LoraFile, LoraSpec
 from dyexport.manifest import Precision, Quantization
 from dyexport.plans import OLDEST_FP8
 from dyexport.presets import get_preset
@@ -46,7 +46,7 @@ LARGE_LORA = LoraSpec(rank=16, experts=4, alpha=16)
 class BuildSettings:
     """One build. ``budget`` is the FLOPs ratio lambda; None keeps the routers of a dynamic checkpoint as they are.
 
-    ``lora_file`` is a user's LoRA for the static model. ``merge_tolerance`` is the relative error up to which TD-LoRA
+    ``loras`` of users are merged into the static model. ``merge_tolerance`` is the relative error up to which TD-LoRA
     is merged into a segment's weights; None never merges.
     """
 
@@ -57,8 +57,7 @@ class BuildSettings:
     router: RouterKind = "free"
     td_lora: LoraSpec | None = None
     merge_tolerance: float | None = None
-    lora_file: Path | None = None
-    lora_scale: float = 1.0
+    loras: tuple[LoraFile, ...] = ()
     checkpoint: str | None = None
     random_weights: bool = False
     data: str | None = None
@@ -165,12 +164,13 @@ class BuildSettings:
             raise UsageError(f"{self.checkpoint} has routers already and is taken as it is; leave --td-lora out")
         if self.td_lora is not None and self.routers == "none":
             raise UsageError("with --finetune-steps 0 nothing is trained; leave --td-lora out")
-        if self.lora_file is not None and not self.lora_file.is_file():
-            raise UsageError(f"--lora {self.lora_file} does not exist; give a file of safetensors")
-        if self.lora_file is not None and (self.random_weights or self.from_scratch):
+        for lora in self.loras:
+            if not lora.file.is_file():
+                raise UsageError(f"--lora {lora.file} is not a file; write FILE or FILE@SCALE, FILE in safetensors")
+            if not math.isfinite(lora.scale):
+                raise UsageError(f"--lora {lora.file}@{lora.scale}: the scale is not finite; give a number such as 0.8")
+        if self.loras and (self.random_weights or self.from_scratch):
             raise UsageError("--lora changes weights that it was made for; give their --checkpoint")
-        if not math.isfinite(self.lora_scale) or (self.lora_scale != 1.0 and self.lora_file is None):
-            raise UsageError(f"--lora-scale is {self.lora_scale}; give a number, and with it --lora")
         if self.merge_tolerance is not None and self.td_lora is None and self.routers != "given":
             raise UsageError("--merge-tolerance is for models with TD-LoRA; give --td-lora, or leave it out")
         if self.merge_tolerance is not None and not 0 <= self.merge_tolerance < math.inf:

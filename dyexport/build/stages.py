@@ -24,7 +24,6 @@ from dyexport.models.importance import rank_units
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic
 from dyexport.models.sources import find_checkpoint
-from dyexport.models.user_lora import UserLora
 from dyexport.training.config import FinetuneConfig, TrainConfig
 from dyexport.training.data import LatentSource, open_source
 from dyexport.training.finetuning import finetune
@@ -62,8 +61,7 @@ def make_static(
     """The static model as a diffusers directory: links to ``source``, or trained on ``data``, or random."""
     preset = settings.preset
     if source is not None:
-        lora = None if settings.lora_file is None else UserLora(settings.lora_file, preset, settings.lora_scale)
-        adopt_static(str(source), preset, out, lora)
+        adopt_static(str(source), preset, out, settings.loras)
         return
     backbone = random_backbone(preset, settings.seed)
     if data is not None:

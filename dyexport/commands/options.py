@@ -53,10 +53,13 @@ class BuildOptions:
         ),
     ] = None
     lora: Annotated[
-        Path | None,
-        _option("A LoRA in diffusers' or peft's format, merged into the static model before anything else.", "--lora"),
+        list[str] | None,
+        _option(
+            "A LoRA to merge into the static model, such as style.safetensors@0.8; may be repeated.",
+            "--lora",
+            metavar="FILE[@SCALE]",
+        ),
     ] = None
-    lora_scale: Annotated[float, _option("How strongly --lora counts.")] = 1.0
     checkpoint: Annotated[
         str | None,
         _option(
@@ -130,7 +133,7 @@ class BuildOptions:
     def settings(self) -> BuildSettings:
         """Raises ``UsageError`` for what cannot be built."""
         from dyexport.build.settings import BuildSettings, default_out, parse_budget
-        from dyexport.lora import parse_lora
+        from dyexport.lora import parse_lora, parse_lora_file
         from dyexport.presets import get_preset
         from dyexport.sizes import parse_bytes
 
@@ -142,8 +145,7 @@ class BuildOptions:
             router=cast("RouterKind", self.router),  # BuildSettings refuses any other
             td_lora=parse_lora(self.td_lora),
             merge_tolerance=self.merge_tolerance,
-            lora_file=self.lora,
-            lora_scale=self.lora_scale,
+            loras=tuple(parse_lora_file(text) for text in self.lora or ()),
             out=out,
             work=self.work or out.absolute().with_name(f"{out.absolute().name}.work"),
             checkpoint=self.checkpoint,

@@ -10,7 +10,7 @@ is: the directories that a build makes of it hold links.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dyexport.architectures import FluxPreset, Preset
 from dyexport.errors import CheckpointError
+from dyexport.lora import LoraFile
 from dyexport.models import published
 from dyexport.models.base import get_adapter
 from dyexport.models.dynamic import DynamicTransformer
@@ -130,27 +131,29 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
             tensor.copy_(weights[name])
 
 
-def adopt_static(source: str, preset: Preset, directory: Path, lora: UserLora | None = None) -> None:
+def adopt_static(source: str, preset: Preset, directory: Path, loras: Sequence[LoraFile] = ()) -> None:
     """Make ``directory`` a diffusers directory of a checkpoint: of links to it, unless it must be changed."""
     checkpoint = open_checkpoint(source, preset)
     _write_config(meta_backbone(preset, checkpoint.config), directory)
-    if lora is not None:
-        lora.check(checkpoint.weights, preset.name)
-        write_weights(_with_lora(checkpoint, preset, lora), directory / WEIGHTS)
+    if loras:
+        opened = [UserLora(lora.file, preset, lora.scale) for lora in loras]
+        for lora in opened:
+            lora.check(checkpoint.weights, preset.name)
+        write_weights(_with_loras(checkpoint, preset, opened), directory / WEIGHTS)
     elif checkpoint.stock:
         link_weights(checkpoint.path, directory)
     else:
         write_weights(checkpoint.weights, directory / WEIGHTS)
 
 
-def _with_lora(checkpoint: Checkpoint, preset: Preset, lora: UserLora) -> Mapping[str, Tensor]:
+def _with_loras(checkpoint: Checkpoint, preset: Preset, loras: Sequence[UserLora]) -> Mapping[str, Tensor]:
     """A LoRA's channels are in the order of the published model; those of a fine-tuned one may not be."""
     file = checkpoint.path / ORDER
     if not file.is_file():
-        return MergedWeights(checkpoint.weights, lora)
+        return MergedWeights(checkpoint.weights, loras)
     order, backbone = load_file(file), load_backbone(checkpoint, preset, stream=False)
     _reorder(backbone, preset, {name: units.argsort(dim=1) for name, units in order.items()})
-    fill(backbone, MergedWeights(backbone.state_dict(), lora))
+    fill(backbone, MergedWeights(backbone.state_dict(), loras))
     _reorder(backbone, preset, order)
     return backbone.state_dict()
 

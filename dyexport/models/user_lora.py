@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,13 +75,6 @@ class UserLora(Mapping[str, Update]):
                     f"{model} has {tuple(weights[name].shape)}; give a LoRA made for this model"
                 )
 
-    def merged(self, name: str, weight: Tensor) -> Tensor:
-        """The weight as it is with the LoRA, in its own dtype."""
-        if name not in self:
-            return weight
-        update = self[name]
-        return (weight.float() + update.scale * (update.up @ update.down)).to(weight.dtype)
-
     def __getitem__(self, name: str) -> Update:
         return self._updates[name]
 
@@ -93,13 +86,18 @@ class UserLora(Mapping[str, Update]):
 
 
 class MergedWeights(Mapping[str, Tensor]):
-    """Weights with a LoRA in them, each made when it is asked for."""
+    """Weights with LoRAs in them, each made when it is asked for."""
 
-    def __init__(self, weights: Mapping[str, Tensor], lora: UserLora) -> None:
-        self._weights, self._lora = weights, lora
+    def __init__(self, weights: Mapping[str, Tensor], loras: Sequence[UserLora]) -> None:
+        self._weights, self._loras = weights, loras
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._lora.merged(name, self._weights[name])
+        weight = self._weights[name]
+        updates = [lora[name] for lora in self._loras if name in lora]
+        if not updates:
+            return weight
+        change = sum(update.scale * (update.up @ update.down) for update in updates)
+        return (weight.float() + change).to(weight.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

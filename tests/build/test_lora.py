@@ -17,7 +17,7 @@ from dyexport.build.settings import LORA, BuildSettings
 from dyexport.build.verify import TOLERANCES, VerifySettings, find_reference, verify_bundle
 from dyexport.bundle import Bundle
 from dyexport.errors import CheckpointError
-from dyexport.lora import LoraSpec
+from dyexport.lora import LoraFile, LoraSpec
 from dyexport.manifest import DENSE, DENSE_CONDITIONING
 from dyexport.models.base import get_adapter
 from dyexport.models.checkpoints import load_static, save_static
@@ -221,9 +221,10 @@ def test_a_users_lora_comes_and_goes(tmp_path: Path) -> None:
     plain = tiny_settings(
         tmp_path, random_weights=False, checkpoint=str(tmp_path / "stock"), finetune_steps=0, baseline=True
     )
-    with_lora = replace(plain, lora_file=tmp_path / "lora.safetensors")
+    file = tmp_path / "lora.safetensors"
+    with_lora, halved = (replace(plain, loras=(LoraFile(file=file, scale=scale),)) for scale in (1.0, 0.5))
     found = []
-    for settings in (plain, with_lora, replace(with_lora, lora_scale=0.5), plain):
+    for settings in (plain, with_lora, halved, plain):
         bundle = build(settings)
         assert verify_bundle(bundle.root, VerifySettings(timesteps=4)).passed
         found.append(hashes(bundle.root))
@@ -239,7 +240,7 @@ def test_in_a_dynamic_checkpoint_widths_stay(built: Bundle, tmp_path: Path) -> N
     save_file(factors, tmp_path / "lora.safetensors")
     reference = find_reference(built)
     given = tiny_settings(tmp_path, budget=None, random_weights=False, checkpoint=str(reference))
-    bundle = build(replace(given, lora_file=tmp_path / "lora.safetensors"))
+    bundle = build(replace(given, loras=(LoraFile(file=tmp_path / "lora.safetensors"),)))
     assert verify_bundle(bundle.root, VerifySettings(timesteps=8)).passed
     assert (bundle.widths.heads == built.widths.heads).all()
     assert (bundle.widths.groups == built.widths.groups).all()

@@ -10,7 +10,7 @@ import pytest
 from dyexport.build.passes import DIGITS, FEW, USUAL, Passes, passes_for
 from dyexport.build.settings import BuildSettings, default_out, parse_budget
 from dyexport.errors import BudgetError, UsageError
-from dyexport.lora import LoraSpec
+from dyexport.lora import LoraFile, LoraSpec, parse_lora_file
 
 LORA = LoraSpec(rank=2, alpha=2)
 
@@ -135,3 +135,38 @@ def test_a_dynamic_checkpoint_is_taken_as_it_is(tmp_path: Path) -> None:
     for more in ({"finetune_steps": 10}, {"router": "ordered"}):
         with pytest.raises(UsageError, match="has routers already"):
             settings(tmp_path, **given, **more)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "scale"),
+    [
+        ("style.safetensors", "style.safetensors", 1.0),
+        ("style.safetensors@0.8", "style.safetensors", 0.8),
+        ("style.safetensors@-1", "style.safetensors", -1.0),
+        ("v@2.safetensors@0.5", "v@2.safetensors", 0.5),
+        ("style@2", "style@2", 1.0),  # there is such a file
+        ("style@2@3", "style@2", 3.0),
+    ],
+)
+def test_a_lora_may_have_a_scale(
+    text: str, name: str, scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "style@2").touch()
+    assert parse_lora_file(text) == LoraFile(file=Path(name), scale=scale)
+
+
+def test_a_lora_that_cannot_be_merged_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"random_weights": False, "checkpoint": "here", "finetune_steps": 0}
+    file = tmp_path / "lora.safetensors"
+    with pytest.raises(UsageError, match=r"lora\.safetensors is not a file"):
+        settings(tmp_path, **given, loras=(LoraFile(file=file),))
+    with pytest.raises(UsageError, match="strong' is not a number"):
+        parse_lora_file(f"{file}@strong")
+    file.touch()
+    for scale in (float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="scale is not finite"):
+            settings(tmp_path, **given, loras=(LoraFile(file=file, scale=scale),))
+    with pytest.raises(UsageError, match="give their --checkpoint"):
+        settings(tmp_path, loras=(LoraFile(file=file),))
+    assert settings(tmp_path, **given, loras=(LoraFile(file=file), LoraFile(file=file, scale=0.5))).loras

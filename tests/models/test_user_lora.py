@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from dyexport.architectures import Preset
 from dyexport.errors import CheckpointError
+from dyexport.lora import LoraFile
 from dyexport.models.checkpoints import adopt_static, load_static, save_static
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.dynamic_checkpoints import save_dynamic
@@ -36,7 +37,7 @@ def adopted(preset: Preset, root: Path, file: Path, source: Path | None = None, 
     if source is None:
         source = root / "plain"
         save_static(random_backbone(preset), source)
-    adopt_static(str(source), preset, root / "merged", UserLora(file, preset, scale))
+    adopt_static(str(source), preset, root / "merged", [LoraFile(file=file, scale=scale)])
     return load_static(str(root / "merged"), preset)
 
 
