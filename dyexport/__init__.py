@@ -20,6 +20,7 @@ from dyexport.errors import (
     EngineMismatch,
     ExportError,
     MissingDependency,
+    SamplingError,
     StorageError,
     UsageError,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "EngineMismatch",
     "ExportError",
     "MissingDependency",
+    "SamplingError",
     "StorageError",
     "UsageError",
     "__version__",

@@ -8,6 +8,7 @@
     ├── ExportError         a graph could not be written or did not pass its checks
     ├── EngineBuildError    a backend refused a graph
     ├── EngineMismatch      an engine or its inputs do not fit this machine, version or shape
+    ├── SamplingError       sampling gave numbers that are not finite
     ├── BundleError         a bundle is damaged, tampered with, or of a newer schema
     ├── StorageError        a file cannot be written: the disk is full, read-only, or in use by another build
     └── MissingDependency   an optional library is absent; the message says how to install it
@@ -53,6 +54,10 @@ class EngineBuildError(DyexportError):
 
 class EngineMismatch(DyexportError):
     """An engine, or the inputs given to it, do not fit this machine, version or shape."""
+
+
+class SamplingError(DyexportError):
+    """Sampling gave latents or pixels that are not finite: no picture."""
 
 
 class BundleError(DyexportError):

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 LINKED = ("calibration", "engines", "exporters")
 
 CONTRACTS = {
+    "arguments",
     "errors",
     "files",
     "digests",
@@ -38,10 +39,11 @@ EITHER_SIDE = CONTRACTS | BUILD_SIDE | RUN_SIDE
 
 # What each unit of the package (a module or folder right below dyexport/) may import.
 MAY_IMPORT: dict[str, set[str]] = {
+    "arguments": {"errors"},
     "errors": set(),
     "files": {"errors"},
     "digests": {"files"},
-    "sizes": {"errors"},
+    "sizes": {"arguments", "errors"},
     "tables": {"errors"},
     "tensors": set(),
     "architectures": set(),
@@ -57,9 +59,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exporters": CONTRACTS | {"models", "slicing"},
     "training": CONTRACTS | {"models", "slicing"},
     "engines": {"errors", "files", "tables", "tensors", "manifest", "bundle", "plans", "tensorrt_api"},
-    "runtime": {"errors", "sizes", "tables", "manifest", "bundle", "engines"},
-    "serving": {"errors", "files", "sizes", "tables", "manifest", "bundle", "engines", "runtime"},
-    "bench": {"errors", "files", "tables", "manifest", "bundle", "plans", "engines", "runtime"},
+    "runtime": {"arguments", "errors", "sizes", "tables", "manifest", "bundle", "engines"},
+    "serving": {"arguments", "errors", "files", "sizes", "tables", "manifest", "bundle", "engines", "runtime"},
+    "bench": {"arguments", "errors", "files", "tables", "manifest", "bundle", "plans", "engines", "runtime"},
     "build": EITHER_SIDE,
     "demo": EITHER_SIDE | {"build"},
     "console": {"errors"},

@@ -12,3 +12,9 @@ def test_sizes() -> None:
     for text in ("", "8 apples", "-1", "GiB", "1XB"):
         with pytest.raises(UsageError, match="give one such as 8GiB"):
             parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "9999999999TiB", "9" * 19 + "." + "9" * 19 + "TB"])
+def test_sizes_that_no_machine_has(text: str) -> None:
+    with pytest.raises(UsageError, match="such as 8GiB"):
+        parse_bytes(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 
+from dyexport.arguments import shown, whole_number
 from dyexport.bundle import Bundle
 from dyexport.engines.base import Tensors
 from dyexport.engines.registry import EngineOptions, get_backend, make_engines
@@ -27,7 +29,7 @@ from dyexport.runtime.overflow import Overflow, OverflowCounter
 from dyexport.runtime.placeholder import offloading_placeholder
 from dyexport.runtime.residency import Residency, distinct_bytes, measure
 from dyexport.runtime.scheduler import Scheduler, dense_route, route, shared_timestep
-from dyexport.sizes import parse_bytes
+from dyexport.sizes import check_memory
 
 
 class BundleTransformer(ModelMixin):
@@ -118,7 +120,7 @@ def load(
     bundle_path: str | Path,
     *,
     target: str = "onnx",
-    device: str | None = None,
+    device: str | torch.device | None = None,
     max_resident: int | None = None,
     memory: int | str | None = None,
     share_weights: bool = False,
@@ -141,9 +143,10 @@ def load(
     Raises ``BundleError`` for a damaged bundle, ``EngineMismatch`` for a target it was not built for,
     ``UsageError`` for an argument out of range, ``MissingDependency`` for an absent backend.
     """
+    max_resident, budget = _bounds(max_resident, memory)
     bundle, opened = _open(bundle_path, target, check_hashes=check_hashes, dense=dense, fallback=fallback)
     options = EngineOptions(device=_device(opened.target, device), share_weights=share_weights)
-    placement = _place(opened, options, max_resident, memory)
+    placement = _place(opened, options, max_resident, budget)
     options = replace(options, streaming_budget=placement.streaming_budget)
     *engines, conditioning = make_engines(opened.target, opened.paths, options)
     find = dense_route if dense else partial(route, bundle.manifest.plan, bundle.widths, bundle.token_stats)
@@ -183,12 +186,19 @@ def _unfit(opened: _Opened) -> str | None:
     return get_backend(opened.target).unfit(opened.paths[0])
 
 
-def _place(opened: _Opened, options: EngineOptions, max_resident: int | None, memory: int | str | None) -> Placement:
+def _bounds(max_resident: int | None, memory: int | str | None) -> tuple[int | None, int | None]:
+    """Engines and bytes, checked."""
+    if max_resident is not None and memory is not None:
+        raise UsageError(f"max_resident is {max_resident} and memory {memory!r}; give one of the two")
+    if max_resident is not None:
+        max_resident = whole_number("max_resident", max_resident, least=1, most=sys.maxsize, cure="give 1 or more")
+    return max_resident, None if memory is None else check_memory(memory)
+
+
+def _place(opened: _Opened, options: EngineOptions, max_resident: int | None, memory: int | None) -> Placement:
     if memory is None:
         return Placement(max_resident=max_resident)
-    if max_resident is not None:
-        raise UsageError(f"max_resident is {max_resident} and memory {memory!r}; give one of the two")
-    return place(_weight_bytes(opened, options), parse_bytes(memory) if isinstance(memory, str) else memory)
+    return place(_weight_bytes(opened, options), memory)
 
 
 def _weight_bytes(opened: _Opened, options: EngineOptions) -> WeightBytes:
@@ -223,9 +233,17 @@ def _engine_paths(bundle: Bundle, target: str, dense: bool) -> list[Path]:
     return [paths[name] for name in (*networks, own)]
 
 
-def _device(target: str, device: str | None) -> str:
+def _device(target: str, device: str | torch.device | None) -> str:
     if device is None:
         return "cuda" if torch.cuda.is_available() and get_backend(target).has_cuda() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UsageError(f"unknown device {device!r}; use cpu, cuda or cuda:N")
-    return device
+    name = str(device)
+    found = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", name)
+    if found is None:
+        raise UsageError(f"unknown device {shown(name)!r}; use cpu, cuda or cuda:N")
+    if name == "cpu":
+        return name
+    if (count := torch.cuda.device_count()) <= int(found[1] or 0):
+        raise UsageError(f"device is {name!r} and torch sees {count} CUDA devices; use cpu, or install torch for CUDA")
+    if not get_backend(target).has_cuda():
+        raise UsageError(f"device is {name!r} and this machine's {target!r} runs on the CPU alone; use cpu")
+    return name

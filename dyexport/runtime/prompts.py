@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dyexport.arguments import PIXELS, SAMPLES, check_guidance, check_pixels, check_side, check_steps
 from dyexport.errors import CheckpointError, DataError, UsageError
 from dyexport.runtime.pipeline import BundleTransformer
 from dyexport.runtime.prompt_pipelines import PIPELINES, Columns, PromptPipeline
-from dyexport.runtime.sampling import noise_of, open_vae
+from dyexport.runtime.sampling import check_finite, noise_of, open_vae
 
 Progress = Callable[[int, int], None]
 """Called with denoising steps done and steps in all."""
@@ -41,12 +42,15 @@ class Prompts:
     def __post_init__(self) -> None:
         if bool(self.texts) == (self.embedded is not None):
             raise UsageError("give --prompt, or --prompt-embeds with a file of embedded prompts; one of the two")
+        if len(self.texts) > SAMPLES:
+            raise UsageError(f"there are {len(self.texts)} prompts; draw up to {SAMPLES} at a time")
         for name in ("height", "width"):
-            value = getattr(self, name)
-            if value is not None and (value <= 0 or value % 16):
-                raise UsageError(f"--{name} is {value}; give a multiple of 16")
-        if self.steps is not None and self.steps < 1:
-            raise UsageError(f"--steps is {self.steps}; give at least 1")
+            if getattr(self, name) is not None:
+                check_side(getattr(self, name), f"--{name}")
+        if self.steps is not None:
+            check_steps(self.steps, "--steps")
+        if self.guidance is not None:
+            check_guidance(self.guidance, "--guidance")
         if self.vae is not None and (self.texts or self.pipeline):
             raise UsageError("--vae goes with --prompt-embeds alone; a pipeline has its own")
 
@@ -64,7 +68,8 @@ def draw_prompts(
 ) -> Drawn:
     """One picture, or one video, for each prompt; with ``pipe``, where that is open already.
 
-    Raises ``CheckpointError`` where the pipeline cannot be read and ``DataError`` for embeddings that do not fit.
+    Raises ``CheckpointError`` where the pipeline cannot be read, ``DataError`` for embeddings that do not fit and
+    ``SamplingError`` where what comes out is not finite.
     """
     spec, kind = transformer.spec, PIPELINES[transformer.spec.backbone]
     arguments = kind.arguments(spec, frames=wanted.frames, embedded=wanted.embedded is not None)
@@ -76,8 +81,12 @@ def draw_prompts(
     count = len(wanted.texts) or len(conditions["prompt_embeds"])
     generator = noise_of(wanted.seed, count)
     pipe = _pipeline(transformer, kind, wanted) if pipe is None else pipe
+    own = kind.side(pipe)
+    check_pixels(wanted.height or own, wanted.width or own, PIXELS, "dyexport")
+    latents: list[torch.Tensor] = []
 
     def advance(_pipe: Any, step: int, _t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        latents[:] = [kept["latents"]]
         if progress is not None:
             progress(step + 1, steps)
         return kept
@@ -93,7 +102,10 @@ def draw_prompts(
         output_type="latent" if pipe.vae is None else "pt",
         callback_on_step_end=advance,
     )
-    return Drawn(kind.drawn(output).float(), pixels=pipe.vae is not None)
+    values = kind.drawn(output).float()
+    for drawn in (*latents, values):  # decoding ends in a clamp, which would hide an infinity
+        check_finite(drawn)
+    return Drawn(values, pixels=pipe.vae is not None)
 
 
 def _pipeline(transformer: BundleTransformer, kind: PromptPipeline, wanted: Prompts) -> Any:

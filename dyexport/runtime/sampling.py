@@ -10,7 +10,8 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from dyexport.errors import CheckpointError, UsageError
+from dyexport.arguments import SAMPLES, STEPS, check_guidance, check_seed, check_steps, shown
+from dyexport.errors import CheckpointError, SamplingError, UsageError
 from dyexport.manifest import ModelSpec
 from dyexport.runtime.placeholder import offloading_placeholder
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 DDPM_SCHEDULERS = ("ddim", "dpm++")
 FLOW_SCHEDULERS = ("euler",)
-TRAIN_STEPS = 1000
+TRAIN_STEPS = STEPS
 BETAS: dict[str, Any] = {  # DiT's
     "num_train_timesteps": TRAIN_STEPS,
     "beta_schedule": "linear",
@@ -106,12 +107,12 @@ def make_pipeline(
 
 
 def noise_of(seed: int | Sequence[int], count: int) -> Noise:
-    """From one seed for a batch, or one for each of its samples. Raises ``UsageError`` where their number is wrong."""
-    if isinstance(seed, int):
-        return torch.Generator().manual_seed(seed)
+    """From one seed for a batch, or one for each of its samples. Raises ``UsageError`` for what is neither."""
+    if not isinstance(seed, Sequence):
+        return torch.Generator().manual_seed(check_seed(seed))
     if len(seed) != count:
         raise UsageError(f"there are {len(seed)} seeds for {count} samples; give one, or one for each")
-    return [torch.Generator().manual_seed(each) for each in seed]
+    return [torch.Generator().manual_seed(check_seed(each)) for each in seed]
 
 
 @torch.no_grad()
@@ -129,20 +130,42 @@ def sample(
 
     The same seed starts from the same noise on every device; with a seed for each label, a picture does not depend
     on what it is drawn beside. ``guidance_scale`` 1 turns classifier-free guidance off. Raises ``UsageError`` for
-    values out of range.
+    values out of range, ``SamplingError`` where what comes out is not finite.
     """
     if not spec.classes:
         raise UsageError(f"{spec.name} draws from prompts, not from labels; see dyexport.runtime.prompts")
-    if not 1 <= steps <= TRAIN_STEPS:
-        raise UsageError(f"steps is {steps}; use 1 to {TRAIN_STEPS}")
-    labels = torch.as_tensor(labels, dtype=torch.int64)  # (B,)
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= spec.classes:
-        raise UsageError(f"labels must be in [0, {spec.classes}], {spec.classes} being no class: {labels.tolist()}")
+    steps, guidance_scale = check_steps(steps), check_guidance(guidance_scale, "guidance_scale")
+    labels = _checked_labels(labels, spec.classes)  # (B,)
     loop = sample_ddpm if spec.objective == "ddpm" else sample_flow
     latents = loop(
         transformer, spec, labels, steps, guidance_scale, noise_of(seed, len(labels)), make_scheduler(spec, scheduler)
     )
+    check_finite(latents)
     return (latents / 2 + 0.5).clamp(0, 1) if spec.pixel_space else latents  # (B, C, H, W)
+
+
+def _checked_labels(labels: Sequence[int] | torch.Tensor, classes: int) -> torch.Tensor:
+    """(B,) int64. Raises ``UsageError`` for what is not a list of classes."""
+    cure = f"labels must be in [0, {classes}], {classes} being no class"
+    if (count := len(labels)) > SAMPLES:
+        raise UsageError(f"there are {count} labels; draw up to {SAMPLES} at a time")
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{cure}: {shown(labels)}") from error
+    if found.ndim != 1 or not count or found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
+        raise UsageError(f"{cure}, in a list of whole numbers: {shown(labels)}")
+    if wrong := [label for label in found.tolist() if not 0 <= label <= classes]:
+        raise UsageError(f"{cure}: {wrong[0]}")
+    return found.to(torch.int64)
+
+
+def check_finite(values: torch.Tensor) -> None:
+    """Raises ``SamplingError`` for latents or pixels that no picture can be made of."""
+    if not bool(values.isfinite().all()):
+        raise SamplingError(
+            "sampling gave values that are not finite; lower the guidance, or see `dyexport verify` of the bundle"
+        )
 
 
 def sample_ddpm(
@@ -208,6 +231,7 @@ def guided(
 def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     """Latents (B, 4, h, w) to pixels in [0, 1], (B, 3, H, W), by an ``AutoencoderKL``."""
     decoded = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample  # (B, 3, H, W)
+    check_finite(decoded)
     pixels: torch.Tensor = (decoded.float() / 2 + 0.5).clamp(0, 1)
     return pixels
 

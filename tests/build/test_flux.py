@@ -21,7 +21,7 @@ from dyexport.build.settings import BuildSettings
 from dyexport.build.verify import VerifySettings, find_reference, verify_bundle
 from dyexport.bundle import Bundle
 from dyexport.cli import main
-from dyexport.errors import CheckpointError, DataError, EngineMismatch, UsageError
+from dyexport.errors import CheckpointError, DataError, DyexportError, EngineMismatch, UsageError
 from dyexport.models.dynamic_checkpoints import load_dynamic
 from dyexport.runtime.pipeline import load
 from dyexport.runtime.prompts import Prompts, draw_prompts
@@ -228,13 +228,33 @@ def test_embedded_prompts_need_no_text_encoder(
         ({"texts": ("a",)}, UsageError, "--pipeline"),
         ({"texts": ("a",), "pipeline": "/nowhere"}, CheckpointError, "/nowhere"),
         ({"texts": ("a",), "height": 100}, UsageError, "multiple of 16"),
+        ({"texts": ("a",), "height": 0}, UsageError, "--height is 0"),
+        ({"texts": ("a",), "width": 2**40}, UsageError, f"--width is {2**40}"),
         ({"texts": ("a",), "steps": 0}, UsageError, "--steps is 0"),
+        ({"texts": ("a",), "steps": 10**20}, UsageError, f"--steps is {10**20}"),
+        ({"texts": ("a",), "guidance": float("nan")}, UsageError, "--guidance is nan"),
+        ({"texts": ("a",), "guidance": 1e38}, UsageError, r"--guidance is 1e\+38"),
         ({"embedded": Path("missing.safetensors")}, DataError, "missing.safetensors"),
     ],
 )
 def test_what_cannot_be_drawn(loaded: FluxBundle, asked: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         draw_prompts(loaded, Prompts(**asked))
+
+
+def test_a_picture_that_no_memory_holds_is_refused_before_it_is_drawn(loaded: FluxBundle, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="32768 x 32768 are 1073741824 pixels"):
+        draw_prompts(loaded, Prompts(embedded=embedded(tmp_path), height=2**15, width=2**15))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite_are_no_picture(loaded: FluxBundle, tmp_path: Path, value: float) -> None:
+    file = embedded(tmp_path)
+    tensors = load_file(file)
+    tensors["pooled_prompt_embeds"][0, 0] = value
+    save_file(tensors, file)
+    with pytest.raises(DyexportError, match="not finite"):
+        draw_prompts(loaded, Prompts(embedded=file, steps=1, height=64, width=64))
 
 
 def test_embeddings_of_another_model(loaded: FluxBundle, tmp_path: Path) -> None:

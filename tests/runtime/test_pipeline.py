@@ -163,13 +163,36 @@ def test_inputs_that_do_not_fit(ddpm: TinyBundle, changes: dict[str, torch.Tenso
     [
         ({"target": "nonsense"}, UsageError, "known: onnx"),
         ({"max_resident": 0}, UsageError, "max_resident"),
+        ({"max_resident": -1}, UsageError, "max_resident is -1"),
+        ({"max_resident": 1.5}, UsageError, r"max_resident is 1\.5"),
+        ({"max_resident": True}, UsageError, "max_resident is True"),
+        ({"max_resident": "2"}, UsageError, "max_resident is 2"),
+        ({"memory": float("nan")}, UsageError, "memory is nan"),
+        ({"memory": 1e12}, UsageError, "memory is 1000000000000.0"),
+        ({"memory": -1}, UsageError, "memory is -1"),
+        ({"memory": 10**30}, UsageError, "memory is 1000"),
+        ({"memory": "9" * 400}, UsageError, "not a size"),
         ({"device": "tpu"}, UsageError, "tpu"),
+        ({"device": 0}, UsageError, "unknown device '0'"),
+        ({"device": "cuda:9999"}, UsageError, "torch sees"),
+        ({"device": "cuda:99999999999999999999"}, UsageError, "unknown device"),
         ({"target": "torch"}, EngineMismatch, "built for onnx"),
     ],
 )
 def test_arguments_that_do_not_fit(ddpm: TinyBundle, arguments: dict[str, object], error: type, named: str) -> None:
     with pytest.raises(error, match=named):
         load(ddpm.root, **arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run on")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda")])
+def test_a_device_that_is_not_there_is_refused_by_name(ddpm: TinyBundle, device: str | torch.device) -> None:
+    with pytest.raises(UsageError, match=rf"device is '{device}' and torch sees 0 CUDA devices"):
+        load(ddpm.root, device=device)
+
+
+def test_a_device_of_torch_counts(ddpm: TinyBundle) -> None:
+    assert load(ddpm.root, device=torch.device("cpu")).device == torch.device("cpu")
 
 
 @pytest.mark.parametrize(

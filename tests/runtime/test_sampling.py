@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 
-from dyexport.errors import UsageError
+from dyexport.errors import DyexportError, UsageError
 from dyexport.manifest import ModelSpec
 from dyexport.runtime.pipeline import load
-from dyexport.runtime.sampling import PixelVAE, guided, make_pipeline, make_scheduler, sample, sample_flow
+from dyexport.runtime.sampling import PixelVAE, decode, guided, make_pipeline, make_scheduler, sample, sample_flow
 from tests.engines.tiny import CHANNELS, CLASSES, SIZE
 from tests.runtime.bundles import TinyBundle, make_spec
 
@@ -164,12 +167,60 @@ def test_guidance_mixes_both_halves_and_leaves_sigma_out(ddpm: TinyBundle) -> No
         ({"steps": 1001}, "steps is 1001"),
         ({"scheduler": "euler"}, "'euler' does not sample tiny; use ddim or dpm"),
         ({"labels": [0, CLASSES + 1]}, "labels must be in"),
+        ({"steps": 2.5}, r"steps is 2\.5"),
+        ({"steps": True}, "steps is True"),
+        ({"steps": 10**5000}, "thousands of digits"),
         ({"labels": [-1]}, "labels must be in"),
+        ({"labels": [3.7]}, "labels must be in"),
+        ({"labels": [True, False]}, "labels must be in"),
+        ({"labels": [[1, 2]]}, "labels must be in"),
+        ({"labels": []}, "labels must be in"),
+        ({"labels": ["cat"]}, "labels must be in"),
+        ({"labels": range(10**11)}, "there are 100000000000 labels"),
+        ({"guidance_scale": math.nan}, "guidance_scale is nan"),
+        ({"guidance_scale": math.inf}, "guidance_scale is inf"),
+        ({"guidance_scale": np.float32("nan")}, "guidance_scale is"),
+        ({"guidance_scale": 1e38}, "guidance_scale is 1e"),
+        ({"guidance_scale": "3"}, "guidance_scale is 3"),
+        ({"guidance_scale": torch.tensor([1.0, 2.0])}, "guidance_scale is tensor"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**64}, f"seed is {2**64}"),
+        ({"seed": 1.5}, r"seed is 1\.5"),
+        ({"seed": [1, 2, 2**63]}, f"seed is {2**63}"),
+        ({"seed": [1]}, "1 seeds for 3 samples"),
     ],
 )
 def test_values_out_of_range_are_refused(ddpm: TinyBundle, arguments: dict[str, object], named: str) -> None:
     with pytest.raises(UsageError, match=named):
         sample(ddpm, ddpm.spec, **{"labels": LABELS, **arguments})
+
+
+def test_whole_numbers_of_other_libraries_count(ddpm: TinyBundle) -> None:
+    own = sample(ddpm, ddpm.spec, LABELS, steps=2, guidance_scale=2.0, seed=3)
+    numbers = {"steps": np.int64(2), "guidance_scale": np.float32(2), "seed": np.uint8(3)}
+    assert torch.equal(own, sample(ddpm, ddpm.spec, np.array(LABELS), **numbers))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("objective", ["ddpm", "flow"])
+def test_a_network_that_overflows_draws_no_picture(
+    objective: str, value: float, request: pytest.FixtureRequest
+) -> None:
+    bundle: TinyBundle = request.getfixturevalue(objective)
+
+    def overflowing(**inputs: torch.Tensor) -> object:
+        return SimpleNamespace(sample=torch.full_like(inputs["hidden_states"], value))
+
+    latents = bundle.spec.model_copy(update={"pixel_space": False})
+    with pytest.raises(DyexportError, match="not finite"):
+        sample(overflowing, latents, LABELS, steps=2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_vae_that_overflows_draws_no_picture(value: float) -> None:
+    latents = torch.tensor([0.0, value]).reshape(1, 1, 1, 2)
+    with pytest.raises(DyexportError, match="not finite"):
+        decode(PixelVAE(), latents)
 
 
 def test_pipelines_that_cannot_be_made_are_refused(ddpm: TinyBundle, flow: TinyBundle) -> None:

@@ -1,0 +1,79 @@
+"""Numbers that callers pass, checked alike for Python, the command line and the server. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+from dyexport.errors import UsageError
+
+STEPS = 1000  # that the noise of training is spread over
+GUIDANCE = 1000.0  # far beyond what any model draws anything with, and far below what overflows
+SEEDS = 2**63  # as many as an INT64 holds
+SIDE_MULTIPLE = 16  # pixels; a VAE makes one latent of 8 x 8, a patch is 2 x 2 latents
+PIXELS = 4096 * 4096
+SAMPLES = 10_000  # drawn in one batch
+SHOWN = 40  # characters of a value in a message
+
+
+def whole_number(name: str, value: Any, *, least: int, most: int, cure: str | None = None) -> int:
+    """``value`` as an int. Raises ``UsageError`` for a fraction, a truth value, a text, or a number out of range."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not least <= number <= most:
+        raise UsageError(f"{name} is {shown(value)}; {cure or f'give a whole number from {least} to {most}'}")
+    return number
+
+
+def real_number(name: str, value: Any, *, least: float, most: float, cure: str | None = None) -> float:
+    """``value`` as a float. Raises ``UsageError`` for what is not a number, not finite, or out of range."""
+    try:
+        number = math.nan if isinstance(value, (bool, str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of torch, for several numbers
+        number = math.nan
+    if not least <= number <= most:
+        raise UsageError(f"{name} is {shown(value)}; {cure or f'give a number from {least:g} to {most:g}'}")
+    return number
+
+
+def check_steps(value: Any, name: str = "steps", most: int = STEPS) -> int:
+    """Denoising steps."""
+    return whole_number(name, value, least=1, most=most)
+
+
+def check_guidance(value: Any, name: str = "guidance") -> float:
+    """Scale of classifier-free guidance."""
+    cure = f"give a number from {-GUIDANCE:g} to {GUIDANCE:g}, 1 being none"
+    return real_number(name, value, least=-GUIDANCE, most=GUIDANCE, cure=cure)
+
+
+def check_seed(value: Any, name: str = "seed") -> int:
+    """Where random numbers start; as large as an INT64 at most, in every form of the product."""
+    return whole_number(name, value, least=0, most=SEEDS - 1, cure="give 0 or more, below 2**63")
+
+
+def check_side(value: Any, name: str) -> int:
+    """Height or width of a picture, in pixels."""
+    cure = f"give a multiple of {SIDE_MULTIPLE}"
+    side = whole_number(name, value, least=SIDE_MULTIPLE, most=PIXELS // SIDE_MULTIPLE, cure=cure)
+    if side % SIDE_MULTIPLE:
+        raise UsageError(f"{name} is {side}; {cure}")
+    return side
+
+
+def check_pixels(height: int, width: int, most: int, who: str) -> None:
+    """The area of a picture; ``who`` draws up to ``most``."""
+    if height * width > most:
+        raise UsageError(f"{height} x {width} are {height * width} pixels; {who} draws up to {most}")
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except ValueError:  # an int of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
