@@ -22,6 +22,7 @@ from dyexport.manifest import ModelSpec
 from dyexport.models.inputs import NoisedInputs
 from dyexport.tables import TokenStats, WidthTable
 from dyexport.training.data import LatentSource
+from dyexport.training.prompts import read_prompts
 
 
 class ModelStages:
@@ -54,7 +55,7 @@ class ModelStages:
         scratch = self._scratch("static")
         data = self.data if self.settings.from_scratch else None
         make = partial(stages.make_static, self.settings, source, data, scratch, self._trained("static"))
-        return self._run("static", "static", inputs, make, scratch)
+        return self._run("static", "static", inputs, make, scratch, shared=True)
 
     @cached_property
     def dynamic(self) -> Outcome:
@@ -75,7 +76,7 @@ class ModelStages:
         scratch = self._scratch("dynamic")
         source = self.data if routers in ("trained", "none") and self.settings.data_source else None
         make = partial(stages.make_dynamic, self.settings, self.static.path, source, scratch, self._trained("dynamic"))
-        return self._run("dynamic", "dynamic", inputs, make, scratch)
+        return self._run("dynamic", "dynamic", inputs, make, scratch, shared=True)
 
     @cached_property
     def calibrated(self) -> Outcome:
@@ -105,7 +106,7 @@ class ModelStages:
         def make(out: Path) -> None:
             stages.make_control(self.settings, self.static.path, self.data, scratch, self._trained("control"), out)
 
-        return self._run("control", "control", inputs, make, scratch)
+        return self._run("control", "control", inputs, make, scratch, shared=True)
 
     @cached_property
     def headroom(self) -> dict[str, float]:
@@ -161,15 +162,23 @@ class ModelStages:
     @cached_property
     def _synthetic(self) -> Path:
         """Where synthetic data lies; it is made only if the settings ask for it."""
-        if self.settings.data_source == "synthetic":
-            inputs = {"static": self.static.digest, "seed": self.settings.seed}
-            if self.settings.prompts is not None:
-                inputs["prompts"] = sha256_of(self.settings.prompts)
-            advance = partial(self.listener.advanced, "synthetic")
-            source = stages.checkpoint_source(self.settings)
-            make = partial(stages.make_synthetic, self.settings, self.static.path, source, advance)
-            self._run("synthetic", "synthetic", inputs, make)
-        return self.settings.work / "synthetic"
+        if self.settings.data_source != "synthetic":
+            return self.settings.work / "synthetic"
+        source, scratch = stages.checkpoint_source(self.settings), self._scratch("synthetic")
+        prompts = self._prompts_digest(source)
+        sampling = asdict(self.settings.sampling)
+        inputs = {"static": self.static.digest, "sampling": sampling, "prompts": prompts}
+        progress = partial(self.listener.advanced, "synthetic")
+        make = partial(stages.make_synthetic, self.settings, self.static.path, source, prompts, scratch, progress)
+        return self._run("synthetic", "synthetic", inputs, make, scratch).path
+
+    def _prompts_digest(self, source: Path | None) -> str:
+        """Identifies embedded prompts: by their texts and what embeds them."""
+        encoders = stages.text_encoders(self.settings, source)
+        if encoders is None:
+            return ""
+        parts = sorted(path for kind in ("text_encoder*", "tokenizer*") for path in Path(encoders).glob(kind))
+        return digest_of([[_contents(part) for part in parts] or encoders, read_prompts(self.settings.prompts)])
 
     def _training(self, pace: Schedule) -> dict[str, Any]:
         return {"schedule": asdict(pace), "data": self._data_digest}
@@ -186,10 +195,17 @@ class ModelStages:
         return self.settings.work / "training" / stage
 
     def _run(
-        self, name: str, output: str, inputs: Mapping[str, Any], make: Any, scratch: Path | None = None
+        self,
+        name: str,
+        output: str,
+        inputs: Mapping[str, Any],
+        make: Any,
+        scratch: Path | None = None,
+        *,
+        shared: bool = False,
     ) -> Outcome:
-        """``scratch``, where there is one, is what a training run resumes from: of no use once it is done."""
-        stage = Stage(name=name, output=output, inputs=inputs, make=make, shared=scratch is not None)
+        """``scratch``, where there is one, is what a stopped run resumes from: of no use once it is done."""
+        stage = Stage(name=name, output=output, inputs=inputs, make=make, shared=shared)
         outcome = self.ledger.run(stage)
         if scratch is not None and self.ledger.team.leads:
             remove(scratch)

@@ -12,7 +12,6 @@ from dyexport.architectures import FluxPreset, Preset
 from dyexport.build.settings import BuildSettings
 from dyexport.errors import DyexportError
 from dyexport.slicing.flops import FlopsModel
-from dyexport.training.synthetic import SyntheticConfig
 
 FORWARD, BACKWARD = 1, 2  # a pass back computes gradients of activations and of weights, each as dear as a forward pass
 ACTIVATIONS = 40  # values of C channels that a block keeps for its backward pass, per token
@@ -38,14 +37,14 @@ def estimate(settings: BuildSettings) -> Effort:
     """From the sizes alone: dense passes, since masks save nothing in training; +-50 %."""
     preset, pace = settings.preset, settings.finetune_schedule
     forward = 2 * FlopsModel.of_preset(preset).dense  # a multiply-add is two operations
-    drawn = SyntheticConfig()
-    made = drawn.samples if settings.data_source == "synthetic" else 0
+    made = settings.sampling.samples if settings.data_source == "synthetic" else 0
+    asked = (settings.sampling.steps or 0) * (2 if preset.classes else 1)  # guidance asks twice
     passes = 2 if settings.distill else 1.2  # the dynamic path, and the complete one for a share of the run
     back = BACKWARD if settings.lora is None else FORWARD  # frozen weights need no gradients
     rows = preset.tokens + preset.text_tokens
     kept = ACTIVATIONS * preset.hidden_size * rows * preset.depth * STORED
     return Effort(
-        synthetic_flops=made * drawn.steps * forward,
+        synthetic_flops=made * asked * forward,
         training_flops=pace.steps * pace.batch_size * passes * (FORWARD + back) * forward,
         device_bytes=preset.parameters * STORED + trained_parameters(settings) * TRAINED + kept,
         data_bytes=made * 4 * _sample_values(preset),

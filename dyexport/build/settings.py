@@ -17,6 +17,7 @@ from dyexport.lora import LoraFile, LoraSpec
 from dyexport.manifest import Precision, Quantization
 from dyexport.plans import OLDEST_FP8
 from dyexport.presets import get_preset
+from dyexport.training.synthetic_config import SyntheticConfig
 
 Routers = Literal["given", "random", "trained", "none"]
 
@@ -46,8 +47,8 @@ LARGE_LORA = LoraSpec(rank=16, experts=4, alpha=16)
 class BuildSettings:
     """One build. ``budget`` is the FLOPs ratio lambda; None keeps the routers of a dynamic checkpoint as they are.
 
-    ``loras`` of users are merged into the static model. ``merge_tolerance`` is the relative error up to which TD-LoRA
-    is merged into a segment's weights; None never merges.
+    ``loras`` of users are merged into the static model. ``synthetic`` says how ``data`` 'synthetic' is sampled.
+    ``merge_tolerance`` is the relative error up to which TD-LoRA is merged into a segment's weights; None never merges.
     """
 
     model: str
@@ -62,6 +63,7 @@ class BuildSettings:
     random_weights: bool = False
     data: str | None = None
     prompts: Path | None = None
+    synthetic: SyntheticConfig | None = None
     engines: int = 4
     targets: tuple[str, ...] = ("onnx",)
     token_path: str = "auto"
@@ -140,6 +142,9 @@ class BuildSettings:
             )
         if self.prompts is not None and (self.data_source != "synthetic" or self.preset.classes):
             raise UsageError("--prompts is what a text-to-image model makes --data synthetic from; leave it out")
+        if self.synthetic is not None and self.data_source != "synthetic":
+            raise UsageError("--synthetic says how --data synthetic is sampled; give that, or leave it out")
+        self.sampling  # noqa: B018  # refuses guidance that would do nothing
         for name, steps, least in (("train", self.train_steps, 1), ("finetune", self.finetune_steps, 0)):
             if steps is not None and steps < least:
                 raise UsageError(f"--{name}-steps is {steps}; give {least} or more")
@@ -232,6 +237,11 @@ class BuildSettings:
         if self.preset.pixel_space:
             return None if self.routers == "random" else "digits"
         return "synthetic" if self.large and self.routers == "trained" else None
+
+    @property
+    def sampling(self) -> SyntheticConfig:
+        """How synthetic data is sampled, where there is any."""
+        return replace(self.synthetic or SyntheticConfig(), seed=self.seed).resolved(self.preset)
 
     @property
     def large(self) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,14 +30,13 @@ from dyexport.models.sources import find_checkpoint
 from dyexport.training.config import FinetuneConfig, TrainConfig
 from dyexport.training.data import LatentSource, open_source
 from dyexport.training.finetuning import finetune
-from dyexport.training.prompts import embed_prompts, read_prompts
-from dyexport.training.synthetic import SyntheticConfig, generate
+from dyexport.training.prompts import embed_prompts, kept_prompts, read_prompts
+from dyexport.training.synthetic import generate
 from dyexport.training.trainer import Progress, train_static
 
 RANKING_POINTS = 8
+SHARDS, PROMPTS = "shards", "prompts.safetensors"  # of synthetic data under way
 CALIBRATION_SAMPLES = 512  # latents that calibration draws from
-
-Advance = Callable[[int, int], None]
 
 
 def checkpoint_source(settings: BuildSettings) -> Path | None:
@@ -94,15 +96,38 @@ def make_control(
     save_static(backbone, out)
 
 
-def make_synthetic(settings: BuildSettings, static: Path, source: Path | None, advance: Advance, out: Path) -> None:
-    """Latents that the static model samples, for prompts embedded by the pipeline that its checkpoint came from."""
-    out.mkdir()
-    preset, prompts = settings.preset, None
+def make_synthetic(
+    settings: BuildSettings,
+    static: Path,
+    source: Path | None,
+    prompts: str,
+    scratch: Path,
+    progress: Callable[..., None],
+    out: Path,
+) -> None:
+    """Latents that the static model samples, for prompts embedded by the pipeline that its checkpoint came from.
+
+    ``prompts`` identifies the embedded ones. Finished shards are kept in ``scratch``, and a stopped run goes on there.
+    """
+    preset, shards, embedded = settings.preset, scratch / SHARDS, None
+    shards.mkdir(parents=True, exist_ok=True)
     if (encoders := text_encoders(settings, source)) is not None:
         texts = read_prompts(settings.prompts)
-        prompts = embed_prompts(encoders, texts, preset, device=best_device())
+        embed = partial(embed_prompts, encoders, texts, preset, device=best_device())
+        embedded = kept_prompts(scratch / PROMPTS, embed, prompts)
     backbone = load_static(str(static), preset).to(best_device())
-    generate(backbone, preset, SyntheticConfig(seed=settings.seed), out, advance, prompts=prompts)
+    generate(backbone, preset, settings.sampling, shards, progress, prompts=embedded)
+    out.mkdir()
+    for shard in sorted(shards.iterdir()):
+        _second_name(shard, out / shard.name)
+
+
+def _second_name(file: Path, name: Path) -> None:
+    """Until the stage is recorded, a kill may take ``name`` with it, but not the file."""
+    try:
+        os.link(file, name)
+    except OSError:  # not every file system has links
+        shutil.copyfile(file, name)
 
 
 def text_encoders(settings: BuildSettings, source: Path | None) -> str | None:

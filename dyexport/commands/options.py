@@ -77,6 +77,14 @@ class BuildOptions:
         Path | None,
         _option("Text file, one prompt a line, for --data synthetic of FLUX or Latte; by default 300 of our own."),
     ] = None
+    synthetic: Annotated[
+        str | None,
+        _option(
+            "How --data synthetic is sampled; by default 4096 samples, in as many steps and with such guidance as is "
+            "usual for the model.",
+            metavar="samples=N[,steps=S][,guidance=G]",
+        ),
+    ] = None
     engines: Annotated[
         int | None,
         _option(
@@ -136,6 +144,7 @@ class BuildOptions:
         from dyexport.lora import parse_lora, parse_lora_file
         from dyexport.presets import get_preset
         from dyexport.sizes import parse_bytes
+        from dyexport.training.synthetic_config import parse_synthetic
 
         budget = parse_budget(self.budget)
         out = self.out or default_out(self.model, budget)
@@ -152,6 +161,7 @@ class BuildOptions:
             random_weights=self.random_weights,
             data=self.data,
             prompts=self.prompts,
+            synthetic=parse_synthetic(self.synthetic),
             engines=get_preset(self.model).engines if self.engines is None else self.engines,
             targets=tuple(self.target.split(",")),
             token_path=self.token_path,

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from dyexport.architectures import Preset
 from dyexport.errors import CheckpointError, DataError
 from dyexport.models.conditioning import Conditions
+from dyexport.training.state import ORIGIN, origin_of, write_tensors
 
 SUBJECTS = (
     "a red fox", "an old sailor", "a glass of water", "a steam train", "a city street in the rain", "a bowl of fruit",
@@ -35,7 +37,7 @@ def read_prompts(file: Path | None) -> tuple[str, ...]:
     if file is None:
         return tuple(f"{subject}, {setting}" for subject, setting in product(SUBJECTS, SETTINGS))
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {file}: {error}; --prompts takes a text file, one prompt a line") from error
     prompts = tuple(line.strip() for line in lines if line.strip())
@@ -69,6 +71,15 @@ def embed_prompts(source: str, prompts: tuple[str, ...], preset: Preset, *, devi
     with torch.inference_mode():
         rows = [embedder.embed(pipe, list(texts), preset.text_tokens) for texts in parts]
     return {name: torch.cat([row[name].float().cpu() for row in rows]) for name in rows[0]}
+
+
+def kept_prompts(file: Path, embed: Callable[[], Conditions], origin: str) -> Conditions:
+    """What ``embed`` returns, from ``file`` where that was made from the same ``origin``; else it is written there."""
+    if origin_of(file) == origin:
+        return load_file(file)
+    embedded = embed()
+    write_tensors(file, embedded, {ORIGIN: origin})
+    return embedded
 
 
 def with_empty(prompts: tuple[str, ...]) -> tuple[str, ...]:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from dyexport.errors import CheckpointError, DyexportError
 from dyexport.files import flush
 
+ORIGIN = "origin"  # entry of a file's metadata: identifies what its tensors were made from
+
 
 class SavedState(NamedTuple):
     step: int  # steps done
@@ -40,6 +42,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def origin_of(path: Path) -> str | None:
+    """What a file of tensors says it was made from; None where it does not tell or cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get(ORIGIN)
+    except (OSError, SafetensorError):
+        return None
 
 
 def save_state(path: Path, state: SavedState, run: str) -> None:

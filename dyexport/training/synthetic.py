@@ -4,41 +4,28 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dyexport.architectures import FluxPreset, Preset
-from dyexport.errors import UsageError
 from dyexport.models.base import get_adapter
 from dyexport.models.conditioning import Conditions, get_conditioning
 from dyexport.models.inputs import DDPM_BETAS, DDPM_STEPS
 from dyexport.training.data import ShardDirectory
 from dyexport.training.draws import step_generator
-from dyexport.training.state import fingerprint, write_tensors
+from dyexport.training.state import ORIGIN, fingerprint, origin_of, write_tensors
+from dyexport.training.synthetic_config import SyntheticConfig
 
 SHARD_SAMPLES = 64
 
-
-@dataclass(frozen=True, kw_only=True)
-class SyntheticConfig:
-    """``guidance`` is the scale of classifier-free guidance, of models with classes; 1 turns it off."""
-
-    samples: int = 4096
-    steps: int = 50
-    guidance: float = 1.5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.samples < 1 or not 1 <= self.steps <= DDPM_STEPS:
-            raise UsageError(
-                f"{self.samples} samples of {self.steps} steps; give at least 1 sample, and 1 to {DDPM_STEPS} steps"
-            )
+Progress = Callable[[int, int, str], None]
+"""Called with denoising steps done, steps in all, and how many samples are done."""
 
 
 def generate(
@@ -46,32 +33,41 @@ def generate(
     preset: Preset,
     config: SyntheticConfig,
     directory: Path,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     *,
     prompts: Conditions | None = None,
 ) -> ShardDirectory:
-    """Sample latents into safetensors shards and open them; ``progress`` gets samples done and samples in all.
+    """Sample latents into safetensors shards and open them; ``progress`` gets denoising steps done, of how many.
 
     Class labels take turns, and so do embedded ``prompts``; without any these are random.
     Shards already there, made by the same weights and settings, are kept: a killed run goes on where it stopped.
     """
-    backbone = backbone.eval()
+    backbone, config = backbone.eval(), config.resolved(preset)
     origin = _digest(backbone, preset, config, prompts)
     wanted = {
         directory / f"synthetic-{start:08d}.safetensors": start for start in range(0, config.samples, SHARD_SAMPLES)
     }
     for path in set(directory.glob("synthetic-*.safetensors")) - set(wanted):
         path.unlink()
-    for path, start in wanted.items():
+    missing = {path: start for path, start in wanted.items() if origin_of(path) != origin}
+    for index, (path, start) in enumerate(missing.items(), start=len(wanted) - len(missing)):
+        advance = partial(_advance, progress, index, len(wanted), config)
         stop = min(start + SHARD_SAMPLES, config.samples)
-        if _origin(path) != origin:
-            conditions = _conditions(preset, torch.arange(start, stop), prompts, config.seed)
-            latents = _sample(backbone, preset, conditions, config, step_generator(config.seed, start, "noise"))
-            stored = {column.name: conditions[column.argument] for column in get_conditioning(preset).columns}
-            write_tensors(path, {"latents": latents.cpu(), **stored}, {"origin": origin})
-        if progress is not None:
-            progress(stop, config.samples)
+        conditions = _conditions(preset, torch.arange(start, stop), prompts, config.seed)
+        generator = step_generator(config.seed, start, "noise")
+        latents = _sample(backbone, preset, conditions, config, generator, advance)
+        stored = {column.name: conditions[column.argument] for column in get_conditioning(preset).columns}
+        write_tensors(path, {"latents": latents.cpu(), **stored}, {ORIGIN: origin})
+    _advance(progress, len(wanted), len(wanted), config, 0)
     return ShardDirectory(directory, preset)
+
+
+def _advance(progress: Progress | None, shards: int, of: int, config: SyntheticConfig, step: int) -> None:
+    """Report ``shards`` and the steps of the one after them."""
+    if progress is not None:
+        assert config.steps is not None
+        made = min(shards * SHARD_SAMPLES, config.samples)
+        progress(shards * config.steps + step, of * config.steps, f"{made} of {config.samples} samples")
 
 
 def _digest(backbone: nn.Module, preset: Preset, config: SyntheticConfig, prompts: Conditions | None) -> str:
@@ -92,29 +88,27 @@ def _conditions(preset: Preset, rows: Tensor, prompts: Conditions | None, seed: 
     return {name: values[rows % len(values)] for name, values in prompts.items()}
 
 
-def _origin(path: Path) -> str | None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("origin")
-    except (OSError, SafetensorError):
-        return None
-
-
 @torch.no_grad()
 def _sample(
-    backbone: nn.Module, preset: Preset, conditions: Conditions, config: SyntheticConfig, generator: torch.Generator
+    backbone: nn.Module,
+    preset: Preset,
+    conditions: Conditions,
+    config: SyntheticConfig,
+    generator: torch.Generator,
+    advance: Callable[[int], None],
 ) -> Tensor:
     """From noise to latents: (B, *latent_shape)."""
+    assert config.steps is not None
     scheduler = _scheduler(preset, config.steps)
     device = next(backbone.parameters()).device
     conditions = {name: values.to(device) for name, values in conditions.items()}
     shape = (len(next(iter(conditions.values()))), *preset.latent_shape)
     latents = torch.randn(shape, generator=generator).to(device)  # (B, *latent_shape)
-    denoise = _guided if preset.classes else _predict
     for index, step in enumerate(scheduler.timesteps):
+        advance(index)
         t = step if preset.objective == "ddpm" else scheduler.sigmas[index]
         t = 1 - t if preset.objective == "flow" else t
-        output = denoise(backbone, preset, latents, t, conditions, config.guidance)  # (B, *latent_shape)
+        output = _denoise(backbone, preset, latents, t, conditions, config.guidance)  # (B, *latent_shape)
         # The scheduler integrates from data to noise; SiT's velocity points from noise to data.
         direction = -output if preset.objective == "flow" else output
         latents = scheduler.step(direction, step, latents).prev_sample
@@ -143,10 +137,15 @@ def _flow_scheduler(preset: Preset, steps: int) -> FlowMatchEulerDiscreteSchedul
     return scheduler
 
 
-def _predict(
-    backbone: nn.Module, preset: Preset, latents: Tensor, t: Tensor, conditions: Conditions, scale: float
+def _denoise(
+    backbone: nn.Module, preset: Preset, latents: Tensor, t: Tensor, conditions: Conditions, guidance: float | None
 ) -> Tensor:
-    """One forward pass without guidance; channels of a learned sigma are dropped."""
+    """One step's output under ``guidance``; channels of a learned sigma are dropped."""
+    if preset.classes:
+        assert guidance is not None
+        return _guided(backbone, preset, latents, t, conditions, guidance)
+    if isinstance(preset, FluxPreset):
+        preset = replace(preset, guidance=guidance)
     timestep = t.to(latents.device).expand(len(latents))  # (B,)
     inputs = get_conditioning(preset).inputs(latents, timestep, conditions)
     return get_adapter(preset.backbone).run(backbone, inputs)[:, : latents.shape[1]]

@@ -45,18 +45,21 @@ def test_sampling_reaches_what_the_model_points_at(preset: Preset, tmp_path: Pat
 @pytest.mark.parametrize("preset", [SIT, DIT], ids=["flow", "ddpm"])
 def test_killed_generation_goes_on_and_ends_the_same(preset: Preset, tmp_path: Path) -> None:
     whole = generate(backbone(preset), preset, CONFIG, tmp_path / "whole")
-    done: list[tuple[int, int]] = []
 
-    def stop(*counts: int) -> None:
-        done.append((counts[0], counts[1]))
-        raise KeyboardInterrupt
+    def stop(done: int, total: int, detail: str) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         generate(backbone(preset), preset, CONFIG, tmp_path / "killed", stop)
     first = next((tmp_path / "killed").iterdir())
     written = first.stat().st_mtime_ns
-    resumed = generate(backbone(preset), preset, CONFIG, tmp_path / "killed")
-    assert done == [(SHARD_SAMPLES, COUNT)]
+    told: list[tuple[int, int, str]] = []
+    resumed = generate(backbone(preset), preset, CONFIG, tmp_path / "killed", lambda *counts: told.append(counts))
+    assert told == [
+        *((3 + step, 6, f"{SHARD_SAMPLES} of {COUNT} samples") for step in range(3)),
+        (6, 6, f"{COUNT} of {COUNT} samples"),
+    ]
     assert first.stat().st_mtime_ns == written
     everything = torch.arange(COUNT)
     assert torch.equal(resumed.batch(everything).latents, whole.batch(everything).latents)
@@ -74,5 +77,5 @@ def test_other_weights_or_settings_start_over(tmp_path: Path) -> None:
 
 
 def test_no_samples_or_steps_is_refused() -> None:
-    with pytest.raises(UsageError, match="give at least 1 sample, and 1 to 1000 steps"):
+    with pytest.raises(UsageError, match="steps of synthetic data is 0; give 1 to 1000"):
         SyntheticConfig(steps=0)
