@@ -16,12 +16,16 @@ from typing import NamedTuple
 from dyexport.files import user_cache
 
 STORE = "digests.sqlite3"
-KEPT = 100_000  # newest facts: 20 MB
-TICK = 20_000_000  # nanoseconds; kernels stamp files at least every 10 ms
+KEPT = 100_000  # newest facts: 30 MB
+TICK = 20_000_000  # nanoseconds; kernels' clocks of files tick at least every 10 ms
 COARSE = 2_000_000_000  # nanoseconds, for file systems that count in seconds
+LARGE = 1 << 22  # bytes, which take longer to read again than to wait for a tick
 WAIT = 0.5  # seconds for another process that writes the cache
 
-_TABLE = "CREATE TABLE IF NOT EXISTS facts (number INTEGER PRIMARY KEY, name TEXT UNIQUE, value TEXT NOT NULL)"
+_TABLE = """
+CREATE TABLE IF NOT EXISTS facts
+(number INTEGER PRIMARY KEY, name TEXT UNIQUE NOT NULL, value TEXT NOT NULL, seal TEXT NOT NULL)
+"""
 
 
 class _Seen(NamedTuple):
@@ -53,11 +57,11 @@ def _remember(path: Path, before: _Seen, sha256: str) -> None:
 
 
 def _see(path: Path) -> _Seen:
-    """Wait, where that takes milliseconds, until a file that was just written has settled."""
+    """Wait until a large file that was just written has settled."""
     found, now = path.stat(), time.time_ns()
     grain = TICK if found.st_ctime_ns % 1_000_000_000 else COARSE
     age = now - found.st_ctime_ns
-    if grain == TICK and 0 <= age <= grain:
+    if found.st_size >= LARGE and grain == TICK and 0 <= age <= grain:
         time.sleep((grain - age) / 1e9)
         found, now = path.stat(), time.time_ns()
     facts = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
@@ -67,8 +71,8 @@ def _see(path: Path) -> _Seen:
 def recall(name: str) -> str | None:
     """What was noted under a name; None where nothing was, or where the cache cannot be read."""
     with suppress(sqlite3.Error, OSError), closing(_connect()) as store:
-        found = store.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-        return None if found is None else str(found[0])
+        found = store.execute("SELECT value, seal FROM facts WHERE name = ?", (name,)).fetchone()
+        return found[0] if found is not None and found[1] == _seal(name, found[0]) else None
     return None
 
 
@@ -76,7 +80,8 @@ def note(name: str, value: str) -> None:
     """Keep a fact for every later process of this user. A cache that cannot be written is left alone."""
     try:
         with closing(_connect()) as store, store:
-            store.execute("INSERT OR REPLACE INTO facts (name, value) VALUES (?, ?)", (name, value))
+            row = (name, value, _seal(name, value))
+            store.execute("INSERT OR REPLACE INTO facts (name, value, seal) VALUES (?, ?, ?)", row)
             store.execute("DELETE FROM facts WHERE number <= (SELECT max(number) FROM facts) - ?", (KEPT,))
     except (sqlite3.OperationalError, OSError):
         pass
@@ -91,10 +96,15 @@ def _connect() -> sqlite3.Connection:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     store = sqlite3.connect(folder / STORE, timeout=WAIT)
     try:
-        store.execute("PRAGMA journal_mode = WAL")
-        store.execute("PRAGMA synchronous = NORMAL")
+        store.execute(
+            "PRAGMA synchronous = OFF"
+        )  # a flush takes longer than most files; what a crash tears, seals show
         store.execute(_TABLE)
     except BaseException:
         store.close()
         raise
     return store
+
+
+def _seal(name: str, value: str) -> str:
+    return hashlib.sha256(f"{name} {value}".encode()).hexdigest()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sqlite3
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 
-from dyexport.digests import STORE, note, recall, remember, sha256_of
+from dyexport.digests import LARGE, STORE, TICK, note, recall, remember, sha256_of
 
 
 def digest(content: bytes) -> str:
@@ -31,21 +34,27 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """Worth waiting for until it has settled."""
+    path = tmp_path / "large"
+    path.write_bytes(b"x" * LARGE)
+    return path
+
+
 def bytes_read() -> int:
     """By this process, whether from the disk or from memory."""
     facts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(facts["rchar"])
 
 
-def test_a_file_is_read_once(cache: Path, tmp_path: Path) -> None:
-    size = 1 << 24
-    (tmp_path / "large").write_bytes(b"x" * size)
+def test_a_file_is_read_once(cache: Path, large: Path) -> None:
     read = [bytes_read()]
     for _ in range(3):
-        assert sha256_of(tmp_path / "large") == digest(b"x" * size)
+        assert sha256_of(large) == digest(b"x" * LARGE)
         read.append(bytes_read())
-    assert read[1] - read[0] >= size
-    assert read[3] - read[1] < size / 10
+    assert read[1] - read[0] >= LARGE
+    assert read[3] - read[1] < LARGE / 10
 
 
 def test_a_change_just_after_is_noticed(cache: Path, file: Path) -> None:
@@ -64,18 +73,33 @@ def test_a_change_with_its_time_put_back_is_noticed(cache: Path, file: Path) -> 
     assert sha256_of(file) == digest(b"two")
 
 
-def test_what_was_moved_is_remembered(cache: Path, file: Path) -> None:
-    known = sha256_of(file)
-    file.rename(file.with_name("moved"))
-    remember(file.with_name("moved"), known.upper())  # could not come from reading
-    assert sha256_of(file.with_name("moved")) == known.upper()
+def test_what_was_moved_is_remembered(cache: Path, large: Path) -> None:
+    known = sha256_of(large)
+    large.rename(large.with_name("moved"))
+    remember(large.with_name("moved"), known.upper())  # could not come from reading
+    assert sha256_of(large.with_name("moved")) == known.upper()
 
 
-def test_other_processes_know(cache: Path, file: Path) -> None:
-    sha256_of(file)
-    remember(file, "known")
+def test_other_processes_know(cache: Path, large: Path) -> None:
+    remember(large, "known")
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        assert pool.submit(sha256_of, file).result() == "known"
+        assert pool.submit(sha256_of, large).result() == "known"
+
+
+def test_a_small_file_is_remembered_once_it_is_older(cache: Path, file: Path) -> None:
+    remember(file, "too young to tell from what may be written next")
+    assert sha256_of(file) == digest(b"one")
+    while time.time_ns() - file.stat().st_ctime_ns < 2 * TICK:
+        time.sleep(0.01)
+    remember(file, "known")
+    assert sha256_of(file) == "known"
+
+
+def test_a_fact_that_changed_on_the_disk_is_not_believed(cache: Path) -> None:
+    note("a", "1")
+    with closing(sqlite3.connect(cache / STORE)) as store, store:
+        store.execute("UPDATE facts SET value = '2'")
+    assert recall("a") is None
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
