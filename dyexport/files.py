@@ -42,7 +42,7 @@ def replacing(path: Path, *, follow_symlinks: bool = True) -> Iterator[Path]:
         try:
             yield partial
             sync(partial)
-            _put(partial, place)
+            put(partial, place)
             flush(place.parent)
         finally:
             remove(partial)
@@ -57,8 +57,8 @@ def check_replaceable(path: Path) -> None:
         raise StorageError(f"cannot write {path}: it is a device or a pipe; give the name of a file")
 
 
-def _put(partial: Path, place: Path) -> None:
-    """Rename a file or folder onto another, which ``partial`` may hold afterwards."""
+def put(partial: Path, place: Path) -> None:
+    """Rename a file or folder onto another, in one step; ``partial`` may hold the other afterwards."""
     if place.is_symlink() or not place.is_dir():
         if partial.is_dir():
             remove(place)
@@ -164,7 +164,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def sync(path: Path) -> None:
     """Flush a file, or a directory and all in it, to the disk. What a link leads to is not ours."""
-    if path.is_symlink():
+    if path.is_symlink() or not (path.is_file() or path.is_dir()):
         return
     for child in path.iterdir() if path.is_dir() else ():
         sync(child)
@@ -178,6 +178,17 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def hard_linked(source: Path, target: Path) -> bool:
+    """Give a file, or a link, a second name; whether the file system can."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            raise
+        return False
+    return True
 
 
 def remove(path: Path) -> None:

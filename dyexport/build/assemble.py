@@ -1,8 +1,7 @@
-"""Putting the bundle together. The manifest comes last, so a bundle that is not complete is not a bundle."""
+"""Putting the bundle together, whole or not at all."""
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Mapping
@@ -11,13 +10,13 @@ from typing import NamedTuple
 
 from dyexport import __version__
 from dyexport.build.ledger import Outcome, describe
+from dyexport.build.output import staged
 from dyexport.build.settings import BuildSettings
-from dyexport.bundle import MANIFEST, Bundle, manifest_text, read_manifest
+from dyexport.bundle import MANIFEST, Bundle, manifest_text
+from dyexport.digests import remember
 from dyexport.errors import BundleError, StorageError
-from dyexport.files import PARTIAL, remove, storage_errors, sync, write_atomically
+from dyexport.files import hard_linked, replacing, storage_errors
 from dyexport.manifest import SCHEMA_VERSION, EngineRecord, FileRecord, Manifest, ModelSpec, Reference, SegmentPlan
-
-STAGING = f"{PARTIAL}bundle"
 
 
 class Source(NamedTuple):
@@ -58,20 +57,20 @@ def describe_bundle(
 def assemble(out: Path, manifest: Manifest, files: Mapping[str, Source]) -> bool:
     """Make ``out`` this bundle; returns whether it was so already.
 
-    A kill at any moment leaves the bundle of before, none, or this one. Files that neither the new
-    bundle nor the one before it names stay where they are. A file that is moved leaves a link to where it went.
+    A kill at any moment leaves the bundle of before or this one. Files that neither the new bundle nor the one before
+    it names stay where they are. A file that is moved leaves a link to where it went.
     """
-    current, staging = _is_current(out, manifest), out / STAGING
+    current = _is_current(out, manifest)
     with storage_errors(out):
-        created = not out.exists()
-        try:
+        if not current:
+            with staged(out, manifest.files) as staging:
+                _fill(staging, out, files)
+                (staging / MANIFEST).write_bytes(manifest_text(manifest))
+        moved = {name: source for name, source in files.items() if source.moved}
+        for name, source in moved.items():
+            _leave_link(source.path, out / name)
             if not current:
-                _stage(out, staging, files)
-                _publish(out, staging, manifest, files)
-        finally:
-            remove(staging)
-            if created and not any(out.iterdir()):
-                out.rmdir()
+                remember(out / name, source.record.sha256)
     return current
 
 
@@ -82,9 +81,8 @@ def _is_current(out: Path, manifest: Manifest) -> bool:
         return False
 
 
-def _stage(out: Path, staging: Path, files: Mapping[str, Source]) -> None:
+def _fill(staging: Path, out: Path, files: Mapping[str, Source]) -> None:
     """Copy, or give a second name to what is moved."""
-    remove(staging)
     for name, source in files.items():
         place = staging / name
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -93,49 +91,18 @@ def _stage(out: Path, staging: Path, files: Mapping[str, Source]) -> None:
         shutil.copyfile(source.path, place)
         if describe(place)["."] != source.record:
             raise StorageError(f"{place} was not written as it should be; check the disk, then repeat")
-    sync(staging)
 
 
 def _linked(path: Path, place: Path, final: Path) -> bool:
     """Give a file its name in staging, unless another bundle has it or it is on another disk."""
     if path.is_symlink() and path.resolve() != final.resolve():
         return False
-    try:
-        os.link(path.resolve(), place)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
-            raise
-        return False
-    return True
-
-
-def _publish(out: Path, staging: Path, manifest: Manifest, files: Mapping[str, Source]) -> None:
-    """From the moment the old manifest is gone until the new one is there, ``out`` is not a bundle."""
-    before = _files_of(out)
-    (out / MANIFEST).unlink(missing_ok=True)
-    for name in before - manifest.files.keys():
-        (out / name).unlink(missing_ok=True)
-    for name, source in files.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (staging / name).replace(out / name)
-        (staging / name).unlink(missing_ok=True)  # a name of the same file replaces nothing and stays
-        _leave_link(source.path, out / name)
-    sync(out)
-    write_atomically(out / MANIFEST, manifest_text(manifest))
+    return hard_linked(path.resolve(), place)
 
 
 def _leave_link(path: Path, final: Path) -> None:
     """A moved file keeps one name: ONNX's checker refuses external data that has two."""
     if path.is_symlink() or not path.samefile(final):
         return
-    link = path.with_name(PARTIAL + path.name)
-    remove(link)
-    link.symlink_to(os.path.relpath(final.resolve(), path.parent.resolve()))
-    link.replace(path)
-
-
-def _files_of(out: Path) -> set[str]:
-    try:
-        return set(read_manifest(out / MANIFEST).files)
-    except BundleError:
-        return set()
+    with replacing(path, follow_symlinks=False) as link:
+        link.symlink_to(os.path.relpath(final.resolve(), path.parent.resolve()))

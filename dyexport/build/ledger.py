@@ -6,7 +6,6 @@ kill at any moment loses at most the stage it hit.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -21,10 +20,11 @@ from typing import Any, Protocol
 
 from pydantic import Field, ValidationError
 
+from dyexport.build.output import held
 from dyexport.build.team import Alone, Team
-from dyexport.digests import sha256_of
-from dyexport.errors import StorageError, UsageError
-from dyexport.files import PARTIAL, flush, remove, storage_errors, sync, write_atomically
+from dyexport.digests import remember, sha256_of
+from dyexport.errors import UsageError
+from dyexport.files import replacing, storage_errors, write_atomically
 from dyexport.manifest import FileRecord, Frozen
 
 LEDGER = "ledger.json"
@@ -155,23 +155,14 @@ class Ledger:
     def _redo(self, stage: Stage, inputs: str, why: str) -> None:
         if stage.name in self._without:
             raise UsageError(f"stage {stage.name!r} must run first ({why}); use `dyexport build` with these settings")
-        output = self.work / stage.output
-        partial = output.with_name(PARTIAL + output.name)
-        with storage_errors(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            remove(partial)
-            begin = perf_counter()
-            try:
-                stage.make(partial)
-                seconds = round(perf_counter() - begin, 3)
-                sync(partial)
-                record = Record(inputs=inputs, files=describe(partial), seconds=seconds)
-                remove(output)
-                partial.rename(output)
-                flush(output.parent)
-            finally:
-                remove(partial)
-            self._record(stage.name, record)
+        output, begin = self.work / stage.output, perf_counter()
+        with replacing(output, follow_symlinks=False) as partial:
+            stage.make(partial)
+            seconds = round(perf_counter() - begin, 3)
+            record = Record(inputs=inputs, files=describe(partial), seconds=seconds)
+        if output.is_file():
+            remember(output, record.files["."].sha256)  # renamed, so no longer the file that was read
+        self._record(stage.name, record)
 
     def _record(self, name: str, record: Record) -> None:
         with self._lock:
@@ -200,12 +191,7 @@ def locked(work: Path) -> Iterator[None]:
     """
     with storage_errors(work):
         work.mkdir(parents=True, exist_ok=True)
-        file = (work / LOCK).open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StorageError(f"another build is using {work}; wait for it, or give another --work") from error
+    with held(work / LOCK, f"another build is using {work}; wait for it, or give another --work"):
         try:
             yield
         finally:

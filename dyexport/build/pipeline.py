@@ -35,6 +35,7 @@ from dyexport.build.networks import (
     plan_of,
     store_reader,
 )
+from dyexport.build.output import locked_output
 from dyexport.build.predictions import PlanCost, predict
 from dyexport.build.profiles import plan_request
 from dyexport.build.quantization import Ranges, make_ranges
@@ -44,6 +45,7 @@ from dyexport.build.targets import ONNX, TARGETS
 from dyexport.build.team import Alone, find_team
 from dyexport.bundle import RANGES, TOKENS, WIDTHS
 from dyexport.calibration.segments import PlanSettings
+from dyexport.digests import sha256_of
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.exporters.weight_store import write_store
 from dyexport.files import check_writable
@@ -238,7 +240,19 @@ class Pipeline(ModelStages):
         return self._run(f"{target} {network.name}", f"{GRAPHS}/{name}", inputs, make)
 
     def bundle(self) -> Manifest:
-        """Everything, assembled at ``settings.out``."""
+        """Everything, assembled at ``settings.out``. Raises ``StorageError`` while another build writes there."""
+        with locked_output(self.settings.out):
+            manifest = self._bundle()
+            self._settle()
+        return manifest
+
+    def _settle(self) -> None:
+        """Remember every file's digest, now that all are older than the clock's ticks: the next build reads none."""
+        for outcome in self.ledger.outcomes.values():
+            for name in outcome.files:
+                sha256_of(outcome.path / name)
+
+    def _bundle(self) -> Manifest:
         for target in self._plan_targets:
             self._builder(target)  # before hours of work for one that is not there
         self.headroom  # noqa: B018  # before anything is written in a precision that will not do

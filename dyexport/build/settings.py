@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from dyexport.architectures import Preset, RouterKind
+from dyexport.build.output import check_ours
 from dyexport.build.profiles import parse_profiles
 from dyexport.build.targets import ONNX, TARGETS
 from dyexport.calibration.segments import PlanSettings
@@ -184,11 +185,9 @@ class BuildSettings:
     def _check_paths(self) -> None:
         if self.out.resolve() == self.work.resolve():
             raise UsageError(f"-o and --work are both {self.out}; give two directories")
-        if self.out.exists() and not self.out.is_dir():
-            raise UsageError(f"{self.out} is a file; -o takes a directory")
-        ours = any((self.out / name).exists() for name in ("manifest.json", ".partial-bundle"))
-        if self.out.is_dir() and any(self.out.iterdir()) and not ours:
-            raise UsageError(f"{self.out} is not empty and not a bundle; choose another -o")
+        if self.work.resolve().is_relative_to(self.out.resolve()):
+            raise UsageError(f"--work {self.work} lies in the bundle {self.out}, which is replaced; give another one")
+        check_ours(self.out)
 
     @property
     def formats(self) -> tuple[str, ...]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
 
-from dyexport.build.assemble import STAGING, Source, assemble
+from dyexport.build.assemble import Source, assemble
 from dyexport.build.ledger import describe
+from dyexport.build.output import STAGING, check_ours, locked_output
 from dyexport.bundle import MANIFEST, WIDTHS, Bundle
-from dyexport.errors import StorageError
+from dyexport.errors import StorageError, UsageError
 from dyexport.manifest import Manifest
 from tests.build.tiny import hashes
 from tests.test_bundle import GRAPH, manifest_of, root
@@ -72,16 +75,22 @@ def test_files_of_the_bundle_before_go_and_others_stay(root: Path, out: Path) ->
     Bundle.open(out)
 
 
-def test_while_files_are_being_replaced_there_is_no_bundle(root: Path, out: Path) -> None:
-    """The first file that cannot be placed stops it, when some of the new files are there already."""
+@pytest.mark.parametrize("way", ["folder", "file"])
+def test_what_stands_in_the_way_is_not_overwritten(root: Path, out: Path, way: str) -> None:
     assemble(out, *parts(root))
     (root / GRAPH).rename(root / "graphs" / "segment-99.onnx")
     manifest, _ = parts_renamed(root, "segment-99.onnx")
-    (out / "graphs" / "segment-99.onnx" / "in the way").mkdir(parents=True)
+    mine = out / "graphs" / "segment-99.onnx"
+    if way == "folder":
+        mine = mine / "mine.txt"
+        mine.parent.mkdir()
+    mine.write_text("mine")
+    before = hashes(out)
     files = {name: Source(root / name, record) for name, record in manifest.files.items()}
-    with pytest.raises(StorageError, match="Is a directory"):
+    with pytest.raises(StorageError, match="was not written by dyexport and is in the bundle's way"):
         assemble(out, manifest, files)
-    assert not (out / MANIFEST).exists()
+    assert hashes(out) == before
+    Bundle.open(out)
 
 
 def parts_renamed(root: Path, graph: str) -> tuple[Manifest, Path]:
@@ -146,6 +155,91 @@ def test_a_kill_before_the_link_is_mended(root: Path, out: Path) -> None:
     assert not assemble(out, manifest, files)
     assert (root / MOVED).is_symlink()
     assert (out / MOVED).stat().st_nlink == 1
+
+
+def test_files_of_the_user_stay(root: Path, out: Path) -> None:
+    assemble(out, *parts(root))
+    (out / "notes.txt").write_text("mine")
+    (out / "link").symlink_to("notes.txt")
+    (out / "graphs" / "deep" / "empty").mkdir(parents=True)
+    (out / "graphs" / "deep" / "mine.txt").write_text("mine")
+    (out / "notes.txt").chmod(0o640)
+    os.mkfifo(out / "pipe")
+    inode = (out / "notes.txt").stat().st_ino
+    (root / GRAPH).write_bytes(b"a new graph")
+    assemble(out, *parts(root))
+    assert (out / GRAPH).read_bytes() == b"a new graph"
+    assert ((out / "notes.txt").stat().st_ino, (out / "notes.txt").stat().st_nlink) == (inode, 1)
+    assert (out / "notes.txt").stat().st_mode & 0o777 == 0o640
+    assert (out / "link").readlink() == Path("notes.txt")
+    assert (out / "graphs" / "deep" / "mine.txt").read_text() == "mine"
+    assert (out / "graphs" / "deep" / "empty").is_dir()
+    assert (out / "pipe").is_fifo()
+
+
+def test_a_link_to_the_bundle_stays_a_link(root: Path, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk" / "bundle").mkdir(parents=True)
+    out.symlink_to("disk/bundle")
+    for content in (b"one graph", b"another"):
+        (root / GRAPH).write_bytes(content)
+        assemble(out, *parts(root))
+        assert out.is_symlink()
+        assert Bundle.open(tmp_path / "disk" / "bundle").manifest == parts(root)[0]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_bundle_is_replaced_where_the_shell_stands(
+    root: Path, out: Path, link: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder is not exchanged: a shell would find itself in one that is gone."""
+    assemble(out, *(moving(root) if link else parts(root)))
+    (out / "graphs" / "mine.txt").write_text("mine")
+    (out / "empty").mkdir()
+    monkeypatch.chdir(out)
+    inode = out.stat().st_ino
+    (root / GRAPH).rename(root / "graphs" / "segment-99.onnx")
+    manifest, _ = parts_renamed(root, "segment-99.onnx")
+    files = {n: Source(root / n, record, moved=link and n == MOVED) for n, record in manifest.files.items()}
+    assert not assemble(Path(), manifest, files)
+    assert Bundle.open(out).manifest == manifest
+    assert out.stat().st_ino == inode
+    assert hashes(out).keys() == {MANIFEST, *manifest.files, "graphs/mine.txt"}
+    assert (out / "empty").is_dir()
+    assert (out / MOVED).stat().st_nlink == 1
+
+
+def test_nothing_but_a_bundle_is_taken_for_one(root: Path, out: Path) -> None:
+    check_ours(out)
+    assemble(out, *parts(root))
+    check_ours(out)
+    content = json.loads((out / MANIFEST).read_bytes())
+    for schema in (1, content["schema_version"], 99):
+        (out / MANIFEST).write_text(json.dumps({**content, "schema_version": schema}))
+        check_ours(out)
+    strangers = ("{}", "[]", "", '{"name": "my web app", "schema_version": 3}', '{"files": [], "schema_version": 1}')
+    for stranger in (*strangers, "[" * 100_000):
+        (out / MANIFEST).write_text(stranger)
+        with pytest.raises(UsageError, match="is not empty and not a bundle"):
+            check_ours(out)
+
+
+def test_one_build_at_a_time_writes_a_bundle(out: Path) -> None:
+    with locked_output(out):
+        with pytest.raises(StorageError, match="another build is writing"), locked_output(out):
+            pass
+        out.mkdir()
+        with pytest.raises(StorageError, match="another build is writing"), locked_output(out):
+            pass
+    with locked_output(out):
+        pass
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_lock_knows_a_folder_by_every_name(out: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("out")
+    with locked_output(tmp_path / "link"), pytest.raises(StorageError, match="another"), locked_output(out):
+        pass
 
 
 def test_records_are_of_what_is_there(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,16 @@ def test_an_output_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not empty and not a bundle"):
         settings(tmp_path)
     (tmp_path / "out" / "manifest.json").write_text("{}")
+    with pytest.raises(UsageError, match="not empty and not a bundle"):
+        settings(tmp_path)
+    ours = {"schema_version": 1, "dyexport_version": "0.1", "files": {}}
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(ours))
     settings(tmp_path)
+
+
+def test_a_work_directory_inside_the_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="lies in the bundle"):
+        BuildSettings(model="sit-digits", budget=0.5, out=tmp_path, work=tmp_path / "work")
 
 
 def test_an_output_that_is_a_file(tmp_path: Path) -> None:
