@@ -49,7 +49,15 @@ if TYPE_CHECKING:
     from dyexport.bundle import Bundle
     from dyexport.runtime.pipeline import load
 else:
-    _LAZY = {"Bundle": "dyexport.bundle", "load": "dyexport.runtime.pipeline"}
+    _LAZY = {
+        "Bundle": "dyexport.bundle",
+        "load": "dyexport.runtime.pipeline",
+        # A saved pipeline names its transformer as one of these, and diffusers looks for the base class next to it.
+        "DiTBundle": "dyexport.runtime.transformers",
+        "FluxBundle": "dyexport.runtime.transformers",
+        "LatteBundle": "dyexport.runtime.transformers",
+        "ModelMixin": "diffusers",
+    }
 
     def __getattr__(name: str) -> object:
         if name not in _LAZY:

@@ -59,7 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exporters": CONTRACTS | {"models", "slicing"},
     "training": CONTRACTS | {"models", "slicing"},
     "engines": {"errors", "files", "tables", "tensors", "manifest", "bundle", "plans", "tensorrt_api"},
-    "runtime": {"arguments", "errors", "sizes", "tables", "manifest", "bundle", "engines"},
+    "runtime": {"arguments", "errors", "files", "sizes", "tables", "manifest", "bundle", "engines"},
     "serving": {"arguments", "errors", "files", "sizes", "tables", "manifest", "bundle", "engines", "runtime"},
     "bench": {"arguments", "errors", "files", "tables", "manifest", "bundle", "plans", "engines", "runtime"},
     "build": EITHER_SIDE,

@@ -25,7 +25,8 @@ from dyexport.bench.variants import (
 from dyexport.bundle import Bundle
 from dyexport.errors import UsageError
 from dyexport.manifest import Segment, SegmentPlan
-from dyexport.runtime.pipeline import BundleTransformer, load
+from dyexport.runtime.component import BundleTransformer
+from dyexport.runtime.pipeline import load
 from dyexport.runtime.transformers import example_inputs, stock_transformer
 
 OVERHEAD_LOOPS = 3

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dyexport.bundle import Bundle
-from dyexport.runtime.pipeline import BundleTransformer
+from dyexport.runtime.component import BundleTransformer
 from dyexport.runtime.transformers import example_inputs
 
 Variant = Callable[[], object]

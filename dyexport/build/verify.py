@@ -30,7 +30,8 @@ from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.dynamic_checkpoints import load_dynamic
 from dyexport.models.streaming import must_stream
 from dyexport.presets import get_preset
-from dyexport.runtime.pipeline import BundleTransformer, load
+from dyexport.runtime.component import BundleTransformer
+from dyexport.runtime.pipeline import load
 from dyexport.runtime.scheduler import route
 
 TOLERANCES: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}  # largest absolute; then relative

@@ -85,7 +85,7 @@ class Conditioner:
         import torch
 
         batch, conditions = trajectory.batch, trajectory.conditions.items()
-        t = torch.tensor(timesteps, device=self.device).repeat_interleave(batch)  # (S * B,)
+        t = torch.tensor(timesteps, dtype=torch.float32, device=self.device).repeat_interleave(batch)  # (S * B,)
         tiled = {name: tensor.repeat(len(timesteps), *[1] * (tensor.ndim - 1)) for name, tensor in conditions}
         begin = perf_counter()
         modulation = self.engine.run({"timestep": t, **tiled})["modulation"]  # (S * B, M)

@@ -8,112 +8,23 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from threading import Lock
-from time import perf_counter
 from typing import NamedTuple
 
 import torch
-from diffusers import ModelMixin
-from diffusers.configuration_utils import FrozenDict
 
 from dyexport.arguments import shown, whole_number
 from dyexport.bundle import Bundle
-from dyexport.engines.base import Tensors
 from dyexport.engines.registry import EngineOptions, get_backend, make_engines
 from dyexport.engines.switching import SwitchingEngine
 from dyexport.errors import BundleError, UsageError
-from dyexport.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING, ModelSpec, segment_name
+from dyexport.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING, segment_name
+from dyexport.runtime.component import BundleTransformer, Running
 from dyexport.runtime.conditioning import Conditioner
+from dyexport.runtime.locating import find_bundle
 from dyexport.runtime.memory import Placement, WeightBytes, place
-from dyexport.runtime.overflow import Overflow, OverflowCounter
-from dyexport.runtime.placeholder import offloading_placeholder
-from dyexport.runtime.residency import Residency, distinct_bytes, measure
-from dyexport.runtime.scheduler import Scheduler, dense_route, route, shared_timestep
+from dyexport.runtime.residency import distinct_bytes
+from dyexport.runtime.scheduler import Scheduler, dense_route, route
 from dyexport.sizes import check_memory
-
-
-class BundleTransformer(ModelMixin):
-    """The denoising network of a bundle. Engines hold the weights; the module has none.
-
-    A subclass for each backbone has the ``forward`` of its diffusers transformer. Tensors come back on
-    the device and in the dtype they came in; the engines stay where they were loaded, so a pipeline's
-    ``to`` and its offloading pass over this module. Calls from several threads run one after another.
-    A ``ModelMixin``, because ``from_pretrained(..., transformer=)`` of a pipeline takes nothing else.
-    """
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        engine: SwitchingEngine,
-        conditioner: Conditioner,
-        scheduler: Scheduler,
-        device: torch.device,
-    ) -> None:
-        super().__init__()
-        self.spec = spec
-        self.config = FrozenDict(spec.config)
-        self.engine = engine
-        self.conditioner = conditioner
-        self._device = device
-        self._scheduler = scheduler
-        self._overflow = OverflowCounter()
-        self._step_seconds = 0.0
-        self._lock = Lock()
-        self.placeholder = offloading_placeholder()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the engines are."""
-        return self._device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the engines' inputs and outputs."""
-        return torch.float32
-
-    def denoise(self, timestep: torch.Tensor | float, inputs: Tensors, conditions: Tensors) -> torch.Tensor:
-        """One call of the network on this bundle's device.
-
-        ``inputs`` change from step to step or are fixed (latents, text); ``conditions`` (B, ...) reach the
-        network through its conditioning only. ``timestep`` is a number, () or (B,) with equal values.
-        """
-        with self._lock:
-            begin = perf_counter()
-            sample = self._step(timestep, inputs, conditions)
-            self._step_seconds += perf_counter() - begin
-        return sample
-
-    def _step(self, timestep: torch.Tensor | float, inputs: Tensors, conditions: Tensors) -> torch.Tensor:
-        latents = inputs["hidden_states"]
-        t = shared_timestep(timestep, len(latents))
-        step = self._scheduler.step(t)
-        moved = {name: self._take(tensor) for name, tensor in inputs.items()}
-        conditions = {name: self._take(tensor) for name, tensor in conditions.items()}
-        outputs = self.engine.run_on(step.choice, {**moved, "modulation": self.conditioner.at(t, conditions)})
-        if step.token_limits is not None:
-            self._overflow.add(outputs["kept_tokens"], step.token_limits)
-        return outputs["sample"].to(latents.device, latents.dtype)
-
-    def _take(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
-
-    @property
-    def residency(self) -> Residency:
-        """Bytes resident now, and what each switch has cost so far."""
-        with self._lock:
-            return measure(self.engine, self.conditioner, step_seconds=self._step_seconds)
-
-    @property
-    def overflow(self) -> Overflow:
-        """How often a block's router wanted more tokens than the block's capacity."""
-        with self._lock:
-            return self._overflow.read()
-
-    def close(self) -> None:
-        """Free the engines; a later call loads them again."""
-        with self._lock:
-            self.engine.close()
-            self.conditioner.close()
 
 
 def load(
@@ -121,6 +32,7 @@ def load(
     *,
     target: str = "onnx",
     device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
     max_resident: int | None = None,
     memory: int | str | None = None,
     share_weights: bool = False,
@@ -128,10 +40,11 @@ def load(
     dense: bool = False,
     fallback: bool = True,
 ) -> BundleTransformer:
-    """Open a bundle to run it.
+    """Open a bundle to run it: a directory, or a repository of the Hugging Face hub.
 
     ``target`` is one that the bundle was built for, or ``onnx-rtx``: its ONNX graphs on TensorRT-RTX through ONNX
     Runtime. ``device`` is ``cpu``, ``cuda`` or ``cuda:N``, by default CUDA where torch and the backend have it.
+    ``dtype`` is the pipeline's: what it makes latents in, whatever the engines compute in.
     ``max_resident`` bounds how many engines are in memory at a time (default: all; otherwise the conditioning
     engine leaves as soon as it has run). ``memory``, bytes or such as ``"8GiB"``, bounds the weights instead: it
     decides how many engines stay, and whether their weights are streamed where a backend can; activations come on
@@ -143,11 +56,34 @@ def load(
     Raises ``BundleError`` for a damaged bundle, ``EngineMismatch`` for a target it was not built for,
     ``UsageError`` for an argument out of range, ``MissingDependency`` for an absent backend.
     """
-    max_resident, budget = _bounds(max_resident, memory)
-    bundle, opened = _open(bundle_path, target, check_hashes=check_hashes, dense=dense, fallback=fallback)
+    limit, budget = _bounds(max_resident, memory)
+    root = find_bundle(bundle_path)
+    bundle, opened = _open(root, target, check_hashes=check_hashes, dense=dense, fallback=fallback)
     options = EngineOptions(device=_device(opened.target, device), share_weights=share_weights)
-    placement = _place(opened, options, max_resident, budget)
+    placement = _place(opened, options, limit, budget)
     options = replace(options, streaming_budget=placement.streaming_budget)
+    reopen = partial(
+        load,
+        root,
+        target=target,
+        device=device,
+        max_resident=max_resident,
+        memory=memory,
+        share_weights=share_weights,
+        check_hashes=check_hashes,
+        dense=dense,
+        fallback=fallback,
+    )
+    return get_transformer(bundle.manifest.model.backbone)(
+        bundle,
+        partial(_start, bundle, opened, options, placement, dense),
+        reopen,
+        device=torch.device(options.device),
+        dtype=_checked_dtype(dtype),
+    )
+
+
+def _start(bundle: Bundle, opened: _Opened, options: EngineOptions, placement: Placement, dense: bool) -> Running:
     *engines, conditioning = make_engines(opened.target, opened.paths, options)
     find = dense_route if dense else partial(route, bundle.manifest.plan, bundle.widths, bundle.token_stats)
     scheduler, spec = Scheduler(find, options.device), bundle.manifest.model
@@ -158,7 +94,13 @@ def load(
         max_resident=placement.max_resident,
     )
     conditioner = Conditioner(conditioning, resident=placement.max_resident is None, device=options.device)
-    return get_transformer(spec.backbone)(spec, engine, conditioner, scheduler, torch.device(options.device))
+    return Running(engine, conditioner, scheduler)
+
+
+def _checked_dtype(dtype: torch.dtype) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f"dtype is {shown(dtype)}; give a floating-point dtype of torch, such as torch.bfloat16")
+    return dtype
 
 
 class _Opened(NamedTuple):

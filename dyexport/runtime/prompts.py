@@ -11,7 +11,7 @@ import torch
 
 from dyexport.arguments import PIXELS, SAMPLES, check_guidance, check_pixels, check_side, check_steps
 from dyexport.errors import CheckpointError, DataError, UsageError
-from dyexport.runtime.pipeline import BundleTransformer
+from dyexport.runtime.component import BundleTransformer
 from dyexport.runtime.prompt_pipelines import PIPELINES, Columns, PromptPipeline
 from dyexport.runtime.sampling import check_finite, noise_of, open_vae
 

@@ -11,6 +11,7 @@ from dyexport.engines.base import Tensors
 from dyexport.engines.switching import Choice
 from dyexport.errors import BundleError, EngineMismatch
 from dyexport.manifest import Segment, SegmentPlan
+from dyexport.runtime.inputs import float_values
 from dyexport.tables import FloatArray, TokenStats, WidthTable
 
 if TYPE_CHECKING:
@@ -69,11 +70,10 @@ def _token_limits(segment: Segment, slots: int) -> tuple[int, ...]:
 def shared_timestep(timestep: torch.Tensor | float, batch: int) -> float:
     """The one t of a batch, read from the device once.
 
-    Raises ``EngineMismatch`` where samples differ in t: they would need different engines.
+    Raises ``EngineMismatch`` where samples differ in t, which would need different engines, and for no finite number.
     """
-    import torch
 
-    values = torch.as_tensor(timestep).to(torch.float32).reshape(-1).tolist()  # as the network will see it
+    values = float_values("timestep", timestep)
     if len(values) not in (1, batch):
         raise EngineMismatch(f"timestep has {len(values)} values for a batch of {batch}")
     if any(value != values[0] for value in values):
@@ -81,7 +81,7 @@ def shared_timestep(timestep: torch.Tensor | float, batch: int) -> float:
         raise EngineMismatch(
             f"all samples of a batch must be at the same timestep, not at {several}; call once for each"
         )
-    return float(values[0])
+    return values[0]
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,6 @@ class Scheduler:
         if found.gate is not None:
             inputs["width_gate"] = torch.from_numpy(found.gate).to(self._device)  # (W,)
         if found.slots is not None:
-            inputs["slots"] = torch.zeros(found.slots, device=self._device)  # (S,)
+            inputs["slots"] = torch.zeros(found.slots, dtype=torch.float32, device=self._device)  # (S,)
         limits = torch.tensor(found.token_limits, device=self._device, dtype=torch.int64)
         return Step(Choice(engine=found.segment, inputs=inputs), limits if found.token_limits else None)

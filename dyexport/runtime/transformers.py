@@ -6,17 +6,26 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, LatteTransformer3DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from dyexport.errors import EngineMismatch
 from dyexport.manifest import ModelSpec
-from dyexport.runtime.pipeline import BundleTransformer
+from dyexport.runtime.component import BundleTransformer
+from dyexport.runtime.inputs import (
+    check_absent,
+    check_attention_kwargs,
+    checked_labels,
+    floating,
+    per_sample,
+    positions,
+)
 
-DIT_PIPELINE_NULL_CLASS = 1000  # what diffusers' DiTPipeline gives as "no class", whatever the model's classes
 
-
-class DiTBundle(BundleTransformer):
+class DiTBundle(BundleTransformer, DiTTransformer2DModel):
     """Stands in for ``DiTTransformer2DModel``."""
+
+    stock = DiTTransformer2DModel
 
     def forward(
         self,
@@ -28,63 +37,76 @@ class DiTBundle(BundleTransformer):
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict the noise, or the velocity, of latents (B, C, H, W) with labels (B,) at one t: (B, C_out, H, W).
 
-        ``cross_attention_kwargs`` has nothing to act on. Raises ``EngineMismatch`` for inputs this bundle
-        was not built for.
+        Raises ``EngineMismatch`` for inputs this bundle was not built for.
         """
         if timestep is None or class_labels is None:
             raise EngineMismatch(f"timestep and class_labels are required; label {self.spec.classes} means no class")
-        labels = class_labels.to(torch.int64)  # (B,)
-        if self.spec.classes < DIT_PIPELINE_NULL_CLASS:
-            labels = labels.masked_fill(labels == DIT_PIPELINE_NULL_CLASS, self.spec.classes)
-        sample = self.denoise(timestep, {"hidden_states": hidden_states}, {"class_labels": labels})
+        check_attention_kwargs("cross_attention_kwargs", cross_attention_kwargs)
+        labels = checked_labels(class_labels, self.spec.classes)  # (B,)
+        latents = floating("hidden_states", hidden_states, "batch", "channels", "height", "width")
+        sample = self.denoise(timestep, {"hidden_states": latents}, {"class_labels": labels})
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
-class FluxBundle(BundleTransformer):
+class FluxBundle(BundleTransformer, FluxTransformer2DModel):
     """Stands in for ``FluxTransformer2DModel``: any resolution, any length of text."""
+
+    stock = FluxTransformer2DModel
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        pooled_projections: torch.Tensor,
-        timestep: torch.Tensor | float,
-        img_ids: torch.Tensor,
-        txt_ids: torch.Tensor,
-        guidance: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        pooled_projections: torch.Tensor | None = None,
+        timestep: torch.Tensor | float | None = None,
+        img_ids: torch.Tensor | None = None,
+        txt_ids: torch.Tensor | None = None,
+        guidance: torch.Tensor | float | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
+        controlnet_block_samples: Any = None,
+        controlnet_single_block_samples: Any = None,
         return_dict: bool = True,
+        controlnet_blocks_repeat: bool = False,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict the velocity of packed latents (B, N, C) at one sigma, with text (B, T, J), pooled (B, P): (B, N, C).
 
-        Positions are (N, 3) and (T, 3), guidance (B,) or (1,). Raises ``EngineMismatch`` for inputs this
+        Positions are (N, 3) and (T, 3), guidance is a number or (B,). Raises ``EngineMismatch`` for inputs this
         bundle was not built for.
         """
-        if joint_attention_kwargs:
-            raise EngineMismatch(
-                f"joint_attention_kwargs {sorted(joint_attention_kwargs)} cannot reach inside an engine"
-            )
-        inputs = {
-            "hidden_states": hidden_states,
-            "encoder_hidden_states": encoder_hidden_states,
-            "img_ids": _unbatched(img_ids),
-            "txt_ids": _unbatched(txt_ids),
+        if timestep is None:
+            raise EngineMismatch("timestep is required")
+        check_attention_kwargs("joint_attention_kwargs", joint_attention_kwargs)
+        control = {
+            "controlnet_block_samples": controlnet_block_samples,
+            "controlnet_single_block_samples": controlnet_single_block_samples,
+            "controlnet_blocks_repeat": controlnet_blocks_repeat,
         }
-        conditions = {"pooled_projections": pooled_projections}
-        if self.config.guidance_embeds:
-            if guidance is None:
-                raise EngineMismatch(f"{self.spec.name} takes a guidance scale, such as 3.5; give guidance")
-            conditions["guidance"] = guidance.expand(len(hidden_states))  # (B,)
-        sample = self.denoise(timestep, inputs, conditions)
+        check_absent(control, "use the diffusers transformer with a ControlNet")
+        inputs = {
+            "hidden_states": floating("hidden_states", hidden_states, "batch", "tokens", "channels"),
+            "encoder_hidden_states": floating(
+                "encoder_hidden_states", encoder_hidden_states, "batch", "tokens", "channels"
+            ),
+        }
+        conditions = {"pooled_projections": floating("pooled_projections", pooled_projections, "batch", "channels")}
+        if guidance is not None:
+            conditions["guidance"] = per_sample("guidance", guidance)  # (B,)
+        if self.config.guidance_embeds and guidance is None:
+            raise EngineMismatch(f"{self.spec.name} takes a guidance scale, such as 3.5; give guidance")
+        if not self.config.guidance_embeds:
+            check_absent({"guidance": guidance}, f"{self.spec.name} takes none")
+        sample = self.denoise(timestep, inputs, conditions, positions(txt_ids, img_ids))
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def cache_context(self, name: str) -> AbstractContextManager[None]:
+    def cache_context(self, name: str, **context: Any) -> AbstractContextManager[None]:
         """Pipelines open one around each call, for caches that keep activations; there is none here."""
         return nullcontext()
 
 
-class LatteBundle(BundleTransformer):
+class LatteBundle(BundleTransformer, LatteTransformer3DModel):
     """Stands in for ``LatteTransformer3DModel``: frames of any size, as many as it was trained on, or one."""
+
+    stock = LatteTransformer3DModel
 
     def forward(
         self,
@@ -102,26 +124,27 @@ class LatteBundle(BundleTransformer):
         """
         if timestep is None or encoder_hidden_states is None:
             raise EngineMismatch("timestep and encoder_hidden_states are required")
-        if encoder_attention_mask is not None:
-            raise EngineMismatch("encoder_attention_mask is not built in; cut the text to its length, as LattePipeline")
+        check_absent(
+            {"encoder_attention_mask": encoder_attention_mask}, "cut the text to its length, as LattePipeline does"
+        )
         if not enable_temporal_attentions:
             raise EngineMismatch("enable_temporal_attentions=False would leave blocks out; they are built in")
-        frames, *sides = hidden_states.shape[2:]
-        trained, patch = self.config.video_length, self.config.patch_size
-        if any(side % patch for side in sides):
-            raise EngineMismatch(
-                f"latents are {sides[0]} x {sides[1]}; both must be multiples of {patch}, the patch size"
-            )
-        if frames not in (1, trained):
-            raise EngineMismatch(f"{self.spec.name} knows the places of {trained} frames, or of one, not of {frames}")
-        inputs = {"hidden_states": hidden_states, "encoder_hidden_states": encoder_hidden_states}
-        sample = self.denoise(timestep, inputs, {})
+        latents = floating("hidden_states", hidden_states, "batch", "channels", "frames", "height", "width")
+        self._check_size(*latents.shape[2:])
+        text = floating("encoder_hidden_states", encoder_hidden_states, "batch", "tokens", "channels")
+        sample = self.denoise(timestep, {"hidden_states": latents, "encoder_hidden_states": text}, {})
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
+    def _check_size(self, frames: int, height: int, width: int) -> None:
+        trained, patch = self.config.video_length, self.config.patch_size
+        if height % patch or width % patch:
+            raise EngineMismatch(f"latents are {height} x {width}; both must be multiples of {patch}, the patch size")
+        if frames not in (1, trained):
+            raise EngineMismatch(f"{self.spec.name} knows the places of {trained} frames, or of one, not of {frames}")
 
-def _unbatched(positions: torch.Tensor) -> torch.Tensor:
-    """(N, 3) from that, or from one equal copy a sample (B, N, 3), as the published FLUX gives them."""
-    return positions[0] if positions.ndim == 3 else positions
+    def cache_context(self, name: str, **context: Any) -> AbstractContextManager[None]:
+        """Pipelines open one around each call, for caches that keep activations; there is none here."""
+        return nullcontext()
 
 
 def example_inputs(spec: ModelSpec, batch: int, t: float, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -151,11 +174,9 @@ def example_inputs(spec: ModelSpec, batch: int, t: float, seed: int = 0) -> dict
 
 def stock_transformer(spec: ModelSpec) -> torch.nn.Module:
     """diffusers' own module at the bundle's size; its weights are random, which no time depends on."""
-    from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, LatteTransformer3DModel
-
-    others: dict[str, Any] = {"flux": FluxTransformer2DModel, "latte": LatteTransformer3DModel}
-    module: torch.nn.Module = others.get(spec.backbone, DiTTransformer2DModel)(**spec.config).eval()
-    return module
+    stock = TRANSFORMERS[spec.backbone].stock
+    assert stock is not None
+    return stock(**spec.config).eval()
 
 
 TRANSFORMERS: dict[str, type[BundleTransformer]] = {
@@ -164,3 +185,7 @@ TRANSFORMERS: dict[str, type[BundleTransformer]] = {
     "flux": FluxBundle,
     "latte": LatteBundle,
 }
+
+for _bundle in (DiTBundle, FluxBundle, LatteBundle):
+    # The name that saved pipelines and pickles refer to. It is public, and outlives the folders of this package.
+    _bundle.__module__ = "dyexport"

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dyexport.runtime.pipeline import BundleTransformer, load
+from dyexport.runtime.component import BundleTransformer
+from dyexport.runtime.pipeline import load
 from dyexport.runtime.prompt_pipelines import PIPELINES
 from dyexport.runtime.prompts import Prompts, draw_prompts, open_pipeline
 from dyexport.runtime.sampling import LABEL_HABITS, decode, open_vae, sample

@@ -10,6 +10,8 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -17,6 +19,7 @@ from diffusers import (
     LatteTransformer3DModel,
 )
 
+from dyexport.architectures import Preset
 from dyexport.presets import get_preset
 
 LETTERS = list(string.ascii_lowercase)
@@ -60,6 +63,18 @@ def save_latte_pipeline(directory: Path) -> Path:
     return directory
 
 
+def save_dit_pipeline(directory: Path, preset: Preset) -> Path:
+    """With random weights of the sizes of a preset, and a VAE of as many channels."""
+    config = preset.transformer_config()
+    pipe = DiTPipeline(
+        transformer=DiTTransformer2DModel(**config),
+        vae=_vae(latent_channels=config["in_channels"]),
+        scheduler=DDIMScheduler(clip_sample=False),
+    )
+    pipe.save_pretrained(directory)
+    return directory
+
+
 def _t5(channels: int) -> tuple[Any, Any]:
     """A text encoder and its tokenizer, of letters."""
     from transformers import T5Config, T5EncoderModel, T5TokenizerFast
@@ -70,12 +85,12 @@ def _t5(channels: int) -> tuple[Any, Any]:
     return T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)), tokenizer
 
 
-def _vae(**settings: float) -> AutoencoderKL:
+def _vae(latent_channels: int = 4, **settings: float) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(4, 4, 4, 4),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=1,
         layers_per_block=1,
         **settings,

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from dyexport.presets import PRESETS
+from tests.build.tiny import build, tiny_settings
+from tests.build.tiny_pipeline import save_dit_pipeline, save_latte_pipeline, save_pipeline
+from tests.factories import tiny_preset
 from tests.runtime.bundles import TinyBundle, write_bundle
 
 
@@ -21,3 +27,35 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
 def own(tmp_path: Path) -> Path:
     """Where a test writes a bundle of its own."""
     return tmp_path / "bundle"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A built bundle, and a saved pipeline of the same sizes with a stock transformer."""
+
+    bundle: Path
+    pipeline: Path
+
+
+@pytest.fixture(scope="session")
+def dit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saved]:
+    preset = tiny_preset("dit")
+    root = tmp_path_factory.mktemp("dit")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, preset.name, preset)
+        bundle = build(tiny_settings(root, model=preset.name, engines=2)).root
+        yield Saved(bundle=bundle, pipeline=save_dit_pipeline(root / "pipeline", preset))
+
+
+@pytest.fixture(scope="session")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    root = tmp_path_factory.mktemp("flux")
+    bundle = build(tiny_settings(root, model="flux-tiny", engines=2)).root
+    return Saved(bundle=bundle, pipeline=save_pipeline(root / "pipeline"))
+
+
+@pytest.fixture(scope="session")
+def latte(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    root = tmp_path_factory.mktemp("latte")
+    bundle = build(tiny_settings(root, model="latte-tiny", engines=2)).root
+    return Saved(bundle=bundle, pipeline=save_latte_pipeline(root / "pipeline"))

@@ -1,0 +1,70 @@
+"""A bundle written as diffusers writes a model: its files, a configuration, and a model card."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from dyexport.bundle import MANIFEST, Bundle
+from dyexport.errors import BundleError, StorageError
+from dyexport.files import replacing, storage_errors
+from dyexport.manifest import Manifest
+
+CONFIG = "config.json"  # what diffusers and the hub know a model by
+CARD = "README.md"
+TASKS = {"flux": "text-to-image", "latte": "text-to-video"}
+
+
+def save_bundle(bundle: Bundle, directory: Path, config: str) -> None:
+    """Copy a bundle; ``directory`` may hold an earlier one, which is replaced as a whole, or nothing.
+
+    Raises ``StorageError`` for a directory that holds anything else, and ``BundleError`` for a bundle that was changed
+    since it was opened.
+    """
+    if directory.resolve() == bundle.root.resolve():
+        return
+    with storage_errors(directory):
+        if directory.is_dir() and any(directory.iterdir()) and not (directory / MANIFEST).is_file():
+            raise StorageError(f"{directory} is not empty and not a bundle; save to another directory")
+    with replacing(directory) as partial:
+        for name in (*bundle.manifest.files, MANIFEST):
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.root / name, partial / name)
+        if Bundle.open(partial).manifest != bundle.manifest:
+            raise BundleError(f"{bundle.root} was changed since it was loaded; load it again, then save")
+        (partial / CONFIG).write_text(config, encoding="utf-8")
+        (partial / CARD).write_text(model_card(bundle.manifest), encoding="utf-8")
+
+
+def model_card(manifest: Manifest) -> str:
+    """What the hub shows: the model, what it costs, and how to load it."""
+    from huggingface_hub import ModelCardData
+
+    spec, plan = manifest.model, manifest.plan
+    targets = sorted({engine.target for engine in manifest.engines})
+    tags = ["dyexport", "diffusers", spec.backbone, *targets]
+    data = ModelCardData(library_name="dyexport", pipeline_tag=TASKS.get(spec.backbone), tags=tags)
+    return f"""---
+{data.to_yaml()}
+---
+
+# {spec.name}
+
+A bundle of dyexport: a diffusion transformer cut into {len(plan.segments)} slim
+engines, each for a part of the sampling steps.
+
+| | |
+|---|---|
+| backbone | {spec.backbone} |
+| FLOPs of a trajectory, as a share of the dense model's | {plan.flops_ratio:.3f} |
+| precision | {spec.number_formats} |
+| targets | {", ".join(targets)} |
+| size | {sum(record.bytes for record in manifest.files.values()) / 1e6:.1f} MB |
+| made by | dyexport {manifest.dyexport_version} |
+
+```python
+import dyexport
+
+transformer = dyexport.load("DIRECTORY OR HUB ID")  # stands in for pipe.transformer
+```
+"""
