@@ -28,6 +28,8 @@ from dyexport.files import replacing, storage_errors, write_atomically
 from dyexport.manifest import FileRecord, Frozen
 
 LEDGER = "ledger.json"
+NOT_DONE = "not done yet"
+KEY_LENGTH = 8  # of a digest of settings, in the name of what they made
 LOCK = ".lock"
 
 
@@ -55,14 +57,16 @@ class Silent:
 class Stage:
     """``inputs`` are the settings that matter and the digests of what is read; ``make`` writes ``output`` where told.
 
-    ``output`` is a file or a directory, relative to the work directory. Where processes work as a team,
-    all of them make a ``shared`` stage, and the leader's output counts.
+    ``output`` is a file or a directory, relative to the work directory. With ``settings``, what the user chose,
+    outputs of other settings are kept next to it, under names that end in a digest of theirs; without them only the
+    latest is kept. Where processes work as a team, all of them make a ``shared`` stage, and the leader's output counts.
     """
 
     name: str
     output: str
     inputs: Mapping[str, Any]
     make: Callable[[Path], None]
+    settings: Mapping[str, Any] | None = None
     shared: bool = False
 
 
@@ -87,10 +91,20 @@ class Record(Frozen):
     inputs: str
     files: dict[str, FileRecord]
     seconds: float | None = None
+    settings: dict[str, Any] | None = None
 
     @property
     def digest(self) -> str:
         return digest_of({name: record.sha256 for name, record in self.files.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """``key`` is the name in the ledger; ``kept`` says what other settings made, where that is there too."""
+
+    key: str
+    output: str
+    kept: str = ""
 
 
 class _Page(Frozen):
@@ -113,17 +127,18 @@ class Ledger:
     def run(self, stage: Stage) -> Outcome:
         """Make the stage's output unless it is there, whole, and made from the same inputs."""
         inputs, begin = digest_of(stage.inputs), perf_counter()
-        why = self.team.agree(self._stale(stage, inputs) if self.team.leads else "")
+        place = self._place(stage, inputs)
+        why = self.team.agree(self._stale(place, inputs) if self.team.leads else "")
         if why:
             self._listener.started(stage.name, why)
             if self.team.leads:
-                self._redo(stage, inputs, why)
+                self._redo(stage, place, inputs, why)
             elif stage.shared:
                 _help(stage)
             self.team.agree("done")
-        record = self._read_page().stages[stage.name]
+        record = self._read_page().stages[place.key]
         outcome = Outcome(
-            path=self.work / stage.output,
+            path=self.work / place.output,
             files=record.files,
             digest=record.digest,
             reused=not why,
@@ -132,6 +147,26 @@ class Ledger:
         )
         self.note(stage.name, outcome)
         return outcome
+
+    def check_allowed(self, name: str) -> None:
+        """Raise ``UsageError`` at once for a stage that may not run and was never done, before its inputs are read."""
+        if name in self._without and name not in self.records:
+            raise _must_run_first(name, NOT_DONE)
+
+    def _place(self, stage: Stage, inputs: str) -> _Place:
+        """Where a stage's output is, or is to be: next to what other settings made, never instead of it."""
+        usual = _Place(key=stage.name, output=stage.output)
+        if stage.settings is None:
+            return usual
+        records, prefix = self.records, f"{stage.name} "
+        others = (key for key in records if key.startswith(prefix))
+        for place in (usual, *(_beside(stage, key.removeprefix(prefix)) for key in others)):
+            if place.key in records and records[place.key].inputs == inputs:  # a checkpoint that was moved is the same
+                return place
+        if usual.key not in records or _normal(records[usual.key].settings) == _normal(stage.settings):
+            return usual
+        kept = _contrast(stage.settings, records[usual.key].settings or {})
+        return _beside(stage, settings_key(stage.settings), kept)
 
     @property
     def records(self) -> dict[str, Record]:
@@ -143,30 +178,31 @@ class Ledger:
         self.outcomes[name] = outcome
         self._listener.finished(name, outcome.seconds, reused=outcome.reused)
 
-    def _stale(self, stage: Stage, inputs: str) -> str:
+    def _stale(self, place: _Place, inputs: str) -> str:
         """Why a stage must run; empty when it need not."""
-        record = self._read_page().stages.get(stage.name)
+        record = self._read_page().stages.get(place.key)
         if record is None:
-            return "not done yet"
+            return f"{NOT_DONE}{place.kept}"
         if record.inputs != inputs:
             return "its inputs changed"
-        return next(damage(self.work / stage.output, record.files), "")
+        return next(damage(self.work / place.output, record.files), "")
 
-    def _redo(self, stage: Stage, inputs: str, why: str) -> None:
+    def _redo(self, stage: Stage, place: _Place, inputs: str, why: str) -> None:
         if stage.name in self._without:
-            raise UsageError(f"stage {stage.name!r} must run first ({why}); use `dyexport build` with these settings")
-        output, begin = self.work / stage.output, perf_counter()
+            raise _must_run_first(stage.name, why)
+        output, begin = self.work / place.output, perf_counter()
         with replacing(output, follow_symlinks=False) as partial:
             stage.make(partial)
             seconds = round(perf_counter() - begin, 3)
-            record = Record(inputs=inputs, files=describe(partial), seconds=seconds)
+            settings = _normal(stage.settings)
+            record = Record(inputs=inputs, files=describe(partial), seconds=seconds, settings=settings)
         if output.is_file():
             remember(output, record.files["."].sha256)  # renamed, so no longer the file that was read
-        self._record(stage.name, record)
+        self._record(place.key, record)
 
-    def _record(self, name: str, record: Record) -> None:
+    def _record(self, key: str, record: Record) -> None:
         with self._lock:
-            page = _Page(stages={**self._read_page().stages, name: record})
+            page = _Page(stages={**self._read_page().stages, key: record})
             write_atomically(self.work / LEDGER, page.model_dump_json(indent=1).encode())
 
     def _read_page(self) -> _Page:
@@ -175,6 +211,34 @@ class Ledger:
             return _Page.model_validate_json((self.work / LEDGER).read_bytes())
         except (OSError, ValidationError):
             return _Page()
+
+
+def _beside(stage: Stage, settings: str, kept: str = "") -> _Place:
+    return _Place(key=f"{stage.name} {settings}", output=f"{stage.output}-{settings}", kept=kept)
+
+
+def settings_key(settings: Mapping[str, Any]) -> str:
+    """Tells what was made with these settings from what others made."""
+    return digest_of(settings)[:KEY_LENGTH]
+
+
+def _normal(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """As they are read back from a ledger."""
+    return None if settings is None else json.loads(json.dumps(settings))
+
+
+def _contrast(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """What is not done and what is kept, by the first setting that differs."""
+    mine, before = _normal(ours) or {}, _normal(theirs) or {}
+    differing = [name for name in mine if mine[name] != before.get(name)]
+    if not differing or differing[0] not in before:
+        return " with these settings; what others made is kept"
+    name = differing[0]
+    return f" with {name} {mine[name]}; what {name} {before[name]} made is kept"
+
+
+def _must_run_first(name: str, why: str) -> UsageError:
+    return UsageError(f"stage {name!r} must run first ({why}); use `dyexport build` with these settings")
 
 
 def _help(stage: Stage) -> None:

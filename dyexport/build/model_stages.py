@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from dyexport.build import reference, stages
-from dyexport.build.ledger import Ledger, Listener, Outcome, Stage, describe, digest_of
+from dyexport.build.chosen import (
+    calibrated_settings,
+    control_settings,
+    data_settings,
+    dynamic_settings,
+    static_settings,
+)
+from dyexport.build.ledger import Ledger, Listener, Outcome, Stage, describe, digest_of, settings_key
 from dyexport.build.settings import BuildSettings, Schedule
 from dyexport.build.team import Team
 from dyexport.calibration.precision import headroom
@@ -44,6 +51,8 @@ class ModelStages:
     @cached_property
     def static(self) -> Outcome:
         """The static model, as a diffusers directory."""
+        self.ledger.check_allowed("static")  # before a download
+        chosen = static_settings(self.settings)
         source = stages.checkpoint_source(self.settings)
         inputs: dict[str, Any] = {"model": self.settings.model, "seed": self.settings.seed}
         if source is not None:
@@ -52,15 +61,15 @@ class ModelStages:
                 inputs["loras"] = sorted(_lora_key(lora) for lora in self.settings.loras)
         elif self.settings.from_scratch:
             inputs |= self._training(self.settings.static_schedule)
-        scratch = self._scratch("static")
+        scratch = self._scratch("static", chosen)
         data = self.data if self.settings.from_scratch else None
         make = partial(stages.make_static, self.settings, source, data, scratch, self._trained("static"))
-        return self._run("static", "static", inputs, make, scratch, shared=True)
+        return self._run("static", "static", inputs, make, chosen, scratch, shared=True)
 
     @cached_property
     def dynamic(self) -> Outcome:
         """The dynamic checkpoint, before it is moved onto the budget."""
-        routers = self.settings.routers
+        routers, chosen = self.settings.routers, dynamic_settings(self.settings)
         inputs: dict[str, Any] = {"static": self.static.digest, "routers": routers, "seed": self.settings.seed}
         if self.settings.router != "free":  # left out otherwise: work of before there was a choice stays valid
             inputs["router"] = self.settings.router
@@ -73,10 +82,10 @@ class ModelStages:
         if routers == "trained":
             inputs |= {"budget": self.settings.budget, "distill": self.settings.distill}
             inputs |= self._training(self.settings.finetune_schedule)
-        scratch = self._scratch("dynamic")
+        scratch = self._scratch("dynamic", chosen)
         source = self.data if routers in ("trained", "none") and self.settings.data_source else None
         make = partial(stages.make_dynamic, self.settings, self.static.path, source, scratch, self._trained("dynamic"))
-        return self._run("dynamic", "dynamic", inputs, make, scratch, shared=True)
+        return self._run("dynamic", "dynamic", inputs, make, chosen, scratch, shared=True)
 
     @cached_property
     def calibrated(self) -> Outcome:
@@ -94,19 +103,19 @@ class ModelStages:
             inputs = self.calibration_inputs("calibrate")
             reference.make_calibrated(self.settings, self.static.path, self.dynamic.path, inputs, out)
 
-        return self._run("calibrate", "calibrated", inputs, make)
+        return self._run("calibrate", "calibrated", inputs, make, calibrated_settings(self.settings))
 
     @cached_property
     def control(self) -> Outcome:
         """The static model trained on for as long as the dynamic one was: what fine-tuning alone would have given."""
-        pace = self.settings.finetune_schedule
+        pace, chosen = self.settings.finetune_schedule, control_settings(self.settings)
         inputs = {"static": self.static.digest, "seed": self.settings.seed, **self._training(pace)}
-        scratch = self._scratch("control")
+        scratch = self._scratch("control", chosen)
 
         def make(out: Path) -> None:
             stages.make_control(self.settings, self.static.path, self.data, scratch, self._trained("control"), out)
 
-        return self._run("control", "control", inputs, make, scratch, shared=True)
+        return self._run("control", "control", inputs, make, chosen, scratch, shared=True)
 
     @cached_property
     def headroom(self) -> dict[str, float]:
@@ -164,13 +173,14 @@ class ModelStages:
         """Where synthetic data lies; it is made only if the settings ask for it."""
         if self.settings.data_source != "synthetic":
             return self.settings.work / "synthetic"
-        source, scratch = stages.checkpoint_source(self.settings), self._scratch("synthetic")
+        chosen = {**static_settings(self.settings), **data_settings(self.settings)}
+        source, scratch = stages.checkpoint_source(self.settings), self._scratch("synthetic", chosen)
         prompts = self._prompts_digest(source)
         sampling = asdict(self.settings.sampling)
         inputs = {"static": self.static.digest, "sampling": sampling, "prompts": prompts}
         progress = partial(self.listener.advanced, "synthetic")
         make = partial(stages.make_synthetic, self.settings, self.static.path, source, prompts, scratch, progress)
-        return self._run("synthetic", "synthetic", inputs, make, scratch).path
+        return self._run("synthetic", "synthetic", inputs, make, chosen, scratch).path
 
     def _prompts_digest(self, source: Path | None) -> str:
         """Identifies embedded prompts: by their texts and what embeds them."""
@@ -190,9 +200,9 @@ class ModelStages:
 
         return progress
 
-    def _scratch(self, stage: str) -> Path:
-        """Where a training run keeps what it needs to resume."""
-        return self.settings.work / "training" / stage
+    def _scratch(self, stage: str, chosen: Mapping[str, Any]) -> Path:
+        """Where a stage keeps what it needs to resume."""
+        return self.settings.work / "training" / f"{stage}-{settings_key(chosen)}"
 
     def _run(
         self,
@@ -200,12 +210,16 @@ class ModelStages:
         output: str,
         inputs: Mapping[str, Any],
         make: Any,
+        chosen: Mapping[str, Any] | None = None,
         scratch: Path | None = None,
         *,
         shared: bool = False,
     ) -> Outcome:
-        """``scratch``, where there is one, is what a stopped run resumes from: of no use once it is done."""
-        stage = Stage(name=name, output=output, inputs=inputs, make=make, shared=shared)
+        """With settings ``chosen``, what others made is kept next to this.
+
+        ``scratch``, where there is one, is what a stopped run resumes from: of no use once it is done.
+        """
+        stage = Stage(name=name, output=output, inputs=inputs, make=make, settings=chosen, shared=shared)
         outcome = self.ledger.run(stage)
         if scratch is not None and self.ledger.team.leads:
             remove(scratch)

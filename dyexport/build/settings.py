@@ -255,6 +255,13 @@ class BuildSettings:
         return self.td_lora
 
     @property
+    def slow_stages(self) -> frozenset[str]:
+        """Stages that train, or sample what is trained on, or come before one that does."""
+        if self.routers == "trained":
+            return frozenset({"static", "synthetic", "dynamic"})
+        return frozenset({"static", "synthetic"} if self.from_scratch else {"synthetic"})
+
+    @property
     def static_schedule(self) -> Schedule:
         return _lasting(FROM_SCRATCH, self.train_steps)
 

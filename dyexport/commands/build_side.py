@@ -85,9 +85,9 @@ def plan(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show what K = 1, 2, 4, 8, 16 engines would cost, before any is exported. Calibrates first if that is not done."""
+    """Show what K = 1, 2, 4, 8, 16 engines would cost. Calibrates if that is not done, but never trains."""
     settings = options.settings()
-    with building(settings) as pipeline:
+    with building(settings, without=settings.slow_stages) as pipeline:
         plans = [pipeline.priced(engines) for engines in PLANNED_ENGINES]
         rows = [{**_costs(found), "tensorrt": _predictions(pipeline.predicted(found))} for found in plans]
     formats = {"precision": settings.stored_precision, "quantization": settings.quantize}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dyexport.build.ledger import LEDGER, Ledger, Stage, digest_of, locked
+from dyexport.build.ledger import LEDGER, Ledger, Outcome, Stage, digest_of, locked
 from dyexport.errors import StorageError, UsageError
 from dyexport.files import check_writable
 
@@ -106,6 +107,53 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="No space left on device; make room"):
         Ledger(tmp_path, Log()).run(Stage(name="make", output="made", inputs={}, make=fill))
     assert list(tmp_path.iterdir()) == []
+
+
+def chosen(work: Path, settings: dict[str, Any], *, data: int = 1, without: frozenset[str] = frozenset()) -> Outcome:
+    """Run a stage that keeps what other settings made."""
+
+    def make(out: Path) -> None:
+        two_files(out, f"{settings} {data}")
+
+    stage = Stage(name="make", output="made", inputs={**settings, "data": data}, make=make, settings=settings)
+    return Ledger(work, Log(), without=without).run(stage)
+
+
+def test_what_other_settings_made_is_kept(tmp_path: Path) -> None:
+    first, second = chosen(tmp_path, {"budget": 0.5}), chosen(tmp_path, {"budget": 0.6})
+    assert first.path != second.path
+    assert not second.reused
+    for settings, made in (({"budget": 0.5}, first), ({"budget": 0.6}, second)):
+        again = chosen(tmp_path, settings)
+        assert again.reused
+        assert (again.path, again.digest) == (made.path, made.digest)
+
+
+def test_other_data_of_the_same_settings_is_not_kept(tmp_path: Path) -> None:
+    for budget in (0.5, 0.6):
+        before = chosen(tmp_path, {"budget": budget})
+        after = chosen(tmp_path, {"budget": budget}, data=2)
+        assert not after.reused
+        assert after.path == before.path
+    assert chosen(tmp_path, {"budget": 0.5}, data=2).reused
+    assert len(list(tmp_path.glob("made*"))) == 2
+
+
+def test_the_same_inputs_by_another_name_are_found(tmp_path: Path) -> None:
+    def run(checkpoint: str) -> Outcome:
+        settings = {"checkpoint": checkpoint}
+        return Ledger(tmp_path, Log()).run(
+            Stage(name="make", output="made", inputs={"contents": 1}, make=two_files, settings=settings)
+        )
+
+    assert not run("here").reused
+    assert run("there").reused
+
+
+def test_both_settings_are_named(tmp_path: Path) -> None:
+    chosen(tmp_path, {"model": "m", "budget": 0.5})
+    with pytest.raises(UsageError, match=r"not done yet with budget 0\.6; what budget 0\.5 made is kept"):
+        chosen(tmp_path, {"model": "m", "budget": 0.6}, without=frozenset({"make"}))
 
 
 def test_a_stage_that_may_not_run_must_be_done(tmp_path: Path) -> None:
