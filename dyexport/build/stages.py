@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -18,6 +17,7 @@ from dyexport.calibration.widths import (
     trajectory_points,
 )
 from dyexport.errors import CheckpointError
+from dyexport.files import hard_linked
 from dyexport.models.base import get_adapter
 from dyexport.models.checkpoints import adopt_static, load_static, save_static
 from dyexport.models.devices import best_device
@@ -118,16 +118,9 @@ def make_synthetic(
     backbone = load_static(str(static), preset).to(best_device())
     generate(backbone, preset, settings.sampling, shards, progress, prompts=embedded)
     out.mkdir()
-    for shard in sorted(shards.iterdir()):
-        _second_name(shard, out / shard.name)
-
-
-def _second_name(file: Path, name: Path) -> None:
-    """Until the stage is recorded, a kill may take ``name`` with it, but not the file."""
-    try:
-        os.link(file, name)
-    except OSError:  # not every file system has links
-        shutil.copyfile(file, name)
+    for shard in sorted(shards.iterdir()):  # until the stage is recorded, a kill may take the second name, not the file
+        if not hard_linked(shard, out / shard.name):
+            shutil.copyfile(shard, out / shard.name)
 
 
 def text_encoders(settings: BuildSettings, source: Path | None) -> str | None:
