@@ -26,7 +26,15 @@ from dyexport.models import published
 from dyexport.models.base import get_adapter
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.sources import CONFIG, find_checkpoint, read_config
-from dyexport.models.stored import WEIGHTS, StoredWeights, View, check_weights, link_weights, write_weights
+from dyexport.models.stored import (
+    WEIGHTS,
+    StoredWeights,
+    View,
+    check_weights,
+    link_weights,
+    write_shards,
+    write_weights,
+)
 from dyexport.models.streaming import stream_backbone
 from dyexport.models.user_lora import MergedWeights, UserLora
 
@@ -88,7 +96,7 @@ def _target(preset: Preset, config: Mapping[str, Any], *, routers: bool) -> dict
     return model.all_weights()
 
 
-def _check_copies(weights: Mapping[str, Tensor], preset: Preset, config: Mapping[str, Any], source: Path) -> None:
+def _check_copies(weights: Mapping[str, Tensor], preset: Preset, config: Mapping[str, Any], source: Path | str) -> None:
     """Keys that name one shared tensor of the module must hold equal values in the file."""
     first: dict[int, str] = {}
     tensors = meta_backbone(preset, config).state_dict(keep_vars=True)
@@ -136,25 +144,29 @@ def adopt_static(source: str, preset: Preset, directory: Path, loras: Sequence[L
     checkpoint = open_checkpoint(source, preset)
     _write_config(meta_backbone(preset, checkpoint.config), directory)
     if loras:
-        opened = [UserLora(lora.file, preset, lora.scale) for lora in loras]
-        for lora in opened:
-            lora.check(checkpoint.weights, preset.name)
-        write_weights(_with_loras(checkpoint, preset, opened), directory / WEIGHTS)
+        write_shards(_with_loras(checkpoint, preset, loras), directory)
     elif checkpoint.stock:
         link_weights(checkpoint.path, directory)
     else:
-        write_weights(checkpoint.weights, directory / WEIGHTS)
+        write_shards(checkpoint.weights, directory)
 
 
-def _with_loras(checkpoint: Checkpoint, preset: Preset, loras: Sequence[UserLora]) -> Mapping[str, Tensor]:
+def _with_loras(checkpoint: Checkpoint, preset: Preset, loras: Sequence[LoraFile]) -> Mapping[str, Tensor]:
     """A LoRA's channels are in the order of the published model; those of a fine-tuned one may not be."""
-    file = checkpoint.path / ORDER
-    if not file.is_file():
-        return MergedWeights(checkpoint.weights, loras)
-    order, backbone = load_file(file), load_backbone(checkpoint, preset, stream=False)
-    _reorder(backbone, preset, {name: units.argsort(dim=1) for name, units in order.items()})
-    fill(backbone, MergedWeights(backbone.state_dict(), loras))
-    _reorder(backbone, preset, order)
+    stock = meta_backbone(preset, checkpoint.config)
+    opened = [UserLora(lora, preset, stock) for lora in loras]
+    names = " and ".join(str(lora.file) for lora in loras)
+    order = checkpoint.path / ORDER
+    if not order.is_file():
+        merged = MergedWeights(checkpoint.weights, opened)
+        _check_copies(merged, preset, checkpoint.config, names)
+        return merged
+    units, backbone = load_file(order), load_backbone(checkpoint, preset, stream=False)
+    _reorder(backbone, preset, {name: places.argsort(dim=1) for name, places in units.items()})
+    merged = MergedWeights(backbone.state_dict(), opened)
+    _check_copies(merged, preset, checkpoint.config, names)
+    fill(backbone, dict(merged))
+    _reorder(backbone, preset, units)
     return backbone.state_dict()
 
 

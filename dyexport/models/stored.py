@@ -25,6 +25,7 @@ SAFETENSORS = ".safetensors"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 WRAPPERS = ("ema", "model", "module")  # where training files keep their weights; the averaged ones are preferred
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SHARD = 4 << 30  # bytes
 NAMED = 3  # how many of the tensors that do not fit an error names
 
 
@@ -116,6 +117,23 @@ def write_weights(tensors: Mapping[str, Tensor], file: Path) -> None:
     save_file(own, file)
 
 
+def write_shards(weights: Mapping[str, Tensor], directory: Path, shard_bytes: int = SHARD) -> None:
+    """Write the weights of a diffusers directory, with one shard of them in memory at a time."""
+    homes: dict[str, str] = {}
+    shard: dict[str, Tensor] = {}
+    for name in weights:
+        shard[name] = weights[name]
+        if len(homes) + len(shard) == len(weights) or sum(tensor.nbytes for tensor in shard.values()) >= shard_bytes:
+            whole = len(shard) == len(weights)
+            file = WEIGHTS if whole else WEIGHTS.replace(".", f"-{len(set(homes.values())) + 1:05}.")
+            write_weights(shard, directory / file)
+            homes |= dict.fromkeys(shard, file)
+            shard = {}
+    if set(homes.values()) != {WEIGHTS}:
+        index = {"metadata": {}, "weight_map": homes}
+        (directory / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
 def link_weights(source: Path, directory: Path) -> None:
     """Make the weights of ``source``, a diffusers directory or a single file, those of ``directory`` without a copy."""
     index = source / f"{WEIGHTS}.index.json"
@@ -143,7 +161,7 @@ def weight_files(directory: Path) -> list[Path]:
             return [directory / name]
     variants = sorted(directory.glob("diffusion_pytorch_model.*.safetensors"))
     if len(variants) != 1:
-        found = f"several variants, {_listed([file.name for file in variants])}: pass one" if variants else "no weights"
+        found = f"several variants, {listed([file.name for file in variants])}: pass one" if variants else "no weights"
         raise CheckpointError(f"{directory} holds {found}; {WEIGHTS} or {WEIGHTS}.index.json is expected there")
     return variants
 
@@ -157,7 +175,7 @@ def _shards(index: Path) -> list[Path]:
         raise CheckpointError(f"{index} is not an index of shards: {error!r}; download the checkpoint again") from error
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
-        raise CheckpointError(f"{index} names {_listed(missing)}, not to be found there; download the missing shards")
+        raise CheckpointError(f"{index} names {listed(missing)}, not to be found there; download the missing shards")
     return shards
 
 
@@ -193,9 +211,9 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
                 "choose the --model this checkpoint was made for"
             )
     if missing := [name for name in expected if name not in weights]:
-        raise CheckpointError(f"{source} lacks {_listed(missing)}; it is not a checkpoint of {model}")
+        raise CheckpointError(f"{source} lacks {listed(missing)}; it is not a checkpoint of {model}")
     if unknown := [name for name in weights if name not in expected]:
-        raise CheckpointError(f"{source} holds {_listed(unknown)}, which {model} does not have; choose another --model")
+        raise CheckpointError(f"{source} holds {listed(unknown)}, which {model} does not have; choose another --model")
     for name, tensor in weights.items():
         _check_values(f"{source}: {name}", tensor)
 
@@ -207,7 +225,8 @@ def _check_values(name: str, tensor: Tensor) -> None:
         raise CheckpointError(f"{name} holds NaN or infinity; the checkpoint is broken")
 
 
-def _listed(names: Sequence[str] | Iterable[str]) -> str:
+def listed(names: Sequence[str] | Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
     names = list(names)
     rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + rest

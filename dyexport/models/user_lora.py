@@ -1,103 +1,120 @@
-"""A user's LoRA, in the formats of diffusers and peft, merged into a stock transformer tensor by tensor.
+"""Users' LoRAs, merged into a stock transformer tensor by tensor.
 
-diffusers and peft merge into a module in memory; here a 12-billion-parameter one need not be there. What foreign
-trainers write for FLUX (kohya, XLabs, fal) is translated by diffusers.
+peft merges, in its own layers: one at a time, around the weights of one module, so that a 12-billion-parameter
+transformer need not be in memory.
 """
 
 from __future__ import annotations
 
-import json
-import re
+import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from dyexport.architectures import FluxPreset, Preset
+from dyexport.architectures import Preset
 from dyexport.errors import CheckpointError
-from dyexport.models.stored import SAFETENSORS, StoredWeights
+from dyexport.lora import LoraFile
+from dyexport.models.lora_files import BIAS, Factors, read_lora
+from dyexport.models.stored import listed
 
-PREFIXES = r"(?:transformer\.|base_model\.model\.|module\.)*"
-FACTOR = re.compile(rf"{PREFIXES}(.+?)\.(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.default)?\.weight")
-ALPHA = re.compile(rf"{PREFIXES}(.+?)(?:\.lora)?\.alpha")
-METADATA = "lora_adapter_metadata"  # where diffusers keeps the adapter's configuration; peft has a file
-CONFIG = "adapter_config.json"
+LAYER = "layer"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Update:
-    """scale * up @ down is added to a weight (out, in)."""
+class UserLora:
+    """One LoRA, checked against the stock module, which may be on the meta device."""
 
-    down: Tensor  # (r, in)
-    up: Tensor  # (out, r)
-    scale: float
+    def __init__(self, lora: LoraFile, preset: Preset, stock: nn.Module) -> None:
+        """Raises ``CheckpointError`` for what is not a LoRA of this transformer; warns of what it has for others."""
+        self.file, self.scale = lora.file, lora.scale
+        self._stock = stock
+        self._factors, left_out = read_lora(lora.file, preset, stock)
+        for name, factors in self._factors.items():
+            self._check(name, factors, preset.name)
+        if left_out:
+            warnings.warn(
+                f"{self.file}: only the transformer's LoRA is merged; left out are {listed(left_out)}, "
+                "for text encoders, which are not part of a bundle",
+                stacklevel=1,
+            )
 
+    def changes(self, name: str) -> bool:
+        """Whether a weight, by its name in the stock module, is another one with the LoRA."""
+        module, _, leaf = name.rpartition(".")
+        return module in self._factors and (leaf == "weight" or BIAS in self._factors[module].tensors)
 
-class UserLora(Mapping[str, Update]):
-    """Updates by the names of the weights they are added to."""
+    def merged(self, module: str, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights of a module, by their names in it, with the LoRA in them."""
+        from peft import set_peft_model_state_dict
 
-    def __init__(self, file: Path, preset: Preset, scale: float = 1.0) -> None:
-        """Raises ``CheckpointError`` for what is not a LoRA of a transformer, in factors A and B."""
-        self.file = file
-        tensors, alphas = _read(file, preset)
-        factors: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if (found := ALPHA.fullmatch(name)) is not None:
-                alphas[found[1]] = float(tensor)
-            elif (found := FACTOR.fullmatch(name)) is not None:
-                factors.setdefault(found[1], {})["down" if found[2].endswith(("_A", "down")) else "up"] = tensor.float()
-            else:
-                raise CheckpointError(f"{file}: {name} is no factor of a transformer's LoRA; give one of {preset.name}")
-        self._updates = {f"{n}.weight": self._update(n, parts, alphas, scale) for n, parts in factors.items()}
-        if not factors:
-            raise CheckpointError(f"{file} holds no LoRA; give a safetensors file with lora_A and lora_B")
+        base = copy.deepcopy(self._stock.get_submodule(module))
+        base.load_state_dict(dict(weights), assign=True)
+        holder, tensors = _with_layer(base, self._factors[module]), self._factors[module].tensors
+        set_peft_model_state_dict(holder, {f"{LAYER}.{part}": tensor for part, tensor in tensors.items()})
+        try:
+            layer: Any = holder[LAYER]
+            layer.scale_layer(self.scale)
+            layer.merge(safe_merge=True)
+        except ValueError as error:
+            raise CheckpointError(f"{self.file}: {module} is not finite with it; lower its scale") from error
+        return dict(layer.get_base_layer().state_dict())
 
-    def _update(self, name: str, parts: dict[str, Tensor], alphas: Mapping[str, float], scale: float) -> Update:
-        if len(parts) != 2 or any(part.ndim != 2 for part in parts.values()):
-            raise CheckpointError(f"{self.file}: {name} needs two matrices, A and B; save the LoRA again")
-        rank = len(parts["down"])
-        alpha = alphas.get(name, alphas.get("", rank))
-        return Update(**parts, scale=scale * alpha / rank)
+    def _check(self, module: str, factors: Factors, model: str) -> None:
+        """Let peft make the layer, without memory, and see whether the file has what the layer needs."""
+        from peft import get_peft_model_state_dict
 
-    def check(self, weights: Mapping[str, Tensor], model: str) -> None:
-        """Raises ``CheckpointError`` for a weight that the model does not have, or has in another shape."""
-        for name, update in self.items():
-            if name not in weights:
-                raise CheckpointError(f"{self.file}: {model} has no {name}; give a LoRA made for this model")
-            shape = (len(update.up), update.down.shape[1])
-            if len(update.down) != update.up.shape[1] or shape != tuple(weights[name].shape):
+        base = copy.deepcopy(self._stock.get_submodule(module)).to("meta")
+        try:
+            holder = _with_layer(base, factors)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            kind = type(base).__name__
+            raise CheckpointError(f"{self.file}: {factors.key} is for a layer of type {kind}, not a linear") from error
+        state = get_peft_model_state_dict(holder, state_dict=holder.state_dict())
+        expected = {part.removeprefix(f"{LAYER}."): tensor for part, tensor in state.items()}
+        if missing := expected.keys() - factors.tensors.keys():
+            raise CheckpointError(f"{self.file}: {factors.key} needs {min(missing)} to go with it; save the LoRA again")
+        if unknown := factors.tensors.keys() - expected.keys():
+            raise CheckpointError(f"{self.file}: {factors.key} comes with {min(unknown)}, unknown for {module}")
+        if BIAS in expected and base.bias is None:
+            raise CheckpointError(f"{self.file}: {factors.key} comes with lora_B.bias, but {module} has no bias")
+        for part, tensor in factors.tensors.items():
+            if tensor.shape != expected[part].shape:
                 raise CheckpointError(
-                    f"{self.file}: the LoRA of {name} is {tuple(update.up.shape)} @ {tuple(update.down.shape)}, "
-                    f"{model} has {tuple(weights[name].shape)}; give a LoRA made for this model"
+                    f"{self.file}: {module}.{part} has shape {tuple(tensor.shape)}, {model} needs "
+                    f"{tuple(expected[part].shape)}; give a LoRA made for this model"
                 )
-
-    def __getitem__(self, name: str) -> Update:
-        return self._updates[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._updates)
-
-    def __len__(self) -> int:
-        return len(self._updates)
 
 
 class MergedWeights(Mapping[str, Tensor]):
-    """Weights with LoRAs in them, each made when it is asked for."""
+    """Weights with LoRAs in them, each made when it is asked for, and in its own dtype.
+
+    Every LoRA is merged into the original weight, and the changes are added up: their order does not matter.
+    """
 
     def __init__(self, weights: Mapping[str, Tensor], loras: Sequence[UserLora]) -> None:
         self._weights, self._loras = weights, loras
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self._weights[name]
-        updates = [lora[name] for lora in self._loras if name in lora]
-        if not updates:
+        loras = [lora for lora in self._loras if lora.changes(name)]
+        if not loras:
             return weight
-        change = sum(update.scale * (update.up @ update.down) for update in updates)
-        return (weight.float() + change).to(weight.dtype)
+        merged = self._changed(name, loras).to(weight.dtype)
+        if not merged.isfinite().all():
+            files = " and ".join(str(lora.file) for lora in loras)
+            raise CheckpointError(f"{name} is not finite in {weight.dtype} with {files}; lower the scale")
+        return merged
+
+    @torch.no_grad()
+    def _changed(self, name: str, loras: Sequence[UserLora]) -> Tensor:
+        module, _, leaf = name.rpartition(".")
+        wide = torch.promote_types(self._weights[name].dtype, torch.float32)
+        names = [part for part in ("weight", "bias") if f"{module}.{part}" in self._weights]
+        base = {part: self._weights[f"{module}.{part}"].to(wide) for part in names}
+        changes = [lora.merged(module, base)[leaf] - base[leaf] for lora in loras]
+        return sum(changes, start=base[leaf])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
@@ -106,35 +123,12 @@ class MergedWeights(Mapping[str, Tensor]):
         return len(self._weights)
 
 
-def _read(file: Path, preset: Preset) -> tuple[Mapping[str, Tensor], dict[str, float]]:
-    """Tensors by diffusers' names, and alphas by module, '' being the default of those that have none."""
-    if not file.is_file() or file.suffix != SAFETENSORS:
-        raise CheckpointError(f"{file} is not a file of safetensors; --lora takes one, as diffusers and peft write it")
-    tensors = dict(StoredWeights(file))
-    alphas = _alphas(file)
-    if not isinstance(preset, FluxPreset):
-        return tensors, alphas
-    from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
+def _with_layer(base: nn.Module, factors: Factors) -> nn.ModuleDict:
+    """A model of peft's layer around a module, alone, with new factors."""
+    from peft import LoraConfig, inject_adapter_in_model
 
-    try:
-        translated, found = FluxLoraLoaderMixin.lora_state_dict(tensors, return_alphas=True)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise CheckpointError(f"{file} is no LoRA of FLUX that diffusers knows: {error}") from error
-    return {**translated, **{name: torch.as_tensor(value) for name, value in (found or {}).items()}}, alphas
-
-
-def _alphas(file: Path) -> dict[str, float]:
-    """What the configuration of the adapter says, in the file's header or beside it."""
-    try:
-        with safe_open(file, framework="pt") as stored:
-            text = (stored.metadata() or {}).get(METADATA)
-        beside = file.with_name(CONFIG)
-        if text is None and beside.is_file():
-            text = beside.read_text(encoding="utf-8")
-        config: dict[str, Any] = {k.removeprefix("transformer."): v for k, v in json.loads(text or "{}").items()}
-    except (OSError, SafetensorError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"the configuration of {file} cannot be read: {error}") from error
-    if config.get("use_dora") or config.get("use_rslora"):
-        raise CheckpointError(f"{file} is a DoRA or a rank-stabilised LoRA; only the plain kind can be merged")
-    default = {} if config.get("lora_alpha") is None else {"": float(config["lora_alpha"])}
-    return {**default, **{name: float(value) for name, value in (config.get("alpha_pattern") or {}).items()}}
+    holder = nn.ModuleDict({LAYER: base})
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # about what is checked here
+        inject_adapter_in_model(LoraConfig(target_modules=[LAYER], **factors.options), holder)
+    return holder
