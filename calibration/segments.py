@@ -143,7 +143,7 @@ def _segment(
     start: float,
     end: float,
 ) -> Segment:
-    rows = slice(widths.row(start), int(np.searchsorted(widths.grid, end)))
+    rows = widths.rows(start, end)
     heads, gated_heads = _union(widths.heads[rows], order.heads)
     groups, gated_groups = _union(widths.groups[rows], order.groups)
     paths, capacities, buckets = _token_paths(stats, settings, start, end, len(heads))

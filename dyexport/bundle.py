@@ -12,21 +12,26 @@ calibration/ranges.json       largest magnitudes of what quantized linear layers
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from pydantic import ValidationError
 from pydantic_core import from_json
 
 from dyexport.digests import sha256_of
 from dyexport.errors import BundleError, EngineMismatch
 from dyexport.manifest import SCHEMA_VERSION, FileRecord, Manifest, first_problem
-from dyexport.tables import TokenStats, WidthTable
+from dyexport.tables import BoolArray, TokenStats, WidthTable
 
 MANIFEST = "manifest.json"
+WEIGHTS = "graphs/weights.bin"
 WIDTHS = "calibration/widths.safetensors"
 TOKENS = "calibration/tokens.safetensors"
 RANGES = "calibration/ranges.json"
@@ -34,38 +39,108 @@ SEALED = re.compile(rb'\{\n "sha256": "(?P<sha256>[0-9a-f]{64})",(?P<body>.*)', 
 LARGEST_MANIFEST = 2**26  # bytes; 64 engines of FLUX.1 take four million
 
 
+class Stamp(NamedTuple):
+    """A file at one moment: another file in its place, or other bytes in it, has another stamp."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+    @classmethod
+    def of(cls, path: Path) -> Stamp:
+        found = path.stat()
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. Use ``Bundle.open``, which checks it."""
+    """An opened bundle. Use ``Bundle.open``, which checks it. ``stamps`` are of its files at that moment."""
 
     root: Path
     manifest: Manifest
+    stamps: dict[str, Stamp] = field(default_factory=dict)
 
     @classmethod
     def open(cls, root: str | Path, *, check_hashes: bool = True) -> Bundle:
-        """Read the manifest and check every file against it.
+        """Read the manifest and check every file against it, and the tables against the plan.
 
         Raises ``BundleError`` for a missing, truncated or altered file, a path outside the bundle,
         or a schema newer than this version of dyexport reads.
         """
-        root = Path(root)
+        root = Path(os.path.realpath(root))
+        try:
+            stamp = Stamp.of(root / MANIFEST)
+        except OSError:
+            stamp = None  # ``read_manifest`` says why
         bundle = cls(root, read_manifest(root / MANIFEST))
         for name, record in bundle.manifest.files.items():
             bundle._check(name, record, check_hashes)
+        bundle._check_tables()
+        if Stamp.of(root / MANIFEST) != stamp:
+            raise BundleError(f"{root} changed while it was read; load it again")
         return bundle
 
     def _check(self, name: str, record: FileRecord, check_hashes: bool) -> None:
         path = self.root / name
-        if not path.resolve().is_relative_to(self.root.resolve()):
-            raise BundleError(f"{path} points outside the bundle")
-        if not path.is_file():
-            raise BundleError(f"{path} is missing; build the bundle again")
-        if path.stat().st_size != record.bytes:
-            raise BundleError(
-                f"{path} has {path.stat().st_size} bytes instead of {record.bytes}; build the bundle again"
-            )
-        if check_hashes and sha256_of(path) != record.sha256:
-            raise BundleError(f"{path} does not match its hash; build the bundle again")
+        try:
+            real = Path(os.path.realpath(path, strict=True))
+            if not self._holds(real):
+                raise BundleError(f"{path} points outside the bundle")
+            stamp = self.stamps[name] = Stamp.of(real)
+            if not real.is_file():
+                raise BundleError(f"{path} is not a file; build the bundle again")
+            if stamp.size != record.bytes:
+                raise BundleError(f"{path} has {stamp.size} bytes instead of {record.bytes}; build the bundle again")
+            if check_hashes and sha256_of(real) != record.sha256:
+                raise BundleError(f"{path} does not match its hash; build the bundle again")
+        except FileNotFoundError as error:
+            raise BundleError(f"{path} is missing; build the bundle again") from error
+        except OSError as error:
+            raise BundleError(f"cannot read {path}: {error.strerror}; build the bundle again") from error
+
+    def _holds(self, real: Path) -> bool:
+        """Whether a file without links is in the bundle, or where the Hugging Face hub's cache keeps its files."""
+        return real.is_relative_to(self.root) or real.parent == hub_blobs(self.root)
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """For reading files after the bundle was opened. Raises ``BundleError`` where they are others by then."""
+        self.check_unchanged(self.stamps)
+        try:
+            yield
+        finally:
+            self.check_unchanged(self.stamps)
+
+    def check_unchanged(self, names: Iterable[str]) -> None:
+        """Raises ``BundleError`` unless files are those that were there when the bundle was opened."""
+        for name in names:
+            if not self._is_same(name):
+                raise BundleError(f"{self.root / name} has changed since the bundle was loaded; load it again")
+
+    def _is_same(self, name: str) -> bool:
+        """A file that got another name or owner, but no other bytes, is the same."""
+        path, before = self.root / name, self.stamps[name]
+        try:
+            now = Stamp.of(path)
+            if now == before:
+                return True
+            if now[:-1] != before[:-1] or sha256_of(path) != self.manifest.files[name].sha256:
+                return False
+        except OSError:
+            return False
+        self.stamps[name] = now
+        return True
+
+    def _check_tables(self) -> None:
+        """Hold the tables against the plan."""
+        try:
+            check_widths(self.widths, self.manifest)
+            if (stats := self.token_stats) is not None:
+                check_tokens(stats, self.manifest)
+        except BundleError as error:
+            raise BundleError(f"{self.root}: {error}; build the bundle again") from error
 
     def engine_paths(self, target: str) -> dict[str, Path]:
         """Engine files of one target, by network."""
@@ -100,6 +175,15 @@ def seal(text: str) -> bytes:
     return b'{\n "sha256": "%s",%s' % (_sha256(body), body)
 
 
+def hub_blobs(root: Path) -> Path | None:
+    """Where the hub's cache keeps the files that ``models--ORG--NAME/snapshots/REVISION`` links to."""
+    for folder in (root, *root.parents):
+        snapshots, repository = folder.parent, folder.parent.parent
+        if snapshots.name == "snapshots" and repository.name.startswith("models--"):
+            return repository / "blobs"
+    return None
+
+
 def read_manifest(path: Path) -> Manifest:
     """Parse a manifest; every way in which it can be wrong is a ``BundleError``."""
     try:
@@ -115,9 +199,54 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(f"{path} was changed after it was written: its hash differs; build the bundle again")
     del content["sha256"]
     try:
-        return Manifest.model_validate(content)
+        manifest = Manifest.model_validate(content)
     except ValidationError as error:
         raise BundleError(f"{path}: {first_problem(error)}; build the bundle again") from error
+    for name in required_files(manifest):
+        if name not in manifest.files:
+            raise BundleError(f"{path} names no {name}; build the bundle again")
+    return manifest
+
+
+def required_files(manifest: Manifest) -> list[str]:
+    """Files that a bundle cannot run without, besides its engines."""
+    files = [WEIGHTS, WIDTHS]
+    if any(segment.slot_buckets for segment in manifest.plan.segments):
+        files.append(TOKENS)
+    return files if manifest.model.quantization is None else [*files, RANGES]
+
+
+def check_widths(widths: WidthTable, manifest: Manifest) -> None:
+    """Raises ``BundleError`` for a width table that is not of the plan's blocks and range of t."""
+    if (widths.start, widths.end) != manifest.plan.span:
+        raise BundleError(f"the width table covers {(widths.start, widths.end)}, the plan {manifest.plan.span}")
+    for index, segment in enumerate(manifest.plan.segments):
+        rows = widths.rows(segment.start, segment.end)
+        _check_units(f"segment {index}", "head", widths.heads[rows], segment.heads)
+        _check_units(f"segment {index}", "group", widths.groups[rows], segment.groups)
+
+
+def _check_units(segment: str, kind: str, masks: BoolArray, kept: Sequence[Sequence[int]]) -> None:
+    """Every unit that a segment lists is in the table, masks (R, L, U), and every unit that is on is listed."""
+    _, depth, units = masks.shape
+    if depth != len(kept):
+        raise BundleError(f"the width table has {depth} blocks, {segment} has {len(kept)}")
+    for block, listed in enumerate(kept):
+        if max(listed) >= units:
+            raise BundleError(f"{segment} has {kind} {max(listed)} in block {block}, the width table {units}")
+        on = np.flatnonzero(masks[:, block].any(axis=0))
+        if (missing := np.setdiff1d(on, listed)).size:
+            raise BundleError(f"{segment} lacks {kind} {missing[0]} of block {block}, which the width table has on")
+
+
+def check_tokens(stats: TokenStats, manifest: Manifest) -> None:
+    """Raises ``BundleError`` for token counts of another model."""
+    depth = manifest.plan.segments[0].depth
+    if (stats.depth, stats.tokens) != (depth, manifest.model.tokens):
+        raise BundleError(
+            f"token counts are of {stats.depth} blocks and {stats.tokens} tokens, the plan is of {depth} and "
+            f"{manifest.model.tokens}"
+        )
 
 
 def _read_whole(path: Path) -> bytes:

@@ -20,6 +20,11 @@ once, where they enter, with ``raise ... from``.
 from __future__ import annotations
 
 
+def reason(error: BaseException) -> str:
+    """The first line of a vendor's message; the name of the exception where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class DyexportError(Exception):
     """Base of every error dyexport raises on purpose; ``exit_code`` is what the command line returns."""
 

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from dyexport.errors import EngineMismatch
 from dyexport.lora import LoraSpec
@@ -35,6 +47,23 @@ def _inside(path: str) -> str:
 
 
 BundlePath = Annotated[str, AfterValidator(_inside)]
+
+
+def _distinct(units: tuple[int, ...]) -> tuple[int, ...]:
+    """Units of a block, of which there is at least one and none twice."""
+    if not units or len(set(units)) != len(units):
+        raise ValueError(f"units {list(units)} must be at least one, and none twice")
+    return units
+
+
+def _ascending(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if any(left >= right for left, right in pairwise(sizes)):
+        raise ValueError(f"sizes {list(sizes)} must ascend")
+    return sizes
+
+
+Units = Annotated[tuple[NonNegativeInt, ...], AfterValidator(_distinct)]
+Buckets = Annotated[tuple[PositiveInt, ...], AfterValidator(_ascending)]
 
 
 class Frozen(BaseModel):
@@ -70,13 +99,13 @@ class Segment(Frozen):
 
     start: float
     end: float
-    heads: tuple[tuple[int, ...], ...]
-    groups: tuple[tuple[int, ...], ...]
+    heads: tuple[Units, ...]
+    groups: tuple[Units, ...]
     gated_heads: tuple[bool, ...]
     gated_groups: tuple[bool, ...]
     token_paths: tuple[TokenPath, ...]
-    capacities: tuple[int, ...]
-    slot_buckets: tuple[int, ...] = ()
+    capacities: tuple[NonNegativeInt, ...]
+    slot_buckets: Buckets = ()
     merged: bool = False
 
     @model_validator(mode="after")
@@ -153,22 +182,32 @@ class SegmentPlan(Frozen):
     """
 
     segments: tuple[Segment, ...]
-    flops_ratio: float
-    network_flops_ratio: float
-    executed_flops_ratio: float
-    disk_bytes: int
-    resident_bytes: int
-    merge_errors: tuple[float, ...] = ()
-    quantization_errors: tuple[float, ...] = ()
+    flops_ratio: NonNegativeFloat
+    network_flops_ratio: NonNegativeFloat
+    executed_flops_ratio: NonNegativeFloat
+    disk_bytes: NonNegativeInt
+    resident_bytes: NonNegativeInt
+    merge_errors: tuple[NonNegativeFloat, ...] = ()
+    quantization_errors: tuple[NonNegativeFloat, ...] = ()
 
     @model_validator(mode="after")
     def _covers(self) -> SegmentPlan:
         if not self.segments:
             raise ValueError("a plan needs at least one segment")
-        for left, right in zip(self.segments, self.segments[1:], strict=False):
+        for left, right in pairwise(self.segments):
             if left.end != right.start:
                 raise ValueError(f"segments leave a gap or overlap at t = {left.end:g}")
+            if left.depth != right.depth:
+                raise ValueError(f"segments have {left.depth} and {right.depth} blocks")
+        for errors in (self.merge_errors, self.quantization_errors):
+            if len(errors) not in (0, len(self.segments)):
+                raise ValueError(f"{len(errors)} errors are of {len(self.segments)} segments")
         return self
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The range of t that the segments cover."""
+        return self.segments[0].start, self.segments[-1].end
 
     def segment_for(self, t: float) -> int:
         """Index of the segment that serves ``t``; the end of the range belongs to the last."""
@@ -198,14 +237,21 @@ class ModelSpec(Frozen):
     objective: Literal["ddpm", "flow", "flow-sigma"]
     timestep_range: tuple[float, float]
     latent_shape: tuple[PositiveInt, ...]
-    tokens: int  # that a router may skip
-    text_tokens: int = 0
-    classes: int
+    tokens: PositiveInt  # that a router may skip
+    text_tokens: NonNegativeInt = 0
+    classes: NonNegativeInt
     pixel_space: bool
     config: dict[str, Any]
     precision: Precision = "fp32"
     quantization: Quantization | None = None
     td_lora: LoraSpec | None = None  # whose gates the conditioning network computes
+
+    @model_validator(mode="after")
+    def _labels(self) -> ModelSpec:
+        configured = self.config.get("num_embeds_ada_norm", self.classes)
+        if self.classes and configured != self.classes:
+            raise ValueError(f"classes is {self.classes}, and {configured!r} in the model's configuration")
+        return self
 
     @property
     def number_formats(self) -> str:
@@ -236,14 +282,14 @@ class Reference(Frozen):
 
 class FileRecord(Frozen):
     sha256: str
-    bytes: int
+    bytes: NonNegativeInt
 
 
 class Manifest(Frozen):
     schema_version: int
     dyexport_version: str
     model: ModelSpec
-    budget: float | None
+    budget: Annotated[float, Field(gt=0, le=1)] | None
     plan: SegmentPlan
     engines: tuple[EngineRecord, ...]
     reference: Reference | None
@@ -252,11 +298,27 @@ class Manifest(Frozen):
 
     @model_validator(mode="after")
     def _complete(self) -> Manifest:
+        if self.plan.span != self.model.timestep_range:
+            raise ValueError(f"the plan covers {self.plan.span} of the range {self.model.timestep_range}")
+        for segment in self.plan.segments:
+            if segment.capacities and max(segment.capacities) > self.model.tokens:
+                raise ValueError(f"a capacity of {max(segment.capacities)} is more than {self.model.tokens} tokens")
+        problem = next(self._engine_problems(), None)
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
+    def _engine_problems(self) -> Iterator[str]:
         known = {segment_name(index) for index in range(len(self.plan.segments))}
         known |= {CONDITIONING, DENSE, DENSE_CONDITIONING}
+        seen: set[tuple[str, str] | str] = set()
         for engine in self.engines:
             if engine.path not in self.files:
-                raise ValueError(f"{engine.path} has no hash")
+                yield f"{engine.path} has no hash"
             if engine.network not in known:
-                raise ValueError(f"{engine.path} is of {engine.network!r}, which is not in the plan")
-        return self
+                yield f"{engine.path} is of {engine.network!r}, which is not in the plan"
+            if (engine.target, engine.network) in seen:
+                yield f"{engine.target!r} has two engines of {engine.network!r}"
+            if engine.path in seen:
+                yield f"{engine.path} is the engine of two networks"
+            seen |= {(engine.target, engine.network), engine.path}

@@ -38,11 +38,15 @@ class WidthTable:
     groups: BoolArray
 
     def __post_init__(self) -> None:
+        _check_arrays("width table", 1, np.float64, grid=self.grid)
+        _check_arrays("width table", 3, np.bool_, heads=self.heads, groups=self.groups)
         rows = len(self.grid)
         if rows == 0 or self.heads.shape[0] != rows or self.groups.shape[0] != rows:
             raise BundleError(
                 f"width table: {rows} timesteps, {len(self.heads)} head rows, {len(self.groups)} group rows"
             )
+        if self.heads.shape[1] != self.groups.shape[1]:
+            raise BundleError(f"width table: {self.heads.shape[1]} blocks of heads, {self.groups.shape[1]} of groups")
         if not (np.diff(self.grid) > 0).all() or not self.grid[-1] < self.end:
             raise BundleError("width table: timesteps must ascend and stay below its end")
         if not (self.heads.any(axis=-1).all() and self.groups.any(axis=-1).all()):
@@ -51,6 +55,10 @@ class WidthTable:
     @property
     def start(self) -> float:
         return float(self.grid[0])
+
+    def rows(self, start: float, end: float) -> slice:
+        """The rows that hold anywhere in [start, end)."""
+        return slice(self.row(start), int(np.searchsorted(self.grid, end)))
 
     def row(self, t: float) -> int:
         """Index of the row that holds at ``t``; ``t == end`` belongs to the last row."""
@@ -82,7 +90,8 @@ class WidthTable:
     @classmethod
     def load(cls, path: Path) -> WidthTable:
         arrays = _load(path, ("grid", "end", "heads", "groups"))
-        return cls(grid=arrays["grid"], end=float(arrays["end"][0]), heads=arrays["heads"], groups=arrays["groups"])
+        end = _number(path, "end", arrays.pop("end"))
+        return cls(**arrays, end=end)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +110,25 @@ class TokenStats:
     counts: FloatArray
     mean: FloatArray
     tokens: int
+
+    def __post_init__(self) -> None:
+        _check_arrays("token counts", 1, np.float64, grid=self.grid, levels=self.levels)
+        _check_arrays("token counts", 3, np.float64, counts=self.counts)
+        _check_arrays("token counts", 2, np.float64, mean=self.mean)
+        shape = (len(self.grid), self.depth, len(self.levels))
+        if 0 in shape or self.counts.shape != shape or self.mean.shape != shape[:2]:
+            raise BundleError(f"token counts: {self.counts.shape} counts, {self.mean.shape} means, not {shape}")
+        if not (np.diff(self.grid) > 0).all() or not (np.diff(self.levels) > 0).all():
+            raise BundleError("token counts: timesteps and levels must ascend")
+        if not (self._within(self.counts) and self._within(self.mean)):
+            raise BundleError(f"token counts: a block keeps between 0 and {self.tokens} tokens")
+
+    @property
+    def depth(self) -> int:
+        return self.mean.shape[1]
+
+    def _within(self, counts: FloatArray) -> bool:
+        return bool(((counts >= 0) & (counts <= self.tokens * (1 + 1e-9))).all())  # counts may have been scaled
 
     def bracket(self, start: float, end: float) -> slice:
         """Grid rows inside [start, end] plus the neighbour on each side."""
@@ -125,15 +153,30 @@ class TokenStats:
     @classmethod
     def load(cls, path: Path) -> TokenStats:
         arrays = _load(path, ("grid", "levels", "counts", "mean", "tokens"))
-        tokens = int(arrays.pop("tokens")[0])
+        tokens = int(_number(path, "tokens", arrays.pop("tokens")))
         return cls(**arrays, tokens=tokens)
+
+
+def _check_arrays(table: str, dimensions: int, dtype: type[np.generic], **arrays: np.ndarray) -> None:
+    for name, array in arrays.items():
+        if array.ndim != dimensions or array.dtype != dtype:
+            wanted = f"{dimensions} dimensions of {dtype.__name__}"
+            raise BundleError(f"{table}: {name} must have {wanted}, has {array.ndim} of {array.dtype}")
+        if not np.isfinite(array).all():
+            raise BundleError(f"{table}: {name} has a value that is not finite")
+
+
+def _number(path: Path, name: str, array: np.ndarray) -> float:
+    if array.shape != (1,) or not np.isfinite(array[0]):
+        raise BundleError(f"{path}: {name} must be one number")
+    return float(array[0])
 
 
 def _load(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     try:
         arrays = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise BundleError(f"cannot read {path}: {error}") from error
+    except (OSError, SafetensorError, KeyError, TypeError) as error:  # the last two for dtypes that numpy lacks
+        raise BundleError(f"cannot read {path}: {error}; build the bundle again") from error
     missing = [name for name in names if name not in arrays]
     if missing:
         raise BundleError(f"{path} lacks {', '.join(missing)}")

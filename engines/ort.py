@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
@@ -9,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from dyexport.engines.base import Engine, EngineIO, Tensors, WeightSpan
-from dyexport.errors import DyexportError, EngineBuildError, EngineMismatch, MissingDependency
+from dyexport.errors import DyexportError, EngineBuildError, EngineMismatch, MissingDependency, reason
 from dyexport.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class OrtEngine(Engine):
         self._threads = threads
         self._rewrite = rewrite
         self._session: Any = None
+        self._folder = path.parent  # that the graph's weights are named from
 
     @cached_property
     def io(self) -> EngineIO:
@@ -71,6 +74,7 @@ class OrtEngine(Engine):
             _check_kernels(model, self.path)
         if self._rewrite is not None:
             model = self._rewrite(model)
+        self._folder = resolve_weights(model, self.path)
         with vendor_errors(EngineBuildError, f"ONNX Runtime cannot load {self.path}"):
             self._session = self._start(ort, model)
 
@@ -86,7 +90,7 @@ class OrtEngine(Engine):
         options.log_severity_level = 3
         options.intra_op_num_threads = self._threads or torch.get_num_threads()
         options.add_session_config_entry("session.x64quantprecision", "1")  # else int8 may saturate without VNNI
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.path.parent))
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
         if self.shares_weights:
             # Without prepacking the weights stay file pages; an arena of its own would hold activations per session.
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -191,19 +195,61 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
 
 
 def graph_weights(model: onnx.ModelProto, path: Path) -> tuple[WeightSpan, ...]:
-    """Every initializer's bytes. Raises ``EngineBuildError`` where they lie outside the graph's folder."""
-    spans = {span for tensor in model.graph.initializer if (span := _span(tensor, path)) is not None}
+    """Bytes of every tensor that is not in the graph itself.
+
+    Raises ``EngineBuildError`` where they lie outside the graph's folder or are not a run of bytes.
+    """
+    spans = {_span(tensor, path) for tensor in _weights(model)}
     return tuple(sorted(spans, key=lambda span: (span.path, span.offset)))
 
 
-def _span(tensor: onnx.TensorProto, path: Path) -> WeightSpan | None:
+def _weights(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Tensors whose bytes are in another file."""
+    for graph in (model.graph, *model.functions):
+        yield from (tensor for tensor in _tensors(graph) if tensor.external_data)
+
+
+def _tensors(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.TensorProto]:
+    """Initializers, and tensors among the attributes of nodes, at any depth."""
+    if (initializers := getattr(graph, "initializer", None)) is not None:
+        yield from initializers
+        for sparse in graph.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)
+
+
+def _span(tensor: onnx.TensorProto, path: Path) -> WeightSpan:
     fields = {entry.key: entry.value for entry in tensor.external_data}
-    if not fields:
-        return None
-    location = PurePosixPath(fields["location"])
+    location = PurePosixPath(fields.get("location", ""))
+    if len(fields) != len(tensor.external_data) or not location.name:
+        raise EngineBuildError(f"{path}: weight {tensor.name} does not say where it lies; build the bundle again")
     if location.is_absolute() or ".." in location.parts:
         raise EngineBuildError(f"{path}: weight {tensor.name} lies in {location}, outside the bundle; build it again")
-    return WeightSpan(path=path.parent / location, offset=int(fields.get("offset", 0)), length=int(fields["length"]))
+    numbers = fields.get("offset", "0"), fields.get("length", "")
+    if not all(re.fullmatch("[0-9]{1,18}", number) for number in numbers):
+        place = "offset {!r} and length {!r}".format(*numbers)
+        raise EngineBuildError(f"{path}: weight {tensor.name} has {place}, no numbers of bytes; build the bundle again")
+    offset, length = map(int, numbers)
+    return WeightSpan(path=path.parent / location, offset=offset, length=length)
+
+
+def resolve_weights(model: onnx.ModelProto, path: Path) -> Path:
+    """Have a graph name its weights where they are without links; returns the folder that it then names them from.
+
+    ONNX Runtime follows no link out of that folder, and a file in the hub's cache is a link to one of another name.
+    """
+    entries = [entry for tensor in _weights(model) for entry in tensor.external_data if entry.key == "location"]
+    real = {entry.value: os.path.realpath(path.parent / entry.value) for entry in entries}
+    folder = os.path.commonpath([os.path.dirname(file) for file in real.values()] or [path.parent])
+    for entry in entries:
+        entry.value = os.path.relpath(real[entry.value], folder)
+    return Path(folder)
 
 
 @cache
@@ -246,4 +292,4 @@ def vendor_errors(mapped: type[DyexportError], what: str) -> Iterator[None]:
     try:
         yield
     except _their_errors() as error:
-        raise mapped(f"{what}: {str(error).strip().splitlines()[0]}") from error
+        raise mapped(f"{what}: {reason(error)}") from error

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyexport.engines.base import WeightSpan
 from dyexport.engines.ort import OrtEngine, load_onnxruntime
-from dyexport.errors import EngineMismatch, MissingDependency, StorageError
+from dyexport.errors import EngineMismatch, MissingDependency, StorageError, reason
 
 if TYPE_CHECKING:
     import onnx
@@ -154,4 +154,4 @@ def _registered() -> str:
 
 def _cause(error: Exception) -> str:
     """The last part of a vendor's chain of reasons."""
-    return str(error).strip().splitlines()[0].rpartition("with error: ")[2]
+    return reason(error).rpartition("with error: ")[2]

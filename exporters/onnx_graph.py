@@ -8,9 +8,10 @@ from __future__ import annotations
 import ast
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import onnx
@@ -55,16 +56,19 @@ STORE = "weights.bin"
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def export_onnx(slice_: Slice, layout: StoreLayout, path: Path) -> None:
+def export_onnx(
+    slice_: Slice, layout: StoreLayout, path: Path, labels: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Write the graph of a slice to ``path``; its weights are those of ``layout``, in ``weights.bin`` beside it.
 
-    Inputs and outputs are the slice's, symbols staying symbols. Raises ``ExportError``.
+    Inputs and outputs are the slice's, symbols staying symbols; ``labels`` are its metadata. Raises ``ExportError``.
     """
     model = _export(slice_, path.stem)
     _optimize(model, slice_)
     insert_qdq(model, slice_)
     refer_to_store(model, slice_, layout)
     strip_metadata(model)
+    model.metadata_props.update(labels)
     ir.save(model, path)
 
 

@@ -49,6 +49,7 @@ from dyexport.digests import sha256_of
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.exporters.weight_store import write_store
 from dyexport.files import check_writable
+from dyexport.graphs import labels_for
 from dyexport.manifest import Manifest, SegmentPlan
 from dyexport.slicing.recipes import StoreLayout, lay_out
 from dyexport.tensorrt_api import Api, load_api
@@ -222,9 +223,11 @@ class Pipeline(ModelStages):
 
     def _graph(self, target: str, network: Network) -> Outcome:
         spec = self.tables[0]
+        labels = labels_for(network.name, spec, self.plan)
         weights = {name: (identity(r), self.layout.offsets[r]) for name, r in network.slice.recipes.items()}
         inputs = {
             "model": spec.model_dump(mode="json"),
+            "labels": dict(labels),
             "segment": network.segment.model_dump(mode="json") if network.segment else None,
             "weights": digest_of(weights),
             "ranges": dict(network.slice.ranges),
@@ -232,7 +235,7 @@ class Pipeline(ModelStages):
         }
 
         def make(out: Path) -> None:
-            TARGETS[target].export(network.slice, self.layout, out)
+            TARGETS[target].export(network.slice, self.layout, out, labels)
             if (check := TARGETS[target].check) is not None:
                 check(out)
 

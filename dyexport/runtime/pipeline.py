@@ -14,6 +14,8 @@ import torch
 
 from dyexport.arguments import shown, whole_number
 from dyexport.bundle import Bundle
+from dyexport.engines.held import HeldEngine
+from dyexport.engines.networks import check_networks
 from dyexport.engines.registry import EngineOptions, get_backend, make_engines
 from dyexport.engines.switching import SwitchingEngine
 from dyexport.errors import BundleError, UsageError
@@ -84,7 +86,9 @@ def load(
 
 
 def _start(bundle: Bundle, opened: _Opened, options: EngineOptions, placement: Placement, dense: bool) -> Running:
-    *engines, conditioning = make_engines(opened.target, opened.paths, options)
+    *engines, conditioning = (
+        HeldEngine(engine, bundle) for engine in make_engines(opened.target, opened.paths, options)
+    )
     find = dense_route if dense else partial(route, bundle.manifest.plan, bundle.widths, bundle.token_stats)
     scheduler, spec = Scheduler(find, options.device), bundle.manifest.model
     engine = SwitchingEngine(
@@ -116,10 +120,12 @@ def _open(path: str | Path, target: str, *, check_hashes: bool, dense: bool, fal
     # Only a graph is data: the engines of every other target are code, and run only as they were built.
     bundle = Bundle.open(path, check_hashes=check_hashes or files != "onnx")
     opened = _Opened(target, _engine_paths(bundle, files, dense))
+    check_networks(bundle, files)
     if not fallback or (reason := _unfit(opened)) is None:
         return bundle, opened
     while _unfit(opened) is not None:
         opened = _Opened(get_backend(opened.target).fallback, _engine_paths(bundle, "onnx", dense))
+        check_networks(bundle, "onnx")
     warnings.warn(f"{bundle.root}: {reason}; running its ONNX graphs as target {opened.target!r}", stacklevel=3)
     return bundle, opened
 

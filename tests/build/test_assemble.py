@@ -71,7 +71,7 @@ def test_files_of_the_bundle_before_go_and_others_stay(root: Path, out: Path) ->
     manifest, _ = parts_renamed(root, other.name)
     files = {name: Source(root / name, record) for name, record in manifest.files.items()}
     assemble(out, manifest, files)
-    assert sorted(path.name for path in (out / "graphs").iterdir()) == ["notes.txt", "segment-99.onnx"]
+    assert sorted(path.name for path in (out / "graphs").iterdir()) == ["notes.txt", "segment-99.onnx", "weights.bin"]
     Bundle.open(out)
 
 

@@ -22,7 +22,7 @@ from dyexport.manifest import CONDITIONING, segment_name
 from dyexport.models.dynamic_checkpoints import load_dynamic
 from dyexport.slicing.recipes import Recipe, lay_out
 from tests.build.tiny import tamper
-from tests.manifests import forge
+from tests.manifests import forge, relabel
 
 SETTINGS = VerifySettings(timesteps=64)
 WEIGHTS = f"graphs/{STORE}"
@@ -166,6 +166,7 @@ def test_what_overflows_is_counted_and_left_out(copy: Bundle) -> None:
             segment["capacities"] = [int(min(kept)) - slots[0]] * len(segment["capacities"])
 
     forge(copy.root, shrink)
+    relabel(copy.root)
     report = verify_bundle(copy.root, SETTINGS)
     assert 0 < report.overflow < 64
     assert report.overflow_share == report.overflow / 64

@@ -12,6 +12,7 @@ import torch
 
 from dyexport.bundle import MANIFEST, TOKENS, WIDTHS, manifest_text
 from dyexport.digests import sha256_of
+from dyexport.graphs import labels_for
 from dyexport.manifest import (
     CONDITIONING,
     DENSE,
@@ -46,6 +47,7 @@ from tests.engines.tiny import (
     write_onnx,
     write_pt2,
 )
+from tests.manifests import label
 
 ROWS = 6
 WRITERS = {"onnx": (write_onnx, write_conditioning_onnx, "onnx"), "torch": (write_pt2, write_conditioning_pt2, "pt2")}
@@ -180,6 +182,9 @@ def write_bundle(
 
 
 def write_manifest(root: Path, spec: ModelSpec, plan: SegmentPlan, engines: list[EngineRecord]) -> None:
+    for engine in engines:
+        if engine.target == "onnx":
+            label(root / engine.path, labels_for(engine.network, spec, plan))
     files = [file for file in sorted(root.rglob("*")) if file.is_file() and file.name != MANIFEST]
     records = {
         str(file.relative_to(root)): FileRecord(sha256=sha256_of(file), bytes=file.stat().st_size) for file in files

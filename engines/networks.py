@@ -1,0 +1,63 @@
+"""Whether the engine files of a bundle are those of the networks that its manifest says they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dyexport.bundle import Bundle
+from dyexport.engines.base import WeightSpan
+from dyexport.engines.ort import read_graph
+from dyexport.engines.registry import make_engines
+from dyexport.engines.tensorrt_fit import plan_info
+from dyexport.errors import BundleError
+from dyexport.graphs import NETWORK, labels_for
+
+GRAPHS = "onnx"
+FROM_GRAPHS = ("tensorrt", "tensorrt-rtx")  # targets whose plans know the graph that they were built from
+
+
+def check_networks(bundle: Bundle, target: str) -> None:
+    """Hold the engines of a target against the manifest; reads no weights.
+
+    Raises ``BundleError`` for a graph that was made for another network, segment or model, for a plan that was built
+    from another graph than the bundle's, and for weights that are not in the bundle.
+    """
+    paths = bundle.engine_paths(target)
+    for network, path in paths.items():
+        if target == GRAPHS:
+            _check_graph(bundle, network, path)
+        elif target in FROM_GRAPHS:
+            _check_plan(bundle, network, path)
+    for path, engine in zip(paths.values(), make_engines(target, list(paths.values())), strict=True):
+        _check_weights(bundle, path, engine.weights)
+
+
+def _check_graph(bundle: Bundle, network: str, path: Path) -> None:
+    found = {entry.key: entry.value for entry in read_graph(path).metadata_props}
+    expected = labels_for(network, bundle.manifest.model, bundle.manifest.plan)
+    if (name := found.get(NETWORK)) != network:
+        raise BundleError(f"{path} is of {name!r}, and the manifest has it as {network!r}; build the bundle again")
+    if not expected.items() <= found.items():
+        raise BundleError(f"{path} was made for another model or segment than the manifest's; build the bundle again")
+
+
+def _check_plan(bundle: Bundle, network: str, path: Path) -> None:
+    graph = bundle.engine_paths(GRAPHS).get(network)
+    if graph is None or plan_info(path).graph_sha256 != bundle.manifest.files[_name(bundle, graph)].sha256:
+        raise BundleError(f"{path} was not built from the bundle's graph of {network!r}; build the bundle again")
+
+
+def _check_weights(bundle: Bundle, path: Path, spans: Sequence[WeightSpan]) -> None:
+    for span in spans:
+        name, end = _name(bundle, span.path), span.offset + span.length
+        if name not in bundle.manifest.files:
+            raise BundleError(f"{path} has weights in {name}, which the manifest does not name; build the bundle again")
+        if end > (size := bundle.manifest.files[name].bytes):
+            raise BundleError(
+                f"{path} has weights up to byte {end} of {name}, which has {size}; build the bundle again"
+            )
+
+
+def _name(bundle: Bundle, path: Path) -> str:
+    return path.relative_to(bundle.root).as_posix()
