@@ -8,6 +8,7 @@ from typing import cast
 
 import numpy as np
 
+from dyexport.arguments import whole_number
 from dyexport.errors import UsageError
 from dyexport.manifest import Segment, SegmentPlan, TokenPath
 from dyexport.slicing.flops import FlopsModel
@@ -35,8 +36,7 @@ class PlanSettings:
     capacity_margin: float = 0.02  # share of N on top, for inputs calibration has not seen
 
     def __post_init__(self) -> None:
-        if self.engines < 1:
-            raise UsageError(f"--engines is {self.engines}; a plan needs at least 1")
+        whole_number("--engines", self.engines, least=1, most=ATOMS)
         if self.token_path not in ("auto", "masked", "capacity", "dynamic", "compact"):
             raise UsageError(f"--token-path is {self.token_path!r}; use auto, masked, capacity, dynamic or compact")
 

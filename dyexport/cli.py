@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 
 import typer
 
 from dyexport.commands import build_side, deploying, run_side, sampling, verifying
-from dyexport.console import stderr
+from dyexport.console import Session, escape_what_streams_cannot_hold, stderr
 from dyexport.errors import DyexportError
 
 app = typer.Typer(
@@ -27,12 +28,18 @@ app.add_typer(deploying.app)
 
 def main() -> None:
     """Exit code 0, 1 (failed), 2 (bad usage) or 130 (Ctrl-C); errors are one sentence on stderr."""
+    escape_what_streams_cannot_hold()
+    session = Session()
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, obj=session)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:  # whoever read stdout is gone, and so is the reason to write
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except Exception as error:
-        if "--debug" in sys.argv and not hasattr(error, "format_message"):
+        if session.debug and not hasattr(error, "format_message"):
             traceback.print_exc()
         code = _report(error)
     sys.exit(code if isinstance(code, int) else 0)

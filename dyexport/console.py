@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +18,24 @@ from rich.table import Table
 from dyexport.errors import DyexportError
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@dataclass
+class Session:
+    """One run of the command line; ``debug`` once the option was read."""
+
+    debug: bool = False
+
+
+def _note_debug(context: typer.Context, debug: bool) -> bool:
+    if isinstance(context.obj, Session):
+        context.obj.debug = debug
+    return debug
+
+
+DebugOption = Annotated[
+    bool, typer.Option("--debug", callback=_note_debug, is_eager=True, help="Show the traceback of an error.")
+]
 
 
 class Interrupted(DyexportError):
@@ -28,6 +47,13 @@ class Interrupted(DyexportError):
 def stderr() -> Console:
     """Made anew each time, since tests and ``redirect_stdout`` replace the stream."""
     return Console(stderr=True, highlight=False)
+
+
+def escape_what_streams_cannot_hold() -> None:
+    """A character that the terminal's encoding lacks is written as an escape, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def emit(payload: Mapping[str, Any], *, as_json: bool, human: Callable[[Console], None]) -> None:

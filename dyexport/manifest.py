@@ -260,6 +260,11 @@ class ModelSpec(Frozen):
         return f"{self.precision}{suffix}"
 
     @property
+    def takes_guidance(self) -> bool:
+        """Whether a guidance scale changes anything: not where a model is distilled for few steps, as FLUX-schnell."""
+        return bool(self.config.get("guidance_embeds", True))
+
+    @property
     def frames(self) -> int | None:
         """Of a video; None for a model of pictures."""
         return self.latent_shape[1] if len(self.latent_shape) == 4 else None

@@ -12,6 +12,7 @@ from statistics import median
 import numpy as np
 import torch
 
+from dyexport.arguments import STEPS, whole_number
 from dyexport.bench.latency import BenchReport, Blocks, Progress, SegmentTime, over_trajectory, time_variants
 from dyexport.bench.machine import cpu_time, taken_by_others
 from dyexport.bench.memory import MemoryProbe, added_bytes
@@ -23,13 +24,13 @@ from dyexport.bench.variants import (
     segment_variants,
 )
 from dyexport.bundle import Bundle
-from dyexport.errors import UsageError
 from dyexport.manifest import Segment, SegmentPlan
 from dyexport.runtime.component import BundleTransformer
 from dyexport.runtime.pipeline import load
 from dyexport.runtime.transformers import example_inputs, stock_transformer
 
 OVERHEAD_LOOPS = 3
+MOST = {"batch": 4096, "steps": STEPS, "threads": 1024, "rounds": 100_000}
 LOOP_BLOCKS = Blocks(rounds=3, timed=1)
 
 
@@ -52,10 +53,9 @@ class BenchSettings:
     rounds: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("batch", "steps", "threads", "rounds"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name} is {value}; it must be at least 1")
+        for name, most in MOST.items():
+            if (value := getattr(self, name)) is not None:
+                whole_number(f"--{name}", value, least=1, most=most)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dyexport.arguments import check_guidance, check_steps, whole_number
 from dyexport.bench.quality import Digits, Judge, Score
 from dyexport.bundle import Bundle
 from dyexport.errors import CheckpointError, UsageError
@@ -21,6 +22,7 @@ Progress = Callable[[int, int], None]
 """Called with pictures drawn and pictures in all."""
 
 CHUNK = 300  # pictures drawn at a time
+MOST_SAMPLES = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +35,23 @@ class Drawing:
     scheduler: str | None = None
 
     def __post_init__(self) -> None:
-        if self.samples < 2:
-            raise UsageError(f"--samples is {self.samples}; a distance needs at least 2")
+        cure = f"a distance needs at least 2, and is of up to {MOST_SAMPLES}"
+        whole_number("--samples", self.samples, least=2, most=MOST_SAMPLES, cure=cure)
+        check_steps(self.steps, "--steps")
+        check_guidance(self.guidance, "--guidance")
+
+
+def check_digits(spec: ModelSpec) -> None:
+    """Raises ``UsageError`` for a model of anything but digits."""
+    if not spec.pixel_space or spec.latent_shape != (1, 8, 8):
+        raise UsageError(f"{spec.name} does not draw digits, and there is nothing here to score its pictures by")
 
 
 def draw_digits(
     transformer: Denoiser, spec: ModelSpec, drawing: Drawing, seed: int, progress: Progress | None = None
 ) -> Digits:
     """Sample a model of the digits. Raises ``UsageError`` for a model of anything else."""
-    if spec.latent_shape != (1, 8, 8) or not spec.pixel_space:
-        raise UsageError(f"{spec.name} does not draw digits, and there is nothing here to score its pictures by")
+    check_digits(spec)
     labels = np.arange(drawing.samples) % spec.classes
     pictures = []
     for start in range(0, drawing.samples, CHUNK):

@@ -15,6 +15,7 @@ from dyexport.bundle import Bundle
 Array = np.ndarray
 
 RAMP = ((13, 8, 65), (84, 2, 163), (185, 50, 137), (237, 121, 83), (240, 249, 33))  # dark = off, yellow = on
+ASCII_SHADES = ".:+#@"
 SHADES = "·░▒▓█"  # says it again, for terminals and eyes without the colours
 CELL, MARGIN, LINE = 12, 48, 16  # pixels
 
@@ -61,28 +62,29 @@ def colour(value: float) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def draw_text(bundle: Bundle, points: int = 64) -> Group:
+def draw_text(bundle: Bundle, points: int = 64, *, ascii_only: bool = False) -> Group:
     """For the terminal: one row per block, one column per cell of t."""
+    shades, line = (ASCII_SHADES, "-") if ascii_only else (SHADES, "─")
     lines: list[Text] = []
     for heat_map in heat_maps(bundle, points):
         lines.append(Text(f"{heat_map.title}: {heat_map.values.mean():.0%} on", style="bold"))
-        lines += [_text_row(f"{block:>7} ", row) for block, row in enumerate(heat_map.values)]
-    lines.append(Text(" " * 8 + _engine_ruler(segment_of(bundle, points)), style="dim"))
+        lines += [_text_row(f"{block:>7} ", row, shades) for block, row in enumerate(heat_map.values)]
+    lines.append(Text(" " * 8 + _engine_ruler(segment_of(bundle, points), line), style="dim"))
     lines.append(Text(" " * 8 + f"{_axis(bundle)}; the numbers are engines", style="dim"))
     return Group(*lines)
 
 
-def _text_row(label: str, values: Array) -> Text:
+def _text_row(label: str, values: Array, shades: str) -> Text:
     text = Text(label, style="dim")
     for value in values:
-        shade = SHADES[round(value * (len(SHADES) - 1))]
+        shade = shades[round(value * (len(shades) - 1))]
         text.append(shade, style="rgb({},{},{})".format(*colour(value)))
     return text
 
 
-def _engine_ruler(segments: Sequence[int]) -> str:
+def _engine_ruler(segments: Sequence[int], line: str = "─") -> str:
     """Each engine's number where its stretch begins: ``0──────1──2───``."""
-    ruler = ["─"] * len(segments)
+    ruler = [line] * len(segments)
     for place, segment in enumerate(segments):
         if place == 0 or segments[place - 1] != segment:
             label = str(segment)[: len(segments) - place]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from dyexport.architectures import Preset, RouterKind
+from dyexport.arguments import check_seed, whole_number
 from dyexport.build.output import check_ours
 from dyexport.build.profiles import parse_profiles
 from dyexport.build.targets import ONNX, TARGETS
@@ -40,6 +41,7 @@ FINETUNE = Schedule(steps=150_000, batch_size=256, learning_rate=1e-4, ema_decay
 LORA_DIGITS = replace(FINETUNE_DIGITS, learning_rate=1e-2)
 LORA = FINETUNE
 FINETUNE_LARGE = Schedule(steps=10_000, batch_size=8, learning_rate=1e-4, ema_decay=0.999)
+MOST_STEPS = 10**9
 LARGE = 2_000_000_000  # parameters, from which on not all of them are trained: they alone would fill a GPU
 LARGE_LORA = LoraSpec(rank=16, experts=4, alpha=16)
 
@@ -89,8 +91,7 @@ class BuildSettings:
             raise UsageError("--checkpoint and --random-weights exclude each other; give one of them")
         if self.precision not in (None, *get_args(Precision)):
             raise UsageError(f"--precision is {self.precision}; use {', '.join(get_args(Precision))}")
-        if self.seed < 0:
-            raise UsageError(f"--seed is {self.seed}; give 0 or more")
+        check_seed(self.seed, "--seed")
         self._check_steps(preset)
         self._check_routers(preset)
         self._check_lora()
@@ -147,8 +148,8 @@ class BuildSettings:
             raise UsageError("--synthetic says how --data synthetic is sampled; give that, or leave it out")
         self.sampling  # noqa: B018  # refuses guidance that would do nothing
         for name, steps, least in (("train", self.train_steps, 1), ("finetune", self.finetune_steps, 0)):
-            if steps is not None and steps < least:
-                raise UsageError(f"--{name}-steps is {steps}; give {least} or more")
+            if steps is not None:
+                whole_number(f"--{name}-steps", steps, least=least, most=MOST_STEPS)
 
     def _check_routers(self, preset: Preset) -> None:
         if self.router not in get_args(RouterKind):

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dyexport.arguments import check_seed, whole_number
 from dyexport.build.layers import LayerReport, compare_layers
 from dyexport.build.ledger import describe, digest_of
 from dyexport.build.truth import Truth, undecided
@@ -37,6 +38,9 @@ from dyexport.runtime.scheduler import route
 TOLERANCES: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}  # largest absolute; then relative
 QUANTIZED = 2.0  # distance to the fake-quantized model over what quantization costs; 1.4 if the two were unrelated
 
+MOST_TIMESTEPS = 100_000
+MOST_TOLERANCE = 100.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class VerifySettings:
@@ -48,10 +52,10 @@ class VerifySettings:
     small: bool = False  # on pictures as small as noise is drawn for
 
     def __post_init__(self) -> None:
-        if self.timesteps < 1:
-            raise UsageError(f"--timesteps is {self.timesteps}; give at least 1")
-        if self.tolerance is not None and not self.tolerance > 0:
-            raise UsageError(f"--tolerance is {self.tolerance}; give a number above 0")
+        whole_number("--timesteps", self.timesteps, least=1, most=MOST_TIMESTEPS)
+        check_seed(self.seed, "--seed")
+        if self.tolerance is not None and not 0 < self.tolerance <= MOST_TOLERANCE:
+            raise UsageError(f"--tolerance is {self.tolerance}; give a number above 0, up to {MOST_TOLERANCE:g}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from dyexport.commands.building import building
+from dyexport.commands.given import Given, OnceEach
 from dyexport.commands.options import BuildOptions, takes_build_options
 from dyexport.console import DebugOption, JsonOption, emit, format_bytes, pairs
 
@@ -21,22 +22,27 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 BEFORE_EXPORT = frozenset({"static", "synthetic", "dynamic", "calibrate"})
+_OF_PLANS = ("engines", "compute_capability", "profile", "stream_weights")
+_OF_ENGINES = (*_OF_PLANS, "target", "token_path", "merge_tolerance", "quantize", "no_baseline")
+_OF_CALIBRATION = ("precision", "memory")
 NARROW = 4.0  # times below the limit of fp16
 PLANNED_ENGINES = (1, 2, 4, 8, 16)
 
 
-@app.command()
+@app.command(cls=OnceEach)
 @takes_build_options
-def build(options: BuildOptions, json: JsonOption = False, debug: DebugOption = False) -> None:
+def build(options: BuildOptions, context: typer.Context, json: JsonOption = False, debug: DebugOption = False) -> None:
     """Turn a checkpoint into a bundle of slim engines: the whole pipeline, going on where it stopped."""
-    _build(options.settings(), json)
+    _build(_settings(options, context), json)
 
 
-@app.command()
+@app.command(cls=OnceEach)
 @takes_build_options
-def finetune(options: BuildOptions, json: JsonOption = False, debug: DebugOption = False) -> None:
+def finetune(
+    options: BuildOptions, context: typer.Context, json: JsonOption = False, debug: DebugOption = False
+) -> None:
     """Attach routers to the static model and train them under the budget: build's first stages."""
-    settings = options.settings()
+    settings = _settings(options, context, *_OF_CALIBRATION, *_OF_ENGINES, last="training")
     with building(settings) as pipeline:
         from dyexport.build.stages import count_trainable
 
@@ -46,20 +52,35 @@ def finetune(options: BuildOptions, json: JsonOption = False, debug: DebugOption
     emit(payload, as_json=json, human=lambda console: console.print(pairs(lines)))
 
 
-@app.command()
+@app.command(cls=OnceEach)
 @takes_build_options
-def calibrate(options: BuildOptions, json: JsonOption = False, debug: DebugOption = False) -> None:
+def calibrate(
+    options: BuildOptions, context: typer.Context, json: JsonOption = False, debug: DebugOption = False
+) -> None:
     """Meet the budget and read widths and token counts off the routers: build's stages up to there."""
-    with building(options.settings()) as pipeline:
+    settings = _settings(options, context, *_OF_ENGINES, last="calibration")
+    with building(settings) as pipeline:
         payload = {"checkpoint": str(pipeline.calibrated.path), **pipeline.metrics, "stages": pipeline.stage_report}
     emit(payload, as_json=json, human=lambda console: console.print(pairs(_calibration_lines(payload))))
 
 
-@app.command()
+@app.command(cls=OnceEach)
 @takes_build_options
-def export(options: BuildOptions, json: JsonOption = False, debug: DebugOption = False) -> None:
+def export(options: BuildOptions, context: typer.Context, json: JsonOption = False, debug: DebugOption = False) -> None:
     """Cut a calibrated model into engines: build's last stages, refusing to run those before."""
-    _build(options.settings(), json, without=BEFORE_EXPORT)
+    _build(_settings(options, context), json, without=BEFORE_EXPORT)
+
+
+def _settings(options: BuildOptions, context: typer.Context, *unused: str, last: str = "") -> BuildSettings:
+    """Checked; refuses the options that only stages after the ``last`` one of this command read."""
+    given = Given(context)
+    given.refuse(True, f"this command ends with {last}", *unused)
+    given.refuse(bool(last) and options.work is not None, "no bundle is written, and --work holds the rest", "out")
+    settings = options.settings()
+    taken = f"{settings.checkpoint} has routers already and is taken as it is"
+    given.refuse(settings.routers == "given", taken, "router", "td_lora", "finetune_steps")
+    given.refuse(settings.routers == "none", "with --finetune-steps 0 every token runs", "token_path")
+    return settings
 
 
 def _build(settings: BuildSettings, json: bool, without: frozenset[str] = frozenset()) -> None:
@@ -78,15 +99,16 @@ def _build(settings: BuildSettings, json: bool, without: frozenset[str] = frozen
     emit(payload, as_json=json, human=lambda console: console.print(pairs(_build_lines(payload))))
 
 
-@app.command()
+@app.command(cls=OnceEach)
 @takes_build_options
 def plan(
     options: BuildOptions,
+    context: typer.Context,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Show what K = 1, 2, 4, 8, 16 engines would cost. Calibrates if that is not done, but never trains."""
-    settings = options.settings()
+    settings = _settings(options, context, *_OF_PLANS, last="prices of several K")
     with building(settings, without=settings.slow_stages) as pipeline:
         plans = [pipeline.priced(engines) for engines in PLANNED_ENGINES]
         rows = [{**_costs(found), "tensorrt": _predictions(pipeline.predicted(found))} for found in plans]
@@ -95,7 +117,7 @@ def plan(
     emit(payload, as_json=json, human=lambda console: console.print(_plan_table(rows)))
 
 
-@app.command()
+@app.command(cls=OnceEach)
 def models(
     targets: Annotated[
         bool, typer.Option("--targets", help="List engine formats instead, and what proves them.")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dyexport.commands.given import Given, OnceEach
 from dyexport.commands.run_side import BundleArgument, MemoryOption, SchedulerOption, TargetOption
 from dyexport.console import DebugOption, JsonOption, emit, progress_bar
 
@@ -20,8 +21,9 @@ def _servers() -> None:
     """Write a bundle as a model of an inference server."""
 
 
-@deploy.command()
+@deploy.command(cls=OnceEach)
 def triton(
+    context: typer.Context,
     bundle: BundleArgument,
     repository: Annotated[Path, typer.Argument(help="A Triton model repository; made where there is none.")],
     name: Annotated[str | None, typer.Option(help="Of the model; by default the bundle's.")] = None,
@@ -42,6 +44,7 @@ def triton(
     ] = None,
     max_steps: Annotated[int, typer.Option(help="Denoising steps that a request may ask for.")] = 100,
     max_pixels: Annotated[int, typer.Option(help="FLUX, Latte: pixels that a request may ask for.")] = 2048 * 2048,
+    max_prompt: Annotated[int, typer.Option(help="FLUX, Latte: characters that a prompt may have.")] = 4000,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -52,6 +55,7 @@ def triton(
     from dyexport.serving.triton_repository import deploy as write
 
     spec = Bundle.open(bundle, check_hashes=False).manifest.model
+    Given(context).refuse(bool(spec.classes), f"{spec.name} draws from labels, at one size", "max_pixels", "max_prompt")
     deployment = Deployment(
         bundle=bundle,
         repository=repository,
@@ -65,6 +69,7 @@ def triton(
         max_batch=max_batch,
         max_steps=max_steps,
         max_pixels=max_pixels,
+        max_prompt=max_prompt,
     )
     with progress_bar(f"writing {repository / deployment.name}") as advance:
         model = write(deployment, advance)

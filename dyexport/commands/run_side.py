@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
+from dyexport.arguments import whole_number
+from dyexport.commands.given import Given, OnceEach
 from dyexport.commands.options import BuildOptions
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
 from dyexport.errors import UsageError
 from dyexport.sizes import parse_bytes
 
 app = typer.Typer()
+
+SEED_COUNT = 1000  # of eval
 
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle directory.")]
 StepsOption = Annotated[int, typer.Option(help="Denoising steps.")]
@@ -27,8 +32,9 @@ MemoryOption = Annotated[
 TargetOption = Annotated[str, typer.Option(help="Which of the bundle's engine formats to run.")]
 
 
-@app.command()
+@app.command(cls=OnceEach)
 def bench(
+    context: typer.Context,
     bundle: Annotated[Path | None, typer.Argument(help="A bundle directory; or give --model to build one.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="A preset to build and time.")] = None,
     budget: Annotated[str | None, typer.Option("--budget", "-b", help="FLOPs ratio to build for, such as 0.5.")] = None,
@@ -61,6 +67,10 @@ def bench(
     """Time a bundle over the trajectory against its dense graph and the dense torch module, all in one run."""
     if (bundle is None) == (model is None):
         raise UsageError("bench takes a bundle, or --model with --budget to build one; give one of the two")
+    given = Given(context)
+    built = ("budget", "random_weights", "engines", "token_path", "out")
+    given.refuse(model is None, "the bundle is built already", *built)
+    given.refuse(target != "onnx", f"engines of {target} do not map the weight store", "share_weights")
     if model is not None:
         bundle = _built(model, budget, random_weights, engines, token_path, out)
     with chatter_on_stderr(), progress_bar("timing") as advance:
@@ -97,8 +107,9 @@ def _built(
     return settings.out
 
 
-@app.command(name="eval")
+@app.command(name="eval", cls=OnceEach)
 def evaluate(
+    context: typer.Context,
     bundle: BundleArgument,
     samples: Annotated[int, typer.Option(help="Pictures to draw of each model, every class equally often.")] = 1800,
     seeds: Annotated[int, typer.Option(help="Repetitions with other noise.")] = 1,
@@ -119,19 +130,22 @@ def evaluate(
     debug: DebugOption = False,
 ) -> None:
     """Score digits by Frechet distance and class accuracy: the dense model, the dynamic one and the control."""
-    if seeds < 1:
-        raise UsageError(f"--seeds is {seeds}; give at least 1")
+    from dyexport.bench.evaluation import Drawing, check_digits
+    from dyexport.bundle import Bundle
+
+    build = ("train_steps", "finetune_steps", "checkpoint", "seed")
+    Given(context).refuse(not control, "it is for the training of --control", *build)
+    whole_number("--seeds", seeds, least=1, most=SEED_COUNT)
+    drawing = Drawing(samples=samples, steps=steps, guidance=guidance, scheduler=scheduler)
+    opened = Bundle.open(bundle)
+    check_digits(opened.manifest.model)
     path = _control(bundle, train_steps, finetune_steps, checkpoint, seed) if control else None
     with chatter_on_stderr(), progress_bar("drawing") as advance:
-        from dyexport.bench.evaluation import Drawing
         from dyexport.bench.evaluation import evaluate as score
         from dyexport.bench.quality import Judge
         from dyexport.bench.report import eval_table
-        from dyexport.bundle import Bundle
         from dyexport.demo import real_digits
 
-        drawing = Drawing(samples=samples, steps=steps, guidance=guidance, scheduler=scheduler)
-        opened = Bundle.open(bundle)
         judge = Judge(real_digits("train"))
         report = score(opened, path, judge, real_digits("held-out"), drawing, range(seeds), advance)
     emit(asdict(report), as_json=json, human=lambda console: console.print(eval_table(report)))
@@ -161,8 +175,9 @@ def _control(
         return pipeline.control.path
 
 
-@app.command()
+@app.command(cls=OnceEach)
 def inspect(
+    context: typer.Context,
     bundle: BundleArgument,
     png: Annotated[Path | None, typer.Option(help="Also write the heat map as a picture.")] = None,
     engine: Annotated[
@@ -173,6 +188,8 @@ def inspect(
     debug: DebugOption = False,
 ) -> None:
     """Show what is in a bundle: its segments, and a heat map of widths over t and depth."""
+    Given(context).refuse(engine is None, "it is for --engine", "target")
+    Given(context).refuse(engine is not None, "--engine shows a plan, which has no heat map", "png")
     if engine is not None:
         _inspect_plan(bundle, target, engine, json)
         return
@@ -185,8 +202,12 @@ def inspect(
         opened = Bundle.open(bundle)
         if png is not None:
             save_png(draw_image(opened), png)
-    parts = (inspect_table(opened), "", draw_text(opened))
-    emit(inspect_payload(opened), as_json=json, human=lambda console: console.print(*parts, sep="\n"))
+
+    def show(console: Console) -> None:
+        heat_map = draw_text(opened, ascii_only=console.options.ascii_only)
+        console.print(inspect_table(opened), "", heat_map, sep="\n")
+
+    emit(inspect_payload(opened), as_json=json, human=show)
 
 
 def _inspect_plan(bundle: Path, target: str, network: str, as_json: bool) -> None:
@@ -197,7 +218,7 @@ def _inspect_plan(bundle: Path, target: str, network: str, as_json: bool) -> Non
     emit(info.model_dump(mode="json"), as_json=as_json, human=lambda console: console.print(*plan_lines(info)))
 
 
-@app.command()
+@app.command(cls=OnceEach)
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where everything goes.")] = Path("out/demo"),
     json: JsonOption = False,

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from dyexport.arguments import SAMPLES, check_guidance, check_seed, check_steps, shown
+from dyexport.commands.given import Given, OnceEach
 from dyexport.commands.run_side import BundleArgument, MemoryOption, SchedulerOption, TargetOption
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
 from dyexport.errors import UsageError
+from dyexport.manifest import ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +22,9 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 Advance = Callable[[int, int], None]
+
+DEFAULT_CLASSES = 10
+LABEL_DIGITS = 19  # of a number that an INT64 holds
 
 
 class _Drawn(NamedTuple):
@@ -29,10 +35,14 @@ class _Drawn(NamedTuple):
     settings: dict[str, Any]
 
 
-@app.command()
+@app.command(cls=OnceEach)
 def sample(
+    context: typer.Context,
     bundle: BundleArgument,
-    labels: Annotated[str, typer.Option(help="Classes to draw: 0-9, 3,7 or both kinds mixed.")] = "0-9",
+    labels: Annotated[
+        str | None,
+        typer.Option(help="DiT, SiT: classes to draw, 0-9, 3,7 or both kinds mixed; by default the first 10."),
+    ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="FLUX, Latte: what to draw; may be given several times.")
     ] = None,
@@ -64,13 +74,19 @@ def sample(
     debug: DebugOption = False,
 ) -> None:
     """Draw pictures or videos, one for each label or prompt; without a VAE a latent-space model's latents are saved."""
+    _check_numbers(steps, guidance, seed)
+    classes = None if labels is None else parse_labels(labels)
     with chatter_on_stderr(), progress_bar("sampling") as advance:
+        from dyexport.bundle import Bundle
         from dyexport.runtime.pipeline import load
 
-        classes = parse_labels(labels)
+        spec = Bundle.open(bundle, check_hashes=False).manifest.model
+        _refuse_useless(Given(context), spec)
+        pixels = vae is not None or (spec.pixel_space if spec.classes else bool(prompt or pipeline))
+        out = _checked(out, video=spec.frames is not None and frames != 1, pixels=pixels)
         loaded = load(bundle, target=target, memory=memory)
-        out = _checked(out, video=loaded.spec.frames is not None and frames != 1)
-        if loaded.spec.classes:
+        if spec.classes:
+            classes = classes or list(range(min(spec.classes, DEFAULT_CLASSES)))
             drawn = _from_labels(loaded, classes, steps, guidance, seed, scheduler, vae, advance)
         else:
             from dyexport.runtime.prompts import Prompts
@@ -78,7 +94,7 @@ def sample(
             wanted = Prompts(
                 texts=tuple(prompt or ()),
                 embedded=prompt_embeds,
-                pipeline=pipeline or (home_of(loaded.spec.name) if prompt else None),
+                pipeline=pipeline or (home_of(spec.name) if prompt else None),
                 vae=vae,
                 steps=steps,
                 guidance=guidance,
@@ -94,14 +110,38 @@ def sample(
     emit(payload, as_json=json, human=lambda console: console.print(f"{written}{what}", markup=False, soft_wrap=True))
 
 
-def _checked(out: Path | None, *, video: bool) -> Path:
-    """Where to write, refused before anything is drawn if no video can be written there."""
-    if not video:
-        return out or Path("samples.png")
-    from dyexport.bench.videos import check_video_path
+def _check_numbers(steps: int | None, guidance: float | None, seed: int) -> None:
+    """Before anything is read."""
+    if steps is not None:
+        check_steps(steps, "--steps")
+    if guidance is not None:
+        check_guidance(guidance, "--guidance")
+    check_seed(seed, "--seed")
 
-    out = out or Path("samples.gif")
-    check_video_path(out)
+
+def _refuse_useless(given: Given, spec: ModelSpec) -> None:
+    """Raises ``UsageError`` for an option that is for another kind of model."""
+    for_prompts = ("prompt", "prompt_embeds", "pipeline", "height", "width", "frames")
+    given.refuse(bool(spec.classes), f"{spec.name} draws from labels", *for_prompts)
+    given.refuse(not spec.classes, f"{spec.name} draws from prompts", "labels")
+    given.refuse(not spec.classes, f"the scheduler of {spec.name} comes with its pipeline", "scheduler")
+    given.refuse(spec.pixel_space, f"{spec.name} draws pixels, not latents", "vae")
+    given.refuse(not spec.takes_guidance, f"{spec.name} knows no guidance", "guidance")
+
+
+def _checked(out: Path | None, *, video: bool, pixels: bool) -> Path:
+    """Where to write, refused before anything is drawn if it names another kind of file.
+
+    Latents are written beside where the picture would be.
+    """
+    latents = () if pixels else (".safetensors",)
+    out = out or Path("samples.gif" if video else "samples.png")
+    if video and out.suffix not in latents:
+        from dyexport.bench.videos import check_video_path
+
+        check_video_path(out)
+    if not video and out.suffix.lower() not in ("", ".png", *latents):
+        raise UsageError(f"-o is {out}; a picture goes into .png")
     return out
 
 
@@ -180,12 +220,18 @@ class _Counted:
 
 
 def parse_labels(text: str) -> list[int]:
-    """``0-2,7`` is 0, 1, 2, 7. Raises ``UsageError`` for anything else."""
+    """``0-2,7`` is 0, 1, 2, 7. Raises ``UsageError`` for anything else, and for more than are drawn at a time."""
     found: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
+        first, dash, last = (each.strip() for each in part.partition("-"))
         last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise UsageError(f"--labels {text!r} is not a list of classes; write 0-9 or 3,7")
+        if not (_is_label(first) and _is_label(last) and int(first) <= int(last)):
+            raise UsageError(f"--labels {shown(text)!r} is not a list of classes; write 0-9 or 3,7")
+        if len(found) + int(last) - int(first) >= SAMPLES:
+            raise UsageError(f"--labels {shown(text)!r} are more than {SAMPLES}, which are drawn at a time")
         found += range(int(first), int(last) + 1)
     return found
+
+
+def _is_label(text: str) -> bool:
+    return text.isdecimal() and len(text) < LABEL_DIGITS

@@ -8,13 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+from dyexport.commands.given import Given, OnceEach
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, pairs, progress_bar
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(cls=OnceEach)
 def verify(
+    context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="A bundle directory.")],
     timesteps: Annotated[int, typer.Option(help="How many random timesteps to compare at.")] = 64,
     tolerance: Annotated[
@@ -47,12 +49,24 @@ def verify(
     settings = VerifySettings(
         timesteps=timesteps, tolerance=tolerance, target=target, seed=seed, layers=layers, small=small
     )
+    if small:
+        _check_small(Given(context), bundle)
     with chatter_on_stderr(), progress_bar("verifying") as advance:
         report = verify_bundle(bundle, settings, reference=reference, advance=advance)
     payload = report.as_json()
     emit(payload, as_json=json, human=lambda console: console.print(pairs(_verify_lines(payload))))
     if not report.passed:
         raise typer.Exit(1)
+
+
+def _check_small(given: Given, bundle: Path) -> None:
+    """Raises ``UsageError`` where the model has no smaller pictures to compare on."""
+    from dyexport.bundle import Bundle
+    from dyexport.presets import get_preset
+
+    name = Bundle.open(bundle, check_hashes=False).manifest.model.name
+    preset = get_preset(name)
+    given.refuse(preset.for_noise() == preset, f"{name} is compared at its own size", "small")
 
 
 def _verify_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:

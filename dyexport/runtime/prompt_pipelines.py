@@ -16,6 +16,10 @@ Columns = Mapping[str, tuple[int | None, ...]]
 """Tensors of a file of embedded prompts, and their shapes after the first dimension; None: any length."""
 
 
+FLUX_SIDE = 128  # latents, whatever the model; diffusers writes it into its pipeline
+VAE_SCALE = 8  # pixels on a side of a latent, unless a VAE says otherwise
+
+
 class PromptPipeline(ABC):
     """What sampling from prompts must know of one pipeline: its class in diffusers, its parts that embed text, ..."""
 
@@ -36,8 +40,8 @@ class PromptPipeline(ABC):
         """The schedule of the model's own pipeline."""
 
     @abstractmethod
-    def side(self, pipe: Any) -> int:
-        """Pixels on a side where no size is asked for."""
+    def side(self, spec: ModelSpec, scale: int) -> int:
+        """Pixels on a side where no size is asked for; a VAE makes one latent of ``scale`` pixels on a side."""
 
     @abstractmethod
     def arguments(self, spec: ModelSpec, *, frames: int | None, embedded: bool) -> dict[str, Any]:
@@ -67,8 +71,8 @@ class FluxPictures(PromptPipeline):
 
         return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=_distilled(spec))
 
-    def side(self, pipe: Any) -> int:
-        return int(pipe.default_sample_size * pipe.vae_scale_factor)
+    def side(self, spec: ModelSpec, scale: int) -> int:
+        return FLUX_SIDE * scale
 
     def arguments(self, spec: ModelSpec, *, frames: int | None, embedded: bool) -> dict[str, Any]:
         if frames is not None:
@@ -101,8 +105,8 @@ class LatteVideos(PromptPipeline):
     def scheduler(self, spec: ModelSpec) -> Any:
         return make_scheduler(spec)
 
-    def side(self, pipe: Any) -> int:
-        return int(pipe.transformer.config.sample_size * pipe.vae_scale_factor)
+    def side(self, spec: ModelSpec, scale: int) -> int:
+        return int(spec.config["sample_size"]) * scale
 
     def arguments(self, spec: ModelSpec, *, frames: int | None, embedded: bool) -> dict[str, Any]:
         if frames not in (None, 1, spec.frames):

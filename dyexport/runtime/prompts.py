@@ -81,7 +81,7 @@ def draw_prompts(
     count = len(wanted.texts) or len(conditions["prompt_embeds"])
     generator = noise_of(wanted.seed, count)
     pipe = _pipeline(transformer, kind, wanted) if pipe is None else pipe
-    own = kind.side(pipe)
+    own = kind.side(spec, pipe.vae_scale_factor)
     check_pixels(wanted.height or own, wanted.width or own, PIXELS, "dyexport")
     latents: list[torch.Tensor] = []
 

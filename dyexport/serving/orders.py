@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from dyexport.arguments import SEEDS, check_guidance, check_pixels, check_seed, check_side, whole_number
 from dyexport.errors import UsageError
 
 Arrays = Mapping[str, np.ndarray]
 """Tensors of a request by name, each (B, 1)."""
 
 LABEL, PROMPT, SEED = "label", "prompt", "seed"
-SIDE_MULTIPLE = 16  # pixels; a VAE makes one latent of 8 x 8, a patch is 2 x 2 latents
-SEEDS = 2**63  # as many as an INT64 holds
+CHARACTER = 4  # bytes of UTF-8 at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +52,7 @@ class Limits:
 
     max_steps: int = 100
     max_pixels: int = 2048 * 2048
+    max_prompt: int = 4000  # characters; T5 reads some 2500, and cutting a long text into words takes its time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +70,21 @@ class OrderBook:
 
     def read(self, arrays: Arrays) -> Order:
         """Raises ``UsageError`` for what cannot be drawn."""
+        if self.subject not in arrays:
+            raise UsageError(
+                f"{self.subject} is missing, and this model draws from nothing else; send one row a sample"
+            )
+        rows = len(arrays[self.subject])
+        for name, values in arrays.items():
+            if not 0 < values.size == rows:
+                raise UsageError(f"{name} has {values.size} rows and {self.subject} {rows}; give one for each sample")
         subjects = self._subjects(arrays[self.subject])
-        seeds = self._seeds(arrays.get(SEED), len(subjects))
+        seeds = self._seeds(arrays.get(SEED), rows)
         return Order(subjects=subjects, seeds=seeds, settings=self._settings(arrays))
 
     def _subjects(self, values: np.ndarray) -> tuple[int | str, ...]:
         if not self.classes:
-            return tuple(_text(value) for value in values.ravel().tolist())
+            return tuple(self._text(value) for value in values.ravel().tolist())
         labels = tuple(int(value) for value in values.ravel())
         for label in labels:
             if not 0 <= label < self.classes:
@@ -87,21 +95,15 @@ class OrderBook:
         """Drawn where none are asked for, so that two requests differ."""
         if values is None:
             return tuple(secrets.randbelow(SEEDS) for _ in range(count))
-        seeds = tuple(int(value) for value in values.ravel())
-        if len(seeds) != count:
-            raise UsageError(f"{SEED} has {len(seeds)} rows and {self.subject} {count}; give one for each")
-        if min(seeds) < 0:
-            raise UsageError(f"{SEED} is {min(seeds)}; give 0 or more")
-        return seeds
+        return tuple(check_seed(int(value), SEED) for value in values.ravel())
 
     def _settings(self, arrays: Arrays) -> Settings:
         usual = self.usual
         steps = _shared(arrays, "steps", int, usual.steps)
         guidance = _shared(arrays, "guidance", float, usual.guidance)
-        if not 1 <= steps <= self.limits.max_steps:
-            raise UsageError(f"steps is {steps}; this server takes 1 to {self.limits.max_steps}")
-        if not math.isfinite(guidance):
-            raise UsageError(f"guidance is {guidance}; give a number, 1 being none")
+        most = self.limits.max_steps
+        whole_number("steps", steps, least=1, most=most, cure=f"this server takes 1 to {most}")
+        check_guidance(guidance)
         if self.classes:
             return Settings(steps=steps, guidance=guidance)
         height = _shared(arrays, "height", int, usual.height)
@@ -110,20 +112,19 @@ class OrderBook:
         return Settings(steps=steps, guidance=guidance, height=height, width=width)
 
     def _check_size(self, height: int, width: int) -> None:
-        for name, value in (("height", height), ("width", width)):
-            if value <= 0 or value % SIDE_MULTIPLE:
-                raise UsageError(f"{name} is {value}; give a multiple of {SIDE_MULTIPLE}")
-        if height * width > self.limits.max_pixels:
-            raise UsageError(
-                f"{height} x {width} are {height * width} pixels; this server draws up to {self.limits.max_pixels}"
-            )
+        check_pixels(check_side(height, "height"), check_side(width, "width"), self.limits.max_pixels, "this server")
 
-
-def _text(value: Any) -> str:
-    try:
-        return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{PROMPT} is not UTF-8: {error.reason} at byte {error.start}") from error
+    def _text(self, value: Any) -> str:
+        most = self.limits.max_prompt
+        if len(value) > most * CHARACTER:
+            raise UsageError(f"{PROMPT} has {len(value)} bytes; this server takes up to {most} characters")
+        try:
+            text = value.decode("utf-8") if isinstance(value, bytes) else str(value)
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{PROMPT} is not UTF-8: {error.reason} at byte {error.start}") from error
+        if len(text) > most:
+            raise UsageError(f"{PROMPT} has {len(text)} characters; this server takes up to {most}")
+        return text
 
 
 def _shared(arrays: Arrays, name: str, kind: Callable[[Any], Any], usual: Any) -> Any:

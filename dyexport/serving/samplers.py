@@ -32,13 +32,17 @@ class Sampler(Protocol):
 
 
 def open_sampler(folder: Path, served: Served, device: str | None) -> Sampler:
-    """The model in a version folder of a repository. Raises what ``load`` raises, and ``CheckpointError``."""
+    """The model in a version folder of a repository. Raises what ``load`` raises, and ``CheckpointError``.
+
+    Engines that do not fit this machine are an error: a server that is ready runs what it was deployed for.
+    """
     transformer = load(
         folder / BUNDLE,
         target=served.target,
         device=device,
         memory=served.memory,
         share_weights=served.share_weights,
+        fallback=False,
     )
     if transformer.spec.classes:
         vae = None if served.vae is None else open_vae(source_of(folder, served.vae)).to(transformer.device)
@@ -52,7 +56,7 @@ class LabelSampler:
 
     def __init__(self, transformer: BundleTransformer, served: Served, vae: torch.nn.Module | None) -> None:
         spec = transformer.spec
-        usual = Settings(steps=LABEL_HABITS.steps, guidance=LABEL_HABITS.guidance)
+        usual = Settings(steps=min(LABEL_HABITS.steps, served.max_steps), guidance=LABEL_HABITS.guidance)
         self.book = OrderBook(classes=spec.classes, usual=usual, limits=served.limits)
         self.output = output_of(spec, decoded=spec.pixel_space or vae is not None)
         self._transformer, self._vae, self._scheduler = transformer, vae, served.scheduler
@@ -82,8 +86,8 @@ class PromptSampler:
         self._transformer = transformer
         self._pipe = open_pipeline(transformer, pipeline).to(transformer.device)
         self._pipe.set_progress_bar_config(disable=True)
-        habits, side = self._kind.habits(spec), self._kind.side(self._pipe)
-        usual = Settings(steps=habits.steps, guidance=habits.guidance, height=side, width=side)
+        habits, side = self._kind.habits(spec), self._kind.side(spec, self._pipe.vae_scale_factor)
+        usual = Settings(steps=min(habits.steps, served.max_steps), guidance=habits.guidance, height=side, width=side)
         self.book = OrderBook(classes=0, usual=usual, limits=served.limits)
         self.output = output_of(spec, decoded=True)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
+from dyexport.arguments import PIXELS, STEPS
 from dyexport.errors import UsageError
 from dyexport.manifest import Frozen, ModelSpec, first_problem
 from dyexport.serving.orders import Limits
 
+PROMPT_CHARACTERS = 1_000_000  # of which a server may be made to take
 BUNDLE, PIPELINE, VAE = "bundle", "pipeline", "vae"  # folders beside model.py
 
 
@@ -27,12 +29,13 @@ class Served(Frozen):
     scheduler: str | None = None
     memory: str | None = None
     share_weights: bool = False
-    max_steps: PositiveInt = Limits.max_steps
-    max_pixels: PositiveInt = Limits.max_pixels
+    max_steps: Annotated[PositiveInt, Field(le=STEPS)] = Limits.max_steps
+    max_pixels: Annotated[PositiveInt, Field(le=PIXELS)] = Limits.max_pixels
+    max_prompt: Annotated[PositiveInt, Field(le=PROMPT_CHARACTERS)] = Limits.max_prompt
 
     @property
     def limits(self) -> Limits:
-        return Limits(max_steps=self.max_steps, max_pixels=self.max_pixels)
+        return Limits(max_steps=self.max_steps, max_pixels=self.max_pixels, max_prompt=self.max_prompt)
 
     def parameters(self) -> dict[str, str]:
         """As Triton keeps them: strings."""

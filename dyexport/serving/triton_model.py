@@ -6,8 +6,10 @@ A repository's ``model.py`` imports ``TritonPythonModel`` from here. Only inside
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from dyexport.serving.served import Served
 FIRST_STEPS = 8
 
 
-class Cancelled(Exception):
+class Abandoned(Exception):
     """Nobody waits for what is being drawn."""
 
 
@@ -43,15 +45,16 @@ class TritonPythonModel:
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response for each request, in order; a bad one does not spoil the others of its batch."""
+        waiting = [Waiting(request) for request in requests]
         responses: dict[int, Any] = {}
         orders: dict[int, Order] = {}
         for index, request in enumerate(requests):
             try:
                 orders[index] = self._sampler.book.read(self._arrays(request))
-            except UsageError as error:
-                responses[index] = _failed(str(error), pb.TritonError.INVALID_ARG)
+            except Exception as error:
+                responses[index] = _failure(error)
         for group in together(orders):
-            drawn = self._answered([orders[index] for index in group], [requests[index] for index in group])
+            drawn = self._answered([orders[index] for index in group], [waiting[index] for index in group])
             responses.update(zip(group, drawn, strict=True))
         return [responses[index] for index in range(len(requests))]
 
@@ -59,29 +62,23 @@ class TritonPythonModel:
         found = {name: pb.get_input_tensor_by_name(request, name) for name in self._inputs}
         return {name: tensor.as_numpy() for name, tensor in found.items() if tensor is not None}
 
-    def _answered(self, orders: Sequence[Order], requests: Sequence[Any]) -> list[Any]:
+    def _answered(self, orders: Sequence[Order], waiting: Sequence[Waiting]) -> list[Any]:
         try:
-            batches = self._draw(orders, requests)
-        except Cancelled as stopped:
-            pb.Logger.log_info(f"dyexport: {stopped}")
-            return [_failed("cancelled", pb.TritonError.CANCELLED) for _ in orders]
+            batches = self._draw(orders, waiting)
         except Exception as error:  # out of memory, say: the server goes on
-            what = str(error) if isinstance(error, DyexportError) else f"{type(error).__name__}: {error}"
-            pb.Logger.log_error(f"dyexport: {what}")
-            return [_failed(what, pb.TritonError.INTERNAL) for _ in orders]
+            return [_failure(error) for _ in orders]
         return [self._response(order, values) for order, values in zip(orders, batches, strict=True)]
 
-    def _draw(self, orders: Sequence[Order], requests: Sequence[Any]) -> list[np.ndarray]:
+    def _draw(self, orders: Sequence[Order], waiting: Sequence[Waiting]) -> list[np.ndarray]:
         """Samples of each order, drawn together until no request is waited for any more."""
-
         steps = 0
 
         def after_step() -> None:
             nonlocal steps
             steps += 1
-            if requests and all(request.is_cancelled() for request in requests):
-                raise Cancelled(f"cancelled after step {steps} of {orders[0].settings.steps}")
+            check_waiting(waiting, f"after step {steps} of {orders[0].settings.steps}")
 
+        check_waiting(waiting, "before it was drawn")
         return split_rows(self._sampler.draw(orders, after_step), [len(order) for order in orders])
 
     def _response(self, order: Order, values: np.ndarray) -> Any:
@@ -90,7 +87,39 @@ class TritonPythonModel:
         return pb.InferenceResponse(output_tensors=tensors)
 
 
-def _failed(message: str, code: Any) -> Any:
+class Waiting:
+    """A request, and until when its client waits: its ``timeout`` is in microseconds, and 0 for ever."""
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+        self._end = monotonic() + request.timeout() / 1e6 if request.timeout() else math.inf
+
+    @property
+    def given_up(self) -> str | None:
+        """Why nobody waits any more; None where somebody does. A client that hangs up over HTTP cannot be told."""
+        if self._request.is_cancelled():
+            return "cancelled"
+        return "out of time" if monotonic() > self._end else None
+
+
+def check_waiting(waiting: Sequence[Waiting], when: str) -> None:
+    """Raises ``Abandoned`` where there are requests, and none that is waited for."""
+    reasons = [one.given_up for one in waiting]
+    if reasons and all(reasons):
+        raise Abandoned(f"{reasons[0]} {when}")
+
+
+def _failure(error: Exception) -> Any:
+    """The response to one request, and a line in the server's log for what is not the client's fault."""
+    if isinstance(error, UsageError):
+        code, message = pb.TritonError.INVALID_ARG, str(error)
+    elif isinstance(error, Abandoned):
+        code, message = pb.TritonError.CANCELLED, str(error)
+        pb.Logger.log_info(f"dyexport: {message}")
+    else:
+        message = str(error) if isinstance(error, DyexportError) else f"{type(error).__name__}: {error}"
+        code = pb.TritonError.INTERNAL
+        pb.Logger.log_error(f"dyexport: {message}")
     return pb.InferenceResponse(output_tensors=[], error=pb.TritonError(message, code))
 
 

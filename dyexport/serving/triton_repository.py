@@ -5,27 +5,30 @@ REPOSITORY/
     config.pbtxt     inputs, outputs, batching, and parameters that may be edited
     1/
       model.py       imports ``dyexport.serving.triton_model``
+      __pycache__    a file, so that no bytecode is written here
       bundle/        the bundle; links to its files where the file system allows, so it takes no room
       pipeline/      FLUX, Latte: text encoders and VAE, likewise; or vae/
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from dyexport.arguments import PIXELS, STEPS, shown, whole_number
 from dyexport.bundle import MANIFEST, Bundle
 from dyexport.engines.registry import get_backend
-from dyexport.errors import UsageError
+from dyexport.errors import MissingDependency, UsageError
 from dyexport.files import PARTIAL, check_writable, remove, storage_errors, sync
 from dyexport.manifest import ModelSpec
 from dyexport.serving.orders import LABEL, PROMPT, SEED, Limits
-from dyexport.serving.served import BUNDLE, PIPELINE, VAE, Served, output_of
-from dyexport.sizes import parse_bytes
+from dyexport.serving.served import BUNDLE, PIPELINE, PROMPT_CHARACTERS, VAE, Served, output_of
 
 Progress = Callable[[int, int], None]
 """Called with files done and files in all."""
@@ -39,6 +42,12 @@ from dyexport.serving.triton_model import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''
+NO_BYTECODE = "__pycache__"
+NO_BYTECODE_TEXT = """\
+This is a file, so that Python keeps its bytecode of model.py elsewhere or nowhere: a server that polls its repository
+would take a new folder for a new model, and load it again. dyexport writes it; leave it here.
+"""
+MOST = {"instances": 64, "max_batch": 1024, "max_steps": STEPS, "max_pixels": PIXELS, "max_prompt": PROMPT_CHARACTERS}
 LARGE_BATCH = {"flux": 1, "latte": 1}  # pictures of 1024 px and videos fill a GPU by themselves
 
 
@@ -61,14 +70,14 @@ class Deployment:
     max_batch: int | None = None
     max_steps: int = Limits.max_steps
     max_pixels: int = Limits.max_pixels
+    max_prompt: int = Limits.max_prompt
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
-            raise UsageError(f"--name is {self.name!r}; give letters, digits, '.', '_' and '-'")
-        for option in ("instances", "max_batch", "max_steps", "max_pixels"):
-            value = getattr(self, option)
-            if value is not None and value < 1:
-                raise UsageError(f"--{option.replace('_', '-')} is {value}; give at least 1")
+        if not re.fullmatch(r"\w[\w.-]{,99}", self.name, re.ASCII):
+            raise UsageError(f"--name is {shown(self.name)!r}; give up to 100 letters, digits, '.', '_' and '-'")
+        for option, most in MOST.items():
+            if (value := getattr(self, option)) is not None:
+                whole_number(f"--{option.replace('_', '-')}", value, least=1, most=most)
 
 
 def deploy(deployment: Deployment, progress: Progress | None = None) -> Path:
@@ -81,6 +90,7 @@ def deploy(deployment: Deployment, progress: Progress | None = None) -> Path:
     bundle.engine_paths(get_backend(deployment.target).files or deployment.target)
     spec, model = bundle.manifest.model, deployment.repository / deployment.name
     _check_parts(deployment, spec)
+    _check_limits(deployment, spec)
     _check_ours(model)
     check_writable(deployment.repository)
     partial = deployment.repository / f"{PARTIAL}{deployment.name}"
@@ -104,6 +114,7 @@ def _write(deployment: Deployment, bundle: Bundle, model: Path, progress: Progre
     served = _served(deployment)
     (model / "config.pbtxt").write_text(config_text(deployment, bundle.manifest.model, served))
     (folder / "model.py").write_text(MODEL_PY)
+    (folder / NO_BYTECODE).write_text(NO_BYTECODE_TEXT)
     sync(model)
 
 
@@ -122,8 +133,43 @@ def _check_parts(deployment: Deployment, spec: ModelSpec) -> None:
         from dyexport.runtime.sampling import make_scheduler
 
         make_scheduler(spec, deployment.scheduler)
+
+
+def _check_limits(deployment: Deployment, spec: ModelSpec) -> None:
+    """A server whose model could not draw at all is not written."""
+    if not spec.classes:
+        from dyexport.runtime.prompt_pipelines import PIPELINES
+
+        side = PIPELINES[spec.backbone].side(spec, _vae_scale(deployment.pipeline))
+        if side * side > deployment.max_pixels:
+            raise UsageError(
+                f"--max-pixels is {deployment.max_pixels}, and where no size is asked for {spec.name} draws "
+                f"{side} x {side}; give at least {side * side}"
+            )
     if deployment.memory is not None:
-        parse_bytes(deployment.memory)
+        from dyexport.runtime.pipeline import load
+
+        with suppress(MissingDependency):  # which the server may have
+            load(
+                deployment.bundle,
+                target=deployment.target,
+                device="cpu",
+                memory=deployment.memory,
+                share_weights=_shares_weights(deployment),
+                check_hashes=False,
+                fallback=False,
+            )
+
+
+def _vae_scale(pipeline: str | None) -> int:
+    """Pixels on a side of a latent, by the configuration in the pipeline's folder; a hub id is not looked into."""
+    from dyexport.runtime.prompt_pipelines import VAE_SCALE
+
+    config = Path(pipeline or "") / "vae" / "config.json"
+    try:
+        return int(2 ** (len(json.loads(config.read_text(encoding="utf-8"))["block_out_channels"]) - 1))
+    except (OSError, ValueError, KeyError, TypeError):
+        return VAE_SCALE
 
 
 def _check_ours(model: Path) -> None:
@@ -151,10 +197,16 @@ def _served(deployment: Deployment) -> Served:
         vae=VAE if vae is not None and Path(vae).is_dir() else vae,
         scheduler=deployment.scheduler,
         memory=deployment.memory,
-        share_weights=deployment.instances > 1 and deployment.target == "onnx",
+        share_weights=_shares_weights(deployment),
         max_steps=deployment.max_steps,
         max_pixels=deployment.max_pixels,
+        max_prompt=deployment.max_prompt,
     )
+
+
+def _shares_weights(deployment: Deployment) -> bool:
+    """Processes map the same file."""
+    return deployment.instances > 1 and deployment.target == "onnx"
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -200,7 +252,9 @@ def _inputs(spec: ModelSpec) -> Iterable[str]:
     """One row a sample; of what may be left out, the model's own."""
     subject = (LABEL, "TYPE_INT64") if spec.classes else (PROMPT, "TYPE_STRING")
     yield from _tensor("input", *subject, (1,))
-    optional = {SEED: "TYPE_INT64", "steps": "TYPE_INT32", "guidance": "TYPE_FP32"}
+    optional = {SEED: "TYPE_INT64", "steps": "TYPE_INT32"}
+    if spec.takes_guidance:
+        optional["guidance"] = "TYPE_FP32"
     if not spec.classes:
         optional |= {"height": "TYPE_INT32", "width": "TYPE_INT32"}
     for name, data_type in optional.items():
