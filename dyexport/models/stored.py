@@ -25,7 +25,7 @@ SAFETENSORS = ".safetensors"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 WRAPPERS = ("ema", "model", "module")  # where training files keep their weights; the averaged ones are preferred
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-SHARD = 4 << 30  # bytes
+SHARD = 2 << 30  # bytes
 NAMED = 3  # how many of the tensors that do not fit an error names
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from dyexport.build.ledger import Silent
@@ -16,6 +18,7 @@ from dyexport.build.pipeline import opened
 from dyexport.build.settings import LORA, BuildSettings
 from dyexport.build.verify import TOLERANCES, VerifySettings, find_reference, verify_bundle
 from dyexport.bundle import Bundle
+from dyexport.cli import main
 from dyexport.errors import CheckpointError
 from dyexport.lora import LoraFile, LoraSpec
 from dyexport.manifest import DENSE, DENSE_CONDITIONING
@@ -249,3 +252,98 @@ def test_in_a_dynamic_checkpoint_widths_stay(built: Bundle, tmp_path: Path) -> N
     change = after.backbone.get_submodule(name).weight - before.backbone.get_submodule(name).weight
     product = factors[f"{name}.lora_B.weight"] @ factors[f"{name}.lora_A.weight"]
     torch.testing.assert_close(change, product, atol=1e-5, rtol=1e-5)
+
+
+MODULE = "transformer_blocks.1.attn1.to_v"
+
+
+def lora_of_ones(file: Path, **config: Any) -> Path:
+    """A LoRA that adds 1 to every weight of a layer, where the configuration does not say otherwise."""
+    file.parent.mkdir(exist_ok=True)
+    save_file({f"{MODULE}.lora_A.weight": torch.ones(1, 48), f"{MODULE}.lora_B.weight": torch.ones(48, 1)}, file)
+    if config:
+        (file.parent / "adapter_config.json").write_text(json.dumps({"r": 1, "lora_alpha": 1, **config}))
+    return file
+
+
+def test_several_come_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_static(random_backbone(TINY), tmp_path / "stock")
+    first, second = lora_of_ones(tmp_path / "first.safetensors"), lora_of_ones(tmp_path / "se@5cond.safetensors")
+    command = ["finetune", "-m", TINY.name, "-b", "0.5", "--finetune-steps", "0", "--checkpoint", tmp_path / "stock"]
+    command += [
+        "-o",
+        tmp_path / "bundle",
+        "--lora",
+        f"{first}@0.25",
+        "--lora",
+        second,
+        "--lora",
+        f"{first}@-3",
+        "--json",
+    ]
+    monkeypatch.setattr("sys.argv", ["dyexport", *map(str, command)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert not exit_.value.code
+    checkpoint = json.loads(capsys.readouterr().out)["checkpoint"]
+    change = (
+        load_static(checkpoint, TINY).get_submodule(MODULE).weight - random_backbone(TINY).get_submodule(MODULE).weight
+    )
+    torch.testing.assert_close(change, torch.full((48, 48), 0.25 + 1 - 3), atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_read_decides_whether_they_are_merged_again(tmp_path: Path) -> None:
+    """Their contents and scales do, and a configuration next to one; their order and places do not."""
+    save_static(random_backbone(TINY), tmp_path / "stock")
+    plain = tiny_settings(tmp_path, random_weights=False, checkpoint=str(tmp_path / "stock"), finetune_steps=0)
+    names = [
+        tmp_path / "peft/adapter_model.safetensors",
+        tmp_path / "other/plain.safetensors",
+        tmp_path / "moved.safetensors",
+    ]
+
+    def made(*loras: LoraFile) -> tuple[bool, str]:
+        with opened(replace(plain, loras=loras), Silent()) as pipeline:
+            return not pipeline.static.reused, pipeline.static.digest
+
+    first = LoraFile(file=lora_of_ones(names[0], lora_alpha=2))
+    second = LoraFile(file=lora_of_ones(names[1], lora_alpha=3), scale=0.5)
+    begin = made(first, second)
+    assert begin[0]
+    assert made(second, first) == (False, begin[1])
+    names[1].rename(names[2])
+    assert made(first, replace(second, file=names[2])) == (False, begin[1])
+    lora_of_ones(names[0], lora_alpha=4)
+    changed = made(first, replace(second, file=names[2]))
+    assert changed[0]
+    assert changed[1] != begin[1]
+    assert made(first, LoraFile(file=names[2]))[0]
+
+
+@torch.no_grad()
+def test_one_for_the_conditioning_of_flux_reaches_the_engines(tmp_path: Path) -> None:
+    """Written by peft, under its own names."""
+    preset, inputs = PRESETS["flux-tiny"], NoisedInputs(preset=PRESETS["flux-tiny"], batch_size=2).at(0.6)
+    save_static(random_backbone(preset), tmp_path / "stock")
+    names = ["timestep_embedder.linear_1", "norm1.linear", "x_embedder", "norm_out.linear"]
+    config = LoraConfig(r=2, lora_alpha=8, target_modules=names, init_lora_weights=False)
+    adapted: Any = get_peft_model(random_backbone(preset), config)
+    adapted.save_pretrained(str(tmp_path / "peft"))
+    lora = LoraFile(file=tmp_path / "peft/adapter_model.safetensors")
+    settings = tiny_settings(
+        tmp_path,
+        random_weights=False,
+        checkpoint=str(tmp_path / "stock"),
+        finetune_steps=0,
+        baseline=True,
+        loras=(lora,),
+    )
+    bundle = build(replace(settings, model=preset.name))
+    truth, stock = (
+        get_adapter(preset.backbone).run(model, inputs)
+        for model in (adapted.merge_and_unload(), random_backbone(preset))
+    )
+    assert (load(bundle.root, dense=True)(**inputs).sample - truth).abs().max() < 1e-4
+    assert (truth - stock).abs().max() > 1e-2

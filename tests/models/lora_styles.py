@@ -87,13 +87,14 @@ def peft(model: PeftModel, root: Path) -> Path:
     return root / "peft/adapter_model.safetensors"
 
 
-def diffusers(model: PeftModel, root: Path) -> Path:
+def diffusers(model: PeftModel, root: Path, **others: Any) -> Path:
     """As diffusers' training scripts end, with the configuration in the header."""
     given: Any = {"transformer": model.base_model}
     FluxPipeline.save_lora_weights(
         str(root),
         transformer_lora_layers=state_of(model),
         **_collate_lora_metadata(given),
+        **others,
     )
     return root / "pytorch_lora_weights.safetensors"
 

@@ -83,6 +83,23 @@ def test_other_backbones(preset: Preset, kind: str, tmp_path: Path) -> None:
     assert_merged(adopted(preset, tmp_path, LoraFile(file=styles.peft(model, tmp_path))), model)
 
 
+@pytest.mark.parametrize("write", [styles.diffusers, styles.one_trainer])
+@pytest.mark.parametrize("preset", [TINY, LATTE], ids=["sit", "latte"])
+def test_other_backbones_by_other_trainers(preset: Preset, write: styles.Writer, tmp_path: Path) -> None:
+    model = styles.adapted(preset, TARGETS[preset.name], **KINDS["rank_pattern"])
+    assert_merged(adopted(preset, tmp_path, LoraFile(file=write(model, tmp_path))), model)
+
+
+def test_diffusers_with_a_text_encoder(tmp_path: Path) -> None:
+    """Whose configuration is in the same header."""
+    model = styles.adapted(FLUX, TARGETS[FLUX.name], **KINDS["alpha_pattern"])
+    key = "text_model.encoder.layers.0.self_attn.k_proj.lora_A.weight"
+    others = {"text_encoder_lora_layers": {key: torch.ones(2, 8)}, "text_encoder_lora_adapter_metadata": {"r": 2}}
+    with pytest.warns(UserWarning, match=rf"text_encoder\.{key}"):
+        found = adopted(FLUX, tmp_path, LoraFile(file=styles.diffusers(model, tmp_path, **others)))
+    assert_merged(found, model)
+
+
 @pytest.mark.parametrize("kind", ["plain", "alpha_pattern", "rank_pattern"])
 def test_one_trainer(kind: str, tmp_path: Path) -> None:
     model = styles.adapted(FLUX, TARGETS[FLUX.name], **KINDS[kind])
@@ -106,11 +123,20 @@ def test_kohya_and_comfy(write: styles.Writer, kind: str, shared: bool, tmp_path
     assert_merged(adopted(FLUX, tmp_path, LoraFile(file=write(model, tmp_path))), model)
 
 
+RANKS = {r"attn\.to_out\.0": 2, r".*\.1\.attn\.(to_|add_)[qkv].*": 3}
+
+
+@pytest.mark.parametrize("options", [{}, {"rank_pattern": RANKS, "alpha_pattern": RANKS}], ids=["plain", "ranks"])
 @pytest.mark.parametrize("write", [styles.comfy_peft, styles.fal, styles.xlabs, styles.ai_toolkit])
-def test_those_without_alpha(write: styles.Writer, tmp_path: Path) -> None:
-    model = styles.adapted(FLUX, ATTENTION, lora_alpha=4)
+def test_those_without_alpha(write: styles.Writer, options: dict[str, Any], tmp_path: Path) -> None:
+    model = styles.adapted(FLUX, ATTENTION, lora_alpha=4, **options)
     styles.share_down(model)
     assert_merged(adopted(FLUX, tmp_path, LoraFile(file=write(model, tmp_path))), model)
+
+
+def test_a_dora_needs_no_configuration(tmp_path: Path) -> None:
+    model = styles.adapted(FLUX, TARGETS[FLUX.name], lora_alpha=4, use_dora=True)
+    assert_merged(adopted(FLUX, tmp_path, LoraFile(file=styles.ai_toolkit(model, tmp_path))), model)
 
 
 def test_a_single_blocks_first_layer_is_split(tmp_path: Path) -> None:

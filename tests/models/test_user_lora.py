@@ -208,7 +208,16 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("suffix", OTHERS)
-@pytest.mark.parametrize("name", [KOHYA, f"transformer.{NAME}".replace("attn1", "attn")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        KOHYA,
+        "transformer.transformer_blocks.0.attn.to_q",
+        "lora_transformer_transformer_blocks_0_attn_to_q",
+        "diffusion_model.double_blocks.0.img_attn.proj",
+        "base_model.model.double_blocks.0.img_attn.proj",
+    ],
+)
 def test_what_is_more_than_a_lora_is_refused_by_key(suffix: str, name: str, tmp_path: Path) -> None:
     """Also where it is all zeros: converters drop such keys without a word."""
     lora = {f"{name}.lora_down.weight": torch.ones(2, 128), f"{name}.lora_up.weight": torch.ones(128, 2)}
