@@ -28,10 +28,10 @@ DTYPES = {"INT64": np.int64, "INT32": np.int32, "FP32": np.float32, "BYTES": np.
 class Server:
     """Started when made, and all its models ready or refused; ``close`` ends it.
 
-    ``environment`` is the one that models run in.
+    ``environment`` is the one that models run in; with ``polling`` the repository is looked at every second.
     """
 
-    def __init__(self, repository: Path, log: Path, *, environment: Path = HOME) -> None:
+    def __init__(self, repository: Path, log: Path, *, environment: Path = HOME, polling: bool = False) -> None:
         if not (HOME / "bin/tritonserver").exists():
             pytest.skip("no Triton server here; run: make setup")
         self.name = f"dyexport-{os.getpid()}-{time.monotonic_ns()}"
@@ -51,9 +51,10 @@ class Server:
             "--pinned-memory-pool-byte-size=0",
             "--exit-timeout-secs=2",
             "--exit-on-error=false",
+            *(["--model-control-mode=poll", "--repository-poll-secs=1"] if polling else []),
         ]
         variables = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
             "PATH": f"{environment / 'bin'}:{os.environ['PATH']}",
             "LD_LIBRARY_PATH": str(sysconfig.get_config_var("LIBDIR")),
             "HF_HUB_OFFLINE": "1",

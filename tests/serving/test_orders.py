@@ -55,6 +55,17 @@ def test_everything_given_counts() -> None:
         (LABELS, {"label": 1, "steps": 101}, "steps is 101"),
         (LABELS, {"label": [1, 2], "steps": [3, 4]}, "steps differs between the rows"),
         (LABELS, {"label": 1, "guidance": float("nan")}, "guidance is nan"),
+        (LABELS, {"label": 1, "guidance": float("inf")}, "guidance is inf"),
+        (LABELS, {"label": 1, "guidance": -1e38}, "guidance is -1e"),
+        (LABELS, {"seed": 1}, "label is missing"),
+        (LABELS, {"seed": 1, "steps": 2, "guidance": 1.0}, "label is missing"),
+        (LABELS, {}, "label is missing"),
+        (LABELS, {"label": [1, 2, 3], "steps": [4, 4]}, "steps has 2 rows and label 3"),
+        (PROMPTS, {"seed": 1}, "prompt is missing"),
+        (PROMPTS, {"prompt": "a" * 4001}, "prompt has 4001 characters; this server takes up to 4000"),
+        (PROMPTS, {"prompt": "ä" * 4001}, "prompt has 4001 characters"),
+        (PROMPTS, {"prompt": b"\xff" * 10_000_000}, "prompt has 10000000 bytes; this server takes up to 4000"),
+        (PROMPTS, {"prompt": ["a", "b" * 5000], "seed": [1, 2]}, "prompt has 5000 characters"),
         (PROMPTS, {"prompt": b"\xff"}, "prompt is not UTF-8"),
         (PROMPTS, {"prompt": "a", "height": 100}, "height is 100; give a multiple of 16"),
         (PROMPTS, {"prompt": "a", "width": -16}, "width is -16"),
@@ -65,6 +76,21 @@ def test_everything_given_counts() -> None:
 def test_what_cannot_be_drawn_is_refused(book: OrderBook, values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         book.read(arrays(**values))
+
+
+def test_a_prompt_may_be_as_long_as_the_limit_says() -> None:
+    longest = "本" * PROMPTS.limits.max_prompt
+    assert PROMPTS.read(arrays(prompt=longest.encode())).subjects == (longest,)
+    short = OrderBook(classes=0, usual=USUAL, limits=Limits(max_prompt=3))
+    assert short.read(arrays(prompt="abc")).subjects == ("abc",)
+    with pytest.raises(UsageError, match="takes up to 3"):
+        short.read(arrays(prompt="abcd"))
+
+
+@pytest.mark.parametrize("name", ["label", "seed", "steps"])
+def test_a_tensor_without_rows_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="rows"):
+        LABELS.read({**arrays(label=1, seed=1, steps=1), name: np.zeros((0, 1), np.int64)})
 
 
 def test_orders_of_the_same_settings_are_drawn_together() -> None:

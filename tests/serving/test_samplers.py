@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from dyexport.errors import DyexportError
 from dyexport.runtime.pipeline import load
 from dyexport.runtime.sampling import sample
 from dyexport.serving.orders import Order, Settings
@@ -54,6 +56,19 @@ def test_it_may_end_after_any_step(sampler: Sampler) -> None:
         sampler.draw(ORDERS, after_step)
     assert len(steps) == 3
     assert sampler.draw(ORDERS, lambda: None).shape == (3, *sampler.output.dims)
+
+
+def test_a_server_draws_no_more_steps_than_it_may(latents: TinyBundle, tmp_path: Path) -> None:
+    folder = deploy(Deployment(bundle=latents.root, repository=tmp_path, name="latents", max_steps=7)) / "1"
+    assert open_sampler(folder, Served(max_steps=7), "cpu").book.usual.steps == 7
+    assert open_sampler(folder, Served(), "cpu").book.usual.steps == 50
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that the target may run on")
+def test_a_server_runs_its_target_or_nothing(latents: TinyBundle, tmp_path: Path) -> None:
+    folder = deploy(Deployment(bundle=latents.root, repository=tmp_path, name="latents")) / "1"
+    with pytest.raises(DyexportError, match="TensorRT-RTX"):
+        open_sampler(folder, Served(target="onnx-rtx"), "cpu").draw(ORDERS, lambda: None)
 
 
 def test_a_video_for_each_prompt(tmp_path: Path) -> None:

@@ -170,7 +170,12 @@ def test_prompts_are_drawn_as_the_stock_pipeline_draws_them(server: Server, mode
     [
         ("ddpm", {"label": CLASSES}, f"label is {CLASSES}; this model has classes 0 to {CLASSES - 1}"),
         ("ddpm", {"label": 1, "steps": 21}, "steps is 21; this server takes 1 to 20"),
-        ("ddpm", {"seed": 1}, "label"),
+        ("ddpm", {"seed": 1}, "label is missing"),
+        ("ddpm", {"steps": 2, "guidance": 1.0}, "label is missing"),
+        ("ddpm", {"label": 1, "guidance": float("inf")}, "guidance is inf"),
+        ("flux", {"seed": 1}, "prompt is missing"),
+        ("flux", {"prompt": b"a" * 10_000_000}, "prompt has 10000000 bytes; this server takes up to 4000"),
+        ("flux", {"prompt": [b"a"] * 5}, "batch-size must be <= 4"),
         ("flux", {"prompt": b"a", "height": 100}, "height is 100; give a multiple of 16"),
         ("flux", {"prompt": b"a", "height": 8192}, "8192 x 1024 are 8388608 pixels"),
     ],
@@ -214,6 +219,35 @@ def test_drawing_ends_when_nobody_waits_any_more(server: Server) -> None:
         assert not server.statistics("flux")["inference_stats"]["success"]["count"] > drawn_before
         time.sleep(0.1)
     client.close()
+
+
+def test_drawing_ends_when_the_time_of_a_request_is_over(server: Server) -> None:
+    """A server that answers over HTTP cannot tell that a client hung up: this is how a client says when it will."""
+    from tritonclient.utils import InferenceServerException
+
+    asked = inputs(prompt=b"a cat", seed=1, steps=100)
+    with pytest.raises(InferenceServerException, match=r"out of time (before it was drawn|after step \d+ of 100)"):
+        server.client.infer("flux", asked, timeout=300_000)  # microseconds
+    assert drawn(server, "flux", prompt=b"a cat", seed=1, steps=1).shape[0] == 1
+
+
+def test_a_server_that_polls_loads_a_model_once(models: Models, tmp_path: Path) -> None:
+    repository = tmp_path / "models"
+    deploy(Deployment(bundle=models.ddpm.root, repository=repository, name="ddpm"))
+    server = Server(repository, tmp_path / "log", polling=True)
+    try:
+        assert server.ready("ddpm")
+        drawn(server, "ddpm", label=1, steps=1)
+        time.sleep(4)  # some polls
+        assert server.said.count("loading: ddpm:1") == 1
+        deploy(Deployment(bundle=models.ddpm.root, repository=repository, name="ddpm", max_steps=3))
+        while server.said.count("successfully loaded 'ddpm'") < 2:
+            assert server.process.poll() is None
+            time.sleep(0.2)
+        assert server.said.count("loading: ddpm:1") == 2
+        assert ".partial" not in server.said
+    finally:
+        server.close()
 
 
 def test_a_model_that_cannot_draw_is_not_ready(server: Server) -> None:

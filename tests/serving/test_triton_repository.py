@@ -7,6 +7,7 @@ import re
 import resource
 import subprocess
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import pytest
 from dyexport.bundle import Bundle
 from dyexport.cli import main
 from dyexport.errors import BundleError, EngineMismatch, UsageError
+from dyexport.manifest import EngineRecord
 from dyexport.serving.served import Served
 from dyexport.serving.triton_repository import Deployment, deploy
 from tests.build.tiny import hashes
-from tests.runtime.bundles import TinyBundle, write_bundle
+from tests.runtime.bundles import TinyBundle, write_bundle, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,15 @@ def test_parameters_come_back_from_the_configuration(tiny: TinyBundle, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("max_steps", "many"), ("max_steps", "0"), ("share_weights", "x"), ("colour", "red")]
+    ("name", "value"),
+    [
+        ("max_steps", "many"),
+        ("max_steps", "0"),
+        ("max_steps", "100000000000000000000"),
+        ("max_prompt", "0"),
+        ("share_weights", "x"),
+        ("colour", "red"),
+    ],
 )
 def test_an_edited_parameter_that_is_wrong_is_named(name: str, value: str) -> None:
     with pytest.raises(UsageError, match=rf"parameters of config.pbtxt: {name}: .*; it is '{value}'"):
@@ -87,6 +97,17 @@ def test_another_model_of_that_name_is_left_alone(tiny: TinyBundle, tmp_path: Pa
         ({"name": ""}, UsageError, "--name is ''"),
         ({"instances": 0}, UsageError, "--instances is 0"),
         ({"max_batch": 0}, UsageError, "--max-batch is 0"),
+        ({"name": "x" * 300}, UsageError, "--name is"),
+        ({"instances": 10**20}, UsageError, f"--instances is {10**20}; give a whole number from 1 to"),
+        ({"instances": 1.5}, UsageError, "--instances is 1.5"),
+        ({"max_batch": 10**20}, UsageError, f"--max-batch is {10**20}; give a whole number from 1 to"),
+        ({"max_steps": 10**20}, UsageError, f"--max-steps is {10**20}; give a whole number from 1 to 1000"),
+        ({"max_pixels": 10**20}, UsageError, f"--max-pixels is {10**20}"),
+        ({"max_prompt": 0}, UsageError, "--max-prompt is 0"),
+        ({"max_prompt": 10**20}, UsageError, f"--max-prompt is {10**20}"),
+        ({"memory": "1"}, UsageError, "memory of 1 bytes holds no engine"),
+        ({"memory": "1", "instances": 2}, UsageError, "memory of 1 bytes holds no engine"),
+        ({"memory": "9" * 400}, UsageError, "not a size"),
         ({"pipeline": "x"}, UsageError, "has no pipeline to read"),
         ({"vae": "x"}, UsageError, "draws pixels; leave --vae out"),
         ({"scheduler": "euler"}, UsageError, "use ddim or dpm"),
@@ -101,6 +122,48 @@ def test_what_cannot_be_served_is_refused(
     with pytest.raises(error, match=message):
         deployed(tiny, tmp_path / "models", **values)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("blocks", "side"), [(4, 1024), (2, 256), (None, 1024)])
+def test_a_server_that_may_not_draw_its_own_size_is_refused(tmp_path: Path, blocks: int | None, side: int) -> None:
+    bundle = prompted(tmp_path / "bundle", guidance=True)
+    pipeline = tmp_path / "pipeline"
+    (pipeline / "vae").mkdir(parents=True)
+    if blocks is not None:
+        (pipeline / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [8] * blocks}))
+    given = {"name": "flux", "pipeline": str(pipeline)}
+    with pytest.raises(UsageError, match=f"draws {side} x {side}; give at least {side**2}"):
+        deployed(bundle, tmp_path / "models", max_pixels=side**2 - 1, **given)
+    assert not (tmp_path / "models").exists()
+    assert deployed(bundle, tmp_path / "models", max_pixels=side**2, **given).is_dir()
+
+
+def prompted(root: Path, *, guidance: bool) -> TinyBundle:
+    """A bundle as one of FLUX looks to what reads its manifest alone."""
+    bundle = write_bundle(root, objective="flow", pixels=False)
+    names = sorted(path.stem for path in (root / "graphs").glob("*.onnx"))
+    engines = [EngineRecord(target="onnx", network=name, path=f"graphs/{name}.onnx") for name in names]
+    changes = {"name": "flux", "backbone": "flux", "classes": 0, "config": {"guidance_embeds": guidance}}
+    write_manifest(root, bundle.spec.model_copy(update=changes), bundle.plan, engines)
+    return bundle
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+def test_a_request_holds_guidance_where_it_changes_something(tmp_path: Path, guidance: bool) -> None:
+    model = deployed(prompted(tmp_path / "bundle", guidance=guidance), tmp_path / "models", pipeline="some/hub-id")
+    assert ('name: "guidance"' in (model / "config.pbtxt").read_text()) == guidance
+
+
+def test_python_writes_no_bytecode_into_a_version(
+    tiny: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would look like another model to a server that polls."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    version = deployed(tiny, tmp_path) / "1"
+    before = {path: path.stat().st_mtime_ns for path in (version, *version.rglob("*"))}
+    code = SourceFileLoader("1.model", str(version / "model.py")).get_code("1.model")
+    assert code is not None
+    assert {path: path.stat().st_mtime_ns for path in (version, *version.rglob("*"))} == before
 
 
 def test_a_damaged_bundle_is_refused(tmp_path: Path) -> None:
