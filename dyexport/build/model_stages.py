@@ -51,7 +51,8 @@ class ModelStages:
     @cached_property
     def static(self) -> Outcome:
         """The static model, as a diffusers directory."""
-        self.ledger.check_allowed("static")  # before a download
+        self.ledger.check_allowed("static")
+        self._check_given()  # before a download
         chosen = static_settings(self.settings)
         source = stages.checkpoint_source(self.settings)
         inputs: dict[str, Any] = {"model": self.settings.model, "seed": self.settings.seed}
@@ -65,6 +66,13 @@ class ModelStages:
         data = self.data if self.settings.from_scratch else None
         make = partial(stages.make_static, self.settings, source, data, scratch, self._trained("static"))
         return self._run("static", "static", inputs, make, chosen, scratch, shared=True)
+
+    def _check_given(self) -> None:
+        """Raise ``DataError`` for data and prompts that cannot be used."""
+        if self.settings.data_source not in (None, "synthetic"):
+            self.data  # noqa: B018
+        if self.settings.prompts is not None:
+            read_prompts(self.settings.prompts)
 
     @cached_property
     def dynamic(self) -> Outcome:

@@ -22,6 +22,9 @@ Inputs = Mapping[str, Tensor]
 class BackboneAdapter(Protocol):
     """Everything architecture-specific on the build side, as functions of a stock diffusers module."""
 
+    stock: type[nn.Module]
+    """The diffusers class; its arguments are the entries of a checkpoint's configuration."""
+
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """A stock module of that configuration, shared embedders shared, with torch's default initialisation."""
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dyexport.architectures import FluxPreset, Preset
+from dyexport.architectures import DiTPreset, FluxPreset, Preset
 from dyexport.errors import CheckpointError
 from dyexport.lora import LoraFile
 from dyexport.models import published
@@ -32,6 +31,7 @@ from dyexport.models.stored import (
     View,
     check_weights,
     link_weights,
+    without_prefix,
     write_shards,
     write_weights,
 )
@@ -59,8 +59,14 @@ class Checkpoint:
 def open_checkpoint(source: str, preset: Preset) -> Checkpoint:
     """Find and check. Raises ``CheckpointError`` naming what is missing, unknown, of another shape or not finite."""
     path = find_checkpoint(source, preset)
-    stored = StoredWeights(path)
+    files = StoredWeights(path)
+    stored = without_prefix(files)
     foreign = published.is_published(stored)
+    if foreign and not isinstance(preset, DiTPreset):
+        raise CheckpointError(
+            f"{path} has the names of the published DiT and SiT code, and {preset.name} takes a diffusers directory; "
+            "give that, or the --model this checkpoint was made for"
+        )
     config = {**preset.transformer_config(), **published.CONFIG} if foreign else read_config(path, preset)
     target = _target(preset, config, routers=published.has_routers(stored))
     found: Mapping[str, Tensor] = stored
@@ -76,7 +82,7 @@ def open_checkpoint(source: str, preset: Preset) -> Checkpoint:
     _check_copies(found, preset, config, path)
     weights = View({name: (found, name) for name in found if not name.startswith("routers.")})
     routers = View({name.removeprefix("routers."): (found, name) for name in found if name.startswith("routers.")})
-    stock = found is stored and stored.in_safetensors
+    stock = found is files and files.in_safetensors
     return Checkpoint(path=path, config=config, weights=weights, routers=routers, stock=stock)
 
 
@@ -110,7 +116,7 @@ def _check_copies(weights: Mapping[str, Tensor], preset: Preset, config: Mapping
 
 def has_routers(file: Path) -> bool:
     """Whether a single file brings routers, as published DyDiT does; reads names only."""
-    return published.has_routers(StoredWeights(file))
+    return published.has_routers(without_prefix(StoredWeights(file)))
 
 
 def load_static(source: str, preset: Preset, *, stream: bool = False) -> nn.Module:
@@ -161,13 +167,27 @@ def _with_loras(checkpoint: Checkpoint, preset: Preset, loras: Sequence[LoraFile
         merged = MergedWeights(checkpoint.weights, opened)
         _check_copies(merged, preset, checkpoint.config, names)
         return merged
-    units, backbone = load_file(order), load_backbone(checkpoint, preset, stream=False)
+    units, backbone = read_order(order, preset), load_backbone(checkpoint, preset, stream=False)
     _reorder(backbone, preset, {name: places.argsort(dim=1) for name, places in units.items()})
     merged = MergedWeights(backbone.state_dict(), opened)
     _check_copies(merged, preset, checkpoint.config, names)
     fill(backbone, dict(merged))
     _reorder(backbone, preset, units)
     return backbone.state_dict()
+
+
+def read_order(file: Path, preset: Preset) -> dict[str, Tensor]:
+    """Where units were before they were ranked: ``heads`` (L, H), ``groups`` (L, G). Raises ``CheckpointError``."""
+    stored = StoredWeights(file)
+    for name in ("heads", "groups"):
+        units = stored[name] if name in stored else torch.zeros(0)
+        if units.ndim != 2 or len(units) != preset.depth or not _is_order(units):
+            raise CheckpointError(f"{file}: {name} are no order of units in {preset.depth} blocks; it is damaged")
+    return {name: stored[name] for name in stored}
+
+
+def _is_order(units: Tensor) -> bool:
+    return torch.equal(units.sort(dim=1).values, torch.arange(units.shape[1]).expand_as(units))
 
 
 def _reorder(backbone: nn.Module, preset: Preset, order: Mapping[str, Tensor]) -> None:

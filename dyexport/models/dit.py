@@ -42,6 +42,8 @@ class DiTTokenRouter(TokenRouter):
 class DiTAdapter:
     """Backbone adapter for ``DiTTransformer2DModel`` (DiT, arXiv 2212.09748; SiT, arXiv 2401.08740)."""
 
+    stock = DiTTransformer2DModel
+
     def build(self, config: Mapping[str, Any]) -> DiTTransformer2DModel:
         ours = {name: config[name] for name in (FREQ_SHIFT, STORED_POSITIONS) if name in config}
         backbone = DiTTransformer2DModel(**{name: value for name, value in config.items() if name not in ours})

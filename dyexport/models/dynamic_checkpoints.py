@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from pydantic import PositiveInt, ValidationError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dyexport.architectures import Preset, RouterKind
-from dyexport.errors import CheckpointError, UsageError
+from dyexport.errors import BundleError, CheckpointError, UsageError
 from dyexport.lora import LoraSpec
-from dyexport.manifest import Frozen
+from dyexport.manifest import Frozen, first_problem
 from dyexport.models.base import BIAS, get_adapter
 from dyexport.models.checkpoints import (
     ORDER,
@@ -31,6 +31,7 @@ from dyexport.models.checkpoints import (
     load_static,
     meta_backbone,
     open_checkpoint,
+    read_order,
     save_static,
 )
 from dyexport.models.dynamic import DynamicTransformer
@@ -51,8 +52,8 @@ class DynamicSpec(Frozen):
     """``dynamic.json``: which preset the routers were made for, and what they route."""
 
     preset: str
-    heads: int
-    groups: int
+    heads: PositiveInt
+    groups: PositiveInt
     tokens: bool
     router: RouterKind = "free"
     td_lora: LoraSpec | None = None
@@ -126,19 +127,37 @@ def load_dynamic(directory: Path, *, stream: bool = False) -> tuple[DynamicTrans
         check_weights(parts[name], module.state_dict(), directory / PARTS[name], preset.name)
     model = _dynamic(backbone, preset, spec, parts, stream)
     if (directory / TABLE).is_file():
-        model.table = WidthTable.load(directory / TABLE)
+        model.table = _read_table(directory / TABLE, model)
     if (directory / ORDER).is_file():
-        model.order = load_file(directory / ORDER)
+        model.order = read_order(directory / ORDER, preset)
     return model, preset
+
+
+def _read_table(file: Path, model: DynamicTransformer) -> WidthTable:
+    try:
+        table = WidthTable.load(file)
+    except BundleError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    shapes = table.heads.shape[1:], table.groups.shape[1:]
+    if shapes != (expected := ((model.depth, model.heads), (model.depth, model.groups))):
+        raise CheckpointError(f"{file} has heads and groups of {shapes}; the model has {expected}")
+    return table
 
 
 def read_spec(directory: Path) -> DynamicSpec:
     """What a dynamic checkpoint says of itself; its preset is known."""
     try:
-        spec = DynamicSpec.model_validate_json((directory / DYNAMIC).read_text(encoding="utf-8"))
-        get_preset(spec.preset)
-    except (OSError, ValidationError, UsageError) as error:
+        spec = DynamicSpec.model_validate_json((directory / DYNAMIC).read_bytes())
+        preset = get_preset(spec.preset)
+    except ValidationError as error:
+        raise CheckpointError(f"{directory / DYNAMIC} is of no dynamic checkpoint: {first_problem(error)}") from error
+    except (OSError, UsageError) as error:
         raise CheckpointError(f"{directory} is not a dynamic checkpoint: {error}") from error
+    if spec.heads != preset.heads or 4 * preset.hidden_size % spec.groups:
+        raise CheckpointError(
+            f"{directory / DYNAMIC} has {spec.heads} heads and {spec.groups} groups; {preset.name} has {preset.heads} "
+            f"heads, and groups that divide {4 * preset.hidden_size} channels"
+        )
     return spec
 
 
@@ -160,7 +179,7 @@ def ranked_biases(static: Path, directory: Path) -> dict[str, Tensor]:
     biases = [name for name in backbone.state_dict() if name.endswith(BIAS)]
     backbone.load_state_dict({name: stored[name] for name in biases}, strict=False, assign=True)
     if (directory / ORDER).is_file():
-        order = load_file(directory / ORDER)
+        order = read_order(directory / ORDER, preset)
         for block, (heads, groups) in enumerate(zip(order["heads"], order["groups"], strict=True)):
             adapter.permute_units(backbone, block, heads, groups)
     state = backbone.state_dict()

@@ -63,6 +63,8 @@ class FluxAdapter:
     skipped image tokens miss all of it, so their attention update too. Text always runs.
     """
 
+    stock = FluxTransformer2DModel
+
     def build(self, config: Mapping[str, Any]) -> FluxTransformer2DModel:
         return FluxTransformer2DModel(**config)
 

@@ -25,6 +25,8 @@ class LatteAdapter:
     routers read the residual after it, so a skipped token has seen the text.
     """
 
+    stock = LatteTransformer3DModel
+
     def build(self, config: Mapping[str, Any]) -> LatteTransformer3DModel:
         return LatteTransformer3DModel(**config)
 

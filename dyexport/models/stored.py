@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,10 +21,13 @@ from torch import Tensor
 from dyexport.errors import CheckpointError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+SHARD_NAME = re.compile(r"-\d+-of-\d+\.")
 BINARY = "diffusion_pytorch_model.bin"
 SAFETENSORS = ".safetensors"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 WRAPPERS = ("ema", "model", "module")  # where training files keep their weights; the averaged ones are preferred
+PREFIXES = ("module.", "model.", "diffusion_model.", "_orig_mod.", "ema_model.")  # of DDP, trainers, ComfyUI, compile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SHARD = 2 << 30  # bytes
 NAMED = 3  # how many of the tensors that do not fit an error names
@@ -86,6 +90,14 @@ class View(Mapping[str, Tensor]):
         return len(self._places)
 
 
+def without_prefix(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The same under shorter names, where all begin with the name of something that the model was a part of."""
+    names = {name: name for name in weights}  # short -> stored
+    while found := next((p for p in PREFIXES if names and all(name.startswith(p) for name in names)), None):
+        names = {name.removeprefix(found): own for name, own in names.items()}
+    return weights if all(map(str.__eq__, names, names.values())) else View({n: (weights, o) for n, o in names.items()})
+
+
 def _names(file: Path) -> list[str]:
     with _opened(file) as stored:
         return list(stored.keys())
@@ -131,19 +143,18 @@ def write_shards(weights: Mapping[str, Tensor], directory: Path, shard_bytes: in
             shard = {}
     if set(homes.values()) != {WEIGHTS}:
         index = {"metadata": {}, "weight_map": homes}
-        (directory / f"{WEIGHTS}.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def link_weights(source: Path, directory: Path) -> None:
     """Make the weights of ``source``, a diffusers directory or a single file, those of ``directory`` without a copy."""
-    index = source / f"{WEIGHTS}.index.json"
-    if index.is_file():
-        shutil.copyfile(index, directory / index.name)
-        for shard in _shards(index):
-            link(shard, directory / shard.name)
+    found = find_weights(source) if source.is_dir() else source
+    if not _is_index(found):
+        link(found, directory / WEIGHTS)
         return
-    (file,) = weight_files(source) if source.is_dir() else [source]
-    link(file, directory / WEIGHTS)
+    shutil.copyfile(found, directory / INDEX)
+    for shard in _shards(found):
+        link(shard, directory / shard.name)
 
 
 def link(file: Path, place: Path) -> None:
@@ -154,16 +165,26 @@ def link(file: Path, place: Path) -> None:
 
 def weight_files(directory: Path) -> list[Path]:
     """The files that hold the weights of a diffusers directory."""
-    for name in (WEIGHTS, BINARY):
-        if (index := directory / f"{name}.index.json").is_file():
-            return _shards(index)
+    found = find_weights(directory)
+    return _shards(found) if _is_index(found) else [found]
+
+
+def find_weights(directory: Path) -> Path:
+    """The file of weights in a diffusers directory, or the index of its shards; the only variant where there is one."""
+    for name in (INDEX, WEIGHTS, f"{BINARY}.index.json", BINARY):
         if (directory / name).is_file():
-            return [directory / name]
-    variants = sorted(directory.glob("diffusion_pytorch_model.*.safetensors"))
+            return directory / name
+    indices = [path for path in directory.glob(f"{WEIGHTS}.index.*.json") if path.is_file()]
+    files = [path for path in directory.glob("diffusion_pytorch_model.*.safetensors") if path.is_file()]
+    variants = sorted([*indices, *(file for file in files if not SHARD_NAME.search(file.name))])
     if len(variants) != 1:
         found = f"several variants, {listed([file.name for file in variants])}: pass one" if variants else "no weights"
-        raise CheckpointError(f"{directory} holds {found}; {WEIGHTS} or {WEIGHTS}.index.json is expected there")
-    return variants
+        raise CheckpointError(f"{directory} holds {found}; {WEIGHTS} or {INDEX} is expected there")
+    return variants[0]
+
+
+def _is_index(file: Path) -> bool:
+    return file.suffix == ".json"
 
 
 def _shards(index: Path) -> list[Path]:
@@ -171,8 +192,10 @@ def _shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         shards = [index.with_name(name) for name in names]  # refuses names with a folder in them
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not an index of shards: {error!r}; download the checkpoint again") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{index} is not an index of shards: {repr(error)[:200]}; download the checkpoint again"
+        ) from error
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise CheckpointError(f"{index} names {listed(missing)}, not to be found there; download the missing shards")
@@ -199,6 +222,8 @@ def _unwrap(file: Path, content: Any) -> dict[str, Tensor]:
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout is not torch.strided:
             raise CheckpointError(f"{file}: {name} is not a dense tensor; pass a file of weights alone")
+        if value.is_meta:
+            raise CheckpointError(f"{file}: {name} is a meta tensor, without values; save the model once it is loaded")
     return dict(content)
 
 
@@ -221,8 +246,11 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
 def _check_values(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
         raise CheckpointError(f"{name} is stored as {tensor.dtype}; pass weights in fp32, bf16 or fp16")
-    if tensor.numel() and not all(extreme.isfinite() for extreme in tensor.aminmax()):  # in one pass, without a copy
+    extremes = tensor.aminmax() if tensor.numel() else ()  # in one pass, without a copy
+    if not all(extreme.isfinite() for extreme in extremes):
         raise CheckpointError(f"{name} holds NaN or infinity; the checkpoint is broken")
+    if not all(extreme.float().isfinite() for extreme in extremes):
+        raise CheckpointError(f"{name} holds values beyond fp32, which models run in; the checkpoint is broken")
 
 
 def listed(names: Sequence[str] | Iterable[str]) -> str:

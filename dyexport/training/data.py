@@ -16,6 +16,8 @@ from dyexport.models.conditioning import Batch, Column, get_conditioning
 
 Split = Literal["train", "held-out"]
 HELD_OUT_SHARE = 0.2
+FLOATS, INTEGERS = ("F32", "F16", "BF16", "F64"), ("I64", "I32", "I16", "I8", "U8")  # as safetensors names them
+ROWS = 256  # samples read at a time
 
 
 class LatentSource(Protocol):
@@ -27,6 +29,9 @@ class LatentSource(Protocol):
 
     def batch(self, indices: Tensor) -> Batch:
         """The samples at (B,) indices."""
+
+    def check_finite(self) -> None:
+        """Raise ``DataError`` for a value that no model can learn from."""
 
 
 def open_source(spec: str, preset: Preset) -> LatentSource:
@@ -54,6 +59,10 @@ class MemorySource:
 
     def batch(self, indices: Tensor) -> Batch:
         return Batch(self.latents[indices], {"class_labels": self.labels[indices]})
+
+    def check_finite(self) -> None:
+        if not self.latents.isfinite().all():
+            raise DataError(f"{self.name} holds NaN or infinity; remove those samples")
 
 
 def digits(split: Split = "train") -> MemorySource:
@@ -100,6 +109,11 @@ class ShardDirectory:
         values = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         return Batch(values.pop("latents"), values)
 
+    def check_finite(self) -> None:
+        """Read everything once: a value that is not finite is found now, not after hours. Raises ``DataError``."""
+        for shard in self.shards:
+            shard.check_finite()
+
     def _check_alike(self, columns: tuple[Column, ...]) -> None:
         """Rows of different shards go into one batch."""
         first = self.shards[0]
@@ -129,7 +143,7 @@ class _Shard:
             self._check(column)
 
     def __len__(self) -> int:
-        return self.shape("latents")[0]
+        return next(iter(self.shape("latents")), 0)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.values[name].get_shape())
@@ -139,18 +153,30 @@ class _Shard:
         if len(shape) != len(wanted) or any(w is not None and s != w for s, w in zip(shape, wanted, strict=True)):
             sizes = ", ".join("any" if size is None else str(size) for size in wanted)
             raise DataError(f"{self.path}: {column.name} are {shape}; {self.model} takes ({sizes})")
+        if 0 in shape:
+            raise DataError(f"{self.path}: {column.name} are {shape}, which holds nothing; remove that file")
+        kind, kinds = self.values[column.name].get_dtype(), FLOATS if column.classes is None else INTEGERS
+        if kind not in kinds:
+            raise DataError(f"{self.path}: {column.name} are stored as {kind}; store them as {' or '.join(kinds)}")
         if column.classes is not None:
             self._check_classes(column.name, column.classes)
 
     def _check_classes(self, name: str, classes: int) -> None:
         labels = self.values[name][:]
-        if labels.is_floating_point():
-            raise DataError(f"{self.path}: {name} are {labels.dtype}; give integers")
         outside = labels[(labels < 0) | (labels >= classes)]
         if len(outside):
             raise DataError(
                 f"{self.path}: {name} hold {int(outside[0])}, outside [0, {classes}), the classes of {self.model}"
             )
+
+    def check_finite(self) -> None:
+        """Read it all, in pieces."""
+        for start in range(0, len(self), ROWS):
+            for column in (column for column in self.columns if column.classes is None):
+                values = self.values[column.name][start : start + ROWS].float()
+                if not all(extreme.isfinite() for extreme in values.aminmax()):
+                    row = int(values.flatten(1).isfinite().all(dim=1).logical_not().nonzero()[0])
+                    raise DataError(_not_finite(self.path, column.name, start + row))
 
     def row(self, index: int) -> dict[str, Tensor]:
         """One sample, by argument: (1, ...) each."""
@@ -160,6 +186,10 @@ class _Shard:
         value: Tensor = self.values[column.name][index : index + 1]
         if column.classes is not None:
             return value.long()
-        if not value.isfinite().all():
-            raise DataError(f"{self.path}: {column.name}[{index}] holds NaN or infinity; remove that sample")
+        if not value.float().isfinite().all():
+            raise DataError(_not_finite(self.path, column.name, index))
         return value.float()
+
+
+def _not_finite(path: Path, name: str, index: int) -> str:
+    return f"{path}: {name}[{index}] holds NaN, infinity or a value beyond fp32; remove that sample"

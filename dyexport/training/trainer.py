@@ -119,6 +119,7 @@ class Trainer(Generic[Config]):
         self._unread: list[Tensor] = []  # metrics of the latest steps, still on the device
 
     def train(self) -> TrainResult:
+        self.draws.source.check_finite()
         self.resume()
         while self.step < self.config.steps:
             losses = self.losses(self.draws.at(self.step))

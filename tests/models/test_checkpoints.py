@@ -59,15 +59,15 @@ def test_dynamic_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tok
         assert torch.equal(one, other)
 
 
-def test_another_size_is_named(static: Path) -> None:
+def test_another_size_is_named(static: Path, tmp_path: Path) -> None:
     wider = replace(tiny_preset(), hidden_size=64, name="dit-wide")
     with pytest.raises(CheckpointError, match=r"config\.json: attention_head_dim is 8, dit-wide has 16"):
         load_static(str(static), wider)
-    (static / "config.json").write_text("{}")
+    (static / WEIGHTS).rename(tmp_path / WEIGHTS)  # where no config lies beside it
     with pytest.raises(
         CheckpointError, match=r"pos_embed\.proj\.weight has shape \(32, 2, 2, 2\), dit-wide needs \(64"
     ):
-        load_static(str(static), wider)
+        load_static(str(tmp_path / WEIGHTS), wider)
 
 
 def test_missing_and_unknown_keys_are_named(static: Path) -> None:

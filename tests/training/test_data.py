@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 
@@ -9,13 +10,17 @@ from safetensors.torch import save_file
 
 from dyexport.errors import DataError, MissingDependency
 from dyexport.presets import get_preset
+from dyexport.training.config import TrainConfig
 from dyexport.training.data import digits, open_source
-from tests.training.helpers import SIT
+from dyexport.training.draws import step_generator
+from dyexport.training.trainer import train_static
+from tests.training.helpers import SIT, backbone
 
 SHAPE = (4, 1, 8, 8)
 
 
 def shard(directory: Path, name: str = "a.safetensors", **changes: torch.Tensor) -> Path:
+    directory.mkdir(exist_ok=True)
     tensors = {"latents": torch.randn(SHAPE), "labels": torch.arange(4), **changes}
     save_file(tensors, directory / name)
     return directory / name
@@ -62,7 +67,25 @@ def test_rows_come_from_the_right_shard(tmp_path: Path) -> None:
             r"a\.safetensors: latents are \(4, 1, 8, 4\); tiny-sit takes \(4, 1, 8, 8\)",
         ),
         ({"labels": torch.arange(3)}, r"a\.safetensors: labels are \(3,\); tiny-sit takes \(4\)"),
-        ({"labels": torch.zeros(4)}, r"a\.safetensors: labels are torch\.float32"),
+        ({"labels": torch.zeros(4)}, r"a\.safetensors: labels are stored as F32; store them as I64"),
+        ({"labels": torch.full((4,), torch.nan)}, r"a\.safetensors: labels are stored as F32"),
+        ({"labels": torch.zeros(4, dtype=torch.bool)}, r"a\.safetensors: labels are stored as BOOL"),
+        ({"labels": torch.zeros(4, dtype=torch.uint16)}, r"a\.safetensors: labels are stored as U16"),
+        (
+            {"labels": torch.zeros(4, 1, dtype=torch.int64)},
+            r"a\.safetensors: labels are \(4, 1\); tiny-sit",
+        ),
+        ({"labels": torch.tensor(3)}, r"a\.safetensors: labels are \(\); tiny-sit takes \(4\)"),
+        ({"latents": torch.tensor(3.0)}, r"a\.safetensors: latents are \(\); tiny-sit takes \(0, 1, 8, 8\)"),
+        ({"latents": torch.zeros(0, 1, 8, 8)}, r"a\.safetensors: latents are \(0, 1, 8, 8\), which holds nothing"),
+        (
+            {"latents": torch.zeros(SHAPE, dtype=torch.int32)},
+            r"a\.safetensors: latents are stored as I32",
+        ),
+        (
+            {"latents": torch.zeros(SHAPE, dtype=torch.float8_e4m3fn)},
+            r"a\.safetensors: latents are stored as F8_E4M3; store them as F32",
+        ),
         ({"labels": torch.tensor([0, 1, 10, 3])}, r"a\.safetensors: labels hold 10, outside \[0, 10\)"),
     ],
 )
@@ -92,3 +115,45 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     save_file({"images": torch.zeros(1)}, path)
     with pytest.raises(DataError, match=r"a\.safetensors.*'latents' and 'labels'"):
         open_source(str(tmp_path), SIT)
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, 1e300])
+def test_training_finds_what_is_not_finite_before_its_first_step(tmp_path: Path, value: float) -> None:
+    latents = torch.randn(SHAPE, dtype=torch.float64)
+    latents[2, 0, 0, 0] = value
+    shard(tmp_path / "data", latents=latents)
+    steps: list[int] = []
+    config = TrainConfig(steps=1, batch_size=2, seed=first_seed_without(row=2))
+    with pytest.raises(DataError, match=r"a\.safetensors: latents\[2\] holds NaN, infinity or a value beyond fp32"):
+        train_static(
+            backbone(SIT),
+            SIT,
+            open_source(str(tmp_path / "data"), SIT),
+            config,
+            work_dir=tmp_path,
+            progress=lambda done, total, metrics: steps.append(done),
+        )
+    assert not steps
+
+
+def first_seed_without(row: int) -> int:
+    """A seed whose only step would not draw a row."""
+    draws = (torch.randint(SHAPE[0], (2,), generator=step_generator(seed, 0, "data")) for seed in range(99))
+    return next(seed for seed, drawn in enumerate(draws) if row not in drawn)
+
+
+def test_a_damaged_header_is_an_error_of_the_data(tmp_path: Path) -> None:
+    path = shard(tmp_path)
+    whole, chance = path.read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    refused = 0
+    for _ in range(300):
+        content = bytearray(whole)
+        for _ in range(chance.randint(1, 3)):
+            content[chance.randrange(header)] = chance.randrange(256)
+        path.write_bytes(content)
+        try:
+            open_source(str(tmp_path), SIT).check_finite()
+        except DataError as error:
+            refused += "a.safetensors" in str(error)
+    assert refused > 100
