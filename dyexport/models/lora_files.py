@@ -181,22 +181,23 @@ def _check_peft(file: Path, found: list[_Found], config: LoraConfig | None) -> N
 
 
 def _translated(file: Path, foreign: Mapping[str, Factors]) -> dict[str, Factors]:
-    """By diffusers' names. A factor of several layers is split, so that their rank may be a part of its rank."""
-    for factors in foreign.values():
+    """By diffusers' names."""
+    translated: dict[str, Factors] = {}
+    for name, factors in foreign.items():
         if set(factors.tensors) != {DOWN, UP}:
             held = ", ".join(sorted(factors.tensors))
             raise CheckpointError(f"{file}: {factors.key} is of {held}; by such names only A and B can be merged")
-    parts: dict[str, dict[str, Tensor]] = {}
-    origins: dict[str, Factors] = {}
-    for key, (tensor, origin) in translate(file, {n: f.tensors for n, f in foreign.items()}).items():
-        name, part = _split(file, PREFIX.sub("", key, count=1))
-        parts.setdefault(name, {})[part] = tensor
-        origins[name] = foreign[origin]
-    return {name: _split_off(tensors, origins[name]) for name, tensors in parts.items()}
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in translate(file, factors.key, name, factors.tensors).items():
+            module, part = _split(file, PREFIX.sub("", key, count=1))
+            parts.setdefault(module, {})[part] = tensor
+        split = {module: _split_off(tensors, factors) for module, tensors in parts.items()}
+        translated = _joined(file, translated, split)
+    return translated
 
 
 def _split_off(tensors: Mapping[str, Tensor], origin: Factors) -> Factors:
-    """As strong as the factors it came from."""
+    """As strong as the factors it came from, of which its rank may be a part."""
     share = len(tensors[DOWN]) / origin.rank
     alpha = origin.alpha * (share**0.5 if origin.rank_stabilized else share)
     return Factors(key=origin.key, tensors=tensors, alpha=alpha, rank_stabilized=origin.rank_stabilized)

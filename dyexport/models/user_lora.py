@@ -116,6 +116,9 @@ class MergedWeights(Mapping[str, Tensor]):
         changes = [lora.merged(module, base)[leaf] - base[leaf] for lora in loras]
         return sum(changes, start=base[leaf])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
 

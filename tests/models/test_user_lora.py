@@ -233,7 +233,8 @@ def test_so_are_weights_saved_whole(key: str, tmp_path: Path) -> None:
 
 def test_names_that_diffusers_does_not_know_are_named(tmp_path: Path) -> None:
     known = {f"{KOHYA}.lora_down.weight": torch.ones(2, 128), f"{KOHYA}.lora_up.weight": torch.ones(128, 2)}
-    for other in ("lora_unet_triple_blocks_0_proj", "double_blocks.0.processor.proj_lora3"):
+    narrow = "lora_unet_single_blocks_0_linear1"  # which diffusers splits at FLUX's own width
+    for other in ("lora_unet_triple_blocks_0_proj", "double_blocks.0.processor.proj_lora3", narrow, "unet.mid_block"):
         more = {f"{other}.lora_down.weight": torch.ones(2, 128), f"{other}.lora_up.weight": torch.ones(128, 2)}
         assert other in refusal(known | more, tmp_path, FLUX)
 
@@ -411,6 +412,14 @@ def test_a_scale_is_pefts(tmp_path: Path) -> None:
         if hasattr(layer, "scale_layer"):
             layer.scale_layer(0.3)
     torch.testing.assert_close(found.state_dict(), model.merge_and_unload().state_dict(), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn])
+def test_factors_may_be_of_any_floating_point_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_file({key: tensor.to(dtype) for key, tensor in factors().items()}, tmp_path / "lora.safetensors")
+    found = adopted(TINY, tmp_path, tmp_path / "lora.safetensors")
+    change = found.get_submodule(NAME).weight - random_backbone(TINY).get_submodule(NAME).weight
+    torch.testing.assert_close(change, torch.full((48, 48), 2.0), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
