@@ -98,7 +98,7 @@ def one_batch(timestep: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
     first, batch = next(((name, size) for name, size in sizes.items() if size != 1), ("", 1))
     for name, size in sizes.items():
         if size not in (1, batch):
-            raise EngineMismatch(f"{name} has {size} values for a batch of {batch}, which is that of {first}")
+            raise EngineMismatch(f"{name} is for {size} samples, {first} for {batch}; give {batch}, or 1 for all")
     return {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in tensors.items()}
 
 

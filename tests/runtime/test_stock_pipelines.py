@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,35 +21,10 @@ from diffusers import (
 )
 
 import dyexport
-from dyexport.build.verify import find_reference
-from dyexport.bundle import Bundle
-from dyexport.models.dynamic_checkpoints import load_dynamic
+from dyexport.errors import EngineMismatch
 from dyexport.runtime.component import BundleTransformer
 from tests.runtime.conftest import Saved
-
-
-class Masked(torch.nn.Module):
-    """The masked model in fp32 with a stock module's signature, in a pipeline of any dtype."""
-
-    def __init__(self, bundle: Path, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.model, _ = load_dynamic(find_reference(Bundle.open(bundle)))
-        self.config, self.dtype, self.device = self.model.config, dtype, torch.device("cpu")
-
-    def forward(self, hidden_states: torch.Tensor, *, return_dict: bool = True, **inputs: Any) -> Any:
-        given = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        given = {name: value.float() if value.is_floating_point() else value for name, value in given.items()}
-        if "class_labels" in given:
-            given["class_labels"] = given["class_labels"].clamp(max=self.config.num_embeds_ada_norm)
-        sample = self.model({"hidden_states": hidden_states.float(), **given}).sample.to(hidden_states.dtype)
-        return Output(sample) if return_dict else (sample,)
-
-    def cache_context(self, name: str) -> Any:
-        return torch.no_grad()
-
-
-class Output(NamedTuple):
-    sample: torch.Tensor
+from tests.runtime.masked import Masked
 
 
 @cache
@@ -90,7 +65,7 @@ def draw(pipe: DiffusionPipeline) -> torch.Tensor:
 
 
 def open_base(saved: Saved, kind: type[DiffusionPipeline], dtype: torch.dtype) -> DiffusionPipeline:
-    transformer = dyexport.load(saved.bundle, dtype=dtype)
+    transformer = dyexport.load(saved.bundle).to(dtype)
     return kind.from_pretrained(saved.pipeline, transformer=transformer, torch_dtype=dtype)
 
 
@@ -150,3 +125,40 @@ def test_a_saved_pipeline_opens_with_its_bundle(saved: Saved, kind: type[Diffusi
     np.testing.assert_array_equal(draw(again), draw(pipe))
     cast = DiffusionPipeline.from_pretrained(tmp_path / "saved", torch_dtype=torch.bfloat16)
     assert cast.transformer.dtype == torch.bfloat16
+
+
+def load_ip_adapter(pipe: Any) -> None:
+    adapter = {"image_proj": {"proj.weight": torch.ones(4, 4)}, "ip_adapter": {"0.to_k_ip.weight": torch.ones(4, 4)}}
+    pipe.load_ip_adapter(adapter, weight_name="", image_encoder_pretrained_model_name_or_path=None)
+
+
+LORA = {"transformer.x_embedder.lora_A.weight": (2, 16), "transformer.x_embedder.lora_B.weight": (32, 2)}
+
+
+@pytest.mark.parametrize(
+    ("call", "cure"),
+    [
+        (lambda pipe: pipe.load_lora_weights({key: torch.ones(shape) for key, shape in LORA.items()}), "--lora"),
+        (lambda pipe: pipe.fuse_lora(), "--lora"),
+        (lambda pipe: pipe.unload_lora_weights(), "--lora"),
+        (lambda pipe: pipe.disable_lora(), "--lora"),
+        (load_ip_adapter, "diffusers transformer"),
+        (lambda pipe: pipe.transformer.enable_cache(None), "diffusers transformer"),
+    ],
+)
+def test_a_pipelines_methods_on_layers_are_refused_in_one_sentence(
+    flux: Saved, call: Callable[[Any], object], cure: str
+) -> None:
+    pipe = open_base(flux, FluxPipeline, torch.float32)
+    with pytest.raises(EngineMismatch, match=f"inside engines; .*{cure}"):
+        call(pipe)
+
+
+def test_what_pipelines_pass_for_a_lora_of_full_strength_is_taken(flux: Saved) -> None:
+    pipe = open_base(flux, FluxPipeline, torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    drawn, scaled = (
+        pipe(**FLUX, generator=torch.Generator().manual_seed(0), joint_attention_kwargs=given).images
+        for given in (None, {"scale": 1.0})
+    )
+    assert torch.equal(drawn, scaled)
