@@ -94,9 +94,11 @@ def _aside(place: Path) -> Path:
 def clear_partials(place: Path) -> None:
     """Clean up after killed processes: bring back a folder put aside, remove what was written of ``place``."""
     old = _aside(place)
-    if old.exists() and not place.exists():
-        old.rename(place)
-    remove(old)
+    if old.exists():
+        if place.exists():
+            remove(old)
+        else:
+            old.rename(place)
     for entry in list(place.parent.iterdir()) if place.parent.is_dir() else ():
         found = re.fullmatch(rf"{re.escape(PARTIAL)}(?:(\d+)-\d+-)?{re.escape(place.name)}", entry.name)
         if found and entry not in _in_use and not _runs(int(found[1] or 0)):

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from dyexport import __version__
 from dyexport.build.ledger import Outcome, describe
-from dyexport.build.output import staged
+from dyexport.build.output import STAGING, staged
 from dyexport.build.settings import BuildSettings
 from dyexport.bundle import MANIFEST, Bundle, manifest_text
 from dyexport.digests import remember
 from dyexport.errors import BundleError, StorageError
-from dyexport.files import hard_linked, replacing, storage_errors
+from dyexport.files import hard_linked, remove, replacing, storage_errors
 from dyexport.manifest import SCHEMA_VERSION, EngineRecord, FileRecord, Manifest, ModelSpec, Reference, SegmentPlan
 
 
@@ -62,7 +62,9 @@ def assemble(out: Path, manifest: Manifest, files: Mapping[str, Source]) -> bool
     """
     current = _is_current(out, manifest)
     with storage_errors(out):
-        if not current:
+        if current:
+            remove(out / STAGING)  # of a build that was killed when all was done
+        else:
             with staged(out, manifest.files) as staging:
                 _fill(staging, out, files)
                 (staging / MANIFEST).write_bytes(manifest_text(manifest))

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dyexport.bundle import MANIFEST
@@ -60,7 +60,8 @@ def locked_output(out: Path) -> Iterator[None]:
                 clear_partials(place)
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # one that stays is taken over
+                lock.unlink()
 
 
 @contextmanager
@@ -177,9 +178,10 @@ def _keep(out: Path, staging: Path, ours: Collection[str]) -> None:
 def _change_contents(out: Path, staging: Path) -> None:
     """Let what is in two folders change places, the manifest last."""
     new = {entry.name for entry in staging.iterdir()}
-    for name in sorted(new, key=lambda name: name == MANIFEST):
+    for name in new - {MANIFEST}:
         put(staging / name, out / name)
     for entry in out.iterdir():
         if entry.name not in new and not entry.name.startswith(PARTIAL):
             remove(entry)
+    put(staging / MANIFEST, out / MANIFEST)
     flush(out)
