@@ -8,14 +8,22 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
+from threading import Lock
+from time import monotonic
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from dyexport.errors import DyexportError
+from dyexport.progress import Pace
+
+QUIET = 30.0  # seconds between two lines about one stage, where there is no terminal
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 
@@ -80,12 +88,19 @@ def chatter_on_stderr() -> Iterator[None]:
 
 
 class StageLines:
-    """One line on stderr for each stage of a build; on a terminal also a bar with time left for each under way."""
+    """One line on stderr for each stage of a build, and how far each is that is under way.
 
-    def __init__(self) -> None:
-        self._console = stderr()
-        self._progress = _bars(self._console)
+    On a terminal that is a bar with time left. Elsewhere it is a line for a stage, at most every ``QUIET`` seconds.
+    """
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = monotonic) -> None:
+        self._console = console or stderr()
+        self._clock = clock
+        self._progress = _bars(self._console, clock)
         self._tasks: dict[str, TaskID] = {}
+        self._paces: dict[str, Pace] = {}
+        self._told: dict[str, float] = {}  # when a stage's last line was written
+        self._lock = Lock()  # stages may run side by side
 
     def __enter__(self) -> StageLines:
         self._progress.start()
@@ -95,35 +110,52 @@ class StageLines:
         self._progress.stop()
 
     def started(self, stage: str, why: str) -> None:
-        self._tasks[stage] = self._progress.add_task(f"{stage} [dim]({why})[/dim]", total=None)
+        with self._lock:
+            self._paces[stage], self._told[stage] = Pace(self._clock), self._clock()
+            description = f"{escape(stage)} [dim]({escape(why)})[/dim]" if why else escape(stage)
+            self._tasks[stage] = self._progress.add_task(description, total=None, pace=self._paces[stage])
 
     def advanced(self, stage: str, done: int, total: int, detail: str = "") -> None:
-        if stage in self._tasks:
-            self._progress.update(self._tasks[stage], description=f"{stage}  {detail}", completed=done, total=total)
+        with self._lock:
+            if stage not in self._tasks:
+                return
+            self._paces[stage].advance(done, total)
+            text = f"{stage}  {detail}"
+            self._progress.update(self._tasks[stage], description=escape(text), completed=done, total=total)
+            if not self._console.is_terminal and self._clock() - self._told[stage] >= QUIET:
+                self._told[stage] = self._clock()
+                self._print(f"{stage}: {self._paces[stage]}{detail and f', {detail}'}")
 
     def finished(self, stage: str, seconds: float, *, reused: bool) -> None:
-        if stage in self._tasks:
-            self._progress.remove_task(self._tasks.pop(stage))
-        self._console.print(f"{stage}: {'up to date' if reused else f'done in {seconds:.1f} s'}")
+        with self._lock:
+            if stage in self._tasks:
+                self._progress.remove_task(self._tasks.pop(stage))
+            self._print(f"{stage}: {'up to date' if reused else f'done in {seconds:.1f} s'}")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True, markup=False)
 
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with time left on stderr; nothing when stderr is not a terminal. Call it with done and total."""
-    with _bars(stderr()) as progress:
-        task = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    """How far a command is, on stderr, as ``StageLines`` shows it. Call it with done and total."""
+    with StageLines() as lines:
+        lines.started(description, "")
+        yield partial(lines.advanced, description)
 
 
-def _bars(console: Console) -> Progress:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+class _Numbers(ProgressColumn):
+    """Percent, n of N, time elapsed and left."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        return Text(str(task.fields["pace"]))
+
+
+def _bars(console: Console, clock: Callable[[], float]) -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), _Numbers())
+    return Progress(*columns, console=console, get_time=clock, transient=True, disable=not console.is_terminal)
 
 
 def format_bytes(count: float) -> str:

@@ -163,7 +163,7 @@ class Pipeline(ModelStages):
     def graphs(self) -> dict[str, Outcome]:
         """The ONNX graph of every network."""
         self.store  # noqa: B018  # graphs are checked with their weights beside them
-        return {n.name: self._graph(ONNX, n) for n in self.networks}
+        return {n.name: self._graph(ONNX, n, place) for place, n in enumerate(self.networks)}
 
     @cached_property
     def plans(self) -> dict[tuple[str, str], Outcome]:
@@ -221,8 +221,9 @@ class Pipeline(ModelStages):
         spans = {(self.layout.offsets[recipe], recipe.nbytes) for recipe in network.slice.recipes.values()}
         return digest_of_spans(self.store.path, sorted(spans))
 
-    def _graph(self, target: str, network: Network) -> Outcome:
-        spec = self.tables[0]
+    def _graph(self, target: str, network: Network, place: int) -> Outcome:
+        """The ``place`` is that among all networks."""
+        spec, stage = self.tables[0], f"{target} {network.name}"
         labels = labels_for(network.name, spec, self.plan)
         weights = {name: (identity(r), self.layout.offsets[r]) for name, r in network.slice.recipes.items()}
         inputs = {
@@ -235,12 +236,13 @@ class Pipeline(ModelStages):
         }
 
         def make(out: Path) -> None:
+            self.listener.advanced(stage, place, len(self.networks), "graphs")
             TARGETS[target].export(network.slice, self.layout, out, labels)
             if (check := TARGETS[target].check) is not None:
                 check(out)
 
         name = f"{network.name}{TARGETS[target].suffix}"
-        return self._run(f"{target} {network.name}", f"{GRAPHS}/{name}", inputs, make)
+        return self._run(stage, f"{GRAPHS}/{name}", inputs, make)
 
     def bundle(self) -> Manifest:
         """Everything, assembled at ``settings.out``. Raises ``StorageError`` while another build writes there."""

@@ -63,7 +63,7 @@ def make_static(
     """The static model as a diffusers directory: links to ``source``, or trained on ``data``, or random."""
     preset = settings.preset
     if source is not None:
-        adopt_static(str(source), preset, out, settings.loras)
+        adopt_static(str(source), preset, out, settings.loras, lambda done, total: progress(done, total, {}))
         return
     backbone = random_backbone(preset, settings.seed)
     if data is not None:

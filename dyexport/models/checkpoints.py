@@ -10,7 +10,7 @@ is: the directories that a build makes of it hold links.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ from dyexport.models.user_lora import MergedWeights, UserLora
 
 ORDER = "order.safetensors"  # of a fine-tuned model's units, by their places in the model it was made from
 
+Advance = Callable[[int, int], None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
@@ -56,8 +58,11 @@ class Checkpoint:
     stock: bool
 
 
-def open_checkpoint(source: str, preset: Preset) -> Checkpoint:
-    """Find and check. Raises ``CheckpointError`` naming what is missing, unknown, of another shape or not finite."""
+def open_checkpoint(source: str, preset: Preset, advance: Advance | None = None) -> Checkpoint:
+    """Find and check; ``advance`` gets tensors checked, of how many.
+
+    Raises ``CheckpointError`` naming what is missing, unknown, of another shape or not finite.
+    """
     path = find_checkpoint(source, preset)
     files = StoredWeights(path)
     stored = without_prefix(files)
@@ -71,14 +76,14 @@ def open_checkpoint(source: str, preset: Preset) -> Checkpoint:
     target = _target(preset, config, routers=published.has_routers(stored))
     found: Mapping[str, Tensor] = stored
     if foreign:
-        check_weights(stored, published.expected(target, preset.depth), path, preset.name)
+        check_weights(stored, published.expected(target, preset.depth), path, preset.name, advance)
         found = published.translate(stored, target, preset.depth)
     elif isinstance(preset, FluxPreset) and published.has_routers(stored):
         names = published.dyflux_correspondence(target, preset.double_blocks)
-        check_weights(stored, {name: tensor for name, (_, tensor) in names.items()}, path, preset.name)
+        check_weights(stored, {name: tensor for name, (_, tensor) in names.items()}, path, preset.name, advance)
         found = View({ours: (stored, name) for name, (ours, _) in names.items()})
     else:
-        check_weights(stored, target, path, preset.name)
+        check_weights(stored, target, path, preset.name, advance)
     _check_copies(found, preset, config, path)
     weights = View({name: (found, name) for name in found if not name.startswith("routers.")})
     routers = View({name.removeprefix("routers."): (found, name) for name in found if name.startswith("routers.")})
@@ -145,9 +150,11 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
             tensor.copy_(weights[name])
 
 
-def adopt_static(source: str, preset: Preset, directory: Path, loras: Sequence[LoraFile] = ()) -> None:
+def adopt_static(
+    source: str, preset: Preset, directory: Path, loras: Sequence[LoraFile] = (), advance: Advance | None = None
+) -> None:
     """Make ``directory`` a diffusers directory of a checkpoint: of links to it, unless it must be changed."""
-    checkpoint = open_checkpoint(source, preset)
+    checkpoint = open_checkpoint(source, preset, advance)
     _write_config(meta_backbone(preset, checkpoint.config), directory)
     if loras:
         write_shards(_with_loras(checkpoint, preset, loras), directory)

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -227,8 +227,17 @@ def _unwrap(file: Path, content: Any) -> dict[str, Tensor]:
     return dict(content)
 
 
-def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path, model: str) -> None:
-    """Shapes, names, dtypes and finiteness against ``expected`` (which may be on the meta device)."""
+def check_weights(
+    weights: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    source: Path,
+    model: str,
+    advance: Callable[[int, int], None] | None = None,
+) -> None:
+    """Shapes, names, dtypes and finiteness against ``expected`` (which may be on the meta device).
+
+    ``advance`` gets tensors read, of how many: reading takes minutes where a model is large.
+    """
     for name, want in expected.items():
         if name in weights and weights[name].shape != want.shape:
             raise CheckpointError(
@@ -239,8 +248,10 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
         raise CheckpointError(f"{source} lacks {listed(missing)}; it is not a checkpoint of {model}")
     if unknown := [name for name in weights if name not in expected]:
         raise CheckpointError(f"{source} holds {listed(unknown)}, which {model} does not have; choose another --model")
-    for name, tensor in weights.items():
+    for done, (name, tensor) in enumerate(weights.items()):
         _check_values(f"{source}: {name}", tensor)
+        if advance is not None:
+            advance(done + 1, len(weights))
 
 
 def _check_values(name: str, tensor: Tensor) -> None:

@@ -33,7 +33,7 @@ from dyexport.training.state import SavedState, fingerprint, load_state, save_st
 LOG_EVERY = 10  # steps; reading losses waits for the device
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
-"""Called with steps done, steps in all, and the latest metrics."""
+"""Called with steps done, steps in all, and the metrics that were read last."""
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -121,10 +121,12 @@ class Trainer(Generic[Config]):
     def train(self) -> TrainResult:
         self.draws.source.check_finite()
         self.resume()
+        self._tell()
         while self.step < self.config.steps:
             losses = self.losses(self.draws.at(self.step))
             self.update(self.total(losses))
             self.record(losses)
+            self._tell()
             self.checkpoint()
         return self.finish()
 
@@ -168,8 +170,11 @@ class Trainer(Generic[Config]):
         self.history += [HistoryPoint(first + offset, *row) for offset, row in enumerate(rows)]
         for point in self.history[-len(rows) :]:
             self._check_finite(point)
+
+    def _tell(self) -> None:
+        """Report every step, which may take minutes, with the metrics that were read last."""
         if self.progress is not None and self.accelerator.is_main_process:
-            self.progress(self.step, self.config.steps, self.history[-1].metrics())
+            self.progress(self.step, self.config.steps, self.history[-1].metrics() if self.history else {})
 
     def _check_finite(self, point: HistoryPoint) -> None:
         if not math.isfinite(point.diffusion):

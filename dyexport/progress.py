@@ -1,0 +1,78 @@
+"""How far a piece of work is, and how long it still takes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+
+WINDOW = 60.0  # seconds that a speed is taken over, at least
+REPORTS = 16  # and how many reports, at least: a step may take minutes
+
+
+class Pace:
+    """Time left by the speed of the latest reports, however rare they are.
+
+    What was done before the first report, by a run that this one resumes, says nothing about the speed. A report of
+    another total, or of less than before, begins a new phase.
+    """
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        self._clock = clock
+        self._begin = clock()
+        self._reports: deque[tuple[float, int]] = deque()  # times and counts
+        self.done = 0
+        self.total = 0
+
+    def advance(self, done: int, total: int) -> None:
+        if total != self.total or done < self.done:
+            self._reports.clear()
+        self.done, self.total = done, total
+        now = self._clock()
+        self._reports.append((now, done))
+        while len(self._reports) > REPORTS and now - self._reports[1][0] > WINDOW:
+            self._reports.popleft()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the work began."""
+        return self._clock() - self._begin
+
+    @property
+    def left(self) -> float | None:
+        """Seconds to go; None until the speed is known."""
+        if self.done >= self.total:
+            return 0.0 if self.total else None
+        (first, before), (last, done) = self._reports[0], self._reports[-1]
+        if done == before:
+            return None
+        seconds = (self.total - done) * (last - first) / (done - before)
+        return max(seconds - (self._clock() - last), 0.0)
+
+    def __str__(self) -> str:
+        """Percent, n of N, time elapsed, time left."""
+        parts = [f"{clock_time(self.elapsed)} elapsed"]
+        if self.total:
+            share = f"{100 * self.done / self.total:.0f} %"
+            parts = [share, f"{count(self.done)} of {count(self.total)}", *parts]
+        if self.left is not None:
+            parts.append(f"{clock_time(self.left)} left")
+        return ", ".join(parts)
+
+
+def clock_time(seconds: float) -> str:
+    """``0:09``, ``12:34``, ``7:08:09``, ``2 days 0:00:00``."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if not hours:
+        return f"{minute}:{second:02}"
+    days, hour = divmod(hours, 24)
+    return (f"{days} day{'s' if days > 1 else ''} " if days else "") + f"{hour}:{minute:02}:{second:02}"
+
+
+def count(value: int) -> str:
+    """In full as far as it can be read."""
+    for unit, size in (("G", 10**9), ("M", 10**6)):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return str(value)
