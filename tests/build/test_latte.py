@@ -206,7 +206,7 @@ def test_what_bench_times_runs(built: Bundle, loaded: LatteBundle) -> None:
 def test_inspect_and_plan(built: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(monkeypatch, capsys, "inspect", built.root)["model"] == "latte-tiny"
     work = built.root.with_name("work")
-    options = ("--model", "latte-tiny", "--budget", 0.5, "--random-weights", "-o", built.root, "--work", work)
+    options = ("--model", "latte-tiny", "--budget", 0.5, "--random-weights", "--work", work)
     assert run(monkeypatch, capsys, "plan", *options)
 
 

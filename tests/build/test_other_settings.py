@@ -58,7 +58,7 @@ def test_a_longer_training_loses_nothing(trained: BuildSettings) -> None:
 
 
 def plan(settings: BuildSettings, *options: str) -> tuple[int, str]:
-    places = ["-m", TINY.name, "-o", str(settings.out), "--work", str(settings.work), "--json"]
+    places = ["-m", TINY.name, "--work", str(settings.work), "--json"]
     done = CliRunner().invoke(app, ["plan", *places, *options])
     return done.exit_code, done.stdout if done.exception is None else str(done.exception)
 
