@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
@@ -15,7 +15,7 @@ from weakref import WeakSet
 import torch
 from diffusers import ConfigMixin, ModelMixin
 
-from dyexport.bundle import Bundle
+from dyexport.bundle import Bundle, manifest_text
 from dyexport.engines.base import Tensors
 from dyexport.engines.switching import SwitchingEngine
 from dyexport.errors import BundleError, UsageError
@@ -120,8 +120,8 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
         _LEFT_BEHIND.append((self.engine, self.conditioner))
         self._begin()
 
-    def __reduce__(self) -> tuple[Callable[[], BundleTransformer], tuple[()]]:
-        return partial(self._reopen, dtype=self.dtype), ()
+    def __reduce__(self) -> tuple[Callable[..., BundleTransformer], tuple[Any, ...]]:
+        return _opened_again, (self._reopen, self.dtype, _fingerprint(self._bundle))
 
     @property
     def device(self) -> torch.device:
@@ -254,6 +254,18 @@ def _begin_all() -> None:
 
 
 os.register_at_fork(after_in_child=_begin_all)
+
+
+def _opened_again(reopen: Callable[..., BundleTransformer], dtype: torch.dtype, fingerprint: str) -> BundleTransformer:
+    """A copy or a pickle. Raises ``BundleError`` where its directory holds another bundle by now."""
+    transformer = reopen(dtype=dtype)
+    if _fingerprint(transformer._bundle) != fingerprint:
+        raise BundleError(f"{transformer._bundle.root} has changed since the original was loaded; load it again")
+    return transformer
+
+
+def _fingerprint(bundle: Bundle) -> str:
+    return hashlib.sha256(manifest_text(bundle.manifest)).hexdigest()
 
 
 def _defaults(stock: type[torch.nn.Module] | None) -> dict[str, Any]:

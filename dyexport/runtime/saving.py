@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from dyexport.bundle import MANIFEST, Bundle
-from dyexport.errors import BundleError, StorageError
+from dyexport.bundle import MANIFEST, Bundle, manifest_text
+from dyexport.errors import StorageError
 from dyexport.files import replacing, storage_errors
 from dyexport.manifest import Manifest
 
@@ -21,17 +21,17 @@ def save_bundle(bundle: Bundle, directory: Path, config: str) -> None:
     Raises ``StorageError`` for a directory that holds anything else, and ``BundleError`` for a bundle that was changed
     since it was opened.
     """
-    if directory.resolve() == bundle.root.resolve():
+    if directory.resolve() == bundle.root:
         return
     with storage_errors(directory):
         if directory.is_dir() and any(directory.iterdir()) and not (directory / MANIFEST).is_file():
             raise StorageError(f"{directory} is not empty and not a bundle; save to another directory")
     with replacing(directory) as partial:
-        for name in (*bundle.manifest.files, MANIFEST):
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(bundle.root / name, partial / name)
-        if Bundle.open(partial).manifest != bundle.manifest:
-            raise BundleError(f"{bundle.root} was changed since it was loaded; load it again, then save")
+        with bundle.unchanged():
+            for name in bundle.manifest.files:
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(bundle.root / name, partial / name)
+        (partial / MANIFEST).write_bytes(manifest_text(bundle.manifest))
         (partial / CONFIG).write_text(config, encoding="utf-8")
         (partial / CARD).write_text(model_card(bundle.manifest), encoding="utf-8")
 

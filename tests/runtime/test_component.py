@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import pickle
+import shutil
 import signal
 import time
 import traceback
@@ -180,6 +181,17 @@ def test_a_copy_is_opened_as_the_original_was(ddpm: TinyBundle) -> None:
     assert torch.equal(predict(again), predict(dense))
     assert again.engine.shares_weights
     assert not torch.equal(predict(again), predict(load(ddpm.root)))
+
+
+def test_a_copy_is_never_of_another_bundle(own: Path) -> None:
+    write_bundle(own)
+    transformer = load(own)
+    pickled = pickle.dumps(transformer)
+    shutil.rmtree(own)
+    write_bundle(own, segments=2)
+    for duplicate in (lambda: copy.deepcopy(transformer), lambda: pickle.loads(pickled)):
+        with pytest.raises(BundleError, match="has changed since"):
+            duplicate()
 
 
 def test_another_process_takes_it_as_an_argument(ddpm: TinyBundle) -> None:
@@ -470,6 +482,36 @@ def test_what_from_pretrained_cannot_do(
 def test_a_bundle_of_another_backbone_is_refused(ddpm: TinyBundle) -> None:
     with pytest.raises(BundleError, match="a bundle of dit"):
         FluxBundle.from_pretrained(ddpm.root)
+
+
+@pytest.fixture
+def hub(ddpm: TinyBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the hub in which ``someone/tiny`` is a bundle; files are links, as the hub's client lays them out."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    for number, file in enumerate(sorted(path for path in ddpm.root.rglob("*") if path.is_file())):
+        blob = repository / "blobs" / f"{number:064x}"
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(file.read_bytes())
+        entry = repository / "snapshots" / commit / file.relative_to(ddpm.root)
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        entry.symlink_to(os.path.relpath(blob, entry.parent))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_a_hub_id_is_a_bundle(hub: Path, ddpm: TinyBundle) -> None:
+    wanted = predict(load(ddpm.root))
+    assert torch.equal(predict(load("someone/tiny")), wanted)
+    assert torch.equal(predict(DiTBundle.from_pretrained("someone/tiny", revision="main", cache_dir=hub)), wanted)
+
+
+def test_a_saved_hub_bundle_has_its_files(hub: Path, ddpm: TinyBundle, tmp_path: Path) -> None:
+    load("someone/tiny").save_pretrained(tmp_path / "saved")
+    assert not any(path.is_symlink() for path in (tmp_path / "saved").rglob("*"))
+    assert torch.equal(predict(load(tmp_path / "saved")), predict(load(ddpm.root)))
 
 
 @pytest.mark.parametrize("source", ["someone/nothing", "some--one/..", "no/such/directory", "nothing"])
