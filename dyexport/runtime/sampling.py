@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -178,12 +179,13 @@ def sample_ddpm(
     scheduler: Any,
 ) -> torch.Tensor:
     """From noise at t = 999 down to data, the network predicting the noise (arXiv 2212.09748): (B, C, H, W)."""
-    latents = randn_tensor((len(labels), *spec.latent_shape), generator=generator)  # (B, C, H, W)
+    latents = _noise(spec, labels, generator)  # (B, C, H, W)
     latents = latents.to(device_of(transformer)) * scheduler.init_noise_sigma
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
-        noise = guided(transformer, spec, latents, float(t), labels, guidance_scale)  # (B, C, H, W)
-        latents = scheduler.step(noise, t, latents, generator=generator, return_dict=False)[0]
+        scaled = scheduler.scale_model_input(latents, t)  # (B, C, H, W)
+        noise = guided(transformer, spec, scaled, float(t), labels, guidance_scale)  # (B, C, H, W)
+        latents = _advance(scheduler, noise, t, latents, generator)
     return latents
 
 
@@ -195,19 +197,52 @@ def sample_flow(
     guidance_scale: float,
     generator: Noise,
     scheduler: Any,
+    *,
+    sigmas: Sequence[float] | None = None,
+    mu: float | None = None,
 ) -> torch.Tensor:
     """Along the velocity from noise at t = 0 to data at t = 1 (arXiv 2401.08740): (B, C, H, W).
 
-    The scheduler counts sigma = 1 - t downwards and expects the opposite velocity, noise - data.
+    ``scheduler`` is any of diffusers' that samples flow matching. It counts sigma = 1 - t downwards and expects the
+    opposite velocity, noise - data. ``sigmas``, one for each step, and the shift ``mu`` go to those that take them.
+    Raises ``UsageError`` for a scheduler that does not.
     """
-    latents = randn_tensor((len(labels), *spec.latent_shape), generator=generator)  # (B, C, H, W)
+    latents = _noise(spec, labels, generator)  # (B, C, H, W)
     latents = latents.to(device_of(transformer))
-    scheduler.set_timesteps(steps)
+    _set_timesteps(scheduler, steps, sigmas=sigmas, mu=mu)
     for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):  # sigmas has the end, 0, too
         t = min(1.0 - float(sigma), spec.timestep_range[1])
         velocity = guided(transformer, spec, latents, t, labels, guidance_scale)  # (B, C, H, W)
-        latents = scheduler.step(-velocity, timestep, latents, generator=generator, return_dict=False)[0]
+        latents = _advance(scheduler, -velocity, timestep, latents, generator)
     return latents
+
+
+def _noise(spec: ModelSpec, labels: torch.Tensor, generator: Noise) -> torch.Tensor:
+    shape = (len(labels), *spec.latent_shape)  # (B, C, H, W)
+    noise: torch.Tensor = randn_tensor(shape, generator=generator, device=torch.device("cpu"), dtype=torch.float32)
+    return noise
+
+
+def _set_timesteps(scheduler: Any, steps: int, *, sigmas: Sequence[float] | None, mu: float | None) -> None:
+    if sigmas is not None and len(sigmas) != steps:
+        raise UsageError(f"steps is {steps} and there are {len(sigmas)} sigmas; give one for each step")
+    length = {"num_inference_steps": steps} if sigmas is None else {"sigmas": [float(sigma) for sigma in sigmas]}
+    given = {**length, **({} if mu is None else {"mu": mu})}
+    if unknown := given.keys() - inspect.signature(scheduler.set_timesteps).parameters.keys():
+        raise UsageError(
+            f"{type(scheduler).__name__} takes no {min(unknown)}; leave it out, or choose another scheduler"
+        )
+    scheduler.set_timesteps(**given)
+
+
+def _advance(
+    scheduler: Any, prediction: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor, generator: Noise
+) -> torch.Tensor:
+    """One step of a scheduler; those that draw noise on the way take a generator."""
+    draws = "generator" in inspect.signature(scheduler.step).parameters
+    random = {"generator": generator} if draws else {}
+    stepped: torch.Tensor = scheduler.step(prediction, timestep, latents, return_dict=False, **random)[0]
+    return stepped
 
 
 def guided(
@@ -218,7 +253,7 @@ def guided(
     if scale != 1.0:
         latents = torch.cat([latents, latents])  # (2B, C, H, W)
         labels = torch.cat([labels, torch.full_like(labels, spec.classes)])  # (2B,)
-    timestep = torch.full((len(latents),), t, device=latents.device)  # (B or 2B,)
+    timestep = torch.full((len(latents),), t, dtype=torch.float32, device=latents.device)  # (B or 2B,)
     output = transformer(hidden_states=latents, timestep=timestep, class_labels=labels).sample
     output = output[:, : spec.latent_shape[0]]  # (B or 2B, C, H, W)
     if scale == 1.0:
