@@ -8,14 +8,16 @@ from time import perf_counter
 
 import torch
 
-from dyexport.architectures import FluxPreset, Preset
+from dyexport.architectures import Preset
 from dyexport.build.settings import BuildSettings
+from dyexport.build.stages import count_trainable
 from dyexport.errors import DyexportError
+from dyexport.models.conditioning import get_conditioning
 from dyexport.slicing.flops import FlopsModel
+from dyexport.training.accelerating import check_accelerate
 
 FORWARD, BACKWARD = 1, 2  # a pass back computes gradients of activations and of weights, each as dear as a forward pass
 ACTIVATIONS = 40  # values of C channels that a block keeps for its backward pass, per token
-LOW_RANK_SHARE = 0.014  # of the backbone's parameters, at rank 16 with 4 experts (arXiv 2504.06803, as here)
 STORED = 2  # bytes of a frozen weight or an activation, in bf16
 TRAINED = 16  # bytes of a trained one: itself, its gradient, two moments, in fp32
 
@@ -42,34 +44,33 @@ def estimate(settings: BuildSettings) -> Effort:
     passes = 2 if settings.distill else 1.2  # the dynamic path, and the complete one for a share of the run
     back = BACKWARD if settings.lora is None else FORWARD  # frozen weights need no gradients
     rows = preset.tokens + preset.text_tokens
+    trained = count_trainable(settings)["trainable_parameters"]
     kept = ACTIVATIONS * preset.hidden_size * rows * preset.depth * STORED
     return Effort(
         synthetic_flops=made * asked * forward,
         training_flops=pace.steps * pace.batch_size * passes * (FORWARD + back) * forward,
-        device_bytes=preset.parameters * STORED + trained_parameters(settings) * TRAINED + kept,
+        device_bytes=preset.parameters * STORED + trained * TRAINED + kept,
         data_bytes=made * 4 * _sample_values(preset),
     )
 
 
-def trained_parameters(settings: BuildSettings) -> float:
-    """All weights, or a low-rank share of them; and FLUX's token routers, whose modulation is as large as a block's."""
-    preset = settings.preset
-    routers = 4 * preset.hidden_size**2 * preset.depth if isinstance(preset, FluxPreset) else 0
-    return routers + preset.parameters * (1 if settings.lora is None else LOW_RANK_SHARE)
-
-
 def _sample_values(preset: Preset) -> int:
-    """Numbers that one sample takes: its latent, and its embedded prompt."""
-    text = preset.text_tokens * preset.joint_size + preset.pooled_size if isinstance(preset, FluxPreset) else 1
-    return prod(preset.latent_shape) + text
+    """Numbers that one sample takes: its latent, and what it was made for."""
+    conditions = (column.shape for column in get_conditioning(preset).columns)
+    return prod(preset.latent_shape) + sum(
+        prod(preset.text_tokens if size is None else size for size in shape) for shape in conditions
+    )
 
 
 def check_training(settings: BuildSettings) -> str | None:
     """What the fine-tuning of a large model will take, in one sentence; None for any other build.
 
-    Raises ``DyexportError`` where there is no GPU, or too small a one.
+    Raises ``DyexportError`` where there is no GPU, or too little of one is free, and ``UsageError`` for what accelerate
+    is set to and training cannot do.
     """
     preset = settings.preset
+    if settings.routers == "trained" or settings.from_scratch:
+        check_accelerate()
     if settings.routers != "trained" or not settings.large:
         return None
     effort, size = estimate(settings), f"{preset.parameters / 1e9:.1f} billion parameters"
@@ -78,17 +79,25 @@ def check_training(settings: BuildSettings) -> str | None:
             f"fine-tuning {preset.name} ({size}) takes a GPU and torch sees none; give --finetune-steps 0 to choose "
             "widths by importance instead, and --checkpoint DIR where the model hub cannot be reached"
         )
-    free = torch.cuda.get_device_properties(0).total_memory
-    if effort.device_bytes > free:
-        raise DyexportError(
-            f"fine-tuning {preset.name} ({size}) takes about {effort.device_bytes / 1e9:.0f} GB of GPU memory and this "
-            f"GPU has {free / 1e9:.0f}; give --finetune-steps 0 to choose widths by importance instead"
-        )
+    check_fits(settings, effort, *torch.cuda.mem_get_info())
     speed = measured_speed(torch.device("cuda"))
     return (
         f"fine-tuning {preset.name}: about {effort.hours(speed):.0f} hours at the {speed / 1e12:.0f} TFLOP/s that this "
         f"GPU does now, {effort.device_bytes / 1e9:.0f} GB of its memory, {effort.data_bytes / 1e9:.1f} GB of data; "
         "--finetune-steps 0 skips it"
+    )
+
+
+def check_fits(settings: BuildSettings, effort: Effort, free: int, whole: int) -> None:
+    """Raise ``DyexportError`` where a run takes more than the ``free`` bytes of a GPU that has ``whole``."""
+    if effort.device_bytes <= free:
+        return
+    instead = "give --finetune-steps 0 to choose widths by importance instead"
+    if effort.device_bytes <= whole:
+        instead = f"end what takes the rest of its {whole / 1e9:.0f} GB, or {instead}"
+    raise DyexportError(
+        f"fine-tuning {settings.model} ({settings.preset.parameters / 1e9:.1f} billion parameters) takes about "
+        f"{effort.device_bytes / 1e9:.0f} GB of GPU memory and this GPU has {free / 1e9:.0f} free; {instead}"
     )
 
 

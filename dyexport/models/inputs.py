@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,12 @@ DDPM_BETAS = (1e-4, 2e-2)  # linear schedule of DiT
 
 def _untold(done: int, total: int, detail: str = "") -> None:
     """Progress that nobody asked for."""
+
+
+def seeded_generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh generator, a pure function of ``numbers`` of 0 or more; different ones are independent of each other."""
+    entropy = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(entropy >> np.uint64(1)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +78,7 @@ class NoisedInputs:
         self.advance(len(timesteps), len(timesteps))
 
     def _draw(self, t: float, draw: int) -> Batch:
-        generator = torch.Generator().manual_seed(hash((self.seed, round(t * 1e6), draw)) % 2**63)
+        generator = seeded_generator(self.seed, round(t * 1e6), draw)
         if self.clean is None:
             conditions = get_conditioning(self.preset).random(self.batch_size, generator)
             return Batch(torch.randn(self.batch_size, *self.preset.latent_shape, generator=generator), conditions)

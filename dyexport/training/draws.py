@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dyexport.models.conditioning import Conditioning
+from dyexport.models.inputs import seeded_generator
 from dyexport.training.data import LatentSource
 from dyexport.training.losses import DiffusionObjective, NoisyBatch
 
@@ -24,8 +24,7 @@ TIMESTEP_BINS = 4
 
 def step_generator(seed: int, step: int, stream: Stream, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator; streams and steps are independent of each other."""
-    entropy = np.random.SeedSequence((seed, step, _STREAMS.index(stream))).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(entropy >> np.uint64(1)))
+    return seeded_generator(seed, step, _STREAMS.index(stream), device=device)
 
 
 def stratified_uniform(count: int, generator: torch.Generator) -> Tensor:

@@ -18,6 +18,7 @@ from dyexport.errors import DataError, DyexportError, UsageError
 from dyexport.models.base import get_adapter
 from dyexport.models.conditioning import get_conditioning
 from dyexport.slicing.flops import FlopsModel
+from dyexport.training.accelerating import check_accelerate
 from dyexport.training.config import TrainConfig
 from dyexport.training.data import LatentSource
 from dyexport.training.draws import BatchDraws, Share
@@ -90,6 +91,7 @@ class Trainer(Generic[Config]):
         work_dir: Path,
         progress: Progress | None = None,
     ) -> None:
+        check_accelerate()
         self.accelerator = Accelerator()
         self.share = Share(index=self.accelerator.process_index, count=self.accelerator.num_processes)
         _check_shapes(source, config, self.share)

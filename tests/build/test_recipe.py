@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from dyexport.build import stages
-from dyexport.build.recipe import check_training, estimate, measured_speed
+from dyexport.build.recipe import check_fits, check_training, estimate, measured_speed
 from dyexport.build.settings import FINETUNE_LARGE, LARGE_LORA, BuildSettings
 from dyexport.errors import CheckpointError, DataError, DyexportError, UsageError
 from dyexport.lora import LoraSpec
@@ -61,6 +62,41 @@ def test_effort_grows_with_what_is_asked(flux: BuildSettings) -> None:
     assert 5e13 < usual.training_flops / passes < 8e13
     routers = 57 * 4 * 3072**2  # DyFLUX's token routers, trained with two moments in fp32
     assert usual.device_bytes > 2 * flux.preset.parameters + 16 * routers
+
+
+@pytest.mark.parametrize(
+    "spec", [LoraSpec(rank=4, alpha=4), LoraSpec(rank=64, experts=8, alpha=64, variant="symmetric")]
+)
+def test_memory_is_that_of_the_rank_asked_for(flux: BuildSettings, spec: LoraSpec) -> None:
+    asked = replace(flux, td_lora=spec)
+    trained = {settings: stages.count_trainable(settings)["trainable_parameters"] for settings in (flux, asked)}
+    more = estimate(asked).device_bytes - estimate(flux).device_bytes
+    assert more == pytest.approx(16 * (trained[asked] - trained[flux]))
+
+
+def test_the_text_of_videos_is_data_too(tmp_path: Path) -> None:
+    settings = BuildSettings(model="latte", budget=0.5, data="synthetic", out=tmp_path / "out", work=tmp_path / "work")
+    preset = settings.preset
+    embedded = preset.text_tokens * 4096
+    assert estimate(settings).data_bytes == 4 * settings.sampling.samples * (math.prod(preset.latent_shape) + embedded)
+
+
+def test_memory_that_others_hold_is_not_free(flux: BuildSettings) -> None:
+    effort = replace(estimate(flux), device_bytes=70e9)
+    check_fits(flux, effort, free=80_000_000_000, whole=80_000_000_000)
+    with pytest.raises(DyexportError, match=r"about 70 GB .* has 10 free; end what takes the rest of its 80"):
+        check_fits(flux, effort, free=10_000_000_000, whole=80_000_000_000)
+    with pytest.raises(DyexportError, match=r"has 40 free; give --finetune-steps 0"):
+        check_fits(flux, effort, free=40_000_000_000, whole=48_000_000_000)
+
+
+def test_what_accelerate_cannot_do_here_is_said_before_anything_is_sampled(
+    flux: BuildSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(UsageError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS is 4"):
+        check_training(replace(flux, model="dit-digits"))
+    assert check_training(replace(flux, finetune_steps=0)) is None
 
 
 def test_speed_is_measured() -> None:
