@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 METADATA = "lora_adapter_metadata"  # diffusers' entry of the header
-KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")  # initialisations that leave the base as it is
-VARIANT = "is_lora_variant"  # peft's mark of an option that changes what a layer computes
-REFUSED = ("use_qalora", "layer_replication", "target_parameters", "modules_to_save", "trainable_token_indices")
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")  # initializations that leave the base as it is
+VARIANT = "is_lora_variant"  # newer peft's mark of an option that changes what a layer computes
+REFUSED = (
+    *("layer_replication", "target_parameters", "modules_to_save", "trainable_token_indices"),
+    *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config"),
+)
 
 
 def read_config(file: Path) -> LoraConfig | None:
@@ -34,7 +38,7 @@ def read_config(file: Path) -> LoraConfig | None:
         raise CheckpointError(f"{file} is a {kind}; only a LoRA can be merged")
     if (start := values.get("init_lora_weights", True)) not in KEEPS_BASE:
         raise CheckpointError(
-            f"{file}: its initialisation {start!r} moves the base weights; convert it to a plain LoRA with peft's "
+            f"{file}: its initialization {start!r} moves the base weights; save it again as a plain LoRA, with peft's "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     known = {option.name: bool(option.metadata.get(VARIANT)) for option in fields(LoraConfig)}
@@ -50,16 +54,22 @@ def read_config(file: Path) -> LoraConfig | None:
 
 
 def configured(config: LoraConfig, module: str) -> dict[str, Any] | None:
-    """A module's options by peft's own matching of names and patterns; None where it is no target."""
+    """A module's options by peft's own matching of names and patterns; None where it is no target.
+
+    Raises ``ValueError`` and others for patterns and alphas that are none.
+    """
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils.other import get_pattern_key
 
-    if config.target_modules and not check_target_module_exists(config, module):
+    if config.target_modules not in (None, "all-linear") and not check_target_module_exists(config, module):
         return None
     ranks, alphas = config.rank_pattern, config.alpha_pattern
+    alpha = float(alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha))
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha}")
     return {
         "r": ranks.get(get_pattern_key(list(ranks), module), config.r),
-        "lora_alpha": float(alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)),
+        "lora_alpha": alpha,
         "use_dora": config.use_dora,
         "lora_bias": config.lora_bias,
     }

@@ -154,7 +154,7 @@ def _factors(file: Path, found: _Found, config: LoraConfig | None) -> Factors:
         raise CheckpointError(f"{file}: {found.keys['alpha']} is a second alpha, the configuration has one; remove it")
     try:
         expected = configured(config, found.name)
-    except (AttributeError, TypeError, ValueError, re.error) as error:
+    except (ArithmeticError, AttributeError, TypeError, ValueError, re.error) as error:
         raise CheckpointError(f"{file}: its configuration has no rank or alpha for {found.key}: {error}") from error
     if expected is None:
         raise CheckpointError(f"{file}: {found.key} is no target of its configuration; keep the one saved with it")

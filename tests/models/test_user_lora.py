@@ -319,6 +319,8 @@ def test_one_that_peft_has_converted_is_merged(tmp_path: Path) -> None:
         ({"alpha_pattern": {"(": 1}}, "configuration"),
         ({"alpha_pattern": {"to_q": "much"}}, "configuration"),
         ({"r": "four"}, "configuration"),
+        ({"lora_alpha": float("nan")}, "configuration"),
+        ({"lora_alpha": 10**400}, "configuration"),
     ],
 )
 def test_a_configuration_of_more_than_a_lora_is_refused(values: dict[str, Any], message: str, tmp_path: Path) -> None:
