@@ -249,6 +249,19 @@ def check_tokens(stats: TokenStats, manifest: Manifest) -> None:
         )
 
 
+def files_of(folder: Path) -> set[str] | None:
+    """Names of a bundle's files, its manifest among them, whatever its schema; None where there is no bundle."""
+    try:
+        content = from_json(_read_whole(folder / MANIFEST))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        return None
+    if type(content.get("schema_version")) is not int or not isinstance(content.get("dyexport_version"), str):
+        return None
+    return {MANIFEST, *content["files"]}
+
+
 def _read_whole(path: Path) -> bytes:
     if path.exists() and not path.is_file():
         raise ValueError("it is not a file")

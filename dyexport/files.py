@@ -57,6 +57,20 @@ def check_replaceable(path: Path) -> None:
         raise StorageError(f"cannot write {path}: it is a device or a pipe; give the name of a file")
 
 
+def check_file(path: Path) -> None:
+    """Find out now, not after it was drawn, that a file cannot be written under a name."""
+    with storage_errors(path):
+        place = Path(os.path.realpath(path))
+        check_replaceable(place)
+        if place.is_dir():
+            raise _folder(path)
+        check_writable(place.parent)
+
+
+def _folder(path: Path) -> StorageError:
+    return StorageError(f"cannot write {path}: it is a folder; give the name of a file")
+
+
 def put(partial: Path, place: Path) -> None:
     """Rename a file or folder onto another, in one step; ``partial`` may hold the other afterwards."""
     if place.is_symlink() or not place.is_dir():
@@ -64,7 +78,7 @@ def put(partial: Path, place: Path) -> None:
             remove(place)
         os.replace(partial, place)
     elif not partial.is_dir():
-        raise StorageError(f"cannot write {place}: it is a folder; give the name of a file")
+        raise _folder(place)
     elif not _exchanged(partial, place):
         old = _aside(place)
         place.rename(old)

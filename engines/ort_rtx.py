@@ -7,10 +7,8 @@ cache folder and used the next time. A bundle needs no plans for it.
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dyexport.engines.base import WeightSpan
 from dyexport.engines.ort import OrtEngine, load_onnxruntime
 from dyexport.errors import EngineMismatch, MissingDependency, StorageError, reason
+from dyexport.files import replacing, user_cache
 
 if TYPE_CHECKING:
     import onnx
@@ -62,23 +61,24 @@ class OrtRtxEngine(OrtEngine):
 
 
 def default_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "dyexport" / "tensorrt-rtx"
+    return user_cache() / "tensorrt-rtx"
+
+
+class _FasterError(Exception):
+    """Another process has compiled the same graph."""
 
 
 @contextmanager
 def filling(out: Path) -> Iterator[Path]:
     """A folder to write into, which becomes ``out`` when all went well, unless another process was faster."""
-    partial = out.with_name(f"{out.name}.{os.getpid()}")
     try:
-        partial.mkdir(parents=True, mode=0o700)  # a compiled graph is code: nobody else may write here
-        yield partial
-        if not out.is_dir():
-            partial.rename(out)
-    except OSError as error:
+        with suppress(_FasterError), replacing(out) as partial:
+            partial.mkdir(mode=0o700)  # a compiled graph is code: nobody else may write here
+            yield partial
+            if out.is_dir():
+                raise _FasterError
+    except StorageError as error:
         raise StorageError(f"cannot keep a compiled graph in {out.parent}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def provider_settings(streaming_budget: int | None) -> dict[str, str]:

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dyexport.files import write_atomically
 from dyexport.tensorrt_api import Api
 
-PARTIAL = ".partial-"
 DIGEST = hashlib.sha256().digest_size  # bytes before the cache itself
 
 
@@ -38,7 +38,4 @@ def read_timings(path: Path) -> bytes:
 
 
 def write_timings(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{PARTIAL}{path.name}")
-    partial.write_bytes(hashlib.sha256(content).digest() + content)
-    partial.replace(path)
+    write_atomically(path, hashlib.sha256(content).digest() + content)

@@ -82,13 +82,20 @@ def test_a_pipe_is_refused_and_stays(tmp_path: Path) -> None:
     assert (tmp_path / "pipe").is_fifo()
 
 
-@pytest.mark.parametrize("path", ["/dev/null", "/", "", "."])
+def test_a_device_is_refused_and_stays() -> None:
+    _, terminal = os.openpty()
+    path = Path(os.ttyname(terminal))
+    with pytest.raises(StorageError, match="is a device or a pipe"), replacing(path):
+        pass
+    assert path.is_char_device()
+
+
+@pytest.mark.parametrize("path", ["/", "", "."])
 def test_what_is_no_file_is_refused(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StorageError, match="give"), replacing(Path(path)) as partial:
         partial.write_text("one")
     assert list(tmp_path.iterdir()) == []
-    assert Path("/dev/null").is_char_device()
 
 
 def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:

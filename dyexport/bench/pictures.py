@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from dyexport.files import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -60,24 +60,12 @@ def save_sample(drawn: torch.Tensor, path: Path, *, pixels: bool) -> Path:
     from safetensors.torch import save_file
 
     latents = path.with_suffix(".safetensors")
-    latents.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"latents": drawn.contiguous().cpu()}, latents)
+    with replacing(latents) as partial:
+        save_file({"latents": drawn.contiguous().cpu()}, partial)
     return latents
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to: the file comes to be whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write the file whole or not at all."""
-    with whole_file(path) as partial:
+    with replacing(path) as partial:
         image.save(partial, format="PNG")

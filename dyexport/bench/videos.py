@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dyexport.bench.pictures import COLUMNS, grid, whole_file, zoom_for
+from dyexport.bench.pictures import COLUMNS, grid, zoom_for
 from dyexport.errors import MissingDependency, UsageError
+from dyexport.files import replacing
 
 FPS = 8  # Latte's
 SUFFIXES = (".gif", ".mp4")
@@ -30,7 +31,7 @@ def save_video(videos: np.ndarray, path: Path) -> None:
     check_video_path(path)
     columns, zoom = min(len(videos), COLUMNS), zoom_for(videos.shape[-2])
     frames = [grid(videos[:, frame], columns, zoom=zoom) for frame in range(videos.shape[1])]
-    with whole_file(path) as partial:
+    with replacing(path) as partial:
         if path.suffix.lower() == ".gif":
             _write_gif(frames, partial)
         else:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dyexport.bundle import MANIFEST
+from dyexport.bundle import MANIFEST, files_of
 from dyexport.digests import sha256_of
 from dyexport.errors import StorageError, UsageError
 from dyexport.files import PARTIAL, clear_partials, flush, hard_linked, put, remove, replacing, storage_errors, sync
@@ -28,19 +27,6 @@ def check_ours(out: Path) -> None:
         raise UsageError(f"{out} is a file; -o takes a directory")
     if files_of(out) is None and not (out / STAGING).is_dir() and any(_foreign(out)):
         raise UsageError(f"{out} is not empty and not a bundle; choose another -o")
-
-
-def files_of(folder: Path) -> set[str] | None:
-    """Names of a bundle's files, its manifest among them, whatever its schema; None where there is no bundle."""
-    try:
-        content = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
-        return None
-    if type(content.get("schema_version")) is not int or not isinstance(content.get("dyexport_version"), str):
-        return None
-    return {MANIFEST, *content["files"]}
 
 
 @contextmanager

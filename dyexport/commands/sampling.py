@@ -14,6 +14,7 @@ from dyexport.commands.given import Given, OnceEach
 from dyexport.commands.run_side import BundleArgument, MemoryOption, SchedulerOption, TargetOption
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
 from dyexport.errors import UsageError
+from dyexport.files import check_file
 from dyexport.manifest import ModelSpec
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ def _checked(out: Path | None, *, video: bool, pixels: bool) -> Path:
     """
     latents = () if pixels else (".safetensors",)
     out = out or Path("samples.gif" if video else "samples.png")
+    check_file(out)
     if video and out.suffix not in latents:
         from dyexport.bench.videos import check_video_path
 

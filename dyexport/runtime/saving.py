@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from dyexport.bundle import MANIFEST, Bundle, manifest_text
+from dyexport.bundle import MANIFEST, Bundle, files_of, manifest_text
 from dyexport.errors import StorageError
 from dyexport.files import replacing, storage_errors
 from dyexport.manifest import Manifest
@@ -24,7 +24,7 @@ def save_bundle(bundle: Bundle, directory: Path, config: str) -> None:
     if directory.resolve() == bundle.root:
         return
     with storage_errors(directory):
-        if directory.is_dir() and any(directory.iterdir()) and not (directory / MANIFEST).is_file():
+        if directory.is_dir() and any(directory.iterdir()) and files_of(directory) is None:
             raise StorageError(f"{directory} is not empty and not a bundle; save to another directory")
     with replacing(directory) as partial:
         with bundle.unchanged():

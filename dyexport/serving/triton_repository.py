@@ -13,7 +13,6 @@ REPOSITORY/
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +24,7 @@ from dyexport.arguments import PIXELS, STEPS, shown, whole_number
 from dyexport.bundle import MANIFEST, Bundle
 from dyexport.engines.registry import get_backend
 from dyexport.errors import MissingDependency, UsageError
-from dyexport.files import PARTIAL, check_writable, remove, storage_errors, sync
+from dyexport.files import check_writable, hard_linked, replacing
 from dyexport.manifest import ModelSpec
 from dyexport.serving.orders import LABEL, PROMPT, SEED, Limits
 from dyexport.serving.served import BUNDLE, PIPELINE, PROMPT_CHARACTERS, VAE, Served, output_of
@@ -93,18 +92,12 @@ def deploy(deployment: Deployment, progress: Progress | None = None) -> Path:
     _check_limits(deployment, spec)
     _check_ours(model)
     check_writable(deployment.repository)
-    partial = deployment.repository / f"{PARTIAL}{deployment.name}"
-    with storage_errors(deployment.repository):
-        try:
-            _write(deployment, bundle, partial, progress)
-            _swap(partial, model)
-        finally:
-            remove(partial)
+    with replacing(model) as partial:
+        _write(deployment, bundle, partial, progress)
     return model
 
 
 def _write(deployment: Deployment, bundle: Bundle, model: Path, progress: Progress | None) -> None:
-    remove(model)  # of a run that was killed
     folder = model / VERSION
     files = _files(deployment, bundle)
     for done, (name, source) in enumerate(files.items()):
@@ -115,7 +108,6 @@ def _write(deployment: Deployment, bundle: Bundle, model: Path, progress: Progre
     (model / "config.pbtxt").write_text(config_text(deployment, bundle.manifest.model, served))
     (folder / "model.py").write_text(MODEL_PY)
     (folder / NO_BYTECODE).write_text(NO_BYTECODE_TEXT)
-    sync(model)
 
 
 def _check_parts(deployment: Deployment, spec: ModelSpec) -> None:
@@ -213,21 +205,8 @@ def link_or_copy(source: Path, target: Path) -> None:
     """Give a file a second name, or, across file systems, copy it. Files of a bundle are replaced, never changed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     source = source.resolve()
-    try:
-        os.link(source, target)
-    except OSError:
+    if not hard_linked(source, target):
         shutil.copyfile(source, target)
-
-
-def _swap(partial: Path, model: Path) -> None:
-    if model.exists():
-        old = model.with_name(f"{PARTIAL}old-{model.name}")
-        remove(old)
-        model.rename(old)
-        partial.rename(model)
-        remove(old)
-    else:
-        partial.rename(model)
 
 
 def config_text(deployment: Deployment, spec: ModelSpec, served: Served) -> str:

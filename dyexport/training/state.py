@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dyexport.errors import CheckpointError, DyexportError
-from dyexport.files import flush
+from dyexport.errors import CheckpointError
+from dyexport.files import replacing
 
 ORIGIN = "origin"  # entry of a file's metadata: identifies what its tensors were made from
 
@@ -26,22 +24,9 @@ class SavedState(NamedTuple):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write under a temporary name, sync, rename: a kill at any moment leaves the old file or the new one.
-
-    Raises ``DyexportError`` where the disk is full or the directory cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file so that a kill at any moment leaves the old one or the new one. Raises ``StorageError``."""
+    with replacing(path) as partial:
         save_file({name: value.detach().contiguous() for name, value in tensors.items()}, partial, dict(metadata))
-        flush(partial)
-        partial.replace(path)
-        flush(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise DyexportError(f"cannot write {path} ({error}); free space or choose another directory") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def origin_of(path: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,21 @@ def test_bad_arguments_leave_nothing_behind(
     assert said in stderr
     assert stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", "/", "pipe", "link", "folder"])
+def test_what_is_no_file_is_not_drawn_into(
+    run: Any, flow: TinyBundle, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    Path("link").symlink_to("pipe")
+    Path("folder").mkdir()
+    code, stdout, stderr = run("sample", flow.root, "--labels", "1", "--steps", 1, "-o", name)
+    assert (code, stdout, stderr.count("\n")) == (2 if name == "" else 1, "", 1)
+    assert name == "" or stderr.startswith("dyexport: cannot write ")
+    assert Path("pipe").is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link", "pipe"]
 
 
 def test_a_missing_vae_is_named(run: Any, built: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from dyexport.bench.heatmap import RAMP, SHADES, cells, colour, draw_image, draw
 from dyexport.bench.pictures import GAP, grid, save_png, side_by_side
 from dyexport.bench.report import inspect_table
 from dyexport.bundle import Bundle
+from dyexport.errors import StorageError
 from tests.bench.text import rendered
 from tests.runtime.bundles import TinyBundle
 
@@ -45,7 +47,7 @@ def test_png_is_whole_or_absent(tmp_path: Path) -> None:
     save_png(Image.new("RGB", (3, 3)), tmp_path / "new" / "a.png")
     assert Image.open(tmp_path / "new" / "a.png").size == (3, 3)
     (tmp_path / "taken").mkdir()
-    with pytest.raises(OSError, match="taken"):
+    with pytest.raises(StorageError, match="taken: it is a folder"):
         save_png(Image.new("RGB", (3, 3)), tmp_path / "taken")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "taken"]
 
@@ -96,3 +98,22 @@ def test_summary_names_what_each_engine_has(ddpm: TinyBundle) -> None:
     for segment in ddpm.plan.segments:
         assert f"[{segment.start:.3g}, {segment.end:.3g})" in text
         assert f" {segment.gate_size} " in text
+
+
+@pytest.mark.parametrize("path", ["/", ".", "pipe", "link"])
+def test_a_picture_replaces_nothing_but_a_file(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    Path("link").symlink_to("pipe")
+    with pytest.raises(StorageError, match=r"give the name of a file|give one"):
+        save_png(Image.new("L", (2, 2)), Path(path))
+    assert Path("pipe").is_fifo()
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["link", "pipe"]
+
+
+def test_a_picture_is_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "link.png").symlink_to("deep/picture.png")
+    save_png(Image.new("L", (2, 2)), tmp_path / "link.png")
+    assert (tmp_path / "link.png").is_symlink()
+    assert Image.open(tmp_path / "deep" / "picture.png").size == (2, 2)

@@ -156,7 +156,7 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
 
 def test_a_work_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DyexportError, match=r"cannot write .*file/state.*; free space or choose another directory"):
+    with pytest.raises(DyexportError, match=r"cannot write .*file/state.*; make room, or choose another directory"):
         trainer(tmp_path / "file" / "state").train()
 
 
