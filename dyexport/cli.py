@@ -12,6 +12,8 @@ from dyexport.commands import build_side, deploying, run_side, sampling, verifyi
 from dyexport.console import Session, escape_what_streams_cannot_hold, stderr
 from dyexport.errors import DyexportError
 
+LONGEST_WORD = 200  # of a message; a value may be as long as a command line
+
 app = typer.Typer(
     name="dyexport",
     help="Turn a dynamic diffusion transformer into slim engines that switch as sampling proceeds.",
@@ -55,5 +57,6 @@ def _report(error: Exception) -> int:
         message, code = f"{error.filename or 'input/output'}: {error.strerror or error}", 1
     else:
         message, code = f"{type(error).__name__}: {error} (this is a bug; --debug shows where)", 1
-    stderr().print(f"dyexport: {' '.join(message.split())}", markup=False, soft_wrap=True)
+    words = (word if len(word) <= LONGEST_WORD else f"{word[:LONGEST_WORD]}..." for word in message.split())
+    stderr().print(f"dyexport: {' '.join(words)}", markup=False, soft_wrap=True)
     return code

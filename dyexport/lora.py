@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dyexport.arguments import shown
 from dyexport.errors import UsageError
 
 Variant = Literal["standard", "inverse", "symmetric"]
 Biases = Literal["none", "all"]
+MOST_RANK, MOST_EXPERTS, MOST_ALPHA = 4096, 64, 65_536
 KEYS = "rank, experts, variant, alpha and bias"
 PEFT_WEIGHTS = "adapter_model.safetensors"  # peft's name for them, always next to their configuration
 PEFT_CONFIG = "adapter_config.json"
@@ -28,10 +30,10 @@ class LoraSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rank: PositiveInt
-    experts: PositiveInt = 4
+    rank: int = Field(ge=1, le=MOST_RANK)
+    experts: int = Field(default=4, ge=1, le=MOST_EXPERTS)
     variant: Variant = "standard"
-    alpha: float = Field(gt=0, allow_inf_nan=False)
+    alpha: float = Field(gt=0, le=MOST_ALPHA, allow_inf_nan=False)
     bias: Biases = "none"
 
     @property
@@ -71,8 +73,9 @@ def parse_lora(text: str | None) -> LoraSpec | None:
     except ValidationError as error:
         field = str(error.errors()[0]["loc"][0])
         want = {name: " or ".join(get_args(choice)) for name, choice in (("variant", Variant), ("bias", Biases))}
-        want["alpha"] = "a number above 0"
-        message = f"{field} is {values.get(field)!r}; use {want.get(field, 'a whole number above 0')}"
+        want["alpha"] = f"a number above 0, up to {MOST_ALPHA}"
+        want |= {"rank": f"a whole number from 1 to {MOST_RANK}", "experts": f"a whole number from 1 to {MOST_EXPERTS}"}
+        message = f"{field} is {shown(values.get(field))!r}; use {want[field]}"
         raise UsageError(f"--td-lora {text!r}: {message}") from error
 
 

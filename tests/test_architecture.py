@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tensors": set(),
     "architectures": set(),
     "presets": {"errors", "architectures"},
-    "lora": {"errors"},
+    "lora": {"arguments", "errors"},
     "manifest": {"errors", "lora", "tables"},
     "bundle": {"errors", "digests", "manifest", "tables"},
     "graphs": {"manifest"},

@@ -169,6 +169,8 @@ class BuildSettings:
     def _check_lora(self) -> None:
         if self.td_lora is not None and self.routers == "given":
             raise UsageError(f"{self.checkpoint} has routers already and is taken as it is; leave --td-lora out")
+        if self.td_lora is not None and self.td_lora.rank > (channels := self.preset.hidden_size):
+            raise UsageError(f"--td-lora has rank {self.td_lora.rank} and {self.model} {channels} channels; give fewer")
         if self.td_lora is not None and self.routers == "none":
             raise UsageError("with --finetune-steps 0 nothing is trained; leave --td-lora out")
         for lora in self.loras:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 import typer
+
+from dyexport.errors import UsageError
 
 if TYPE_CHECKING:
     from dyexport.architectures import RouterKind
@@ -156,7 +159,7 @@ class BuildOptions:
             merge_tolerance=self.merge_tolerance,
             loras=tuple(parse_lora_file(text) for text in self.lora or ()),
             out=out,
-            work=self.work or out.absolute().with_name(f"{out.absolute().name}.work"),
+            work=self.work or work_beside(out),
             checkpoint=self.checkpoint,
             random_weights=self.random_weights,
             data=self.data,
@@ -176,6 +179,14 @@ class BuildOptions:
             quantize=cast("Quantization | None", self.quantize),
             memory=None if self.memory is None else parse_bytes(self.memory),
         )
+
+
+def work_beside(out: Path) -> Path:
+    """Where finished stages of a bundle lie unless a caller says so. Raises ``UsageError`` for the root."""
+    place = Path(os.path.abspath(out))
+    if not place.name:
+        raise UsageError(f"-o is {out}; give the name of a directory for the bundle")
+    return place.with_name(f"{place.name}.work")
 
 
 def takes_build_options(command: Callable[..., None]) -> Callable[..., None]:
