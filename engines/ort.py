@@ -225,7 +225,7 @@ def _tensors(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.Tenso
 
 
 def _span(tensor: onnx.TensorProto, path: Path) -> WeightSpan:
-    fields = {entry.key: entry.value for entry in tensor.external_data}
+    fields = {str(entry.key): str(entry.value) for entry in tensor.external_data}  # bytes where they are no UTF-8
     location = PurePosixPath(fields.get("location", ""))
     if len(fields) != len(tensor.external_data) or not location.name:
         raise EngineBuildError(f"{path}: weight {tensor.name} does not say where it lies; build the bundle again")

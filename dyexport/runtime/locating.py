@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def find_bundle(
     """
     path = Path(source)
     if path.exists() or not HUB_ID.fullmatch(str(source)):
-        return (path / (subfolder or "")).resolve()
+        return Path(os.path.realpath(path / (subfolder or "")))
     from huggingface_hub import snapshot_download
 
     try:

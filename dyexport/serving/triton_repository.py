@@ -22,6 +22,7 @@ from pathlib import Path
 
 from dyexport.arguments import PIXELS, STEPS, shown, whole_number
 from dyexport.bundle import MANIFEST, Bundle
+from dyexport.engines.networks import check_networks
 from dyexport.engines.registry import get_backend
 from dyexport.errors import MissingDependency, UsageError
 from dyexport.files import check_writable, hard_linked, replacing
@@ -86,7 +87,7 @@ def deploy(deployment: Deployment, progress: Progress | None = None) -> Path:
     for parts that do not belong to the model, ``StorageError`` where nothing can be written.
     """
     bundle = Bundle.open(deployment.bundle)
-    bundle.engine_paths(get_backend(deployment.target).files or deployment.target)
+    check_networks(bundle, get_backend(deployment.target).files or deployment.target)
     spec, model = bundle.manifest.model, deployment.repository / deployment.name
     _check_parts(deployment, spec)
     _check_limits(deployment, spec)

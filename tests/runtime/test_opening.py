@@ -14,8 +14,9 @@ import torch
 from dyexport.bundle import MANIFEST, WEIGHTS, WIDTHS
 from dyexport.errors import BundleError
 from dyexport.runtime.pipeline import BundleTransformer, load
-from tests.build.tiny import tamper
+from tests.build.tiny import build, tamper, tiny_settings
 from tests.runtime.bundles import make_inputs, write_bundle
+from tests.runtime.conftest import Saved
 
 FIRST, LAST = 990.0, 10.0  # t of the segments that sampling starts and ends with
 
@@ -135,6 +136,34 @@ def test_a_relative_path_is_that_of_the_moment_of_load(
     transformer = load(own.name)
     monkeypatch.chdir("/")
     assert torch.equal(predict(transformer, FIRST), predict(load(own), FIRST))
+
+
+def assert_no_flip_is_overlooked(root: Path, flips: int) -> None:
+    """Single bits of a manifest, drawn at random: not one is read as another model, or is an error of another kind."""
+    content, random = (root / MANIFEST).read_bytes(), np.random.default_rng(0)
+    for bit in random.integers(8 * len(content), size=flips).tolist():
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        (root / MANIFEST).write_bytes(flipped)
+        with pytest.raises(BundleError, match="manifest"):
+            load(root, check_hashes=False)
+    (root / MANIFEST).write_bytes(content)
+    load(root)
+
+
+def test_no_flipped_bit_of_a_built_bundle_is_overlooked(dit: Saved, own: Path) -> None:
+    assert_no_flip_is_overlooked(Path(shutil.copytree(dit.bundle, own)), 200)
+
+
+@pytest.mark.slow
+def test_no_flipped_bit_of_the_digits_bundle_is_overlooked(tmp_path: Path) -> None:
+    assert_no_flip_is_overlooked(build(tiny_settings(tmp_path, model="sit-digits", engines=16)).root, 2000)
+
+
+def test_a_loop_of_links_is_no_bundle(own: Path) -> None:
+    own.symlink_to(own)
+    with pytest.raises(BundleError, match="bundle"):
+        load(own)
 
 
 HASH = "{:064x}"
