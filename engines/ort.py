@@ -50,7 +50,12 @@ class OrtEngine(Engine):
 
     @cached_property
     def io(self) -> EngineIO:
-        return graph_io(read_graph(self.path))
+        try:
+            return graph_io(read_graph(self.path))
+        except (KeyError, ValueError) as error:  # a type that ONNX does not have, or a name that is no text
+            raise EngineBuildError(
+                f"{self.path}: its inputs or outputs are no tensors; build the bundle again"
+            ) from error
 
     @cached_property
     def weights(self) -> tuple[WeightSpan, ...]:
@@ -182,7 +187,10 @@ def _check_kernels(model: onnx.ModelProto, path: Path) -> None:
 def graph_io(model: onnx.ModelProto) -> EngineIO:
     initialised = {tensor.name for tensor in model.graph.initializer}
     inputs = tuple(_spec(value) for value in model.graph.input if value.name not in initialised)
-    return EngineIO(inputs=inputs, outputs=tuple(_spec(value) for value in model.graph.output))
+    outputs = tuple(_spec(value) for value in model.graph.output)
+    if not outputs or not all(isinstance(spec.name, str) for spec in (*inputs, *outputs)):  # bytes are no UTF-8
+        raise ValueError("a graph has outputs, and names that are text")
+    return EngineIO(inputs=inputs, outputs=outputs)
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

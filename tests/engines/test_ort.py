@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dyexport.engines import ort as ort_engine
-from dyexport.engines.ort import OrtEngine, providers_for
+from dyexport.engines.ort import OrtEngine, providers_for, vendor_errors
 from dyexport.errors import EngineBuildError, EngineMismatch, MissingDependency
 from tests.engines.tiny import (
     CLASSES,
@@ -55,6 +55,23 @@ def test_garbage_is_a_build_error(tmp_path: Path) -> None:
     path.write_bytes(b"\xff" * 100)
     with pytest.raises(EngineBuildError, match=r"garbage\.onnx"):
         OrtEngine(path).activate()
+
+
+@pytest.mark.parametrize("kind", [0, 99])
+def test_unknown_types_are_a_build_error(graph: Path, kind: int) -> None:
+    edit(graph, lambda model: setattr(model.graph.input[0].type.tensor_type, "elem_type", kind))
+    with pytest.raises(EngineBuildError, match="no tensors"):
+        _ = OrtEngine(graph).io
+
+
+def test_an_error_without_a_message_goes_by_its_name() -> None:
+    with (
+        pytest.raises(EngineBuildError, match="cannot load: RuntimeError"),
+        vendor_errors(EngineBuildError, "cannot load"),
+    ):
+        raise RuntimeError
+    with pytest.raises(EngineBuildError, match="cannot load: why"), vendor_errors(EngineBuildError, "cannot load"):
+        raise ValueError("\n\n why \n  else")
 
 
 def test_unknown_operator_is_a_build_error(graph: Path) -> None:
