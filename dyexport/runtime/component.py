@@ -21,7 +21,7 @@ from dyexport.engines.switching import SwitchingEngine
 from dyexport.errors import BundleError, UsageError
 from dyexport.runtime.conditioning import Conditioner
 from dyexport.runtime.fixed_network import FixedNetwork
-from dyexport.runtime.inputs import one_batch
+from dyexport.runtime.inputs import for_engine, one_batch
 from dyexport.runtime.locating import find_bundle
 from dyexport.runtime.overflow import Overflow, OverflowCounter
 from dyexport.runtime.placeholder import offloading_placeholder
@@ -159,15 +159,11 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
     def _step(self, t: float, inputs: Tensors, conditions: Tensors) -> torch.Tensor:
         latents = inputs["hidden_states"]
         step = self._scheduler.step(t)
-        moved = {name: self._take(tensor) for name, tensor in inputs.items()}
-        conditions = {name: self._take(tensor) for name, tensor in conditions.items()}
+        moved = {name: for_engine(tensor, self.device) for name, tensor in inputs.items()}
         outputs = self.engine.run_on(step.choice, {**moved, "modulation": self.conditioner.at(t, conditions)})
         if step.token_limits is not None:
             self._overflow.add(outputs["kept_tokens"], step.token_limits)
         return outputs["sample"].to(latents.device, latents.dtype)
-
-    def _take(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self.device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
     @property
     def residency(self) -> Residency:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import prod
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dyexport.engines.base import Engine, Tensors
+from dyexport.runtime.inputs import for_engine
 
 if TYPE_CHECKING:
     import torch
@@ -16,11 +17,37 @@ MEMORY = 512 * 2**20  # bytes of modulation that are kept
 TRAJECTORIES = 2  # at a time: guidance in two calls alternates between prompt and negative prompt
 
 
+class _Seen(NamedTuple):
+    """A caller's tensor, and how often it had been changed in place when it was seen."""
+
+    tensor: torch.Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Seen | None:
+        """None where a change would go unnoticed: NumPy may share memory on the CPU, inference mode counts nothing."""
+        return None if tensor.is_cpu or tensor.is_inference() else cls(tensor, tensor._version)
+
+    def is_same(self, tensor: torch.Tensor) -> bool:
+        """Whether it is that tensor, or another view of all of it, unchanged. Reads nothing from the device."""
+        return (
+            tensor.untyped_storage()._cdata == self.tensor.untyped_storage()._cdata
+            and (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+            == (self.tensor.dtype, self.tensor.shape, self.tensor.stride(), self.tensor.storage_offset())
+            and not tensor.is_inference()
+            and tensor._version == self.version
+        )
+
+
 @dataclass(kw_only=True, eq=False)  # tensors have no truth value to compare by
 class _Trajectory:
-    """One set of conditions, the timesteps asked for under it in order, and the rows that are ready."""
+    """One set of conditions, the timesteps asked for under it in order, and the rows that are ready.
+
+    ``conditions`` are copies of what the caller gave last, ``given``.
+    """
 
     conditions: Tensors
+    given: dict[str, _Seen | None]
     seen: dict[float, None] = field(default_factory=dict)
     rows: dict[float, torch.Tensor] = field(default_factory=dict)
 
@@ -28,6 +55,22 @@ class _Trajectory:
     def batch(self) -> int:
         """Rows for each timestep: one that all samples share, where t is all there is."""
         return len(next(iter(self.conditions.values()))) if self.conditions else 1
+
+    def has(self, conditions: Tensors) -> bool:
+        """Whether these are its conditions. Reads them from the device only where they may have changed."""
+        same = self.conditions.keys() == conditions.keys() and all(map(self._has, conditions, conditions.values()))
+        if same:
+            self.given = _seen(conditions)
+        return same
+
+    def _has(self, name: str, tensor: torch.Tensor) -> bool:
+        import torch
+
+        seen, copy = self.given[name], self.conditions[name]
+        if seen is not None and seen.is_same(tensor):
+            return True
+        alike = (copy.shape, copy.dtype, copy.device) == (tensor.shape, tensor.dtype, tensor.device)
+        return alike and torch.equal(copy, tensor)
 
 
 class Conditioner:
@@ -52,7 +95,10 @@ class Conditioner:
         self._expected: list[float] = []  # timesteps of a trajectory before
 
     def at(self, t: float, conditions: Tensors) -> torch.Tensor:
-        """``modulation`` for conditions whose first dimension is the batch: (B, M), (1, M) without conditions."""
+        """``modulation`` for conditions whose first dimension is the batch: (B, M), (1, M) without conditions.
+
+        They may be on any device, in any floating-point dtype.
+        """
         trajectory = self._find(conditions)
         if t not in trajectory.rows:
             self._compute(trajectory, self._following(trajectory, t))
@@ -60,7 +106,7 @@ class Conditioner:
         return trajectory.rows[t]
 
     def _find(self, conditions: Tensors) -> _Trajectory:
-        found = next((each for each in self._under_way if _equal(each.conditions, conditions)), None)
+        found = next((each for each in self._under_way if each.has(conditions)), None)
         if found is None:
             found = self._begin(conditions)
         else:
@@ -74,7 +120,8 @@ class Conditioner:
         before = self._under_way.pop(0) if full else next(reversed(self._under_way), None)
         if before is not None and len(before.seen) > 1:
             self._expected = list(before.seen)
-        return _Trajectory(conditions={name: tensor.clone() for name, tensor in conditions.items()})
+        copies = {name: tensor.clone() for name, tensor in conditions.items()}
+        return _Trajectory(conditions=copies, given=_seen(conditions))
 
     def _following(self, trajectory: _Trajectory, t: float) -> list[float]:
         """``t`` and the timesteps expected after it, as many as may be kept."""
@@ -84,9 +131,10 @@ class Conditioner:
     def _compute(self, trajectory: _Trajectory, timesteps: list[float]) -> None:
         import torch
 
-        batch, conditions = trajectory.batch, trajectory.conditions.items()
+        batch = trajectory.batch
         t = torch.tensor(timesteps, dtype=torch.float32, device=self.device).repeat_interleave(batch)  # (S * B,)
-        tiled = {name: tensor.repeat(len(timesteps), *[1] * (tensor.ndim - 1)) for name, tensor in conditions}
+        moved = {name: for_engine(tensor, self.device) for name, tensor in trajectory.conditions.items()}
+        tiled = {name: tensor.repeat(len(timesteps), *[1] * (tensor.ndim - 1)) for name, tensor in moved.items()}
         begin = perf_counter()
         modulation = self.engine.run({"timestep": t, **tiled})["modulation"]  # (S * B, M)
         self.seconds += perf_counter() - begin
@@ -107,9 +155,5 @@ class Conditioner:
         self._under_way.clear()
 
 
-def _equal(left: Tensors, right: Tensors) -> bool:
-    import torch
-
-    return left.keys() == right.keys() and all(
-        left[name].shape == right[name].shape and torch.equal(left[name], right[name]) for name in left
-    )
+def _seen(conditions: Tensors) -> dict[str, _Seen | None]:
+    return {name: _Seen.of(tensor) for name, tensor in conditions.items()}

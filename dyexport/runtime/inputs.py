@@ -102,6 +102,13 @@ def one_batch(timestep: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
     return {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in tensors.items()}
 
 
+def for_engine(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """As engines take it: on their device, floating-point numbers in fp32."""
+    import torch
+
+    return tensor.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+
 def check_absent(values: Mapping[str, Any], cure: str) -> None:
     """Raise ``EngineMismatch`` for an argument that asks for something; None, False and nothing do not."""
     for name, value in values.items():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dyexport.engines.base import Tensors
+from dyexport.engines.base import EngineIO, Tensors
 from dyexport.engines.fake import FakeEngine
 from dyexport.runtime.conditioning import TRAJECTORIES, Conditioner
+from dyexport.tensors import TensorSpec
 from tests.engines.tiny import CLASSES, MODULATION, conditioning_io, make_weights, modulate
 
 WEIGHTS = make_weights()
@@ -75,6 +78,62 @@ def test_labels_changed_in_place_are_new_labels() -> None:
     assert engine.runs == 2
     assert torch.equal(first[0], second[0])
     assert not torch.equal(first[1], second[1])
+
+
+def test_labels_changed_through_numpy_are_new_labels() -> None:
+    conditioner, engine = make()
+    labels = torch.tensor([3, 3])
+    first = conditioner.at(900.0, {"class_labels": labels})
+    labels.numpy()[1] = 7
+    second = conditioner.at(900.0, {"class_labels": labels})
+    assert engine.runs == 2
+    assert not torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("change", ["in place", "through a view", "in inference mode"])
+def test_any_change_in_place_is_seen(change: str) -> None:
+    conditioner, engine = make()
+    with torch.inference_mode(change == "in inference mode"):
+        labels = torch.tensor([3, 3])
+        conditioner.at(900.0, {"class_labels": labels})
+        (labels[1:] if change == "through a view" else labels).fill_(7)
+        conditioner.at(900.0, {"class_labels": labels})
+    assert engine.runs == 2
+
+
+def test_the_same_tensor_on_a_device_is_not_read_again() -> None:
+    """On the meta device there is nothing to read: comparing values raises."""
+    io = EngineIO(
+        inputs=(
+            TensorSpec(name="timestep", dtype="float32", shape=("rows",)),
+            TensorSpec(name="pooled", dtype="float32", shape=("rows", 4)),
+        ),
+        outputs=(TensorSpec(name="modulation", dtype="float32", shape=("rows", 2)),),
+    )
+    engine = FakeEngine(io, lambda inputs: {"modulation": torch.zeros(len(inputs["timestep"]), 2)})
+    conditioner = Conditioner(engine, device="meta")
+    pooled = torch.zeros(3, 4, dtype=torch.float16, device="meta")
+    for t in STEPS:
+        conditioner.at(t, {"pooled": pooled})
+        conditioner.at(t, {"pooled": pooled.expand(3, 4)})
+    assert engine.runs == len(STEPS)
+    for changed in (pooled.fill_(1), pooled[:2], pooled.clone(), pooled.float()):
+        with pytest.raises(NotImplementedError) if changed.shape == (3, 4) else nullcontext():
+            conditioner.at(900.0, {"pooled": changed.half()})
+
+
+def test_conditions_of_any_dtype_are_taken() -> None:
+    io = EngineIO(
+        inputs=(
+            TensorSpec(name="timestep", dtype="float32", shape=("rows",)),
+            TensorSpec(name="guidance", dtype="float32", shape=("rows",)),
+        ),
+        outputs=(TensorSpec(name="modulation", dtype="float32", shape=("rows", 1)),),
+    )
+    engine = FakeEngine(io, lambda inputs: {"modulation": (inputs["timestep"] + inputs["guidance"])[:, None]})
+    conditioner = Conditioner(engine)
+    for dtype in (torch.float16, torch.float64, torch.bfloat16, torch.float32):
+        assert conditioner.at(8.0, {"guidance": torch.tensor([3.5], dtype=dtype)}).tolist() == [[11.5]]
 
 
 def test_another_batch_size_is_another_trajectory() -> None:
