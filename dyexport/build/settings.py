@@ -14,7 +14,7 @@ from dyexport.build.output import check_ours
 from dyexport.build.profiles import parse_profiles
 from dyexport.build.targets import ONNX, TARGETS
 from dyexport.calibration.segments import PlanSettings
-from dyexport.errors import BudgetError, UsageError
+from dyexport.errors import BudgetError, CheckpointError, UsageError
 from dyexport.lora import LoraFile, LoraSpec
 from dyexport.manifest import Precision, Quantization
 from dyexport.plans import OLDEST_FP8
@@ -43,6 +43,7 @@ LORA = FINETUNE
 FINETUNE_LARGE = Schedule(steps=10_000, batch_size=8, learning_rate=1e-4, ema_decay=0.999)
 MOST_STEPS = 10**9
 LARGE = 2_000_000_000  # parameters, from which on not all of them are trained: they alone would fill a GPU
+SHOWN = 200  # characters of a name in a message
 LARGE_LORA = LoraSpec(rank=16, experts=4, alpha=16)
 
 
@@ -186,6 +187,11 @@ class BuildSettings:
             raise UsageError(f"--merge-tolerance is {self.merge_tolerance}; give a relative MSE, such as 1e-4")
 
     def _check_paths(self) -> None:
+        for option, path in (("-o", self.out), ("--work", self.work)):
+            try:
+                path.resolve().exists()
+            except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a zero byte
+                raise UsageError(f"{option} {str(path)[:SHOWN]!r} can be no directory; give another name") from error
         if self.out.resolve() == self.work.resolve():
             raise UsageError(f"-o and --work are both {self.out}; give two directories")
         if self.work.resolve().is_relative_to(self.out.resolve()):
@@ -282,8 +288,11 @@ class BuildSettings:
 
 def _has_routers(checkpoint: Path) -> bool:
     """Only a file must be looked into for it, which takes torch."""
-    if not checkpoint.is_file():
-        return (checkpoint / "dynamic.json").is_file()
+    try:
+        if not checkpoint.is_file():
+            return (checkpoint / "dynamic.json").is_file()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {str(checkpoint)[:SHOWN]!r}: {error.strerror}; give another") from error
     from dyexport.models.checkpoints import has_routers
 
     return has_routers(checkpoint)

@@ -36,25 +36,28 @@ OWN_CONFIG = tuple(_Own.model_fields)
 
 def find_checkpoint(source: str, preset: Preset) -> Path:
     """The file, or the directory that holds ``config.json``: a local path, or a hub id that is downloaded."""
-    local = Path(source)
     try:
-        is_file, exists = local.is_file(), local.exists()
-    except OSError as error:  # a name that no file can have
+        found = _find_local(Path(source))
+    except OSError as error:  # a name that no file can have, or a folder that may not be read
         raise CheckpointError(
-            f"{source[:SHOWN]!r} is no checkpoint ({error.strerror}); give a directory or a file"
+            f"cannot read {source[:SHOWN]!r}: {error.strerror}; give a directory or a file"
         ) from error
-    if is_file:
-        return local
-    if exists:
-        for candidate in (local, local / "transformer"):
-            if (candidate / CONFIG).is_file():
-                return candidate
-        raise CheckpointError(f"{source} has no {CONFIG}; --checkpoint takes a diffusers directory, a file or a hub id")
+    if found is not None:
+        return found
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise CheckpointError(
             f"{source} does not exist; pass a diffusers directory, a file, a hub id, or --random-weights"
         )
     return _download(source, preset)
+
+
+def _find_local(path: Path) -> Path | None:
+    if not path.is_dir():
+        return path if path.is_file() else None
+    for candidate in (path, path / "transformer"):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    raise CheckpointError(f"{path} has no {CONFIG}; --checkpoint takes a diffusers directory, a file or a hub id")
 
 
 def _download(hub_id: str, preset: Preset) -> Path:

@@ -88,7 +88,12 @@ class ShardDirectory:
     """
 
     def __init__(self, directory: Path, preset: Preset) -> None:
-        paths = sorted(directory.glob("*.safetensors"))
+        try:
+            paths = sorted(directory.glob("*.safetensors"))
+        except OSError as error:
+            raise DataError(
+                f"cannot read {str(directory)[:200]!r}: {error.strerror}; give another directory"
+            ) from error
         if not paths:
             raise DataError(
                 f"{directory} holds no .safetensors files; give a directory of latents, or 'digits' or 'synthetic'"

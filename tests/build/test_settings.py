@@ -10,8 +10,11 @@ import pytest
 
 from dyexport.build.passes import DIGITS, FEW, USUAL, Passes, passes_for
 from dyexport.build.settings import BuildSettings, default_out, parse_budget
-from dyexport.errors import BudgetError, UsageError
+from dyexport.build.stages import checkpoint_source
+from dyexport.errors import BudgetError, DyexportError, UsageError
 from dyexport.lora import LoraFile, LoraSpec, parse_lora_file
+from dyexport.presets import get_preset
+from dyexport.training.data import open_source
 
 LORA = LoraSpec(rank=2, alpha=2)
 
@@ -180,3 +183,18 @@ def test_a_lora_that_cannot_be_merged_is_refused_before_anything_runs(tmp_path: 
     with pytest.raises(UsageError, match="give their --checkpoint"):
         settings(tmp_path, loras=(LoraFile(file=file),))
     assert settings(tmp_path, **given, loras=(LoraFile(file=file), LoraFile(file=file, scale=0.5))).loras
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "loop/deeper", "a\0b"])
+def test_names_that_nothing_can_have_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    place = tmp_path / name
+    given: dict[str, Any] = {"model": "dit-digits", "budget": 0.5, "finetune_steps": 0}
+    for places in ({"out": place, "work": tmp_path / "work"}, {"out": tmp_path / "out", "work": place}):
+        with pytest.raises(UsageError, match="can be no directory") as caught:
+            BuildSettings(**given, random_weights=True, **places)
+        assert len(str(caught.value)) < 300
+    with pytest.raises(DyexportError):
+        open_source(str(place), get_preset("dit-digits"))
+    with pytest.raises(DyexportError):
+        checkpoint_source(settings(tmp_path, **given, random_weights=False, checkpoint=str(place)))
