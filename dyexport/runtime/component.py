@@ -123,6 +123,15 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
     def __reduce__(self) -> tuple[Callable[..., BundleTransformer], tuple[Any, ...]]:
         return _opened_again, (self._reopen, self.dtype, _fingerprint(self._bundle))
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise AttributeError(
+                f"{type(self).__name__} has no {name!r}, since its layers are inside engines; "
+                "use the diffusers transformer where they are needed"
+            ) from None
+
     @property
     def device(self) -> torch.device:
         """Where the engines are."""

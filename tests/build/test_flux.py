@@ -106,7 +106,7 @@ def test_equals_the_masked_model_on_small_pictures(built: Bundle, monkeypatch: p
     usual, small = (verify_bundle(built.root, VerifySettings(timesteps=4, small=small)) for small in (False, True))
     assert usual.passed
     assert small.passed
-    assert small.max_abs_error != usual.max_abs_error
+    assert small.relative_error != usual.relative_error, "the largest error is a few steps of fp32 in both"
 
 
 @pytest.mark.parametrize("path", ["capacity", "dynamic"])

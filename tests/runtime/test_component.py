@@ -374,6 +374,13 @@ def test_what_needs_layers_is_refused_in_one_sentence(
     assert "\n" not in str(error.value)
 
 
+def test_layers_that_it_does_not_have_are_said_to_be_in_engines(ddpm: TinyBundle) -> None:
+    transformer = load(ddpm.root)
+    assert not hasattr(transformer, "pos_embed")
+    with pytest.raises(AttributeError, match=r"DiTBundle has no 'transformer_blocks', since .* inside engines"):
+        transformer.transformer_blocks  # noqa: B018
+
+
 def test_turning_off_what_is_off_does_nothing(ddpm: TinyBundle) -> None:
     transformer = load(ddpm.root)
     transformer.disable_gradient_checkpointing()
