@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import time
+from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -66,6 +67,13 @@ def _see(path: Path) -> _Seen:
         found, now = path.stat(), time.time_ns()
     facts = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
     return _Seen("file " + " ".join(map(str, facts)), now - found.st_ctime_ns > grain)
+
+
+def once(fact: str, check: Callable[[], None]) -> None:
+    """Check what does not change, such as the contents of a file of some digest, unless it passed before."""
+    if recall(fact) is None:
+        check()
+        note(fact, "passed")
 
 
 def recall(name: str) -> str | None:

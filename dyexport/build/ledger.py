@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 
 from dyexport.build.output import held
 from dyexport.build.team import Alone, Team
-from dyexport.digests import remember, sha256_of
+from dyexport.digests import note, recall, remember, sha256_of
 from dyexport.errors import UsageError
 from dyexport.files import replacing, storage_errors, write_atomically
 from dyexport.manifest import FileRecord, Frozen
@@ -264,7 +264,10 @@ def locked(work: Path) -> Iterator[None]:
 
 
 def digest_of_spans(path: Path, spans: Sequence[tuple[int, int]]) -> str:
-    """Identifies parts of a file, (offset, length) each."""
+    """Identifies parts of a file, (offset, length) each; read once, as the file itself is."""
+    fact = f"spans {sha256_of(path)} {digest_of(list(spans))}"
+    if (known := recall(fact)) is not None:
+        return known
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for offset, length in spans:
@@ -273,6 +276,7 @@ def digest_of_spans(path: Path, spans: Sequence[tuple[int, int]]) -> str:
                 piece = file.read(min(length, 1 << 24))
                 digest.update(piece)
                 length -= len(piece)
+    note(fact, digest.hexdigest())
     return digest.hexdigest()
 
 

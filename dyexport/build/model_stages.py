@@ -27,6 +27,7 @@ from dyexport.files import remove
 from dyexport.lora import LoraFile, lora_sources
 from dyexport.manifest import ModelSpec
 from dyexport.models.inputs import NoisedInputs
+from dyexport.models.sources import CONFIG
 from dyexport.tables import TokenStats, WidthTable
 from dyexport.training.data import LatentSource
 from dyexport.training.prompts import read_prompts
@@ -195,7 +196,8 @@ class ModelStages:
         encoders = stages.text_encoders(self.settings, source)
         if encoders is None:
             return ""
-        parts = sorted(path for kind in ("text_encoder*", "tokenizer*") for path in Path(encoders).glob(kind))
+        kinds = ("text_encoder*", "tokenizer*", "model_index.json")
+        parts = sorted(path for kind in kinds for path in Path(encoders).glob(kind))
         return digest_of([[_contents(part) for part in parts] or encoders, read_prompts(self.settings.prompts)])
 
     def _training(self, pace: Schedule) -> dict[str, Any]:
@@ -241,6 +243,9 @@ def _lora_key(lora: LoraFile) -> tuple[list[str], float]:
     return [sha256_of(file) for file in lora_sources(lora.file)], lora.scale
 
 
-def _contents(directory: Path) -> str:
-    """Identifies a checkpoint by what is in it, not by where it is."""
-    return digest_of({name: record.sha256 for name, record in describe(directory).items()})
+def _contents(source: Path) -> str:
+    """Identifies a checkpoint by what is read of it, not by where it is; the config of a file may lie beside it."""
+    found = {name: record.sha256 for name, record in describe(source).items()}
+    if source.is_file() and (config := source.with_name(CONFIG)).is_file():
+        found[CONFIG] = sha256_of(config)
+    return digest_of(found)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dyexport.digests import once, sha256_of
 from dyexport.errors import CheckpointError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -248,10 +249,15 @@ def check_weights(
         raise CheckpointError(f"{source} lacks {listed(missing)}; it is not a checkpoint of {model}")
     if unknown := [name for name in weights if name not in expected]:
         raise CheckpointError(f"{source} holds {listed(unknown)}, which {model} does not have; choose another --model")
-    for done, (name, tensor) in enumerate(weights.items()):
-        _check_values(f"{source}: {name}", tensor)
-        if advance is not None:
-            advance(done + 1, len(weights))
+
+    def check_values() -> None:
+        for done, (name, tensor) in enumerate(weights.items()):
+            _check_values(f"{source}: {name}", tensor)
+            if advance is not None:
+                advance(done + 1, len(weights))
+
+    files = [source] if source.is_file() else weight_files(source)
+    once(f"finite {' '.join(map(sha256_of, files))}", check_values)
 
 
 def _check_values(name: str, tensor: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dyexport.architectures import Preset
+from dyexport.digests import once, sha256_of
 from dyexport.errors import DataError, MissingDependency
 from dyexport.models.conditioning import Batch, Column, get_conditioning
 
@@ -21,9 +23,11 @@ ROWS = 256  # samples read at a time
 
 
 class LatentSource(Protocol):
-    """Latents and their conditions by index; ``name`` identifies the data between runs."""
+    """Latents and their conditions by index."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Identifies the data between runs."""
 
     def __len__(self) -> int: ...
 
@@ -101,8 +105,12 @@ class ShardDirectory:
         columns = (Column("latents", "latents", preset.latent_shape), *get_conditioning(preset).columns)
         self.shards = [_Shard(path, preset.name, columns) for path in paths]
         self.starts = torch.tensor([0, *(len(shard) for shard in self.shards)]).cumsum(0)  # (S + 1,)
-        self.name = " ".join(f"{shard.path.name}:{shard.path.stat().st_size}" for shard in self.shards)
         self._check_alike(columns)
+
+    @cached_property
+    def name(self) -> str:
+        """Identifies the shards by their contents."""
+        return " ".join(f"{shard.path.name}:{sha256_of(shard.path)}" for shard in self.shards)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -117,7 +125,8 @@ class ShardDirectory:
     def check_finite(self) -> None:
         """Read everything once: a value that is not finite is found now, not after hours. Raises ``DataError``."""
         for shard in self.shards:
-            shard.check_finite()
+            columns = " ".join(column.name for column in shard.columns)
+            once(f"finite {sha256_of(shard.path)} {columns}", shard.check_finite)
 
     def _check_alike(self, columns: tuple[Column, ...]) -> None:
         """Rows of different shards go into one batch."""
