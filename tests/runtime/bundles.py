@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,6 +147,11 @@ def make_inputs(batch: int, t: float = 300.0, seed: int = 0) -> dict[str, torch.
         "timestep": torch.full((batch,), t),
         "class_labels": torch.randint(CLASSES, (batch,), generator=generator),
     }
+
+
+def predict(transformer: Any, t: float = 300.0) -> torch.Tensor:
+    sample: torch.Tensor = transformer(**make_inputs(2, t=t)).sample
+    return sample
 
 
 def write_bundle(

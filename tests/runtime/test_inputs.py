@@ -230,3 +230,42 @@ def test_what_no_engine_was_built_for_is_refused_by_name(
     with pytest.raises(EngineMismatch, match=named) as error:
         loaded(**{**flux_inputs(), **changes})
     assert "modulation" not in str(error.value)
+
+
+# Latte
+
+
+def latte_inputs() -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(2, 4, 4, 4, 4, generator=draw),
+        "timestep": torch.full((2,), 400.0),
+        "encoder_hidden_states": torch.randn(2, 5, 32, generator=draw),
+    }
+
+
+@pytest.mark.parametrize("one", ["hidden_states", "timestep", "encoder_hidden_states"])
+def test_one_video_or_text_stands_for_all(latte: Saved, one: str) -> None:
+    inputs = latte_inputs()
+    repeated = {**inputs, one: inputs[one][:1].repeat(2, *[1] * (inputs[one].ndim - 1))}
+    drawn = load(latte.bundle)(**{**inputs, one: inputs[one][:1]}).sample
+    torch.testing.assert_close(drawn, Masked(latte.bundle)(**repeated).sample, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"encoder_attention_mask": torch.ones(2, 5)}, "encoder_attention_mask"),
+        ({"enable_temporal_attentions": False}, "enable_temporal_attentions"),
+        ({"encoder_hidden_states": torch.zeros(3, 5, 32)}, "encoder_hidden_states is for 3 samples"),
+        ({"encoder_hidden_states": torch.zeros(2, 0, 32)}, "encoder_hidden_states is empty"),
+        ({"encoder_hidden_states": torch.zeros(2, 5, 31)}, "encoder_hidden_states must have shape"),
+        ({"hidden_states": torch.zeros(2, 4, 0, 4, 4)}, "hidden_states is empty"),
+        ({"hidden_states": torch.zeros(2, 4, 4, 4)}, "hidden_states must be"),
+        ({"hidden_states": torch.zeros(2, 3, 4, 4, 4)}, "hidden_states must have shape"),
+        ({"timestep": NAN}, "timestep is nan"),
+    ],
+)
+def test_what_latte_was_not_built_for_is_refused_by_name(latte: Saved, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(EngineMismatch, match=named):
+        load(latte.bundle)(**{**latte_inputs(), **changes})

@@ -95,6 +95,15 @@ def test_a_stock_pipeline_draws_what_the_masked_model_draws(
     np.testing.assert_allclose(drawn, draw(pipe), atol=TOLERANCE[dtype])
 
 
+def test_dit_draws_in_half_precision(dit: Saved) -> None:
+    """Its pipeline takes the dtype of latents from the transformer, and gives them to the VAE as they are."""
+    pipe = DiTPipeline.from_pretrained(dit.pipeline, torch_dtype=torch.float16)
+    pipe.transformer = dyexport.load(dit.bundle, dtype=torch.float16)
+    drawn = draw(pipe)
+    pipe.transformer = Masked(dit.bundle, torch.float16)
+    np.testing.assert_allclose(drawn, draw(pipe), atol=0.01)
+
+
 def test_a_pipeline_is_made_from_another(saved: Saved, kind: type[DiffusionPipeline]) -> None:
     """The base pipeline's bundle, not a copy, in fp32 again as ``from_pipe`` has it, and then in bf16."""
     base = open_base(saved, BASES[backbone_of(kind)], torch.bfloat16)
