@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -17,9 +20,9 @@ from dyexport.slicing.flops import FlopsModel
 from dyexport.training.accelerating import check_accelerate
 
 FORWARD, BACKWARD = 1, 2  # a pass back computes gradients of activations and of weights, each as dear as a forward pass
-ACTIVATIONS = 40  # values of C channels that a block keeps for its backward pass, per token
-STORED = 2  # bytes of a frozen weight or an activation, in bf16
-TRAINED = 16  # bytes of a trained one: itself, its gradient, two moments, in fp32
+ACTIVATIONS = 40  # values of C channels that a block keeps for its backward pass, per token; 26 to 31 were counted
+WEIGHT = 4  # bytes of a frozen weight, in fp32
+TRAINED = 20  # bytes of a trained one: itself, its gradient, two moments, its average, in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +38,11 @@ class Effort:
         return (self.synthetic_flops + self.training_flops) / flops_per_second / 3600
 
 
-def estimate(settings: BuildSettings) -> Effort:
-    """From the sizes alone: dense passes, since masks save nothing in training; +-50 %."""
+def estimate(settings: BuildSettings, *, processes: int = 1, precision: str = "no") -> Effort:
+    """From the sizes alone: dense passes, since masks save nothing in training; +-50 %.
+
+    ``processes`` share a batch, each with a GPU of its own; ``precision`` is accelerate's mixed one, of activations.
+    """
     preset, pace = settings.preset, settings.finetune_schedule
     forward = 2 * FlopsModel.of_preset(preset).dense  # a multiply-add is two operations
     made = settings.sampling.samples if settings.data_source == "synthetic" else 0
@@ -45,11 +51,12 @@ def estimate(settings: BuildSettings) -> Effort:
     back = BACKWARD if settings.lora is None else FORWARD  # frozen weights need no gradients
     rows = preset.tokens + preset.text_tokens
     trained = count_trainable(settings)["trainable_parameters"]
-    kept = ACTIVATIONS * preset.hidden_size * rows * preset.depth * STORED
+    samples = pace.batch_size / processes  # of a batch, on one GPU
+    kept = samples * ACTIVATIONS * preset.hidden_size * rows * preset.depth * (4 if precision == "no" else 2)
     return Effort(
         synthetic_flops=made * asked * forward,
         training_flops=pace.steps * pace.batch_size * passes * (FORWARD + back) * forward,
-        device_bytes=preset.parameters * STORED + trained * TRAINED + kept,
+        device_bytes=preset.parameters * WEIGHT + trained * TRAINED + kept,
         data_bytes=made * 4 * _sample_values(preset),
     )
 
@@ -73,7 +80,7 @@ def check_training(settings: BuildSettings) -> str | None:
         check_accelerate()
     if settings.routers != "trained" or not settings.large:
         return None
-    effort, size = estimate(settings), f"{preset.parameters / 1e9:.1f} billion parameters"
+    effort, size = estimate(settings, **launched()), f"{preset.parameters / 1e9:.1f} billion parameters"
     if not torch.cuda.is_available():
         raise DyexportError(
             f"fine-tuning {preset.name} ({size}) takes a GPU and torch sees none; give --finetune-steps 0 to choose "
@@ -88,11 +95,24 @@ def check_training(settings: BuildSettings) -> str | None:
     )
 
 
+def launched(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """What `accelerate launch` says that memory depends on."""
+    return {
+        "processes": int(environment.get("WORLD_SIZE", "1")),
+        "precision": environment.get("ACCELERATE_MIXED_PRECISION", "no"),
+    }
+
+
 def check_fits(settings: BuildSettings, effort: Effort, free: int, whole: int) -> None:
     """Raise ``DyexportError`` where a run takes more than the ``free`` bytes of a GPU that has ``whole``."""
     if effort.device_bytes <= free:
         return
     instead = "give --finetune-steps 0 to choose widths by importance instead"
+    count = settings.finetune_schedule.batch_size
+    if estimate(settings, processes=count, precision="bf16").device_bytes <= whole:
+        instead = (
+            f"`accelerate launch --mixed_precision bf16` on up to {count} GPUs shares a batch among them, or {instead}"
+        )
     if effort.device_bytes <= whole:
         instead = f"end what takes the rest of its {whole / 1e9:.0f} GB, or {instead}"
     raise DyexportError(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dyexport.build import stages
-from dyexport.build.recipe import check_fits, check_training, estimate, measured_speed
+from dyexport.build.recipe import TRAINED, check_fits, check_training, estimate, measured_speed
 from dyexport.build.settings import FINETUNE_LARGE, LARGE_LORA, BuildSettings
 from dyexport.errors import CheckpointError, DataError, DyexportError, UsageError
 from dyexport.lora import LoraSpec
@@ -71,7 +71,17 @@ def test_memory_is_that_of_the_rank_asked_for(flux: BuildSettings, spec: LoraSpe
     asked = replace(flux, td_lora=spec)
     trained = {settings: stages.count_trainable(settings)["trainable_parameters"] for settings in (flux, asked)}
     more = estimate(asked).device_bytes - estimate(flux).device_bytes
-    assert more == pytest.approx(16 * (trained[asked] - trained[flux]))
+    assert more == pytest.approx(TRAINED * (trained[asked] - trained[flux]))
+
+
+def test_memory_is_that_of_the_whole_batch(flux: BuildSettings) -> None:
+    """Each GPU has the weights in fp32 and its share of the batch's activations."""
+    alone, eight = (estimate(flux, processes=count).device_bytes for count in (1, 8))
+    half = estimate(flux, processes=8, precision="bf16").device_bytes
+    fixed = 2 * half - eight
+    trained = stages.count_trainable(flux)["trainable_parameters"]
+    assert fixed == pytest.approx(4 * flux.preset.parameters + TRAINED * trained)
+    assert alone - fixed == pytest.approx(8 * (eight - fixed))
 
 
 def test_the_text_of_videos_is_data_too(tmp_path: Path) -> None:
@@ -88,6 +98,8 @@ def test_memory_that_others_hold_is_not_free(flux: BuildSettings) -> None:
         check_fits(flux, effort, free=10_000_000_000, whole=80_000_000_000)
     with pytest.raises(DyexportError, match=r"has 40 free; give --finetune-steps 0"):
         check_fits(flux, effort, free=40_000_000_000, whole=48_000_000_000)
+    with pytest.raises(DyexportError, match=r"--mixed_precision bf16` on up to 8 GPUs"):
+        check_fits(flux, replace(effort, device_bytes=1e12), free=200_000_000_000, whole=200_000_000_000)
 
 
 def test_what_accelerate_cannot_do_here_is_said_before_anything_is_sampled(
