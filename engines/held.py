@@ -56,7 +56,6 @@ class HeldEngine(Engine):
             raise
 
     def run(self, inputs: Tensors) -> dict[str, torch.Tensor]:
-        self.io.check(inputs)
         self.activate()
         outputs = self._engine.run(inputs)
         self._bundle.check_unchanged(self._weight_files)

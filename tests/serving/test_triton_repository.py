@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
@@ -12,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from dyexport.bundle import Bundle
+from dyexport.bundle import WEIGHTS, WIDTHS, Bundle
 from dyexport.cli import main
 from dyexport.errors import BundleError, EngineMismatch, UsageError
 from dyexport.manifest import EngineRecord
+from dyexport.runtime.pipeline import load
 from dyexport.serving.served import Served
 from dyexport.serving.triton_repository import Deployment, deploy
 from tests.build.tiny import hashes
-from tests.runtime.bundles import TinyBundle, write_bundle, write_manifest
+from tests.manifests import forge
+from tests.runtime.bundles import TinyBundle, make_inputs, write_bundle, write_manifest
+from tests.runtime.test_opening import in_hub_cache
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +46,29 @@ def test_a_model_is_the_bundle_and_what_serves_it(tiny: TinyBundle, tmp_path: Pa
     assert 'input [ { name: "label" data_type: TYPE_INT64 dims: [ 1 ] } ]' in config
     assert 'output [ { name: "image" data_type: TYPE_UINT8 dims: [ -1, -1, -1 ] } ]' in config
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["digits"]
+
+
+def test_a_bundle_in_the_hubs_cache_is_deployed_whole(tiny: TinyBundle, tmp_path: Path) -> None:
+    """Its files have other names there; a server needs no cache."""
+    cached = in_hub_cache(tiny.root, tmp_path / "hub")
+    model = deploy(Deployment(bundle=cached, repository=tmp_path / "models", name="digits"))
+    shutil.rmtree(tmp_path / "hub")
+    assert hashes(model / "1/bundle") == hashes(tiny.root)
+    inputs = make_inputs(2)
+    assert torch.equal(load(model / "1/bundle")(**inputs).sample, load(tiny.root)(**inputs).sample)
+
+
+def test_a_model_without_its_weights_is_not_deployed(tiny: TinyBundle, tmp_path: Path) -> None:
+    """The manifest is whole by its hash, and names all but the file that every graph refers to."""
+    copy = Path(shutil.copytree(tiny.root, tmp_path / "copy"))
+    forge(copy, lambda manifest: manifest["files"].pop(WEIGHTS))
+    with pytest.raises(BundleError, match=f"names no {WEIGHTS}"):
+        deploy(Deployment(bundle=copy, repository=tmp_path / "models", name="digits"))
+    forge(copy, lambda manifest: manifest["files"].update({WEIGHTS: manifest["files"][WIDTHS]}))
+    shutil.copy(copy / WIDTHS, copy / WEIGHTS)
+    with pytest.raises(BundleError, match="has weights up to byte"):
+        deploy(Deployment(bundle=copy, repository=tmp_path / "models", name="digits"))
+    assert not (tmp_path / "models").exists()
 
 
 def test_its_files_are_links_to_the_bundles(tiny: TinyBundle, tmp_path: Path) -> None:
