@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Event
+from types import FrameType
 
 import typer
 
 from dyexport.commands import build_side, deploying, run_side, sampling, verifying
-from dyexport.console import Session, escape_what_streams_cannot_hold, stderr
+from dyexport.console import Interrupted, Session, escape_what_streams_cannot_hold, stderr
 from dyexport.errors import DyexportError
 
 LONGEST_WORD = 200  # of a message; a value may be as long as a command line
@@ -31,10 +36,11 @@ app.add_typer(deploying.app)
 def main() -> None:
     """Exit code 0, 1 (failed), 2 (bad usage) or 130 (Ctrl-C); errors are one sentence on stderr."""
     escape_what_streams_cannot_hold()
-    session = Session()
+    session, heard = Session(), Event()
     try:
-        code = app(standalone_mode=False, obj=session)
-        sys.stdout.flush()
+        with hearing_interrupts(heard):
+            code = app(standalone_mode=False, obj=session)
+            sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # whoever read stdout is gone, and so is the reason to write
@@ -43,8 +49,28 @@ def main() -> None:
     except Exception as error:
         if session.debug and not hasattr(error, "format_message"):
             traceback.print_exc()
+        if heard.is_set() and not isinstance(error, Interrupted):  # what a library made of Ctrl-C
+            error = Interrupted("interrupted; repeat the command to go on")
         code = _report(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def hearing_interrupts(heard: Event) -> Iterator[None]:
+    """Set ``heard`` on Ctrl-C, besides raising ``KeyboardInterrupt``, which libraries turn into errors of their own."""
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        heard.set()
+        signal.default_int_handler(number, frame)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored by a job in the background
+        yield
+        return
+    signal.signal(signal.SIGINT, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _report(error: Exception) -> int:

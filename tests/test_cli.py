@@ -226,6 +226,28 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     assert list(tmp_path.rglob(".partial*")) == []
 
 
+def test_ctrl_c_that_a_library_turns_into_an_error_is_ctrl_c() -> None:
+    """As torch does where Python runs inside it: what arrives is a ``RuntimeError`` with a page of C++."""
+    script = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from dyexport.cli import app, main
+
+@app.command()
+def interrupted():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt as error:
+        raise RuntimeError("KeyboardInterrupt: <no message>") from None
+
+sys.argv = ["dyexport", "interrupted"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "dyexport: interrupted; repeat the command to go on\n"
+
+
 def test_one_build_at_a_time(tmp_path: Path) -> None:
     with locked(tmp_path / "bundle.work"):
         process = tiny(tmp_path, "-o", "bundle")
