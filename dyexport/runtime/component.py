@@ -21,7 +21,7 @@ from dyexport.engines.switching import SwitchingEngine
 from dyexport.errors import BundleError, UsageError
 from dyexport.runtime.conditioning import Conditioner
 from dyexport.runtime.fixed_network import FixedNetwork
-from dyexport.runtime.inputs import for_engine, one_batch
+from dyexport.runtime.inputs import check_no_gradients, for_engine, one_batch
 from dyexport.runtime.locating import find_bundle
 from dyexport.runtime.overflow import Overflow, OverflowCounter
 from dyexport.runtime.placeholder import offloading_placeholder
@@ -155,6 +155,7 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
         network through its conditioning only; ``shared`` has no batch. ``timestep`` is a number, () or (B,) with equal
         values. A tensor of one sample stands for all of the batch.
         """
+        check_no_gradients({**inputs, **conditions})
         batched = one_batch(timestep, {**inputs, **conditions})
         inputs = {name: batched[name] for name in inputs} | dict(shared or {})
         conditions = {name: batched[name] for name in conditions}

@@ -13,6 +13,7 @@ from dyexport.errors import EngineMismatch
 if TYPE_CHECKING:
     import torch
 
+LARGEST_GUIDANCE = 1e35  # it is embedded as a thousand times itself, in fp32
 PIPELINE_NULL_CLASS = 1000  # what diffusers' DiTPipeline gives as "no class", whatever the model's classes
 
 
@@ -44,11 +45,14 @@ def float_values(name: str, value: Any) -> list[float]:
     return values
 
 
-def per_sample(name: str, value: Any) -> torch.Tensor:
+def guidance_scale(value: Any) -> torch.Tensor:
     """A number, or a tensor of one or one for each sample: (1,) or (B,) float32 on the CPU."""
     import torch
 
-    return torch.tensor(float_values(name, value), dtype=torch.float32, device="cpu")
+    values = float_values("guidance", value)
+    if wrong := [each for each in values if abs(each) > LARGEST_GUIDANCE]:
+        raise EngineMismatch(f"guidance is {wrong[0]:g}, which overflows when it is embedded; give such as 3.5")
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def checked_labels(value: Any, classes: int) -> torch.Tensor:
@@ -84,6 +88,17 @@ def positions(txt_ids: Any, img_ids: Any) -> dict[str, torch.Tensor]:
             raise EngineMismatch(f"{name} must be a tensor (tokens, 3) of numbers, is {_described(ids)}")
     common = torch.promote_types(txt_ids.dtype, img_ids.dtype)
     return {name: (ids[0] if ids.ndim == 3 else ids).to(common).to(torch.float32) for name, ids in given.items()}
+
+
+def check_no_gradients(tensors: Tensors) -> None:
+    """Raise ``EngineMismatch`` where a gradient should pass: outputs of engines have none, and nothing would say so."""
+    import torch
+
+    wanting = [name for name, tensor in tensors.items() if tensor.requires_grad] if torch.is_grad_enabled() else []
+    if wanting:
+        raise EngineMismatch(
+            f"{wanting[0]} requires a gradient, which cannot pass through engines; call under torch.no_grad()"
+        )
 
 
 def one_batch(timestep: Any, tensors: Tensors) -> dict[str, torch.Tensor]:

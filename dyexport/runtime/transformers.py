@@ -17,7 +17,7 @@ from dyexport.runtime.inputs import (
     check_attention_kwargs,
     checked_labels,
     floating,
-    per_sample,
+    guidance_scale,
     positions,
 )
 
@@ -90,7 +90,7 @@ class FluxBundle(BundleTransformer, FluxTransformer2DModel):
         }
         conditions = {"pooled_projections": floating("pooled_projections", pooled_projections, "batch", "channels")}
         if guidance is not None:
-            conditions["guidance"] = per_sample("guidance", guidance)  # (B,)
+            conditions["guidance"] = guidance_scale(guidance)  # (B,)
         if self.config.guidance_embeds and guidance is None:
             raise EngineMismatch(f"{self.spec.name} takes a guidance scale, such as 3.5; give guidance")
         if not self.config.guidance_embeds:

@@ -119,6 +119,17 @@ def test_inputs_of_another_shape_are_named(labels: BundleTransformer, changes: d
         labels(**{**make_inputs(2), **changes})
 
 
+@pytest.mark.parametrize("name", ["hidden_states", "encoder_hidden_states", "pooled_projections"])
+def test_gradients_are_refused_where_they_would_be_lost(loaded: FluxBundle, name: str) -> None:
+    inputs = flux_inputs()
+    wanted = loaded(**inputs).sample
+    inputs[name].requires_grad_()
+    with pytest.raises(EngineMismatch, match=f"{name} requires a gradient"):
+        loaded(**inputs)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).sample, wanted)
+
+
 # FLUX
 
 
@@ -195,6 +206,7 @@ ZEROS = torch.zeros
     [
         ({"guidance": NAN}, "guidance is nan"),
         ({"guidance": torch.tensor([3.5, INF])}, "guidance is inf"),
+        ({"guidance": 1e38}, "guidance is 1e\\+38"),
         ({"guidance": torch.full((3,), 3.5)}, "guidance is for 3 samples, hidden_states for 2"),
         ({"guidance": "strong"}, "guidance"),
         ({"guidance": None}, "guidance"),
