@@ -251,10 +251,14 @@ def _help(stage: Stage) -> None:
 def locked(work: Path) -> Iterator[None]:
     """Hold the work directory; raises ``StorageError`` while another process does.
 
+    Stages replace what has the names of their outputs, so a directory of anything else is refused with ``UsageError``.
     Where nothing was done, no directory is left behind.
     """
     with storage_errors(work):
         work.mkdir(parents=True, exist_ok=True)
+        ours = any((work / name).is_file() for name in (LOCK, LEDGER))
+        if not ours and any(work.iterdir()):
+            raise UsageError(f"--work {work} is not empty and not of a build; give another one")
     with held(work / LOCK, f"another build is using {work}; wait for it, or give another --work"):
         try:
             yield

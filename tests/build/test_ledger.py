@@ -203,6 +203,14 @@ def test_one_build_at_a_time(tmp_path: Path) -> None:
         assert run(work)[0] == ""
 
 
+@pytest.mark.parametrize("name", ["static", "ledger.txt", "thesis.tex"])
+def test_a_directory_of_something_else_is_no_work_directory(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(UsageError, match="is not empty and not of a build"), locked(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_build_that_does_nothing_leaves_no_directory(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="bad"), locked(tmp_path / "work"):
         raise ValueError("bad")

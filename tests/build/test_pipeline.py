@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from dyexport.build.ledger import Silent
+from dyexport.build.output import locked_output
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
 from dyexport.build.verify import VerifySettings, verify_bundle
 from dyexport.bundle import MANIFEST, Bundle
-from dyexport.errors import BudgetError, CheckpointError, DyexportError, UsageError
+from dyexport.errors import BudgetError, CheckpointError, DyexportError, StorageError, UsageError
 from dyexport.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING
 from dyexport.models.checkpoints import load_static, save_static
 from dyexport.models.dynamic_checkpoints import load_dynamic
@@ -74,6 +75,13 @@ def test_damage_to_a_stage_is_repaired(settings: BuildSettings, victim: str) -> 
         {"calibrated": "calibrate", "graphs": "weights", "plan.json": "plan"}[victim.split("/")[0]]
     ]
     assert hashes(settings.out) == before
+
+
+def test_a_bundle_is_refused_at_once_while_another_build_writes_it(settings: BuildSettings) -> None:
+    with locked_output(settings.out), opened(settings, Silent()) as pipeline:
+        with pytest.raises(StorageError, match="another build is writing"):
+            pipeline.bundle()
+        assert pipeline.ledger.outcomes == {}
 
 
 def test_damage_to_the_bundle_is_repaired(settings: BuildSettings) -> None:
