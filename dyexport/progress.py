@@ -25,13 +25,15 @@ class Pace:
         self.total = 0
 
     def advance(self, done: int, total: int) -> None:
-        if total != self.total or done < self.done:
-            self._reports.clear()
-        self.done, self.total = done, total
+        """Note a report; a terminal is drawn by another thread, which at every moment sees one of them."""
         now = self._clock()
-        self._reports.append((now, done))
+        if total != self.total or done < self.done:
+            self._reports = deque([(now, done)])
+        else:
+            self._reports.append((now, done))
         while len(self._reports) > REPORTS and now - self._reports[1][0] > WINDOW:
             self._reports.popleft()
+        self.done, self.total = done, total
 
     @property
     def elapsed(self) -> float:

@@ -117,7 +117,16 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as stored:
             yield stored
     except (OSError, SafetensorError) as error:
+        check_readable(file)
         raise CheckpointError(f"{file} is damaged: {error}") from error
+
+
+def check_readable(file: Path) -> None:
+    """Raise ``CheckpointError`` for what the system refuses, which safetensors and torch call missing or damaged."""
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}; make it readable, or give another") from error
 
 
 def write_weights(tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -209,6 +218,7 @@ def _load_pickle(file: Path) -> Any:
         with torch.serialization.safe_globals([Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
     except Exception as error:  # unpickling errors have no common base
+        check_readable(file)
         raise CheckpointError(
             f"{file} is damaged or holds code, which is never run; convert it to safetensors"
         ) from error

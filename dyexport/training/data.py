@@ -19,6 +19,7 @@ from dyexport.models.conditioning import Batch, Column, get_conditioning
 Split = Literal["train", "held-out"]
 HELD_OUT_SHARE = 0.2
 FLOATS, INTEGERS = ("F32", "F16", "BF16", "F64"), ("I64", "I32", "I16", "I8", "U8")  # as safetensors names them
+SHOWN = 200  # characters of a name in a message
 ROWS = 256  # samples read at a time
 
 
@@ -83,6 +84,24 @@ def digits(split: Split = "train") -> MemorySource:
     return MemorySource(f"digits/{split}", latents, torch.from_numpy(data.target[rows]).long())
 
 
+def _shard_files(directory: Path) -> list[Path]:
+    try:
+        return sorted(path for path in directory.iterdir() if path.suffix == ".safetensors")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {str(directory)[:SHOWN]!r}: {str(error)[:SHOWN]}; give another") from error
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why a file cannot be read: safetensors calls one missing that may not be."""
+    try:
+        path.open("rb").close()
+    except OSError as refused:
+        return refused.strerror or str(refused)
+    return str(error)
+
+
 class ShardDirectory:
     """A directory of safetensors shards, memory-mapped; only the rows asked for are read.
 
@@ -92,12 +111,7 @@ class ShardDirectory:
     """
 
     def __init__(self, directory: Path, preset: Preset) -> None:
-        try:
-            paths = sorted(directory.glob("*.safetensors"))
-        except OSError as error:
-            raise DataError(
-                f"cannot read {str(directory)[:200]!r}: {error.strerror}; give another directory"
-            ) from error
+        paths = _shard_files(directory)
         if not paths:
             raise DataError(
                 f"{directory} holds no .safetensors files; give a directory of latents, or 'digits' or 'synthetic'"
@@ -152,7 +166,7 @@ class _Shard:
             self.values = {column.name: file.get_slice(column.name) for column in columns}
         except (OSError, SafetensorError) as error:
             names = " and ".join(f"{column.name!r}" for column in columns)
-            raise DataError(f"cannot read {path}: {error}; a shard holds the tensors {names}") from error
+            raise DataError(f"cannot read {path}: {_reason(path, error)}; a shard holds the tensors {names}") from error
         for column in columns:
             self._check(column)
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +312,31 @@ def test_an_order_of_units_that_is_none_is_named(
     save_file({"heads": order, "groups": order.clone()}, tmp_path / "order.safetensors")
     with pytest.raises(CheckpointError, match=r"order\.safetensors: heads are no order of units"):
         load_dynamic(tmp_path)
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Inside, the test may not read what it may not; root may read everything."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json", "."])
+def test_what_may_not_be_read_is_not_called_missing_or_damaged(name: str) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        save_static(random_backbone(TINY), Path(place))
+        for path in (Path(place), *Path(place).iterdir()):
+            path.chmod(0o755)
+        (Path(place) / name).chmod(0)
+        with nobody(), pytest.raises(CheckpointError, match=r"cannot read .*Permission denied"):
+            load_static(place, TINY)
+        Path(place).chmod(0o755)
 
 
 def test_a_file_is_found_before_a_hub(tmp_path: Path) -> None:
