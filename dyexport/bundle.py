@@ -53,6 +53,14 @@ class Stamp(NamedTuple):
         found = path.stat()
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
+    @classmethod
+    def find(cls, path: Path) -> Stamp | None:
+        """None where there is no such file, or none that can be looked at."""
+        try:
+            return cls.of(path)
+        except OSError:
+            return None
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -70,15 +78,12 @@ class Bundle:
         or a schema newer than this version of dyexport reads.
         """
         root = Path(os.path.realpath(root))
-        try:
-            stamp = Stamp.of(root / MANIFEST)
-        except OSError:
-            stamp = None  # ``read_manifest`` says why
+        before = Stamp.find(root / MANIFEST)
         bundle = cls(root, read_manifest(root / MANIFEST))
         for name, record in bundle.manifest.files.items():
             bundle._check(name, record, check_hashes)
         bundle._check_tables()
-        if Stamp.of(root / MANIFEST) != stamp:
+        if Stamp.find(root / MANIFEST) != before:
             raise BundleError(f"{root} changed while it was read; load it again")
         return bundle
 
@@ -122,13 +127,10 @@ class Bundle:
     def _is_same(self, name: str) -> bool:
         """A file that got another name or owner, but no other bytes, is the same."""
         path, before = self.root / name, self.stamps[name]
-        try:
-            now = Stamp.of(path)
-            if now == before:
-                return True
-            if now[:-1] != before[:-1] or sha256_of(path) != self.manifest.files[name].sha256:
-                return False
-        except OSError:
+        now = Stamp.find(path)
+        if now is None or now == before:
+            return now == before
+        if now[:-1] != before[:-1] or _digest(path) != self.manifest.files[name].sha256:
             return False
         self.stamps[name] = now
         return True
@@ -158,6 +160,14 @@ class Bundle:
     def token_stats(self) -> TokenStats | None:
         path = self.root / TOKENS
         return TokenStats.load(path) if TOKENS in self.manifest.files else None
+
+
+def _digest(path: Path) -> str | None:
+    """None where the file cannot be read."""
+    try:
+        return sha256_of(path)
+    except OSError:
+        return None
 
 
 def manifest_text(manifest: Manifest) -> bytes:

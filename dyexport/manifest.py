@@ -41,7 +41,7 @@ def segment_name(index: int) -> str:
 def _inside(path: str) -> str:
     """A relative path that cannot leave the bundle."""
     pure = PurePosixPath(path)
-    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path:
+    if not path or pure.is_absolute() or ".." in pure.parts or any(letter in path for letter in "\\:\0"):
         raise ValueError(f"{path!r} points outside the bundle")
     return path
 

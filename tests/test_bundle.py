@@ -168,7 +168,9 @@ def test_a_directory_without_a_manifest(tmp_path: Path) -> None:
         Bundle.open(tmp_path)
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../secret", "graphs/../../secret", "C:\\secret", "c:secret", ""])
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../secret", "graphs/../../secret", "C:\\secret", "c:secret", "a\0b", ""]
+)
 def test_a_manifest_names_only_what_is_inside(root: Path, path: str) -> None:
     (root.parent / "secret").write_text("!")
     for place in ("files", "engines"):
