@@ -1,0 +1,94 @@
+"""Whatever is given for a path, a number or a name: a result, or one sentence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dyexport.cli import main
+from tests.runtime.bundles import TinyBundle
+
+NAMES = ["folder", "file", "bytes", "loop", "gone", "a\udcff", "[red]", "%s", "{x}", "--", " ", "a/../b", "/dev/null/x"]
+NUMBERS = ["-1", "1e400", "nan", "-inf", "9" * 5000, "1_0", "٣", "0x10", "1.5", "true", "\t"]
+HOSTILE = [*NAMES, *NUMBERS]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What names may lead to: a directory, files, a link to itself, a link to nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("{}")
+    (tmp_path / "bytes").write_bytes(bytes(range(256)))
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nothing")
+    return tmp_path
+
+
+Told = Callable[..., None]
+
+
+@pytest.fixture
+def told(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Told:
+    """Run ``dyexport``; what fails says why in one sentence."""
+
+    def command(*arguments: Any) -> None:
+        monkeypatch.setattr(sys, "argv", ["dyexport", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        err = capsys.readouterr().err
+        if exit_.value.code:
+            last = err.strip().splitlines()[-1]
+            assert last.startswith("dyexport: ")
+            assert "this is a bug" not in last
+            assert len(last) < 1500
+        assert "Traceback" not in err
+
+    return command
+
+
+@pytest.mark.parametrize(
+    "command", [("inspect",), ("verify",), ("sample",), ("eval",), ("bench",), ("deploy", "triton")]
+)
+def test_bundles(told: Told, command: tuple[str, ...]) -> None:
+    for value in HOSTILE:
+        told(*command, *(["--", value] if value == "--" else [value]), *(["models"] if command[0] == "deploy" else []))
+
+
+@pytest.mark.parametrize("option", ["labels", "steps", "guidance", "seed", "scheduler", "target", "memory"])
+def test_options_of_sample(told: Told, ddpm: TinyBundle, option: str) -> None:
+    for value in HOSTILE:
+        told("sample", ddpm.root, "--height", "16", f"--{option}", value)  # refused at the latest for its height
+
+
+@pytest.mark.parametrize(
+    "option", ["name", "pipeline", "vae", "target", "scheduler", "memory", "instances", "max-batch"]
+)
+def test_options_of_deploy(told: Told, ddpm: TinyBundle, option: str) -> None:
+    for value in HOSTILE:
+        told("deploy", "triton", ddpm.root, "models", f"--{option}", value)
+
+
+@pytest.mark.parametrize("option", ["engine", "png"])
+def test_options_of_inspect(told: Told, ddpm: TinyBundle, option: str) -> None:
+    for value in HOSTILE:
+        told("inspect", ddpm.root, f"--{option}", value)
+
+
+@pytest.mark.parametrize(
+    "option", ["model", "budget", "td-lora", "lora", "data", "prompts", "engines", "token-path", "precision", "seed"]
+)
+def test_options_of_a_build(told: Told, place: Path, option: str) -> None:
+    for value in HOSTILE:
+        given = {"model": "dit-s-2", "budget": "0.5", "target": "paper", option: value}  # a target that there is not
+        told("build", *(part for name, each in given.items() for part in (f"--{name}", each)))
+    assert sorted(path.name for path in place.iterdir()) == ["bytes", "file", "folder", "gone", "loop"]
+
+
+def test_a_link_to_itself_is_no_place_to_work_in(told: Told) -> None:
+    for option in ("--work", "--out"):
+        told("export", "-m", "dit-s-2", "-b", "0.5", "--random-weights", option, "loop")
