@@ -88,7 +88,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     return Start(folder / "old", old, new, hashes(folder / "new" / "bundle"))
 
 
-@pytest.mark.slow  # two minutes each
+@pytest.mark.slow  # two to seven minutes each
 @pytest.mark.parametrize("fault", ["full", "interrupt", "kill"])
 def test_a_build_goes_on_from_any_write_that_failed(start: Start, tmp_path: Path, fault: Fault) -> None:
     """Each run goes on from where the one before failed, up to the first write that did not fail yet."""
