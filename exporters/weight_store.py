@@ -23,3 +23,5 @@ def write_store(layout: StoreLayout, read: Read, path: Path, progress: Progress 
             file.write(tensor.view(torch.uint8).numpy().data)
             if progress is not None:
                 progress(file.tell(), layout.nbytes)
+    if progress is not None:
+        progress(layout.nbytes, layout.nbytes)  # the end is padded

@@ -17,10 +17,12 @@ from dyexport.build.ledger import Silent
 from dyexport.build.pipeline import opened
 from dyexport.build.settings import BuildSettings
 from dyexport.errors import UsageError
+from dyexport.models.checkpoints import WEIGHTS, save_static
+from dyexport.models.random_weights import random_backbone
 from dyexport.training.prompts import kept_prompts
 from dyexport.training.synthetic import SHARD_SAMPLES
 from dyexport.training.synthetic_config import SyntheticConfig, parse_synthetic
-from tests.build.tiny import tiny_settings
+from tests.build.tiny import TINY, tiny_settings
 
 ROOT = Path(__file__).parents[2]
 SYNTHETIC: dict[str, Any] = {"data": "synthetic", "finetune_steps": 0}
@@ -151,3 +153,38 @@ def test_embedded_prompts_are_kept(tmp_path: Path) -> None:
     kept_prompts(file, embed, "others")
     assert len(calls) == 2
     assert load_file(file).keys() == {"encoder_hidden_states"}
+
+
+class Told(Silent):
+    """Keeps what stages report."""
+
+    def __init__(self) -> None:
+        self.reports: dict[str, list[tuple[int, int]]] = {}
+
+    def advanced(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        self.reports.setdefault(stage, []).append((done, total))
+
+
+def test_every_slow_stage_says_how_far_it_is(tmp_path: Path) -> None:
+    """In steps that are short against the stage, from its beginning to its end."""
+    sampled = SyntheticConfig(samples=6, steps=5)
+    steps = {"data": "synthetic", "synthetic": sampled, "finetune_steps": 4}
+    told = Told()
+    with opened(tiny_settings(tmp_path, budget=1.0, engines=2, **steps), told) as pipeline:
+        pipeline.bundle()
+    assert told.reports["synthetic"] == [(step, 5) for step in range(6)]
+    assert told.reports["dynamic"][-5:] == [(step, 4) for step in range(5)]
+    done, total = zip(*told.reports["weights"], strict=True)
+    assert len(done) > 20
+    assert set(total) == {done[-1]}
+    graphs = [report for stage, report in told.reports.items() if stage.startswith("onnx ")]
+    assert graphs == [[(place, len(graphs))] for place in range(len(graphs))]
+
+
+def test_a_checkpoint_is_checked_tensor_by_tensor(tmp_path: Path) -> None:
+    save_static(random_backbone(TINY, seed=time.time_ns()), tmp_path / "static")  # seen before, it is not checked again
+    told = Told()
+    given = {"random_weights": False, "checkpoint": str(tmp_path / "static"), "finetune_steps": 0}
+    with opened(tiny_settings(tmp_path, **given), told) as pipeline:
+        tensors = len(load_file(pipeline.static.path / WEIGHTS))
+    assert told.reports["static"] == [(done, tensors) for done in range(1, tensors + 1)]
