@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines": {"errors", "files", "tables", "tensors", "manifest", "bundle", "graphs", "plans", "tensorrt_api"},
     "runtime": {"arguments", "errors", "files", "sizes", "tables", "manifest", "bundle", "engines"},
     "serving": {"arguments", "errors", "files", "sizes", "tables", "manifest", "bundle", "engines", "runtime"},
-    "bench": {"arguments", "errors", "files", "tables", "manifest", "bundle", "plans", "engines", "runtime"},
+    "bench": {"arguments", "errors", "sizes", "files", "tables", "manifest", "bundle", "plans", "engines", "runtime"},
     "build": EITHER_SIDE,
     "demo": EITHER_SIDE | {"build"},
     "progress": set(),

@@ -28,6 +28,7 @@ from dyexport.manifest import Segment, SegmentPlan
 from dyexport.runtime.component import BundleTransformer
 from dyexport.runtime.pipeline import load
 from dyexport.runtime.transformers import example_inputs, stock_transformer
+from dyexport.sizes import check_memory
 
 OVERHEAD_LOOPS = 3
 MOST = {"batch": 4096, "steps": STEPS, "threads": 1024, "rounds": 100_000}
@@ -56,6 +57,8 @@ class BenchSettings:
         for name, most in MOST.items():
             if (value := getattr(self, name)) is not None:
                 whole_number(f"--{name}", value, least=1, most=most)
+        if self.memory is not None:
+            check_memory(self.memory)
 
 
 @dataclass(frozen=True, kw_only=True)

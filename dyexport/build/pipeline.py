@@ -46,6 +46,7 @@ from dyexport.build.team import Alone, find_team
 from dyexport.bundle import RANGES, TOKENS, WIDTHS
 from dyexport.calibration.segments import PlanSettings
 from dyexport.digests import sha256_of
+from dyexport.errors import UsageError
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.exporters.weight_store import write_store
 from dyexport.files import check_writable
@@ -84,8 +85,11 @@ class Pipeline(ModelStages):
 
     @property
     def _merges(self) -> bool:
-        """Whether TD-LoRA is to be merged where that is good enough."""
-        return self.settings.merge_tolerance is not None and self.tables[0].td_lora is not None
+        """Whether TD-LoRA is to be merged where that is good enough. Raises ``UsageError`` where there is none."""
+        asked = self.settings.merge_tolerance is not None
+        if asked and self.tables[0].td_lora is None:
+            raise UsageError(f"--merge-tolerance does nothing here: {self.settings.checkpoint} has no TD-LoRA")
+        return asked
 
     def priced(self, engines: int) -> SegmentPlan:
         """The plan for K engines and what it costs, every segment merged if any is to be; exports nothing."""

@@ -19,6 +19,7 @@ from dyexport.lora import LoraFile, LoraSpec
 from dyexport.manifest import Precision, Quantization
 from dyexport.plans import OLDEST_FP8
 from dyexport.presets import get_preset
+from dyexport.sizes import check_memory
 from dyexport.training.synthetic_config import SyntheticConfig
 
 Routers = Literal["given", "random", "trained", "none"]
@@ -93,6 +94,8 @@ class BuildSettings:
         if self.precision not in (None, *get_args(Precision)):
             raise UsageError(f"--precision is {self.precision}; use {', '.join(get_args(Precision))}")
         check_seed(self.seed, "--seed")
+        if self.memory is not None:
+            check_memory(self.memory)
         self._check_steps(preset)
         self._check_routers(preset)
         self._check_lora()

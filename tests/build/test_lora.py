@@ -19,7 +19,7 @@ from dyexport.build.settings import LORA, BuildSettings
 from dyexport.build.verify import TOLERANCES, VerifySettings, find_reference, verify_bundle
 from dyexport.bundle import Bundle
 from dyexport.cli import main
-from dyexport.errors import CheckpointError
+from dyexport.errors import CheckpointError, UsageError
 from dyexport.lora import LoraFile, LoraSpec
 from dyexport.manifest import DENSE, DENSE_CONDITIONING
 from dyexport.models.base import get_adapter
@@ -347,3 +347,14 @@ def test_one_for_the_conditioning_of_flux_reaches_the_engines(tmp_path: Path) ->
     )
     assert (load(bundle.root, dense=True)(**inputs).sample - truth).abs().max() < 1e-4
     assert (truth - stock).abs().max() > 1e-2
+
+
+def test_a_model_without_td_lora_has_nothing_to_merge(tmp_path: Path) -> None:
+    with opened(tiny_settings(tmp_path / "first"), Silent()) as pipeline:
+        routed = str(pipeline.dynamic.path)
+    given = {"checkpoint": routed, "random_weights": False, "merge_tolerance": 0.1}
+    with (
+        opened(tiny_settings(tmp_path / "second", **given), Silent()) as pipeline,
+        pytest.raises(UsageError, match=r"--merge-tolerance does nothing here: .* has no TD-LoRA"),
+    ):
+        pipeline.priced(1)
