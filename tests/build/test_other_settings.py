@@ -84,6 +84,16 @@ def test_a_plan_without_training_calibrates(tmp_path: Path) -> None:
     assert code == 0, said
 
 
+def test_a_plan_of_another_budget_leaves_a_build_as_it_is(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path)
+    build(settings)
+    before = models(settings)
+    code, said = plan(settings, "-b", "0.6", "--random-weights")
+    assert code == 0, said
+    assert models(settings) == before
+    assert redone(settings) == set()
+
+
 def test_a_plan_downloads_nothing_for_a_model_that_is_not_trained(tmp_path: Path) -> None:
     settings = BuildSettings(model="dit-xl-2", budget=0.5, data="x", out=tmp_path / "out", work=tmp_path / "work")
     with (
