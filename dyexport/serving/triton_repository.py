@@ -25,7 +25,7 @@ from dyexport.bundle import MANIFEST, Bundle
 from dyexport.engines.networks import check_networks
 from dyexport.engines.registry import get_backend
 from dyexport.errors import MissingDependency, UsageError
-from dyexport.files import check_writable, hard_linked, replacing
+from dyexport.files import check_writable, hard_linked, replacing, sync
 from dyexport.manifest import ModelSpec
 from dyexport.serving.orders import LABEL, PROMPT, SEED, Limits
 from dyexport.serving.served import BUNDLE, PIPELINE, PROMPT_CHARACTERS, VAE, Served, output_of
@@ -34,6 +34,7 @@ Progress = Callable[[int, int], None]
 """Called with files done and files in all."""
 
 VERSION = "1"
+UNFINISHED = "unfinished"
 MARK = "Written by `dyexport deploy triton`"
 MODEL_PY = f'''\
 """Serves the bundle beside it. {MARK}; needs dyexport in the server's Python."""
@@ -94,7 +95,12 @@ def deploy(deployment: Deployment, progress: Progress | None = None) -> Path:
     _check_ours(model)
     check_writable(deployment.repository)
     with replacing(model) as partial:
-        _write(deployment, bundle, partial, progress)
+        unfinished = partial / UNFINISHED  # a server that polls takes any folder with a version in it for a model
+        _write(deployment, bundle, unfinished, progress)
+        sync(unfinished)
+        for part in list(unfinished.iterdir()):
+            part.rename(partial / part.name)
+        unfinished.rmdir()
     return model
 
 

@@ -110,6 +110,18 @@ def test_deploying_again_replaces_the_model(tiny: TinyBundle, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
 
 
+def test_what_is_not_finished_looks_like_no_model(tiny: TinyBundle, tmp_path: Path) -> None:
+    """Triton takes every folder with a version for a model, whatever its name, and a server may poll at any moment."""
+    deployment = Deployment(bundle=tiny.root, repository=tmp_path, name="digits")
+    seen: list[list[Path]] = []
+    deploy(deployment, lambda done, total: seen.append(list(tmp_path.glob("*/1"))))
+    assert len(seen) > 2
+    assert not any(seen)
+    deploy(deployment, lambda done, total: seen.append(list(tmp_path.glob("*/1"))))
+    assert seen[-1] == [tmp_path / "digits" / "1"]
+    assert sorted(path.name for path in (tmp_path / "digits").iterdir()) == ["1", "config.pbtxt"]
+
+
 def test_another_model_of_that_name_is_left_alone(tiny: TinyBundle, tmp_path: Path) -> None:
     (tmp_path / "digits" / "1").mkdir(parents=True)
     (tmp_path / "digits" / "1" / "model.py").write_text("print()")
