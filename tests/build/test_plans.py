@@ -217,7 +217,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 def test_plan_says_what_plans_would_take(
     settings: BuildSettings, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = ["--work", settings.work, "-o", settings.out, "--target", "tensorrt-rtx", "--no-baseline"]
+    places = ["--work", settings.work, "--target", "tensorrt-rtx", "--no-baseline"]
     assert run(monkeypatch, "plan", "-m", TINY.name, "-b", 0.5, "--random-weights", *places, "--json") == 0
     costs = [row["tensorrt"]["tensorrt-rtx"] for row in json.loads(capsys.readouterr().out)["plans"]]
     assert [cost["timed"] for cost in costs] == [3] * 5

@@ -52,13 +52,13 @@ def test_a_bundle_equals_the_fake_quantized_model(bundle: Bundle) -> None:
 
 
 def test_what_quantization_costs_is_in_the_plan(bundle: Bundle) -> None:
-    """As measured on the masked model; the engines' own error is of that size."""
+    """As measured on the masked model; the engines' own error, on other inputs, is of that size."""
     report = verify_bundle(bundle.root, SETTINGS)
     errors = bundle.manifest.plan.quantization_errors
     for predicted, segment in zip(errors, report.segments, strict=True):
         assert predicted < 1e-3, "relative MSE"
         assert segment.relative_error is not None
-        assert 0.5 * predicted**0.5 < segment.relative_error < 4 * predicted**0.5
+        assert predicted**0.5 / 4 < segment.relative_error < 4 * predicted**0.5
 
 
 def test_every_network_has_ranges_but_conditioning(tmp_path: Path) -> None:
