@@ -31,7 +31,7 @@ def half_width(preset: Preset, path: TokenPath) -> Segment:
         gated_groups=(False,) * depth,
         token_paths=(path,) * depth,
         capacities=(room,) * depth,
-        slot_buckets=(4, preset.tokens // 4) if path == "dynamic" else (),
+        slot_buckets=tuple(sorted({4, preset.tokens // 4})) if path == "dynamic" else (),
     )
 
 
