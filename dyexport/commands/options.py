@@ -1,4 +1,4 @@
-"""The options of every command that builds, in one place: what a stage was run with, the next one accepts too."""
+"""The options of every command that builds, in one place. A command refuses those that do nothing in it."""
 
 from __future__ import annotations
 

@@ -482,7 +482,22 @@ def test_every_linear_of_flux_can_have_one(tmp_path: Path) -> None:
     assert_same(found, styles.merged(model), random_backbone(FLUX))
 
 
-def test_so_can_convolutions_and_embeddings(tmp_path: Path) -> None:
+def test_so_can_the_table_of_labels(tmp_path: Path) -> None:
+    table = "transformer_blocks.{}.norm1.emb.class_embedder.embedding_table"
+    parts = {"lora_embedding_A": torch.randn(2, 11) / 10, "lora_embedding_B": torch.randn(48, 2) / 10}
+    whole = {f"{table.format(block)}.{part}": tensor.clone() for block in range(2) for part, tensor in parts.items()}
+    save_file(whole, tmp_path / "lora.safetensors")
+    found = adopted(TINY, tmp_path, tmp_path / "lora.safetensors")
+    embedding = random_backbone(TINY).get_submodule(table.format(0))
+    model: Any = get_peft_model(torch.nn.Sequential(embedding), LoraConfig(r=2, lora_alpha=2, target_modules=["0"]))
+    adapter = {f"base_model.model.0.{part}.default": tensor for part, tensor in parts.items()}
+    model.load_state_dict(adapter, strict=False)
+    expected = model.merge_and_unload()[0].weight
+    assert not torch.equal(expected, random_backbone(TINY).get_submodule(table.format(0)).weight)
+    torch.testing.assert_close(found.get_submodule(table.format(1)).weight, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_so_can_convolutions(tmp_path: Path) -> None:
     model: Any = styles.adapted(TINY, r"pos_embed\.proj|proj_out_1")
     found = adopted(TINY, tmp_path, styles.peft(model, tmp_path))
     torch.testing.assert_close(found.state_dict(), styles.merged(model).state_dict(), atol=1e-6, rtol=1e-6)
