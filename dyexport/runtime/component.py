@@ -21,6 +21,7 @@ from dyexport.engines.switching import SwitchingEngine
 from dyexport.errors import BundleError, UsageError
 from dyexport.runtime.conditioning import Conditioner
 from dyexport.runtime.fixed_network import FixedNetwork
+from dyexport.runtime.forked import skip_exit_handlers_of_parent
 from dyexport.runtime.inputs import check_no_gradients, for_engine, one_batch
 from dyexport.runtime.locating import find_bundle
 from dyexport.runtime.overflow import Overflow, OverflowCounter
@@ -255,6 +256,7 @@ _LEFT_BEHIND: list[object] = []  # by the parent of a forked process
 
 
 def _begin_all() -> None:
+    skip_exit_handlers_of_parent()
     for transformer in list(_LOADED):
         transformer.begin_in_forked_process()
 
