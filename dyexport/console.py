@@ -17,13 +17,14 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from dyexport.errors import DyexportError
 from dyexport.progress import Pace
 
 QUIET = 30.0  # seconds between two lines about one stage, where there is no terminal
+ROOM_FOR_BARS = 100  # columns of a terminal; on fewer, numbers and descriptions need what there is
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 
@@ -144,17 +145,33 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
         yield partial(lines.advanced, description)
 
 
+class _Description(TextColumn):
+    """On one line, cut to the room that the numbers leave."""
+
+    def __init__(self) -> None:
+        super().__init__("{task.description}", table_column=Column())
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"  # of the text: rich narrows no column that has no_wrap itself
+        return text
+
+
 class _Numbers(ProgressColumn):
     """Percent, n of N, time elapsed and left."""
 
     max_refresh = 0.5
+
+    def __init__(self) -> None:
+        super().__init__(Column(no_wrap=True, overflow="ellipsis"))
 
     def render(self, task: Task) -> Text:
         return Text(str(task.fields["pace"]))
 
 
 def _bars(console: Console, clock: Callable[[], float]) -> Progress:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), _Numbers())
+    bar = [BarColumn(bar_width=20)] if console.width >= ROOM_FOR_BARS else []
+    columns = (SpinnerColumn(table_column=Column(no_wrap=True)), _Description(), *bar, _Numbers())
     return Progress(*columns, console=console, get_time=clock, transient=True, disable=not console.is_terminal)
 
 

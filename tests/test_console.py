@@ -7,7 +7,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from dyexport.console import QUIET, StageLines, progress_bar
+from dyexport.console import QUIET, ROOM_FOR_BARS, StageLines, progress_bar
 from tests.test_progress import Clock
 
 
@@ -85,6 +85,37 @@ def test_on_a_terminal_a_bar_has_the_numbers_of_slow_steps() -> None:
         lines._progress.refresh()
     assert "7 %, 2 of 28, 1:24:00 elapsed, 11:40:00 left" in screen.getvalue()
     assert "synthetic  0 of 4096 samples" in screen.getvalue()
+
+
+def frame(lines: StageLines, console: Console) -> list[str]:
+    """What a terminal shows of the stages under way, line by line."""
+    drawn = console.render_lines(lines._progress.get_renderable())
+    return ["".join(segment.text for segment in line).rstrip() for line in drawn]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_a_bar_is_one_line_with_whole_numbers_on_a_terminal_of_any_width(width: int) -> None:
+    clock = Clock()
+    console = Console(file=StringIO(), force_terminal=True, width=width)
+    details = {
+        "dynamic": "diffusion 0.002  complete 0.561  flops_ratio 0.838  temperature 0.731",
+        "synthetic": "0 of 4096 samples",
+    }
+    with StageLines(console, clock) as lines:
+        for stage in details:
+            lines.started(stage, "the settings of an earlier stage have changed since it was done")
+        assert [line.endswith("0:00 elapsed") for line in frame(lines, console)] == [True, True]
+        for step in (0, 1200):
+            for stage, detail in details.items():
+                lines.advanced(stage, step, 5000, detail)
+            clock.now += 1680
+        shown = frame(lines, console)
+    numbers = "24 %, 1200 of 5000, 56:00 elapsed, 1:00:40 left"
+    assert [line.endswith(f" {numbers}") for line in shown] == [True, True]
+    assert [stage[:4] in line for stage, line in zip(details, shown, strict=True)] == [True, True]
+    assert "…" in shown[0]
+    assert all(len(line) <= width for line in shown)
+    assert ("━" in shown[0]) == (width >= ROOM_FOR_BARS)
 
 
 def test_a_command_without_a_terminal_says_where_it_is(capsys: pytest.CaptureFixture[str]) -> None:
