@@ -6,10 +6,12 @@ import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.utils.torch_utils import randn_tensor
+from numpy.typing import NDArray
 
 from dyexport.arguments import SAMPLES, STEPS, check_guidance, check_seed, check_steps, shown
 from dyexport.errors import CheckpointError, SamplingError, UsageError
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 DDPM_SCHEDULERS = ("ddim", "dpm++")
 FLOW_SCHEDULERS = ("euler",)
+FLOW_PREDICTION = "flow_prediction"  # diffusers' word for a velocity, in schedulers that sample other models, too
+ROUNDING = 1e-5  # how far a sigma of 1 may be off
 TRAIN_STEPS = STEPS
 BETAS: dict[str, Any] = {  # DiT's
     "num_train_timesteps": TRAIN_STEPS,
@@ -205,13 +209,13 @@ def sample_flow(
 
     ``scheduler`` is any of diffusers' that samples flow matching. It counts sigma = 1 - t downwards and expects the
     opposite velocity, noise - data. ``sigmas``, one for each step, and the shift ``mu`` go to those that take them.
-    Raises ``UsageError`` for a scheduler that does not.
+    Raises ``UsageError`` for a scheduler that does not, or that is not set up for flow matching.
     """
     latents = _noise(spec, labels, generator)  # (B, C, H, W)
     latents = latents.to(device_of(transformer))
     _set_timesteps(scheduler, steps, sigmas=sigmas, mu=mu)
     for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):  # sigmas has the end, 0, too
-        t = min(1.0 - float(sigma), spec.timestep_range[1])
+        t = min(max(1.0 - float(sigma), 0.0), spec.timestep_range[1])  # a shift may round 1 up
         velocity = guided(transformer, spec, latents, t, labels, guidance_scale)  # (B, C, H, W)
         latents = _advance(scheduler, -velocity, timestep, latents, generator)
     return latents
@@ -224,15 +228,44 @@ def _noise(spec: ModelSpec, labels: torch.Tensor, generator: Noise) -> torch.Ten
 
 
 def _set_timesteps(scheduler: Any, steps: int, *, sigmas: Sequence[float] | None, mu: float | None) -> None:
-    if sigmas is not None and len(sigmas) != steps:
-        raise UsageError(f"steps is {steps} and there are {len(sigmas)} sigmas; give one for each step")
-    length = {"num_inference_steps": steps} if sigmas is None else {"sigmas": [float(sigma) for sigma in sigmas]}
+    name, config = type(scheduler).__name__, scheduler.config
+    if config.get("prediction_type", FLOW_PREDICTION) != FLOW_PREDICTION or not config.get("use_flow_sigmas", True):
+        raise _not_for_flow(scheduler)
+    length = {"num_inference_steps": steps} if sigmas is None else {"sigmas": _checked_sigmas(sigmas, steps)}
     given = {**length, **({} if mu is None else {"mu": mu})}
     if unknown := given.keys() - inspect.signature(scheduler.set_timesteps).parameters.keys():
-        raise UsageError(
-            f"{type(scheduler).__name__} takes no {min(unknown)}; leave it out, or choose another scheduler"
-        )
+        raise UsageError(f"{name} takes no {min(unknown)}; leave it out, or choose another scheduler")
+    shifts = config.get("use_dynamic_shifting", False)
+    if shifts and mu is None:
+        raise UsageError(f"{name} has use_dynamic_shifting, which needs a shift; pass mu, or make it without")
+    if mu is not None and not shifts:
+        raise UsageError(f"mu is {mu}, and {name} ignores it; make it with use_dynamic_shifting=True, or leave mu out")
     scheduler.set_timesteps(**given)
+    found = getattr(scheduler, "sigmas", None)
+    if found is None or not _within_unit(found):
+        raise _not_for_flow(scheduler)
+
+
+def _checked_sigmas(sigmas: Sequence[float], steps: int) -> NDArray[np.float32]:
+    """An array, since some schedulers take no list: (steps,)."""
+    if len(sigmas) != steps:
+        raise UsageError(f"steps is {steps} and there are {len(sigmas)} sigmas; give one for each step")
+    found = torch.as_tensor(sigmas, dtype=torch.float32)  # (steps,)
+    if not _within_unit(found):
+        raise UsageError(f"sigmas must be in [0, 1]: {shown(sigmas)}")
+    return found.numpy()
+
+
+def _within_unit(sigmas: torch.Tensor) -> bool:
+    """Whether sigmas are those of flow matching, but for rounding."""
+    return bool(((sigmas >= 0) & (sigmas <= 1 + ROUNDING)).all())
+
+
+def _not_for_flow(scheduler: Any) -> UsageError:
+    return UsageError(
+        f"{type(scheduler).__name__} is not set up for flow matching; make it with use_flow_sigmas=True and "
+        f"prediction_type={FLOW_PREDICTION!r} where it has them, or use FlowMatchEulerDiscreteScheduler"
+    )
 
 
 def _advance(

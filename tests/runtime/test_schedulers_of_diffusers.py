@@ -5,9 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CMStochasticIterativeScheduler,
+    DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -15,6 +18,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
     HeunDiscreteScheduler,
+    IPNDMScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
@@ -112,6 +116,67 @@ def test_what_a_scheduler_does_not_take_is_refused(flow: TinyBundle, arguments: 
         sample_flow(
             flow, flow.spec, torch.tensor([1]), 3, 1.0, generator, FlowMatchHeunDiscreteScheduler(), **arguments
         )
+
+
+FLOW_SETTINGS: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, lambda: UniPCMultistepScheduler(**FLOW_SETTINGS)],
+)
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_sigmas_may_be_any_sequence(flow: TinyBundle, scheduler: Any, kind: Any) -> None:
+    recorder = Recorder(load(flow.root))
+    sigmas, draw = [1, 0.8, 0.6, 0.4, 0.2, 0.1], torch.Generator().manual_seed(0)
+    sample_flow(recorder, flow.spec, torch.tensor(LABELS), 6, 1.0, draw, scheduler(), sigmas=kind(sigmas))
+    assert recorder.times == pytest.approx([1 - sigma for sigma in sigmas], abs=1e-5)
+
+
+def test_a_shift_that_rounds_beyond_the_noise_samples(flow: TinyBundle) -> None:
+    recorder, draw = Recorder(load(flow.root)), torch.Generator().manual_seed(0)
+    rounded = FlowMatchEulerDiscreteScheduler(shift=0.12481203007518797)
+    sample_flow(recorder, flow.spec, torch.tensor(LABELS), 2, 1.0, draw, rounded, sigmas=[1.0, 0.5])
+    assert float(rounded.sigmas[0]) > 1
+    assert recorder.times[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "arguments", "named"),
+    [
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), {}, "use_dynamic_shifting.*pass mu"),
+        (UniPCMultistepScheduler(**FLOW_SETTINGS, use_dynamic_shifting=True), {}, "use_dynamic_shifting.*pass mu"),
+        (DPMSolverMultistepScheduler(**FLOW_SETTINGS, use_dynamic_shifting=True), {}, "use_dynamic_shifting.*pass mu"),
+        (DPMSolverMultistepScheduler(**FLOW_SETTINGS), {"mu": 1.0}, "mu is 1.0, and DPMSolver.* ignores it"),
+        (FlowMatchEulerDiscreteScheduler(), {"mu": 1.0}, "mu is 1.0, and FlowMatchEuler.* ignores it"),
+        (FlowMatchEulerDiscreteScheduler(), {"sigmas": [1.5, 0.5, 0.1]}, r"sigmas must be in \[0, 1\].*1.5"),
+    ],
+)
+def test_shifts_and_sigmas_that_cannot_be_are_refused(
+    flow: TinyBundle, scheduler: Any, arguments: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(UsageError, match=named):
+        sample_flow(flow, flow.spec, torch.tensor([1]), 3, 1.0, torch.Generator(), scheduler, **arguments)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(),
+        PNDMScheduler(),
+        EulerDiscreteScheduler(),
+        HeunDiscreteScheduler(),
+        UniPCMultistepScheduler(),
+        UniPCMultistepScheduler(use_flow_sigmas=True),
+        UniPCMultistepScheduler(prediction_type="flow_prediction"),
+        CMStochasticIterativeScheduler(),
+        IPNDMScheduler(),
+    ],
+)
+def test_a_scheduler_that_is_not_set_up_for_flow_matching_is_named(flow: TinyBundle, scheduler: Any) -> None:
+    named = f"^{type(scheduler).__name__} is not set up for flow matching; .*use_flow_sigmas=True"
+    with pytest.raises(UsageError, match=named):
+        sample_flow(flow, flow.spec, torch.tensor([1]), 3, 1.0, torch.Generator(), scheduler)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
