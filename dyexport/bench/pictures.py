@@ -52,17 +52,15 @@ def zoom_for(height: int) -> int:
     return max(64 // height, 1)
 
 
-def save_sample(drawn: torch.Tensor, path: Path, *, pixels: bool) -> Path:
-    """Write what was drawn and return where: pixels (B, C, H, W) as a picture, latents beside where it would be."""
+def save_sample(drawn: torch.Tensor, path: Path, *, pixels: bool) -> None:
+    """Write pixels (B, C, H, W) as a picture, or latents as safetensors."""
     if pixels:
         save_png(grid(drawn.cpu().numpy(), min(len(drawn), COLUMNS), zoom=zoom_for(drawn.shape[-2])), path)
-        return path
+        return
     from safetensors.torch import save_file
 
-    latents = path.with_suffix(".safetensors")
-    with replacing(latents) as partial:
+    with replacing(path) as partial:
         save_file({"latents": drawn.contiguous().cpu()}, partial)
-    return latents
 
 
 def save_png(image: Image.Image, path: Path) -> None:

@@ -30,7 +30,7 @@ from dyexport.manifest import FileRecord, Frozen
 LEDGER = "ledger.json"
 NOT_DONE = "not done yet"
 KEY_LENGTH = 8  # of a digest of settings, in the name of what they made
-LOCK = ".lock"
+LOCK = ".dyexport.lock"  # also what a work directory is known by
 
 
 class Listener(Protocol):
@@ -136,7 +136,7 @@ class Ledger:
             elif stage.shared:
                 _help(stage)
             self.team.agree("done")
-        record = self._read_page().stages[place.key]
+        record = _read_page(self.work).stages[place.key]
         outcome = Outcome(
             path=self.work / place.output,
             files=record.files,
@@ -171,7 +171,7 @@ class Ledger:
     @property
     def records(self) -> dict[str, Record]:
         """Every stage that was ever done here, as it was done last."""
-        return self._read_page().stages
+        return _read_page(self.work).stages
 
     def note(self, name: str, outcome: Outcome) -> None:
         """Keep what came of a stage, and tell the listener."""
@@ -180,7 +180,7 @@ class Ledger:
 
     def _stale(self, place: _Place, inputs: str) -> str:
         """Why a stage must run; empty when it need not."""
-        record = self._read_page().stages.get(place.key)
+        record = _read_page(self.work).stages.get(place.key)
         if record is None:
             return f"{NOT_DONE}{place.kept}"
         if record.inputs != inputs:
@@ -202,15 +202,16 @@ class Ledger:
 
     def _record(self, key: str, record: Record) -> None:
         with self._lock:
-            page = _Page(stages={**self._read_page().stages, key: record})
+            page = _Page(stages={**_read_page(self.work).stages, key: record})
             write_atomically(self.work / LEDGER, page.model_dump_json(indent=1).encode())
 
-    def _read_page(self) -> _Page:
-        """A ledger that cannot be read says nothing is done; outputs are then made again."""
-        try:
-            return _Page.model_validate_json((self.work / LEDGER).read_bytes())
-        except (OSError, ValidationError):
-            return _Page()
+
+def _read_page(work: Path) -> _Page:
+    """A ledger that cannot be read says nothing is done; outputs are then made again."""
+    try:
+        return _Page.model_validate_json((work / LEDGER).read_bytes())
+    except (OSError, ValidationError):
+        return _Page()
 
 
 def _beside(stage: Stage, settings: str, kept: str = "") -> _Place:
@@ -256,8 +257,7 @@ def locked(work: Path) -> Iterator[None]:
     """
     with storage_errors(work):
         work.mkdir(parents=True, exist_ok=True)
-        ours = any((work / name).is_file() for name in (LOCK, LEDGER))
-        if not ours and any(work.iterdir()):
+        if any(work.iterdir()) and not (work / LOCK).is_file() and not _read_page(work).stages:
             raise UsageError(f"--work {work} is not empty and not of a build; give another one")
     with held(work / LOCK, f"another build is using {work}; wait for it, or give another --work"):
         try:

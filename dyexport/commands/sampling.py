@@ -69,7 +69,12 @@ def sample(
         str | None, typer.Option(help="AutoencoderKL that decodes latents: a directory or a hub id.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="By default samples.png, for videos samples.gif; or .mp4.")
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="By default samples.png, for videos samples.gif (or .mp4), for latents samples.safetensors.",
+        ),
     ] = None,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -85,6 +90,8 @@ def sample(
         _refuse_useless(Given(context), spec)
         pixels = vae is not None or (spec.pixel_space if spec.classes else bool(prompt or pipeline))
         out = _checked(out, video=spec.frames is not None and frames != 1, pixels=pixels)
+        if prompt_embeds is not None and out.exists() and out.samefile(prompt_embeds):
+            raise UsageError(f"-o {out} is what --prompt-embeds is read from; give another file")
         loaded = load(bundle, target=target, memory=memory)
         if spec.classes:
             classes = classes or list(range(min(spec.classes, DEFAULT_CLASSES)))
@@ -105,10 +112,10 @@ def sample(
                 seed=seed,
             )
             drawn = _from_prompts(loaded, wanted, advance)
-        written = _save(drawn, out)
+        _save(drawn, out)
     what = "" if drawn.pixels else " (latents; pass --vae with the autoencoder of this model to get pictures)"
-    payload = {"path": str(written), **drawn.settings}
-    emit(payload, as_json=json, human=lambda console: console.print(f"{written}{what}", markup=False, soft_wrap=True))
+    payload = {"path": str(out), **drawn.settings}
+    emit(payload, as_json=json, human=lambda console: console.print(f"{out}{what}", markup=False, soft_wrap=True))
 
 
 def _check_numbers(steps: int | None, guidance: float | None, seed: int) -> None:
@@ -131,34 +138,36 @@ def _refuse_useless(given: Given, spec: ModelSpec) -> None:
 
 
 def _checked(out: Path | None, *, video: bool, pixels: bool) -> Path:
-    """Where to write, refused before anything is drawn if it names another kind of file.
-
-    Latents are written beside where the picture would be.
-    """
-    latents = () if pixels else (".safetensors",)
+    """Where to write, refused before anything is drawn if it names another kind of file."""
+    if not pixels:
+        out = out or Path("samples.safetensors")
+        if out.suffix != ".safetensors":
+            raise UsageError(f"-o is {out}; latents go into .safetensors, and pictures need a --vae or --pipeline")
     out = out or Path("samples.gif" if video else "samples.png")
     check_file(out)
-    if video and out.suffix not in latents:
+    if pixels and video:
         from dyexport.bench.videos import check_video_path
 
         check_video_path(out)
-    if not video and out.suffix.lower() not in ("", ".png", *latents):
+    if pixels and not video and out.suffix.lower() not in ("", ".png"):
         raise UsageError(f"-o is {out}; a picture goes into .png")
     return out
 
 
-def _save(drawn: _Drawn, out: Path) -> Path:
+def _save(drawn: _Drawn, out: Path) -> None:
     from dyexport.bench.pictures import save_sample
 
     values = drawn.values
+    if not drawn.pixels and out.suffix != ".safetensors":
+        raise UsageError(f"the pipeline has no VAE, so -o {out} is no place for what it draws; give --vae")
     if drawn.pixels and values.ndim == 5:
         if values.shape[1] > 1:
             from dyexport.bench.videos import save_video
 
             save_video(values.cpu().numpy(), out)
-            return out
+            return
         values = values.squeeze(1)  # a picture
-    return save_sample(values, out, pixels=drawn.pixels)
+    save_sample(values, out, pixels=drawn.pixels)
 
 
 def _from_labels(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from dyexport.architectures import FluxPreset, Preset
@@ -25,7 +26,7 @@ PREFIX = re.compile(r"(transformer\.|base_model\.model\.|module\.|diffusion_mode
 PEFT = "base_model.model."  # starts all names that peft writes
 PART = re.compile(
     r"(.+?)\.(?:lora[_.])?(A|B|down|up|embedding_A|embedding_B|magnitude_vector)"
-    r"(?:\.(?!weight|bias)\w+)?(?:\.(weight|bias))?"
+    r"(?:\.(?!weight|bias)(\w+))?(?:\.(weight|bias))?"
 )
 KINDS = {"down": "A", "up": "B"}
 ALPHA = re.compile(r"(.+?)(?:\.lora)?\.alpha")
@@ -95,6 +96,7 @@ def read_lora(file: Path, preset: Preset, stock: nn.Module) -> tuple[dict[str, F
 
 def _by_module(file: Path, tensors: Mapping[str, Tensor], modules: set[str]) -> dict[str, _Found]:
     """All that belongs together, by the stock model's name of the module or by a foreign one."""
+    _check_one_adapter(file, tensors)
     flat = {name.replace(".", "_"): name for name in modules}
     found: dict[str, _Found] = {}
     for key, tensor in tensors.items():
@@ -108,13 +110,21 @@ def _by_module(file: Path, tensors: Mapping[str, Tensor], modules: set[str]) -> 
     return found
 
 
+def _check_one_adapter(file: Path, keys: Iterable[str]) -> None:
+    """Factors of two adapters of one model do not belong together."""
+    adapters = {found[3]: key for key in keys if (found := PART.fullmatch(key)) is not None and found[3]}
+    if len(adapters) > 1:
+        names = listed(adapters.values())
+        raise CheckpointError(f"{file} holds several adapters, such as {names}; save each in a file of its own")
+
+
 def _split(file: Path, key: str) -> tuple[str, str]:
     """A key's module, and what of it: 'alpha', or peft's name of a tensor in a LoRA layer."""
     if (found := ALPHA.fullmatch(key)) is not None:
         return found[1], "alpha"
     if (found := PART.fullmatch(key)) is None:
         raise CheckpointError(f"{file}: {key} is no factor of a LoRA; only factors A and B and DoRA's can be merged")
-    name, kind, leaf = found[1], KINDS.get(found[2], found[2]), found[3]
+    name, kind, leaf = found[1], KINDS.get(found[2], found[2]), found[4]
     return name, f"lora_{kind}.{leaf or 'weight'}" if kind in ("A", "B") else f"lora_{kind}"
 
 
@@ -131,7 +141,7 @@ def _add(file: Path, found: _Found, key: str, part: str, tensor: Tensor) -> None
 
 def _checked(file: Path, key: str, tensor: Tensor, *, scalar: bool) -> Tensor:
     """The tensor in fp32."""
-    if tensor.is_complex() or not (scalar or tensor.is_floating_point()):
+    if tensor.is_complex() or tensor.dtype == torch.bool or not (scalar or tensor.is_floating_point()):
         raise CheckpointError(f"{file}: {key} is stored as {tensor.dtype}; a LoRA's factors are real floating-point")
     if not tensor.numel() or (scalar and tensor.numel() != 1):
         want = "an alpha is one number" if scalar else "a LoRA has rank 1 or more"

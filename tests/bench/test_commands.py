@@ -60,14 +60,14 @@ def test_same_seed_same_picture(run: Any, demo: DemoReport, tmp_path: Path) -> N
 
 
 def test_latents_are_saved_where_no_vae_is_given(run: Any, built: Any, tmp_path: Path) -> None:
-    code, stdout, _ = run("sample", built.root, "--labels", "1,2", "--steps", 2, "-o", tmp_path / "a.png")
+    code, stdout, _ = run("sample", built.root, "--labels", "1,2", "--steps", 2, "-o", tmp_path / "a.safetensors")
     assert code == 0
     assert "--vae" in stdout
     assert load_file(tmp_path / "a.safetensors")["latents"].shape == (2, *built.manifest.model.latent_shape)
 
 
 def test_memory_bounds_the_weights_of_a_run(run: Any, built: Any, tmp_path: Path) -> None:
-    sample = ("sample", built.root, "--labels", "1,2", "--steps", 2, "-o", tmp_path / "a.png", "--memory")
+    sample = ("sample", built.root, "--labels", "1,2", "--steps", 2, "-o", tmp_path / "a.safetensors", "--memory")
     assert run(*sample, "1GB")[0] == 0
     for command in (sample, ("bench", built.root, "--no-compile", "--rounds", 1, "--steps", 2, "--memory")):
         code, _, stderr = run(*command, "3B")

@@ -172,11 +172,11 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object, code: int = 0) -> None:
     monkeypatch.setattr(sys, "argv", ["dyexport", *map(str, arguments)])
     with pytest.raises(SystemExit) as left:
         main()
-    assert left.value.code == 0
+    assert left.value.code == code
 
 
 def test_a_saved_pipeline_takes_the_bundle_as_its_transformer(
@@ -210,11 +210,22 @@ def embedded(tmp_path: Path, text: tuple[int, ...] = (2, 7, 64)) -> Path:
     return path
 
 
+@pytest.mark.parametrize("name", ["prompts.png", "prompts.safetensors"])
+def test_latents_replace_no_file_that_was_not_named(
+    built: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    prompts = embedded(tmp_path)
+    before = prompts.read_bytes()
+    run(monkeypatch, "sample", built.root, "--prompt-embeds", prompts, "-o", tmp_path / name, code=2)
+    assert name in capsys.readouterr().err
+    assert prompts.read_bytes() == before
+
+
 def test_embedded_prompts_need_no_text_encoder(
     built: Bundle, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ["sample", built.root, "--prompt-embeds", embedded(tmp_path), "--steps", 2, "--height", 64, "--width", 64]
-    run(monkeypatch, *asked, "-o", tmp_path / "x.png")
+    run(monkeypatch, *asked, "-o", tmp_path / "x.safetensors")
     assert load_file(tmp_path / "x.safetensors")["latents"].shape == (2, 16, 16)
     run(monkeypatch, *asked, "-o", tmp_path / "y.png", "--vae", pipeline / "vae")
     assert Image.open(tmp_path / "y.png").size == (134, 68)

@@ -250,7 +250,7 @@ def test_embedded_prompts_need_no_text_encoder(
 ) -> None:
     file = embedded(tmp_path, "prompt_embeds", "negative_prompt_embeds")
     asked = ["sample", built.root, "--prompt-embeds", file, "--steps", 2]
-    run(monkeypatch, capsys, *asked, "-o", tmp_path / "x.gif")
+    run(monkeypatch, capsys, *asked, "-o", tmp_path / "x.safetensors")
     assert load_file(tmp_path / "x.safetensors")["latents"].shape == (2, 4, 4, 8, 8)
     run(monkeypatch, capsys, *asked, "-o", tmp_path / "y.gif", "--vae", pipeline / "vae")
     with Image.open(tmp_path / "y.gif") as film:

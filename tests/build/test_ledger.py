@@ -203,12 +203,33 @@ def test_one_build_at_a_time(tmp_path: Path) -> None:
         assert run(work)[0] == ""
 
 
-@pytest.mark.parametrize("name", ["static", "ledger.txt", "thesis.tex"])
-def test_a_directory_of_something_else_is_no_work_directory(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).mkdir()
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("static", None),
+        ("thesis.tex", ""),
+        (".lock", ""),
+        (LEDGER, "{}"),
+        (LEDGER, '{"app": "mine"}'),
+        (LEDGER, '{"stages": {}}'),
+    ],
+)
+def test_a_directory_of_something_else_is_no_work_directory(tmp_path: Path, name: str, content: str | None) -> None:
+    place = tmp_path / name
+    place.mkdir() if content is None else place.write_text(content)
     with pytest.raises(UsageError, match="is not empty and not of a build"), locked(tmp_path):
         pass
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert list(tmp_path.iterdir()) == [place]
+    assert content is None or place.read_text() == content
+
+
+def test_a_work_directory_is_known_without_its_ledger(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    with locked(work):
+        run(work)
+    (work / LEDGER).write_text("{")
+    with locked(work):
+        assert run(work)[0] == "not done yet"
 
 
 def test_a_build_that_does_nothing_leaves_no_directory(tmp_path: Path) -> None:

@@ -156,6 +156,11 @@ def test_what_does_not_fit_is_named(tensors: dict[str, torch.Tensor], message: s
         (factors() | named("alpha", torch.ones(2)), f"{NAME}.alpha"),
         (factors() | named("alpha", torch.tensor(float("nan"))), f"{NAME}.alpha"),
         (factors() | named("alpha", torch.tensor(1j)), f"{NAME}.alpha"),
+        (factors() | named("alpha", torch.tensor(True)), f"{NAME}.alpha"),
+        (
+            named("lora_A.one.weight", torch.ones(2, 48)) | named("lora_B.two.weight", torch.ones(48, 2)),
+            f"{NAME}.lora_B.two.weight",
+        ),
         (factors() | named("alpha", torch.ones(1), "transformer_blocks.0.attn1.to_k"), "attn1.to_k.alpha"),
         (factors() | named("alpha", torch.ones(1), "nowhere"), "nowhere.alpha"),
     ],
