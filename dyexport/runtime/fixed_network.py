@@ -42,6 +42,7 @@ REFUSED: Mapping[str, tuple[str, ...]] = {
         "set_attn_processor",
     ),
     BUILT: (
+        "compile",
         "compile_repeated_blocks",
         "dequantize",
         "enable_group_offload",

@@ -21,12 +21,16 @@ from dyexport.runtime.inputs import (
     positions,
 )
 
+# Dynamo would find nothing to compile, and recompile for each clock reading. diffusers has imported it already.
+NOT_COMPILED = torch.compiler.disable(reason="the layers of a bundle are inside engines")
+
 
 class DiTBundle(BundleTransformer, DiTTransformer2DModel):
     """Stands in for ``DiTTransformer2DModel``."""
 
     stock = DiTTransformer2DModel
 
+    @NOT_COMPILED
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -53,6 +57,7 @@ class FluxBundle(BundleTransformer, FluxTransformer2DModel):
 
     stock = FluxTransformer2DModel
 
+    @NOT_COMPILED
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -108,6 +113,7 @@ class LatteBundle(BundleTransformer, LatteTransformer3DModel):
 
     stock = LatteTransformer3DModel
 
+    @NOT_COMPILED
     def forward(
         self,
         hidden_states: torch.Tensor,

@@ -160,6 +160,7 @@ REFUSED: dict[str, Callable[[Any], object]] = {
     "enable_cache": lambda transformer: transformer.enable_cache(None),
     "enable_layerwise_casting": lambda transformer: transformer.enable_layerwise_casting(torch.float16),
     "enable_group_offload": lambda transformer: transformer.enable_group_offload(torch.device("cpu")),
+    "compile": lambda transformer: transformer.compile(backend="eager"),
     "compile_repeated_blocks": lambda transformer: transformer.compile_repeated_blocks(fullgraph=True),
     "load_state_dict": lambda transformer: transformer.load_state_dict({}),
     "from_config": lambda transformer: type(transformer).from_config(transformer.config),
@@ -188,11 +189,28 @@ def test_layers_that_it_does_not_have_are_said_to_be_in_engines(ddpm: TinyBundle
         transformer.transformer_blocks  # noqa: B018
 
 
-def test_it_may_be_compiled(ddpm: TinyBundle) -> None:
+def test_compiling_it_passes_it_by(ddpm: TinyBundle) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
     transformer = load(ddpm.root)
-    compiled = torch.compile(transformer, backend="eager")
+    compiled = torch.compile(transformer, backend=keep)
     for t in (900.0, 500.0, 100.0):
         assert torch.equal(predict(compiled, t), predict(transformer, t))
+    assert not graphs
+    inputs = make_inputs(2)
+    doubled = torch.compile(lambda: transformer(**inputs).sample * 2, backend=keep)
+    assert torch.equal(doubled(), transformer(**inputs).sample * 2)
+    assert len(graphs) == 1, "what is around it is compiled"
+
+
+def test_it_is_no_part_of_one_graph(ddpm: TinyBundle) -> None:
+    compiled = torch.compile(load(ddpm.root), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="the layers of a bundle are inside engines"):
+        predict(compiled)
 
 
 def test_turning_off_what_is_off_does_nothing(ddpm: TinyBundle) -> None:
