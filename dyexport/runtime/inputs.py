@@ -131,12 +131,22 @@ def check_absent(values: Mapping[str, Any], cure: str) -> None:
             raise EngineMismatch(f"{name} cannot reach inside an engine; {cure}")
 
 
-def check_attention_kwargs(name: str, values: Mapping[str, Any] | None) -> None:
-    """Raise ``EngineMismatch`` for what would change attention. A LoRA scale of 1, which pipelines pass, does not."""
-    changes = {key: value for key, value in (values or {}).items() if key != "scale" or value != 1.0}
-    if changes:
+def check_attention_kwargs(name: str, values: Any) -> None:
+    """Raise ``EngineMismatch`` for what would change attention.
+
+    None does not, nor a LoRA scale of 1, which pipelines pass.
+    """
+    if values is None:
+        return
+    if not isinstance(values, Mapping):
+        raise EngineMismatch(f"{name} must be a dict or None, is {_described(values)}")
+    asked = {key: value for key, value in values.items() if value is not None}
+    if "scale" in asked and set(float_values(f"{name}['scale']", asked["scale"])) == {1.0}:
+        del asked["scale"]
+    if asked:
         raise EngineMismatch(
-            f"{name} {sorted(changes)} cannot reach inside an engine; leave it out (--lora FILE builds a LoRA in)"
+            f"{name} {sorted(map(str, asked))} cannot reach inside an engine; "
+            "leave it out (--lora FILE builds a LoRA in)"
         )
 
 
@@ -144,5 +154,5 @@ def _described(value: Any) -> str:
     import torch
 
     if not isinstance(value, torch.Tensor):
-        return shown(value)
+        return repr(shown(value)) if isinstance(value, str) else shown(value)
     return f"{str(value.dtype).removeprefix('torch.')} of shape {list(value.shape)}"

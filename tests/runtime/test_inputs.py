@@ -67,6 +67,8 @@ def test_labels_that_no_class_has_are_refused(labels: BundleTransformer, wrong: 
         {"timestep": torch.tensor([300.0, 300.0], dtype=torch.float64)},
         {"cross_attention_kwargs": {}},
         {"cross_attention_kwargs": {"scale": 1.0}},
+        {"cross_attention_kwargs": {"scale": torch.tensor([1.0, 1.0])}},
+        {"cross_attention_kwargs": {"scale": None}},
     ],
     ids=str,
 )
@@ -190,7 +192,7 @@ def test_a_number_is_a_guidance_for_all(loaded: FluxBundle) -> None:
 
 def test_arguments_without_content_are_taken(loaded: FluxBundle) -> None:
     nothing = {
-        "joint_attention_kwargs": {"scale": 1.0},
+        "joint_attention_kwargs": {"scale": 1.0, "ip_adapter_image_embeds": None, "ip_hidden_states": None},
         "controlnet_block_samples": None,
         "controlnet_single_block_samples": [],
         "controlnet_blocks_repeat": False,
@@ -208,7 +210,7 @@ ZEROS = torch.zeros
         ({"guidance": torch.tensor([3.5, INF])}, "guidance is inf"),
         ({"guidance": 1e38}, "guidance is 1e\\+38"),
         ({"guidance": torch.full((3,), 3.5)}, "guidance is for 3 samples, hidden_states for 2"),
-        ({"guidance": "strong"}, "guidance"),
+        ({"guidance": "strong"}, "guidance must be a number or a tensor of them, is 'strong'$"),
         ({"guidance": None}, "guidance"),
         ({"timestep": None}, "timestep"),
         ({"timestep": NAN}, "timestep is nan"),
@@ -230,6 +232,11 @@ ZEROS = torch.zeros
         ({"txt_ids": ZEROS(5, 3)}, "txt_ids must have shape"),
         ({"txt_ids": ZEROS(0, 4, 3)}, "txt_ids must be"),
         ({"joint_attention_kwargs": {"scale": 0.5}}, "scale"),
+        ({"joint_attention_kwargs": {"scale": torch.tensor([1.0, 0.5])}}, "joint_attention_kwargs .*scale"),
+        ({"joint_attention_kwargs": {"scale": "half"}}, r"joint_attention_kwargs\['scale'\] must be .* is 'half'"),
+        ({"joint_attention_kwargs": {"scale": None, 3: 4, "mask": 5}}, r"joint_attention_kwargs \['3', 'mask'\]"),
+        ({"joint_attention_kwargs": 5}, "joint_attention_kwargs must be a dict or None, is 5"),
+        ({"joint_attention_kwargs": torch.ones(2)}, r"joint_attention_kwargs must be .* float32 of shape \[2\]"),
         ({"joint_attention_kwargs": {"ip_adapter_image_embeds": []}}, "ip_adapter_image_embeds"),
         ({"controlnet_block_samples": [ZEROS(2, 9, 32)]}, "controlnet_block_samples"),
         ({"controlnet_single_block_samples": (ZEROS(2, 9, 32),)}, "controlnet_single_block_samples"),
