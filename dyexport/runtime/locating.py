@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
-from dyexport.errors import BundleError
+from dyexport.arguments import shown
+from dyexport.bundle import MANIFEST
+from dyexport.errors import BundleError, UsageError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -22,26 +25,48 @@ def find_bundle(
 ) -> Path:
     """The absolute path of a bundle's directory, downloaded where ``source`` is no directory but a hub id.
 
-    Raises ``BundleError`` where it cannot be downloaded.
+    Raises ``UsageError`` for what is no path, and ``BundleError`` where it cannot be downloaded, or is a file or a
+    saved pipeline.
     """
-    path = Path(source)
-    if path.exists() or not HUB_ID.fullmatch(str(source)):
-        return Path(os.path.realpath(path / (subfolder or "")))
+    path = _checked(source)
+    if os.path.exists(path) or not HUB_ID.fullmatch(path):
+        root = Path(path)
+    else:
+        root = _download(
+            path, subfolder, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+        )
+    root = Path(os.path.realpath(root / (subfolder or "")))
+    _check_folder(root)
+    return root
+
+
+def _checked(source: Any) -> str:
+    path = os.fspath(source) if isinstance(source, os.PathLike) else source
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise UsageError(
+            f"bundle path is {shown(repr(source))}; give the directory of a bundle, or the id of a hub repository"
+        )
+    return path
+
+
+def _check_folder(root: Path) -> None:
+    if os.path.isfile(root):
+        there = root.parent if root.name == MANIFEST else "the directory of a bundle"
+        raise BundleError(f"{root} is a file; give {there}")
+    inside = root / "transformer"
+    if os.path.isfile(inside / MANIFEST) and not os.path.lexists(root / MANIFEST):
+        raise BundleError(f"{root} is a saved pipeline, whose transformer is a bundle; give {inside}")
+
+
+def _download(source: str, subfolder: str | None, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        root = snapshot_download(
-            str(source),
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-            allow_patterns=None if subfolder is None else f"{subfolder}/*",
-        )
+        root = snapshot_download(source, allow_patterns=None if subfolder is None else f"{subfolder}/*", **options)
     except (OSError, ValueError) as error:  # what the hub's client raises for networks, ids and access
         reason = str(error).strip().partition("\n")[0]
         raise BundleError(
             f"{source} is no directory, and cannot be downloaded from the hub: {reason}; "
             "give the directory of a bundle, or the id of a repository that holds one"
         ) from error
-    return (Path(root) / (subfolder or "")).resolve()
+    return Path(root)

@@ -6,16 +6,18 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from dyexport.bundle import MANIFEST, WEIGHTS, WIDTHS
-from dyexport.errors import BundleError
+from dyexport.errors import BundleError, UsageError
 from dyexport.runtime.pipeline import BundleTransformer, load
+from dyexport.runtime.transformers import DiTBundle
 from tests.build.tiny import build, tamper, tiny_settings
-from tests.runtime.bundles import make_inputs, write_bundle
+from tests.runtime.bundles import TinyBundle, make_inputs, write_bundle
 from tests.runtime.conftest import Saved
 
 FIRST, LAST = 990.0, 10.0  # t of the segments that sampling starts and ends with
@@ -164,6 +166,37 @@ def test_a_loop_of_links_is_no_bundle(own: Path) -> None:
     own.symlink_to(own)
     with pytest.raises(BundleError, match="bundle"):
         load(own)
+
+
+@pytest.mark.parametrize("path", ["", None, 3, b"bundle", "\0", "a\0b", ["bundle"], True], ids=repr)
+def test_what_is_no_path_is_refused_in_one_sentence(
+    ddpm: TinyBundle, path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ddpm.root)  # no empty path means the current directory
+    with pytest.raises(UsageError, match=r"^bundle path is .*; give the directory of a bundle") as error:
+        load(path)
+    assert repr(path) in str(error.value)
+
+
+def test_a_path_that_no_file_system_takes_is_no_bundle() -> None:
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        load("n" * 5000)
+
+
+def test_a_manifest_is_said_to_be_a_file_of_its_bundle(ddpm: TinyBundle) -> None:
+    with pytest.raises(BundleError, match=rf"^{ddpm.root}/manifest.json is a file; give {ddpm.root}$"):
+        load(ddpm.root / MANIFEST)
+    with pytest.raises(BundleError, match=r"weights\.bin is a file; give the directory of a bundle$"):
+        load(ddpm.root / WEIGHTS)
+
+
+def test_a_saved_pipeline_is_said_to_hold_a_bundle(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "transformer")
+    with pytest.raises(BundleError, match=rf"is a saved pipeline, .*; give {tmp_path}/transformer$"):
+        load(tmp_path)
+    assert predict(load(str(tmp_path / "transformer")), FIRST).isfinite().all()
+    opened = DiTBundle.from_pretrained(tmp_path, subfolder="transformer")
+    assert predict(opened, FIRST).isfinite().all()
 
 
 HASH = "{:064x}"
