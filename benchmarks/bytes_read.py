@@ -66,7 +66,7 @@ def measure(name: str, action: Callable[[], object], folder: Path) -> None:
 
 
 def counters() -> tuple[int, int]:
-    """What this process has asked the kernel for, and what had to come from the disk."""
+    """Bytes that this process has read through the kernel, and those of them that came from the disk."""
     facts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(facts["rchar"]), int(facts["read_bytes"])
 

@@ -51,7 +51,7 @@ def check_guidance(value: Any, name: str = "guidance") -> float:
 
 
 def check_seed(value: Any, name: str = "seed") -> int:
-    """Where random numbers start; as large as an INT64 at most, in every form of the product."""
+    """Check a seed of random numbers: an INT64 at most, on every surface."""
     return whole_number(name, value, least=0, most=SEEDS - 1, cure="give 0 or more, below 2**63")
 
 

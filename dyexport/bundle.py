@@ -1,6 +1,6 @@
 """The bundle: a directory that holds everything needed to run a model, and nothing else.
 
-manifest.json                 ``dyexport.manifest``; hashes of every other file, and of its own text
+manifest.json                 ``dyexport.manifest``; hashes of every other file, and of its text
 graphs/segment-00.onnx ...    one graph per segment, weights by reference into the store
 graphs/conditioning.onnx      what depends on t and the label alone; runs once for all steps
 graphs/dense.onnx             the static model, for comparison (optional), with a conditioning of its own if need be
@@ -106,7 +106,7 @@ class Bundle:
             raise BundleError(f"cannot read {path}: {error.strerror}; build the bundle again") from error
 
     def _holds(self, real: Path) -> bool:
-        """Whether a file without links is in the bundle, or where the Hugging Face hub's cache keeps its files."""
+        """Return whether a resolved file is in the bundle or among the files of its Hugging Face cache."""
         return real.is_relative_to(self.root) or real.parent == hub_blobs(self.root)
 
     @contextmanager
@@ -186,7 +186,7 @@ def seal(text: str) -> bytes:
 
 
 def hub_blobs(root: Path) -> Path | None:
-    """Where the hub's cache keeps the files that ``models--ORG--NAME/snapshots/REVISION`` links to."""
+    """Return the folder of files that ``models--ORG--NAME/snapshots/REVISION`` of the hub's cache links to."""
     for folder in (root, *root.parents):
         snapshots, repository = folder.parent, folder.parent.parent
         if snapshots.name == "snapshots" and repository.name.startswith("models--"):

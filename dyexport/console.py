@@ -139,7 +139,7 @@ class StageLines:
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """How far a command is, on stderr, as ``StageLines`` shows it. Call it with done and total."""
+    """Show the progress of a command on stderr, as ``StageLines`` does. Call it with done and total."""
     with StageLines() as lines:
         lines.started(description, "")
         yield partial(lines.advanced, description)

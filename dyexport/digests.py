@@ -77,7 +77,7 @@ def once(fact: str, check: Callable[[], None]) -> None:
 
 
 def recall(name: str) -> str | None:
-    """What was noted under a name; None where nothing was, or where the cache cannot be read."""
+    """Return what was noted under a name; None without a note, or with a cache that cannot be read."""
     with suppress(sqlite3.Error, OSError), closing(_connect()) as store:
         found = store.execute("SELECT value, seal FROM facts WHERE name = ?", (name,)).fetchone()
         return found[0] if found is not None and found[1] == _seal(name, found[0]) else None

@@ -101,7 +101,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 def _aside(place: Path) -> Path:
-    """Where a folder waits while another takes its name, in two steps."""
+    """Return the temporary name of a folder that is being replaced in two steps."""
     return place.with_name(f"{PARTIAL}old-{place.name}")
 
 
@@ -120,7 +120,7 @@ def clear_partials(place: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether another process of this number runs; ours is known by what is in use."""
+    """Return whether another process of this number runs; ours is known by what is in use."""
     if process in (0, os.getpid()):
         return False
     try:
@@ -162,7 +162,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def _blamed(error: OSError, path: Path) -> Path | str:
-    """Where an error arose: a copy's destination, not its source; what was to be replaced, not a temporary name."""
+    """Return the file to blame: a copy's destination, not its source; the final name, not a temporary one."""
     name = error.filename2 or error.filename
     if not isinstance(name, str) or any(part.startswith(PARTIAL) for part in Path(name).parts):
         return path

@@ -1,4 +1,4 @@
-"""What an ONNX graph of a bundle says of itself in its metadata, so that no graph can be taken for another."""
+"""Metadata of a bundle's ONNX graphs, by which no graph can be mistaken for another."""
 
 from __future__ import annotations
 

@@ -261,7 +261,7 @@ class ModelSpec(Frozen):
 
     @property
     def takes_guidance(self) -> bool:
-        """Whether a guidance scale changes anything: not where a model is distilled for few steps, as FLUX-schnell."""
+        """Whether the model takes a guidance scale; models distilled for few steps, as FLUX-schnell, do not."""
         return bool(self.config.get("guidance_embeds", True))
 
     @property

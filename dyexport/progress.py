@@ -1,4 +1,4 @@
-"""How far a piece of work is, and how long it still takes."""
+"""Progress of a piece of work, and the time it still takes."""
 
 from __future__ import annotations
 

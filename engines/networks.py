@@ -1,4 +1,4 @@
-"""Whether the engine files of a bundle are those of the networks that its manifest says they are."""
+"""Check that a bundle's engine files are those of the networks that its manifest says they are."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def describe_bundle(
 def assemble(out: Path, manifest: Manifest, files: Mapping[str, Source]) -> bool:
     """Make ``out`` this bundle; returns whether it was so already.
 
-    A kill at any moment leaves the bundle of before or this one. Files that neither the new bundle nor the one before
+    A kill at any moment leaves the old bundle or the new one. Files that neither the new bundle nor the one before
     it names stay where they are. A file that is moved leaves a link to where it went.
     """
     current = _is_current(out, manifest)

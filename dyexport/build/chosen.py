@@ -13,7 +13,7 @@ from dyexport.build.settings import BuildSettings
 
 
 def static_settings(settings: BuildSettings) -> dict[str, Any]:
-    """Of the static model."""
+    """Settings of the static model."""
     chosen: dict[str, Any] = {"model": settings.model, "checkpoint": settings.checkpoint}
     chosen |= {"loras": [[str(lora.file), lora.scale] for lora in settings.loras]}
     if settings.random_weights or settings.from_scratch:
@@ -24,7 +24,7 @@ def static_settings(settings: BuildSettings) -> dict[str, Any]:
 
 
 def data_settings(settings: BuildSettings) -> dict[str, Any]:
-    """Of training and calibration data."""
+    """Settings of training and calibration data."""
     if settings.data_source != "synthetic":
         return {"data": settings.data_source}
     prompts = None if settings.prompts is None else str(settings.prompts)
@@ -32,13 +32,13 @@ def data_settings(settings: BuildSettings) -> dict[str, Any]:
 
 
 def control_settings(settings: BuildSettings) -> dict[str, Any]:
-    """Of the static model that is trained as long as the dynamic one."""
+    """Settings of the static model that is trained as long as the dynamic one."""
     steps = settings.finetune_schedule.steps
     return static_settings(settings) | data_settings(settings) | {"seed": settings.seed, "finetune_steps": steps}
 
 
 def dynamic_settings(settings: BuildSettings) -> dict[str, Any]:
-    """Of the dynamic model."""
+    """Settings of the dynamic model."""
     lora = None if settings.lora is None else settings.lora.model_dump()
     chosen: dict[str, Any] = {"seed": settings.seed, "routers": settings.routers, "router": settings.router}
     chosen["td_lora"] = lora
@@ -48,5 +48,5 @@ def dynamic_settings(settings: BuildSettings) -> dict[str, Any]:
 
 
 def calibrated_settings(settings: BuildSettings) -> dict[str, Any]:
-    """Of the dynamic model on budget."""
+    """Settings of the dynamic model on budget."""
     return dynamic_settings(settings) | {"budget": settings.budget, "in_bf16": settings.calibrates_in_bf16}

@@ -154,7 +154,7 @@ class Ledger:
             raise _must_run_first(name, NOT_DONE)
 
     def _place(self, stage: Stage, inputs: str) -> _Place:
-        """Where a stage's output is, or is to be: next to what other settings made, never instead of it."""
+        """Find the place of a stage's output: next to what other settings made, never instead of it."""
         usual = _Place(key=stage.name, output=stage.output)
         if stage.settings is None:
             return usual
@@ -229,7 +229,7 @@ def _normal(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _contrast(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """What is not done and what is kept, by the first setting that differs."""
+    """Name the first setting that differs, as a reason why the stage must run and what is kept."""
     mine, before = _normal(ours) or {}, _normal(theirs) or {}
     differing = [name for name in mine if mine[name] != before.get(name)]
     if not differing or differing[0] not in before:

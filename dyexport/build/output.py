@@ -62,7 +62,7 @@ def held(lock: Path, refusal: str) -> Iterator[None]:
             except BlockingIOError as error:
                 raise StorageError(refusal) from error
             if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                continue  # the holder of before removed it
+                continue  # its last holder removed it
             yield
             return
 
@@ -127,7 +127,7 @@ def _check_room(out: Path, ours: Collection[str], records: Mapping[str, FileReco
 
 
 def _excludes(path: Path, name: str, new: str) -> bool:
-    """Whether ``path``, which is ``name`` in its folder, cannot be there together with a file ``new``."""
+    """Return whether ``path``, which is ``name`` in its folder, rules out a file ``new``."""
     folder = path.is_dir() and not path.is_symlink()
     return name == new or name.startswith(f"{new}/") or (new.startswith(f"{name}/") and not folder)
 

@@ -96,7 +96,7 @@ def check_training(settings: BuildSettings) -> str | None:
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """What `accelerate launch` says that memory depends on."""
+    """Settings of `accelerate launch` that memory depends on."""
     return {
         "processes": int(environment.get("WORLD_SIZE", "1")),
         "precision": environment.get("ACCELERATE_MIXED_PRECISION", "no"),

@@ -251,7 +251,7 @@ class BuildSettings:
 
     @property
     def sampling(self) -> SyntheticConfig:
-        """How synthetic data is sampled, where there is any."""
+        """Settings for sampling synthetic data."""
         return replace(self.synthetic or SyntheticConfig(), seed=self.seed).resolved(self.preset)
 
     @property

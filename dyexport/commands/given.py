@@ -14,7 +14,7 @@ MAY_BE_EMPTY = {"prompt"}  # which then asks for any picture
 
 
 class Given:
-    """What was given on the command line, defaults left out."""
+    """Options that were given on the command line, without defaults."""
 
     def __init__(self, context: typer.Context) -> None:
         self._context = context

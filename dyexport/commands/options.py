@@ -182,7 +182,7 @@ class BuildOptions:
 
 
 def work_beside(out: Path) -> Path:
-    """Where finished stages of a bundle lie unless a caller says so. Raises ``UsageError`` for the root."""
+    """Default folder of a bundle's finished stages. Raises ``UsageError`` for the root."""
     place = Path(os.path.abspath(out))
     if not place.name:
         raise UsageError(f"-o is {out}; give the name of a directory for the bundle")

@@ -138,7 +138,7 @@ def _refuse_useless(given: Given, spec: ModelSpec) -> None:
 
 
 def _checked(out: Path | None, *, video: bool, pixels: bool) -> Path:
-    """Where to write, refused before anything is drawn if it names another kind of file."""
+    """Return where to write; refuse the name of another kind of file before sampling."""
     if not pixels:
         out = out or Path("samples.safetensors")
         if out.suffix != ".safetensors":

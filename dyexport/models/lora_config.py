@@ -28,7 +28,7 @@ REFUSED = (
 
 
 def read_config(file: Path) -> LoraConfig | None:
-    """What peft makes of the configuration, None where there is none; refuses by name what cannot be merged."""
+    """Read the configuration with peft, None without one; refuse by name what cannot be merged."""
     from peft import LoraConfig
 
     values = _stored_config(file)

@@ -61,7 +61,7 @@ class Factors:
 
 @dataclass(kw_only=True)
 class _Found:
-    """What a file holds of one module; ``name`` is the trainer's, ``keys`` are the file's."""
+    """Tensors of one module in a file; ``name`` is the trainer's, ``keys`` are the file's."""
 
     name: str
     keys: dict[str, str] = field(default_factory=dict)

@@ -22,7 +22,7 @@ SHOWN = 200  # characters of what a library says
 
 
 class _Own(BaseModel):
-    """What a checkpoint may say otherwise than its preset."""
+    """Values in which a checkpoint may differ from its preset."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -110,7 +110,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _defaults(preset: Preset) -> dict[str, Any]:
-    """What the stock class takes where it is told nothing."""
+    """Defaults of the stock class."""
     parameters = inspect.signature(get_adapter(preset.backbone).stock).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
 

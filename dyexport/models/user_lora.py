@@ -41,7 +41,7 @@ class UserLora:
             )
 
     def changes(self, name: str) -> bool:
-        """Whether a weight, by its name in the stock module, is another one with the LoRA."""
+        """Return whether the LoRA changes a weight, by its name in the stock module."""
         module, _, leaf = name.rpartition(".")
         return module in self._factors and (leaf == "weight" or BIAS in self._factors[module].tensors)
 

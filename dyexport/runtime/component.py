@@ -1,4 +1,4 @@
-"""What ``dyexport.load`` returns: a bundle as a component of diffusers' pipelines."""
+"""A bundle as a component of diffusers' pipelines, which ``dyexport.load`` returns."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ WEIGHT_OPTIONS = frozenset(  # of diffusers, on how files of weights are read an
 
 
 class Running(NamedTuple):
-    """What belongs to one process: sessions of engines, and the threads that activate them."""
+    """State of one process: engine handles, and the threads that activate engines."""
 
     engine: SwitchingEngine
     conditioner: Conditioner
@@ -140,7 +140,7 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
 
     @property
     def dtype(self) -> torch.dtype:
-        """What pipelines make latents in; engines take any."""
+        """Dtype in which pipelines make latents; engines take any."""
         return self.placeholder.dtype
 
     def denoise(
@@ -277,7 +277,7 @@ def _fingerprint(bundle: Bundle) -> str:
 
 
 def _defaults(stock: type[torch.nn.Module] | None) -> dict[str, Any]:
-    """What a diffusers class's configuration says where nothing is given."""
+    """Return the defaults of a diffusers class's configuration."""
     assert stock is not None, "a backbone's class names it"
     parameters = list(inspect.signature(stock.__init__).parameters.values())
     return {parameter.name: parameter.default for parameter in parameters[1:]}  # the first is self

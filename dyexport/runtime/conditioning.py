@@ -29,7 +29,7 @@ class _Seen(NamedTuple):
         return None if tensor.is_cpu or tensor.is_inference() else cls(tensor, tensor._version)
 
     def is_same(self, tensor: torch.Tensor) -> bool:
-        """Whether it is that tensor, or another view of all of it, unchanged. Reads nothing from the device."""
+        """Return whether it is that tensor, or a view of all of it, unchanged. Reads nothing from the device."""
         return (
             tensor.untyped_storage()._cdata == self.tensor.untyped_storage()._cdata
             and (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -57,7 +57,7 @@ class _Trajectory:
         return len(next(iter(self.conditions.values()))) if self.conditions else 1
 
     def has(self, conditions: Tensors) -> bool:
-        """Whether these are its conditions. Reads them from the device only where they may have changed."""
+        """Return whether these are its conditions. Reads them from the device only if they may have changed."""
         same = self.conditions.keys() == conditions.keys() and all(map(self._has, conditions, conditions.values()))
         if same:
             self.given = _seen(conditions)

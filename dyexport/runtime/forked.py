@@ -1,4 +1,4 @@
-"""How a forked process leaves."""
+"""Exit of a forked process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a bundle is: a directory, or a repository of the Hugging Face hub."""
+"""Locate a bundle: a directory, or a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 

@@ -257,7 +257,7 @@ def _checked_sigmas(sigmas: Sequence[float], steps: int) -> NDArray[np.float32]:
 
 
 def _within_unit(sigmas: torch.Tensor) -> bool:
-    """Whether sigmas are those of flow matching, but for rounding."""
+    """Return whether sigmas are those of flow matching, up to rounding."""
     return bool(((sigmas >= 0) & (sigmas <= 1 + ROUNDING)).all())
 
 

@@ -37,7 +37,7 @@ def save_bundle(bundle: Bundle, directory: Path, config: str) -> None:
 
 
 def model_card(manifest: Manifest) -> str:
-    """What the hub shows: the model, what it costs, and how to load it."""
+    """Write the model card: the model, its cost, and how to load it."""
     from huggingface_hub import ModelCardData
 
     spec, plan = manifest.model, manifest.plan

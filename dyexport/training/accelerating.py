@@ -1,4 +1,4 @@
-"""What accelerate's settings may ask of training here, which is data-parallel with one whole batch a step."""
+"""Checks of accelerate's settings: training is data-parallel, with one whole batch a step."""
 
 from __future__ import annotations
 

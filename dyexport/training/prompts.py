@@ -74,7 +74,7 @@ def embed_prompts(source: str, prompts: tuple[str, ...], preset: Preset, *, devi
 
 
 def kept_prompts(file: Path, embed: Callable[[], Conditions], origin: str) -> Conditions:
-    """What ``embed`` returns, from ``file`` where that was made from the same ``origin``; else it is written there."""
+    """Return what ``embed`` returns, cached in ``file`` for the same ``origin``."""
     if origin_of(file) == origin:
         return load_file(file)
     embedded = embed()

@@ -30,7 +30,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def origin_of(path: Path) -> str | None:
-    """What a file of tensors says it was made from; None where it does not tell or cannot be read."""
+    """Read the origin of a file of tensors; None if it has none or cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get(ORIGIN)

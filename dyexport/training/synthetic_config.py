@@ -1,4 +1,4 @@
-"""How many samples a static model draws as its own training data, and how. Imports no torch."""
+"""Settings for sampling training data from the static model. Imports no torch."""
 
 from __future__ import annotations
 
