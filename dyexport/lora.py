@@ -101,6 +101,6 @@ def parse_lora_file(text: str) -> LoraFile:
 
 
 def lora_sources(file: Path) -> list[Path]:
-    """All files that a LoRA is read from; peft keeps the configuration in a file of its own."""
+    """List all files that a LoRA is read from; peft keeps the configuration in a separate file."""
     config = file.with_name(PEFT_CONFIG)
     return [file, config] if file.name == PEFT_WEIGHTS and config.is_file() else [file]

@@ -261,12 +261,12 @@ class ModelSpec(Frozen):
 
     @property
     def takes_guidance(self) -> bool:
-        """Whether the model takes a guidance scale; models distilled for few steps, as FLUX-schnell, do not."""
+        """True if the model takes a guidance scale; FLUX-schnell, distilled for few steps, does not."""
         return bool(self.config.get("guidance_embeds", True))
 
     @property
     def frames(self) -> int | None:
-        """Of a video; None for a model of pictures."""
+        """Number of frames of a video; None for a model of pictures."""
         return self.latent_shape[1] if len(self.latent_shape) == 4 else None
 
 

@@ -211,7 +211,7 @@ class ModelStages:
         return progress
 
     def _scratch(self, stage: str, chosen: Mapping[str, Any]) -> Path:
-        """Where a stage keeps what it needs to resume."""
+        """Return the folder in which a stage keeps what it needs to resume."""
         return self.settings.work / "training" / f"{stage}-{settings_key(chosen)}"
 
     def _run(
@@ -244,7 +244,7 @@ def _lora_key(lora: LoraFile) -> tuple[list[str], float]:
 
 
 def _contents(source: Path) -> str:
-    """Identifies a checkpoint by what is read of it, not by where it is; the config of a file may lie beside it."""
+    """Identify a checkpoint by what is read of it, not by its path; the config of a file may lie next to it."""
     found = {name: record.sha256 for name, record in describe(source).items()}
     if source.is_file() and (config := source.with_name(CONFIG)).is_file():
         found[CONFIG] = sha256_of(config)

@@ -85,7 +85,7 @@ class Pipeline(ModelStages):
 
     @property
     def _merges(self) -> bool:
-        """Whether TD-LoRA is to be merged where that is good enough. Raises ``UsageError`` where there is none."""
+        """Return whether TD-LoRA may be merged. Raises ``UsageError`` for a model without TD-LoRA."""
         asked = self.settings.merge_tolerance is not None
         if asked and self.tables[0].td_lora is None:
             raise UsageError(f"--merge-tolerance does nothing here: {self.settings.checkpoint} has no TD-LoRA")

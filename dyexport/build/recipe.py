@@ -41,7 +41,7 @@ class Effort:
 def estimate(settings: BuildSettings, *, processes: int = 1, precision: str = "no") -> Effort:
     """From the sizes alone: dense passes, since masks save nothing in training; +-50 %.
 
-    ``processes`` share a batch, each with a GPU of its own; ``precision`` is accelerate's mixed one, of activations.
+    ``processes`` share a batch, each with its own GPU; ``precision`` is accelerate's mixed one, of activations.
     """
     preset, pace = settings.preset, settings.finetune_schedule
     forward = 2 * FlopsModel.of_preset(preset).dense  # a multiply-add is two operations

@@ -184,7 +184,7 @@ def _with_loras(checkpoint: Checkpoint, preset: Preset, loras: Sequence[LoraFile
 
 
 def read_order(file: Path, preset: Preset) -> dict[str, Tensor]:
-    """Where units were before they were ranked: ``heads`` (L, H), ``groups`` (L, G). Raises ``CheckpointError``."""
+    """Read the places of units before ranking: ``heads`` (L, H), ``groups`` (L, G). Raises ``CheckpointError``."""
     stored = StoredWeights(file)
     for name in ("heads", "groups"):
         units = stored[name] if name in stored else torch.zeros(0)

@@ -1,4 +1,4 @@
-"""The configuration that peft keeps for a LoRA, in the file's header (diffusers) or in a file of its own (peft)."""
+"""The configuration that peft keeps for a LoRA, in the file's header (diffusers) or in a separate file (peft)."""
 
 from __future__ import annotations
 

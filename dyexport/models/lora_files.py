@@ -115,7 +115,7 @@ def _check_one_adapter(file: Path, keys: Iterable[str]) -> None:
     adapters = {found[3]: key for key in keys if (found := PART.fullmatch(key)) is not None and found[3]}
     if len(adapters) > 1:
         names = listed(adapters.values())
-        raise CheckpointError(f"{file} holds several adapters, such as {names}; save each in a file of its own")
+        raise CheckpointError(f"{file} holds several adapters, such as {names}; save each in a separate file")
 
 
 def _split(file: Path, key: str) -> tuple[str, str]:

@@ -135,7 +135,7 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
 
     @property
     def device(self) -> torch.device:
-        """Where the engines are."""
+        """Device of the engines."""
         return self._device
 
     @property
