@@ -19,10 +19,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from dyexport.build.ledger import Silent
-from dyexport.build.pipeline import opened
-from dyexport.build.settings import BuildSettings
-from dyexport.runtime.pipeline import load
+from dyexport.pipeline.build import opened
+from dyexport.pipeline.ledger import NullListener
+from dyexport.pipeline.settings import BuildSettings
+from dyexport.runtime.loading import load
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     )
 
     def build() -> None:
-        with opened(settings, Silent()) as pipeline:
+        with opened(settings, NullListener()) as pipeline:
             pipeline.bundle()
 
     actions: dict[str, Callable[[], object]] = {"build": build, "load": lambda: load(settings.out)}

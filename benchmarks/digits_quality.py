@@ -28,18 +28,18 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel
 
-from dyexport.architectures import Preset
-from dyexport.bench.evaluation import Drawing, mean_accuracy, mean_frechet, score_models
-from dyexport.bench.quality import Judge
+from dyexport.backbones.base import Preset
+from dyexport.bench.evaluation import SamplingConfig, mean_accuracy, mean_frechet, score_models
+from dyexport.bench.quality import Evaluator
 from dyexport.bench.report import as_markdown
-from dyexport.build.ledger import digest_of
-from dyexport.build.pipeline import Pipeline, opened
-from dyexport.build.settings import FROM_SCRATCH, BuildSettings
 from dyexport.console import StageLines, chatter_on_stderr
 from dyexport.demo import real_digits
 from dyexport.files import write_atomically
 from dyexport.lora import parse_lora
-from dyexport.runtime.pipeline import load
+from dyexport.pipeline.build import Pipeline, opened
+from dyexport.pipeline.ledger import digest_of
+from dyexport.pipeline.settings import FROM_SCRATCH, BuildSettings
+from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import Denoiser, guided
 from dyexport.slicing.slicer import spec_of
 from dyexport.training.data import Split, digits
@@ -55,7 +55,7 @@ GOAL = 1.1  # TD-LoRA's Frechet distance over full fine-tuning's
 class Protocol:
     """How every model is judged."""
 
-    drawing: Drawing
+    drawing: SamplingConfig
     draws: int
 
     def key(self, model: Any) -> str:
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=50, help="of sampling")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    protocol = Protocol(drawing=Drawing(samples=options.samples, steps=options.steps), draws=options.draws)
+    protocol = Protocol(drawing=SamplingConfig(samples=options.samples, steps=options.steps), draws=options.draws)
     static = BuildSettings(
         model=options.model,
         budget=options.budget,
@@ -170,8 +170,8 @@ def judged(
 
 
 @cache
-def judge() -> Judge:
-    return Judge(real_digits("train"))
+def judge() -> Evaluator:
+    return Evaluator(real_digits("train"))
 
 
 @torch.no_grad()

@@ -37,14 +37,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dyexport.architectures import FluxPreset, Preset, RouterKind
+from dyexport.backbones import get_adapter
+from dyexport.backbones.base import Preset, RouterKind
+from dyexport.backbones.flux.preset import FluxPreset
 from dyexport.bench.report import Rows, as_markdown
-from dyexport.build.ledger import Silent
-from dyexport.build.pipeline import opened
-from dyexport.build.settings import BuildSettings
 from dyexport.console import format_bytes
 from dyexport.files import write_atomically
-from dyexport.models.base import get_adapter
+from dyexport.pipeline.build import opened
+from dyexport.pipeline.ledger import NullListener
+from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import PRESETS
 
 RESULTS = Path(__file__).parent / "results"
@@ -100,7 +101,7 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     return torch.empty(shape, dtype=torch.bfloat16).normal_(std=shape[1] ** -0.5, generator=generator)
 
 
-class Watch(Silent):
+class Watch(NullListener):
     """Seconds and peaks of each stage."""
 
     def __init__(self) -> None:

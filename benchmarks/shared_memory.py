@@ -19,12 +19,12 @@ from typing import Any
 
 from dyexport.bench.memory import MemoryProbe, added_bytes
 from dyexport.bench.report import Rows, as_markdown
-from dyexport.build.pipeline import opened
-from dyexport.build.settings import BuildSettings
-from dyexport.bundle import Bundle
+from dyexport.bundle.manifest import Segment
+from dyexport.bundle.reader import Bundle
 from dyexport.console import StageLines, chatter_on_stderr, format_bytes
 from dyexport.files import write_atomically
-from dyexport.manifest import Segment
+from dyexport.pipeline.build import opened
+from dyexport.pipeline.settings import BuildSettings
 
 RESULTS = Path(__file__).parent / "results"
 WAYS = ("copied", "mapped")

@@ -17,7 +17,7 @@ import tritonclient.http as http
 
 from dyexport.bench.latency import Blocks, time_variants
 from dyexport.bench.report import as_markdown
-from dyexport.runtime.pipeline import load
+from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import sample
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from dyexport.backbones.base import Inputs
+from dyexport.bundle.manifest import Quantization, Segment
 from dyexport.calibration.merging import DRAWS
-from dyexport.manifest import Quantization, Segment
-from dyexport.models.base import Inputs
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 from dyexport.slicing.quantizing import LinearInput

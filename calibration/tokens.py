@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from dyexport.bundle.tables import TokenStats
 from dyexport.calibration.widths import trajectory_points
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
-from dyexport.tables import TokenStats
 
 LEVELS = np.array([0.5, 0.9, 0.99, 1.0])
 

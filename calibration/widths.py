@@ -9,12 +9,12 @@ from functools import partial
 import numpy as np
 import torch
 
+from dyexport.bundle.tables import WidthTable
 from dyexport.errors import BudgetError
+from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.importance import PROBES, unit_importance
 from dyexport.models.inputs import NoisedInputs
-from dyexport.slicing.flops import FlopsModel
-from dyexport.tables import WidthTable
 
 SAMPLES = 4096  # timesteps at which routers are read before their switching points are refined
 TOLERANCE = 0.01  # largest accepted distance between lambda as run and the budget

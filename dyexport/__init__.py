@@ -17,9 +17,9 @@ from dyexport.errors import (
     DataError,
     DyexportError,
     EngineBuildError,
-    EngineMismatch,
+    EngineMismatchError,
     ExportError,
-    MissingDependency,
+    MissingDependencyError,
     SamplingError,
     StorageError,
     UsageError,
@@ -35,9 +35,9 @@ __all__ = [
     "DataError",
     "DyexportError",
     "EngineBuildError",
-    "EngineMismatch",
+    "EngineMismatchError",
     "ExportError",
-    "MissingDependency",
+    "MissingDependencyError",
     "SamplingError",
     "StorageError",
     "UsageError",
@@ -46,25 +46,30 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from dyexport.bundle import Bundle
-    from dyexport.runtime.pipeline import load
+    from dyexport.bundle.reader import Bundle
+    from dyexport.runtime.loading import load
 else:
     _LAZY = {
-        "Bundle": "dyexport.bundle",
-        "load": "dyexport.runtime.pipeline",
-        # A saved pipeline names its transformer as one of these, and diffusers looks for the base class next to it.
-        "DiTBundle": "dyexport.runtime.transformers",
-        "FluxBundle": "dyexport.runtime.transformers",
-        "LatteBundle": "dyexport.runtime.transformers",
+        "Bundle": "dyexport.bundle.reader",
+        "load": "dyexport.runtime.loading",
+        # A saved pipeline names its transformer by its class here, and diffusers looks for the base class next to it.
         "ModelMixin": "diffusers",
     }
 
     def __getattr__(name: str) -> object:
-        if name not in _LAZY:
+        value = getattr(import_module(_LAZY[name]), name) if name in _LAZY else _stand_in(name)
+        if value is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(_LAZY[name]), name)
         globals()[name] = value
         return value
+
+    def _stand_in(name: str) -> object:
+        """Return the stand-in of that name for a diffusers transformer, or None."""
+        from dyexport.backbones import BACKBONES, get_stand_in
+
+        if not name.endswith("Bundle"):
+            return None
+        return {cls.__name__: cls for cls in map(get_stand_in, BACKBONES)}.get(name)
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

@@ -9,24 +9,24 @@ from pathlib import Path
 from time import perf_counter
 
 from dyexport.bench.compare import BenchSettings, compare
-from dyexport.bench.evaluation import Drawing, EvalReport, evaluate
+from dyexport.bench.evaluation import EvalReport, SamplingConfig, evaluate
 from dyexport.bench.heatmap import draw_image
 from dyexport.bench.latency import BenchReport
 from dyexport.bench.pictures import grid, save_png, side_by_side, zoom_for
-from dyexport.bench.quality import Digits, Judge
-from dyexport.build.ledger import Listener
-from dyexport.build.pipeline import opened
-from dyexport.build.settings import BuildSettings
-from dyexport.build.verify import VerifyReport, VerifySettings, verify_bundle
-from dyexport.bundle import Bundle
+from dyexport.bench.quality import Digits, Evaluator
+from dyexport.bundle.reader import Bundle
 from dyexport.errors import DyexportError
-from dyexport.runtime.pipeline import load
+from dyexport.pipeline.build import opened
+from dyexport.pipeline.ledger import BuildListener
+from dyexport.pipeline.settings import BuildSettings
+from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import Denoiser, sample
 from dyexport.training.data import Split, digits
+from dyexport.verification.verify import VerifyReport, VerifySettings, verify_bundle
 
 Advance = Callable[[int, int], None]
 
-DRAWING = Drawing(samples=1800, steps=25)
+DRAWING = SamplingConfig(samples=1800, steps=25)
 BENCH = BenchSettings(batch=64, compiled=False)  # small batches of so small a model time the calls, not the network
 PICTURE_ROWS = 6
 PICTURE_GUIDANCE = 1.5
@@ -57,9 +57,9 @@ class DemoReport:
 
 def run_demo(
     settings: BuildSettings,
-    listener: Listener,
+    listener: BuildListener,
     *,
-    drawing: Drawing = DRAWING,
+    drawing: SamplingConfig = DRAWING,
     bench: BenchSettings = BENCH,
 ) -> DemoReport:
     """Build, verify, time, score and draw. The build resumes; the rest is measured anew each time."""
@@ -72,7 +72,7 @@ def run_demo(
     with _stage(listener, "bench") as advance:
         timed = compare(bundle, bench, advance)
     with _stage(listener, "eval") as advance:
-        judge = Judge(real_digits("train"))
+        judge = Evaluator(real_digits("train"))
         scored = evaluate(bundle, None, judge, real_digits("held-out"), drawing, [settings.seed], advance)
     with _stage(listener, "pictures"):
         pictures, widths = draw(bundle, settings.out.parent, drawing.steps)
@@ -80,7 +80,7 @@ def run_demo(
 
 
 @contextmanager
-def _stage(listener: Listener, name: str) -> Iterator[Advance]:
+def _stage(listener: BuildListener, name: str) -> Iterator[Advance]:
     begin = perf_counter()
     listener.started(name, "always")
     yield lambda done, total: listener.advanced(name, done, total)

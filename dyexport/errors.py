@@ -7,11 +7,11 @@
     ├── DataError           training or calibration data cannot be read
     ├── ExportError         a graph could not be written or did not pass its checks
     ├── EngineBuildError    a backend refused a graph
-    ├── EngineMismatch      an engine or its inputs do not fit this machine, version or shape
+    ├── EngineMismatchError      an engine or its inputs do not fit this machine, version or shape
     ├── SamplingError       sampling gave numbers that are not finite
     ├── BundleError         a bundle is damaged, tampered with, or of a newer schema
     ├── StorageError        a file cannot be written: the disk is full, read-only, or in use by another build
-    └── MissingDependency   an optional library is absent; the message says how to install it
+    └── MissingDependencyError   an optional library is absent; the message says how to install it
 
 Messages are one sentence that names the offending value and the cure. Vendor errors are mapped
 once, where they enter, with ``raise ... from``.
@@ -57,7 +57,7 @@ class EngineBuildError(DyexportError):
     """A backend refused to build an engine from a graph."""
 
 
-class EngineMismatch(DyexportError):
+class EngineMismatchError(DyexportError):
     """An engine, or the inputs given to it, do not fit this machine, version or shape."""
 
 
@@ -73,7 +73,7 @@ class StorageError(DyexportError):
     """A file or directory cannot be written, or another build is writing it."""
 
 
-class MissingDependency(DyexportError):
+class MissingDependencyError(DyexportError):
     """An optional library is absent."""
 
     def __init__(self, library: str, extra: str) -> None:

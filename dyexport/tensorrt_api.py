@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dyexport.errors import DyexportError, EngineBuildError, MissingDependency
-from dyexport.plans import Flavour
+from dyexport.bundle.plan_info import Flavour
+from dyexport.errors import DyexportError, EngineBuildError, MissingDependencyError
 
 RTX_LIBRARIES = ("libcudart.so*", "libtensorrt_rtx.so*", "libtensorrt_onnxparser_rtx.so*")  # in the order of need
 
@@ -45,7 +45,7 @@ class Api:
 
 @cache
 def load_api(flavour: Flavour) -> Api:
-    """Raises ``MissingDependency`` where it is not installed, ``EngineBuildError`` where its GPU is absent."""
+    """Raises ``MissingDependencyError`` where it is not installed, ``EngineBuildError`` where its GPU is absent."""
     return _LOADERS[flavour]()
 
 
@@ -56,7 +56,7 @@ def _load_rtx() -> Api:
             ctypes.CDLL(str(next(folder.glob(pattern))), ctypes.RTLD_GLOBAL)
         return Api(flavour="tensorrt-rtx", trt=import_module("tensorrt_rtx_bindings"), measures=False)
     except (ImportError, OSError, StopIteration) as error:
-        raise MissingDependency("TensorRT-RTX", "rtx") from error
+        raise MissingDependencyError("TensorRT-RTX", "rtx") from error
 
 
 def _load_classic() -> Api:
@@ -71,7 +71,7 @@ def _load_for_gpu(flavour: Flavour, module: str, library: str) -> Api:
     import torch
 
     if find_spec(module) is None:
-        raise MissingDependency(library, "tensorrt")
+        raise MissingDependencyError(library, "tensorrt")
     if not torch.cuda.is_available():
         raise EngineBuildError(
             f"--target {flavour} builds for the GPU of this machine, and torch sees none; "
@@ -80,7 +80,7 @@ def _load_for_gpu(flavour: Flavour, module: str, library: str) -> Api:
     try:
         return Api(flavour=flavour, trt=import_module(module), measures=True)
     except (ImportError, OSError) as error:
-        raise MissingDependency(library, "tensorrt") from error
+        raise MissingDependencyError(library, "tensorrt") from error
 
 
 _LOADERS: dict[Flavour, Callable[[], Api]] = {

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dyexport.errors import EngineMismatch
-from dyexport.tensors import TensorSpec
+from dyexport.bundle.tensors import TensorSpec
+from dyexport.errors import EngineMismatchError
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +25,11 @@ class EngineIO:
     def check(self, inputs: Tensors) -> dict[str, int]:
         """The size of every symbol in ``inputs``.
 
-        Raises ``EngineMismatch`` unless names, dtypes and shapes fit, symbols being equal wherever they recur.
+        Raises ``EngineMismatchError`` unless names, dtypes and shapes fit, symbols being equal wherever they recur.
         """
         expected = {spec.name for spec in self.inputs}
         if expected != set(inputs):
-            raise EngineMismatch(f"engine takes {sorted(expected)}, was given {sorted(inputs)}")
+            raise EngineMismatchError(f"engine takes {sorted(expected)}, was given {sorted(inputs)}")
         symbols: dict[str, int] = {}
         for spec in self.inputs:
             _check_tensor(spec, inputs[spec.name], symbols)
@@ -43,7 +43,7 @@ class EngineIO:
         }
         for spec in self.outputs:
             if None in sizes[spec.name]:
-                raise EngineMismatch(
+                raise EngineMismatchError(
                     f"output {spec.name} has shape {list(spec.shape)}, which the inputs do not determine"
                 )
         return {name: tuple(size for size in shape if size is not None) for name, shape in sizes.items()}
@@ -52,13 +52,13 @@ class EngineIO:
 def _check_tensor(spec: TensorSpec, tensor: torch.Tensor, symbols: dict[str, int]) -> None:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype != spec.dtype:
-        raise EngineMismatch(f"{spec.name} must be {spec.dtype}, is {dtype}")
+        raise EngineMismatchError(f"{spec.name} must be {spec.dtype}, is {dtype}")
     fits = len(spec.shape) == tensor.ndim and all(
         size == (symbols.setdefault(want, size) if isinstance(want, str) else want)
         for want, size in zip(spec.shape, tensor.shape, strict=True)
     )
     if not fits:
-        raise EngineMismatch(f"{spec.name} must have shape {list(spec.shape)}, has {list(tensor.shape)}")
+        raise EngineMismatchError(f"{spec.name} must have shape {list(spec.shape)}, has {list(tensor.shape)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class Engine(ABC):
 
     @abstractmethod
     def run(self, inputs: Tensors) -> dict[str, torch.Tensor]:
-        """Execute once. Raises ``EngineMismatch`` for inputs that do not fit ``io``."""
+        """Execute once. Raises ``EngineMismatchError`` for inputs that do not fit ``io``."""
 
     def park(self) -> None:
         """Make room for another engine: the weights go, and ``active`` is False.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from dyexport.bundle import Bundle
+from dyexport.bundle.reader import Bundle
 from dyexport.engines.base import Engine, EngineIO, Tensors, WeightSpan
 from dyexport.errors import BundleError
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dyexport.bundle import Bundle
+from dyexport.bundle.graph_labels import NETWORK, labels_for
+from dyexport.bundle.reader import Bundle
 from dyexport.engines.base import WeightSpan
 from dyexport.engines.ort import read_graph
 from dyexport.engines.registry import make_engines
 from dyexport.engines.tensorrt_fit import plan_info
 from dyexport.errors import BundleError
-from dyexport.graphs import NETWORK, labels_for
 
 GRAPHS = "onnx"
 FROM_GRAPHS = ("tensorrt", "tensorrt-rtx")  # targets whose plans know the graph that they were built from

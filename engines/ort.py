@@ -10,9 +10,9 @@ from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from dyexport.bundle.tensors import TensorSpec
 from dyexport.engines.base import Engine, EngineIO, Tensors, WeightSpan
-from dyexport.errors import DyexportError, EngineBuildError, EngineMismatch, MissingDependency, reason
-from dyexport.tensors import TensorSpec
+from dyexport.errors import DyexportError, EngineBuildError, EngineMismatchError, MissingDependencyError, reason
 
 if TYPE_CHECKING:
     import onnx
@@ -114,7 +114,7 @@ class OrtEngine(Engine):
         for name, tensor in outputs.items():
             binding.bind_output(name, **self._location(name, tensor))
         self._synchronise()
-        with vendor_errors(EngineMismatch, f"ONNX Runtime cannot run {self.path}"):
+        with vendor_errors(EngineMismatchError, f"ONNX Runtime cannot run {self.path}"):
             self._session.run_with_iobinding(binding)
         return outputs
 
@@ -129,7 +129,7 @@ class OrtEngine(Engine):
     def _location(self, name: str, tensor: torch.Tensor) -> dict[str, Any]:
         """What binds a tensor in place: nothing is copied on its way in or out."""
         if tensor.device.type != self._device_type:
-            raise EngineMismatch(f"{name} is on {tensor.device}, the engine on {self.device}")
+            raise EngineMismatchError(f"{name} is on {tensor.device}, the engine on {self.device}")
         return {
             "device_type": tensor.device.type,
             "device_id": tensor.device.index or 0,
@@ -156,9 +156,9 @@ def providers_for(device: str, available: Sequence[str]) -> Providers:
     if kind == "cpu":
         return ["CPUExecutionProvider"]
     if kind != "cuda":
-        raise EngineMismatch(f"ONNX Runtime engines run on cpu or cuda, not on {device!r}")
+        raise EngineMismatchError(f"ONNX Runtime engines run on cpu or cuda, not on {device!r}")
     if "CUDAExecutionProvider" not in available:
-        raise MissingDependency("onnxruntime-gpu", "gpu")
+        raise MissingDependencyError("onnxruntime-gpu", "gpu")
     return [("CUDAExecutionProvider", {"device_id": int(index or 0)}), "CPUExecutionProvider"]
 
 
@@ -174,11 +174,11 @@ def read_graph(path: Path) -> onnx.ModelProto:
 
 
 def _check_kernels(model: onnx.ModelProto, path: Path) -> None:
-    """Raises ``EngineMismatch`` for a graph in bf16, of which ONNX Runtime's own error names one node."""
+    """Raises ``EngineMismatchError`` for a graph in bf16, of which ONNX Runtime's own error names one node."""
     from onnx import TensorProto
 
     if any(tensor.data_type == TensorProto.BFLOAT16 for tensor in model.graph.initializer):
-        raise EngineMismatch(
+        raise EngineMismatchError(
             f"{path} is in bf16, for which ONNX Runtime has no CPU kernels; "
             "run it with device='cuda', or build with --precision fp32 or fp16"
         )
@@ -275,7 +275,7 @@ def load_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingDependency("onnxruntime", "cpu") from error
+        raise MissingDependencyError("onnxruntime", "cpu") from error
     return onnxruntime
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyexport.engines.base import WeightSpan
 from dyexport.engines.ort import OrtEngine, load_onnxruntime
-from dyexport.errors import EngineMismatch, MissingDependency, StorageError, reason
+from dyexport.errors import EngineMismatchError, MissingDependencyError, StorageError, reason
 from dyexport.files import replacing, user_cache
 
 if TYPE_CHECKING:
@@ -116,17 +116,17 @@ def unfit() -> str | None:
     """Why the provider cannot run here, with the cure; None where it can."""
     try:
         rtx_devices()
-    except (EngineMismatch, MissingDependency) as error:
+    except (EngineMismatchError, MissingDependencyError) as error:
         return str(error)
     return None
 
 
 def rtx_devices() -> list[Any]:
-    """GPUs that the provider runs on. Raises ``EngineMismatch`` without any, ``MissingDependency`` without it."""
+    """GPUs of the provider. Raises ``EngineMismatchError`` without any, ``MissingDependencyError`` without it."""
     name = _registered()
     devices = [device for device in load_onnxruntime().get_ep_devices() if device.ep_name == name]
     if not devices:
-        raise EngineMismatch(
+        raise EngineMismatchError(
             "ONNX Runtime's TensorRT-RTX provider finds no GPU that it runs on (GeForce RTX 30 or later); "
             "load the bundle with target='onnx'"
         )
@@ -140,12 +140,12 @@ def _registered() -> str:
     try:
         import onnxruntime_ep_nv_tensorrt_rtx as provider
     except ImportError as error:
-        raise MissingDependency("ONNX Runtime's TensorRT-RTX provider", "rtx") from error
+        raise MissingDependencyError("ONNX Runtime's TensorRT-RTX provider", "rtx") from error
     name = str(provider.get_ep_name())
     try:
         ort.register_execution_provider_library(name, provider.get_library_path())
     except Exception as error:  # whatever the provider meets as it is loaded
-        raise EngineMismatch(
+        raise EngineMismatchError(
             f"ONNX Runtime cannot load its TensorRT-RTX provider ({_cause(error)}); "
             "install NVIDIA's driver, or load the bundle with target='onnx'"
         ) from error

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 
+from dyexport.bundle.plan_info import PlanInfo
 from dyexport.engines.base import Engine, EngineIO, WeightSpan
 from dyexport.engines.tensorrt_fit import plan_info
-from dyexport.plans import PlanInfo
 
 
 class PlanEngine(Engine):

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dyexport.engines.base import EngineIO, Tensors
-from dyexport.errors import EngineMismatch
+from dyexport.errors import EngineMismatchError
 
 if TYPE_CHECKING:
     import torch
@@ -143,7 +143,7 @@ class ShapedContext:
 
     def _first(self, inputs: Tensors, shapes: Mapping[str, tuple[int, ...]], stream: torch.cuda.Stream) -> Tensors:
         if not self._context.set_optimization_profile_async(self._profile, stream.cuda_stream):
-            raise EngineMismatch(f"TensorRT has no profile {self._profile} in this plan; build the bundle again")
+            raise EngineMismatchError(f"TensorRT has no profile {self._profile} in this plan; build the bundle again")
         for name in self._bindings & inputs.keys():
             self._context.set_input_shape(name, tuple(inputs[name].shape))
         self._context.set_device_memory(*self._workspace.memory)
@@ -191,4 +191,4 @@ class ShapedContext:
 
     def _execute(self, stream: torch.cuda.Stream) -> None:
         if not self._context.execute_async_v3(stream.cuda_stream):
-            raise EngineMismatch("TensorRT cannot run this plan on these inputs; its log says why")
+            raise EngineMismatchError("TensorRT cannot run this plan on these inputs; its log says why")

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dyexport.errors import EngineMismatch, MissingDependency
-from dyexport.plans import INFO, PlanInfo, Profile
+from dyexport.bundle.plan_info import INFO, PlanInfo, Profile
+from dyexport.errors import EngineMismatchError, MissingDependencyError
 from dyexport.tensorrt_api import BuildLog, load_api
 
 
 def plan_info(path: Path) -> PlanInfo:
-    """The description that stands beside a plan. Raises ``EngineMismatch``."""
+    """The description that stands beside a plan. Raises ``EngineMismatchError``."""
     return PlanInfo.read(path.with_name(INFO))
 
 
@@ -25,7 +25,7 @@ def unfit(path: Path) -> str | None:
         return f"{info.flavour} plans run on NVIDIA GPUs and torch sees none; load the bundle with target='onnx'"
     try:
         api = load_api(info.flavour)
-    except MissingDependency as error:
+    except MissingDependencyError as error:
         return str(error)
     major, minor = torch.cuda.get_device_capability()
     return misfit(info, api.version, f"{major}.{minor}") or _refusal(api.trt, path)
@@ -58,12 +58,14 @@ def _refusal(trt: Any, path: Path) -> str | None:
 
 
 def choose_profile(profiles: tuple[Mapping[str, Profile], ...], symbols: Mapping[str, int]) -> int:
-    """The first profile that holds these sizes, of those the one built nearest to them. Raises ``EngineMismatch``."""
+    """The profile that holds these sizes and was built nearest to them. Raises ``EngineMismatchError``."""
     fitting = [index for index, profile in enumerate(profiles) if _holds(profile, symbols)]
     if not fitting:
         sizes = ", ".join(f"{name} = {size}" for name, size in symbols.items())
         ranges = "; ".join(", ".join(f"{n} {p.min} to {p.max}" for n, p in each.items()) for each in profiles)
-        raise EngineMismatch(f"{sizes} fits no profile of this plan ({ranges}); build with --profile for such sizes")
+        raise EngineMismatchError(
+            f"{sizes} fits no profile of this plan ({ranges}); build with --profile for such sizes"
+        )
     return min(fitting, key=lambda index: sum(abs(profiles[index][s].opt - size) for s, size in _own(symbols).items()))
 
 

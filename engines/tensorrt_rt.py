@@ -16,7 +16,7 @@ from dyexport.engines.plan_engine import PlanEngine
 from dyexport.engines.tensorrt_contexts import ShapedContext, Workspace, shape_key
 from dyexport.engines.tensorrt_fit import choose_profile, unfit
 from dyexport.engines.tensorrt_session import Session
-from dyexport.errors import EngineMismatch
+from dyexport.errors import EngineMismatchError
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,7 @@ class TensorRtEngine(PlanEngine):
         return size
 
     def activate(self) -> None:
-        """Raises ``EngineMismatch`` for a plan of another GPU or version, ``MissingDependency`` without its runtime."""
+        """Raises ``EngineMismatchError`` for another GPU or version, ``MissingDependencyError`` without a runtime."""
         if self._active:
             return
         import torch
@@ -76,7 +76,7 @@ class TensorRtEngine(PlanEngine):
             import torch
 
             if (reason := unfit(self.path)) is not None:
-                raise EngineMismatch(f"{self.path}: {reason}")
+                raise EngineMismatchError(f"{self.path}: {reason}")
             with torch.cuda.device(self._workspace.device):
                 self._session = Session(self.path, self.info, self._streaming_budget)
         return self._session
@@ -88,7 +88,7 @@ class TensorRtEngine(PlanEngine):
         profile = choose_profile(self.info.profiles, symbols)
         self.activate()
         if elsewhere := [name for name, tensor in inputs.items() if tensor.device.type != "cuda"]:
-            raise EngineMismatch(f"{elsewhere[0]} is on {inputs[elsewhere[0]].device}, the engine on CUDA")
+            raise EngineMismatchError(f"{elsewhere[0]} is on {inputs[elsewhere[0]].device}, the engine on CUDA")
         with torch.cuda.device(self._workspace.device), self._workspace.turn() as stream:
             context = self._context(inputs, profile)
             if self._loaded is not None:

@@ -11,7 +11,7 @@ import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyexport.plans import PlanInfo
+from dyexport.bundle.plan_info import PlanInfo
 from dyexport.tensorrt_api import BuildLog, load_api
 
 if TYPE_CHECKING:

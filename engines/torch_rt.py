@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, ValidationError
 
+from dyexport.bundle.manifest import BundlePath, Frozen
+from dyexport.bundle.tensors import TensorSpec
 from dyexport.engines.base import Engine, EngineIO, Tensors, WeightSpan
 from dyexport.engines.pt2 import load_program, read_extra
-from dyexport.errors import EngineBuildError, EngineMismatch
-from dyexport.manifest import BundlePath, Frozen
-from dyexport.tensors import TensorSpec
+from dyexport.errors import EngineBuildError, EngineMismatchError
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +99,7 @@ class TorchEngine(Engine):
         import torch
 
         if self.device != "cpu" and not torch.cuda.is_available():
-            raise EngineMismatch(f"torch sees no CUDA device for an engine on {self.device}; use device='cpu'")
+            raise EngineMismatchError(f"torch sees no CUDA device for an engine on {self.device}; use device='cpu'")
         module = load_program(self.path).module(
             check_guards=False
         )  # guards are source text, and io.check does their work
@@ -134,12 +134,12 @@ class TorchEngine(Engine):
         assert self._module is not None
         for name, tensor in inputs.items():
             if tensor.device.type != torch.device(self.device).type:
-                raise EngineMismatch(f"{name} is on {tensor.device}, the engine on {self.device}")
+                raise EngineMismatchError(f"{name} is on {tensor.device}, the engine on {self.device}")
         try:
             with torch.no_grad():
                 outputs = self._module(**inputs)
         except (RuntimeError, IndexError) as error:
-            raise EngineMismatch(f"torch cannot run {self.path}: {error}") from error
+            raise EngineMismatchError(f"torch cannot run {self.path}: {error}") from error
         if len(outputs) != len(self.io.outputs):
             raise EngineBuildError(
                 f"{self.path} returns {len(outputs)} outputs, engine.json names {len(self.io.outputs)}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dyexport.engines.base import Tensors
 from dyexport.engines.plan_engine import PlanEngine
 from dyexport.engines.tensorrt_fit import choose_profile, unfit
-from dyexport.errors import EngineBuildError, EngineMismatch
+from dyexport.errors import EngineBuildError, EngineMismatchError
 from dyexport.tensorrt_api import load_api
 
 if TYPE_CHECKING:
@@ -31,13 +31,13 @@ class TorchTensorRtEngine(PlanEngine):
         return self._module is not None
 
     def activate(self) -> None:
-        """Raises ``EngineMismatch`` for a program of another GPU or version."""
+        """Raises ``EngineMismatchError`` for a program of another GPU or version."""
         if self._module is not None:
             return
         import torch
 
         if (reason := unfit(self.path)) is not None:
-            raise EngineMismatch(f"{self.path}: {reason}")
+            raise EngineMismatchError(f"{self.path}: {reason}")
         try:
             with torch.cuda.device(self.device):
                 self._module = load_api(self.info.flavour).trt.load(str(self.path)).module()

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import onnx
 from onnx import NodeProto, numpy_helper
 
+from dyexport.bundle.plan_info import LARGEST_TOPK, OLDEST_FP8, Flavour
 from dyexport.errors import EngineBuildError
-from dyexport.plans import LARGEST_TOPK, OLDEST_FP8, Flavour
 
 MODULE = "module"  # key of a node's metadata: the torch module that it came from
 

@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from dyexport.bundle.manifest import Quantization
 from dyexport.errors import ExportError
-from dyexport.manifest import Quantization
 from dyexport.slicing.quantizing import SCALE
 from dyexport.slicing.recipes import Recipe, scale_of
 from dyexport.slicing.slicer import Slice

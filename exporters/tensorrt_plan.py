@@ -13,13 +13,13 @@ from typing import Any
 
 import onnx
 
+from dyexport.bundle.plan_info import ENGINE, INFO, Flavour, PlanInfo, Profile
+from dyexport.bundle.tensors import TensorSpec
 from dyexport.digests import sha256_of
 from dyexport.errors import EngineBuildError
 from dyexport.exporters.operator_gate import check_operators
 from dyexport.exporters.timing_cache import kept_timings
-from dyexport.plans import ENGINE, INFO, Flavour, PlanInfo, Profile
 from dyexport.tensorrt_api import Api, BuildLog, load_api
-from dyexport.tensors import TensorSpec
 
 Progress = Callable[[int, int], None]
 """Called with steps done and steps in all, of the build's longest phase."""
@@ -52,7 +52,7 @@ def build_plan(
     """Write the plan of a graph and its description into the directory ``out``; ``timings`` is a cache of kernels.
 
     Raises ``EngineBuildError`` naming the node, the dimension or the builder's own reason, and
-    ``MissingDependency`` where the flavour is not installed.
+    ``MissingDependencyError`` where the flavour is not installed.
     """
     model = onnx.load(graph, load_external_data=False)
     check_operators(

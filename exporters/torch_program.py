@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dyexport.bundle.plan_info import INFO, PROGRAM, PlanInfo
+from dyexport.bundle.tensors import TensorSpec
 from dyexport.digests import sha256_of
 from dyexport.errors import EngineBuildError, ExportError
 from dyexport.exporters.examples import dynamic_shapes, example_inputs, example_sizes
 from dyexport.exporters.tensorrt_plan import PlanRequest, Profiles, size_range
-from dyexport.plans import INFO, PROGRAM, PlanInfo
 from dyexport.slicing.recipes import Recipe, StoreLayout
 from dyexport.slicing.slicer import Slice
 from dyexport.tensorrt_api import load_api
-from dyexport.tensors import TensorSpec
 
 
 class InOrder(nn.Module):
@@ -40,7 +40,7 @@ class InOrder(nn.Module):
 def build_program(slice_: Slice, layout: StoreLayout, store: Path, request: PlanRequest, out: Path) -> PlanInfo:
     """Write the program of a network and its description into the directory ``out``.
 
-    Raises ``MissingDependency`` without Torch-TensorRT, ``EngineBuildError`` without a GPU or for a request that it
+    Raises ``MissingDependencyError`` without Torch-TensorRT, ``EngineBuildError`` without a GPU or for what it
     cannot meet.
     """
     api = load_api(request.flavour)

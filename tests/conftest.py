@@ -33,10 +33,10 @@ def _seeded() -> None:
 @pytest.fixture(scope="session")
 def rtx() -> Any:
     """TensorRT-RTX's module; skips the test where it is not installed."""
-    from dyexport.errors import MissingDependency
+    from dyexport.errors import MissingDependencyError
     from dyexport.tensorrt_api import load_api
 
     try:
         return load_api("tensorrt-rtx").trt
-    except MissingDependency as error:
+    except MissingDependencyError as error:
         pytest.skip(str(error))

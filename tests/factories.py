@@ -7,12 +7,14 @@ from functools import cache
 import numpy as np
 import torch
 
-from dyexport.architectures import DiTPreset, LattePreset, Preset
-from dyexport.manifest import ModelSpec
+from dyexport.backbones.base import Preset
+from dyexport.backbones.dit.preset import DiTPreset
+from dyexport.backbones.latte.preset import LattePreset
+from dyexport.bundle.manifest import ModelSpec
+from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.random_weights import random_dynamic
 from dyexport.slicing import slicer
-from dyexport.slicing.flops import FlopsModel
 
 
 def tiny_preset(backbone: str = "dit") -> Preset:

@@ -9,10 +9,10 @@ from typing import Any
 
 import onnx
 
-from dyexport.bundle import MANIFEST, manifest_text, read_manifest, seal
+from dyexport.bundle.graph_labels import labels_for
+from dyexport.bundle.manifest import FileRecord
+from dyexport.bundle.reader import MANIFEST, manifest_text, read_manifest, seal
 from dyexport.digests import sha256_of
-from dyexport.graphs import labels_for
-from dyexport.manifest import FileRecord
 
 Content = dict[str, Any]
 

@@ -19,60 +19,69 @@ LINKED = ("calibration", "engines", "exporters")
 
 CONTRACTS = {
     "arguments",
+    "backbones",
+    "backbones.preset",
+    "bundle",
+    "digests",
     "errors",
     "files",
-    "digests",
-    "sizes",
-    "tables",
-    "tensors",
-    "architectures",
-    "presets",
+    "flops",
     "lora",
-    "manifest",
-    "bundle",
-    "graphs",
-    "plans",
+    "presets",
     "tensorrt_api",
 }
-BUILD_SIDE = {"models", "slicing", "calibration", "exporters", "training"}
-RUN_SIDE = {"engines", "runtime", "serving", "bench"}
+BUILD_ROLES = {"backbones.basic_transformer_block", "backbones.conditions", "backbones.cut", "backbones.flops"} | {
+    f"backbones.{role}" for role in ("masked", "slim", "slim_conditioning", "slim_layers")
+}
+RUN_ROLES = {"backbones.pipeline", "backbones.stand_in"}
+BUILD_SIDE = {"models", "checkpoints", "slicing", "calibration", "exporters", "training"} | BUILD_ROLES
+RUN_SIDE = {"engines", "runtime", "serving", "bench"} | RUN_ROLES
 EITHER_SIDE = CONTRACTS | BUILD_SIDE | RUN_SIDE
+PIPELINE = {"pipeline", "verification"}
 
-# What each unit of the package (a module or folder right below dyexport/) may import.
+# What each unit of the package may import: a module or folder right below dyexport/, and of a backbone each role.
 MAY_IMPORT: dict[str, set[str]] = {
     "arguments": {"errors"},
     "errors": set(),
     "files": {"errors"},
     "digests": {"files"},
-    "sizes": {"arguments", "errors"},
-    "tables": {"errors"},
-    "tensors": set(),
-    "architectures": set(),
-    "presets": {"errors", "architectures"},
+    "backbones": {"errors"},
+    "backbones.preset": {"backbones"},
+    "flops": {"backbones", "backbones.flops", "bundle"},
+    "presets": {"errors", "backbones", "backbones.preset"},
     "lora": {"arguments", "errors"},
-    "manifest": {"errors", "lora", "tables"},
-    "bundle": {"errors", "digests", "manifest", "tables"},
-    "graphs": {"manifest"},
-    "plans": {"errors", "tensors"},
-    "tensorrt_api": {"errors", "plans"},
-    "models": CONTRACTS,
-    "slicing": CONTRACTS | {"models"},
-    "calibration": CONTRACTS | {"models", "slicing"},
+    "bundle": {"errors", "digests", "lora"},
+    "tensorrt_api": {"errors", "bundle"},
+    "models": CONTRACTS | BUILD_ROLES,
+    "checkpoints": CONTRACTS | BUILD_ROLES | {"models"},
+    "slicing": CONTRACTS | BUILD_ROLES | {"models"},
+    "calibration": CONTRACTS | BUILD_ROLES | {"models", "slicing"},
     "exporters": CONTRACTS | {"models", "slicing"},
-    "training": CONTRACTS | {"models", "slicing"},
-    "engines": {"errors", "files", "tables", "tensors", "manifest", "bundle", "graphs", "plans", "tensorrt_api"},
-    "runtime": {"arguments", "errors", "files", "sizes", "tables", "manifest", "bundle", "engines"},
-    "serving": {"arguments", "errors", "files", "sizes", "tables", "manifest", "bundle", "engines", "runtime"},
-    "bench": {"arguments", "errors", "sizes", "files", "tables", "manifest", "bundle", "plans", "engines", "runtime"},
-    "build": EITHER_SIDE,
-    "demo": EITHER_SIDE | {"build"},
+    "training": CONTRACTS | BUILD_ROLES | {"models", "slicing"},
+    "engines": {"errors", "files", "bundle", "tensorrt_api"},
+    "runtime": {"arguments", "errors", "files", "bundle", "engines", "backbones"} | RUN_ROLES,
+    "serving": {"arguments", "errors", "files", "bundle", "engines", "runtime", "backbones"} | RUN_ROLES,
+    "bench": {"arguments", "errors", "files", "bundle", "engines", "runtime"},
+    **{role: CONTRACTS | BUILD_ROLES | {"models", "slicing"} for role in BUILD_ROLES},
+    **{role: {"errors", "bundle", "runtime", "backbones", "backbones.preset"} for role in RUN_ROLES},
+    "pipeline": EITHER_SIDE,
+    "verification": EITHER_SIDE | {"pipeline"},
+    "demo": EITHER_SIDE | PIPELINE,
     "progress": set(),
     "console": {"errors", "progress"},
-    "commands": EITHER_SIDE | {"build", "demo", "console"},
+    "commands": EITHER_SIDE | PIPELINE | {"demo", "console"},
     "cli": {"errors", "console", "commands"},
     "__main__": {"cli"},
-    "__init__": {"errors", "bundle", "runtime"},
+    "__init__": {"errors", "bundle", "runtime", "backbones", "backbones.stand_in"},
 }
+REGISTRY = {
+    "get_adapter": "backbones.masked",
+    "get_conditioning": "backbones.conditions",
+    "get_slicer": "backbones.cut",
+    "get_stand_in": "backbones.stand_in",
+    "get_pipeline": "backbones.pipeline",
+}
+"""Functions of ``dyexport.backbones`` that import a role."""
 
 Import = tuple[int, str]  # line, dotted name
 
@@ -84,7 +93,10 @@ def package_files() -> list[Path]:
 
 
 def unit_of(path: Path) -> str:
-    return path.relative_to(ROOT / "dyexport").parts[0].removesuffix(".py")
+    parts = path.relative_to(ROOT / "dyexport").with_suffix("").parts
+    if parts[0] != "backbones":
+        return parts[0]
+    return "backbones" if parts[-1] in ("__init__", "base") else f"backbones.{parts[-1]}"
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -114,10 +126,21 @@ def imports_of(source: str) -> Iterator[Import]:
 
 def imported_units(source: str) -> Iterator[tuple[int, str]]:
     for line, name in imports_of(source):
-        root, _, rest = name.partition(".")
-        unit = re.split(r"[.:]", rest)[0]
-        if root == "dyexport" and unit != "__version__":
-            yield line, unit if unit in MAY_IMPORT else "__init__"
+        parts = re.split(r"[.:]", name)
+        if parts[0] != "dyexport" or parts[1:2] == ["__version__"]:
+            continue
+        if parts[1:2] == ["backbones"]:
+            yield line, imported_role(parts[2:])
+        else:
+            yield line, parts[1] if parts[1:] and parts[1] in MAY_IMPORT else "__init__"
+
+
+def imported_role(parts: list[str]) -> str:
+    """The unit of what is imported from ``dyexport.backbones``: a role of a backbone, or a contract."""
+    if not parts or parts[0] == "base":
+        return "backbones"
+    role = next((f"backbones.{part}" for part in parts if f"backbones.{part}" in MAY_IMPORT), "backbones")
+    return REGISTRY.get(parts[0], role)
 
 
 def violations(unit: str, source: str) -> list[str]:
@@ -149,14 +172,16 @@ def test_neither_side_knows_the_other() -> None:
 @pytest.mark.parametrize(
     "statement",
     [
-        "from dyexport.models import dit",
-        "import dyexport.models.dit",
+        "from dyexport.models import gates",
+        "import dyexport.backbones.dit.masked",
         "from dyexport import models",
-        "def f():\n    from dyexport.slicing.flops import Cost",
+        "def f():\n    from dyexport.flops import Cost",
         "import_module(f'dyexport.exporters.{name}')",
         "ENGINES = {'ort': 'dyexport.calibration.widths:solve'}",
         "if TYPE_CHECKING:\n    import torch\nelse:\n    import dyexport.training",
         "from dyexport import load",
+        "from dyexport.backbones import get_adapter",
+        "from dyexport.backbones.flux.masked import FluxAdapter",
     ],
 )
 def test_a_way_back_is_found(statement: str) -> None:
@@ -166,10 +191,10 @@ def test_a_way_back_is_found(statement: str) -> None:
 @pytest.mark.parametrize(
     "statement",
     [
-        "from dyexport.bundle import Bundle",
+        "from dyexport.bundle.reader import Bundle",
         "from dyexport.engines.base import Engine",
         "from dyexport import __version__",
-        "if TYPE_CHECKING:\n    from dyexport.models.dit import Adapter",
+        "if TYPE_CHECKING:\n    from dyexport.backbones.dit.masked import Adapter",
         "'dyexport.models is not imported here'",
     ],
 )
@@ -199,7 +224,7 @@ def test_links_are_relative(name: str) -> None:
     [
         "import dyexport",
         "import dyexport; dyexport.Bundle",
-        "import dyexport.bundle, dyexport.presets, dyexport.tables",
+        "import dyexport.bundle.reader, dyexport.presets, dyexport.bundle.tables",
         "import dyexport.cli",
         "import dyexport.cli, sys, contextlib; sys.argv = ['dyexport', '--help']\n"
         "with contextlib.suppress(SystemExit): dyexport.cli.main()",

@@ -87,9 +87,9 @@ def test_every_folder_with_modules_is_a_package() -> None:
 
 
 def test_every_test_is_run(request: pytest.FixtureRequest) -> None:
-    """pytest passes over folders by name: its own list holds ``build``, and so held all of tests/build."""
+    """pytest passes over folders by name: its own list holds ``build``, and so held all of tests/pipeline."""
     passed_over = request.config.getini("norecursedirs")
     tests = ROOT / "tests"
     files = [path.relative_to(ROOT) for path in tests.rglob("test_*.py")]
-    assert Path("tests/build/test_pipeline.py") in files
+    assert Path("tests/pipeline/test_pipeline.py") in files
     assert [str(file) for file in files if any(fnmatch(part, bad) for part in file.parts for bad in passed_over)] == []

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
+from dyexport.backbones import get_adapter
 from dyexport.errors import UsageError
-from dyexport.models.base import get_adapter
 from dyexport.presets import PRESETS, get_preset
 from tests.factories import spec_of
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from dyexport.arguments import parse_bytes
 from dyexport.errors import UsageError
-from dyexport.sizes import parse_bytes
 
 
 def test_sizes() -> None:

@@ -11,24 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dyexport.architectures import FluxPreset, Preset
-from dyexport.build.networks import architecture_of
+from dyexport.backbones.base import Preset
+from dyexport.backbones.flux.preset import FluxPreset
+from dyexport.bundle.manifest import ModelSpec, Precision, Segment, SegmentPlan
+from dyexport.bundle.tables import TokenStats, WidthTable
+from dyexport.bundle.tensors import TensorSpec
 from dyexport.calibration.segments import PlanSettings, make_segments, price_plan
 from dyexport.errors import UsageError
-from dyexport.manifest import ModelSpec, Precision, Segment, SegmentPlan
+from dyexport.flops import FlopsModel
+from dyexport.pipeline.networks import architecture_of
 from dyexport.presets import get_preset
-from dyexport.slicing.flops import FlopsModel
 from dyexport.slicing.slicer import (
-    Architecture,
     Slice,
+    SliceContext,
     UnitOrder,
     dense_segment,
     slice_conditioning,
     slice_segment,
     spec_of,
 )
-from dyexport.tables import TokenStats, WidthTable
-from dyexport.tensors import TensorSpec
 
 POINTS = 256  # of the width table
 TREND, SPREAD, WAVES, OFFSET = 0.5, 0.1, 3, 1.5  # logits of a unit over t, as dyexport.models.random_weights has them
@@ -80,7 +81,7 @@ class Case:
     segments: tuple[Segment, ...]
 
     @property
-    def architecture(self) -> Architecture:
+    def architecture(self) -> SliceContext:
         return architecture_of(self.spec, self.widths, self.stats)
 
     @cached_property

@@ -15,24 +15,24 @@ from benchmarks.gpu.cases import Case
 from benchmarks.gpu.summary import summarise
 from benchmarks.gpu.timing import Run, Timing, require_finite
 from benchmarks.gpu.with_torch import network_inputs
-from dyexport.build.profiles import largest_topk, profiles_for
+from dyexport.bundle.manifest import Segment
+from dyexport.bundle.plan_info import ENGINE, Flavour, Profile
 from dyexport.engines.base import Engine
 from dyexport.engines.registry import EngineOptions, get_backend, make_engines
 from dyexport.engines.tensorrt_fit import plan_info, unfit
 from dyexport.engines.tensorrt_session import Session
-from dyexport.errors import EngineMismatch
+from dyexport.errors import EngineMismatchError
 from dyexport.exporters.onnx_graph import STORE, export_onnx
 from dyexport.exporters.tensorrt_plan import PlanRequest, build_plan
-from dyexport.manifest import Segment
-from dyexport.plans import ENGINE, Flavour, Profile
+from dyexport.pipeline.plan_requests import largest_topk, profiles_for
 from dyexport.slicing.recipes import StoreLayout, lay_out
 from dyexport.tensorrt_api import load_api
 
 
 def time_onnxruntime(case: Case, timing: Timing, steps: int) -> dict[str, Any]:
-    """Raises ``EngineMismatch`` where the installed ONNX Runtime does not run on the device."""
+    """Raises ``EngineMismatchError`` where the installed ONNX Runtime does not run on the device."""
     if timing.device != "cpu" and not get_backend("onnx").has_cuda():
-        raise EngineMismatch("the onnxruntime installed here has no CUDA provider; onnxruntime-gpu has")
+        raise EngineMismatchError("the onnxruntime installed here has no CUDA provider; onnxruntime-gpu has")
     with graphs(case) as paths:
         engines = make_engines("onnx", list(paths.values()), EngineOptions(device=timing.device))
         return _timed(case, dict(zip(paths, engines, strict=True)), timing, steps)
@@ -47,7 +47,7 @@ def time_tensorrt(flavour: Flavour, case: Case, timing: Timing, steps: int) -> d
         for path in plans.values():
             Session(path, plan_info(path))  # raises the runtime's own reason where it refuses
         if verdict is not None:
-            raise EngineMismatch(f"plans load here, and yet: {verdict}")
+            raise EngineMismatchError(f"plans load here, and yet: {verdict}")
         engines = make_engines(flavour, list(plans.values()), EngineOptions(device=timing.device))
         return _timed(case, dict(zip(plans, engines, strict=True)), timing, steps)
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from benchmarks.gpu.cases import Case, fill, random_inputs, weight_bytes
 from benchmarks.gpu.summary import summarise
 from benchmarks.gpu.timing import Run, Timing
+from dyexport.backbones import get_adapter
 from dyexport.errors import DyexportError
-from dyexport.models.base import get_adapter
 from dyexport.models.inputs import NoisedInputs
 from dyexport.slicing.slicer import DTYPES
 

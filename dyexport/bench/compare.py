@@ -12,7 +12,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from dyexport.arguments import STEPS, whole_number
+from dyexport.arguments import STEPS, check_memory, whole_number
 from dyexport.bench.latency import BenchReport, Blocks, Progress, SegmentTime, over_trajectory, time_variants
 from dyexport.bench.machine import cpu_time, taken_by_others
 from dyexport.bench.memory import MemoryProbe, added_bytes
@@ -23,12 +23,10 @@ from dyexport.bench.variants import (
     module_variant,
     segment_variants,
 )
-from dyexport.bundle import Bundle
-from dyexport.manifest import Segment, SegmentPlan
-from dyexport.runtime.component import BundleTransformer
-from dyexport.runtime.pipeline import load
-from dyexport.runtime.transformers import example_inputs, stock_transformer
-from dyexport.sizes import check_memory
+from dyexport.bundle.manifest import Segment, SegmentPlan
+from dyexport.bundle.reader import Bundle
+from dyexport.runtime.loading import load
+from dyexport.runtime.transformer import BundleTransformer, example_inputs, stock_transformer
 
 OVERHEAD_LOOPS = 3
 MOST = {"batch": 4096, "steps": STEPS, "threads": 1024, "rounds": 100_000}

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from dyexport.arguments import check_guidance, check_steps, whole_number
-from dyexport.bench.quality import Digits, Judge, Score
-from dyexport.bundle import Bundle
+from dyexport.bench.quality import Digits, Evaluator, Score
+from dyexport.bundle.manifest import ModelSpec
+from dyexport.bundle.reader import Bundle
 from dyexport.errors import CheckpointError, UsageError
-from dyexport.manifest import ModelSpec
-from dyexport.runtime.pipeline import load
+from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import Denoiser, sample
 
 Progress = Callable[[int, int], None]
@@ -26,7 +26,7 @@ MOST_SAMPLES = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
+class SamplingConfig:
     """How samples are drawn: ``samples`` pictures, every class equally often."""
 
     samples: int = 1800
@@ -48,7 +48,7 @@ def check_digits(spec: ModelSpec) -> None:
 
 
 def draw_digits(
-    transformer: Denoiser, spec: ModelSpec, drawing: Drawing, seed: int, progress: Progress | None = None
+    transformer: Denoiser, spec: ModelSpec, drawing: SamplingConfig, seed: int, progress: Progress | None = None
 ) -> Digits:
     """Sample a model of the digits. Raises ``UsageError`` for a model of anything else."""
     check_digits(spec)
@@ -97,9 +97,9 @@ class EvalReport:
 def evaluate(
     bundle: Bundle,
     control: Path | None,
-    judge: Judge,
+    judge: Evaluator,
     held_out: Digits,
-    drawing: Drawing,
+    drawing: SamplingConfig,
     seeds: Sequence[int],
     progress: Progress | None = None,
 ) -> EvalReport:
@@ -130,8 +130,8 @@ def _load_control(directory: Path) -> Any:
 def score_models(
     models: Mapping[str, Denoiser],
     spec: ModelSpec,
-    judge: Judge,
-    drawing: Drawing,
+    judge: Evaluator,
+    drawing: SamplingConfig,
     seeds: Sequence[int],
     progress: Progress | None = None,
 ) -> dict[str, tuple[Score, ...]]:
@@ -145,7 +145,7 @@ def score_models(
 
 
 def _report(
-    bundle: Bundle, drawing: Drawing, scores: dict[str, tuple[Score, ...]], *, frechet_real: float
+    bundle: Bundle, drawing: SamplingConfig, scores: dict[str, tuple[Score, ...]], *, frechet_real: float
 ) -> EvalReport:
     manifest = bundle.manifest
     control = scores.get("control")

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from rich.console import Group
 from rich.text import Text
 
-from dyexport.bundle import Bundle
+from dyexport.bundle.reader import Bundle
 
 Array = np.ndarray
 

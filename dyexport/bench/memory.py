@@ -41,11 +41,11 @@ def _measure(probe: MemoryProbe) -> int | None:
     """``added_bytes`` of this process."""
     import torch
 
-    import dyexport.runtime.pipeline as pipeline
+    import dyexport.runtime.loading as pipeline
     from dyexport.bench.variants import module_variant, segment_variants
-    from dyexport.bundle import Bundle
+    from dyexport.bundle.reader import Bundle
     from dyexport.runtime.residency import process_bytes
-    from dyexport.runtime.transformers import example_inputs
+    from dyexport.runtime.transformer import example_inputs
 
     torch.set_num_threads(probe.threads)
     bundle = Bundle.open(probe.bundle, check_hashes=False)  # the caller has checked them

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dyexport.errors import MissingDependency
+from dyexport.errors import MissingDependencyError
 
 Array = np.ndarray
 
@@ -33,7 +33,7 @@ class DigitClassifier:
         try:
             from sklearn.neural_network import MLPClassifier
         except ImportError as error:
-            raise MissingDependency("scikit-learn", "demo") from error
+            raise MissingDependencyError("scikit-learn", "demo") from error
         self._network: Any = MLPClassifier((128, 64), alpha=0.1, max_iter=1000, random_state=0)
         self._network.fit(_flat(digits.pictures), digits.labels)
 
@@ -85,7 +85,7 @@ class Score:
     class_accuracy: float
 
 
-class Judge:
+class Evaluator:
     """Scores pictures against real digits: ``train`` makes the classifier and the reference."""
 
     def __init__(self, train: Digits) -> None:

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from dyexport.bench.evaluation import EvalReport, mean_accuracy, mean_frechet
 from dyexport.bench.latency import BenchReport
-from dyexport.bundle import Bundle
-from dyexport.manifest import Segment
+from dyexport.bundle.manifest import Segment
+from dyexport.bundle.reader import Bundle
 
 Rows = list[tuple[str, ...]]
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from dyexport.bundle import Bundle
-from dyexport.runtime.component import BundleTransformer
-from dyexport.runtime.transformers import example_inputs
+from dyexport.bundle.reader import Bundle
+from dyexport.runtime.transformer import BundleTransformer, example_inputs
 
 Variant = Callable[[], object]
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dyexport.bench.pictures import COLUMNS, grid, zoom_for
-from dyexport.errors import MissingDependency, UsageError
+from dyexport.errors import MissingDependencyError, UsageError
 from dyexport.files import replacing
 
 FPS = 8  # Latte's
@@ -17,13 +17,13 @@ SUFFIXES = (".gif", ".mp4")
 
 
 def check_video_path(path: Path) -> None:
-    """Raises ``UsageError`` for a kind of file that no video goes into, ``MissingDependency`` without the encoder."""
+    """Raises ``UsageError`` for a file type that no video goes into, ``MissingDependencyError`` without an encoder."""
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"-o is {path}; a video goes into {' or '.join(SUFFIXES)}")
     if path.suffix.lower() == ".mp4":
         for module, library in (("imageio", "imageio"), ("imageio_ffmpeg", "imageio-ffmpeg")):
             if find_spec(module) is None:
-                raise MissingDependency(library, "video")
+                raise MissingDependencyError(library, "video")
 
 
 def save_video(videos: np.ndarray, path: Path) -> None:

@@ -15,9 +15,9 @@ from dyexport.commands.options import BuildOptions, takes_build_options
 from dyexport.console import DebugOption, JsonOption, emit, format_bytes, pairs
 
 if TYPE_CHECKING:
-    from dyexport.build.predictions import PlanCost
-    from dyexport.build.settings import BuildSettings
-    from dyexport.manifest import SegmentPlan
+    from dyexport.bundle.manifest import SegmentPlan
+    from dyexport.pipeline.plan_cost import PlanCost
+    from dyexport.pipeline.settings import BuildSettings
 
 app = typer.Typer()
 
@@ -44,7 +44,7 @@ def finetune(
     """Attach routers to the static model and train them under the budget: build's first stages."""
     settings = _settings(options, context, *_OF_CALIBRATION, *_OF_ENGINES, last="training")
     with building(settings) as pipeline:
-        from dyexport.build.stages import count_trainable
+        from dyexport.pipeline.stages import count_trainable
 
         path, counts = str(pipeline.dynamic.path), count_trainable(settings)
         payload = {"checkpoint": path, **counts, "stages": pipeline.stage_report}
@@ -127,14 +127,14 @@ def models(
 ) -> None:
     """List the models known by name, or the formats that --target takes."""
     if targets:
-        from dyexport.build.targets import TARGETS
+        from dyexport.pipeline.targets import TARGETS
 
         shown = ("about", "proof", "quantized")
         found = [{"name": name, **{part: getattr(each, part) for part in shown}} for name, each in TARGETS.items()]
         emit({"targets": found}, as_json=json, human=lambda console: console.print(_target_table(found)))
         return
+    from dyexport.flops import FlopsModel
     from dyexport.presets import PRESETS
-    from dyexport.slicing.flops import FlopsModel
 
     rows = [
         {

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from dyexport.console import Interrupted, StageLines, chatter_on_stderr, stderr
 
 if TYPE_CHECKING:
-    from dyexport.build.pipeline import Pipeline
-    from dyexport.build.settings import BuildSettings
+    from dyexport.pipeline.build import Pipeline
+    from dyexport.pipeline.settings import BuildSettings
 
 
 @contextmanager
@@ -26,8 +26,8 @@ def stage_lines() -> Iterator[StageLines]:
 def building(settings: BuildSettings, without: frozenset[str] = frozenset()) -> Iterator[Pipeline]:
     """The pipeline of a build; ``without`` names stages that may not run, only be found done."""
     with stage_lines() as lines:
-        from dyexport.build.pipeline import opened
-        from dyexport.build.recipe import check_training
+        from dyexport.pipeline.build import opened
+        from dyexport.pipeline.training_cost import check_training
 
         if not without and (note := check_training(settings)):
             stderr().print(note, soft_wrap=True)

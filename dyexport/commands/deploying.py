@@ -49,7 +49,7 @@ def triton(
     debug: DebugOption = False,
 ) -> None:
     """Write a model that samples inside Triton's Python backend: a label or prompt in, a picture or video out."""
-    from dyexport.bundle import Bundle
+    from dyexport.bundle.reader import Bundle
     from dyexport.commands.sampling import home_of
     from dyexport.serving.triton_repository import Deployment
     from dyexport.serving.triton_repository import deploy as write

@@ -15,9 +15,9 @@ import typer
 from dyexport.errors import UsageError
 
 if TYPE_CHECKING:
-    from dyexport.architectures import RouterKind
-    from dyexport.build.settings import BuildSettings
-    from dyexport.manifest import Precision, Quantization
+    from dyexport.backbones.base import RouterKind
+    from dyexport.bundle.manifest import Precision, Quantization
+    from dyexport.pipeline.settings import BuildSettings
 
 
 def _option(help_text: str, *names: str, metavar: str | None = None) -> Any:
@@ -143,10 +143,10 @@ class BuildOptions:
 
     def settings(self) -> BuildSettings:
         """Raises ``UsageError`` for what cannot be built."""
-        from dyexport.build.settings import BuildSettings, default_out, parse_budget
+        from dyexport.arguments import parse_bytes
         from dyexport.lora import parse_lora, parse_lora_file
+        from dyexport.pipeline.settings import BuildSettings, default_out, parse_budget
         from dyexport.presets import get_preset
-        from dyexport.sizes import parse_bytes
         from dyexport.training.synthetic_config import parse_synthetic
 
         budget = parse_budget(self.budget)

@@ -9,12 +9,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dyexport.arguments import whole_number
+from dyexport.arguments import parse_bytes, whole_number
 from dyexport.commands.given import Given, OnceEach
 from dyexport.commands.options import BuildOptions
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
 from dyexport.errors import UsageError
-from dyexport.sizes import parse_bytes
 
 app = typer.Typer()
 
@@ -76,7 +75,7 @@ def bench(
     with chatter_on_stderr(), progress_bar("timing") as advance:
         from dyexport.bench.compare import BenchSettings, compare
         from dyexport.bench.report import bench_tables
-        from dyexport.bundle import Bundle
+        from dyexport.bundle.reader import Bundle
 
         settings = BenchSettings(
             target=target,
@@ -130,23 +129,23 @@ def evaluate(
     debug: DebugOption = False,
 ) -> None:
     """Score digits by Frechet distance and class accuracy: the dense model, the dynamic one and the control."""
-    from dyexport.bench.evaluation import Drawing, check_digits
-    from dyexport.bundle import Bundle
+    from dyexport.bench.evaluation import SamplingConfig, check_digits
+    from dyexport.bundle.reader import Bundle
 
     build = ("train_steps", "finetune_steps", "checkpoint", "seed")
     Given(context).refuse(not control, "it is for the training of --control", *build)
     whole_number("--seeds", seeds, least=1, most=SEED_COUNT)
-    drawing = Drawing(samples=samples, steps=steps, guidance=guidance, scheduler=scheduler)
+    drawing = SamplingConfig(samples=samples, steps=steps, guidance=guidance, scheduler=scheduler)
     opened = Bundle.open(bundle)
     check_digits(opened.manifest.model)
     path = _control(bundle, train_steps, finetune_steps, checkpoint, seed) if control else None
     with chatter_on_stderr(), progress_bar("drawing") as advance:
         from dyexport.bench.evaluation import evaluate as score
-        from dyexport.bench.quality import Judge
+        from dyexport.bench.quality import Evaluator
         from dyexport.bench.report import eval_table
         from dyexport.demo import real_digits
 
-        judge = Judge(real_digits("train"))
+        judge = Evaluator(real_digits("train"))
         report = score(opened, path, judge, real_digits("held-out"), drawing, range(seeds), advance)
     emit(asdict(report), as_json=json, human=lambda console: console.print(eval_table(report)))
 
@@ -155,9 +154,9 @@ def _control(
     bundle: Path, train_steps: int | None, finetune_steps: int | None, checkpoint: str | None, seed: int
 ) -> Path:
     """The control of the build that made the bundle; its ledger refuses other settings than that build's."""
-    from dyexport.build.verify import find_reference
-    from dyexport.bundle import Bundle
+    from dyexport.bundle.reader import Bundle
     from dyexport.commands.building import building
+    from dyexport.verification.verify import find_reference
 
     found = Bundle.open(bundle, check_hashes=False)
     options = BuildOptions(
@@ -197,7 +196,7 @@ def inspect(
         from dyexport.bench.heatmap import draw_image, draw_text
         from dyexport.bench.pictures import save_png
         from dyexport.bench.report import inspect_payload, inspect_table
-        from dyexport.bundle import Bundle
+        from dyexport.bundle.reader import Bundle
 
         opened = Bundle.open(bundle)
         if png is not None:
@@ -211,8 +210,8 @@ def inspect(
 
 
 def _inspect_plan(bundle: Path, target: str, network: str, as_json: bool) -> None:
-    from dyexport.bench.plans import plan_lines, plan_of
-    from dyexport.bundle import Bundle
+    from dyexport.bench.tensorrt_plans import plan_lines, plan_of
+    from dyexport.bundle.reader import Bundle
 
     info = plan_of(Bundle.open(bundle), target, network)
     emit(info.model_dump(mode="json"), as_json=as_json, human=lambda console: console.print(*plan_lines(info)))

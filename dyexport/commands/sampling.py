@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from dyexport.arguments import SAMPLES, check_guidance, check_seed, check_steps, shown
+from dyexport.bundle.manifest import ModelSpec
 from dyexport.commands.given import Given, OnceEach
 from dyexport.commands.run_side import BundleArgument, MemoryOption, SchedulerOption, TargetOption
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
 from dyexport.errors import UsageError
 from dyexport.files import check_file
-from dyexport.manifest import ModelSpec
 
 if TYPE_CHECKING:
     import torch
@@ -83,8 +83,8 @@ def sample(
     _check_numbers(steps, guidance, seed)
     classes = None if labels is None else parse_labels(labels)
     with chatter_on_stderr(), progress_bar("sampling") as advance:
-        from dyexport.bundle import Bundle
-        from dyexport.runtime.pipeline import load
+        from dyexport.bundle.reader import Bundle
+        from dyexport.runtime.loading import load
 
         spec = Bundle.open(bundle, check_hashes=False).manifest.model
         _refuse_useless(Given(context), spec)
@@ -180,11 +180,11 @@ def _from_labels(
     vae: str | None,
     advance: Advance,
 ) -> _Drawn:
-    from dyexport.runtime.sampling import LABEL_HABITS, decode, open_vae
+    from dyexport.runtime.sampling import LABEL_DEFAULTS, decode, open_vae
     from dyexport.runtime.sampling import sample as draw
 
-    steps = LABEL_HABITS.steps if steps is None else steps
-    guidance = LABEL_HABITS.guidance if guidance is None else guidance
+    steps = LABEL_DEFAULTS.steps if steps is None else steps
+    guidance = LABEL_DEFAULTS.guidance if guidance is None else guidance
     drawn = draw(
         _Counted(loaded, steps, advance),
         loaded.spec,

@@ -44,7 +44,7 @@ def verify(
     debug: DebugOption = False,
 ) -> None:
     """Compare a bundle with the masked torch model it was cut from, in fp32 at random timesteps."""
-    from dyexport.build.verify import VerifySettings, verify_bundle
+    from dyexport.verification.verify import VerifySettings, verify_bundle
 
     settings = VerifySettings(
         timesteps=timesteps, tolerance=tolerance, target=target, seed=seed, layers=layers, small=small
@@ -61,7 +61,7 @@ def verify(
 
 def _check_small(given: Given, bundle: Path) -> None:
     """Raises ``UsageError`` where the model has no smaller pictures to compare on."""
-    from dyexport.bundle import Bundle
+    from dyexport.bundle.reader import Bundle
     from dyexport.presets import get_preset
 
     name = Bundle.open(bundle, check_hashes=False).manifest.model.name

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyexport.architectures import RouterKind
+from dyexport.backbones.base import Adapter, Inputs, RouterKind
+from dyexport.bundle.tables import WidthTable
 from dyexport.lora import LoraSpec
-from dyexport.models.base import BIAS, BackboneAdapter, Inputs
 from dyexport.models.gates import BlockGates, BlockRouter, GatedPass, GateNoise, hard_gate, without_autocast
-from dyexport.models.lora import TdLora
-from dyexport.tables import WidthTable
+from dyexport.models.hooks import BIAS
+from dyexport.models.td_lora import TdLora
 
 MEAN_POINTS = 64  # timesteps that gates are averaged over
 
@@ -56,7 +56,7 @@ class DynamicTransformer(nn.Module):
     def __init__(
         self,
         backbone: nn.Module,
-        adapter: BackboneAdapter,
+        adapter: Adapter,
         *,
         heads: int,
         groups: int | None = None,

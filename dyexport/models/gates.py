@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyexport.architectures import RouterKind
+from dyexport.backbones.base import RouterKind
 
 GATE_TEMPERATURE = 5.0  # tau of the Gumbel-sigmoid, arXiv 2410.03456 section 3.4
 WIDTH_BIAS = 15.0  # everything starts on, so fine-tuning starts from the static model

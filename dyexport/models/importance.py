@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dyexport.models.base import Inputs
+from dyexport.backbones.base import Inputs
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dyexport.architectures import Preset
-from dyexport.models.base import Inputs
-from dyexport.models.conditioning import Batch, get_conditioning
+from dyexport.backbones import get_conditioning
+from dyexport.backbones.base import Inputs, Preset
+from dyexport.models.conditions import Batch
 
 ROWS = 2048  # tokens of one pass, which bounds the memory that activations take
 DDPM_STEPS = 1000

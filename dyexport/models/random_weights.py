@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dyexport.architectures import Preset, RouterKind
+from dyexport.backbones import get_adapter
+from dyexport.backbones.base import Preset, RouterKind
 from dyexport.lora import LoraSpec
-from dyexport.models.base import get_adapter
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.gates import OrderedRouter
 from dyexport.models.inputs import NoisedInputs
-from dyexport.models.lora import TdLora
+from dyexport.models.td_lora import TdLora
 
 TREND = 0.5  # amplitude over t of what all units of a model share: wider at one end of the trajectory
 SPREAD = 0.1  # std of the amplitude of each slow wave that a unit follows on its own

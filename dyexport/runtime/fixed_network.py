@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from dyexport.errors import EngineMismatch
+from dyexport.errors import EngineMismatchError
 
 MERGE = "build the bundle with --lora FILE, which merges it into the weights"
 STOCK = "use the diffusers transformer for that"
@@ -62,7 +62,7 @@ SWITCHES: Mapping[str, str] = {  # refused when they turn on what is never on
 class FixedNetwork:
     """Mixin before a diffusers model, whose methods on layers would find none, fail obscurely or do nothing.
 
-    Each raises ``EngineMismatch``; what turns off what is off already does nothing.
+    Each raises ``EngineMismatchError``; what turns off what is off already does nothing.
     """
 
     def train(self, mode: bool = True) -> Any:
@@ -85,7 +85,7 @@ class FixedNetwork:
 
 
 def _refuse(owner: type, name: str, cure: str) -> NoReturn:
-    raise EngineMismatch(f"{name} cannot reach the layers of {owner.__name__}, which are inside engines; {cure}")
+    raise EngineMismatchError(f"{name} cannot reach the layers of {owner.__name__}, which are inside engines; {cure}")
 
 
 def _refusal(name: str, cure: str) -> Callable[..., NoReturn]:

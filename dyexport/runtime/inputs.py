@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyexport.arguments import shown
 from dyexport.engines.base import Tensors
-from dyexport.errors import EngineMismatch
+from dyexport.errors import EngineMismatchError
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +23,9 @@ def floating(name: str, value: Any, *shape: str) -> torch.Tensor:
 
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.ndim != len(shape):
         wanted = f"a floating-point tensor ({', '.join(shape)})"
-        raise EngineMismatch(f"{name} must be {wanted}, is {_described(value)}")
+        raise EngineMismatchError(f"{name} must be {wanted}, is {_described(value)}")
     if not value.numel():
-        raise EngineMismatch(f"{name} is empty: it has shape {list(value.shape)}")
+        raise EngineMismatchError(f"{name} is empty: it has shape {list(value.shape)}")
     return value
 
 
@@ -36,12 +36,12 @@ def float_values(name: str, value: Any) -> list[float]:
     try:
         numbers = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise EngineMismatch(f"{name} must be a number or a tensor of them, is {_described(value)}") from error
+        raise EngineMismatchError(f"{name} must be a number or a tensor of them, is {_described(value)}") from error
     if numbers.dtype == torch.bool or numbers.is_complex() or not numbers.numel():
-        raise EngineMismatch(f"{name} must be a real number or a tensor of them, is {_described(value)}")
+        raise EngineMismatchError(f"{name} must be a real number or a tensor of them, is {_described(value)}")
     values: list[float] = numbers.to(torch.float32).reshape(-1).tolist()
     if wrong := [each for each in values if not math.isfinite(each)]:
-        raise EngineMismatch(f"{name} is {wrong[0]}; give a finite number")
+        raise EngineMismatchError(f"{name} is {wrong[0]}; give a finite number")
     return values
 
 
@@ -51,14 +51,14 @@ def guidance_scale(value: Any) -> torch.Tensor:
 
     values = float_values("guidance", value)
     if wrong := [each for each in values if abs(each) > LARGEST_GUIDANCE]:
-        raise EngineMismatch(f"guidance is {wrong[0]:g}, which overflows when it is embedded; give such as 3.5")
+        raise EngineMismatchError(f"guidance is {wrong[0]:g}, which overflows when it is embedded; give such as 3.5")
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def checked_labels(value: Any, classes: int) -> torch.Tensor:
     """(1,) or (B,) int64 on the CPU, ``classes`` being no class.
 
-    Raises ``EngineMismatch`` for what an embedding of ``classes`` + 1 rows does not hold: torch would take a negative
+    Raises ``EngineMismatchError`` for what an embedding of ``classes`` + 1 rows does not hold: torch takes a negative
     label from the end, and a fraction would lose what is behind the point.
     """
     import torch
@@ -66,12 +66,12 @@ def checked_labels(value: Any, classes: int) -> torch.Tensor:
     known = f"whole numbers from 0 to {classes - 1}, or {classes} for none, are what the conditioning was built for"
     whole = isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32)
     if not whole or value.ndim > 1 or not value.numel():
-        raise EngineMismatch(f"class_labels is {_described(value)}; an int64 tensor (batch,) of {known}")
+        raise EngineMismatchError(f"class_labels is {_described(value)}; an int64 tensor (batch,) of {known}")
     labels = value.reshape(-1).tolist()  # (B,)
     if classes < PIPELINE_NULL_CLASS:
         labels = [classes if label == PIPELINE_NULL_CLASS else label for label in labels]
     if wrong := [label for label in labels if not 0 <= label <= classes]:
-        raise EngineMismatch(f"class_labels holds {wrong[0]}; {known}")
+        raise EngineMismatchError(f"class_labels holds {wrong[0]}; {known}")
     return torch.tensor(labels, dtype=torch.int64, device="cpu")
 
 
@@ -85,18 +85,18 @@ def positions(txt_ids: Any, img_ids: Any) -> dict[str, torch.Tensor]:
     given = {"txt_ids": txt_ids, "img_ids": img_ids}
     for name, ids in given.items():
         if not isinstance(ids, torch.Tensor) or ids.is_complex() or ids.ndim not in (2, 3) or not ids.numel():
-            raise EngineMismatch(f"{name} must be a tensor (tokens, 3) of numbers, is {_described(ids)}")
+            raise EngineMismatchError(f"{name} must be a tensor (tokens, 3) of numbers, is {_described(ids)}")
     common = torch.promote_types(txt_ids.dtype, img_ids.dtype)
     return {name: (ids[0] if ids.ndim == 3 else ids).to(common).to(torch.float32) for name, ids in given.items()}
 
 
 def check_no_gradients(tensors: Tensors) -> None:
-    """Raise ``EngineMismatch`` where a gradient should pass: outputs of engines have none, and nothing would say so."""
+    """Raise ``EngineMismatchError`` where a gradient should pass, which outputs of engines do not have."""
     import torch
 
     wanting = [name for name, tensor in tensors.items() if tensor.requires_grad] if torch.is_grad_enabled() else []
     if wanting:
-        raise EngineMismatch(
+        raise EngineMismatchError(
             f"{wanting[0]} requires a gradient, which cannot pass through engines; call under torch.no_grad()"
         )
 
@@ -104,7 +104,7 @@ def check_no_gradients(tensors: Tensors) -> None:
 def one_batch(timestep: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
     """Expand tensors of one sample to the batch of the others, as the stock modules do by broadcasting.
 
-    Raises ``EngineMismatch`` for a tensor of another batch, named.
+    Raises ``EngineMismatchError`` for a tensor of another batch, named.
     """
     import torch
 
@@ -113,7 +113,7 @@ def one_batch(timestep: Any, tensors: Tensors) -> dict[str, torch.Tensor]:
     first, batch = next(((name, size) for name, size in sizes.items() if size != 1), ("", 1))
     for name, size in sizes.items():
         if size not in (1, batch):
-            raise EngineMismatch(f"{name} is for {size} samples, {first} for {batch}; give {batch}, or 1 for all")
+            raise EngineMismatchError(f"{name} is for {size} samples, {first} for {batch}; give {batch}, or 1 for all")
     return {name: tensor.expand(batch, *tensor.shape[1:]) for name, tensor in tensors.items()}
 
 
@@ -125,26 +125,26 @@ def for_engine(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor
 
 
 def check_absent(values: Mapping[str, Any], cure: str) -> None:
-    """Raise ``EngineMismatch`` for an argument that asks for something; None, False and nothing do not."""
+    """Raise ``EngineMismatchError`` for an argument that asks for something; None, False and nothing do not."""
     for name, value in values.items():
         if value is not None and value is not False and not (isinstance(value, (list, tuple)) and not value):
-            raise EngineMismatch(f"{name} cannot reach inside an engine; {cure}")
+            raise EngineMismatchError(f"{name} cannot reach inside an engine; {cure}")
 
 
 def check_attention_kwargs(name: str, values: Any) -> None:
-    """Raise ``EngineMismatch`` for what would change attention.
+    """Raise ``EngineMismatchError`` for what would change attention.
 
     None does not, nor a LoRA scale of 1, which pipelines pass.
     """
     if values is None:
         return
     if not isinstance(values, Mapping):
-        raise EngineMismatch(f"{name} must be a dict or None, is {_described(values)}")
+        raise EngineMismatchError(f"{name} must be a dict or None, is {_described(values)}")
     asked = {key: value for key, value in values.items() if value is not None}
     if "scale" in asked and set(float_values(f"{name}['scale']", asked["scale"])) == {1.0}:
         del asked["scale"]
     if asked:
-        raise EngineMismatch(
+        raise EngineMismatchError(
             f"{name} {sorted(map(str, asked))} cannot reach inside an engine; "
             "leave it out (--lora FILE builds a LoRA in)"
         )

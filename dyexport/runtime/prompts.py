@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from dyexport.arguments import PIXELS, SAMPLES, check_guidance, check_pixels, check_side, check_steps
+from dyexport.backbones import get_pipeline
+from dyexport.backbones.base import PromptColumns, PromptPipeline
 from dyexport.errors import CheckpointError, DataError, UsageError
-from dyexport.runtime.component import BundleTransformer
-from dyexport.runtime.prompt_pipelines import PIPELINES, Columns, PromptPipeline
 from dyexport.runtime.sampling import check_finite, noise_of, open_vae
+from dyexport.runtime.transformer import BundleTransformer
 
 Progress = Callable[[int, int], None]
 """Called with denoising steps done and steps in all."""
@@ -71,9 +72,9 @@ def draw_prompts(
     Raises ``CheckpointError`` where the pipeline cannot be read, ``DataError`` for embeddings that do not fit and
     ``SamplingError`` where what comes out is not finite.
     """
-    spec, kind = transformer.spec, PIPELINES[transformer.spec.backbone]
+    spec, kind = transformer.spec, get_pipeline(transformer.spec.backbone)
     arguments = kind.arguments(spec, frames=wanted.frames, embedded=wanted.embedded is not None)
-    usual = kind.habits(spec)
+    usual = kind.defaults(spec)
     steps, guidance = wanted.steps or usual.steps, usual.guidance if wanted.guidance is None else wanted.guidance
     conditions: dict[str, Any] = {"prompt": list(wanted.texts)}
     if wanted.embedded is not None:
@@ -125,7 +126,7 @@ def open_pipeline(transformer: BundleTransformer, source: str, *, texts: bool = 
 
     Without ``texts`` the text encoders stay unread too.
     """
-    kind = PIPELINES[transformer.spec.backbone]
+    kind = get_pipeline(transformer.spec.backbone)
     absent = {} if texts else dict.fromkeys(kind.text_parts)
     try:
         return _class_of(kind).from_pretrained(source, transformer=transformer, torch_dtype=torch.bfloat16, **absent)
@@ -153,7 +154,7 @@ def _class_of(kind: PromptPipeline) -> Any:
     return getattr(diffusers, kind.name)
 
 
-def read_embedded(file: Path, columns: Columns) -> dict[str, Any]:
+def read_embedded(file: Path, columns: PromptColumns) -> dict[str, Any]:
     """The tensors (n, ...) of a safetensors file, n of each."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 
 from dyexport.arguments import SAMPLES, STEPS, check_guidance, check_seed, check_steps, shown
+from dyexport.backbones.base import SamplingDefaults
+from dyexport.bundle.manifest import ModelSpec
 from dyexport.errors import CheckpointError, SamplingError, UsageError
-from dyexport.manifest import ModelSpec
-from dyexport.runtime.placeholder import offloading_placeholder
+from dyexport.runtime.transformer import offloading_placeholder
 
 if TYPE_CHECKING:
     from diffusers import DiTPipeline
@@ -38,14 +39,7 @@ Noise = torch.Generator | list[torch.Generator]
 """What draws the noise of a batch, or that of each sample."""
 
 
-class Habits(NamedTuple):
-    """What a model is usually sampled with."""
-
-    steps: int
-    guidance: float
-
-
-LABEL_HABITS = Habits(steps=50, guidance=1.5)
+LABEL_DEFAULTS = SamplingDefaults(steps=50, guidance=1.5)
 
 
 class Denoiser(Protocol):

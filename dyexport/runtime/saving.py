@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from dyexport.bundle import MANIFEST, Bundle, files_of, manifest_text
+from dyexport.bundle.manifest import Manifest
+from dyexport.bundle.reader import MANIFEST, Bundle, files_of, manifest_text
 from dyexport.errors import StorageError
 from dyexport.files import replacing, storage_errors
-from dyexport.manifest import Manifest
 
 CONFIG = "config.json"  # what diffusers and the hub know a model by
 CARD = "README.md"

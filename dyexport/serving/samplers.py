@@ -9,13 +9,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dyexport.runtime.component import BundleTransformer
-from dyexport.runtime.pipeline import load
-from dyexport.runtime.prompt_pipelines import PIPELINES
+from dyexport.backbones import get_pipeline
+from dyexport.runtime.loading import load
 from dyexport.runtime.prompts import Prompts, draw_prompts, open_pipeline
-from dyexport.runtime.sampling import LABEL_HABITS, decode, open_vae, sample
-from dyexport.serving.orders import Order, OrderBook, Settings
-from dyexport.serving.served import BUNDLE, Output, Served, output_of, source_of
+from dyexport.runtime.sampling import LABEL_DEFAULTS, decode, open_vae, sample
+from dyexport.runtime.transformer import BundleTransformer
+from dyexport.serving.config import BUNDLE, Output, ServedModelConfig, output_of, source_of
+from dyexport.serving.requests import Request, RequestParser, Settings
 
 AfterStep = Callable[[], None]
 """Called after each denoising step; what it raises ends the drawing."""
@@ -24,14 +24,14 @@ AfterStep = Callable[[], None]
 class Sampler(Protocol):
     """Draws batches of one model."""
 
-    book: OrderBook
+    book: RequestParser
     output: Output
 
-    def draw(self, orders: Sequence[Order], after_step: AfterStep) -> np.ndarray:
+    def draw(self, orders: Sequence[Request], after_step: AfterStep) -> np.ndarray:
         """Samples of all orders, which share their settings, in one batch: (B, ...), as ``output`` says."""
 
 
-def open_sampler(folder: Path, served: Served, device: str | None) -> Sampler:
+def open_sampler(folder: Path, served: ServedModelConfig, device: str | None) -> Sampler:
     """The model in a version folder of a repository. Raises what ``load`` raises, and ``CheckpointError``.
 
     Engines that do not fit this machine are an error: a server that is ready runs what it was deployed for.
@@ -54,14 +54,14 @@ def open_sampler(folder: Path, served: Served, device: str | None) -> Sampler:
 class LabelSampler:
     """DiT and SiT: a picture for each class label."""
 
-    def __init__(self, transformer: BundleTransformer, served: Served, vae: torch.nn.Module | None) -> None:
+    def __init__(self, transformer: BundleTransformer, served: ServedModelConfig, vae: torch.nn.Module | None) -> None:
         spec = transformer.spec
-        usual = Settings(steps=min(LABEL_HABITS.steps, served.max_steps), guidance=LABEL_HABITS.guidance)
-        self.book = OrderBook(classes=spec.classes, usual=usual, limits=served.limits)
+        usual = Settings(steps=min(LABEL_DEFAULTS.steps, served.max_steps), guidance=LABEL_DEFAULTS.guidance)
+        self.book = RequestParser(classes=spec.classes, usual=usual, limits=served.limits)
         self.output = output_of(spec, decoded=spec.pixel_space or vae is not None)
         self._transformer, self._vae, self._scheduler = transformer, vae, served.scheduler
 
-    def draw(self, orders: Sequence[Order], after_step: AfterStep) -> np.ndarray:
+    def draw(self, orders: Sequence[Request], after_step: AfterStep) -> np.ndarray:
         settings, rows = orders[0].settings, [row for order in orders for row in order.rows]
         values = sample(
             _Watched(self._transformer, after_step),
@@ -80,18 +80,18 @@ class LabelSampler:
 class PromptSampler:
     """FLUX and Latte: a picture or a video for each prompt, by diffusers' own pipeline."""
 
-    def __init__(self, transformer: BundleTransformer, served: Served, pipeline: str) -> None:
+    def __init__(self, transformer: BundleTransformer, served: ServedModelConfig, pipeline: str) -> None:
         spec = transformer.spec
-        self._kind = PIPELINES[spec.backbone]
+        self._kind = get_pipeline(spec.backbone)
         self._transformer = transformer
         self._pipe = open_pipeline(transformer, pipeline).to(transformer.device)
         self._pipe.set_progress_bar_config(disable=True)
-        habits, side = self._kind.habits(spec), self._kind.side(spec, self._pipe.vae_scale_factor)
+        habits, side = self._kind.defaults(spec), self._kind.side(spec, self._pipe.vae_scale_factor)
         usual = Settings(steps=min(habits.steps, served.max_steps), guidance=habits.guidance, height=side, width=side)
-        self.book = OrderBook(classes=0, usual=usual, limits=served.limits)
+        self.book = RequestParser(classes=0, usual=usual, limits=served.limits)
         self.output = output_of(spec, decoded=True)
 
-    def draw(self, orders: Sequence[Order], after_step: AfterStep) -> np.ndarray:
+    def draw(self, orders: Sequence[Request], after_step: AfterStep) -> np.ndarray:
         subjects = [(str(subject), seed) for order in orders for subject, seed in order.rows]
         parts = [subjects] if self._kind.batches else [[each] for each in subjects]
         return np.concatenate([self._drawn(part, orders[0].settings, after_step) for part in parts])

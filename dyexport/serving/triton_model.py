@@ -16,10 +16,10 @@ import numpy as np
 import triton_python_backend_utils as pb
 
 from dyexport.engines.registry import get_backend
-from dyexport.errors import DyexportError, EngineMismatch, UsageError
-from dyexport.serving.orders import SEED, Order, OrderBook, together
-from dyexport.serving.orders import split as split_rows
-from dyexport.serving.served import Served
+from dyexport.errors import DyexportError, EngineMismatchError, UsageError
+from dyexport.serving.config import ServedModelConfig
+from dyexport.serving.requests import SEED, Request, RequestParser, together
+from dyexport.serving.requests import split as split_rows
 
 FIRST_STEPS = 8
 
@@ -35,7 +35,7 @@ class TritonPythonModel:
         """Opens the bundle and draws once: a model that cannot draw is never ready."""
         check_tensors()
         config = json.loads(args["model_config"])
-        served = Served.of_config(config)
+        served = ServedModelConfig.of_config(config)
         from dyexport.serving.samplers import open_sampler  # torch and diffusers: seconds
 
         folder = Path(args["model_repository"]) / args["model_version"]
@@ -47,7 +47,7 @@ class TritonPythonModel:
         """One response for each request, in order; a bad one does not spoil the others of its batch."""
         waiting = [Waiting(request) for request in requests]
         responses: dict[int, Any] = {}
-        orders: dict[int, Order] = {}
+        orders: dict[int, Request] = {}
         for index, request in enumerate(requests):
             try:
                 orders[index] = self._sampler.book.read(self._arrays(request))
@@ -62,14 +62,14 @@ class TritonPythonModel:
         found = {name: pb.get_input_tensor_by_name(request, name) for name in self._inputs}
         return {name: tensor.as_numpy() for name, tensor in found.items() if tensor is not None}
 
-    def _answered(self, orders: Sequence[Order], waiting: Sequence[Waiting]) -> list[Any]:
+    def _answered(self, orders: Sequence[Request], waiting: Sequence[Waiting]) -> list[Any]:
         try:
             batches = self._draw(orders, waiting)
         except Exception as error:  # out of memory, say: the server goes on
             return [_failure(error) for _ in orders]
         return [self._response(order, values) for order, values in zip(orders, batches, strict=True)]
 
-    def _draw(self, orders: Sequence[Order], waiting: Sequence[Waiting]) -> list[np.ndarray]:
+    def _draw(self, orders: Sequence[Request], waiting: Sequence[Waiting]) -> list[np.ndarray]:
         """Samples of each order, drawn together until no request is waited for any more."""
         steps = 0
 
@@ -81,7 +81,7 @@ class TritonPythonModel:
         check_waiting(waiting, "before it was drawn")
         return split_rows(self._sampler.draw(orders, after_step), [len(order) for order in orders])
 
-    def _response(self, order: Order, values: np.ndarray) -> Any:
+    def _response(self, order: Request, values: np.ndarray) -> Any:
         seeds = np.array(order.seeds, np.int64)[:, None]  # (B, 1)
         tensors = [pb.Tensor(self._sampler.output.name, np.ascontiguousarray(values)), pb.Tensor(SEED, seeds)]
         return pb.InferenceResponse(output_tensors=tensors)
@@ -123,7 +123,7 @@ def _failure(error: Exception) -> Any:
     return pb.InferenceResponse(output_tensors=[], error=pb.TritonError(message, code))
 
 
-def _first(book: OrderBook) -> dict[str, np.ndarray]:
+def _first(book: RequestParser) -> dict[str, np.ndarray]:
     """A sample of the usual size, in a few steps, so that engines are loaded before anyone waits for them."""
     subject = np.zeros((1, 1), np.int64) if book.classes else np.array([[b"a"]], np.object_)
     return {book.subject: subject, "steps": np.array([[min(FIRST_STEPS, book.limits.max_steps)]])}
@@ -140,11 +140,11 @@ def _device(args: dict[str, str], target: str) -> str | None:
 
 
 def check_tensors() -> None:
-    """Raises ``EngineMismatch`` where tensors arrive garbled, as in server 2.51 beside numpy 2."""
+    """Raises ``EngineMismatchError`` where tensors arrive garbled, as in server 2.51 beside numpy 2."""
     sent = np.arange(1, 4, dtype=np.float32)
     received = pb.Tensor.from_dlpack("probe", pb.Tensor("probe", sent).to_dlpack()).as_numpy()
     if not np.array_equal(received, sent):
-        raise EngineMismatch(
+        raise EngineMismatchError(
             f"this Triton server garbles tensors beside numpy {np.__version__}: it reads {received} where {sent} was "
             "sent; install numpy<2 where the server finds dyexport, or use a newer server"
         )

@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dyexport.arguments import PIXELS, STEPS, shown, whole_number
-from dyexport.bundle import MANIFEST, Bundle
+from dyexport.bundle.manifest import ModelSpec
+from dyexport.bundle.reader import MANIFEST, Bundle
 from dyexport.engines.networks import check_networks
 from dyexport.engines.registry import get_backend
-from dyexport.errors import MissingDependency, UsageError
+from dyexport.errors import MissingDependencyError, UsageError
 from dyexport.files import check_writable, hard_linked, replacing, sync
-from dyexport.manifest import ModelSpec
-from dyexport.serving.orders import LABEL, PROMPT, SEED, Limits
-from dyexport.serving.served import BUNDLE, PIPELINE, PROMPT_CHARACTERS, VAE, Served, output_of
+from dyexport.serving.config import BUNDLE, PIPELINE, PROMPT_CHARACTERS, VAE, ServedModelConfig, output_of
+from dyexport.serving.requests import LABEL, PROMPT, SEED, Limits
 
 Progress = Callable[[int, int], None]
 """Called with files done and files in all."""
@@ -84,7 +84,7 @@ class Deployment:
 def deploy(deployment: Deployment, progress: Progress | None = None) -> Path:
     """Write the model, whole or not at all, over one that was deployed there before; returns its directory.
 
-    Raises ``BundleError`` for a damaged bundle, ``EngineMismatch`` for a target it was not built for, ``UsageError``
+    Raises ``BundleError`` for a damaged bundle, ``EngineMismatchError`` for an unknown target, ``UsageError``
     for parts that do not belong to the model, ``StorageError`` where nothing can be written.
     """
     bundle = Bundle.open(deployment.bundle)
@@ -137,18 +137,18 @@ def _check_parts(deployment: Deployment, spec: ModelSpec) -> None:
 def _check_limits(deployment: Deployment, spec: ModelSpec) -> None:
     """A server whose model could not draw at all is not written."""
     if not spec.classes:
-        from dyexport.runtime.prompt_pipelines import PIPELINES
+        from dyexport.backbones import get_pipeline
 
-        side = PIPELINES[spec.backbone].side(spec, _vae_scale(deployment.pipeline))
+        side = get_pipeline(spec.backbone).side(spec, _vae_scale(deployment.pipeline))
         if side * side > deployment.max_pixels:
             raise UsageError(
                 f"--max-pixels is {deployment.max_pixels}, and where no size is asked for {spec.name} draws "
                 f"{side} x {side}; give at least {side * side}"
             )
     if deployment.memory is not None:
-        from dyexport.runtime.pipeline import load
+        from dyexport.runtime.loading import load
 
-        with suppress(MissingDependency):  # which the server may have
+        with suppress(MissingDependencyError):  # which the server may have
             load(
                 deployment.bundle,
                 target=deployment.target,
@@ -162,7 +162,7 @@ def _check_limits(deployment: Deployment, spec: ModelSpec) -> None:
 
 def _vae_scale(pipeline: str | None) -> int:
     """Pixels on a side of a latent, by the configuration in the pipeline's folder; a hub id is not looked into."""
-    from dyexport.runtime.prompt_pipelines import VAE_SCALE
+    from dyexport.backbones.base import VAE_SCALE
 
     config = Path(pipeline or "") / "vae" / "config.json"
     try:
@@ -187,10 +187,10 @@ def _files(deployment: Deployment, bundle: Bundle) -> dict[str, Path]:
     return files
 
 
-def _served(deployment: Deployment) -> Served:
+def _served(deployment: Deployment) -> ServedModelConfig:
     """A directory became a folder of the model; a hub id stays what it is."""
     pipeline, vae = deployment.pipeline, deployment.vae
-    return Served(
+    return ServedModelConfig(
         target=deployment.target,
         pipeline=PIPELINE if pipeline is not None and Path(pipeline).is_dir() else pipeline,
         vae=VAE if vae is not None and Path(vae).is_dir() else vae,
@@ -216,7 +216,7 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def config_text(deployment: Deployment, spec: ModelSpec, served: Served) -> str:
+def config_text(deployment: Deployment, spec: ModelSpec, served: ServedModelConfig) -> str:
     """``config.pbtxt``: what a request holds, and what it is answered with."""
     output = output_of(spec, decoded=spec.pixel_space or served.vae is not None or served.pipeline is not None)
     batch = deployment.max_batch or LARGE_BATCH.get(spec.backbone, 8)

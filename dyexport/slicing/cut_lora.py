@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from dyexport.lora import LoraSpec
-from dyexport.models.lora import key_of
+from dyexport.models.td_lora import key_of
 from dyexport.slicing.recipes import Recipe
 from dyexport.slicing.slicer import linear_names, recipe_for
 

@@ -10,11 +10,11 @@ from functools import cache
 
 from torch import Tensor
 
-from dyexport.manifest import Segment
-from dyexport.models.basic_block import LINEARS
+from dyexport.backbones.basic_transformer_block import LINEARS
+from dyexport.backbones.flux.masked import DOUBLE_LINEARS, SINGLE_LINEARS
+from dyexport.bundle.manifest import Segment
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.flux import DOUBLE_LINEARS, SINGLE_LINEARS
-from dyexport.models.lora import LowRank
+from dyexport.models.td_lora import LowRank
 from dyexport.slicing.recipes import Read, Recipe
 
 PREFIX = "merged"

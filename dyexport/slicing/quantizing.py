@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from dyexport.manifest import Quantization
+from dyexport.bundle.manifest import Quantization
 from dyexport.slicing.recipes import Recipe
 
 SCALE = "{weight}_scale"  # stored beside the weight

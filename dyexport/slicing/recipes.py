@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dyexport.manifest import Quantization
+from dyexport.bundle.manifest import Quantization
 
 ALIGNMENT = 4096  # bytes; lets every tensor be mapped as whole pages
 

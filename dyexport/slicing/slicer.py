@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dyexport.architectures import Preset
-from dyexport.errors import UsageError
+from dyexport.backbones import get_slicer
+from dyexport.backbones.base import Preset
+from dyexport.bundle.manifest import ModelSpec, Precision, Quantization, Segment, TokenPath
+from dyexport.bundle.tables import WidthTable
+from dyexport.bundle.tensors import TensorSpec
 from dyexport.lora import LoraSpec
-from dyexport.manifest import ModelSpec, Precision, Quantization, Segment, TokenPath
 from dyexport.slicing.merging import merged_recipe
 from dyexport.slicing.quantizing import quantized_recipes
 from dyexport.slicing.recipes import Read, Recipe, materialise
-from dyexport.tables import WidthTable
-from dyexport.tensors import TensorSpec
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 IN_FP32 = frozenset(  # parts of names: sinusoids, norms inside attention, routers, modulation, patches
@@ -46,7 +45,7 @@ def _longest_first(widths: WidthTable, masks: np.ndarray) -> tuple[tuple[int, ..
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
+class SliceContext:
     """What all networks cut from one model have in common. ``groups`` is G, the MLP groups of a dense block."""
 
     spec: ModelSpec
@@ -81,35 +80,7 @@ class Slice:
         return module.eval()
 
 
-class Slicer(Protocol):
-    """What a backbone's module in this folder provides."""
-
-    def slice_network(self, architecture: Architecture, segment: Segment) -> Slice:
-        """What runs at each step of a segment."""
-
-    def slice_conditioning(self, architecture: Architecture) -> Slice:
-        """What depends on t, labels or text alone, and runs once for all steps: ``modulation`` (rows, M)."""
-
-    def tables(self, config: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """Constants of the network that no checkpoint stores."""
-
-
-_SLICERS = {
-    "dit": "dyexport.slicing.cut_dit",
-    "sit": "dyexport.slicing.cut_dit",
-    "flux": "dyexport.slicing.cut_flux",
-    "latte": "dyexport.slicing.cut_latte",
-}
-
-
-def get_slicer(backbone: str) -> Slicer:
-    if backbone not in _SLICERS:
-        raise UsageError(f"no slim network for backbone {backbone!r}; known: {', '.join(_SLICERS)}")
-    slicer: Any = import_module(_SLICERS[backbone])
-    return slicer
-
-
-def slice_segment(architecture: Architecture, segment: Segment) -> Slice:
+def slice_segment(architecture: SliceContext, segment: Segment) -> Slice:
     """The slim network of a segment."""
     piece = get_slicer(architecture.spec.backbone).slice_network(architecture, segment)
     recipes = piece.recipes
@@ -120,7 +91,7 @@ def slice_segment(architecture: Architecture, segment: Segment) -> Slice:
     return replace(piece, recipes=recipes)
 
 
-def slice_conditioning(architecture: Architecture) -> Slice:
+def slice_conditioning(architecture: SliceContext) -> Slice:
     """The conditioning network that all segments share."""
     return get_slicer(architecture.spec.backbone).slice_conditioning(architecture)
 
@@ -208,7 +179,7 @@ def linear_names(slim: str, stock: str) -> dict[str, str]:
     return {f"{slim}.{kind}": f"{stock}.{kind}" for kind in ("weight", "bias")}
 
 
-def on_meta(architecture: Architecture, make: Any, *args: Any, **settings: Any) -> nn.Module:
+def on_meta(architecture: SliceContext, make: Any, *args: Any, **settings: Any) -> nn.Module:
     """A module without memory for its weights, in the architecture's precision but for what must stay in fp32."""
     with torch.device("meta"):
         module: nn.Module = make(*args, **settings)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyexport.manifest import Segment, TokenPath
+from dyexport.bundle.manifest import Segment, TokenPath
 
 NORM_EPS = 1e-6  # of every adaLN in DiT and FLUX
 

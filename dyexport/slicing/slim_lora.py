@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dyexport.bundle.manifest import Segment
 from dyexport.lora import LoraSpec
-from dyexport.manifest import Segment
 from dyexport.slicing.slim_layers import Gates, TransposedLinear, split_gates
 
 

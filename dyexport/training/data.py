@@ -11,10 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dyexport.architectures import Preset
+from dyexport.backbones import get_conditioning
+from dyexport.backbones.base import Preset
 from dyexport.digests import once, sha256_of
-from dyexport.errors import DataError, MissingDependency
-from dyexport.models.conditioning import Batch, Column, get_conditioning
+from dyexport.errors import DataError, MissingDependencyError
+from dyexport.models.conditions import Batch, Column
 
 Split = Literal["train", "held-out"]
 HELD_OUT_SHARE = 0.2
@@ -75,7 +76,7 @@ def digits(split: Split = "train") -> MemorySource:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise MissingDependency("scikit-learn", "demo") from error
+        raise MissingDependencyError("scikit-learn", "demo") from error
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     held_out = round(HELD_OUT_SHARE * len(order))

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dyexport.models.conditioning import Conditioning
+from dyexport.backbones.base import Conditioning
 from dyexport.models.inputs import seeded_generator
 from dyexport.training.data import LatentSource
 from dyexport.training.losses import DiffusionObjective, NoisyBatch

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyexport.architectures import Preset
+from dyexport.backbones.base import Preset
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.training.config import FinetuneConfig
 from dyexport.training.data import LatentSource

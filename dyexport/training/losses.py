@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from dyexport.architectures import Objective
-from dyexport.models.base import BackboneAdapter, Inputs
+from dyexport.backbones.base import Adapter, Inputs, Objective
+from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicOutput, DynamicTransformer
 from dyexport.models.gates import GateNoise
 from dyexport.models.inputs import DDPM_BETAS, DDPM_STEPS
-from dyexport.slicing.flops import FlopsModel
 from dyexport.training.teacher import Teacher
 
 FLOPS_WEIGHT = 2.0  # arXiv 2410.03456 eq. 7
@@ -187,7 +186,7 @@ def flops_penalty(local: Tensor, overall: Tensor, target: float) -> Tensor:
 class StaticLosses(nn.Module):
     """The loss of a stock backbone, as one forward pass."""
 
-    def __init__(self, model: nn.Module, adapter: BackboneAdapter, objective: DiffusionObjective) -> None:
+    def __init__(self, model: nn.Module, adapter: Adapter, objective: DiffusionObjective) -> None:
         super().__init__()
         self.model = model
         self.adapter = adapter

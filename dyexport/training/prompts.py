@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from dyexport.architectures import Preset
+from dyexport.backbones.base import Preset
 from dyexport.errors import CheckpointError, DataError
-from dyexport.models.conditioning import Conditions
+from dyexport.models.conditions import Conditions
 from dyexport.training.state import ORIGIN, origin_of, write_tensors
 
 SUBJECTS = (

@@ -13,9 +13,10 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from dyexport.architectures import FluxPreset, Preset
-from dyexport.models.base import get_adapter
-from dyexport.models.conditioning import Conditions, get_conditioning
+from dyexport.backbones import get_adapter, get_conditioning
+from dyexport.backbones.base import Preset
+from dyexport.backbones.flux.preset import FluxPreset
+from dyexport.models.conditions import Conditions
 from dyexport.models.inputs import DDPM_BETAS, DDPM_STEPS
 from dyexport.training.data import ShardDirectory
 from dyexport.training.draws import step_generator

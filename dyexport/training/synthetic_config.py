@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dyexport.architectures import FluxPreset, Preset
+from dyexport.backbones.base import Preset
+from dyexport.backbones.flux.preset import FluxPreset
 from dyexport.errors import UsageError
 
 MOST_SAMPLES = 10**7

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dyexport.models.base import Inputs
+from dyexport.backbones.base import Inputs
 from dyexport.models.dynamic import DynamicTransformer
 
 

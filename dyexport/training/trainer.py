@@ -13,11 +13,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dyexport.architectures import Preset
+from dyexport.backbones import get_adapter, get_conditioning
+from dyexport.backbones.base import Preset
 from dyexport.errors import DataError, DyexportError, UsageError
-from dyexport.models.base import get_adapter
-from dyexport.models.conditioning import get_conditioning
-from dyexport.slicing.flops import FlopsModel
+from dyexport.flops import FlopsModel
 from dyexport.training.accelerating import check_accelerate
 from dyexport.training.config import TrainConfig
 from dyexport.training.data import LatentSource

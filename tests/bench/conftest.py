@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from dyexport.bench.compare import BenchSettings
-from dyexport.bench.evaluation import Drawing
-from dyexport.build.pipeline import Pipeline
-from dyexport.build.settings import BuildSettings
-from dyexport.bundle import Bundle
+from dyexport.bench.evaluation import SamplingConfig
+from dyexport.bundle.reader import Bundle
 from dyexport.console import StageLines
 from dyexport.demo import DemoReport, demo_settings, run_demo
+from dyexport.pipeline.build import Pipeline
+from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import PRESETS
 from tests.factories import tiny_preset
 from tests.runtime.bundles import TinyBundle, write_bundle
@@ -48,4 +48,4 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoReport:
     settings = demo_settings(tmp_path_factory.mktemp("bench") / "demo")
     settings = replace(settings, train_steps=2, finetune_steps=12, engines=2)
     bench = BenchSettings(rounds=1, steps=2, compiled=False, threads=1)
-    return run_demo(settings, StageLines(), drawing=Drawing(samples=20, steps=2), bench=bench)
+    return run_demo(settings, StageLines(), drawing=SamplingConfig(samples=20, steps=2), bench=bench)

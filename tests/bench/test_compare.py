@@ -16,12 +16,12 @@ from dyexport.bench.latency import BenchReport
 from dyexport.bench.memory import MemoryProbe, added_bytes
 from dyexport.bench.report import bench_tables
 from dyexport.bench.variants import compiled_variant, conditioning_variant
-from dyexport.bundle import MANIFEST, Bundle, manifest_text
+from dyexport.bundle.manifest import DENSE
+from dyexport.bundle.reader import MANIFEST, Bundle, manifest_text
 from dyexport.engines.fake import FakeEngine
 from dyexport.errors import BundleError, DyexportError, UsageError
-from dyexport.manifest import DENSE
-from dyexport.runtime.pipeline import load
-from dyexport.runtime.transformers import example_inputs, stock_transformer
+from dyexport.runtime.loading import load
+from dyexport.runtime.transformer import example_inputs, stock_transformer
 from tests.bench.text import rendered
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dyexport.bundle import Bundle
+from dyexport.bundle.reader import Bundle
 from dyexport.demo import DemoReport, demo_rows, demo_settings
 
 
 def test_demo_is_build_with_its_defaults(tmp_path: Path) -> None:
-    from dyexport.build.settings import BuildSettings
+    from dyexport.pipeline.settings import BuildSettings
 
     settings = demo_settings(tmp_path)
     assert settings == BuildSettings(model="sit-digits", budget=0.5, out=settings.out, work=settings.work)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from dyexport.bench.evaluation import Drawing, draw_digits, mean_accuracy, mean_frechet, score_models
-from dyexport.bench.quality import Digits, Judge
+from dyexport.bench.evaluation import SamplingConfig, draw_digits, mean_accuracy, mean_frechet, score_models
+from dyexport.bench.quality import Digits, Evaluator
+from dyexport.bundle.manifest import ModelSpec
 from dyexport.errors import UsageError
-from dyexport.manifest import ModelSpec
 from dyexport.presets import get_preset
 from dyexport.training.data import digits
 from tests.factories import spec_of
@@ -41,7 +41,7 @@ class Painter:
 
 
 def test_a_model_that_draws_its_label_is_right(real: Digits) -> None:
-    drawn = draw_digits(Painter(real), spec(), Drawing(samples=20, steps=4), seed=0)
+    drawn = draw_digits(Painter(real), spec(), SamplingConfig(samples=20, steps=4), seed=0)
     assert drawn.labels.tolist() == [*range(10)] * 2
     assert torch.allclose(torch.from_numpy(drawn.pictures[:10]), Painter(real).pictures, atol=1e-4)
 
@@ -50,7 +50,7 @@ def test_seeds_differ_and_repeat(real: Digits) -> None:
     def noise(**inputs: Any) -> SimpleNamespace:
         return SimpleNamespace(sample=torch.zeros_like(inputs["hidden_states"]))
 
-    drawing = Drawing(samples=10, steps=1)
+    drawing = SamplingConfig(samples=10, steps=1)
     first, again, other = (draw_digits(noise, spec(), drawing, seed).pictures for seed in (0, 0, 1))
     assert (first == again).all()
     assert not (first == other).all()
@@ -59,8 +59,8 @@ def test_seeds_differ_and_repeat(real: Digits) -> None:
 def test_scores_by_model_and_seed(real: Digits) -> None:
     models = {"good": Painter(real), "bad": Painter(real, blur=0.7)}
     seen: list[tuple[int, int]] = []
-    drawing = Drawing(samples=40, steps=2)
-    scores = score_models(models, spec(), Judge(real), drawing, [0, 1], lambda *call: seen.append(call))
+    drawing = SamplingConfig(samples=40, steps=2)
+    scores = score_models(models, spec(), Evaluator(real), drawing, [0, 1], lambda *call: seen.append(call))
     assert [score.seed for score in scores["good"]] == [0, 1]
     assert mean_frechet(scores["good"]) < mean_frechet(scores["bad"])
     assert mean_accuracy(scores["good"]) > 0.9
@@ -70,9 +70,9 @@ def test_scores_by_model_and_seed(real: Digits) -> None:
 @pytest.mark.parametrize("name", ["dit-s-2", "flux", "latte"])
 def test_other_models_cannot_be_scored(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} does not draw digits"):
-        draw_digits(lambda **_: None, spec(name), Drawing(), 0)
+        draw_digits(lambda **_: None, spec(name), SamplingConfig(), 0)
 
 
 def test_one_sample_has_no_distance() -> None:
     with pytest.raises(UsageError, match="--samples is 1"):
-        Drawing(samples=1)
+        SamplingConfig(samples=1)

@@ -12,7 +12,7 @@ from PIL import Image
 from dyexport.bench.heatmap import RAMP, SHADES, cells, colour, draw_image, draw_text, heat_maps, segment_of
 from dyexport.bench.pictures import GAP, grid, save_png, side_by_side
 from dyexport.bench.report import inspect_table
-from dyexport.bundle import Bundle
+from dyexport.bundle.reader import Bundle
 from dyexport.errors import StorageError
 from tests.bench.text import rendered
 from tests.runtime.bundles import TinyBundle

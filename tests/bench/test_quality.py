@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dyexport.bench.quality import Digits, Judge, frechet_distance, gaussian_frechet
+from dyexport.bench.quality import Digits, Evaluator, frechet_distance, gaussian_frechet
 from dyexport.training.data import digits
 
 spreads = st.lists(st.floats(0, 10), min_size=3, max_size=3)
@@ -45,19 +45,19 @@ def real(split: str) -> Digits:
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge(real("train"))
+def judge() -> Evaluator:
+    return Evaluator(real("train"))
 
 
-def test_judge_knows_digits_it_was_not_trained_on(judge: Judge) -> None:
+def test_judge_knows_digits_it_was_not_trained_on(judge: Evaluator) -> None:
     assert judge.classifier.accuracy(real("held-out")) > 0.97
 
 
-def test_judge_is_the_same_every_time(judge: Judge) -> None:
-    assert Judge(real("train")).frechet(real("held-out").pictures) == judge.frechet(real("held-out").pictures)
+def test_judge_is_the_same_every_time(judge: Evaluator) -> None:
+    assert Evaluator(real("train")).frechet(real("held-out").pictures) == judge.frechet(real("held-out").pictures)
 
 
-def test_distance_grows_with_damage(judge: Judge) -> None:
+def test_distance_grows_with_damage(judge: Evaluator) -> None:
     held_out = real("held-out").pictures
     noise = np.random.default_rng(0).normal(size=held_out.shape)
     distances = [judge.frechet(held_out + amount * noise) for amount in (0.0, 0.2, 0.5)]
@@ -65,11 +65,11 @@ def test_distance_grows_with_damage(judge: Judge) -> None:
     assert distances[2] > 5 * distances[0]
 
 
-def test_a_missing_class_shows(judge: Judge) -> None:
+def test_a_missing_class_shows(judge: Evaluator) -> None:
     held_out = real("held-out")
     assert judge.frechet(held_out.pictures[held_out.labels != 7]) > 1.5 * judge.frechet(held_out.pictures)
 
 
-def test_wrong_labels_show_in_class_accuracy(judge: Judge) -> None:
+def test_wrong_labels_show_in_class_accuracy(judge: Evaluator) -> None:
     held_out = real("held-out")
     assert judge.score(Digits(held_out.pictures, (held_out.labels + 1) % 10), 0).class_accuracy < 0.1

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import typer
 
+from dyexport.bundle.manifest import EngineRecord
 from dyexport.cli import app, main
-from dyexport.manifest import EngineRecord
 from tests.runtime.bundles import TinyBundle, write_bundle, write_manifest
 
 Run = Callable[..., tuple[int, str, str]]

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageSequence
 
 from dyexport.bench.videos import check_video_path, save_video
-from dyexport.errors import MissingDependency, UsageError
+from dyexport.errors import MissingDependencyError, UsageError
 
 
 def videos() -> np.ndarray:
@@ -39,7 +39,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(find_spec("imageio") is not None, reason="the encoder is installed")
 def test_a_missing_encoder_names_the_extra(tmp_path: Path) -> None:
-    with pytest.raises(MissingDependency, match=r"dyexport\[video\]"):
+    with pytest.raises(MissingDependencyError, match=r"dyexport\[video\]"):
         save_video(videos(), tmp_path / "a.mp4")
 
 

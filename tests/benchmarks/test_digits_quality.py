@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.digits_quality import loss_of, main
 from dyexport.training.data import digits
-from tests.build.tiny import TINY
+from tests.pipeline.tiny import TINY
 
 MODELS = ("static", "control", "rank=1,experts=2,bias=all")
 SHORT = "--train-steps 3 --finetune-steps 3 --samples 20 --draws 2 --steps 2 --seeds 0 --engines 1"

@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from dyexport.build.ledger import Silent
-from dyexport.build.pipeline import opened
-from dyexport.build.verify import TOLERANCES, VerifySettings, verify_bundle
-from dyexport.bundle import Bundle
+from dyexport.bundle.reader import Bundle
 from dyexport.calibration.precision import FP16_MAX, headroom, measure_magnitudes
-from dyexport.errors import EngineMismatch, UsageError
+from dyexport.checkpoints.dynamic import save_dynamic
+from dyexport.errors import EngineMismatchError, UsageError
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.dynamic_checkpoints import save_dynamic
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
+from dyexport.pipeline.build import opened
+from dyexport.pipeline.ledger import NullListener
 from dyexport.presets import get_preset
-from dyexport.runtime.pipeline import load
-from tests.build.tiny import TINY, build, tiny_settings
+from dyexport.runtime.loading import load
+from dyexport.verification.verify import TOLERANCES, VerifySettings, verify_bundle
+from tests.pipeline.tiny import TINY, build, tiny_settings
 
 INPUTS = NoisedInputs(preset=TINY, batch_size=2)
 POINTS = (0.2, 0.8)
@@ -109,11 +109,11 @@ def test_an_error_in_half_precision_is_found(half: Bundle) -> None:
 def test_a_bf16_bundle_says_what_cannot_run_it(tmp_path: Path) -> None:
     bundle = build(tiny_settings(tmp_path, precision="bf16"))
     transformer = load(bundle.root)
-    with pytest.raises(EngineMismatch, match="in bf16, for which ONNX Runtime has no CPU kernels; run it with"):
+    with pytest.raises(EngineMismatchError, match="in bf16, for which ONNX Runtime has no CPU kernels; run it with"):
         transformer(**INPUTS.at(0.5))
 
 
 def test_half_precision_takes_fewer_bytes(half: Bundle, tmp_path: Path) -> None:
-    with opened(tiny_settings(tmp_path, token_path="masked"), Silent()) as pipeline:
+    with opened(tiny_settings(tmp_path, token_path="masked"), NullListener()) as pipeline:
         whole = pipeline.priced(2)
     assert half.manifest.plan.disk_bytes < 0.7 * whole.disk_bytes

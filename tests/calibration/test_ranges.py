@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from dyexport.bundle.manifest import Quantization, Segment
 from dyexport.calibration.ranges import fake_quantized, measure_ranges, quantization_error
-from dyexport.manifest import Quantization, Segment
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
 from dyexport.presets import get_preset
 from dyexport.slicing.quantizing import LinearInput
-from tests.build.tiny import TINY
+from tests.pipeline.tiny import TINY
 from tests.slicing.test_quantizing import KINDS
 
 INPUTS = NoisedInputs(preset=TINY, batch_size=2)

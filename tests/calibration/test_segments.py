@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dyexport.bundle.manifest import Segment
+from dyexport.bundle.tables import TokenStats, WidthTable
 from dyexport.calibration.segments import PlanSettings, make_segments, price_plan
 from dyexport.errors import UsageError
-from dyexport.manifest import Segment
-from dyexport.tables import TokenStats, WidthTable
 from tests.factories import uniform_flops
 
 FLOPS = uniform_flops(depth=2, attention=3.0, mlp=5.0, static=1.0, router=0.1)

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from dyexport.build.ledger import Silent
-from dyexport.build.pipeline import opened
 from dyexport.calibration.tokens import measure_tokens
 from dyexport.calibration.widths import choose_widths, flops_ratio, meet_budget, read_widths, trajectory_points
 from dyexport.errors import BudgetError
+from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
-from dyexport.slicing.flops import FlopsModel
-from tests.build.tiny import tiny_settings
+from dyexport.pipeline.build import opened
+from dyexport.pipeline.ledger import NullListener
 from tests.factories import random_timesteps, shared_tiny_model, tiny_model, tiny_preset
+from tests.pipeline.tiny import tiny_settings
 
 
 def ratio_as_run(model: DynamicTransformer, inputs: NoisedInputs, points: int = 64) -> float:
@@ -114,7 +114,7 @@ def test_ordered_widths_nest_and_share_a_store(tmp_path: Path) -> None:
     plans = {}
     for router in ("free", "ordered"):
         settings = tiny_settings(tmp_path / router, finetune_steps=0, router=router)
-        with opened(settings, Silent()) as pipeline:
+        with opened(settings, NullListener()) as pipeline:
             plans[router], (_, table, _) = pipeline.priced(4), pipeline.tables
     for masks in (table.heads, table.groups):
         counts = masks.sum(axis=-1)  # (T, L)

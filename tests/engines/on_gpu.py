@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from dyexport.bundle.plan_info import ENGINE, Flavour, Profile
 from dyexport.engines.base import Engine, EngineIO, Tensors, WeightSpan
 from dyexport.engines.registry import EngineOptions, get_backend
-from dyexport.errors import EngineBuildError, MissingDependency
+from dyexport.errors import EngineBuildError, MissingDependencyError
 from dyexport.exporters.tensorrt_plan import PlanRequest, build_plan
-from dyexport.plans import ENGINE, Flavour, Profile
 from tests.engines.tiny import tiny_io, whole_segment
 
 BATCHES = ({"batch": Profile(min=1, opt=2, max=8)},)
@@ -61,7 +61,7 @@ def build_tiny_plan(graph: Path, flavour: Flavour, name: str = "plan") -> Path:
         request = PlanRequest(flavour=flavour, inputs=io.inputs, profiles=BATCHES, precision="fp32")
         try:
             build_plan(graph, request, out)
-        except (MissingDependency, EngineBuildError) as error:
+        except (MissingDependencyError, EngineBuildError) as error:
             pytest.skip(str(error))
     return out / ENGINE
 
@@ -71,7 +71,7 @@ def gpu_engines(target: str, *paths: Path) -> list[Engine]:
     backend = get_backend(target)
     try:
         reason = backend.unfit(paths[0]) or (None if backend.has_cuda() else f"{target} has no CUDA here")
-    except MissingDependency as error:
+    except MissingDependencyError as error:
         reason = str(error)
     if reason is not None:
         pytest.skip(reason)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from dyexport.bundle.plan_info import ENGINE, Flavour
 from dyexport.engines.base import Engine, Tensors
 from dyexport.engines.fake import FakeEngine
 from dyexport.engines.ort import OrtEngine
 from dyexport.engines.switching import Choice, SwitchingEngine
 from dyexport.engines.torch_rt import TorchEngine
-from dyexport.errors import EngineMismatch
-from dyexport.plans import ENGINE, Flavour
+from dyexport.errors import EngineMismatchError
 from tests.engines.on_gpu import build_tiny_plan, gpu_engines
 from tests.engines.tiny import (
     DEPTH,
@@ -179,6 +179,6 @@ def changed(**tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(engine: Engine, inputs: dict[str, torch.Tensor], named: str) -> None:
-    with pytest.raises(EngineMismatch, match=named):
+    with pytest.raises(EngineMismatchError, match=named):
         engine.run(inputs)
     assert not engine.active, "inputs are looked at before anything is loaded"

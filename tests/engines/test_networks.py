@@ -11,15 +11,15 @@ from typing import Any
 import onnx
 import pytest
 
-from dyexport.bundle import MANIFEST, Bundle, read_manifest
+from dyexport.bundle.manifest import CONDITIONING, DENSE_CONDITIONING, EngineRecord, segment_name
+from dyexport.bundle.plan_info import ENGINE, INFO
+from dyexport.bundle.reader import MANIFEST, Bundle, read_manifest
 from dyexport.engines.networks import check_networks
 from dyexport.errors import BundleError, DyexportError, EngineBuildError
-from dyexport.manifest import CONDITIONING, DENSE_CONDITIONING, EngineRecord, segment_name
-from dyexport.plans import ENGINE, INFO
-from tests.build.tiny import tamper
 from tests.engines.test_tensorrt_rt import info
 from tests.engines.tiny import Store, make_weights, write_conditioning_onnx
 from tests.manifests import forge, relabel
+from tests.pipeline.tiny import tamper
 from tests.runtime.bundles import write_bundle, write_manifest
 
 GRAPH = f"graphs/{segment_name(0)}.onnx"

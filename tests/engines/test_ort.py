@@ -12,7 +12,7 @@ import torch
 
 from dyexport.engines import ort as ort_engine
 from dyexport.engines.ort import OrtEngine, providers_for, vendor_errors
-from dyexport.errors import EngineBuildError, EngineMismatch, MissingDependency
+from dyexport.errors import EngineBuildError, EngineMismatchError, MissingDependencyError
 from tests.engines.tiny import (
     CLASSES,
     Store,
@@ -97,7 +97,7 @@ def test_weights_outside_the_folder_are_refused(graph: Path, location: str) -> N
 
 def test_undetermined_outputs_are_refused(graph: Path) -> None:
     edit(graph, lambda model: setattr(model.graph.output[0].type.tensor_type.shape.dim[0], "dim_param", "other"))
-    with pytest.raises(EngineMismatch, match="sample"):
+    with pytest.raises(EngineMismatchError, match="sample"):
         OrtEngine(graph).run(make_inputs(2))
 
 
@@ -105,7 +105,7 @@ def test_label_out_of_range_is_a_mismatch(tmp_path: Path) -> None:
     path = tmp_path / "conditioning.onnx"
     write_conditioning_onnx(path, make_weights(), Store(tmp_path / "weights.bin"))
     engine = OrtEngine(path, threads=1)
-    with pytest.raises(EngineMismatch, match="conditioning"):
+    with pytest.raises(EngineMismatchError, match="conditioning"):
         engine.run({"timestep": torch.zeros(2), "class_labels": torch.tensor([1, CLASSES + 1])})
     assert engine.run({"timestep": torch.zeros(2), "class_labels": torch.tensor([1, CLASSES])})
 
@@ -182,15 +182,15 @@ def test_providers() -> None:
     everything = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     assert providers_for("cpu", everything) == ["CPUExecutionProvider"]
     assert providers_for("cuda:1", everything)[0] == ("CUDAExecutionProvider", {"device_id": 1})
-    with pytest.raises(MissingDependency, match="gpu"):
+    with pytest.raises(MissingDependencyError, match="gpu"):
         providers_for("cuda", ["CPUExecutionProvider"])
-    with pytest.raises(EngineMismatch, match="tpu"):
+    with pytest.raises(EngineMismatchError, match="tpu"):
         providers_for("tpu", everything)
 
 
 def test_inputs_on_another_device_are_refused(graph: Path) -> None:
     inputs = {name: tensor.to("meta") for name, tensor in make_inputs(2).items()}
-    with pytest.raises(EngineMismatch, match="is on meta, the engine on cpu"):
+    with pytest.raises(EngineMismatchError, match="is on meta, the engine on cpu"):
         OrtEngine(graph, threads=1).run(inputs)
 
 
@@ -199,7 +199,7 @@ def test_missing_library_names_the_extra(graph: Path, monkeypatch: pytest.Monkey
     ort_engine.load_onnxruntime.cache_clear()
     engine = OrtEngine(graph)
     assert engine.io.inputs, "bindings need no onnxruntime"
-    with pytest.raises(MissingDependency, match=r"dyexport\[cpu\]"):
+    with pytest.raises(MissingDependencyError, match=r"dyexport\[cpu\]"):
         engine.activate()
     ort_engine.load_onnxruntime.cache_clear()
 

@@ -12,7 +12,7 @@ import torch
 import dyexport
 from dyexport.engines.base import WeightSpan
 from dyexport.engines.ort_rtx import CONTEXT, OrtRtxEngine, context_entries, context_key, filling, unfit
-from dyexport.errors import EngineMismatch, StorageError
+from dyexport.errors import EngineMismatchError, StorageError
 from tests.engines.on_gpu import gpu_engines
 from tests.engines.tiny import Store, make_inputs, make_weights, whole_segment, write_onnx
 from tests.runtime.bundles import make_inputs as pipeline_inputs
@@ -42,7 +42,7 @@ def test_a_bundle_falls_back_to_plain_onnx_runtime(tmp_path: Path) -> None:
         transformer = dyexport.load(bundle.root, target="onnx-rtx")
     torch.testing.assert_close(transformer(**inputs).sample, bundle(**inputs).sample, atol=1e-4, rtol=0)
     strict = dyexport.load(bundle.root, target="onnx-rtx", fallback=False)
-    with pytest.raises(EngineMismatch, match="cannot load its TensorRT-RTX provider"):
+    with pytest.raises(EngineMismatchError, match="cannot load its TensorRT-RTX provider"):
         strict(**inputs)
 
 

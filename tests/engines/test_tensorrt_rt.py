@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from dyexport.bundle.plan_info import ENGINE, INFO, Flavour, PlanInfo, Profile
+from dyexport.bundle.tensors import TensorSpec
 from dyexport.engines.switching import Choice, SwitchingEngine
 from dyexport.engines.tensorrt_contexts import ALIGNMENT, Workspace, shape_key
 from dyexport.engines.tensorrt_fit import choose_profile, misfit
 from dyexport.engines.tensorrt_rt import TensorRtEngine
 from dyexport.engines.tensorrt_session import PlanFile, Session
-from dyexport.errors import EngineBuildError, EngineMismatch
-from dyexport.plans import ENGINE, INFO, Flavour, PlanInfo, Profile
-from dyexport.tensors import TensorSpec
+from dyexport.errors import EngineBuildError, EngineMismatchError
 from tests.engines.on_gpu import build_tiny_plan, gpu_engines
 from tests.engines.tiny import (
     DEPTH,
@@ -74,7 +74,7 @@ def test_the_profile_nearest_to_a_shape_is_chosen(sizes: dict[str, int], profile
 
 
 def test_a_shape_that_no_profile_holds_is_named() -> None:
-    with pytest.raises(EngineMismatch, match=r"batch = 9, .* fits no profile .*batch 1 to 8.*--profile"):
+    with pytest.raises(EngineMismatchError, match=r"batch = 9, .* fits no profile .*batch 1 to 8.*--profile"):
         choose_profile((SMALL, LARGE), {"batch": 9, "2*height": 32})
 
 
@@ -192,7 +192,7 @@ def test_without_a_gpu_a_real_plan_is_refused_in_a_sentence(rtx: Any, graph: Pat
     """By the engine before TensorRT is asked, and by TensorRT with its own reason."""
     plan = build_tiny_plan(graph, "tensorrt-rtx")
     engine = TensorRtEngine(plan, workspace=Workspace("cuda"))
-    with pytest.raises(EngineMismatch, match="torch sees none; load the bundle with target='onnx'"):
+    with pytest.raises(EngineMismatchError, match="torch sees none; load the bundle with target='onnx'"):
         engine.activate()
     assert not engine.active
     with pytest.raises(EngineBuildError, match=r"cannot load .*engine\.plan: .*CUDA driver"):

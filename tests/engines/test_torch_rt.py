@@ -16,7 +16,7 @@ import torch
 
 from dyexport.engines.pt2 import is_arithmetic, load_program
 from dyexport.engines.torch_rt import TorchEngine
-from dyexport.errors import EngineBuildError, EngineMismatch
+from dyexport.errors import EngineBuildError, EngineMismatchError
 from tests.engines.tiny import (
     CLASSES,
     FEATURES,
@@ -88,7 +88,7 @@ def test_label_out_of_range_is_a_mismatch(tmp_path: Path) -> None:
     path = tmp_path / "conditioning.pt2"
     write_conditioning_pt2(path, make_weights(), Store(tmp_path / "weights.bin"))
     engine = TorchEngine(path)
-    with pytest.raises(EngineMismatch, match="conditioning"):
+    with pytest.raises(EngineMismatchError, match="conditioning"):
         engine.run({"timestep": torch.zeros(2), "class_labels": torch.tensor([CLASSES + 1, 1])})
     assert engine.run({"timestep": torch.zeros(2), "class_labels": torch.tensor([CLASSES, 1])})
 

@@ -15,9 +15,9 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
+from dyexport.bundle.manifest import Segment
+from dyexport.bundle.tensors import TensorSpec
 from dyexport.engines.base import EngineIO, Tensors
-from dyexport.manifest import Segment
-from dyexport.tensors import TensorSpec
 
 DEPTH, HEADS, GROUPS = 2, 4, 4
 CHANNELS, SIZE, CLASSES = 2, 2, 10

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from dyexport.architectures import FluxPreset, Preset
-from dyexport.build.profiles import largest_topk, profiles_for
+from dyexport.backbones.base import Preset
+from dyexport.backbones.flux.preset import FluxPreset
+from dyexport.bundle.manifest import Precision, Segment, TokenPath
+from dyexport.bundle.plan_info import PlanInfo
 from dyexport.exporters.onnx_graph import STORE, export_onnx
 from dyexport.exporters.tensorrt_plan import PlanRequest, build_plan
-from dyexport.manifest import Precision, Segment, TokenPath
-from dyexport.plans import PlanInfo
+from dyexport.pipeline.plan_requests import largest_topk, profiles_for
 from dyexport.slicing.recipes import lay_out
-from dyexport.slicing.slicer import Architecture, Slice, UnitOrder, dense_segment, slice_segment, spec_of
+from dyexport.slicing.slicer import Slice, SliceContext, UnitOrder, dense_segment, slice_segment, spec_of
 
 ONE_BLOCK_EACH = FluxPreset(name="flux-1-1", double_blocks=1, single_blocks=1)  # FLUX.1-dev at full width
 
@@ -35,9 +36,9 @@ def half_width(preset: Preset, path: TokenPath) -> Segment:
     )
 
 
-def architecture_of(preset: Preset, precision: Precision = "fp32", *, token_routers: bool = True) -> Architecture:
+def architecture_of(preset: Preset, precision: Precision = "fp32", *, token_routers: bool = True) -> SliceContext:
     spec = spec_of(preset, preset.transformer_config(), precision=precision)
-    return Architecture(spec=spec, groups=preset.heads, token_routers=token_routers)
+    return SliceContext(spec=spec, groups=preset.heads, token_routers=token_routers)
 
 
 def dense_network(preset: Preset, precision: Precision = "fp32") -> Slice:
@@ -56,7 +57,7 @@ def write_graph(slice_: Slice, directory: Path) -> Path:
     return directory / "network.onnx"
 
 
-def request_for(architecture: Architecture, slice_: Slice, segment: Segment | None, **values: object) -> PlanRequest:
+def request_for(architecture: SliceContext, slice_: Slice, segment: Segment | None, **values: object) -> PlanRequest:
     given = {
         "flavour": "tensorrt-rtx",
         "compute_capabilities": ("8.9",),

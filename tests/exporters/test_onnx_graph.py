@@ -10,15 +10,15 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from dyexport.bundle.manifest import Segment
 from dyexport.calibration.segments import PlanSettings, make_segments
 from dyexport.calibration.tokens import measure_tokens
 from dyexport.calibration.widths import read_widths
 from dyexport.errors import ExportError
 from dyexport.exporters.onnx_graph import STORE, check_onnx, export_onnx
 from dyexport.exporters.weight_store import write_store
-from dyexport.manifest import Segment
+from dyexport.flops import FlopsModel
 from dyexport.models.inputs import NoisedInputs
-from dyexport.slicing.flops import FlopsModel
 from dyexport.slicing.recipes import lay_out
 from dyexport.slicing.slicer import Slice, UnitOrder, dense_segment, slice_conditioning
 from tests.exporters.networks import ONE_BLOCK_EACH, dense_network

@@ -10,10 +10,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from dyexport.bundle.plan_info import Flavour
 from dyexport.errors import EngineBuildError
 from dyexport.exporters.onnx_graph import OPSET
 from dyexport.exporters.operator_gate import MODULE, check_operators, find_refusals
-from dyexport.plans import Flavour
 from dyexport.presets import get_preset
 from dyexport.slicing.slicer import slice_segment
 from dyexport.tensorrt_api import BuildLog, load_api

@@ -9,10 +9,10 @@ import onnx
 import pytest
 from onnx import TensorProto
 
+from dyexport.bundle.manifest import Quantization
 from dyexport.errors import ExportError
 from dyexport.exporters.onnx_graph import MODULE, STORE, check_onnx, export_onnx
 from dyexport.exporters.weight_store import write_store
-from dyexport.manifest import Quantization
 from dyexport.models.random_weights import random_dynamic
 from dyexport.slicing.quantizing import linear_inputs
 from dyexport.slicing.recipes import lay_out

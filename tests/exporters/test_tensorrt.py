@@ -11,19 +11,19 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from dyexport.architectures import Preset
-from dyexport.build.profiles import parse_profiles, profiles_for
+from dyexport.backbones.base import Preset
+from dyexport.bundle.manifest import Precision, Quantization, TokenPath
+from dyexport.bundle.plan_info import ENGINE, INFO, PlanInfo
 from dyexport.calibration.widths import read_widths
 from dyexport.digests import sha256_of
-from dyexport.errors import EngineBuildError, EngineMismatch, MissingDependency
+from dyexport.errors import EngineBuildError, EngineMismatchError, MissingDependencyError
 from dyexport.exporters.onnx_graph import STORE, export_onnx
 from dyexport.exporters.tensorrt_plan import build_plan
 from dyexport.exporters.timing_cache import kept_timings, read_timings
 from dyexport.exporters.weight_store import write_store
-from dyexport.manifest import Precision, Quantization, TokenPath
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
-from dyexport.plans import ENGINE, INFO, PlanInfo
+from dyexport.pipeline.plan_requests import parse_profiles, profiles_for
 from dyexport.presets import get_preset
 from dyexport.slicing.recipes import lay_out
 from dyexport.slicing.slicer import UnitOrder, dense_segment, slice_conditioning, slice_segment
@@ -212,13 +212,13 @@ def test_timings_are_kept_and_damage_is_left_alone(rtx: Any, tmp_path: Path) -> 
 
 
 def test_classic_tensorrt_needs_what_it_needs() -> None:
-    with pytest.raises((MissingDependency, EngineBuildError), match=r"dyexport\[tensorrt\]|GPU of this machine"):
+    with pytest.raises((MissingDependencyError, EngineBuildError), match=r"dyexport\[tensorrt\]|GPU of this machine"):
         load_api("tensorrt")
 
 
 def test_a_description_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(EngineMismatch, match="build the bundle again"):
+    with pytest.raises(EngineMismatchError, match="build the bundle again"):
         PlanInfo.read(tmp_path / INFO)
     (tmp_path / INFO).write_text("{}")
-    with pytest.raises(EngineMismatch, match="build the bundle again"):
+    with pytest.raises(EngineMismatchError, match="build the bundle again"):
         PlanInfo.read(tmp_path / INFO)

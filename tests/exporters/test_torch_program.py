@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dyexport.bundle.manifest import TokenPath
+from dyexport.bundle.plan_info import Profile
+from dyexport.bundle.tensors import TensorSpec
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.exporters.torch_program import compiled_input, export_program, outputs_of
 from dyexport.exporters.weight_store import write_store
-from dyexport.manifest import TokenPath
-from dyexport.plans import Profile
 from dyexport.slicing.recipes import lay_out
 from dyexport.slicing.slicer import Slice, slice_conditioning
-from dyexport.tensors import TensorSpec
 from tests.exporters.networks import half_width
 from tests.factories import shared_tiny_model, tiny_preset
 from tests.slicing.cut import Cutter

@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
+from dyexport.backbones import get_adapter
+from dyexport.backbones.base import Inputs
 from dyexport.errors import CheckpointError
-from dyexport.models.base import Inputs, get_adapter
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.gates import hard_gate
 from dyexport.models.inputs import NoisedInputs

@@ -11,16 +11,17 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from dyexport.architectures import FluxPreset
+from dyexport.backbones import get_adapter
+from dyexport.backbones.base import Inputs
+from dyexport.backbones.flux.preset import FluxPreset
 from dyexport.calibration.tokens import measure_tokens
 from dyexport.calibration.widths import choose_widths, meet_budget, read_widths
-from dyexport.models.base import Inputs, get_adapter
+from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.importance import rank_units, unit_importance
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
 from dyexport.presets import PRESETS
-from dyexport.slicing.flops import FlopsModel
 
 PRESET = PRESETS["flux-tiny"]
 assert isinstance(PRESET, FluxPreset)

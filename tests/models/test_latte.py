@@ -10,16 +10,17 @@ import torch
 from diffusers import LatteTransformer3DModel
 from torch import Tensor
 
-from dyexport.architectures import LattePreset
+from dyexport.backbones import get_adapter
+from dyexport.backbones.base import Inputs
+from dyexport.backbones.latte.preset import LattePreset
 from dyexport.calibration.tokens import measure_tokens
 from dyexport.calibration.widths import choose_widths, meet_budget, read_widths
-from dyexport.models.base import Inputs, get_adapter
+from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.importance import rank_units, unit_importance
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic
 from dyexport.presets import PRESETS
-from dyexport.slicing.flops import FlopsModel
 
 PRESET = PRESETS["latte-tiny"]
 assert isinstance(PRESET, LattePreset)

@@ -7,14 +7,14 @@ import copy
 import pytest
 import torch
 
-from dyexport.architectures import Preset
+from dyexport.backbones import get_adapter
+from dyexport.backbones.base import Preset
 from dyexport.errors import UsageError
 from dyexport.lora import LoraSpec, parse_lora
-from dyexport.models.base import get_adapter
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
-from dyexport.models.lora import LowRank
 from dyexport.models.random_weights import random_backbone, random_dynamic
+from dyexport.models.td_lora import LowRank
 from dyexport.presets import get_preset
 from tests.factories import tiny_preset
 

@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from dyexport.architectures import Preset
-from dyexport.build.networks import plan_for
+from dyexport.backbones import get_adapter
+from dyexport.backbones.base import Preset
 from dyexport.calibration.segments import PlanSettings
 from dyexport.calibration.widths import meet_budget, read_widths
-from dyexport.models.base import get_adapter
+from dyexport.checkpoints.dynamic import DYNAMIC, load_dynamic, save_dynamic
+from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.dynamic_checkpoints import DYNAMIC, load_dynamic, save_dynamic
 from dyexport.models.gates import OrderedRouter
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic
+from dyexport.pipeline.networks import plan_for
 from dyexport.presets import PRESETS
-from dyexport.slicing.flops import FlopsModel
 from tests.factories import random_timesteps, spec_of, tiny_preset
 
 

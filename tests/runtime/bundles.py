@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dyexport.bundle import MANIFEST, TOKENS, WIDTHS, manifest_text
-from dyexport.digests import sha256_of
-from dyexport.graphs import labels_for
-from dyexport.manifest import (
+from dyexport.bundle.graph_labels import labels_for
+from dyexport.bundle.manifest import (
     CONDITIONING,
     DENSE,
     SCHEMA_VERSION,
@@ -27,8 +25,10 @@ from dyexport.manifest import (
     TokenPath,
     segment_name,
 )
-from dyexport.runtime.scheduler import route
-from dyexport.tables import TokenStats, WidthTable
+from dyexport.bundle.reader import MANIFEST, TOKENS, WIDTHS, manifest_text
+from dyexport.bundle.tables import TokenStats, WidthTable
+from dyexport.digests import sha256_of
+from dyexport.runtime.routing import route
 from tests.engines.tiny import (
     CHANNELS,
     CLASSES,

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from dyexport.presets import PRESETS
-from tests.build.tiny import build, tiny_settings
-from tests.build.tiny_pipeline import save_dit_pipeline, save_latte_pipeline, save_pipeline
 from tests.factories import tiny_preset
+from tests.pipeline.tiny import build, tiny_settings
+from tests.pipeline.tiny_pipeline import save_dit_pipeline, save_latte_pipeline, save_pipeline
 from tests.runtime.bundles import TinyBundle, write_bundle
 
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dyexport.build.verify import find_reference
-from dyexport.bundle import Bundle
-from dyexport.models.dynamic_checkpoints import load_dynamic
+from dyexport.bundle.reader import Bundle
+from dyexport.checkpoints.dynamic import load_dynamic
+from dyexport.verification.verify import find_reference
 
 
 class Output(NamedTuple):

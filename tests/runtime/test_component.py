@@ -16,9 +16,11 @@ import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, LatteTransformer3DModel, ModelMixin
 
 import dyexport
-from dyexport.errors import EngineMismatch, UsageError
-from dyexport.runtime.pipeline import load
-from dyexport.runtime.transformers import DiTBundle, FluxBundle, LatteBundle
+from dyexport.backbones.dit.stand_in import DiTBundle
+from dyexport.backbones.flux.stand_in import FluxBundle
+from dyexport.backbones.latte.stand_in import LatteBundle
+from dyexport.errors import EngineMismatchError, UsageError
+from dyexport.runtime.loading import load
 from tests.runtime.bundles import TinyBundle, make_inputs, predict, write_bundle
 from tests.runtime.conftest import Saved
 
@@ -177,7 +179,7 @@ REFUSED: dict[str, Callable[[Any], object]] = {
 def test_what_needs_layers_is_refused_in_one_sentence(
     ddpm: TinyBundle, name: str, call: Callable[[Any], object]
 ) -> None:
-    with pytest.raises(EngineMismatch, match=rf"^\w*{name} cannot reach .* inside engines; \w+") as error:
+    with pytest.raises(EngineMismatchError, match=rf"^\w*{name} cannot reach .* inside engines; \w+") as error:
         call(load(ddpm.root))
     assert "\n" not in str(error.value)
 

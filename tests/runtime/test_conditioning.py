@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dyexport.bundle.tensors import TensorSpec
 from dyexport.engines.base import EngineIO, Tensors
 from dyexport.engines.fake import FakeEngine
 from dyexport.runtime.conditioning import TRAJECTORIES, Conditioner
-from dyexport.tensors import TensorSpec
 from tests.engines.tiny import CLASSES, MODULATION, conditioning_io, make_weights, modulate
 
 WEIGHTS = make_weights()

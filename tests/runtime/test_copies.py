@@ -23,7 +23,7 @@ import torch
 
 from dyexport.engines.fake import FakeEngine
 from dyexport.errors import BundleError
-from dyexport.runtime.pipeline import load
+from dyexport.runtime.loading import load
 from tests.runtime.bundles import TinyBundle, predict, write_bundle
 
 

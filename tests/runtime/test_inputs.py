@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from dyexport.errors import EngineMismatch
-from dyexport.runtime.component import BundleTransformer
-from dyexport.runtime.pipeline import load
-from dyexport.runtime.transformers import FluxBundle
+from dyexport.backbones.flux.stand_in import FluxBundle
+from dyexport.errors import EngineMismatchError
+from dyexport.runtime.loading import load
+from dyexport.runtime.transformer import BundleTransformer
 from tests.engines.tiny import CLASSES
 from tests.runtime.bundles import TinyBundle, make_inputs
 from tests.runtime.conftest import Saved
@@ -51,7 +51,7 @@ def labels(ddpm: TinyBundle) -> BundleTransformer:
     ids=str,
 )
 def test_labels_that_no_class_has_are_refused(labels: BundleTransformer, wrong: Any) -> None:
-    with pytest.raises(EngineMismatch, match="class_labels"):
+    with pytest.raises(EngineMismatchError, match="class_labels"):
         labels(**{**make_inputs(2), "class_labels": wrong})
 
 
@@ -98,7 +98,7 @@ WRONG_TIMESTEPS = [NAN, INF, -INF, torch.tensor([300.0, NAN]), torch.tensor([Tru
 @pytest.mark.parametrize("wrong", WRONG_TIMESTEPS, ids=str)
 @pytest.mark.parametrize("dense", [False, True])
 def test_timesteps_that_are_no_number_are_refused(ddpm: TinyBundle, dense: bool, wrong: Any) -> None:
-    with pytest.raises(EngineMismatch, match="timestep"):
+    with pytest.raises(EngineMismatchError, match="timestep"):
         load(ddpm.root, dense=dense)(**{**make_inputs(2), "timestep": wrong})
 
 
@@ -117,7 +117,7 @@ def test_timesteps_that_are_no_number_are_refused(ddpm: TinyBundle, dense: bool,
     ],
 )
 def test_inputs_of_another_shape_are_named(labels: BundleTransformer, changes: dict[str, Any], named: str) -> None:
-    with pytest.raises(EngineMismatch, match=named):
+    with pytest.raises(EngineMismatchError, match=named):
         labels(**{**make_inputs(2), **changes})
 
 
@@ -126,7 +126,7 @@ def test_gradients_are_refused_where_they_would_be_lost(loaded: FluxBundle, name
     inputs = flux_inputs()
     wanted = loaded(**inputs).sample
     inputs[name].requires_grad_()
-    with pytest.raises(EngineMismatch, match=f"{name} requires a gradient"):
+    with pytest.raises(EngineMismatchError, match=f"{name} requires a gradient"):
         loaded(**inputs)
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).sample, wanted)
@@ -246,7 +246,7 @@ ZEROS = torch.zeros
 def test_what_no_engine_was_built_for_is_refused_by_name(
     loaded: FluxBundle, changes: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(EngineMismatch, match=named) as error:
+    with pytest.raises(EngineMismatchError, match=named) as error:
         loaded(**{**flux_inputs(), **changes})
     assert "modulation" not in str(error.value)
 
@@ -286,5 +286,5 @@ def test_one_video_or_text_stands_for_all(latte: Saved, one: str) -> None:
     ],
 )
 def test_what_latte_was_not_built_for_is_refused_by_name(latte: Saved, changes: dict[str, Any], named: str) -> None:
-    with pytest.raises(EngineMismatch, match=named):
+    with pytest.raises(EngineMismatchError, match=named):
         load(latte.bundle)(**{**latte_inputs(), **changes})

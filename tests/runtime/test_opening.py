@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from dyexport.bundle import MANIFEST, WEIGHTS, WIDTHS
+from dyexport.backbones.dit.stand_in import DiTBundle
+from dyexport.bundle.reader import MANIFEST, WEIGHTS, WIDTHS
 from dyexport.errors import BundleError, UsageError
-from dyexport.runtime.pipeline import BundleTransformer, load
-from dyexport.runtime.transformers import DiTBundle
-from tests.build.tiny import build, tamper, tiny_settings
+from dyexport.runtime.loading import BundleTransformer, load
+from tests.pipeline.tiny import build, tamper, tiny_settings
 from tests.runtime.bundles import TinyBundle, make_inputs, write_bundle
 from tests.runtime.conftest import Saved
 

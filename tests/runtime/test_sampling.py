@@ -10,9 +10,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 
+from dyexport.bundle.manifest import ModelSpec
 from dyexport.errors import DyexportError, UsageError
-from dyexport.manifest import ModelSpec
-from dyexport.runtime.pipeline import load
+from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import PixelVAE, decode, guided, make_pipeline, make_scheduler, sample, sample_flow
 from tests.engines.tiny import CHANNELS, CLASSES, SIZE
 from tests.runtime.bundles import TinyBundle, make_spec

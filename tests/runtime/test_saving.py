@@ -11,9 +11,10 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from dyexport.backbones.dit.stand_in import DiTBundle
+from dyexport.backbones.flux.stand_in import FluxBundle
 from dyexport.errors import BundleError, StorageError, UsageError
-from dyexport.runtime.pipeline import load
-from dyexport.runtime.transformers import DiTBundle, FluxBundle
+from dyexport.runtime.loading import load
 from tests.runtime.bundles import TinyBundle, predict, write_bundle
 
 

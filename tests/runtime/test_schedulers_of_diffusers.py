@@ -24,7 +24,7 @@ from diffusers import (
 )
 
 from dyexport.errors import UsageError
-from dyexport.runtime.pipeline import load
+from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import make_scheduler, sample, sample_ddpm, sample_flow
 from tests.engines.tiny import CHANNELS, SIZE
 from tests.runtime.bundles import TinyBundle

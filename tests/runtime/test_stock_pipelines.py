@@ -21,8 +21,8 @@ from diffusers import (
 )
 
 import dyexport
-from dyexport.errors import EngineMismatch
-from dyexport.runtime.component import BundleTransformer
+from dyexport.errors import EngineMismatchError
+from dyexport.runtime.transformer import BundleTransformer
 from tests.runtime.conftest import Saved
 from tests.runtime.masked import Masked
 
@@ -159,7 +159,7 @@ def test_a_pipelines_methods_on_layers_are_refused_in_one_sentence(
     flux: Saved, call: Callable[[Any], object], cure: str
 ) -> None:
     pipe = open_base(flux, FluxPipeline, torch.float32)
-    with pytest.raises(EngineMismatch, match=f"inside engines; .*{cure}"):
+    with pytest.raises(EngineMismatchError, match=f"inside engines; .*{cure}"):
         call(pipe)
 
 

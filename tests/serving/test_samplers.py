@@ -10,18 +10,21 @@ import pytest
 import torch
 
 from dyexport.errors import DyexportError
-from dyexport.runtime.pipeline import load
+from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import sample
-from dyexport.serving.orders import Order, Settings
+from dyexport.serving.config import ServedModelConfig
+from dyexport.serving.requests import Request, Settings
 from dyexport.serving.samplers import Sampler, open_sampler
-from dyexport.serving.served import Served
 from dyexport.serving.triton_repository import Deployment, deploy
-from tests.build.tiny import build, tiny_settings
-from tests.build.tiny_pipeline import save_latte_pipeline
+from tests.pipeline.tiny import build, tiny_settings
+from tests.pipeline.tiny_pipeline import save_latte_pipeline
 from tests.runtime.bundles import TinyBundle, write_bundle
 
 SETTINGS = Settings(steps=5, guidance=1.5)
-ORDERS = [Order(subjects=(1, 2), seeds=(8, 9), settings=SETTINGS), Order(subjects=(3,), seeds=(4,), settings=SETTINGS)]
+ORDERS = [
+    Request(subjects=(1, 2), seeds=(8, 9), settings=SETTINGS),
+    Request(subjects=(3,), seeds=(4,), settings=SETTINGS),
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
 @pytest.fixture
 def sampler(latents: TinyBundle, tmp_path: Path) -> Sampler:
     deployment = Deployment(bundle=latents.root, repository=tmp_path, name="latents", scheduler="dpm++")
-    return open_sampler(deploy(deployment) / "1", Served(scheduler="dpm++"), "cpu")
+    return open_sampler(deploy(deployment) / "1", ServedModelConfig(scheduler="dpm++"), "cpu")
 
 
 def test_without_a_vae_latents_come_back(sampler: Sampler, latents: TinyBundle) -> None:
@@ -60,15 +63,15 @@ def test_it_may_end_after_any_step(sampler: Sampler) -> None:
 
 def test_a_server_draws_no_more_steps_than_it_may(latents: TinyBundle, tmp_path: Path) -> None:
     folder = deploy(Deployment(bundle=latents.root, repository=tmp_path, name="latents", max_steps=7)) / "1"
-    assert open_sampler(folder, Served(max_steps=7), "cpu").book.usual.steps == 7
-    assert open_sampler(folder, Served(), "cpu").book.usual.steps == 50
+    assert open_sampler(folder, ServedModelConfig(max_steps=7), "cpu").book.usual.steps == 7
+    assert open_sampler(folder, ServedModelConfig(), "cpu").book.usual.steps == 50
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that the target may run on")
 def test_a_server_runs_its_target_or_nothing(latents: TinyBundle, tmp_path: Path) -> None:
     folder = deploy(Deployment(bundle=latents.root, repository=tmp_path, name="latents")) / "1"
     with pytest.raises(DyexportError, match="TensorRT-RTX"):
-        open_sampler(folder, Served(target="onnx-rtx"), "cpu").draw(ORDERS, lambda: None)
+        open_sampler(folder, ServedModelConfig(target="onnx-rtx"), "cpu").draw(ORDERS, lambda: None)
 
 
 def test_a_video_for_each_prompt(tmp_path: Path) -> None:
@@ -83,11 +86,11 @@ def test_a_video_for_each_prompt(tmp_path: Path) -> None:
         'output [ { name: "video" data_type: TYPE_UINT8 dims: [ -1, -1, -1, -1 ] } ]'
         in (model / "config.pbtxt").read_text()
     )
-    sampler = open_sampler(model / "1", Served(pipeline="pipeline"), "cpu")
+    sampler = open_sampler(model / "1", ServedModelConfig(pipeline="pipeline"), "cpu")
     usual = sampler.book.usual
     assert (usual.height, usual.width) == (64, 64)
     settings = replace(usual, steps=2)
-    orders = [Order(subjects=(word,), seeds=(seed,), settings=settings) for word, seed in (("a cat", 3), ("moon", 4))]
+    orders = [Request(subjects=(word,), seeds=(seed,), settings=settings) for word, seed in (("a cat", 3), ("moon", 4))]
     both = sampler.draw(orders, lambda: None)
     alone = sampler.draw(orders[1:], lambda: None)
     assert both.shape == (2, 4, 64, 64, 3)

@@ -14,14 +14,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from dyexport.bundle import Bundle
-from dyexport.runtime.pipeline import load
+from dyexport.bundle.reader import Bundle
+from dyexport.runtime.loading import load
 from dyexport.runtime.prompts import open_pipeline
 from dyexport.runtime.sampling import open_vae, sample
 from dyexport.serving.triton_repository import Deployment, deploy
-from tests.build.tiny import build, tiny_settings
-from tests.build.tiny_pipeline import save_pipeline
 from tests.engines.tiny import CHANNELS, CLASSES, SIZE
+from tests.pipeline.tiny import build, tiny_settings
+from tests.pipeline.tiny_pipeline import save_pipeline
 from tests.runtime.bundles import TinyBundle, write_bundle
 from tests.serving.server import Server, inputs
 

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from dyexport.bundle import WEIGHTS, WIDTHS, Bundle
+from dyexport.bundle.manifest import EngineRecord
+from dyexport.bundle.reader import WEIGHTS, WIDTHS, Bundle
 from dyexport.cli import main
-from dyexport.errors import BundleError, EngineMismatch, UsageError
-from dyexport.manifest import EngineRecord
-from dyexport.runtime.pipeline import load
-from dyexport.serving.served import Served
+from dyexport.errors import BundleError, EngineMismatchError, UsageError
+from dyexport.runtime.loading import load
+from dyexport.serving.config import ServedModelConfig
 from dyexport.serving.triton_repository import Deployment, deploy
-from tests.build.tiny import hashes
 from tests.manifests import forge
+from tests.pipeline.tiny import hashes
 from tests.runtime.bundles import TinyBundle, make_inputs, write_bundle, write_manifest
 from tests.runtime.test_opening import in_hub_cache
 
@@ -80,8 +80,8 @@ def test_parameters_come_back_from_the_configuration(tiny: TinyBundle, tmp_path:
     model = deployed(tiny, tmp_path, scheduler="dpm++", memory="1GiB", instances=2, max_steps=7, max_batch=3)
     config = (model / "config.pbtxt").read_text()
     found = re.findall(r'parameters \{ key: "(\w+)" value \{ string_value: "([^"]*)" \} \}', config)
-    served = Served.of_config({"parameters": {name: {"string_value": value} for name, value in found}})
-    assert served == Served(scheduler="dpm++", memory="1GiB", share_weights=True, max_steps=7)
+    served = ServedModelConfig.of_config({"parameters": {name: {"string_value": value} for name, value in found}})
+    assert served == ServedModelConfig(scheduler="dpm++", memory="1GiB", share_weights=True, max_steps=7)
     assert "max_batch_size: 3" in config
     assert "instance_group [ { count: 2 } ]" in config
 
@@ -99,7 +99,7 @@ def test_parameters_come_back_from_the_configuration(tiny: TinyBundle, tmp_path:
 )
 def test_an_edited_parameter_that_is_wrong_is_named(name: str, value: str) -> None:
     with pytest.raises(UsageError, match=rf"parameters of config.pbtxt: {name}: .*; it is '{value}'"):
-        Served.of_config({"parameters": {name: {"string_value": value}}})
+        ServedModelConfig.of_config({"parameters": {name: {"string_value": value}}})
 
 
 def test_deploying_again_replaces_the_model(tiny: TinyBundle, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_another_model_of_that_name_is_left_alone(tiny: TinyBundle, tmp_path: Pa
         ({"vae": "x"}, UsageError, "draws pixels; leave --vae out"),
         ({"scheduler": "euler"}, UsageError, "use ddim or dpm"),
         ({"memory": "much"}, UsageError, "much"),
-        ({"target": "tensorrt-rtx"}, EngineMismatch, "no 'tensorrt-rtx' engines"),
+        ({"target": "tensorrt-rtx"}, EngineMismatchError, "no 'tensorrt-rtx' engines"),
         ({"target": "paper"}, UsageError, "paper"),
     ],
 )

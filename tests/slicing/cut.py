@@ -7,13 +7,12 @@ from functools import cached_property
 
 import torch
 
-from dyexport.architectures import Preset
-from dyexport.manifest import ModelSpec, Segment
-from dyexport.models.base import Inputs
+from dyexport.backbones.base import Inputs, Preset
+from dyexport.bundle.manifest import ModelSpec, Segment
+from dyexport.bundle.tables import TokenStats, WidthTable
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.slicing.recipes import Read
-from dyexport.slicing.slicer import Architecture, Slice, dense_reader, slice_conditioning, slice_segment
-from dyexport.tables import TokenStats, WidthTable
+from dyexport.slicing.slicer import Slice, SliceContext, dense_reader, slice_conditioning, slice_segment
 from tests.factories import spec_of
 
 
@@ -30,8 +29,8 @@ class Cutter:
         return spec_of(self.preset).model_copy(update={"td_lora": spec})
 
     @cached_property
-    def architecture(self) -> Architecture:
-        return Architecture(spec=self.spec, groups=self.model.groups, token_routers=True)
+    def architecture(self) -> SliceContext:
+        return SliceContext(spec=self.spec, groups=self.model.groups, token_routers=True)
 
     @cached_property
     def read(self) -> Read:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dyexport.backbones.dit.slim import BLOCK_PARTS, modulation_parts
 from dyexport.calibration.widths import read_widths
 from dyexport.slicing.slicer import Slice, UnitOrder, dense_segment, slice_conditioning
-from dyexport.slicing.slim_dit import BLOCK_PARTS, modulation_parts
 from dyexport.slicing.slim_layers import modulated_norm
 from tests.factories import random_timesteps, shared_tiny_model, tiny_preset
 from tests.slicing.cut import Cutter

@@ -8,12 +8,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dyexport.architectures import LattePreset, Preset
+from dyexport.backbones import get_adapter
+from dyexport.backbones.base import Preset
+from dyexport.backbones.latte.preset import LattePreset
 from dyexport.errors import UsageError
-from dyexport.models.base import get_adapter
+from dyexport.flops import FlopsModel
 from dyexport.models.inputs import NoisedInputs
 from dyexport.presets import PRESETS
-from dyexport.slicing.flops import FlopsModel
 
 
 def counted(preset: Preset) -> int:
@@ -94,5 +95,5 @@ def test_routers_cost_only_where_they_run() -> None:
 
 
 def test_unknown_backbone_is_refused() -> None:
-    with pytest.raises(UsageError, match="no FLOPs of backbone 'unet'"):
+    with pytest.raises(UsageError, match="unknown backbone 'unet'"):
         FlopsModel.of("unet", {}, tokens=1)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dyexport.architectures import Preset
-from dyexport.manifest import Quantization, Segment
+from dyexport.backbones.base import Preset
+from dyexport.bundle.manifest import Quantization, Segment
 from dyexport.presets import get_preset
 from dyexport.slicing.quantizing import SCALE, linear_inputs, quantized_recipes
 from dyexport.slicing.recipes import QMAX, Recipe, lay_out, materialise
-from dyexport.slicing.slicer import Architecture, Slice, slice_segment, spec_of
-from tests.build.tiny import TINY
+from dyexport.slicing.slicer import Slice, SliceContext, slice_segment, spec_of
+from tests.pipeline.tiny import TINY
 
 KINDS: list[Quantization] = ["int8", "fp8"]
 PRESETS: dict[str, Preset] = {
@@ -100,7 +100,7 @@ def first_units(backbone: str, count: int, quantization: Quantization | None) ->
         token_paths=("masked",) * preset.depth,
         capacities=(preset.tokens,) * preset.depth,
     )
-    return slice_segment(Architecture(spec=spec, groups=preset.heads, token_routers=True), segment)
+    return slice_segment(SliceContext(spec=spec, groups=preset.heads, token_routers=True), segment)
 
 
 @pytest.mark.parametrize("quantization", KINDS)

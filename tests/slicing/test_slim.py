@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from dyexport.bundle.manifest import Segment
 from dyexport.calibration.segments import PlanSettings, make_segments
 from dyexport.calibration.tokens import measure_tokens
 from dyexport.calibration.widths import read_widths
-from dyexport.manifest import Segment
+from dyexport.flops import FlopsModel
 from dyexport.models.inputs import NoisedInputs
-from dyexport.slicing.flops import FlopsModel
 from dyexport.slicing.recipes import Recipe, lay_out, materialise
 from dyexport.slicing.slicer import UnitOrder, dense_segment
 from tests.factories import random_timesteps, shared_tiny_model, tiny_preset

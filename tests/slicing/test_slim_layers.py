@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dyexport.manifest import Segment
+from dyexport.bundle.manifest import Segment
 from dyexport.slicing.slim_layers import (
     Selection,
     TransposedLinear,

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dyexport.bundle.manifest import Segment
 from dyexport.calibration.segments import PlanSettings, make_segments
 from dyexport.calibration.tokens import measure_tokens
 from dyexport.calibration.widths import read_widths
+from dyexport.flops import FlopsModel
 from dyexport.lora import LoraSpec
-from dyexport.manifest import Segment
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
-from dyexport.slicing.flops import FlopsModel
 from dyexport.slicing.recipes import lay_out
 from dyexport.slicing.slicer import slice_conditioning
 from tests.factories import random_timesteps, tiny_preset

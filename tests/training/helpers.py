@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dyexport.architectures import Preset, RouterKind
+from dyexport.backbones import get_adapter
+from dyexport.backbones.base import Preset, RouterKind
 from dyexport.lora import LoraSpec
-from dyexport.models.base import get_adapter
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.presets import get_preset
 from dyexport.training.config import FinetuneConfig

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dyexport.errors import DataError, MissingDependency
+from dyexport.errors import DataError, MissingDependencyError
 from dyexport.presets import get_preset
 from dyexport.training.config import TrainConfig
 from dyexport.training.data import digits, open_source
@@ -38,7 +38,7 @@ def test_digits_are_split_without_overlap_and_scaled() -> None:
 
 def test_digits_need_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(MissingDependency, match=r"dyexport\[demo\]"):
+    with pytest.raises(MissingDependencyError, match=r"dyexport\[demo\]"):
         digits()
 
 

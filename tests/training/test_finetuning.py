@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dyexport.slicing.flops import FlopsModel
+from dyexport.flops import FlopsModel
 from dyexport.training.config import FinetuneConfig
 from dyexport.training.finetuning import finetune
 from tests.training.helpers import DYNAMIC, SIT, blobs, dynamic, same, trainer, weights

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dyexport.architectures import FluxPreset
+from dyexport.backbones.flux.preset import FluxPreset
 from dyexport.errors import DataError
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dyexport.architectures import LattePreset
+from dyexport.backbones.latte.preset import LattePreset
 from dyexport.errors import DataError
 from dyexport.models.random_weights import random_backbone, random_dynamic
 from dyexport.presets import PRESETS

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dyexport.architectures import Preset
+from dyexport.backbones.base import Preset
 from dyexport.errors import UsageError
 from dyexport.training.synthetic import SHARD_SAMPLES, SyntheticConfig, generate
 from tests.training.helpers import DIT, SIT, backbone

@@ -1,0 +1,209 @@
+"""Contracts of a backbone: what each module of its folder must define. Imports no torch.
+
+| module            | defines                    | used by                                      |
+|-------------------|----------------------------|----------------------------------------------|
+| ``preset``        | ``Preset``s, ``PRESETS``   | both sides                                   |
+| ``masked``        | ``ADAPTER``, an ``Adapter``| the masked model, importance, checkpoints    |
+| ``conditions``    | ``Conditioning``           | training and calibration                     |
+| ``cut``, ``slim`` | the functions of ``Slicer``| slicing and export                           |
+| ``flops``         | ``count``                  | budgets, plans                               |
+| ``stand_in``      | ``StandIn``                | ``dyexport.load``, bench                     |
+| ``pipeline``      | ``PIPELINE``               | sampling, serving                            |
+| ``engine_sizes``  | ``free_sizes``             | TensorRT                                     |
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from dyexport.bundle.manifest import ModelSpec, Segment
+    from dyexport.models.conditions import Column, Conditions
+    from dyexport.models.gates import BlockGates, TokenRouter
+    from dyexport.slicing.slicer import Slice, SliceContext
+
+Inputs = Mapping[str, "Tensor"]
+"""Arguments of one forward pass, by the names of the stock module: ``hidden_states``, ``timestep``, and so on."""
+
+PromptColumns = Mapping[str, tuple[int | None, ...]]
+"""Tensors of a file of embedded prompts, and their shapes after the first dimension; None: any length."""
+
+Objective = Literal["ddpm", "flow", "flow-sigma"]
+RouterKind = Literal["free", "ordered"]
+"""Whether the units of a block that are on at a timestep may be any, or are always the first ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset(ABC):
+    """A backbone architecture and how it is sampled.
+
+    ``objective`` fixes what the network is called with and what it predicts: ``ddpm`` takes the
+    integer-valued timestep in [0, 1000) and predicts the noise (DiT, arXiv 2212.09748); ``flow``
+    takes t in [0, 1], 0 = noise and 1 = data, and predicts the velocity ``data - noise`` of the
+    straight path (SiT, arXiv 2401.08740); ``flow-sigma`` is the same path the other way round, sigma
+    in [0, 1], 1 = noise, and predicts ``noise - data`` (FLUX).
+    """
+
+    name: str
+    backbone: str
+    hidden_size: int
+    heads: int
+    in_channels: int
+    classes: int = 0  # class labels; label `classes` is the null class. 0: not conditioned on classes
+    text_tokens: int = 0  # of a usual prompt
+    pixel_space: bool = False  # latents are pixels in [-1, 1]; there is no VAE
+    engines: int = 4  # K, unless a build says otherwise: more where weights are so few that a copy for each is nothing
+    hub_id: str | None = None
+    about: str = ""
+
+    @property
+    @abstractmethod
+    def objective(self) -> Objective: ...
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """Blocks that have gates, L."""
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """Of one sample."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Tokens that a router may skip, N."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> int:
+        """Weights of the static model, shared embedders counted once."""
+
+    @abstractmethod
+    def transformer_config(self) -> dict[str, object]:
+        """Arguments of the stock diffusers module."""
+
+    @property
+    def timestep_range(self) -> tuple[float, float]:
+        """Half-open range of the value the transformer is called with."""
+        return (0.0, 1000.0) if self.objective == "ddpm" else (0.0, 1.0)
+
+    def for_noise(self) -> Self:
+        """What noise is drawn for: a smaller picture where the backbone takes any, for widths do not depend on it."""
+        return self
+
+
+class Adapter(Protocol):
+    """Everything architecture-specific on the build side, as functions of a stock diffusers module."""
+
+    stock: type[nn.Module]
+    """The diffusers class; its arguments are the entries of a checkpoint's configuration."""
+
+    def build(self, config: Mapping[str, Any]) -> nn.Module:
+        """A stock module of that configuration, shared embedders shared, with torch's default initialisation."""
+
+    def initialise(self, backbone: Any) -> None:
+        """Overwrite the weights with the published initialisation for training from scratch."""
+
+    def share_embedders(self, backbone: Any) -> None:
+        """Make what blocks share in the architecture one module; raises ``CheckpointError`` where copies differ."""
+
+    def run(self, backbone: Any, inputs: Inputs) -> Tensor:
+        """The stock module's output, shaped as its latents or with more channels: (B, ...)."""
+
+    def blocks(self, backbone: Any) -> list[nn.Module]:
+        """Every block that has gates, in order of execution."""
+
+    def token_router(self, channels: int) -> TokenRouter:
+        """A new token router of one block, with torch's default initialisation."""
+
+    def attach(self, block: Any, gates: BlockGates) -> None:
+        """Hook a block's gates into the stock block; each multiplies, so that slicing there is exact."""
+
+    def lora_targets(self, block: Any) -> tuple[str, ...]:
+        """The linears of a block's attention and MLP, by their names in it: what TD-LoRA updates."""
+
+    def timestep_embedding(self, backbone: Any, timestep: Tensor) -> Tensor:
+        """What width routers see, a function of t alone: (B,) -> (B, C)."""
+
+    def permute_units(self, backbone: Any, block: int, heads: Tensor, groups: Tensor) -> None:
+        """Reorder heads (H,) and MLP groups (G,) of a block in place; the function computed is unchanged."""
+
+
+class Conditioning(Protocol):
+    """A kind of condition: what it looks like, and how it joins latents and t."""
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """What data files hold beside latents."""
+
+    def random(self, count: int, generator: torch.Generator) -> Conditions:
+        """Conditions of nothing in particular, for a network that is fed noise."""
+
+    def drop(self, conditions: Conditions, rows: Tensor) -> Conditions:
+        """Training for classifier-free guidance: no condition in the rows (B,) that are True."""
+
+    def inputs(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Inputs:
+        """All arguments of the stock module."""
+
+
+class Slicer(Protocol):
+    """What a backbone's module in this folder provides."""
+
+    def slice_network(self, architecture: SliceContext, segment: Segment) -> Slice:
+        """What runs at each step of a segment."""
+
+    def slice_conditioning(self, architecture: SliceContext) -> Slice:
+        """What depends on t, labels or text alone, and runs once for all steps: ``modulation`` (rows, M)."""
+
+    def tables(self, config: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """Constants of the network that no checkpoint stores."""
+
+
+VAE_SCALE = 8  # pixels on a side of a latent, unless a VAE says otherwise
+
+
+class SamplingDefaults(NamedTuple):
+    """Denoising steps and guidance scale where none are asked for."""
+
+    steps: int
+    guidance: float
+
+
+class PromptPipeline(ABC):
+    """What sampling from prompts must know of one pipeline: its class in diffusers, its parts that embed text, ..."""
+
+    name: ClassVar[str]
+    text_parts: ClassVar[tuple[str, ...]]
+    batches: ClassVar[bool] = True  # whether a sample is the same in a batch as alone
+
+    @abstractmethod
+    def defaults(self, spec: ModelSpec) -> SamplingDefaults:
+        """Steps and guidance where none are asked for."""
+
+    @abstractmethod
+    def columns(self, spec: ModelSpec, *, guided: bool) -> PromptColumns:
+        """What embedded prompts look like; ``guided`` where an unconditional prediction is needed too."""
+
+    @abstractmethod
+    def scheduler(self, spec: ModelSpec) -> Any:
+        """The schedule of the model's own pipeline."""
+
+    @abstractmethod
+    def side(self, spec: ModelSpec, scale: int) -> int:
+        """Pixels on a side where no size is asked for; a VAE makes one latent of ``scale`` pixels on a side."""
+
+    @abstractmethod
+    def arguments(self, spec: ModelSpec, *, frames: int | None, embedded: bool) -> dict[str, Any]:
+        """What the pipeline is called with that others do not know. Raises ``UsageError``."""
+
+    @abstractmethod
+    def drawn(self, output: Any) -> torch.Tensor:
+        """Pixels or latents from what the pipeline returns."""

@@ -1,0 +1,37 @@
+"""FLOPs of FLUX."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dyexport.flops import Config, FlopsModel
+
+
+def count(config: Config, tokens: int, text_tokens: int) -> FlopsModel:
+    """FLUX blocks, attention over image and text together; skipped image tokens miss the MLP.
+
+    A single block has one projection for attention and MLP, so there they miss their row of it too.
+    """
+    channels = config["num_attention_heads"] * config["attention_head_dim"]
+    rows = tokens + text_tokens
+    double = np.repeat([1.0, 0.0], [config["num_layers"], config["num_single_layers"]])  # (L,)
+    single = 1 - double
+    mixing = 3 * channels**2 * rows + 2 * rows**2 * channels  # query, key, value, scores, their product
+    return FlopsModel(
+        attention=mixing + channels**2 * (rows * double + text_tokens * single),
+        attention_tokens=channels**2 * tokens * single,
+        mlp=8 * channels**2 * text_tokens * (double + single),
+        mlp_tokens=8 * channels**2 * tokens * (double + single),
+        router=(4 * channels**2 + channels * tokens) * (double + single),
+        static=_flux_static(config, channels, tokens, text_tokens),
+    )
+
+
+def _flux_static(config: Config, channels: int, tokens: int, text_tokens: int) -> float:
+    """Embedders, modulation, final layer."""
+    sinusoidal = 2 if config["guidance_embeds"] else 1  # timestep, and guidance
+    vectors = sinusoidal * (256 * channels + channels**2) + config["pooled_projection_dim"] * channels + channels**2
+    latents = tokens * channels * config["in_channels"]
+    text = text_tokens * channels * config["joint_attention_dim"]
+    modulation = (12 * config["num_layers"] + 3 * config["num_single_layers"] + 2) * channels**2
+    return float(vectors + 2 * latents + text + modulation)

@@ -1,0 +1,107 @@
+"""FLUX.1 as numbers: sizes, shapes, published models. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+from dyexport.backbones.base import Objective, Preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class FluxPreset(Preset):
+    """FLUX.1: diffusers' ``FluxTransformer2DModel``. Sizes default to those of FLUX.1-dev at 1024 px."""
+
+    backbone: Literal["flux"] = "flux"
+    hidden_size: int = 3072
+    heads: int = 24
+    in_channels: int = 64  # of a token: 2 x 2 latent pixels
+    double_blocks: int = 19
+    single_blocks: int = 38
+    side: int = 64  # tokens along an edge of the picture
+    text_tokens: int = 512
+    joint_size: int = 4096  # channels of the text encoder's output
+    pooled_size: int = 768
+    rope_axes: tuple[int, int, int] = (16, 56, 56)
+    guidance: float | None = 3.5  # usual scale of a guidance-distilled model; None: guidance is not embedded
+    shifted: bool = True  # the sampler's steps crowd at high noise, the more the larger the picture
+
+    @property
+    def objective(self) -> Objective:
+        return "flow-sigma"
+
+    @property
+    def depth(self) -> int:
+        return self.double_blocks + self.single_blocks
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(N, C): packed, as the network takes them."""
+        return self.tokens, self.in_channels
+
+    @property
+    def tokens(self) -> int:
+        return self.side**2
+
+    @property
+    def parameters(self) -> int:
+        width, head = self.hidden_size, self.hidden_size // self.heads
+        vectors = 1 if self.guidance is None else 2  # timestep, and guidance
+        embedders = (self.in_channels + self.joint_size + 2) * width
+        embedders += vectors * (256 + 1 + width + 1) * width + (self.pooled_size + 1 + width + 1) * width
+        double = 36 * width**2 + 30 * width + 4 * head  # per stream: modulation 6, attention 4, MLP 8
+        single = 15 * width**2 + 11 * width + 2 * head  # modulation 3, attention 3, MLP 4, both out 5
+        final = 2 * width * (width + 1) + self.in_channels * (width + 1)
+        return embedders + self.double_blocks * double + self.single_blocks * single + final
+
+    def transformer_config(self) -> dict[str, object]:
+        """Arguments of diffusers' ``FluxTransformer2DModel``."""
+        return {
+            "patch_size": 1,
+            "in_channels": self.in_channels,
+            "num_layers": self.double_blocks,
+            "num_single_layers": self.single_blocks,
+            "attention_head_dim": self.hidden_size // self.heads,
+            "num_attention_heads": self.heads,
+            "joint_attention_dim": self.joint_size,
+            "pooled_projection_dim": self.pooled_size,
+            "guidance_embeds": self.guidance is not None,
+            "axes_dims_rope": list(self.rope_axes),
+        }
+
+    def for_noise(self) -> Self:
+        """128 px and 32 words."""
+        return replace(self, side=min(self.side, 8), text_tokens=min(self.text_tokens, 32))
+
+
+PRESETS: tuple[Preset, ...] = (
+    FluxPreset(name="flux", hub_id="black-forest-labs/FLUX.1-dev", about="FLUX.1-dev, guidance-distilled"),
+    FluxPreset(
+        name="flux-schnell",
+        text_tokens=256,
+        guidance=None,
+        shifted=False,
+        hub_id="black-forest-labs/FLUX.1-schnell",
+        about="FLUX.1-schnell, 1 to 4 steps",
+    ),
+    FluxPreset(
+        name="flux-lite",
+        double_blocks=8,
+        hub_id="Freepik/flux.1-lite-8B",
+        about="FLUX.1-lite 8B, guidance-distilled",
+    ),
+    FluxPreset(
+        name="flux-tiny",
+        hidden_size=128,
+        heads=4,
+        in_channels=16,
+        double_blocks=2,
+        single_blocks=3,
+        side=8,
+        text_tokens=16,
+        joint_size=64,
+        pooled_size=32,
+        rope_axes=(8, 12, 12),
+        about="FLUX in small, for trying things out on a CPU",
+    ),
+)

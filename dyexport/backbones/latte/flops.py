@@ -1,0 +1,30 @@
+"""FLOPs of Latte."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dyexport.flops import Config, FlopsModel
+
+
+def count(config: Config, tokens: int, text_tokens: int) -> FlopsModel:
+    """DiT blocks, every frame by itself and every patch by itself in turn. ``tokens`` are those of all frames.
+
+    Attention to the text is static: no gate touches it. Its keys and values are counted once a sample; the
+    stock module makes them anew for each frame.
+    """
+    channels = config["num_attention_heads"] * config["attention_head_dim"]
+    frames, pairs = config["video_length"], config["num_layers"]
+    row = np.tile([tokens // frames, frames], pairs)  # (L,), tokens that attend to each other
+    blocks = np.ones(2 * pairs)
+    pixels = tokens * channels * config["patch_size"] ** 2 * (config["in_channels"] + config["out_channels"])
+    embedders = (256 + 7 * channels) * channels + text_tokens * channels * (config["caption_channels"] + channels)
+    to_text = 2 * channels**2 * (tokens + text_tokens) + 2 * tokens * text_tokens * channels
+    return FlopsModel(
+        attention=4.0 * channels**2 * tokens + 2.0 * row * tokens * channels,
+        attention_tokens=0 * blocks,
+        mlp=0 * blocks,
+        mlp_tokens=8 * channels**2 * tokens * blocks,
+        router=tokens * (channels * (channels // 16) + channels // 16) * blocks,
+        static=float(pixels + embedders + pairs * to_text),
+    )

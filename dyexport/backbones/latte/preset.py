@@ -1,0 +1,94 @@
+"""Latte as numbers: sizes, shapes, published models. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+from dyexport.backbones.base import Objective, Preset
+
+
+@dataclass(frozen=True, kw_only=True)
+class LattePreset(Preset):
+    """Latte, text to video: diffusers' ``LatteTransformer3DModel``. Sizes default to those of Latte-1."""
+
+    backbone: Literal["latte"] = "latte"
+    hidden_size: int = 1152
+    heads: int = 16
+    in_channels: int = 4
+    pairs: int = 28  # of a spatial and a temporal block
+    patch_size: int = 2
+    sample_size: int = 64  # a frame of latents is (in_channels, sample_size, sample_size)
+    frames: int = 16
+    text_tokens: int = 120
+    caption_size: int = 4096  # channels of the text encoder's output
+
+    @property
+    def objective(self) -> Objective:
+        return "ddpm"
+
+    @property
+    def depth(self) -> int:
+        return 2 * self.pairs
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(C, F, H, W)."""
+        return self.in_channels, self.frames, self.sample_size, self.sample_size
+
+    @property
+    def tokens(self) -> int:
+        """Of all frames together."""
+        return self.frames * (self.sample_size // self.patch_size) ** 2
+
+    @property
+    def parameters(self) -> int:
+        """Position tables are not trained."""
+        width, patch = self.hidden_size, self.patch_size**2 * self.in_channels
+        embedders = (patch + 256 + self.caption_size + 3) * width + 2 * (width + 1) * width
+        modulation = 6 * (width + 1) * width
+        spatial = 16 * width**2 + 19 * width  # table of the modulation 6, attention 4, to text 4, MLP 8
+        temporal = 12 * width**2 + 15 * width
+        final = 2 * width + 2 * patch * (width + 1)
+        return embedders + modulation + self.pairs * (spatial + temporal) + final
+
+    def transformer_config(self) -> dict[str, object]:
+        """Arguments of diffusers' ``LatteTransformer3DModel``."""
+        return {
+            "num_attention_heads": self.heads,
+            "attention_head_dim": self.hidden_size // self.heads,
+            "in_channels": self.in_channels,
+            "out_channels": 2 * self.in_channels,  # noise, and the variance that the model has learned
+            "num_layers": self.pairs,
+            "cross_attention_dim": self.hidden_size,
+            "attention_bias": True,
+            "sample_size": self.sample_size,
+            "patch_size": self.patch_size,
+            "activation_fn": "gelu-approximate",
+            "num_embeds_ada_norm": 1000,
+            "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False,
+            "norm_eps": 1e-6,
+            "caption_channels": self.caption_size,
+            "video_length": self.frames,
+        }
+
+    def for_noise(self) -> Self:
+        """64 px and 32 words, in as many frames."""
+        return replace(self, sample_size=min(self.sample_size, 8), text_tokens=min(self.text_tokens, 32))
+
+
+PRESETS: tuple[Preset, ...] = (
+    LattePreset(name="latte", hub_id="maxin-cn/Latte-1", about="Latte-1, text to video, 16 frames of 512 px"),
+    LattePreset(
+        name="latte-tiny",
+        hidden_size=128,
+        heads=4,
+        pairs=2,
+        sample_size=8,
+        frames=4,
+        text_tokens=8,
+        caption_size=32,
+        about="Latte in small, for trying things out on a CPU",
+    ),
+)

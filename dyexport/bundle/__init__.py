@@ -1,0 +1,1 @@
+"""What is on disk: a bundle, its manifest, its tables and tensors. Imports no torch."""

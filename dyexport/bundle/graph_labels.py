@@ -1,0 +1,19 @@
+"""Metadata of a bundle's ONNX graphs, by which no graph can be mistaken for another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+from dyexport.bundle.manifest import ModelSpec, SegmentPlan, segment_name
+
+NETWORK = "dyexport/network"
+IDENTITY = "dyexport/sha256"
+
+
+def labels_for(network: str, model: ModelSpec, plan: SegmentPlan) -> Mapping[str, str]:
+    """Metadata of a network's graph: its name, and the hash of the model and of the segment that it serves, if any."""
+    segments = {segment_name(index): segment for index, segment in enumerate(plan.segments)}
+    served = segments.get(network)
+    said = (model.model_dump_json(), "" if served is None else served.model_dump_json())
+    return {NETWORK: network, IDENTITY: hashlib.sha256("\n".join(said).encode()).hexdigest()}

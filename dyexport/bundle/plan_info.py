@@ -1,0 +1,79 @@
+"""What is known of a TensorRT plan without a GPU: how it was built, for what, and of what graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from dyexport.bundle.tensors import TensorSpec
+from dyexport.errors import EngineMismatchError, UsageError
+
+Flavour = Literal["tensorrt", "tensorrt-rtx", "torch-tensorrt"]
+
+ENGINE = "engine.plan"
+PROGRAM = "program.pt2"  # instead, of Torch-TensorRT
+INFO = "plan.json"
+
+LARGEST_TOPK = 3840  # rows, the most that TensorRT sorts
+OLDEST_FP8 = 8.9  # compute capability of the first GPUs that multiply in FP8: Ada
+
+
+class Profile(BaseModel):
+    """The smallest, the usual and the largest size of a dimension that is free at run time."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min: int
+    opt: int
+    max: int
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Profile:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ValueError(f"{self.min}:{self.opt}:{self.max} must rise, from 1 or more")
+        return self
+
+    @classmethod
+    def parse(cls, text: str) -> Profile:
+        """``1:2:8``, or ``4`` for all three. Raises ``UsageError``."""
+        parts = text.split(":")
+        try:
+            low, usual, high = (int(part) for part in (parts * 3 if len(parts) == 1 else parts))
+            return cls(min=low, opt=usual, max=high)
+        except ValueError as error:
+            raise UsageError(f"{text!r} is not MIN:OPT:MAX, three rising numbers from 1 on, such as 1:2:8") from error
+
+    def times(self, factor: int) -> Profile:
+        return Profile(min=factor * self.min, opt=factor * self.opt, max=factor * self.max)
+
+
+class PlanInfo(BaseModel):
+    """Stands beside the plan. ``profiles`` are by symbol; ``precision`` is the graph's, which TensorRT keeps to.
+
+    ``compute_capabilities`` are what the plan runs on (``8.6``); none means all that its builder knows.
+    ``streamable``: its weights can be streamed from host memory, as many as do not fit on the device.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    flavour: Flavour
+    version: str
+    compute_capabilities: tuple[str, ...]
+    precision: str
+    streamable: bool = False
+    profiles: tuple[dict[str, Profile], ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    layers: tuple[str, ...]
+    graph_sha256: str
+    plan_sha256: str
+
+    @classmethod
+    def read(cls, path: Path) -> PlanInfo:
+        """Raises ``EngineMismatchError`` for a file that is not such a description."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise EngineMismatchError(f"cannot read {path}: {error}; build the bundle again") from error

@@ -1,0 +1,212 @@
+"""Dynamic checkpoints: models with routers, from and to disk.
+
+A dynamic checkpoint is a diffusers directory (it loads as the stock, complete model) with three more
+files: ``dynamic.json``, ``routers.safetensors`` and, for a model without trained routers,
+``widths.safetensors``. Of a model trained by TD-LoRA the directory has the backbone, frozen but for
+its biases where those were trained, and a file ``td_lora.safetensors`` the updates.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import PositiveInt, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dyexport.backbones import get_adapter
+from dyexport.backbones.base import Preset, RouterKind
+from dyexport.bundle.manifest import Frozen, first_problem
+from dyexport.bundle.tables import WidthTable
+from dyexport.checkpoints.sources import CONFIG, read_config
+from dyexport.checkpoints.static import (
+    ORDER,
+    fill,
+    load_backbone,
+    load_static,
+    meta_backbone,
+    open_checkpoint,
+    read_order,
+    save_static,
+)
+from dyexport.checkpoints.stored_weights import StoredWeights, View, check_weights, link_weights, write_weights
+from dyexport.checkpoints.streaming import meta_parameters, stored_state, stream_routers
+from dyexport.errors import BundleError, CheckpointError, UsageError
+from dyexport.lora import LoraSpec
+from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.gates import WIDTH_BIAS
+from dyexport.models.hooks import BIAS
+from dyexport.presets import get_preset
+
+DYNAMIC = "dynamic.json"
+TD_LORA = "td_lora.safetensors"
+PARTS = {"routers": "routers.safetensors", "td_lora": TD_LORA}  # of the dynamic model, by attribute
+TABLE = "widths.safetensors"
+
+
+class DynamicSpec(Frozen):
+    """``dynamic.json``: which preset the routers were made for, and what they route."""
+
+    preset: str
+    heads: PositiveInt
+    groups: PositiveInt
+    tokens: bool
+    router: RouterKind = "free"
+    td_lora: LoraSpec | None = None
+
+    def attach(self, backbone: nn.Module, preset: Preset) -> DynamicTransformer:
+        """A dynamic model around a stock one, with new routers."""
+        return DynamicTransformer(
+            backbone,
+            get_adapter(preset.backbone),
+            heads=self.heads,
+            groups=self.groups,
+            tokens=self.tokens,
+            router=self.router,
+            td_lora=self.td_lora,
+        )
+
+
+def load_given(source: Path, preset: Preset, *, stream: bool = False) -> DynamicTransformer:
+    """A model with its own routers: a dynamic checkpoint, or a published DyDiT file."""
+    if source.is_dir():
+        model, found = load_dynamic(source, stream=stream)
+        if found.name != preset.name:
+            raise CheckpointError(f"{source} is a checkpoint of {found.name}; build it with --model {found.name}")
+        return model
+    checkpoint = open_checkpoint(str(source), preset)
+    spec = DynamicSpec(preset=preset.name, heads=preset.heads, groups=preset.heads, tokens=True)
+    model = _dynamic(
+        load_backbone(checkpoint, preset, stream=stream), preset, spec, {"routers": checkpoint.routers}, stream
+    )
+    if not any(".heads." in name for name in checkpoint.routers):
+        open_widths(model, preset)
+    return model
+
+
+def _dynamic(
+    backbone: nn.Module, preset: Preset, spec: DynamicSpec, parts: Mapping[str, Mapping[str, Tensor]], stream: bool
+) -> DynamicTransformer:
+    """The model with the weights of its ``parts``."""
+    with meta_parameters(stream):
+        model = spec.attach(backbone, preset)
+    if stream:
+        stream_routers(model.block_routers, parts["routers"])
+        if model.td_lora is not None:
+            model.td_lora.to_empty(device="cpu")
+    for name, module in model.parts().items():
+        fill(module, parts[name])
+    return model.eval()
+
+
+@torch.no_grad()
+def open_widths(model: DynamicTransformer, preset: Preset) -> None:
+    """For a file with token routers alone: every unit on at every t, until a budget chooses some."""
+    for router in model.block_routers:
+        for linear in (router.heads, router.groups):
+            nn.init.zeros_(linear.weight)
+            nn.init.constant_(linear.bias, WIDTH_BIAS)
+    start, end = preset.timestep_range
+    heads, groups = (np.ones((1, model.depth, units), dtype=bool) for units in (model.heads, model.groups))
+    model.table = WidthTable(grid=np.array([start]), end=end, heads=heads, groups=groups)
+
+
+def load_dynamic(directory: Path, *, stream: bool = False) -> tuple[DynamicTransformer, Preset]:
+    """Read a dynamic checkpoint; raises ``CheckpointError`` naming what does not fit."""
+    spec = read_spec(directory)
+    preset = get_preset(spec.preset)
+    backbone: Any = load_static(str(directory), preset, stream=stream)
+    with torch.device("meta"):
+        expected = spec.attach(meta_backbone(preset, backbone.config), preset).parts()
+    parts = {name: StoredWeights(directory / PARTS[name]) for name in expected}
+    for name, module in expected.items():
+        check_weights(parts[name], module.state_dict(), directory / PARTS[name], preset.name)
+    model = _dynamic(backbone, preset, spec, parts, stream)
+    if (directory / TABLE).is_file():
+        model.table = _read_table(directory / TABLE, model)
+    if (directory / ORDER).is_file():
+        model.order = read_order(directory / ORDER, preset)
+    return model, preset
+
+
+def _read_table(file: Path, model: DynamicTransformer) -> WidthTable:
+    try:
+        table = WidthTable.load(file)
+    except BundleError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    shapes = table.heads.shape[1:], table.groups.shape[1:]
+    if shapes != (expected := ((model.depth, model.heads), (model.depth, model.groups))):
+        raise CheckpointError(f"{file} has heads and groups of {shapes}; the model has {expected}")
+    return table
+
+
+def read_spec(directory: Path) -> DynamicSpec:
+    """What a dynamic checkpoint says of itself; its preset is known."""
+    try:
+        spec = DynamicSpec.model_validate_json((directory / DYNAMIC).read_bytes())
+        preset = get_preset(spec.preset)
+    except ValidationError as error:
+        raise CheckpointError(f"{directory / DYNAMIC} is of no dynamic checkpoint: {first_problem(error)}") from error
+    except (OSError, UsageError) as error:
+        raise CheckpointError(f"{directory} is not a dynamic checkpoint: {error}") from error
+    if spec.heads != preset.heads or 4 * preset.hidden_size % spec.groups:
+        raise CheckpointError(
+            f"{directory / DYNAMIC} has {spec.heads} heads and {spec.groups} groups; {preset.name} has {preset.heads} "
+            f"heads, and groups that divide {4 * preset.hidden_size} channels"
+        )
+    return spec
+
+
+def dynamic_weights(directory: Path) -> Mapping[str, Tensor]:
+    """All of a dynamic checkpoint by the names that slices read; each tensor is read when asked for."""
+    stored = {
+        f"{name}.": StoredWeights(directory / file) for name, file in PARTS.items() if (directory / file).is_file()
+    }
+    stored[""] = StoredWeights(directory)
+    return View({f"{prefix}{name}": (weights, name) for prefix, weights in stored.items() for name in weights})
+
+
+@torch.no_grad()
+def ranked_biases(static: Path, directory: Path) -> dict[str, Tensor]:
+    """A static model's biases, by name, with units in the order of a dynamic checkpoint that was made from it."""
+    preset = get_preset(read_spec(directory).preset)
+    backbone, adapter = meta_backbone(preset, read_config(static, preset)), get_adapter(preset.backbone)
+    stored = StoredWeights(static)
+    biases = [name for name in backbone.state_dict() if name.endswith(BIAS)]
+    backbone.load_state_dict({name: stored[name] for name in biases}, strict=False, assign=True)
+    if (directory / ORDER).is_file():
+        order = read_order(directory / ORDER, preset)
+        for block, (heads, groups) in enumerate(zip(order["heads"], order["groups"], strict=True)):
+            adapter.permute_units(backbone, block, heads, groups)
+    state = backbone.state_dict()
+    return {name: state[name] for name in biases}
+
+
+def save_dynamic(model: DynamicTransformer, directory: Path, preset: Preset, *, backbone: Path | None = None) -> None:
+    """Write a dynamic checkpoint. ``backbone`` is a diffusers directory that has the model's backbone already."""
+    if backbone is None:
+        save_static(model.backbone, directory)
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(backbone / CONFIG, directory / CONFIG)
+        link_weights(backbone, directory)
+    for name, module in model.parts().items():
+        write_weights(stored_state(module), directory / PARTS[name])
+    spec = DynamicSpec(
+        preset=preset.name,
+        heads=model.heads,
+        groups=model.groups,
+        tokens=model.has_token_routers,
+        router=model.router,
+        td_lora=None if model.td_lora is None else model.td_lora.spec,
+    )
+    (directory / DYNAMIC).write_text(spec.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
+    if model.table is not None:
+        model.table.save(directory / TABLE)
+    if model.order is not None:
+        save_file(dict(model.order), directory / ORDER)

@@ -1,0 +1,92 @@
+"""Models larger than memory: a layer's weights are read for its forward pass and dropped after it.
+
+What is computed is what the model in memory computes, to the bit. A backward pass recomputes block by block, so
+that it, too, holds one block's weights at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils import PrefixedDataset
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dyexport.backbones.base import Adapter
+from dyexport.models.gates import BlockRouter, Fp32Linear
+
+M_MMAP_THRESHOLD = -3  # of malloc.h
+SHARE = 0.6  # of the memory that is free, for weights; the rest is for activations and everybody else
+
+
+def must_stream(parameters: int, memory: int | None = None) -> bool:
+    """Whether so many fp32 weights are too many for ``memory`` bytes, or for what is free now."""
+    import psutil
+
+    room = SHARE * psutil.virtual_memory().available if memory is None else memory
+    return parameters * torch.float32.itemsize > room
+
+
+def stream_backbone(adapter: Adapter, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
+    """A stock module in fp32 whose weights stay where they are; buffers are in memory."""
+    _return_freed_memory()
+    with init_empty_weights(include_buffers=False):
+        backbone: Any = adapter.build(config)
+    for name, buffer in backbone.named_buffers():
+        if name in weights:
+            buffer.copy_(weights[name])
+    _stream(backbone.named_modules(), weights)
+    # Stopping a recomputation as early as possible would leave a layer's weights behind.
+    backbone.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, early_stop=False))
+    return backbone
+
+
+def _return_freed_memory() -> None:
+    """Have glibc give freed tensors back at once: in its heap, what layers leave between them grows with depth."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**20)
+
+
+def meta_parameters(stream: bool) -> AbstractContextManager[None]:
+    """Modules made inside have parameters without memory, if they are to be streamed."""
+    return init_empty_weights(include_buffers=False) if stream else nullcontext()
+
+
+def stream_routers(routers: Sequence[BlockRouter], weights: Mapping[str, Tensor]) -> None:
+    """Stream the large layers of routers on the meta device; the small ones, which calibration moves, get memory."""
+    for index, router in enumerate(routers):
+        named = {f"{index}.{name}": module for name, module in router.named_modules()}
+        large = {name: module for name, module in named.items() if isinstance(module, Fp32Linear)}
+        for name in named.keys() - large.keys():
+            named[name].to_empty(device="cpu", recurse=False)
+        _stream(large.items(), weights)
+
+
+def _stream(modules: Iterable[tuple[str, nn.Module]], weights: Mapping[str, Tensor]) -> None:
+    """Read the own weights of ``modules``, which are given by name, when they run, and drop them after."""
+    for name, module in modules:
+        own = list(module.parameters(recurse=False))
+        if not own:
+            continue
+        for parameter in own:
+            parameter.requires_grad_(False)
+        prefix = f"{name}." if name else ""
+        hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=PrefixedDataset(weights, prefix))
+        add_hook_to_module(module, hook)
+
+
+def stored_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict, streamed tensors as they lie on disk."""
+    state = dict(module.state_dict())
+    for name, child in module.named_modules():
+        if (hook := getattr(child, "_hf_hook", None)) is not None:
+            prefix = f"{name}." if name else ""
+            state |= {f"{prefix}{own}": hook.weights_map[own] for own, _ in child.named_parameters(recurse=False)}
+    return state

@@ -1,0 +1,137 @@
+"""Users' LoRAs, merged into a stock transformer tensor by tensor.
+
+peft merges, in its own layers: one at a time, around the weights of one module, so that a 12-billion-parameter
+transformer need not be in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dyexport.backbones.base import Preset
+from dyexport.checkpoints.lora_files import BIAS, Factors, read_lora
+from dyexport.checkpoints.stored_weights import listed
+from dyexport.errors import CheckpointError
+from dyexport.lora import LoraFile
+
+LAYER = "layer"
+
+
+class UserLora:
+    """One LoRA, checked against the stock module, which may be on the meta device."""
+
+    def __init__(self, lora: LoraFile, preset: Preset, stock: nn.Module) -> None:
+        """Raises ``CheckpointError`` for what is not a LoRA of this transformer; warns of what it has for others."""
+        self.file, self.scale = lora.file, lora.scale
+        self._stock = stock
+        self._factors, left_out = read_lora(lora.file, preset, stock)
+        for name, factors in self._factors.items():
+            self._check(name, factors, preset.name)
+        if left_out:
+            warnings.warn(
+                f"{self.file}: only the transformer's LoRA is merged; left out are {listed(left_out)}, "
+                "for text encoders, which are not part of a bundle",
+                stacklevel=1,
+            )
+
+    def changes(self, name: str) -> bool:
+        """Return whether the LoRA changes a weight, by its name in the stock module."""
+        module, _, leaf = name.rpartition(".")
+        return module in self._factors and (leaf == "weight" or BIAS in self._factors[module].tensors)
+
+    def merged(self, module: str, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights of a module, by their names in it, with the LoRA in them."""
+        from peft import set_peft_model_state_dict
+
+        base = copy.deepcopy(self._stock.get_submodule(module))
+        base.load_state_dict(dict(weights), assign=True)
+        holder, tensors = _with_layer(base, self._factors[module]), self._factors[module].tensors
+        set_peft_model_state_dict(holder, {f"{LAYER}.{part}": tensor for part, tensor in tensors.items()})
+        try:
+            layer: Any = holder[LAYER]
+            layer.scale_layer(self.scale)
+            layer.merge(safe_merge=True)
+        except ValueError as error:
+            raise CheckpointError(f"{self.file}: {module} is not finite with it; lower its scale") from error
+        return dict(layer.get_base_layer().state_dict())
+
+    def _check(self, module: str, factors: Factors, model: str) -> None:
+        """Let peft make the layer, without memory, and see whether the file has what the layer needs."""
+        from peft import get_peft_model_state_dict
+
+        base = copy.deepcopy(self._stock.get_submodule(module)).to("meta")
+        try:
+            holder = _with_layer(base, factors)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            kind = type(base).__name__
+            raise CheckpointError(f"{self.file}: {factors.key} is for a layer of type {kind}, not a linear") from error
+        state = get_peft_model_state_dict(holder, state_dict=holder.state_dict())
+        expected = {part.removeprefix(f"{LAYER}."): tensor for part, tensor in state.items()}
+        if missing := expected.keys() - factors.tensors.keys():
+            raise CheckpointError(f"{self.file}: {factors.key} needs {min(missing)} to go with it; save the LoRA again")
+        if unknown := factors.tensors.keys() - expected.keys():
+            raise CheckpointError(f"{self.file}: {factors.key} comes with {min(unknown)}, unknown for {module}")
+        if BIAS in expected and base.bias is None:
+            raise CheckpointError(f"{self.file}: {factors.key} comes with lora_B.bias, but {module} has no bias")
+        for part, tensor in factors.tensors.items():
+            if tensor.shape != expected[part].shape:
+                raise CheckpointError(
+                    f"{self.file}: {module}.{part} has shape {tuple(tensor.shape)}, {model} needs "
+                    f"{tuple(expected[part].shape)}; give a LoRA made for this model"
+                )
+
+
+class MergedWeights(Mapping[str, Tensor]):
+    """Weights with LoRAs in them, each made when it is asked for, and in its own dtype.
+
+    Every LoRA is merged into the original weight, and the changes are added up: their order does not matter.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], loras: Sequence[UserLora]) -> None:
+        self._weights, self._loras = weights, loras
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self._weights[name]
+        loras = [lora for lora in self._loras if lora.changes(name)]
+        if not loras:
+            return weight
+        merged = self._changed(name, loras).to(weight.dtype)
+        if not merged.isfinite().all():
+            files = " and ".join(str(lora.file) for lora in loras)
+            raise CheckpointError(f"{name} is not finite in {weight.dtype} with {files}; lower the scale")
+        return merged
+
+    @torch.no_grad()
+    def _changed(self, name: str, loras: Sequence[UserLora]) -> Tensor:
+        module, _, leaf = name.rpartition(".")
+        wide = torch.promote_types(self._weights[name].dtype, torch.float32)
+        names = [part for part in ("weight", "bias") if f"{module}.{part}" in self._weights]
+        base = {part: self._weights[f"{module}.{part}"].to(wide) for part in names}
+        changes = [lora.merged(module, base)[leaf] - base[leaf] for lora in loras]
+        return sum(changes, start=base[leaf])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def _with_layer(base: nn.Module, factors: Factors) -> nn.ModuleDict:
+    """A model of peft's layer around a module, alone, with new factors."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    holder = nn.ModuleDict({LAYER: base})
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # about what is checked here
+        inject_adapter_in_model(LoraConfig(target_modules=[LAYER], **factors.options), holder)
+    return holder

@@ -1,0 +1,26 @@
+"""Conditions of a sample, class labels or embedded prompts, and the columns of data files that hold them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+Conditions = dict[str, Tensor]
+"""One row per sample, by the names of the stock module's arguments."""
+
+
+class Batch(NamedTuple):
+    """Clean samples and what they were made for."""
+
+    latents: Tensor  # (B, *latent_shape) float32
+    conditions: Conditions
+
+
+class Column(NamedTuple):
+    """One condition in a data file: tensor ``name`` (n, *shape) holds the network's ``argument``."""
+
+    name: str
+    argument: str
+    shape: tuple[int | None, ...] = ()  # None: any length
+    classes: int | None = None  # integers in [0, classes); None for floats

@@ -1,0 +1,143 @@
+"""The networks that a plan exports, what identifies them, and what a plan costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from dyexport.bundle.manifest import (
+    CONDITIONING,
+    DENSE,
+    DENSE_CONDITIONING,
+    ModelSpec,
+    Segment,
+    SegmentPlan,
+    segment_name,
+)
+from dyexport.bundle.tables import TokenStats, WidthTable
+from dyexport.calibration.segments import PlanSettings, make_segments, price_plan
+from dyexport.flops import FlopsModel, low_rank_flops
+from dyexport.models.hooks import BIAS
+from dyexport.slicing.recipes import Read, Recipe, lay_out
+from dyexport.slicing.slicer import (
+    Slice,
+    SliceContext,
+    UnitOrder,
+    dense_reader,
+    dense_segment,
+    slice_conditioning,
+    slice_segment,
+)
+
+STATIC_PREFIX = "static."  # before names of the static model's weights, where they are not the dynamic one's
+
+OwnDense = Literal["nothing", "biases", "everything"]
+"""What the dense network has of its own, because training moved it in the dynamic model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """One graph to export; ``segment`` is what it serves, None for a conditioning network."""
+
+    name: str
+    segment: Segment | None
+    slice: Slice
+
+
+def cut_networks(
+    architecture: SliceContext,
+    widths: WidthTable,
+    segments: Sequence[Segment],
+    *,
+    baseline: bool,
+    own_dense: OwnDense,
+) -> list[Network]:
+    """One per segment, their conditioning, and with ``baseline`` the dense network.
+
+    What ``own_dense`` says is read under ``STATIC_PREFIX`` + name, and the dense network then has a conditioning
+    network of its own; the latter also beside TD-LoRA, which leaves the dense weights as they were.
+    """
+    networks = [
+        Network(name=segment_name(index), segment=segment, slice=slice_segment(architecture, segment))
+        for index, segment in enumerate(segments)
+    ]
+    networks.append(Network(name=CONDITIONING, segment=None, slice=slice_conditioning(architecture)))
+    if baseline:
+        networks += _dense_networks(architecture, UnitOrder.of(widths), own_dense)
+    return networks
+
+
+def _dense_networks(architecture: SliceContext, order: UnitOrder, own: OwnDense) -> list[Network]:
+    segment = dense_segment(architecture.spec, order)
+    if own == "nothing" and architecture.spec.td_lora is None:
+        return [Network(name=DENSE, segment=segment, slice=slice_segment(architecture, segment))]
+    spec = architecture.spec.model_copy(update={"td_lora": None})
+    static = replace(architecture, spec=spec, token_routers=False)
+    return [
+        Network(name=DENSE, segment=segment, slice=_static(slice_segment(static, segment), own)),
+        Network(name=DENSE_CONDITIONING, segment=None, slice=_static(slice_conditioning(static), own)),
+    ]
+
+
+def architecture_of(spec: ModelSpec, widths: WidthTable, stats: TokenStats | None) -> SliceContext:
+    return SliceContext(spec=spec, groups=widths.groups.shape[-1], token_routers=stats is not None)
+
+
+def _static(piece: Slice, own: OwnDense) -> Slice:
+    """The same network, with what the static model has of its own read from there."""
+    recipes = {
+        name: replace(recipe, sources=tuple(_source(source, own) for source in recipe.sources))
+        for name, recipe in piece.recipes.items()
+    }
+    return replace(piece, recipes=recipes)
+
+
+def _source(name: str, own: OwnDense) -> str:
+    static = own == "everything" or (own == "biases" and name.endswith(BIAS))
+    return f"{STATIC_PREFIX}{name}" if static else name
+
+
+def store_reader(spec: ModelSpec, mine: Read, static: Mapping[str, Tensor]) -> Read:
+    """Reads the dynamic model's weights and, under names with ``STATIC_PREFIX``, the static model's.
+
+    Where biases alone are the static model's, their units must stand in the order of the dynamic model's weights.
+    """
+    theirs = dense_reader(static, spec)
+    return lambda name: theirs(name[len(STATIC_PREFIX) :]) if name.startswith(STATIC_PREFIX) else mine(name)
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as a JSON value."""
+    return {**asdict(recipe), "dtype": str(recipe.dtype)}
+
+
+def plan_for(spec: ModelSpec, widths: WidthTable, stats: TokenStats | None, settings: PlanSettings) -> SegmentPlan:
+    """Segments for K engines, and what they cost."""
+    return plan_of(make_segments(widths, stats, _flops_of(spec), settings), spec, widths, stats)
+
+
+def _flops_of(spec: ModelSpec) -> FlopsModel:
+    return FlopsModel.of(spec.backbone, spec.config, tokens=spec.tokens, text_tokens=spec.text_tokens)
+
+
+def plan_of(
+    segments: tuple[Segment, ...], spec: ModelSpec, widths: WidthTable, stats: TokenStats | None
+) -> SegmentPlan:
+    """FLOPs and bytes of segments; ``resident_bytes`` counts a copy of its weights for each engine."""
+    flops = _flops_of(spec)
+    architecture = architecture_of(spec, widths, stats)
+    slices = [slice_segment(architecture, segment) for segment in segments] + [slice_conditioning(architecture)]
+    layout = lay_out(recipe for piece in slices for recipe in piece.recipes.values())
+    resident = sum(piece.nbytes for piece in slices)
+    return price_plan(
+        segments,
+        widths,
+        stats,
+        flops,
+        disk_bytes=layout.nbytes,
+        resident_bytes=resident,
+        low_rank=low_rank_flops(spec, flops.depth) / flops.dense,
+    )

@@ -1,0 +1,173 @@
+"""The folder that a build writes: whose it is, who writes it, and how a new bundle takes the place of an old one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dyexport.bundle.manifest import FileRecord
+from dyexport.bundle.reader import MANIFEST, files_of
+from dyexport.digests import sha256_of
+from dyexport.errors import StorageError, UsageError
+from dyexport.files import PARTIAL, clear_partials, flush, hard_linked, put, remove, replacing, storage_errors, sync
+
+STAGING = f"{PARTIAL}bundle"  # inside a folder that cannot be renamed
+LOCK = f"{PARTIAL}lock"
+
+
+def check_ours(out: Path) -> None:
+    """Raise ``UsageError`` for what is neither a bundle, nor what a stopped build left of one, nor an empty folder."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UsageError(f"{out} is a file; -o takes a directory")
+    if files_of(out) is None and not (out / STAGING).is_dir() and any(_foreign(out)):
+        raise UsageError(f"{out} is not empty and not a bundle; choose another -o")
+
+
+@contextmanager
+def locked_output(out: Path) -> Iterator[None]:
+    """Hold a folder that is to be written; raises ``StorageError`` while another process does.
+
+    Clears up after a build that was killed while it held it.
+    """
+    place = Path(os.path.realpath(out))
+    inside = place.is_dir() and not _renamable(place)
+    lock = place / LOCK if inside else place.with_name(f"{LOCK}-{place.name}")
+    with storage_errors(out):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    with held(lock, f"another build is writing {out}; wait for it, or give another -o"):
+        try:
+            with storage_errors(out):
+                clear_partials(place)
+            yield
+        finally:
+            with suppress(OSError):  # one that stays is taken over
+                lock.unlink()
+
+
+@contextmanager
+def held(lock: Path, refusal: str) -> Iterator[None]:
+    """Hold a lock file; raises ``StorageError`` with ``refusal`` while another process does."""
+    while True:
+        with storage_errors(lock.parent):
+            file = lock.open("w")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StorageError(refusal) from error
+            if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                continue  # its last holder removed it
+            yield
+            return
+
+
+@contextmanager
+def staged(out: Path, records: Mapping[str, FileRecord]) -> Iterator[Path]:
+    """Yield a folder to write a whole bundle into, of files ``records``, which then takes the place of ``out``.
+
+    It does so in one step, so that there is a whole bundle at every moment, and the disk holds both for a while. What
+    was not written by dyexport stays. A folder that cannot be renamed, because a file system is mounted there,
+    or in which this process was started (its shell would find itself nowhere), is changed folder by folder: for
+    milliseconds it holds parts of both bundles.
+    """
+    place = Path(os.path.realpath(out))
+    ours = (files_of(place) or set()) | (files_of(place / STAGING) or set())
+    _check_room(place, ours, records)
+    if not place.is_dir() or (_renamable(place) and not Path.cwd().is_relative_to(place)):
+        with replacing(place) as staging:
+            staging.mkdir()
+            yield staging
+            _keep(place, staging, ours)
+        return
+    staging = place / STAGING
+    remove(staging)
+    try:
+        staging.mkdir()
+        yield staging
+        _keep(place, staging, ours)
+        sync(staging)
+    except BaseException:
+        remove(staging)
+        raise
+    _change_contents(place, staging)
+    remove(staging)
+
+
+def _renamable(folder: Path) -> bool:
+    """Not where a file system is mounted, or where the parent is read-only."""
+    mounted = any(os.fsencode(line.split()[4]) == _escaped(folder) for line in _mounts())
+    return not mounted and os.access(folder.parent, os.W_OK | os.X_OK)
+
+
+def _mounts() -> list[str]:
+    try:
+        return Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return []
+
+
+def _escaped(folder: Path) -> bytes:
+    """A path as the kernel lists it."""
+    return os.fsencode(folder).replace(b"\\", rb"\134").replace(b" ", rb"\040").replace(b"\t", rb"\011")
+
+
+def _check_room(out: Path, ours: Collection[str], records: Mapping[str, FileRecord]) -> None:
+    """Raise ``StorageError`` where a file of somebody else has a name that the bundle needs."""
+    for name in _foreign(out, ours):
+        path = out / name
+        same = name in records and path.is_file() and sha256_of(path) == records[name].sha256
+        if not same and any(_excludes(path, name, new) for new in (MANIFEST, *records)):
+            raise StorageError(f"{path} was not written by dyexport and is in the bundle's way; move it, then repeat")
+
+
+def _excludes(path: Path, name: str, new: str) -> bool:
+    """Return whether ``path``, which is ``name`` in its folder, rules out a file ``new``."""
+    folder = path.is_dir() and not path.is_symlink()
+    return name == new or name.startswith(f"{new}/") or (new.startswith(f"{name}/") and not folder)
+
+
+def _foreign(folder: Path, ours: Collection[str] = (), below: str = "") -> Iterator[str]:
+    """Names of files, links and empty folders in ``folder`` that are not ``ours``."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else ():
+        name = below + entry.name
+        if name in ours or (not below and name.startswith(PARTIAL)):
+            continue
+        if not entry.is_dir(follow_symlinks=False):
+            yield name
+        elif any(os.scandir(entry)):
+            yield from _foreign(Path(entry), ours, f"{name}/")
+        else:
+            yield name
+
+
+def _keep(out: Path, staging: Path, ours: Collection[str]) -> None:
+    """Give what is not ours a second name in the folder that will be ``out``."""
+    for name in _foreign(out, ours):
+        old, new = out / name, staging / name
+        if os.path.lexists(new):
+            continue
+        new.parent.mkdir(parents=True, exist_ok=True)
+        if old.is_dir() and not old.is_symlink():
+            new.mkdir()
+        elif not hard_linked(old, new):
+            shutil.copy2(old, new, follow_symlinks=False)
+    if out.is_dir():
+        shutil.copymode(out, staging)
+
+
+def _change_contents(out: Path, staging: Path) -> None:
+    """Let what is in two folders change places, the manifest last."""
+    new = {entry.name for entry in staging.iterdir()}
+    for name in new - {MANIFEST}:
+        put(staging / name, out / name)
+    for entry in out.iterdir():
+        if entry.name not in new and not entry.name.startswith(PARTIAL):
+            remove(entry)
+    put(staging / MANIFEST, out / MANIFEST)
+    flush(out)

@@ -1,0 +1,111 @@
+"""What TensorRT is asked to build: above all, a range of sizes for each dimension that is free at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from dyexport.bundle.manifest import ModelSpec, Segment
+from dyexport.bundle.plan_info import LARGEST_TOPK, Profile
+from dyexport.errors import UsageError
+from dyexport.pipeline.targets import TARGETS
+
+if TYPE_CHECKING:
+    from dyexport.exporters.tensorrt_plan import PlanRequest
+    from dyexport.pipeline.networks import Network
+    from dyexport.pipeline.settings import BuildSettings
+
+BATCH = Profile(min=1, opt=2, max=8)  # 2 is one picture under guidance
+STEPS = Profile(min=1, opt=50, max=100)  # that the conditioning network computes at once
+SMALLEST = 4  # pictures of a quarter of the usual tokens, 512 px of 1024, are the smallest
+
+
+def plan_request(settings: BuildSettings, target: str, spec: ModelSpec, network: Network) -> PlanRequest:
+    """The plan of one network for a target that has a flavour."""
+    from dyexport.exporters.tensorrt_plan import PlanRequest
+
+    flavour = TARGETS[target].flavour
+    assert flavour is not None
+    profiles = profiles_for(spec, network.segment, parse_profiles(settings.profiles))
+    return PlanRequest(
+        flavour=flavour,
+        inputs=network.slice.inputs,
+        profiles=profiles,
+        precision=spec.number_formats,
+        compute_capabilities=settings.compute_capabilities,
+        largest_topk=largest_topk(spec, network.segment, profiles),
+        stream_weights=settings.stream_weights,
+    )
+
+
+def parse_profiles(texts: tuple[str, ...]) -> tuple[dict[str, Profile], ...]:
+    """``batch=1:2:8,image_tokens=1024:4096:4096``, one optimisation profile each. Raises ``UsageError``."""
+    return tuple(dict(_parse_one(part) for part in text.split(",")) for text in texts)
+
+
+def _parse_one(part: str) -> tuple[str, Profile]:
+    symbol, equals, sizes = part.strip().partition("=")
+    if not equals or not symbol:
+        raise UsageError(f"--profile {part!r} is not NAME=MIN:OPT:MAX, such as batch=1:2:8")
+    return symbol, Profile.parse(sizes)
+
+
+def profiles_for(
+    spec: ModelSpec, segment: Segment | None, given: tuple[Mapping[str, Profile], ...]
+) -> tuple[dict[str, Profile], ...]:
+    """One optimisation profile for each one given, or one; sizes that are not given are the model's usual ones.
+
+    Raises ``UsageError`` for a dimension that this model does not have.
+    """
+    usual = _usual(spec, segment)
+    for profiles in given:
+        if unknown := [name for name in profiles if name not in _usual(spec, None) and name not in usual]:
+            raise UsageError(f"--profile names {unknown[0]!r}; {spec.name} has {', '.join(usual)}")
+    return tuple(usual | {k: v for k, v in profiles.items() if k in usual} for profiles in given or ({},))
+
+
+def largest_topk(spec: ModelSpec, segment: Segment | None, profiles: Sequence[Mapping[str, Profile]]) -> int:
+    """Most tokens that a block of the segment may sort; blocks with room for more than TensorRT can sort do not.
+
+    FLUX's single blocks always keep the text as well, of which a profile may allow more than is usual.
+    """
+    if segment is None:
+        return 0
+    doubles = spec.config["num_layers"] if spec.backbone == "flux" else segment.depth
+    text = max((sizes["text_tokens"].max for sizes in profiles if "text_tokens" in sizes), default=0)
+    largest = 0
+    for block in segment.limited_blocks:
+        usual, most = (spec.text_tokens, text) if block >= doubles else (0, 0)
+        if segment.room(block) + usual <= LARGEST_TOPK:
+            largest = max(largest, segment.room(block) + most)
+    return largest
+
+
+def _usual(spec: ModelSpec, segment: Segment | None) -> dict[str, Profile]:
+    rows = Profile(min=1, opt=BATCH.opt * STEPS.opt, max=BATCH.max * STEPS.max)
+    usual = {"batch": BATCH, "rows": rows}
+    if spec.text_tokens:
+        usual["text_tokens"] = Profile(min=1, opt=spec.text_tokens, max=spec.text_tokens)
+    if "video_length" in spec.config:
+        usual |= _video(spec, segment)
+    elif spec.text_tokens:
+        usual["image_tokens"] = _tokens(spec.tokens, segment)
+    if segment is not None and segment.slot_buckets:
+        buckets = segment.slot_buckets
+        usual["slots"] = Profile(min=buckets[0], opt=buckets[len(buckets) // 2], max=buckets[-1])
+    return usual
+
+
+def _tokens(count: int, segment: Segment | None) -> Profile:
+    """A block that keeps the top C tokens cannot be given fewer."""
+    room = segment.largest_room if segment is not None else 0
+    return Profile(min=max(count // SMALLEST, room, 1), opt=count, max=count)
+
+
+def _video(spec: ModelSpec, segment: Segment | None) -> dict[str, Profile]:
+    frames, side = int(spec.config["video_length"]), int(spec.config["sample_size"]) // int(spec.config["patch_size"])
+    fixed = segment is not None and segment.largest_room > 0  # a capacity counts the tokens of a whole clip
+    return {
+        "frames": Profile(min=frames if fixed else 1, opt=frames, max=frames),
+        **{name: Profile(min=side if fixed else max(side // 2, 1), opt=side, max=side) for name in ("height", "width")},
+    }

@@ -1,0 +1,224 @@
+"""What each stage does: functions from settings and earlier outputs to files. Nothing here knows of the ledger."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dyexport.backbones import get_adapter
+from dyexport.calibration.effort import effort_for
+from dyexport.calibration.widths import (
+    trajectory_points,
+)
+from dyexport.checkpoints.dynamic import load_given, save_dynamic
+from dyexport.checkpoints.sources import find_checkpoint
+from dyexport.checkpoints.static import adopt_static, load_static, save_static
+from dyexport.errors import CheckpointError
+from dyexport.files import hard_linked
+from dyexport.models.devices import best_device
+from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.importance import rank_units
+from dyexport.models.inputs import NoisedInputs
+from dyexport.models.random_weights import random_backbone, random_dynamic
+from dyexport.pipeline.settings import BuildSettings, Schedule
+from dyexport.training.config import FinetuneConfig, TrainConfig
+from dyexport.training.data import LatentSource, open_source
+from dyexport.training.finetuning import finetune
+from dyexport.training.prompts import embed_prompts, kept_prompts, read_prompts
+from dyexport.training.synthetic import generate
+from dyexport.training.trainer import Progress, train_static
+
+RANKING_POINTS = 8
+SHARDS, PROMPTS = "shards", "prompts.safetensors"  # of synthetic data under way
+CALIBRATION_SAMPLES = 512  # latents that calibration draws from
+
+
+def checkpoint_source(settings: BuildSettings) -> Path | None:
+    """The directory the static weights come from, downloaded if need be; None where they are made here."""
+    if settings.random_weights or settings.from_scratch:
+        return None
+    source = settings.checkpoint or settings.preset.hub_id
+    if source is None:
+        raise CheckpointError(
+            f"no published weights are known for {settings.model}; "
+            "pass --checkpoint with a diffusers directory or a hub id, or --random-weights"
+        )
+    return find_checkpoint(source, settings.preset)
+
+
+def make_static(
+    settings: BuildSettings,
+    source: Path | None,
+    data: LatentSource | None,
+    scratch: Path,
+    progress: Progress,
+    out: Path,
+) -> None:
+    """The static model as a diffusers directory: links to ``source``, or trained on ``data``, or random."""
+    preset = settings.preset
+    if source is not None:
+        adopt_static(str(source), preset, out, settings.loras, lambda done, total: progress(done, total, {}))
+        return
+    backbone = random_backbone(preset, settings.seed)
+    if data is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            get_adapter(preset.backbone).initialise(backbone)
+        train_on(backbone, settings, settings.static_schedule, data, scratch, progress)
+    save_static(backbone, out)
+
+
+def train_on(
+    backbone: nn.Module,
+    settings: BuildSettings,
+    pace: Schedule,
+    source: LatentSource,
+    scratch: Path,
+    progress: Progress,
+) -> None:
+    """Plain training, in place."""
+    config = TrainConfig(**asdict(pace), seed=settings.seed)
+    train_static(backbone, settings.preset, source, config, work_dir=scratch, progress=progress)
+
+
+def make_control(
+    settings: BuildSettings, static: Path, source: LatentSource, scratch: Path, progress: Progress, out: Path
+) -> None:
+    """The static model trained plainly for as long as the dynamic one is fine-tuned."""
+    backbone = load_static(str(static), settings.preset)
+    train_on(backbone, settings, settings.finetune_schedule, source, scratch, progress)
+    save_static(backbone, out)
+
+
+def make_synthetic(
+    settings: BuildSettings,
+    static: Path,
+    source: Path | None,
+    prompts: str,
+    scratch: Path,
+    progress: Callable[..., None],
+    out: Path,
+) -> None:
+    """Latents that the static model samples, for prompts embedded by the pipeline that its checkpoint came from.
+
+    ``prompts`` identifies the embedded ones. Finished shards are kept in ``scratch``, and a stopped run goes on there.
+    """
+    preset, shards, embedded = settings.preset, scratch / SHARDS, None
+    shards.mkdir(parents=True, exist_ok=True)
+    if (encoders := text_encoders(settings, source)) is not None:
+        texts = read_prompts(settings.prompts)
+        embed = partial(embed_prompts, encoders, texts, preset, device=best_device())
+        embedded = kept_prompts(scratch / PROMPTS, embed, prompts)
+    backbone = load_static(str(static), preset).to(best_device())
+    generate(backbone, preset, settings.sampling, shards, progress, prompts=embedded)
+    out.mkdir()
+    for shard in sorted(shards.iterdir()):  # until the stage is recorded, a kill may take the second name, not the file
+        if not hard_linked(shard, out / shard.name):
+            shutil.copyfile(shard, out / shard.name)
+
+
+def text_encoders(settings: BuildSettings, source: Path | None) -> str | None:
+    """Where prompts are embedded: beside the transformer ``source``, else on the hub; None for random embeddings.
+
+    Those are for models whose prompts mean nothing: random weights, and models of classes, which have none.
+    """
+    preset = settings.preset
+    if preset.classes or settings.random_weights:
+        return None
+    if source is not None and (source.parent / "model_index.json").is_file():
+        return str(source.parent)
+    if preset.hub_id is None and settings.prompts is not None:
+        raise CheckpointError(
+            f"no text encoders for --prompts lie beside {source}; give --checkpoint a whole pipeline's directory"
+        )
+    return preset.hub_id
+
+
+def open_data(settings: BuildSettings, synthetic: Path) -> LatentSource:
+    """``--data``; ``synthetic`` is where that kind of data has been generated."""
+    spec = settings.data_source
+    assert spec is not None
+    return open_source(str(synthetic) if spec == "synthetic" else spec, settings.preset)
+
+
+def calibration_inputs(settings: BuildSettings, source: LatentSource | None) -> NoisedInputs:
+    """Noised training latents where there are any, else noise."""
+    batch = effort_for(settings.preset).samples
+    if source is None:
+        return NoisedInputs(preset=settings.preset.for_noise(), batch_size=batch, seed=settings.seed)
+    rows = torch.linspace(0, len(source) - 1, min(len(source), CALIBRATION_SAMPLES)).long()
+    return NoisedInputs(preset=settings.preset, batch_size=batch, seed=settings.seed, clean=source.batch(rows))
+
+
+def make_dynamic(
+    settings: BuildSettings, static: Path, source: LatentSource | None, scratch: Path, progress: Progress, out: Path
+) -> None:
+    """The dynamic checkpoint: given, random, or the static model with routers attached (and trained)."""
+    preset = settings.preset
+    if settings.routers == "given":
+        save_dynamic(load_given(Path(str(settings.checkpoint)), preset, stream=True), out, preset, backbone=static)
+    elif settings.routers == "random":
+        model = random_dynamic(preset, seed=settings.seed, router=settings.router, td_lora=settings.lora)
+        save_dynamic(model, out, preset, backbone=static)
+    elif settings.routers == "none":
+        backbone = load_static(str(static), preset, stream=True)
+        save_dynamic(attach_routers(backbone, settings), out, preset, backbone=static)
+    else:
+        assert source is not None
+        save_dynamic(_finetuned(settings, static, source, scratch, progress), out, preset)
+
+
+def _finetuned(
+    settings: BuildSettings, static: Path, source: LatentSource, scratch: Path, progress: Progress
+) -> DynamicTransformer:
+    """The static model, its most important units first, trained under the budget."""
+    assert settings.budget is not None
+    preset = settings.preset
+    model = attach_routers(load_static(str(static), preset), settings)
+    points = trajectory_points(preset.timestep_range, RANKING_POINTS)
+    inputs = replace(calibration_inputs(settings, source), advance=lambda done, total: progress(done, total, {}))
+    rank_units(model, inputs, [float(t) for t in points])
+    config = FinetuneConfig(
+        **asdict(settings.finetune_schedule), seed=settings.seed, budget=settings.budget, distill=settings.distill
+    )
+    finetune(model, preset, source, config, work_dir=scratch, progress=progress)
+    return model
+
+
+def attach_routers(backbone: nn.Module, settings: BuildSettings) -> DynamicTransformer:
+    """A static model with new routers, every gate open; tokens are routed only if that will be trained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = _untrained(settings, backbone)
+    return model.eval()
+
+
+def _untrained(settings: BuildSettings, backbone: nn.Module) -> DynamicTransformer:
+    return DynamicTransformer(
+        backbone,
+        get_adapter(settings.preset.backbone),
+        heads=settings.preset.heads,
+        tokens=settings.routers == "trained",
+        router=settings.router,
+        td_lora=settings.lora,
+    )
+
+
+def count_trainable(settings: BuildSettings) -> dict[str, float]:
+    """How many parameters fine-tuning moves, and their share of what it moves without TD-LoRA; {} without training."""
+    if settings.routers != "trained":
+        return {}
+    with torch.device("meta"):
+        backbone = get_adapter(settings.preset.backbone).build(settings.preset.transformer_config())
+        model = _untrained(settings, backbone)
+    trained, whole = (
+        sum(parameter.numel() for parameter in (*parameters, *model.routers.parameters()))
+        for parameters in (model.tuned, backbone.parameters())
+    )
+    return {"trainable_parameters": trained, "trainable_share": trained / whole}

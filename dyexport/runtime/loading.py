@@ -1,0 +1,190 @@
+"""``load`` opens a bundle as an object that stands in for ``transformer`` in diffusers' pipelines."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dyexport.arguments import check_memory, shown, whole_number
+from dyexport.backbones import BACKBONES, get_stand_in
+from dyexport.bundle.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING, segment_name
+from dyexport.bundle.reader import Bundle
+from dyexport.engines.held import HeldEngine
+from dyexport.engines.networks import check_networks
+from dyexport.engines.registry import EngineOptions, get_backend, make_engines
+from dyexport.engines.switching import SwitchingEngine
+from dyexport.errors import BundleError, UsageError
+from dyexport.runtime.conditioning import Conditioner
+from dyexport.runtime.locating import find_bundle
+from dyexport.runtime.memory import Placement, WeightBytes, place
+from dyexport.runtime.residency import distinct_bytes
+from dyexport.runtime.routing import Scheduler, dense_route, route
+from dyexport.runtime.transformer import BundleTransformer, Running
+
+
+def load(
+    bundle_path: str | Path,
+    *,
+    target: str = "onnx",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_resident: int | None = None,
+    memory: int | str | None = None,
+    share_weights: bool = False,
+    check_hashes: bool = True,
+    dense: bool = False,
+    fallback: bool = True,
+) -> BundleTransformer:
+    """Open a bundle to run it: a directory, or a repository of the Hugging Face hub.
+
+    ``target`` is one that the bundle was built for, or ``onnx-rtx``: its ONNX graphs on TensorRT-RTX through ONNX
+    Runtime. ``device`` is ``cpu``, ``cuda`` or ``cuda:N``, by default CUDA where torch and the backend have it.
+    ``dtype`` is the pipeline's: what it makes latents in, whatever the engines compute in.
+    ``max_resident`` bounds how many engines are in memory at a time (default: all; otherwise the conditioning
+    engine leaves as soon as it has run). ``memory``, bytes or such as ``"8GiB"``, bounds the weights instead: it
+    decides how many engines stay, and whether their weights are streamed where a backend can; activations come on
+    top. ``share_weights`` lets engines map one copy of the weights. ``dense`` opens the static model that a bundle
+    keeps for comparison. No weights are read into memory before the first call. What does not fit this machine is
+    left alone: ONNX Runtime takes over, with a warning that says why, unless ``fallback`` is off. For a TensorRT-RTX
+    plan its graph is compiled anew where ``onnx-rtx`` runs.
+
+    Raises ``BundleError`` for a damaged bundle, ``EngineMismatchError`` for a target it was not built for,
+    ``UsageError`` for an argument out of range, ``MissingDependencyError`` for an absent backend.
+    """
+    limit, budget = _bounds(max_resident, memory)
+    root = find_bundle(bundle_path)
+    bundle, opened = _open(root, target, check_hashes=check_hashes, dense=dense, fallback=fallback)
+    options = EngineOptions(device=_device(opened.target, device), share_weights=share_weights)
+    placement = _place(opened, options, limit, budget)
+    options = replace(options, streaming_budget=placement.streaming_budget)
+    reopen = partial(
+        load,
+        root,
+        target=target,
+        device=device,
+        max_resident=max_resident,
+        memory=memory,
+        share_weights=share_weights,
+        check_hashes=check_hashes,
+        dense=dense,
+        fallback=fallback,
+    )
+    if (backbone := bundle.manifest.model.backbone) not in BACKBONES:
+        raise BundleError(f"this dyexport runs {', '.join(BACKBONES)}, not {backbone!r}; upgrade dyexport")
+    return get_stand_in(backbone)(
+        bundle,
+        partial(_start, bundle, opened, options, placement, dense),
+        reopen,
+        device=torch.device(options.device),
+        dtype=_checked_dtype(dtype),
+    )
+
+
+def _start(bundle: Bundle, opened: _Opened, options: EngineOptions, placement: Placement, dense: bool) -> Running:
+    *engines, conditioning = (
+        HeldEngine(engine, bundle) for engine in make_engines(opened.target, opened.paths, options)
+    )
+    find = dense_route if dense else partial(route, bundle.manifest.plan, bundle.widths, bundle.token_stats)
+    scheduler, spec = Scheduler(find, options.device), bundle.manifest.model
+    engine = SwitchingEngine(
+        engines,
+        scheduler.choose,
+        ahead=1 if spec.objective == "flow" else -1,  # sampling goes from noise to data: t rises, or falls
+        max_resident=placement.max_resident,
+    )
+    conditioner = Conditioner(conditioning, resident=placement.max_resident is None, device=options.device)
+    return Running(engine, conditioner, scheduler)
+
+
+def _checked_dtype(dtype: torch.dtype) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f"dtype is {shown(dtype)}; give a floating-point dtype of torch, such as torch.bfloat16")
+    return dtype
+
+
+class _Opened(NamedTuple):
+    """What runs, and its files: engines in the order of t, and last their conditioning network."""
+
+    target: str
+    paths: list[Path]
+
+
+def _open(path: str | Path, target: str, *, check_hashes: bool, dense: bool, fallback: bool) -> tuple[Bundle, _Opened]:
+    """The bundle, and the engines that fit this machine."""
+    files = get_backend(target).files or target
+    # Only a graph is data: the engines of every other target are code, and run only as they were built.
+    bundle = Bundle.open(path, check_hashes=check_hashes or files != "onnx")
+    opened = _Opened(target, _engine_paths(bundle, files, dense))
+    check_networks(bundle, files)
+    if not fallback or (reason := _unfit(opened)) is None:
+        return bundle, opened
+    while _unfit(opened) is not None:
+        opened = _Opened(get_backend(opened.target).fallback, _engine_paths(bundle, "onnx", dense))
+        check_networks(bundle, "onnx")
+    warnings.warn(f"{bundle.root}: {reason}; running its ONNX graphs as target {opened.target!r}", stacklevel=3)
+    return bundle, opened
+
+
+def _unfit(opened: _Opened) -> str | None:
+    return get_backend(opened.target).unfit(opened.paths[0])
+
+
+def _bounds(max_resident: int | None, memory: int | str | None) -> tuple[int | None, int | None]:
+    """Engines and bytes, checked."""
+    if max_resident is not None and memory is not None:
+        raise UsageError(f"max_resident is {max_resident} and memory {memory!r}; give one of the two")
+    if max_resident is not None:
+        max_resident = whole_number("max_resident", max_resident, least=1, most=sys.maxsize, cure="give 1 or more")
+    return max_resident, None if memory is None else check_memory(memory)
+
+
+def _place(opened: _Opened, options: EngineOptions, max_resident: int | None, memory: int | None) -> Placement:
+    if memory is None:
+        return Placement(max_resident=max_resident)
+    return place(_weight_bytes(opened, options), memory)
+
+
+def _weight_bytes(opened: _Opened, options: EngineOptions) -> WeightBytes:
+    made = make_engines(opened.target, opened.paths, options)
+    *engines, conditioning = (distinct_bytes(engine.weights) for engine in made)
+    shared = distinct_bytes(span for engine in made for span in engine.weights)
+    return WeightBytes(
+        engines=tuple(engines),
+        conditioning=conditioning,
+        together=shared if all(engine.shares_weights for engine in made) else sum(engines) + conditioning,
+        streamable=all(map(get_backend(opened.target).streams, opened.paths)),
+    )
+
+
+def _engine_paths(bundle: Bundle, target: str, dense: bool) -> list[Path]:
+    """Engines in the order of t, and last their conditioning network."""
+    paths = bundle.engine_paths(target)
+    own = DENSE_CONDITIONING if dense and DENSE_CONDITIONING in paths else CONDITIONING
+    networks = [DENSE] if dense else [segment_name(index) for index in range(len(bundle.manifest.plan.segments))]
+    missing = [name for name in (*networks, own) if name not in paths]
+    if missing:
+        raise BundleError(f"{bundle.root} has no {target!r} engine {missing[0]!r}; build the bundle again")
+    return [paths[name] for name in (*networks, own)]
+
+
+def _device(target: str, device: str | torch.device | None) -> str:
+    if device is None:
+        return "cuda" if torch.cuda.is_available() and get_backend(target).has_cuda() else "cpu"
+    name = str(device)
+    found = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", name)
+    if found is None:
+        raise UsageError(f"unknown device {shown(name)!r}; use cpu, cuda or cuda:N")
+    if name == "cpu":
+        return name
+    if (count := torch.cuda.device_count()) <= int(found[1] or 0):
+        raise UsageError(f"device is {name!r} and torch sees {count} CUDA devices; use cpu, or install torch for CUDA")
+    if not get_backend(target).has_cuda():
+        raise UsageError(f"device is {name!r} and this machine's {target!r} runs on the CPU alone; use cpu")
+    return name

@@ -1,0 +1,334 @@
+"""A bundle as a component of diffusers' pipelines, which ``dyexport.load`` returns."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
+from time import perf_counter
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakSet
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+
+from dyexport.backbones import get_stand_in
+from dyexport.bundle.manifest import ModelSpec
+from dyexport.bundle.reader import Bundle, manifest_text
+from dyexport.engines.base import Tensors
+from dyexport.engines.switching import SwitchingEngine
+from dyexport.errors import BundleError, UsageError
+from dyexport.runtime.conditioning import Conditioner
+from dyexport.runtime.fixed_network import FixedNetwork
+from dyexport.runtime.forked import skip_exit_handlers_of_parent
+from dyexport.runtime.inputs import check_no_gradients, for_engine, one_batch
+from dyexport.runtime.locating import find_bundle
+from dyexport.runtime.overflow import Overflow, OverflowCounter
+from dyexport.runtime.residency import Residency, measure
+from dyexport.runtime.routing import Scheduler, shared_timestep
+from dyexport.runtime.saving import save_bundle
+
+WEIGHT_OPTIONS = frozenset(  # of diffusers, on how files of weights are read and written; a bundle has its own way
+    {
+        "disable_mmap",
+        "low_cpu_mem_usage",
+        "max_memory",
+        "max_shard_size",
+        "offload_folder",
+        "offload_state_dict",
+        "output_loading_info",
+        "safe_serialization",
+        "save_function",
+        "use_flashpack",
+        "use_safetensors",
+        "variant",
+    }
+)
+
+
+# Dynamo would find nothing to compile, and recompile for each clock reading. diffusers has imported it already.
+NOT_COMPILED = torch.compiler.disable(reason="the layers of a bundle are inside engines")
+
+
+def offloading_placeholder(dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
+    """A parameter of no elements: accelerate's offloading asks a module's first parameter where the module is."""
+    return torch.nn.Parameter(torch.empty(0, dtype=dtype, device="cpu"), requires_grad=False)
+
+
+def example_inputs(spec: ModelSpec, batch: int, t: float, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Noise under random conditions, as the stock module's arguments; the same tensors for the same values."""
+    return get_stand_in(spec.backbone).example_inputs(spec, batch, t, seed)
+
+
+def stock_transformer(spec: ModelSpec) -> torch.nn.Module:
+    """diffusers' own module at the bundle's size; its weights are random, which no time depends on."""
+    stock = get_stand_in(spec.backbone).stock
+    assert stock is not None
+    return stock(**spec.config).eval()
+
+
+def random_rows(batch: int, seed: int) -> Callable[..., torch.Tensor]:
+    """Return a function that draws tensors (batch, *shape); the same ones for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(batch, *shape, generator=generator)
+
+
+class Running(NamedTuple):
+    """State of one process: engine handles, and the threads that activate engines."""
+
+    engine: SwitchingEngine
+    conditioner: Conditioner
+    scheduler: Scheduler
+
+
+class EqualsStock(type):
+    """Class of stand-ins' classes: each is equal to the diffusers class that it stands in for.
+
+    A subclass is not enough: ``from_pipe`` of a pipeline takes over a component only if its type is equal to the
+    annotated one. Hashes differ, so that tables keyed by class keep both apart.
+    """
+
+    stock: type[torch.nn.Module] | None
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or (cls.stock is not None and cls.stock is other)
+
+    __hash__ = type.__hash__
+
+
+class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsStock):
+    """The denoising network of a bundle. Engines hold the weights; the module has none.
+
+    A subclass for each backbone is also a subclass of its diffusers transformer, and has its ``forward``.
+
+    ``dtype`` is that of the pipeline around it: what pipelines make latents in. It is set by ``load(dtype=)`` and
+    ``to``, and changes no engine. Tensors come back in the dtype and on the device they came in on. The engines stay
+    where they were loaded, so a pipeline's ``to`` and its offloading do not move them.
+
+    Calls from several threads run one after another. Copies, pickles and forked processes open the bundle again, with
+    engines of their own.
+    """
+
+    stock: ClassVar[type[torch.nn.Module] | None] = None
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        start: Callable[[], Running],
+        reopen: Callable[..., BundleTransformer],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        ModelMixin.__init__(self)  # not the stock class's: that makes all its layers
+        self.spec = bundle.manifest.model
+        self.register_to_config(**{**_defaults(self.stock), **self.spec.config})
+        self._bundle = bundle
+        self._start = start
+        self._reopen = reopen
+        self._device = device
+        self.placeholder = offloading_placeholder(dtype)
+        self.eval()
+        self._begin()
+        _LOADED.add(self)
+
+    def _begin(self) -> None:
+        self.engine, self.conditioner, self._scheduler = self._start()
+        self._overflow = OverflowCounter()
+        self._step_seconds = 0.0
+        self._lock = Lock()
+
+    def begin_in_forked_process(self) -> None:
+        """Start again with new engines: locks and threads of the parent process do not work here.
+
+        The parent's engines are never freed here, because a session waits for its threads when it is.
+        """
+        _LEFT_BEHIND.append((self.engine, self.conditioner))
+        self._begin()
+
+    @classmethod
+    def example_inputs(cls, spec: ModelSpec, batch: int, t: float, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Noise under random conditions at one t, as the stock module's arguments; the same for the same values."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> tuple[Callable[..., BundleTransformer], tuple[Any, ...]]:
+        return _opened_again, (self._reopen, self.dtype, _fingerprint(self._bundle))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise AttributeError(
+                f"{type(self).__name__} has no {name!r}, since its layers are inside engines; "
+                "use the diffusers transformer where they are needed"
+            ) from None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the engines."""
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype in which pipelines make latents; engines take any."""
+        return self.placeholder.dtype
+
+    def denoise(
+        self,
+        timestep: torch.Tensor | float,
+        inputs: Tensors,
+        conditions: Tensors,
+        shared: Tensors | None = None,
+    ) -> torch.Tensor:
+        """One call of the network on this bundle's device.
+
+        ``inputs`` (B, ...) change from step to step or are fixed (latents, text); ``conditions`` (B, ...) reach the
+        network through its conditioning only; ``shared`` has no batch. ``timestep`` is a number, () or (B,) with equal
+        values. A tensor of one sample stands for all of the batch.
+        """
+        check_no_gradients({**inputs, **conditions})
+        batched = one_batch(timestep, {**inputs, **conditions})
+        inputs = {name: batched[name] for name in inputs} | dict(shared or {})
+        conditions = {name: batched[name] for name in conditions}
+        t = shared_timestep(timestep, len(batched["hidden_states"]))
+        with self._lock:
+            begin = perf_counter()
+            sample = self._step(t, inputs, conditions)
+            self._step_seconds += perf_counter() - begin
+        return sample
+
+    def _step(self, t: float, inputs: Tensors, conditions: Tensors) -> torch.Tensor:
+        latents = inputs["hidden_states"]
+        step = self._scheduler.step(t)
+        moved = {name: for_engine(tensor, self.device) for name, tensor in inputs.items()}
+        outputs = self.engine.run_on(step.choice, {**moved, "modulation": self.conditioner.at(t, conditions)})
+        if step.token_limits is not None:
+            self._overflow.add(outputs["kept_tokens"], step.token_limits)
+        return outputs["sample"].to(latents.device, latents.dtype)
+
+    @property
+    def residency(self) -> Residency:
+        """Bytes resident now, and what each switch has cost so far."""
+        with self._lock:
+            return measure(self.engine, self.conditioner, step_seconds=self._step_seconds)
+
+    @property
+    def overflow(self) -> Overflow:
+        """How often a block's router wanted more tokens than the block's capacity."""
+        with self._lock:
+            return self._overflow.read()
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the weights that are resident."""
+        return self.residency.weight_bytes
+
+    def close(self) -> None:
+        """Free the engines; a later call loads them again."""
+        with self._lock:
+            self.engine.close()
+            self.conditioner.close()
+
+    def save_pretrained(
+        self, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **options: Any
+    ) -> None:
+        """Write a copy of the bundle, with a model card and the configuration that diffusers reads.
+
+        An earlier bundle there is replaced. Raises ``StorageError`` for a directory that holds anything else.
+        """
+        _check_options(options, WEIGHT_OPTIONS)
+        if push_to_hub:
+            raise UsageError("push_to_hub=True saves nothing; call push_to_hub(repo_id), which saves and uploads")
+        if is_main_process:
+            save_bundle(self._bundle, Path(save_directory), self.to_json_string())
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        device_map: Any = None,
+        **options: Any,
+    ) -> BundleTransformer:
+        """Open a bundle as diffusers opens its models, from a directory or a hub repository.
+
+        ``options`` are those of ``dyexport.load``. Raises what ``load`` raises, and ``BundleError`` for a bundle of
+        another backbone.
+        """
+        from dyexport.runtime.loading import load
+
+        path = find_bundle(
+            pretrained_model_name_or_path,
+            subfolder=subfolder,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        options = {name: value for name, value in options.items() if name not in WEIGHT_OPTIONS}
+        _check_options(options, frozenset(inspect.signature(load).parameters))
+        if device_map is not None:
+            options["device"] = _one_device(device_map)
+        loaded = load(path, dtype=dtype or torch_dtype or torch.float32, **options)
+        if not isinstance(loaded, cls):
+            raise BundleError(f"{path} is a bundle of {loaded.spec.backbone}; open it with dyexport.load")
+        return loaded
+
+
+_LOADED: WeakSet[BundleTransformer] = WeakSet()
+_LEFT_BEHIND: list[object] = []  # by the parent of a forked process
+
+
+def _begin_all() -> None:
+    skip_exit_handlers_of_parent()
+    for transformer in list(_LOADED):
+        transformer.begin_in_forked_process()
+
+
+os.register_at_fork(after_in_child=_begin_all)
+
+
+def _opened_again(reopen: Callable[..., BundleTransformer], dtype: torch.dtype, fingerprint: str) -> BundleTransformer:
+    """A copy or a pickle. Raises ``BundleError`` where its directory holds another bundle by now."""
+    transformer = reopen(dtype=dtype)
+    if _fingerprint(transformer._bundle) != fingerprint:
+        raise BundleError(f"{transformer._bundle.root} has changed since the original was loaded; load it again")
+    return transformer
+
+
+def _fingerprint(bundle: Bundle) -> str:
+    return hashlib.sha256(manifest_text(bundle.manifest)).hexdigest()
+
+
+def _defaults(stock: type[torch.nn.Module] | None) -> dict[str, Any]:
+    """Return the defaults of a diffusers class's configuration."""
+    assert stock is not None, "a backbone's class names it"
+    parameters = list(inspect.signature(stock.__init__).parameters.values())
+    return {parameter.name: parameter.default for parameter in parameters[1:]}  # the first is self
+
+
+def _check_options(options: dict[str, Any], known: frozenset[str]) -> None:
+    if unknown := sorted(options.keys() - known):
+        raise UsageError(f"{unknown[0]} is no option of a bundle; leave it out")
+
+
+def _one_device(device_map: Any) -> str:
+    """``cuda``, ``{"": 0}`` and the like. Raises ``UsageError`` for a map to several devices."""
+    place = device_map
+    if isinstance(device_map, dict):
+        places = list(device_map.values())
+        place = places[0] if len(places) == 1 else None
+    if isinstance(place, int):
+        return f"cuda:{place}"
+    if not isinstance(place, (str, torch.device)):
+        raise UsageError(f"device_map is {device_map!r}; a bundle runs on one device, such as 'cuda:0'")
+    return str(place)

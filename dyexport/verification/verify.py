@@ -1,0 +1,265 @@
+"""The masked torch model against the bundle: equal in fp32 at every timestep, or the bundle is wrong.
+
+In half precision every activation is rounded and a token near its threshold may fall either way. There the error
+is that of whole outputs, relative to them: root mean square over root mean square.
+
+Of a quantized bundle the truth is the masked model, fake-quantized like the engines. Where a value lies between two
+codes the last digit of fp32 decides, and in every layer after that values are rounded anew. There the error is the
+distance to that model over what quantization costs: near 0 in a shallow network, up to 0.9 in DiT-S's twelve blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dyexport.arguments import check_seed, whole_number
+from dyexport.bundle.manifest import Manifest, ModelSpec, Precision, Quantization
+from dyexport.bundle.reader import Bundle
+from dyexport.checkpoints.dynamic import load_dynamic
+from dyexport.checkpoints.streaming import must_stream
+from dyexport.errors import BundleError, UsageError
+from dyexport.models.dynamic import DynamicTransformer
+from dyexport.pipeline.ledger import describe, digest_of
+from dyexport.presets import get_preset
+from dyexport.runtime.loading import load
+from dyexport.runtime.routing import route
+from dyexport.runtime.transformer import BundleTransformer
+from dyexport.verification.layers import LayerReport, compare_layers
+from dyexport.verification.reference_model import ReferenceModel, near_threshold
+
+TOLERANCES: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}  # largest absolute; then relative
+QUANTIZED = 2.0  # distance to the fake-quantized model over what quantization costs; 1.4 if the two were unrelated
+
+MOST_TIMESTEPS = 100_000
+MOST_TOLERANCE = 100.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifySettings:
+    timesteps: int = 64
+    tolerance: float | None = None  # None: by precision
+    target: str = "onnx"
+    seed: int = 0
+    layers: bool = False  # also compare the graphs with torch module by module
+    small: bool = False  # on pictures as small as noise is drawn for
+
+    def __post_init__(self) -> None:
+        whole_number("--timesteps", self.timesteps, least=1, most=MOST_TIMESTEPS)
+        check_seed(self.seed, "--seed")
+        if self.tolerance is not None and not 0 < self.tolerance <= MOST_TOLERANCE:
+            raise UsageError(f"--tolerance is {self.tolerance}; give a number above 0, up to {MOST_TOLERANCE:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentErrors:
+    """``max_abs_error`` is None where nothing could be compared, or where an output was not finite."""
+
+    segment: int
+    start: float
+    end: float
+    compared: int
+    overflow: int
+    max_abs_error: float | None
+    relative_error: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """What was compared.
+
+    ``timesteps`` inputs were drawn; ``overflow`` of them kept more tokens than a capacity holds and are
+    left out of the error. ``redrawn`` more had a token so near its threshold that fp32 does not decide.
+    ``tolerance`` is of ``max_abs_error`` in fp32, of ``relative_error`` in half precision, and of
+    ``quantization_ratio`` in eight bits, where the other two say what quantization costs.
+    ``gates`` of the width table, all of them, were compared with the routers; ``wrong_gates`` differ.
+    """
+
+    target: str
+    timesteps: int
+    overflow: int
+    overflow_share: float
+    redrawn: int
+    gates: int
+    wrong_gates: int
+    precision: Precision
+    quantization: Quantization | None
+    tolerance: float
+    max_abs_error: float | None
+    relative_error: float | None
+    quantization_ratio: float | None
+    segments: tuple[SegmentErrors, ...]
+    layers: LayerReport | None = None
+
+    @property
+    def error(self) -> float | None:
+        """The one that counts."""
+        if self.quantization is not None:
+            return self.quantization_ratio
+        return self.max_abs_error if self.precision == "fp32" else self.relative_error
+
+    @property
+    def passed(self) -> bool:
+        error = self.error
+        drifts = self.layers is not None and self.layers.first_drift is not None
+        return error is not None and error <= self.tolerance and self.wrong_gates == 0 and not drifts
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "error": self.error, "passed": self.passed}
+
+
+class Comparison(NamedTuple):
+    segment: int
+    error: float | None = None  # None: tokens overflowed
+    relative: float | None = None
+    quantization_ratio: float | None = None
+
+
+def verify_bundle(
+    path: Path,
+    settings: VerifySettings,
+    *,
+    reference: Path | None = None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> VerifyReport:
+    """Compare.
+
+    Raises ``BundleError`` where there is no reference, or not the one the bundle was cut from, and ``UsageError`` for
+    layers of a quantized bundle.
+    """
+    bundle = Bundle.open(path)
+    if settings.layers and (kind := bundle.manifest.model.quantization):
+        raise UsageError(f"--layers compares layers in floating point, and {path} is in {kind}; leave it out")
+    stream = must_stream(get_preset(bundle.manifest.model.name).parameters)
+    reference = reference or find_reference(bundle)
+    model, preset = load_dynamic(reference, stream=stream)
+    truth = ReferenceModel(model, preset.for_noise() if settings.small else preset, bundle, settings.seed)
+    comparisons: list[Comparison] = []
+    transformer = load(path, target=settings.target, device="cpu", check_hashes=False, fallback=False)
+    try:
+        for t in draw_timesteps(bundle.manifest, settings):
+            comparisons.append(_compare(bundle, truth, transformer, t))
+            advance(len(comparisons), settings.timesteps)
+    finally:
+        transformer.close()
+    report = _report(bundle.manifest, settings, comparisons, truth.redrawn, *check_gates(bundle, model))
+    if not settings.layers:
+        return report
+    return replace(report, layers=compare_layers(bundle, reference, truth, report.tolerance))
+
+
+def find_reference(bundle: Bundle) -> Path:
+    """The dynamic checkpoint named by the manifest, unchanged."""
+    reference = bundle.manifest.reference
+    if reference is None:
+        raise BundleError(
+            f"{bundle.root} names no reference; pass --reference with the dynamic checkpoint it was cut from"
+        )
+    path = bundle.root / reference.path
+    if not path.is_dir():
+        raise BundleError(f"the reference {path} is gone; pass --reference with the dynamic checkpoint, or build again")
+    if digest_of({name: record.sha256 for name, record in describe(path).items()}) != reference.sha256:
+        raise BundleError(f"the reference {path} has changed since the bundle was built; build again")
+    return path
+
+
+def draw_timesteps(manifest: Manifest, settings: VerifySettings) -> list[float]:
+    """Uniform over the range, and where there are enough at least one in each segment; fp32 values."""
+    random = np.random.default_rng(settings.seed)
+    spans = [(segment.start, segment.end) for segment in manifest.plan.segments]
+    whole = manifest.model.timestep_range
+    spans = spans if len(spans) <= settings.timesteps else []
+    spans += [whole] * (settings.timesteps - len(spans))
+    drawn = [float(np.float32(random.uniform(*span))) for span in spans]
+    return [min(t, float(np.nextafter(np.float32(whole[1]), np.float32(0)))) for t in drawn]
+
+
+def _compare(bundle: Bundle, truth: ReferenceModel, transformer: BundleTransformer, t: float) -> Comparison:
+    inputs, expected = truth.at(t)
+    quantized = truth.quantized(t, inputs)
+    found = route(bundle.manifest.plan, bundle.widths, bundle.token_stats, t)
+    kept = (quantized or expected).tokens.sum(dim=-1)  # (B, L)
+    if any((kept[:, block] > limit).any() for block, limit in enumerate(found.token_limits)):
+        return Comparison(found.segment)
+    with torch.no_grad():
+        sample = transformer(**inputs).sample  # (B, C_out, H, W)
+    apart = sample - expected.sample
+    ratio = None if quantized is None else _ratio(sample - quantized.sample, quantized.sample - expected.sample)
+    return Comparison(found.segment, float(apart.abs().max()), _ratio(apart, expected.sample), ratio)
+
+
+def _ratio(values: Tensor, others: Tensor) -> float:
+    """Of root mean squares."""
+    return float(values.square().mean().sqrt() / others.square().mean().sqrt())
+
+
+@torch.no_grad()
+def check_gates(bundle: Bundle, model: DynamicTransformer) -> tuple[int, int]:
+    """Every gate of the bundle's width table against the model's own, in the middle of its row: compared, wrong."""
+    table = bundle.widths
+    middles = (table.grid + np.append(table.grid[1:], table.end)) / 2
+    timesteps = torch.from_numpy(middles.astype(np.float32))  # (T,)
+    heads, groups = model.width_gates(timesteps)  # (T, L, H), (T, L, G)
+    open_ = [torch.zeros_like(gates, dtype=torch.bool) for gates in (heads, groups)]
+    if model.table is None:
+        open_ = [near_threshold(logits) for logits in model.width_logits(timesteps)]
+    wrong = sum(
+        int(((torch.from_numpy(theirs) != (ours > 0.5)) & ~doubtful).sum())
+        for theirs, ours, doubtful in zip((table.heads, table.groups), (heads, groups), open_, strict=True)
+    )
+    return heads.numel() + groups.numel(), wrong
+
+
+def _report(
+    manifest: Manifest, settings: VerifySettings, comparisons: list[Comparison], redrawn: int, gates: int, wrong: int
+) -> VerifyReport:
+    segments = tuple(_per_segment(manifest, comparisons))
+    overflow = sum(segment.overflow for segment in segments)
+    return VerifyReport(
+        target=settings.target,
+        timesteps=len(comparisons),
+        overflow=overflow,
+        overflow_share=overflow / len(comparisons),
+        redrawn=redrawn,
+        gates=gates,
+        wrong_gates=wrong,
+        precision=manifest.model.precision,
+        quantization=manifest.model.quantization,
+        tolerance=settings.tolerance or _tolerance(manifest.model),
+        max_abs_error=_worst(comparison.error for comparison in comparisons),
+        relative_error=_worst(comparison.relative for comparison in comparisons),
+        quantization_ratio=_worst(comparison.quantization_ratio for comparison in comparisons),
+        segments=segments,
+    )
+
+
+def _tolerance(spec: ModelSpec) -> float:
+    return TOLERANCES[spec.precision] if spec.quantization is None else QUANTIZED
+
+
+def _per_segment(manifest: Manifest, comparisons: list[Comparison]) -> Iterator[SegmentErrors]:
+    for index, segment in enumerate(manifest.plan.segments):
+        mine = [comparison for comparison in comparisons if comparison.segment == index]
+        overflow = sum(comparison.error is None for comparison in mine)
+        yield SegmentErrors(
+            segment=index,
+            start=segment.start,
+            end=segment.end,
+            compared=len(mine) - overflow,
+            overflow=overflow,
+            max_abs_error=_worst(comparison.error for comparison in mine),
+            relative_error=_worst(comparison.relative for comparison in mine),
+        )
+
+
+def _worst(found: Iterable[float | None]) -> float | None:
+    """The largest error; None where there is none, or it is not finite."""
+    errors = [error for error in found if error is not None]
+    return max(errors) if errors and all(math.isfinite(error) for error in errors) else None

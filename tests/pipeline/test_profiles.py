@@ -1,0 +1,69 @@
+"""Sizes that TensorRT is asked to build for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dyexport.bundle.manifest import ModelSpec
+from dyexport.bundle.plan_info import Profile
+from dyexport.errors import UsageError
+from dyexport.pipeline.networks import Network
+from dyexport.pipeline.plan_requests import largest_topk, parse_profiles, plan_request, profiles_for
+from dyexport.presets import get_preset
+from dyexport.slicing.slicer import slice_conditioning, slice_segment, spec_of
+from tests.exporters.networks import ONE_BLOCK_EACH, architecture_of, half_width
+from tests.pipeline.tiny import tiny_settings
+
+
+def test_profiles_are_the_models_own_sizes_unless_given() -> None:
+    flux = get_preset("flux")
+    spec = spec_of(flux, flux.transformer_config())
+    usual = profiles_for(spec, half_width(flux, "masked"), ())[0]
+    assert usual["image_tokens"] == Profile(min=1024, opt=4096, max=4096)
+    assert usual["text_tokens"].max == 512
+    assert usual["batch"] == Profile(min=1, opt=2, max=8)
+    limited = profiles_for(spec, half_width(flux, "capacity"), parse_profiles(("batch=1:1:1",)))[0]
+    assert limited["image_tokens"].min == 3072
+    assert limited["batch"].max == 1
+    with pytest.raises(UsageError, match="'pixels'; flux has batch"):
+        profiles_for(spec, None, parse_profiles(("pixels=1:2:3",)))
+
+
+@pytest.mark.parametrize("text", ["batch", "batch=", "batch=2:1:3", "batch=0:1:2", "batch=1:2", "=1"])
+def test_what_is_not_a_profile(text: str) -> None:
+    with pytest.raises(UsageError, match="MIN:OPT:MAX"):
+        parse_profiles((text,))
+
+
+def test_video_sizes() -> None:
+    latte = get_preset("latte-tiny")
+    spec: ModelSpec = spec_of(latte, latte.transformer_config())
+    profiles = profiles_for(spec, half_width(latte, "masked"), ())[0]
+    assert {"frames", "height", "width", "text_tokens", "batch"} <= profiles.keys()
+    assert profiles["frames"].max == spec.frames
+
+
+def test_flux_counts_text_among_the_tokens_of_single_blocks() -> None:
+    flux = replace(ONE_BLOCK_EACH, name="flux")
+    architecture = architecture_of(flux)
+    segment = half_width(flux, "capacity").model_copy(update={"capacities": (3500, 3500)})
+    blocks = slice_segment(architecture, segment).module.blocks
+    assert [block.by_score for block in blocks] == [True, False]
+    profiles = profiles_for(architecture.spec, segment, ())
+    assert largest_topk(architecture.spec, segment, profiles) == 3500
+    fewer = segment.model_copy(update={"capacities": (3000, 3000)})
+    assert largest_topk(architecture.spec, fewer, profiles) == 3512
+    more_text = profiles_for(architecture.spec, segment, parse_profiles(("text_tokens=1:512:1024",)))
+    assert largest_topk(architecture.spec, fewer, more_text) == 4024, "which the gate refuses"
+
+
+def test_a_plan_is_asked_for_as_the_build_was(tmp_path: Path) -> None:
+    architecture = architecture_of(get_preset("sit-digits"))
+    network = Network(name="conditioning", segment=None, slice=slice_conditioning(architecture))
+    given = {"targets": ("tensorrt-rtx",), "stream_weights": True, "compute_capabilities": ("8.9",)}
+    request = plan_request(tiny_settings(tmp_path, **given), "tensorrt-rtx", architecture.spec, network)
+    assert (request.flavour, request.stream_weights, request.compute_capabilities) == ("tensorrt-rtx", True, ("8.9",))
+    assert request.inputs == network.slice.inputs

@@ -1,0 +1,208 @@
+"""Settings are checked before anything is written, in sentences that name the value."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dyexport.calibration.effort import DIGITS, SPARSE, USUAL, CalibrationEffort, effort_for
+from dyexport.errors import BudgetError, DyexportError, UsageError
+from dyexport.lora import LoraFile, LoraSpec, parse_lora_file
+from dyexport.pipeline.settings import BuildSettings, default_out, parse_budget
+from dyexport.pipeline.stages import checkpoint_source
+from dyexport.presets import get_preset
+from dyexport.training.data import open_source
+
+LORA = LoraSpec(rank=2, alpha=2)
+
+
+def settings(tmp_path: Path, **values: Any) -> BuildSettings:
+    given = {"model": "dit-s-2", "budget": 0.5, "random_weights": True, **values}
+    return BuildSettings(out=tmp_path / "out", work=tmp_path / "work", **given)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": "dit-s-3"}, "unknown model 'dit-s-3'; did you mean 'dit-s-2'"),
+        ({"budget": 0.0}, "budget is 0"),
+        ({"budget": 1.5}, "budget is 1.5"),
+        ({"budget": -0.5}, "budget is -0.5"),
+        ({"engines": 0}, "--engines is 0"),
+        ({"quantize": "int3"}, "--quantize is int3; use int8 or fp8"),
+        ({"quantize": "fp8", "merge_tolerance": 0.1, "td_lora": LORA}, "--merge-tolerance is not measured in fp8"),
+        ({"quantize": "int8", "targets": ("torch-tensorrt",)}, "made from graphs, and torch-tensorrt is not"),
+        (
+            {"quantize": "fp8", "targets": ("tensorrt-rtx",), "compute_capabilities": ("12.0", "8.6")},
+            "--compute-capability 8.6 has no fp8",
+        ),
+        ({"targets": ("onnx", "paper")}, "unknown target 'paper'; known: onnx"),
+        ({"targets": ("",)}, "unknown target ''"),
+        ({"token_path": "some"}, "--token-path is 'some'"),
+        ({"precision": "fp8"}, "--precision is fp8; use fp32, fp16, bf16"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"seed": 2**64}, f"--seed is {2**64}"),
+        ({"seed": 1.5}, "--seed is 1.5"),
+        ({"memory": float("nan")}, "memory is nan"),
+        ({"memory": -1}, "memory is -1"),
+        ({"engines": 1.5}, "--engines is 1.5"),
+        ({"engines": 10**20}, f"--engines is {10**20}"),
+        ({"finetune_steps": 10**20}, f"--finetune-steps is {10**20}"),
+        ({"td_lora": LoraSpec(rank=385, alpha=1)}, "--td-lora has rank 385 and dit-s-2 384 channels"),
+        ({"finetune_steps": -1}, "--finetune-steps is -1"),
+        ({"train_steps": 10}, "--train-steps is for training from scratch"),
+        ({"checkpoint": "somewhere"}, "exclude each other"),
+        ({"router": "sorted"}, "--router is 'sorted'; use free or ordered"),
+        ({"td_lora": LORA, "finetune_steps": 0}, "nothing is trained; leave --td-lora out"),
+        ({"merge_tolerance": 0.1}, "--merge-tolerance is for models with TD-LoRA"),
+        ({"merge_tolerance": -1.0, "td_lora": LORA}, "--merge-tolerance is -1.0"),
+        ({"random_weights": False, "data": "latents", "budget": None}, "needs a --budget"),
+        ({"finetune_steps": 0, "budget": None}, "needs a --budget"),
+        ({"random_weights": False}, "needs --data"),
+        ({"random_weights": False, "model": "dit-digits", "data": "synthetic"}, "--checkpoint"),
+    ],
+)
+def test_bad_values_are_named(tmp_path: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message.replace("(", r"\(")):
+        settings(tmp_path, **values)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_large_models_are_stored_in_bf16_unless_told(tmp_path: Path) -> None:
+    given = {"out": tmp_path / "b", "work": tmp_path / "w", "budget": 0.5, "finetune_steps": 0}
+    assert BuildSettings(model="flux", **given).stored_precision == "bf16"
+    assert BuildSettings(model="flux", precision="fp16", **given).stored_precision == "fp16"
+    assert BuildSettings(model="flux-tiny", random_weights=True, **given).stored_precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("model", "passes"), [("sit-digits", DIGITS), ("dit-xl-2", USUAL), ("latte", SPARSE), ("flux", SPARSE)]
+)
+def test_the_heavier_a_pass_the_fewer(tmp_path: Path, model: str, passes: CalibrationEffort) -> None:
+    given = BuildSettings(model=model, out=tmp_path / "b", work=tmp_path / "w", budget=0.5, finetune_steps=0)
+    assert effort_for(given.preset) == passes
+
+
+@pytest.mark.parametrize("text", ["abc", "", "nan", "inf", "0,5", "50%"])
+def test_budgets_that_are_not_numbers(text: str) -> None:
+    with pytest.raises(BudgetError, match="give a FLOPs ratio"):
+        parse_budget(text)
+
+
+def test_budgets() -> None:
+    assert parse_budget("0.5") == 0.5
+    assert parse_budget(None) is None
+    assert default_out("dit-s-2", 0.5) == Path("dit-s-2-0.5")
+    assert default_out("dit-s-2", None) == Path("dit-s-2")
+
+
+def test_an_output_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    settings(tmp_path)
+    (tmp_path / "out" / "thesis.tex").write_text("...")
+    with pytest.raises(UsageError, match="not empty and not a bundle"):
+        settings(tmp_path)
+    (tmp_path / "out" / "manifest.json").write_text("{}")
+    with pytest.raises(UsageError, match="not empty and not a bundle"):
+        settings(tmp_path)
+    ours = {"schema_version": 1, "dyexport_version": "0.1", "files": {}}
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(ours))
+    settings(tmp_path)
+
+
+def test_a_work_directory_inside_the_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="lies in the bundle"):
+        BuildSettings(model="sit-digits", budget=0.5, out=tmp_path, work=tmp_path / "work")
+
+
+def test_an_output_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("...")
+    with pytest.raises(UsageError, match="is a file"):
+        settings(tmp_path)
+
+
+def test_output_and_work_are_two_places(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="two directories"):
+        BuildSettings(model="dit-s-2", budget=0.5, random_weights=True, out=tmp_path, work=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "routers", "data"),
+    [
+        ({}, "random", None),
+        ({"finetune_steps": 0}, "none", None),
+        ({"random_weights": False, "data": "here"}, "trained", "here"),
+        ({"random_weights": False, "model": "dit-digits"}, "trained", "digits"),
+        ({"model": "dit-digits"}, "random", None),
+        ({"model": "dit-digits", "finetune_steps": 5}, "trained", "digits"),
+    ],
+)
+def test_where_routers_and_data_come_from(
+    tmp_path: Path, values: dict[str, Any], routers: str, data: str | None
+) -> None:
+    found = settings(tmp_path, **values)
+    assert (found.routers, found.data_source) == (routers, data)
+
+
+def test_a_dynamic_checkpoint_is_taken_as_it_is(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "dynamic"
+    checkpoint.mkdir()
+    (checkpoint / "dynamic.json").write_text("{}")
+    given = {"random_weights": False, "checkpoint": str(checkpoint)}
+    assert settings(tmp_path, **given, budget=None).routers == "given"
+    for more in ({"finetune_steps": 10}, {"router": "ordered"}):
+        with pytest.raises(UsageError, match="has routers already"):
+            settings(tmp_path, **given, **more)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "scale"),
+    [
+        ("style.safetensors", "style.safetensors", 1.0),
+        ("style.safetensors@0.8", "style.safetensors", 0.8),
+        ("style.safetensors@-1", "style.safetensors", -1.0),
+        ("v@2.safetensors@0.5", "v@2.safetensors", 0.5),
+        ("style@2", "style@2", 1.0),  # there is such a file
+        ("style@2@3", "style@2", 3.0),
+    ],
+)
+def test_a_lora_may_have_a_scale(
+    text: str, name: str, scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "style@2").touch()
+    assert parse_lora_file(text) == LoraFile(file=Path(name), scale=scale)
+
+
+def test_a_lora_that_cannot_be_merged_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"random_weights": False, "checkpoint": "here", "finetune_steps": 0}
+    file = tmp_path / "lora.safetensors"
+    with pytest.raises(UsageError, match=r"lora\.safetensors is not a file"):
+        settings(tmp_path, **given, loras=(LoraFile(file=file),))
+    with pytest.raises(UsageError, match="strong' is not a number"):
+        parse_lora_file(f"{file}@strong")
+    file.touch()
+    for scale in (float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="scale is not finite"):
+            settings(tmp_path, **given, loras=(LoraFile(file=file, scale=scale),))
+    with pytest.raises(UsageError, match="give their --checkpoint"):
+        settings(tmp_path, loras=(LoraFile(file=file),))
+    assert settings(tmp_path, **given, loras=(LoraFile(file=file), LoraFile(file=file, scale=0.5))).loras
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "loop/deeper", "a\0b"])
+def test_names_that_nothing_can_have_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    place = tmp_path / name
+    given: dict[str, Any] = {"model": "dit-digits", "budget": 0.5, "finetune_steps": 0}
+    for places in ({"out": place, "work": tmp_path / "work"}, {"out": tmp_path / "out", "work": place}):
+        with pytest.raises(UsageError, match="can be no directory") as caught:
+            BuildSettings(**given, random_weights=True, **places)
+        assert len(str(caught.value)) < 300
+    with pytest.raises(DyexportError):
+        open_source(str(place), get_preset("dit-digits"))
+    with pytest.raises(DyexportError):
+        checkpoint_source(settings(tmp_path, **given, random_weights=False, checkpoint=str(place)))

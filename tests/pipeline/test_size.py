@@ -1,0 +1,130 @@
+"""What a build keeps of a checkpoint that it takes as it is: links, and never the whole model in memory."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dyexport.calibration import effort as passes
+from dyexport.checkpoints.dynamic import save_dynamic
+from dyexport.exporters.onnx_graph import STORE
+from dyexport.models.random_weights import random_backbone, random_dynamic
+from dyexport.pipeline.build import opened
+from dyexport.pipeline.ledger import NullListener
+from dyexport.pipeline.settings import BuildSettings
+from dyexport.presets import get_preset
+from dyexport.verification.verify import VerifySettings, verify_bundle
+from tests.pipeline.tiny import build
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """A FLUX in bf16, as diffusers writes large ones."""
+    backbone = random_backbone(get_preset("flux-tiny")).to(torch.bfloat16)
+    backbone.save_pretrained(tmp_path / "checkpoint" / "transformer", max_shard_size="1MB")
+    assert len(list((tmp_path / "checkpoint" / "transformer").glob("*-of-*.safetensors"))) > 2
+    return tmp_path / "checkpoint"
+
+
+def settings_for(checkpoint: Path, root: Path, **values: object) -> BuildSettings:
+    given = {"budget": 0.5, "finetune_steps": 0, "engines": 2, "baseline": False, **values}
+    return BuildSettings(
+        model="flux-tiny", checkpoint=str(checkpoint), out=root / "bundle", work=root / "bundle.work", **given
+    )
+
+
+def weights_in(directory: Path) -> list[Path]:
+    return sorted(directory.glob("diffusion_pytorch_model*.safetensors"))
+
+
+def calibrate(settings: BuildSettings) -> tuple[str, list[str]]:
+    """What identifies the calibrated model, and the stages that ran for it."""
+    with opened(settings, NullListener()) as pipeline:
+        digest = pipeline.calibrated.digest
+        return digest, [name for name, outcome in pipeline.ledger.outcomes.items() if not outcome.reused]
+
+
+def calibrated_metrics(settings: BuildSettings) -> dict[str, float]:
+    with opened(settings, NullListener()) as pipeline:
+        return pipeline.metrics
+
+
+def test_shards_are_linked_and_the_bundle_is_right(shards: Path, tmp_path: Path) -> None:
+    settings = settings_for(shards, tmp_path / "built")
+    build(settings)
+    originals = weights_in(shards / "transformer")
+    for stage in ("static", "dynamic", "calibrated"):
+        files = weights_in(settings.work / stage)
+        assert [file.name for file in files] == [file.name for file in originals]
+        assert all(file.is_symlink() for file in files)
+        assert [file.resolve() for file in files] == originals
+    assert verify_bundle(settings.out, VerifySettings(timesteps=4)).passed
+
+
+def test_a_large_store_is_on_the_disk_once(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It moves into the bundle, and what is left to do is done with the link to it."""
+    monkeypatch.setattr("dyexport.pipeline.build.LARGE_STORE", 1)
+    settings = settings_for(shards, tmp_path / "built", precision="fp32")
+    before = build(settings).manifest
+    store = settings.work / "graphs" / STORE
+    assert store.is_symlink()
+    assert store.samefile(settings.out / "graphs" / STORE)
+    (settings.work / "graphs" / "segment-01.onnx").unlink()
+    with opened(settings, NullListener()) as pipeline:
+        assert pipeline.bundle() == before
+        assert [name for name, outcome in pipeline.ledger.outcomes.items() if not outcome.reused] == ["onnx segment-01"]
+    assert verify_bundle(settings.out, VerifySettings(timesteps=4)).passed
+
+
+def test_a_large_model_is_calibrated_in_bf16(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BuildSettings, "large", True)
+    monkeypatch.setattr(passes, "HEAVY", 0)
+    whole, streamed = settings_for(shards, tmp_path / "whole"), settings_for(shards, tmp_path / "streamed", memory=1)
+    assert calibrate(whole)[0] == calibrate(streamed)[0]
+    assert calibrate(replace(whole, precision="fp32"))[1] == ["calibrate"]
+    assert calibrate(whole)[1] == [], "each precision has a model of its own"
+    exact, rounded = calibrated_metrics(replace(whole, precision="fp32")), calibrated_metrics(whole)
+    assert rounded["flops_ratio"] == pytest.approx(0.5, abs=0.01)
+    assert rounded["output_relative_mse"] != exact["output_relative_mse"]
+    # Random weights have many units that matter alike, between which rounding decides.
+    assert rounded["output_relative_mse"] == pytest.approx(exact["output_relative_mse"], rel=0.5)
+
+
+def test_calibration_of_streamed_weights_is_the_same_to_the_byte(shards: Path, tmp_path: Path) -> None:
+    whole, streamed = settings_for(shards, tmp_path / "whole"), settings_for(shards, tmp_path / "streamed", memory=1)
+    assert calibrate(whole)[0] == calibrate(streamed)[0]
+
+
+@pytest.mark.parametrize("budget", [None, 0.5])
+def test_given_routers_are_streamed_too(tmp_path: Path, budget: float | None) -> None:
+    preset = get_preset("flux-tiny")
+    save_dynamic(random_dynamic(preset), tmp_path / "given", preset)
+    digests = set()
+    for memory in (None, 1):
+        root = tmp_path / str(memory)
+        settings = settings_for(tmp_path / "given", root, finetune_steps=None, budget=budget, memory=memory)
+        digests.add(calibrate(settings)[0])
+        (file,) = weights_in(settings.work / "calibrated")
+        assert file.resolve() == tmp_path / "given" / file.name
+    assert len(digests) == 1
+
+
+def test_a_checkpoint_may_move(shards: Path, tmp_path: Path) -> None:
+    settings = settings_for(shards, tmp_path / "built")
+    before, _ = calibrate(settings)
+    shards.rename(tmp_path / "elsewhere")
+    assert calibrate(replace(settings, checkpoint=str(tmp_path / "elsewhere"))) == (before, ["static"])
+
+
+def test_a_checkpoint_that_changed_is_built_again(shards: Path, tmp_path: Path) -> None:
+    settings = settings_for(shards, tmp_path / "built")
+    before, _ = calibrate(settings)
+    shutil.rmtree(shards)
+    random_backbone(get_preset("flux-tiny"), seed=1).to(torch.bfloat16).save_pretrained(shards / "transformer")
+    after, ran = calibrate(settings)
+    assert ran == ["static", "dynamic", "calibrate"]
+    assert after != before

@@ -1,0 +1,57 @@
+"""The smallest model that has everything: two blocks, eight heads, 16 tokens. As a script: dyexport that knows it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dyexport.bundle.reader import Bundle
+from dyexport.cli import main
+from dyexport.pipeline.build import opened
+from dyexport.pipeline.ledger import NullListener
+from dyexport.pipeline.settings import BuildSettings
+from dyexport.presets import PRESETS
+from tests.manifests import forge
+
+TINY = replace(PRESETS["sit-digits"], name="sit-tiny", layers=2, hidden_size=48, heads=8, patch_size=2)
+PRESETS[TINY.name] = TINY
+
+
+def tiny_settings(root: Path, **values: Any) -> BuildSettings:
+    """Random weights at half the FLOPs, in one engine and without baseline unless ``values`` say otherwise."""
+    given = {"model": TINY.name, "budget": 0.5, "random_weights": True, "engines": 1, "baseline": False, **values}
+    return BuildSettings(out=root / "bundle", work=root / "work", **given)
+
+
+def build(settings: BuildSettings) -> Bundle:
+    with opened(settings, NullListener()) as pipeline:
+        pipeline.bundle()
+    return Bundle.open(settings.out)
+
+
+def redone(settings: BuildSettings) -> set[str]:
+    """Build; the stages that were done anew."""
+    with opened(settings, NullListener()) as pipeline:
+        pipeline.bundle()
+        return {name for name, outcome in pipeline.ledger.outcomes.items() if not outcome.reused}
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    """Every file of a directory by its hash."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def tamper(root: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    """Change a file of a bundle, and its hash in the manifest as a forger would."""
+    content = change((root / name).read_bytes())
+    (root / name).write_bytes(content)
+    record = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    forge(root, lambda manifest: manifest["files"].update({name: record}))
+
+
+if __name__ == "__main__":
+    main()
