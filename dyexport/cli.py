@@ -1,4 +1,4 @@
-"""The ``dyexport`` command. Imports no torch; each command imports what it needs when it runs."""
+"""The ``dyexport`` command. Imports no torch; each command's module is imported when that command is named."""
 
 from __future__ import annotations
 
@@ -8,29 +8,75 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from threading import Event
 from types import FrameType
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from dyexport.commands import build_side, deploying, run_side, sampling, verifying
+from dyexport.commands.given import OnceEach
 from dyexport.console import Interrupted, Session, escape_what_streams_cannot_hold, stderr
 from dyexport.errors import DyexportError
 
+COMMANDS = (
+    "build",
+    "finetune",
+    "calibrate",
+    "export",
+    "plan",
+    "verify",
+    "sample",
+    "bench",
+    "eval",
+    "inspect",
+    "deploy",
+    "models",
+    "targets",
+    "demo",
+)
+"""Each is a module of ``dyexport.commands`` with a function or a typer app of its name."""
+
 LONGEST_WORD = 200  # of a message; a value may be as long as a command line
+
+
+class CommandGroup(TyperGroup):
+    """A group that imports the module of a command when the command is looked up."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+        self.commands: dict[str, Any] = {**dict.fromkeys(COMMANDS), **self.commands}
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in COMMANDS and self.commands[cmd_name] is None:
+            self.commands[cmd_name] = load_command(cmd_name)
+        return self.commands.get(cmd_name)
+
+
+def load_command(name: str) -> Any:
+    """Import one of ``COMMANDS`` and return what parses and runs it."""
+    described = getattr(import_module(f"dyexport.commands.{name}"), name)
+    if not isinstance(described, typer.Typer):
+        function, described = described, typer.Typer(add_completion=False)
+        described.command(name, cls=OnceEach)(function)
+    command = typer.main.get_command(described)
+    command.name = name
+    return command
+
 
 app = typer.Typer(
     name="dyexport",
-    help="Turn a dynamic diffusion transformer into slim engines that switch as sampling proceeds.",
+    cls=CommandGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(build_side.app)
-app.add_typer(verifying.app)
-app.add_typer(sampling.app)
-app.add_typer(run_side.app)
-app.add_typer(deploying.app)
+
+
+@app.callback()
+def dyexport() -> None:
+    """Turn a dynamic diffusion transformer into slim engines that switch as sampling proceeds."""
 
 
 def main() -> None:

@@ -20,6 +20,18 @@ if TYPE_CHECKING:
     from dyexport.pipeline.settings import BuildSettings
 
 
+BundleArgument = Annotated[Path, typer.Argument(help="A bundle directory.")]
+StepsOption = Annotated[int, typer.Option(help="Denoising steps.")]
+SchedulerOption = Annotated[
+    str | None, typer.Option(help="ddim or dpm++ for DiT, euler for SiT; by default the first that fits.")
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(help="What weights may take while running, such as 8GiB; fewer engines stay in memory then."),
+]
+TargetOption = Annotated[str, typer.Option(help="Which of the bundle's engine formats to run.")]
+
+
 def _option(help_text: str, *names: str, metavar: str | None = None) -> Any:
     return typer.Option(*names, help=help_text, metavar=metavar)
 

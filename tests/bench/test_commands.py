@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from dyexport.cli import main
-from dyexport.commands.sampling import parse_labels
+from dyexport.commands.sample import parse_labels
 from dyexport.demo import DemoReport
 from dyexport.errors import UsageError
 from tests.runtime.bundles import TinyBundle

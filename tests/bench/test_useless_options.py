@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
+from dyexport import cli
 from dyexport.bundle.manifest import EngineRecord
-from dyexport.cli import app, main
+from dyexport.cli import main
 from tests.runtime.bundles import TinyBundle, write_bundle, write_manifest
 
 Run = Callable[..., tuple[int, str, str]]
@@ -154,10 +154,10 @@ def test_a_picture_goes_into_no_other_kind_of_file(run: Run, flow: TinyBundle, n
 
 
 def commands() -> Iterator[tuple[str, Any]]:
-    root = typer.main.get_command(app)
-    for name, command in root.commands.items():  # type: ignore[attr-defined]
+    for name in cli.COMMANDS:
+        command = cli.load_command(name)
         inner = getattr(command, "commands", None)
-        yield from ((f"{name} {each}", found) for each, found in inner.items()) if inner else [(name, command)]
+        yield from ((f"{name} {sub}", found) for sub, found in inner.items()) if inner else [(name, command)]
 
 
 COMMANDS = dict(commands())

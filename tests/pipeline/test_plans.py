@@ -227,7 +227,7 @@ def test_plan_says_what_plans_would_take(
 def test_targets_are_listed_with_what_proves_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "models", "--targets", "--json") == 0
+    assert run(monkeypatch, "targets", "--json") == 0
     targets = json.loads(capsys.readouterr().out)["targets"]
     assert all("fp8" in each["quantized"] for each in targets)
     proof = {each["name"]: each["proof"] for each in targets}

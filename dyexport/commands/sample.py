@@ -11,16 +11,14 @@ import typer
 
 from dyexport.arguments import SAMPLES, check_guidance, check_seed, check_steps, shown
 from dyexport.bundle.manifest import ModelSpec
-from dyexport.commands.given import Given, OnceEach
-from dyexport.commands.run_side import BundleArgument, MemoryOption, SchedulerOption, TargetOption
+from dyexport.commands.given import Given
+from dyexport.commands.options import BundleArgument, MemoryOption, SchedulerOption, TargetOption
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
 from dyexport.errors import UsageError
 from dyexport.files import check_file
 
 if TYPE_CHECKING:
     import torch
-
-app = typer.Typer()
 
 Advance = Callable[[int, int], None]
 
@@ -36,7 +34,6 @@ class _Drawn(NamedTuple):
     settings: dict[str, Any]
 
 
-@app.command(cls=OnceEach)
 def sample(
     context: typer.Context,
     bundle: BundleArgument,

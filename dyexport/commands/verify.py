@@ -8,13 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from dyexport.commands.given import Given, OnceEach
+from dyexport.commands.given import Given
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, pairs, progress_bar
 
-app = typer.Typer()
 
-
-@app.command(cls=OnceEach)
 def verify(
     context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="A bundle directory.")],

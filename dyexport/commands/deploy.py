@@ -8,12 +8,10 @@ from typing import Annotated
 import typer
 
 from dyexport.commands.given import Given, OnceEach
-from dyexport.commands.run_side import BundleArgument, MemoryOption, SchedulerOption, TargetOption
+from dyexport.commands.options import BundleArgument, MemoryOption, SchedulerOption, TargetOption
 from dyexport.console import DebugOption, JsonOption, emit, progress_bar
 
-deploy = typer.Typer(help="Write a bundle as a model of an inference server.", no_args_is_help=True)
-app = typer.Typer()
-app.add_typer(deploy, name="deploy")
+deploy = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
 @deploy.callback()
@@ -50,7 +48,7 @@ def triton(
 ) -> None:
     """Write a model that samples inside Triton's Python backend: a label or prompt in, a picture or video out."""
     from dyexport.bundle.reader import Bundle
-    from dyexport.commands.sampling import home_of
+    from dyexport.commands.sample import home_of
     from dyexport.serving.triton_repository import Deployment
     from dyexport.serving.triton_repository import deploy as write
 

@@ -1,0 +1,55 @@
+"""``dyexport inspect``: the segments of a bundle, its widths, and its TensorRT plans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dyexport.commands.given import Given
+from dyexport.commands.options import BundleArgument
+from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit
+
+
+def inspect(
+    context: typer.Context,
+    bundle: BundleArgument,
+    png: Annotated[Path | None, typer.Option(help="Also write the heat map as a picture.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Show one network's TensorRT plan instead: segment-00, conditioning, dense.")
+    ] = None,
+    target: Annotated[str, typer.Option(help="With --engine: whose plan.")] = "tensorrt-rtx",
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show what is in a bundle: its segments, and a heat map of widths over t and depth."""
+    Given(context).refuse(engine is None, "it is for --engine", "target")
+    Given(context).refuse(engine is not None, "--engine shows a plan, which has no heat map", "png")
+    if engine is not None:
+        _inspect_plan(bundle, target, engine, json)
+        return
+    with chatter_on_stderr():
+        from dyexport.bench.heatmap import draw_image, draw_text
+        from dyexport.bench.pictures import save_png
+        from dyexport.bench.report import inspect_payload, inspect_table
+        from dyexport.bundle.reader import Bundle
+
+        opened = Bundle.open(bundle)
+        if png is not None:
+            save_png(draw_image(opened), png)
+
+    def show(console: Console) -> None:
+        heat_map = draw_text(opened, ascii_only=console.options.ascii_only)
+        console.print(inspect_table(opened), "", heat_map, sep="\n")
+
+    emit(inspect_payload(opened), as_json=json, human=show)
+
+
+def _inspect_plan(bundle: Path, target: str, network: str, as_json: bool) -> None:
+    from dyexport.bench.tensorrt_plans import plan_lines, plan_of
+    from dyexport.bundle.reader import Bundle
+
+    info = plan_of(Bundle.open(bundle), target, network)
+    emit(info.model_dump(mode="json"), as_json=as_json, human=lambda console: console.print(*plan_lines(info)))
