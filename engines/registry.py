@@ -67,17 +67,6 @@ def _onnx_rtx() -> Backend:
     )
 
 
-def _torch() -> Backend:
-    import torch
-
-    from dyexport.engines.torch_rt import TorchEngine
-
-    def make(paths: Sequence[Path], options: EngineOptions) -> list[Engine]:
-        return [TorchEngine(path, device=options.device) for path in paths]
-
-    return Backend(make=make, has_cuda=torch.cuda.is_available)
-
-
 def _tensorrt(fallback: str = "onnx") -> Backend:
     import torch
 
@@ -114,7 +103,6 @@ def _torch_tensorrt() -> Backend:
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "onnx": _onnx,
     "onnx-rtx": _onnx_rtx,
-    "torch": _torch,
     "torch-tensorrt": _torch_tensorrt,
     "tensorrt": _tensorrt,
     "tensorrt-rtx": partial(_tensorrt, "onnx-rtx"),  # whose provider is the same builder

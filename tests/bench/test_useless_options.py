@@ -120,7 +120,7 @@ def test_what_the_rest_does_not_read(run: Run, digits: TinyBundle, option: Optio
 
 
 def test_what_another_target_does_not_read(run: Run, flow: TinyBundle) -> None:
-    refused(run, ("bench", "--share-weights", None), flow.root, "--target", "torch")
+    refused(run, ("bench", "--share-weights", None), flow.root, "--target", "tensorrt")
     refused(run, ("inspect", "--png", "x.png"), flow.root, "--engine", "segment-00")
 
 

@@ -265,7 +265,7 @@ def _engine(**values: Any) -> Change:
         (lambda m: m["files"].pop(WIDTHS), f"names no {WIDTHS}"),
         (_engine(path=WEIGHTS), "'onnx' has two engines of 'segment-00'"),
         (_engine(network=CONDITIONING), "is the engine of two networks"),
-        (_engine(target="torch"), "is the engine of two networks"),
+        (_engine(target="torch-tensorrt"), "is the engine of two networks"),
         (lambda m: m.update(budget=1.5), "less than or equal to 1"),
         (lambda m: m["plan"].update(merge_errors=[0.0, 0.0]), "2 errors are of 1 segments"),
         (lambda m: m["plan"].update(disk_bytes=-1), "greater than or equal to 0"),
@@ -399,11 +399,11 @@ def test_engines_are_of_networks_by_name(root: Path) -> None:
         (root / name).write_bytes((root / GRAPH).read_bytes())
         manifest["files"][name] = manifest["files"][GRAPH]
     manifest["engines"] = [{"target": "onnx", "network": name, "path": path} for name, path in paths.items()]
-    manifest["engines"].append({"target": "torch", "network": CONDITIONING, "path": "graphs/conditioning.pt2"})
+    manifest["engines"].append({"target": "torch-tensorrt", "network": CONDITIONING, "path": "graphs/conditioning.pt2"})
     write_content(root, manifest)
     bundle = Bundle.open(root)
     assert bundle.engine_paths("onnx") == {name: root / path for name, path in paths.items()}
-    assert bundle.engine_paths("torch") == {CONDITIONING: root / "graphs/conditioning.pt2"}
+    assert bundle.engine_paths("torch-tensorrt") == {CONDITIONING: root / "graphs/conditioning.pt2"}
 
 
 def test_blocks_with_limited_room(root: Path) -> None:

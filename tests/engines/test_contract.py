@@ -14,7 +14,6 @@ from dyexport.engines.base import Engine, Tensors
 from dyexport.engines.fake import FakeEngine
 from dyexport.engines.ort import OrtEngine
 from dyexport.engines.switching import Choice, SwitchingEngine
-from dyexport.engines.torch_rt import TorchEngine
 from dyexport.errors import EngineMismatchError
 from tests.engines.on_gpu import build_tiny_plan, gpu_engines
 from tests.engines.tiny import (
@@ -30,7 +29,6 @@ from tests.engines.tiny import (
     tiny_io,
     whole_segment,
     write_onnx,
-    write_pt2,
 )
 
 WEIGHTS = make_weights()
@@ -47,7 +45,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("graphs")
     store = Store(folder / "weights.bin")
     write_onnx(folder / "segment-00.onnx", WEIGHTS, SEGMENT, store)
-    write_pt2(folder / "segment-00.pt2", WEIGHTS, SEGMENT, store)
     return folder
 
 
@@ -59,7 +56,6 @@ def switching(folder: Path) -> Engine:
 MAKERS: dict[str, Callable[[Path], Engine]] = {
     "ort": lambda folder: OrtEngine(folder / "segment-00.onnx", threads=1),
     "ort-shared": lambda folder: OrtEngine(folder / "segment-00.onnx", share_weights=True, threads=1),
-    "torch": lambda folder: TorchEngine(folder / "segment-00.pt2"),
     "fake": lambda folder: FakeEngine(tiny_io(SEGMENT), expected),
     "switching": switching,
 }
@@ -68,7 +64,6 @@ MAKERS: dict[str, Callable[[Path], Engine]] = {
 ON_GPU: dict[str, Callable[[Path], Engine]] = {
     "ort-cuda": lambda folder: gpu_engines("onnx", folder / "segment-00.onnx")[0],
     "ort-rtx": lambda folder: gpu_engines("onnx-rtx", folder / "segment-00.onnx")[0],
-    "torch-cuda": lambda folder: gpu_engines("torch", folder / "segment-00.pt2")[0],
     "tensorrt": lambda folder: tensorrt(folder, "tensorrt"),
     "tensorrt-rtx": lambda folder: tensorrt(folder, "tensorrt-rtx"),
 }

@@ -1,4 +1,4 @@
-"""A network small enough to write by hand, as torch, as an ONNX graph and as an exported program.
+"""A network small enough to write by hand, as numpy and as an ONNX graph.
 
 It has what a bundle has: blocks of heads and groups, some of them gone, some gated, kept-token counts and
 slots, and a conditioning network, which embeds the class and passes the time on.
@@ -6,7 +6,6 @@ slots, and a conditioning network, which embeds the class and passes the time on
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,38 +78,6 @@ def reference(
 def modulate(weights: Weights, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
     """The conditioning network: t (R,), labels (R,) -> (R, M)."""
     return torch.cat([torch.from_numpy(weights.classes)[class_labels], timestep[:, None]], dim=1)
-
-
-class Slim(torch.nn.Module):
-    """One segment of the network, for ``torch.export``."""
-
-    def __init__(self, weights: Weights, segment: Segment) -> None:
-        super().__init__()
-        self.segment = segment
-        units = [kept_units(segment, block) for block in range(DEPTH)]
-        self.first = torch.nn.ParameterList(torch.from_numpy(weights.first[b][units[b]]) for b in range(DEPTH))
-        self.second = torch.nn.ParameterList(torch.from_numpy(weights.second[b][units[b]]) for b in range(DEPTH))
-        self.time = torch.nn.ParameterList(torch.from_numpy(weights.time[b][units[b]]) for b in range(DEPTH))
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        modulation: torch.Tensor,
-        width_gate: torch.Tensor | None = None,
-        slots: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        x = hidden_states.flatten(1) + modulation[:, :FEATURES]  # (B, F)
-        kept = []
-        for block, (start, stop) in enumerate(gate_slices(self.segment)):
-            kept.append((x > 0).sum(1))
-            hidden = (x @ self.first[block].T + modulation[:, FEATURES:] * self.time[block]).relu()  # (B, units)
-            if width_gate is not None:
-                hidden = hidden * width_gate[start:stop]
-            x = x + hidden @ self.second[block]  # (B, F)
-        sample = x.reshape(-1, CHANNELS, SIZE, SIZE)
-        if slots is not None:
-            sample = sample + 0.01 * slots.shape[0]
-        return sample, torch.stack(kept, 1)
 
 
 def gate_slices(segment: Segment) -> list[tuple[int, int]]:
@@ -233,51 +200,6 @@ def _save(path: Path, nodes: list[onnx.NodeProto], io: EngineIO, initializers: l
 
 def _value(spec: TensorSpec) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(spec.name, helper.np_dtype_to_tensor_dtype(np.dtype(spec.dtype)), spec.shape)
-
-
-def export_program(weights: Weights, segment: Segment) -> torch.export.ExportedProgram:
-    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("slots", min=1, max=64)
-    inputs = {"hidden_states": torch.zeros(2, CHANNELS, SIZE, SIZE), "modulation": torch.zeros(2, MODULATION)}
-    dynamic: dict[str, dict[int, object]] = {name: {0: batch} for name in inputs}
-    if segment.gate_size:
-        inputs["width_gate"], dynamic["width_gate"] = torch.ones(segment.gate_size), {}
-    if segment.slot_buckets:
-        inputs["slots"], dynamic["slots"] = torch.zeros(2), {0: length}
-    return torch.export.export(Slim(weights, segment), (), inputs, dynamic_shapes=dynamic)
-
-
-class TinyConditioning(torch.nn.Module):
-    """The conditioning network, for ``torch.export``."""
-
-    def __init__(self, weights: Weights) -> None:
-        super().__init__()
-        self.classes = torch.nn.Parameter(torch.from_numpy(weights.classes))
-
-    def forward(self, timestep: torch.Tensor, class_labels: torch.Tensor) -> tuple[torch.Tensor]:
-        return (torch.cat([self.classes[class_labels], timestep[:, None]], dim=1),)
-
-
-def write_pt2(path: Path, weights: Weights, segment: Segment, store: Store) -> None:
-    _save_program(path, export_program(weights, segment), tiny_io(segment), store)
-
-
-def write_conditioning_pt2(path: Path, weights: Weights, store: Store) -> None:
-    rows = torch.export.Dim("rows", min=1, max=4096)
-    inputs = {"timestep": torch.zeros(2), "class_labels": torch.zeros(2, dtype=torch.int64)}
-    dynamic = {name: {0: rows} for name in inputs}
-    program = torch.export.export(TinyConditioning(weights), (), inputs, dynamic_shapes=dynamic)
-    _save_program(path, program, conditioning_io(), store)
-
-
-def _save_program(path: Path, program: torch.export.ExportedProgram, io: EngineIO, store: Store) -> None:
-    weights = {}
-    for name, tensor in program.state_dict.items():
-        weights[name] = {"offset": store.add(tensor.detach().numpy()), "shape": tensor.shape, "dtype": "float32"}
-        program.state_dict[name] = torch.nn.Parameter(tensor.to("meta"), requires_grad=False)
-    bindings = {"inputs": io.inputs, "outputs": io.outputs}
-    listed = {key: [vars(spec) for spec in specs] for key, specs in bindings.items()}
-    engine = json.dumps({"store": store.path.name, "weights": weights, **listed})
-    torch.export.save(program, path, extra_files={"engine.json": engine})
 
 
 def t_of(inputs: Tensors) -> float:

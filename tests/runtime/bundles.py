@@ -44,14 +44,11 @@ from tests.engines.tiny import (
     reference,
     whole_segment,
     write_conditioning_onnx,
-    write_conditioning_pt2,
     write_onnx,
-    write_pt2,
 )
 from tests.manifests import label
 
 ROWS = 6
-WRITERS = {"onnx": (write_onnx, write_conditioning_onnx, "onnx"), "torch": (write_pt2, write_conditioning_pt2, "pt2")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +158,6 @@ def write_bundle(
     segments: int = 3,
     path: TokenPath = "all",
     capacity: int = FEATURES,
-    targets: tuple[str, ...] = ("onnx",),
     pixels: bool = True,
 ) -> TinyBundle:
     spec = make_spec(objective, pixels=pixels)
@@ -172,17 +168,15 @@ def write_bundle(
         (root / folder).mkdir(parents=True)
     widths.save(root / WIDTHS)
     stats.save(root / TOKENS)
-    store, engines = Store(root / "graphs" / "weights.bin"), []
-    for target in targets:
-        write, write_conditioning, suffix = WRITERS[target]
-        networks = {segment_name(index): segment for index, segment in enumerate(plan.segments)}
-        for name, segment in {**networks, DENSE: whole_segment(gated=False)}.items():
-            write(root / f"graphs/{name}.{suffix}", weights, segment, store)
-        write_conditioning(root / f"graphs/{CONDITIONING}.{suffix}", weights, store)
-        engines += [
-            EngineRecord(target=target, network=name, path=f"graphs/{name}.{suffix}")
-            for name in (*networks, DENSE, CONDITIONING)
-        ]
+    store = Store(root / "graphs" / "weights.bin")
+    networks = {segment_name(index): segment for index, segment in enumerate(plan.segments)}
+    for name, segment in {**networks, DENSE: whole_segment(gated=False)}.items():
+        write_onnx(root / f"graphs/{name}.onnx", weights, segment, store)
+    write_conditioning_onnx(root / f"graphs/{CONDITIONING}.onnx", weights, store)
+    engines = [
+        EngineRecord(target="onnx", network=name, path=f"graphs/{name}.onnx")
+        for name in (*networks, DENSE, CONDITIONING)
+    ]
     write_manifest(root, spec, plan, engines)
     return TinyBundle(root=root, weights=weights, widths=widths, stats=stats, plan=plan, spec=spec)
 

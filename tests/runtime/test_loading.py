@@ -44,10 +44,9 @@ def test_equals_the_masked_network_at_every_t(objective: str, request: pytest.Fi
 
 
 @pytest.mark.parametrize(("segments", "path", "capacity"), [(1, "all", 8), (6, "masked", 8), (3, "dynamic", 1)])
-@pytest.mark.parametrize("target", ["onnx", "torch"])
-def test_every_kind_of_bundle(own: Path, segments: int, path: str, capacity: int, target: str) -> None:
-    bundle = write_bundle(own, segments=segments, path=path, capacity=capacity, targets=(target,))
-    transformer = load(own, target=target, share_weights=True, max_resident=2)
+def test_every_kind_of_bundle(own: Path, segments: int, path: str, capacity: int) -> None:
+    bundle = write_bundle(own, segments=segments, path=path, capacity=capacity)
+    transformer = load(own, share_weights=True, max_resident=2)
     for t in random_times(bundle, 4):
         inputs = make_inputs(2, t=t)
         torch.testing.assert_close(predict(transformer, inputs), predict(bundle, inputs), atol=1e-4, rtol=0)
@@ -176,7 +175,7 @@ def test_inputs_that_do_not_fit(ddpm: TinyBundle, changes: dict[str, torch.Tenso
         ({"device": 0}, UsageError, "unknown device '0'"),
         ({"device": "cuda:9999"}, UsageError, "torch sees"),
         ({"device": "cuda:99999999999999999999"}, UsageError, "unknown device"),
-        ({"target": "torch"}, EngineMismatchError, "built for onnx"),
+        ({"target": "tensorrt"}, EngineMismatchError, "built for onnx"),
     ],
 )
 def test_arguments_that_do_not_fit(ddpm: TinyBundle, arguments: dict[str, object], error: type, named: str) -> None:
@@ -209,14 +208,17 @@ def test_a_missing_engine_is_named(own: Path, network: str, kinds: list[bool]) -
 
 
 def test_code_is_never_loaded_unhashed(own: Path) -> None:
-    write_bundle(own, targets=("onnx", "torch"))
-    program = own / "graphs/segment-00.pt2"
-    data = bytearray(program.read_bytes())
-    data[len(data) // 2] ^= 1
-    program.write_bytes(data)
+    bundle = write_bundle(own)
+    program = own / "engines/program.pt2"
+    program.parent.mkdir()
+    program.write_bytes(b"code")
+    engines = read_manifest(own / MANIFEST).engines
+    compiled = EngineRecord(target="torch-tensorrt", network="segment-00", path="engines/program.pt2")
+    write_manifest(own, bundle.spec, bundle.plan, [*engines, compiled])
+    program.write_bytes(b"c0de")
     load(own, check_hashes=False)
-    with pytest.raises(BundleError, match=r"segment-00\.pt2"):
-        load(own, target="torch", check_hashes=False)
+    with pytest.raises(BundleError, match=r"program\.pt2"):
+        load(own, target="torch-tensorrt", check_hashes=False)
 
 
 def test_residency_counts_bytes_and_switches(own: Path) -> None:

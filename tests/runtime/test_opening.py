@@ -78,15 +78,6 @@ def test_a_bundle_that_changes_after_load_draws_nothing(
         assert not torch.equal(predict(load(own), FIRST), before)
 
 
-def test_a_program_that_changes_after_load_draws_nothing(own: Path) -> None:
-    write_bundle(own, targets=("onnx", "torch"))
-    transformer = load(own, target="torch")
-    predict(transformer, FIRST)
-    build_again(own)
-    with pytest.raises(BundleError, match="load it again"):
-        predict(transformer, LAST)
-
-
 def test_memory_that_is_mapped_shows_what_is_written_to_its_file(own: Path) -> None:
     """An engine that is active already, and needs nothing more of its files."""
     write_bundle(own, segments=1)
@@ -226,14 +217,6 @@ def test_a_bundle_in_the_hubs_cache_runs(own: Path, tmp_path: Path, folder: str,
     for t in (FIRST, LAST):
         inputs = make_inputs(2, t=t)
         torch.testing.assert_close(transformer(**inputs).sample, bundle(**inputs).sample, atol=1e-4, rtol=0)
-
-
-def test_programs_in_the_hubs_cache_run(own: Path, tmp_path: Path) -> None:
-    write_bundle(own, targets=("onnx", "torch"))
-    cached = in_hub_cache(own, tmp_path / "hub")
-    torch.testing.assert_close(
-        predict(load(cached, target="torch"), FIRST), predict(load(own), FIRST), atol=1e-4, rtol=0
-    )
 
 
 @pytest.mark.parametrize("place", ["models--someone--else/blobs", "models--someone--something/refs", "blobs", ".."])
