@@ -1,12 +1,19 @@
-"""The models dyexport knows by name, at their published sizes. Imports no torch."""
+"""The models that dyexport knows by name, at their published sizes, and any others of the same classes. No torch."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from dyexport.backbones import BACKBONES, part
 from dyexport.backbones.base import Preset
-from dyexport.errors import UsageError
+from dyexport.errors import CheckpointError, UsageError
+
+CLASS_NAME = "_class_name"  # entry of every config that diffusers writes
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset for backbone in BACKBONES for preset in part(backbone, "preset").PRESETS
@@ -14,9 +21,51 @@ PRESETS: dict[str, Preset] = {
 
 
 def get_preset(name: str) -> Preset:
-    """The preset called ``name``; raises ``UsageError`` naming the nearest known one."""
+    """Return the preset called ``name``; raises ``UsageError`` naming the nearest known one."""
     if name in PRESETS:
         return PRESETS[name]
     near = difflib.get_close_matches(name, PRESETS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PRESETS)}"
     raise UsageError(f"unknown model {name!r}; {hint}")
+
+
+def preset_class(stock: object) -> type[Preset]:
+    """Return the presets' class for a diffusers class, by its name. Raises ``CheckpointError``."""
+    classes = {preset.stock: type(preset) for preset in PRESETS.values()}
+    if not isinstance(stock, str) or stock not in classes:
+        raise CheckpointError(f"{CLASS_NAME} is {str(stock)[:80]!r}; supported: {', '.join(classes)}")
+    return classes[stock]
+
+
+def preset_from_config(config: Mapping[str, Any], name: str) -> Preset:
+    """Make the preset of a checkpoint from its diffusers configuration, whose class decides the backbone.
+
+    What the configuration does not say is that of a known model of the same structure, where there is one. Raises
+    ``CheckpointError``.
+    """
+    kind = preset_class(config.get(CLASS_NAME))
+    made = kind.from_config(config, name)
+    known = (preset for preset in PRESETS.values() if type(preset) is kind)
+    like = next((preset for preset in known if preset.with_config(config) is preset), None)
+    return made if like is None else replace(like, name=name)
+
+
+def stored_fields(preset: Preset) -> dict[str, Any] | None:
+    """Return what must be stored next to a preset's name to have it again; None for a known one."""
+    if PRESETS.get(preset.name) == preset:
+        return None
+    return {"stock": preset.stock, **asdict(preset)}
+
+
+def stored_preset(name: str, fields: Mapping[str, Any] | None) -> Preset:
+    """Return the preset of a name and its ``stored_fields``. Raises ``CheckpointError`` or ``UsageError``."""
+    if fields is None:
+        return get_preset(name)
+    values = {**fields, "name": name}
+    kind = preset_class(values.pop("stock", None))
+    try:
+        preset: Preset = TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return preset

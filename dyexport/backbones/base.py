@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ class Preset(ABC):
     straight path (SiT, arXiv 2401.08740); ``flow-sigma`` is the same path the other way round, sigma
     in [0, 1], 1 = noise, and predicts ``noise - data`` (FLUX).
     """
+
+    stock: ClassVar[str]
+    """Name of the diffusers class: the ``_class_name`` of a checkpoint's configuration."""
 
     name: str
     backbone: str
@@ -89,6 +92,28 @@ class Preset(ABC):
     @abstractmethod
     def transformer_config(self) -> dict[str, object]:
         """Arguments of the stock diffusers module."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], name: str | None = None) -> Self:
+        """Make the preset of a checkpoint from its diffusers configuration.
+
+        What a configuration does not say, such as the number of text tokens, is that of the published model.
+        Raises ``CheckpointError`` naming a key whose value cannot be represented.
+        """
+        return cls(name=name or cls.stock).with_config(config, name)  # type: ignore[call-arg]  # subclasses have defaults
+
+    def with_config(self, config: Mapping[str, Any], name: str | None = None) -> Self:
+        """Return this preset with the structure of a configuration; itself where the structure is the same."""
+        changed = replace(self, **self.structure(config))
+        return self if changed == self else replace(changed, name=name or self.name, about="")
+
+    @abstractmethod
+    def structure(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields that a diffusers configuration decides. Raises ``CheckpointError``."""
+
+    def numerics(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return entries of a configuration that change results and no shapes, such as ``norm_eps``, checked."""
+        return {}
 
     @property
     def timestep_range(self) -> tuple[float, float]:

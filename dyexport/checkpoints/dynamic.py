@@ -23,7 +23,7 @@ from dyexport.backbones import get_adapter
 from dyexport.backbones.base import Preset, RouterKind
 from dyexport.bundle.manifest import Frozen, first_problem
 from dyexport.bundle.tables import WidthTable
-from dyexport.checkpoints.sources import CONFIG, read_config
+from dyexport.checkpoints.locate import CONFIG
 from dyexport.checkpoints.static import (
     ORDER,
     fill,
@@ -36,28 +36,42 @@ from dyexport.checkpoints.static import (
 )
 from dyexport.checkpoints.stored_weights import StoredWeights, View, check_weights, link_weights, write_weights
 from dyexport.checkpoints.streaming import meta_parameters, stored_state, stream_routers
+from dyexport.checkpoints.structure import DYNAMIC, read_config
 from dyexport.errors import BundleError, CheckpointError, UsageError
 from dyexport.lora import LoraSpec
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.gates import WIDTH_BIAS
 from dyexport.models.hooks import BIAS
-from dyexport.presets import get_preset
+from dyexport.presets import stored_fields, stored_preset
 
-DYNAMIC = "dynamic.json"
 TD_LORA = "td_lora.safetensors"
 PARTS = {"routers": "routers.safetensors", "td_lora": TD_LORA}  # of the dynamic model, by attribute
 TABLE = "widths.safetensors"
 
 
 class DynamicSpec(Frozen):
-    """``dynamic.json``: which preset the routers were made for, and what they route."""
+    """``dynamic.json``: the preset that routers were made for, and what they route.
+
+    ``model`` has the fields of a preset that is not known by its name.
+    """
 
     preset: str
+    model: dict[str, Any] | None = None
     heads: PositiveInt
     groups: PositiveInt
     tokens: bool
     router: RouterKind = "free"
     td_lora: LoraSpec | None = None
+
+    @classmethod
+    def of(cls, preset: Preset, **routing: Any) -> DynamicSpec:
+        """Make the spec of a preset's model."""
+        return cls(preset=preset.name, model=stored_fields(preset), **routing)
+
+    @property
+    def made_for(self) -> Preset:
+        """The preset; raises ``CheckpointError`` and ``UsageError``."""
+        return stored_preset(self.preset, self.model)
 
     def attach(self, backbone: nn.Module, preset: Preset) -> DynamicTransformer:
         """A dynamic model around a stock one, with new routers."""
@@ -76,11 +90,11 @@ def load_given(source: Path, preset: Preset, *, stream: bool = False) -> Dynamic
     """A model with its own routers: a dynamic checkpoint, or a published DyDiT file."""
     if source.is_dir():
         model, found = load_dynamic(source, stream=stream)
-        if found.name != preset.name:
-            raise CheckpointError(f"{source} is a checkpoint of {found.name}; build it with --model {found.name}")
+        if found != preset:
+            raise CheckpointError(f"{source} is a checkpoint of {found.name}, not of {preset.name}; leave --model out")
         return model
     checkpoint = open_checkpoint(str(source), preset)
-    spec = DynamicSpec(preset=preset.name, heads=preset.heads, groups=preset.heads, tokens=True)
+    spec = DynamicSpec.of(preset, heads=preset.heads, groups=preset.heads, tokens=True)
     model = _dynamic(
         load_backbone(checkpoint, preset, stream=stream), preset, spec, {"routers": checkpoint.routers}, stream
     )
@@ -119,7 +133,7 @@ def open_widths(model: DynamicTransformer, preset: Preset) -> None:
 def load_dynamic(directory: Path, *, stream: bool = False) -> tuple[DynamicTransformer, Preset]:
     """Read a dynamic checkpoint; raises ``CheckpointError`` naming what does not fit."""
     spec = read_spec(directory)
-    preset = get_preset(spec.preset)
+    preset = spec.made_for
     backbone: Any = load_static(str(directory), preset, stream=stream)
     with torch.device("meta"):
         expected = spec.attach(meta_backbone(preset, backbone.config), preset).parts()
@@ -149,10 +163,10 @@ def read_spec(directory: Path) -> DynamicSpec:
     """What a dynamic checkpoint says of itself; its preset is known."""
     try:
         spec = DynamicSpec.model_validate_json((directory / DYNAMIC).read_bytes())
-        preset = get_preset(spec.preset)
+        preset = spec.made_for
     except ValidationError as error:
         raise CheckpointError(f"{directory / DYNAMIC} is of no dynamic checkpoint: {first_problem(error)}") from error
-    except (OSError, UsageError) as error:
+    except (OSError, CheckpointError, UsageError) as error:
         raise CheckpointError(f"{directory} is not a dynamic checkpoint: {error}") from error
     if spec.heads != preset.heads or 4 * preset.hidden_size % spec.groups:
         raise CheckpointError(
@@ -174,7 +188,7 @@ def dynamic_weights(directory: Path) -> Mapping[str, Tensor]:
 @torch.no_grad()
 def ranked_biases(static: Path, directory: Path) -> dict[str, Tensor]:
     """A static model's biases, by name, with units in the order of a dynamic checkpoint that was made from it."""
-    preset = get_preset(read_spec(directory).preset)
+    preset = read_spec(directory).made_for
     backbone, adapter = meta_backbone(preset, read_config(static, preset)), get_adapter(preset.backbone)
     stored = StoredWeights(static)
     biases = [name for name in backbone.state_dict() if name.endswith(BIAS)]
@@ -197,8 +211,8 @@ def save_dynamic(model: DynamicTransformer, directory: Path, preset: Preset, *, 
         link_weights(backbone, directory)
     for name, module in model.parts().items():
         write_weights(stored_state(module), directory / PARTS[name])
-    spec = DynamicSpec(
-        preset=preset.name,
+    spec = DynamicSpec.of(
+        preset,
         heads=model.heads,
         groups=model.groups,
         tokens=model.has_token_routers,

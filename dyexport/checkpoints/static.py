@@ -23,7 +23,7 @@ from dyexport.backbones.base import Preset
 from dyexport.backbones.dit.preset import DiTPreset
 from dyexport.backbones.flux.preset import FluxPreset
 from dyexport.checkpoints import published
-from dyexport.checkpoints.sources import CONFIG, find_checkpoint, read_config
+from dyexport.checkpoints.locate import CONFIG, find_checkpoint
 from dyexport.checkpoints.stored_weights import (
     WEIGHTS,
     StoredWeights,
@@ -35,6 +35,7 @@ from dyexport.checkpoints.stored_weights import (
     write_weights,
 )
 from dyexport.checkpoints.streaming import stream_backbone
+from dyexport.checkpoints.structure import read_config
 from dyexport.checkpoints.user_lora import MergedWeights, UserLora
 from dyexport.errors import CheckpointError
 from dyexport.lora import LoraFile
@@ -65,7 +66,7 @@ def open_checkpoint(source: str, preset: Preset, advance: Advance | None = None)
 
     Raises ``CheckpointError`` naming what is missing, unknown, of another shape or not finite.
     """
-    path = find_checkpoint(source, preset)
+    path = find_checkpoint(source)
     files = StoredWeights(path)
     stored = without_prefix(files)
     foreign = published.is_published(stored)

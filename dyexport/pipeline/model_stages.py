@@ -13,7 +13,7 @@ from typing import Any
 from dyexport.bundle.manifest import ModelSpec
 from dyexport.bundle.tables import TokenStats, WidthTable
 from dyexport.calibration.precision import headroom
-from dyexport.checkpoints.sources import CONFIG
+from dyexport.checkpoints.locate import CONFIG
 from dyexport.digests import sha256_of
 from dyexport.files import remove
 from dyexport.lora import LoraFile, lora_sources

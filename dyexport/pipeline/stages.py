@@ -17,7 +17,7 @@ from dyexport.calibration.widths import (
     trajectory_points,
 )
 from dyexport.checkpoints.dynamic import load_given, save_dynamic
-from dyexport.checkpoints.sources import find_checkpoint
+from dyexport.checkpoints.locate import find_checkpoint
 from dyexport.checkpoints.static import adopt_static, load_static, save_static
 from dyexport.errors import CheckpointError
 from dyexport.files import hard_linked
@@ -49,7 +49,7 @@ def checkpoint_source(settings: BuildSettings) -> Path | None:
             f"no published weights are known for {settings.model}; "
             "pass --checkpoint with a diffusers directory or a hub id, or --random-weights"
         )
-    return find_checkpoint(source, settings.preset)
+    return find_checkpoint(source)
 
 
 def make_static(

@@ -18,7 +18,8 @@ from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, LatteTransf
 from safetensors.torch import load_file, save_file
 
 from dyexport.checkpoints.dynamic import load_dynamic, save_dynamic
-from dyexport.checkpoints.sources import find_checkpoint, read_config
+from dyexport.checkpoints.locate import find_checkpoint
+from dyexport.checkpoints.structure import read_config
 from dyexport.checkpoints.static import WEIGHTS, has_routers, load_static, save_static
 from dyexport.errors import CheckpointError
 from dyexport.models.random_weights import random_backbone
@@ -341,4 +342,4 @@ def test_what_may_not_be_read_is_not_called_missing_or_damaged(name: str) -> Non
 
 def test_a_file_is_found_before_a_hub(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").touch()
-    assert find_checkpoint(str(tmp_path / "a.safetensors"), TINY) == tmp_path / "a.safetensors"
+    assert find_checkpoint(str(tmp_path / "a.safetensors")) == tmp_path / "a.safetensors"

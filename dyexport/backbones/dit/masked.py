@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from dyexport.backbones.base import Inputs
 from dyexport.backbones.basic_transformer_block import LINEARS, attach_gates, permute_block, xavier_linears
+from dyexport.backbones.dit.preset import FREQ_SHIFT, STORED_POSITIONS
 from dyexport.errors import CheckpointError
 from dyexport.models.gates import BlockGates, TokenRouter, fp32_linear
 
-FREQ_SHIFT = "freq_shift"  # config entry: the timestep's frequency i is 10000 ** (-i / (128 - shift)); diffusers has 1
-STORED_POSITIONS = "stored_positions"  # config entry: the position table is a weight; diffusers computes it
 
 
 class DiTTokenRouter(TokenRouter):

@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from dyexport.backbones.base import Objective, Preset
+from dyexport.backbones.stored_config import MOST_LAYERS, StoredConfig
+
+FREQ_SHIFT = "freq_shift"  # config entry: the timestep's frequency i is 10000 ** (-i / (128 - shift)); diffusers has 1
+STORED_POSITIONS = "stored_positions"  # config entry: the position table is a weight; diffusers computes it
+DEFAULTS: Mapping[str, Any] = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": None,
+    "num_layers": 28,
+    "dropout": 0.0,
+    "norm_num_groups": 32,
+    "attention_bias": True,
+    "sample_size": 32,
+    "patch_size": 2,
+    "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000,
+    "upcast_attention": False,
+    "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-5,
+}
+"""Arguments of diffusers' ``DiTTransformer2DModel`` where a config does not give them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiTPreset(Preset):
-    """DiT and SiT: diffusers' ``DiTTransformer2DModel``."""
+    """DiT and SiT: diffusers' ``DiTTransformer2DModel``. Sizes default to those of DiT-XL/2 at 256 px."""
 
-    backbone: Literal["dit", "sit"]
-    layers: int
-    patch_size: int
-    sample_size: int  # latents are (in_channels, sample_size, sample_size)
-    learn_sigma: bool  # the output then has 2 * in_channels channels
+    stock: ClassVar[str] = "DiTTransformer2DModel"
+
+    backbone: Literal["dit", "sit"] = "dit"
+    hidden_size: int = 1152
+    heads: int = 16
+    in_channels: int = 4
+    layers: int = 28
+    patch_size: int = 2
+    sample_size: int = 32  # latents are (in_channels, sample_size, sample_size)
+    learn_sigma: bool = True  # the output then has 2 * in_channels channels
     classes: int = 1000
 
     @property
@@ -62,6 +91,38 @@ class DiTPreset(Preset):
             "norm_elementwise_affine": False,
             "norm_eps": 1e-6,
         }
+
+    def structure(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        stored = StoredConfig(config, DEFAULTS)
+        for name in ("attention_bias", "activation_fn", "norm_type", "norm_elementwise_affine"):
+            stored.expect(name, self.transformer_config().get(name, DEFAULTS[name]))
+        hidden_size, in_channels = stored.hidden_size(multiple=4), stored.count("in_channels")
+        out_channels = stored.out_channels(in_channels)
+        if out_channels not in (in_channels, 2 * in_channels):
+            stored.refuse("out_channels", f"{in_channels}, as in_channels, or twice that")
+        sample_size, patch_size = stored.count("sample_size"), stored.count("patch_size")
+        if sample_size % patch_size:
+            stored.refuse("patch_size", f"one that divides sample_size, {sample_size}")
+        return {
+            "layers": stored.count("num_layers", MOST_LAYERS),
+            "hidden_size": hidden_size,
+            "heads": stored.count("num_attention_heads"),
+            "patch_size": patch_size,
+            "sample_size": sample_size,
+            "in_channels": in_channels,
+            "learn_sigma": out_channels != in_channels,
+            "classes": stored.count("num_embeds_ada_norm"),
+            "pixel_space": self.pixel_space and in_channels == self.in_channels,
+        }
+
+    def numerics(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        stored = StoredConfig(config, DEFAULTS)
+        kept: dict[str, Any] = {"norm_eps": stored.number("norm_eps", 1e-12, 1)}
+        if FREQ_SHIFT in config:
+            kept[FREQ_SHIFT] = stored.number(FREQ_SHIFT, 0, 127)
+        if STORED_POSITIONS in config:
+            kept[STORED_POSITIONS] = stored.flag(STORED_POSITIONS)
+        return kept
 
 
 _SIZES = {"s": (12, 384, 6), "b": (12, 768, 12), "l": (24, 1024, 16), "xl": (28, 1152, 16)}

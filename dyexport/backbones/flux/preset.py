@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from dyexport.backbones.base import Objective, Preset
+from dyexport.backbones.stored_config import MOST_LAYERS, StoredConfig
+
+DEFAULTS: Mapping[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "out_channels": None,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": False,
+    "axes_dims_rope": (16, 56, 56),
+}
+"""Arguments of diffusers' ``FluxTransformer2DModel`` where a config does not give them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FluxPreset(Preset):
-    """FLUX.1: diffusers' ``FluxTransformer2DModel``. Sizes default to those of FLUX.1-dev at 1024 px."""
+    """FLUX.1: diffusers' ``FluxTransformer2DModel``. Sizes default to those of FLUX.1-dev at 1024 px.
+
+    A model that edits pictures takes more channels than it predicts: latents first, then ``context_channels`` of a
+    masked picture and its mask (Fill), or of a control picture (Canny, Depth).
+    """
+
+    stock: ClassVar[str] = "FluxTransformer2DModel"
 
     backbone: Literal["flux"] = "flux"
     hidden_size: int = 3072
     heads: int = 24
-    in_channels: int = 64  # of a token: 2 x 2 latent pixels
+    in_channels: int = 64  # of a token: 2 x 2 latent pixels, and the context
+    context_channels: int = 0  # of a token that are a condition, and not predicted
     double_blocks: int = 19
     single_blocks: int = 38
     side: int = 64  # tokens along an edge of the picture
@@ -37,7 +61,12 @@ class FluxPreset(Preset):
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """(N, C): packed, as the network takes them."""
-        return self.tokens, self.in_channels
+        return self.tokens, self.out_channels
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of a token that are predicted."""
+        return self.in_channels - self.context_channels
 
     @property
     def tokens(self) -> int:
@@ -51,12 +80,12 @@ class FluxPreset(Preset):
         embedders += vectors * (256 + 1 + width + 1) * width + (self.pooled_size + 1 + width + 1) * width
         double = 36 * width**2 + 30 * width + 4 * head  # per stream: modulation 6, attention 4, MLP 8
         single = 15 * width**2 + 11 * width + 2 * head  # modulation 3, attention 3, MLP 4, both out 5
-        final = 2 * width * (width + 1) + self.in_channels * (width + 1)
+        final = 2 * width * (width + 1) + self.out_channels * (width + 1)
         return embedders + self.double_blocks * double + self.single_blocks * single + final
 
     def transformer_config(self) -> dict[str, object]:
         """Arguments of diffusers' ``FluxTransformer2DModel``."""
-        return {
+        config: dict[str, object] = {
             "patch_size": 1,
             "in_channels": self.in_channels,
             "num_layers": self.double_blocks,
@@ -68,6 +97,34 @@ class FluxPreset(Preset):
             "guidance_embeds": self.guidance is not None,
             "axes_dims_rope": list(self.rope_axes),
         }
+        return {**config, "out_channels": self.out_channels} if self.context_channels else config
+
+    def structure(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        stored = StoredConfig(config, DEFAULTS)
+        stored.expect("patch_size", 1)
+        head_dim, axes = stored.count("attention_head_dim"), stored.counts("axes_dims_rope")
+        if len(axes) != len(self.rope_axes) or sum(axes) != head_dim or any(size % 2 for size in axes):
+            stored.refuse("axes_dims_rope", f"three even numbers that add up to attention_head_dim, {head_dim}")
+        in_channels = stored.count("in_channels")
+        out_channels = stored.out_channels(in_channels)
+        if out_channels > in_channels:
+            stored.refuse("out_channels", f"at most in_channels, {in_channels}")
+        fields: dict[str, Any] = {
+            "double_blocks": stored.count("num_layers", MOST_LAYERS),
+            "single_blocks": stored.count("num_single_layers", MOST_LAYERS),
+            "hidden_size": stored.hidden_size(multiple=2),
+            "heads": stored.count("num_attention_heads"),
+            "in_channels": in_channels,
+            "context_channels": in_channels - out_channels,
+            "joint_size": stored.count("joint_attention_dim"),
+            "pooled_size": stored.count("pooled_projection_dim"),
+            "rope_axes": axes,
+        }
+        if stored.flag("guidance_embeds") != (self.guidance is not None):
+            distilled = self.guidance is None
+            fields |= {"guidance": 3.5 if distilled else None, "shifted": distilled}
+            fields |= {"text_tokens": 512 if distilled else 256}
+        return fields
 
     def for_noise(self) -> Self:
         """128 px and 32 words."""

@@ -1,0 +1,78 @@
+"""Where a checkpoint lies, and what its configuration says. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dyexport.errors import CheckpointError
+
+CONFIG = "config.json"
+TRANSFORMER = "transformer"  # folder of a pipeline
+SHOWN = 200  # characters of what a library says
+WHOLE = (f"{TRANSFORMER}/*", CONFIG, "diffusion_pytorch_model*")
+
+
+def find_checkpoint(source: str, patterns: Sequence[str] = WHOLE) -> Path:
+    """Find the file, or the directory that holds ``config.json``: a local path, or a hub id that is downloaded.
+
+    Of a hub repository only files that match ``patterns`` are downloaded. Raises ``CheckpointError``.
+    """
+    if (found := find_local(source)) is not None:
+        return found
+    if not is_hub_id(source):
+        raise CheckpointError(
+            f"{source} does not exist; pass a diffusers directory, a file, a hub id, or --random-weights"
+        )
+    return _download(source, patterns)
+
+
+def find_local(source: str) -> Path | None:
+    """Find a checkpoint on this machine. Raises ``CheckpointError`` for a directory without ``config.json``."""
+    try:
+        return _find_local(Path(source))
+    except OSError as error:  # a name that no file can have, or a folder that may not be read
+        raise CheckpointError(
+            f"cannot read {source[:SHOWN]!r}: {error.strerror}; give a directory or a file"
+        ) from error
+
+
+def is_hub_id(source: str) -> bool:
+    """Return whether a source that is no path can be a repository of the hub."""
+    return not source.startswith((".", "/", "~")) and source.count("/") == 1
+
+
+def _find_local(path: Path) -> Path | None:
+    if not path.is_dir():
+        return path if path.is_file() else None
+    for candidate in (path, path / TRANSFORMER):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    raise CheckpointError(f"{path} has no {CONFIG}; --checkpoint takes a diffusers directory, a file or a hub id")
+
+
+def _download(hub_id: str, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        root = snapshot_download(hub_id, allow_patterns=list(patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot download {hub_id!r} (no network?); "
+            "pass --checkpoint with a local diffusers directory, or --random-weights"
+        ) from error
+    return find_checkpoint(root)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object; raises ``CheckpointError`` for anything else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {file}: {str(error)[:SHOWN]}; download it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds a {type(content).__name__}, not the names and values of a configuration")
+    return content

@@ -1,0 +1,177 @@
+"""Which model a checkpoint is of: a preset from what its files say. Imports no torch for directories."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dyexport.backbones.base import Preset
+from dyexport.checkpoints.locate import CONFIG, TRANSFORMER, find_checkpoint, find_local, is_hub_id, read_json
+from dyexport.errors import CheckpointError, UsageError
+from dyexport.presets import CLASS_NAME, PRESETS, get_preset, preset_class, preset_from_config, stored_preset
+
+DYNAMIC = "dynamic.json"  # of a dynamic checkpoint, next to config.json
+PUBLISHED_SIZES = "a diffusers directory, whose config.json says what the model is"
+
+
+def resolve_preset(model: str | Preset | None, checkpoint: str | None = None) -> Preset:
+    """Return the preset that a model's name and a checkpoint stand for; either may be left out.
+
+    A checkpoint's own structure goes before that of a named model, which then says only what no configuration does,
+    such as the number of text tokens; a warning says so. A model made this way is named after the checkpoint.
+    Raises ``UsageError`` and ``CheckpointError``.
+    """
+    named = get_preset(model) if isinstance(model, str) else model
+    if checkpoint is None:
+        if named is None:
+            raise UsageError(f"no model is given; give --model, such as {next(iter(PRESETS))}, or a --checkpoint")
+        return named
+    path = _find(checkpoint, named)
+    if path is None:
+        assert named is not None
+        return named
+    if (path / DYNAMIC).is_file():
+        return _dynamic(path, named)
+    return _static(checkpoint, path, named)
+
+
+def _find(checkpoint: str, named: Preset | None) -> Path | None:
+    """Find what says the structure; None where that can wait, because a model is named, until weights are needed."""
+    if (path := find_local(checkpoint)) is not None:
+        return path
+    if named is not None and checkpoint == named.hub_id:
+        return None
+    try:
+        return find_checkpoint(checkpoint, (CONFIG, f"{TRANSFORMER}/{CONFIG}"))
+    except CheckpointError:
+        if named is None or not is_hub_id(checkpoint):
+            raise
+        return None
+
+
+def _dynamic(path: Path, named: Preset | None) -> Preset:
+    found = read_dynamic_preset(path)
+    if named is not None and named != found:
+        raise CheckpointError(
+            f"{path} is a checkpoint of {found.name}, not of {named.name}; leave --model out, or give {found.name}"
+        )
+    return found
+
+
+def read_dynamic_preset(directory: Path) -> Preset:
+    """Return the preset that a dynamic checkpoint was made of. Raises ``CheckpointError``."""
+    stored = read_json(directory / DYNAMIC)
+    try:
+        return stored_preset(str(stored.get("preset")), stored.get("model"))
+    except (CheckpointError, UsageError) as error:
+        raise CheckpointError(f"{directory / DYNAMIC}: {error}") from error
+
+
+def _static(checkpoint: str, path: Path, named: Preset | None) -> Preset:
+    config, home = stored_config(path)
+    if config is None:
+        if named is None:
+            raise CheckpointError(f"{path} does not say which model it is; give --model, or {PUBLISHED_SIZES}")
+        return named
+    if named is None:
+        known = next((preset for preset in PRESETS.values() if preset.hub_id == checkpoint), None)
+        if known is None:
+            return _hosted(_made(config, home, _name(checkpoint, path)), checkpoint, path)
+        named = known
+    return _adapted(checkpoint, path, named, config, home)
+
+
+def _made(config: Mapping[str, Any], home: Path, name: str) -> Preset:
+    try:
+        preset = preset_from_config(config, name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{home}: {error}") from error
+    return preset if PRESETS.get(name, preset) == preset else replace(preset, name=f"{name}-custom")
+
+
+def _adapted(checkpoint: str, path: Path, named: Preset, config: Mapping[str, Any], home: Path) -> Preset:
+    """Return a named preset with the structure of a checkpoint."""
+    if CLASS_NAME in config and (kind := config[CLASS_NAME]) != named.stock:
+        preset_class_of(config, home)
+        raise UsageError(
+            f"{checkpoint} holds a {kind}, and {named.name} is a {named.stock}; give another --model, or leave it out"
+        )
+    try:
+        found = named.with_config(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{home}: {error}") from error
+    if found is named:
+        return named
+    name = _name(checkpoint, path)
+    found = _hosted(replace(found, name=f"{name}-custom" if name in PRESETS else name), checkpoint, path)
+    warnings.warn(f"{home}: {difference(config, named)}; the model is built as {found.name}", stacklevel=2)
+    return found
+
+
+def preset_class_of(config: Mapping[str, Any], home: Path) -> type[Preset]:
+    """Return the class of presets for a configuration; an error names its file."""
+    try:
+        return preset_class(config.get(CLASS_NAME))
+    except CheckpointError as error:
+        raise CheckpointError(f"{home}: {error}") from error
+
+
+def _hosted(preset: Preset, checkpoint: str, path: Path) -> Preset:
+    """Return the preset with the hub repository that it came from, where it came from one."""
+    return preset if find_local(checkpoint) is not None else replace(preset, hub_id=checkpoint)
+
+
+def _name(checkpoint: str, path: Path) -> str:
+    """Return a model's name: the last part of a hub id, of the directory, or of a file without its suffix."""
+    if find_local(checkpoint) is None:
+        name = checkpoint.rpartition("/")[2]
+    else:
+        place = path.resolve()
+        place = place.parent if place.name == TRANSFORMER else place
+        name = place.stem if path.is_file() else place.name
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
+
+
+def stored_config(path: Path) -> tuple[dict[str, Any] | None, Path]:
+    """Return the configuration of a checkpoint and its file; that of a single file may lie next to it."""
+    file = (path if path.is_dir() else path.parent) / CONFIG
+    if path.is_file() and not file.is_file():
+        return None, file
+    config = read_json(file)
+    if path.is_file() and CLASS_NAME not in config:  # of something else that lies there
+        return None, file
+    return config, file
+
+
+def read_config(path: Path, preset: Preset) -> dict[str, Any]:
+    """Return the arguments of the stock class: the preset's sizes with what else the checkpoint's configuration says.
+
+    Raises ``CheckpointError`` for a checkpoint of another structure.
+    """
+    own = preset.transformer_config()
+    config, file = stored_config(path)
+    if config is None:
+        return own
+    if config.get(CLASS_NAME, preset.stock) != preset.stock:
+        raise CheckpointError(
+            f"{file}: {CLASS_NAME} is {str(config[CLASS_NAME])[:80]!r}, {preset.name} is a {preset.stock}"
+        )
+    try:
+        if preset.with_config(config) is not preset:
+            raise CheckpointError(f"{difference(config, preset)}; choose the --model this checkpoint was made for")
+        return {**own, **preset.numerics(config)}
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def difference(config: Mapping[str, Any], preset: Preset) -> str:
+    """Describe the first size in which a configuration differs from a preset."""
+    theirs, own = preset.with_config(config).transformer_config(), preset.transformer_config()
+    name = next(name for name in {**own, **theirs} if theirs.get(name) != own.get(name))
+    value = json.dumps(theirs.get(name)) if name in config else f"{theirs.get(name)} where it is not given"
+    return f"{name} is {value}, {preset.name} has {own.get(name)}"
