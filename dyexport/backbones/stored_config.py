@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -63,7 +62,7 @@ class StoredConfig:
     def number(self, name: str, least: float, most: float) -> float:
         """Return a finite number in [least, most]."""
         value = self.value(name)
-        valid = type(value) in (int, float) and math.isfinite(value) and least <= value <= most
+        valid = type(value) in (int, float) and least <= value <= most
         if not valid:
             self.refuse(name, f"a number from {least:g} to {most:g}")
         return float(value) if isinstance(value, float) else value

@@ -18,7 +18,6 @@ from dyexport.errors import CheckpointError
 from dyexport.models.gates import BlockGates, TokenRouter, fp32_linear
 
 
-
 class DiTTokenRouter(TokenRouter):
     """Linear -> ReLU -> Linear on the residual after attention, as published."""
 
