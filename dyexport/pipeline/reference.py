@@ -27,10 +27,10 @@ from dyexport.calibration.widths import (
     trajectory_points,
 )
 from dyexport.checkpoints.dynamic import dynamic_weights, load_dynamic, ranked_biases, read_spec, save_dynamic
-from dyexport.checkpoints.structure import read_config
 from dyexport.checkpoints.static import load_static
 from dyexport.checkpoints.stored_weights import StoredWeights
 from dyexport.checkpoints.streaming import must_stream
+from dyexport.checkpoints.structure import read_config
 from dyexport.errors import BudgetError
 from dyexport.flops import FlopsModel
 from dyexport.models.devices import bf16_products

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from dyexport.checkpoints.dynamic import load_dynamic, save_dynamic
 from dyexport.checkpoints.locate import find_checkpoint
-from dyexport.checkpoints.structure import read_config
 from dyexport.checkpoints.static import WEIGHTS, has_routers, load_static, save_static
+from dyexport.checkpoints.structure import read_config
 from dyexport.errors import CheckpointError
 from dyexport.models.random_weights import random_backbone
 from dyexport.presets import PRESETS, get_preset
