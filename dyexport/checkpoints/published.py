@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dyexport.backbones.dit.masked import FREQ_SHIFT, STORED_POSITIONS
+from dyexport.backbones.dit.preset import FREQ_SHIFT, STORED_POSITIONS
 
 CONFIG: Mapping[str, Any] = {FREQ_SHIFT: 0, STORED_POSITIONS: True}
 

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor
 
-from dyexport.backbones.dit.masked import FREQ_SHIFT
+from dyexport.backbones.dit.preset import FREQ_SHIFT
 from dyexport.backbones.dit.slim import DiTConditioning, SlimDiT, modulation_parts
 from dyexport.bundle.manifest import ModelSpec, Segment
 from dyexport.bundle.tensors import TensorSpec
