@@ -39,6 +39,12 @@ RouterKind = Literal["free", "ordered"]
 """Whether the units of a block that are on at a timestep may be any, or are always the first ones."""
 
 
+def channels_of(config: Mapping[str, Any]) -> int:
+    """Return the hidden size C of a stock diffusers configuration."""
+    channels: int = config["num_attention_heads"] * config["attention_head_dim"]
+    return channels
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preset(ABC):
     """A backbone architecture and how it is sampled.
@@ -182,10 +188,10 @@ class Conditioning(Protocol):
 class Slicer(Protocol):
     """What a backbone's module in this folder provides."""
 
-    def slice_network(self, architecture: SliceContext, segment: Segment) -> Slice:
+    def slice_network(self, context: SliceContext, segment: Segment) -> Slice:
         """What runs at each step of a segment."""
 
-    def slice_conditioning(self, architecture: SliceContext) -> Slice:
+    def slice_conditioning(self, context: SliceContext) -> Slice:
         """What depends on t, labels or text alone, and runs once for all steps: ``modulation`` (rows, M)."""
 
     def tables(self, config: Mapping[str, Any]) -> Mapping[str, Tensor]:

@@ -103,7 +103,7 @@ def _points(start: float, end: float, count: int) -> list[float]:
 
 def _linear_inputs(plan: SegmentPlan, tables: Tables) -> LinearInputs:
     """The same in every network."""
-    return linear_inputs(slice_segment(architecture_of(*tables), plan.segments[0]).recipes)
+    return linear_inputs(slice_segment(architecture_of(*tables), plan.segments[0]))
 
 
 def _by_input(linears: LinearInputs, ranges: Mapping[str, float]) -> dict[LinearInput, float]:

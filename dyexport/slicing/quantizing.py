@@ -1,61 +1,70 @@
-"""Which weights of a slim network are quantized, and what their linear layers read.
+"""Weights of a slim network that are quantized, and the inputs of their linear layers.
 
-Those that shrink with width, and Latte's over the text: nearly all of a step's FLOPs. Embedders, norms, the final
-layer, token routers, low-rank paths and the conditioning network keep the model's precision.
+Quantized are the ``BlockLinear``s: attention and MLP of every block, nearly all of a step's FLOPs. Embedders, norms,
+the final layer, token routers, low-rank paths and the conditioning network keep the model's precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import nn
 
 from dyexport.bundle.manifest import Quantization
+from dyexport.slicing.linears import BlockLinear
 from dyexport.slicing.recipes import Recipe
 
-SCALE = "{weight}_scale"  # stored beside the weight
-LINEARS = frozenset(("qkv", "out", "fc1", "fc2", "image_out", "text_out", "query", "key", "value"))
+if TYPE_CHECKING:
+    from dyexport.slicing.slicer import Slice
+
+SCALE = "{weight}_scale"  # name of a weight's scales in the store
 
 
 class LinearInput(NamedTuple):
-    """What a linear layer reads: the input of a stock ``Linear``, or some of its channels."""
+    """The input of a stock ``Linear``, or the channels in ``span`` of it."""
 
     module: str
     span: tuple[int, int] | None
 
 
-def is_quantized(weight: str) -> bool:
-    """``blocks.0.qkv.weight``, but neither its bias nor ``blocks.0.low_rank.qkv.query.down``."""
-    parts = weight.removesuffix(".weight").split(".")
-    named = weight.endswith(".weight") or parts[-1] == "out"  # a bare weight in FLUX's single blocks
-    return parts[0] == "blocks" and parts[-1] in LINEARS and named and "low_rank" not in parts
+def quantizable_weights(module: nn.Module) -> frozenset[str]:
+    """Return the names of all weights that quantization applies to."""
+    return frozenset(f"{name}.weight" for name, layer in module.named_modules() if isinstance(layer, BlockLinear))
 
 
-def quantized_recipes(recipes: Mapping[str, Recipe], quantization: Quantization) -> dict[str, Recipe]:
-    """Recipes of a slice, weights of its linear layers quantized, with their scales beside them."""
-    found: dict[str, Recipe] = {}
+def quantized_recipes(
+    recipes: Mapping[str, Recipe], weights: Collection[str], quantization: Quantization
+) -> dict[str, Recipe]:
+    """Quantize ``weights`` of a slice's recipes, and add a recipe for the scales of each."""
+    quantized: dict[str, Recipe] = {}
     for name, recipe in recipes.items():
-        if not is_quantized(name):
-            found[name] = recipe
+        if name not in weights:
+            quantized[name] = recipe
             continue
-        found[name] = replace(recipe, quantization=quantization)
-        found[SCALE.format(weight=name)] = _scales_of(found[name])
-    return found
+        quantized[name] = replace(recipe, quantization=quantization)
+        quantized[SCALE.format(weight=name)] = _scales_of(quantized[name])
+    return quantized
 
 
 def _scales_of(codes: Recipe) -> Recipe:
-    """Columns are of one output each, whichever inputs are kept."""
+    """Return the recipe of one scale per output channel. Columns belong to one output, whichever inputs are kept."""
     if codes.kind == "columns":
         return replace(codes, scales=True, units=(), shape=codes.shape[1:])
     return replace(codes, scales=True, shape=codes.shape[:1])
 
 
-def linear_inputs(recipes: Mapping[str, Recipe]) -> dict[str, tuple[LinearInput, ...]]:
-    """By slim weight; the stock linears of which it is made, such as query, key and value, all read the same."""
+def linear_inputs(slice_: Slice) -> dict[str, tuple[LinearInput, ...]]:
+    """Return the inputs of every quantizable weight, one for each stock layer that it is made of.
+
+    The stock layers of one weight, such as query, key and value, all read the same.
+    """
+    weights = quantizable_weights(slice_.module)
     return {
         name: tuple(_input_of(recipe, source) for source in recipe.sources)
-        for name, recipe in recipes.items()
-        if is_quantized(name)
+        for name, recipe in slice_.recipes.items()
+        if name in weights
     }
 
 

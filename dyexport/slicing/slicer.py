@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,13 +18,10 @@ from dyexport.bundle.tables import WidthTable
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.lora import LoraSpec
 from dyexport.slicing.merging import merged_recipe
-from dyexport.slicing.quantizing import quantized_recipes
+from dyexport.slicing.quantizing import quantizable_weights, quantized_recipes
 from dyexport.slicing.recipes import Read, Recipe, materialise
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-IN_FP32 = frozenset(  # parts of names: sinusoids, norms inside attention, routers, modulation, patches
-    ("frequencies", "rotary", "query_norm", "key_norm", "norm_weight", "norm_bias", "router", "router_in", "router_out")
-) | {"experts", "positions", "table", "patch", "position"}  # opset 20 has no convolution in bf16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,20 +78,20 @@ class Slice:
         return module.eval()
 
 
-def slice_segment(architecture: SliceContext, segment: Segment) -> Slice:
+def slice_segment(context: SliceContext, segment: Segment) -> Slice:
     """The slim network of a segment."""
-    piece = get_slicer(architecture.spec.backbone).slice_network(architecture, segment)
+    piece = get_slicer(context.spec.backbone).slice_network(context, segment)
     recipes = piece.recipes
     if segment.merged:
         recipes = {name: merged_recipe(recipe, segment) for name, recipe in recipes.items()}
-    if (quantization := architecture.spec.quantization) is not None:
-        recipes = quantized_recipes(recipes, quantization)
+    if (quantization := context.spec.quantization) is not None:
+        recipes = quantized_recipes(recipes, quantizable_weights(piece.module), quantization)
     return replace(piece, recipes=recipes)
 
 
-def slice_conditioning(architecture: SliceContext) -> Slice:
+def slice_conditioning(context: SliceContext) -> Slice:
     """The conditioning network that all segments share."""
-    return get_slicer(architecture.spec.backbone).slice_conditioning(architecture)
+    return get_slicer(context.spec.backbone).slice_conditioning(context)
 
 
 def spec_of(
@@ -179,11 +177,22 @@ def linear_names(slim: str, stock: str) -> dict[str, str]:
     return {f"{slim}.{kind}": f"{stock}.{kind}" for kind in ("weight", "bias")}
 
 
-def on_meta(architecture: SliceContext, make: Any, *args: Any, **settings: Any) -> nn.Module:
-    """A module without memory for its weights, in the architecture's precision but for what must stay in fp32."""
-    with torch.device("meta"):
+def on_meta(context: SliceContext, make: Any, *args: Any, **settings: Any) -> nn.Module:
+    """Make a module without memory for its weights, in the precision of the model.
+
+    Parameters and layers that stay in fp32 are made with ``dtype=torch.float32``: sinusoids, norms inside
+    attention, routers, modulation tables, patch embeddings.
+    """
+    with torch.device("meta"), _default_dtype(DTYPES[context.spec.precision]):
         module: nn.Module = make(*args, **settings)
-    for name, parameter in module.named_parameters():
-        if IN_FP32.isdisjoint(name.split(".")):
-            parameter.data = parameter.data.to(DTYPES[architecture.spec.precision])
     return module
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,45 +1,73 @@
-"""Pieces that the slim networks share: width gates, token selection, adaLN, a Linear cut along its inputs.
+"""Parts that slim blocks share: sizes, width gates and token selection.
 
-Written for export. Activations are 2-D (rows, C) wherever a Linear reads them. In half precision the residual
-stream and the products are half; norms, rotary embeddings, modulation and token routers stay in fp32, and so
-do the inputs and outputs of a network.
+Written for export. Activations are 2-D (rows, C) wherever a linear layer reads them. In half precision the
+residual stream and the products are half; norms, rotary embeddings, modulation and token routers stay in fp32,
+and so do the inputs and outputs of a network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from dyexport.backbones.base import channels_of
 from dyexport.bundle.manifest import Segment, TokenPath
+from dyexport.bundle.plan_info import LARGEST_TOPK
 
-NORM_EPS = 1e-6  # of every adaLN in DiT and FLUX
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSizes:
+    """Widths and token path of one slim block."""
+
+    channels: int  # C
+    heads: int  # H', kept
+    head_dim: int  # D
+    hidden: int  # G' * S, kept channels of the MLP
+    tokens: TokenSelector
+
+    @classmethod
+    def of(
+        cls, config: Mapping[str, Any], segment: Segment, index: int, *, group_size: int, always_on: int = 0
+    ) -> Self:
+        """Return the sizes of a segment's block; MLP groups have ``group_size`` channels each."""
+        return cls(
+            channels=channels_of(config),
+            heads=len(segment.heads[index]),
+            head_dim=config["attention_head_dim"],
+            hidden=len(segment.groups[index]) * group_size,
+            tokens=TokenSelector.of(segment, index, always_on=always_on),
+        )
 
 
 class Gates(NamedTuple):
-    """Width gates of one block, absent where its mask is constant over the segment, and those of TD-LoRA's experts."""
+    """Gates of one block. Width gates are None where the mask is constant over the segment."""
 
     heads: Tensor | None  # (H',)
     groups: Tensor | None  # (G',)
     experts: Tensor | None = None  # (E,)
 
 
-def split_gates(segment: Segment, width_gate: Tensor | None) -> list[Gates]:
-    """Cut the gate vector (W,) into blocks, in the order of ``Segment.width_gate``."""
-    gates, start = [], 0
+def split_gates(segment: Segment, width_gate: Tensor | None, experts: Tensor | None = None) -> list[Gates]:
+    """Cut the gate vector (W,) into blocks, in the order of ``Segment.width_gate``; add expert gates (L, E)."""
+    start = 0
+
+    def take(units: tuple[int, ...], gated: bool) -> Tensor | None:
+        nonlocal start
+        if width_gate is None or not gated or not units:
+            return None
+        start += len(units)
+        return width_gate[start - len(units) : start]
+
+    mixed = [None] * segment.depth if experts is None else experts.unbind(0)  # L x (E,)
+    gates = []
     for block in range(segment.depth):
-        parts: list[Tensor | None] = []
-        for units, gated in (
-            (segment.heads[block], segment.gated_heads[block]),
-            (segment.groups[block], segment.gated_groups[block]),
-        ):
-            taken = len(units) if gated and width_gate is not None else 0
-            parts.append(width_gate[start : start + taken] if taken and width_gate is not None else None)
-            start += taken
-        gates.append(Gates(*parts))
+        heads = take(segment.heads[block], segment.gated_heads[block])
+        groups = take(segment.groups[block], segment.gated_groups[block])
+        gates.append(Gates(heads, groups, mixed[block]))
     return gates
 
 
@@ -52,46 +80,17 @@ def gate_units(activations: Tensor, gate: Tensor | None) -> Tensor:
     return (sized * gate.view(1, -1, 1).to(sized.dtype)).flatten(1)
 
 
-def modulated_norm(hidden: Tensor, shift: Tensor, scale: Tensor, eps: float = NORM_EPS) -> Tensor:
-    """adaLN: LayerNorm(x) * scale + shift, for (B, N, C) and (B, 1, C); the conditioning network has added the 1."""
-    return (F.layer_norm(hidden.float(), hidden.shape[-1:], eps=eps) * scale + shift).to(hidden.dtype)
-
-
-def gated_update(hidden: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """adaLN-Zero: (B, N, C), (B, 1, C), (B, N, C) -> (B, N, C)."""
-    return hidden + gate.to(hidden.dtype) * update
-
-
-def embed_sinusoid(timestep: Tensor, frequencies: Tensor) -> Tensor:
-    """(R,), (F,) -> (R, 2 F). Frequencies are stored: an exp of another library would move the phase at t ~ 1000."""
-    angles = timestep.unsqueeze(1) * frequencies  # (R, F)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def scales_from_one(parameters: Tensor, parts: int) -> list[Tensor]:
-    """Cut (R, P * C) into P parts (R, C), adding 1 to the scales, which come second of every three."""
-    chunks = parameters.float().chunk(parts, dim=1)
-    return [chunk + 1 if index % 3 == 1 else chunk for index, chunk in enumerate(chunks)]
-
-
-class TransposedLinear(nn.Module):
-    """A Linear stored (in, out), so that the first inputs are a contiguous run of its weight."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(inputs, outputs))
-        self.bias = nn.Parameter(torch.empty(outputs))
-
-    def forward(self, value: Tensor) -> Tensor:
-        return torch.addmm(self.bias, value, self.weight)  # (rows, out)
+def gate_heads(mixed: Tensor, gate: Tensor | None) -> Tensor:
+    """Multiply heads by their gates: (B, H', N, D), (H',) -> (B, H', N, D)."""
+    return mixed if gate is None else mixed * gate.view(1, -1, 1, 1).to(mixed.dtype)
 
 
 class Selection(NamedTuple):
-    """Which tokens a branch computes, and what their results are multiplied by.
+    """Tokens that a branch computes, and the factors of its results.
 
     rows    (R,) indices into B * N tokens, or None: all of them
     weight  (R, 1), or None: 1
-    kept    (B,) how many tokens the router wanted, where there may be too little room for them
+    kept    (B,) number of tokens that the router keeps, where that may exceed the capacity
     """
 
     rows: Tensor | None = None
@@ -99,10 +98,36 @@ class Selection(NamedTuple):
     kept: Tensor | None = None
 
 
-def select_tokens(path: TokenPath, scores: Tensor, room: int, *, by_score: bool = True) -> Selection:
-    """From router logits (B, N) to the tokens that run; ``room`` is what ``capacity`` and ``dynamic`` have.
+@dataclass(frozen=True, kw_only=True)
+class TokenSelector:
+    """Token path of one block. ``use_topk`` is False where TensorRT cannot sort as many rows."""
 
-    Where more tokens are wanted than fit, those of the lowest score give way; without ``by_score``, the last ones.
+    path: TokenPath
+    capacity: int
+    use_topk: bool = True
+
+    @classmethod
+    def of(cls, segment: Segment, index: int, *, always_on: int = 0) -> Self:
+        """Return the selector of a segment's block; ``always_on`` tokens are kept in addition to those it counts."""
+        use_topk = always_on + segment.room(index) <= LARGEST_TOPK
+        return cls(path=segment.token_paths[index], capacity=segment.capacities[index], use_topk=use_topk)
+
+    @property
+    def routed(self) -> bool:
+        """Return whether the block has a token router."""
+        return self.path != "all"
+
+    def select(self, scores: Tensor, slots: int, *, always_on: int = 0) -> Selection:
+        """Select tokens from router logits (B, N); ``slots`` is the length of the ``slots`` input."""
+        capacity = always_on + self.capacity + (slots if self.path == "dynamic" else 0)
+        return select_tokens(self.path, scores, capacity, use_topk=self.use_topk)
+
+
+def select_tokens(path: TokenPath, scores: Tensor, capacity: int, *, use_topk: bool = True) -> Selection:
+    """Select the tokens that run from router logits (B, N); ``capacity`` bounds ``capacity`` and ``dynamic``.
+
+    Where the router keeps more tokens than fit, those of the lowest score are dropped; without ``use_topk``, the
+    last ones.
     """
     if path == "masked":
         return Selection(weight=(scores > 0).to(scores.dtype).view(-1, 1))
@@ -110,30 +135,31 @@ def select_tokens(path: TokenPath, scores: Tensor, room: int, *, by_score: bool 
         return Selection(rows=(scores.flatten() > 0).nonzero().squeeze(1))
     batch, tokens = scores.shape
     first = tokens * torch.arange(batch, device=scores.device).unsqueeze(1)  # (B, 1)
-    if by_score:
-        top, index = scores.topk(room, dim=1, sorted=False)  # (B, K)
+    if use_topk:
+        top, index = scores.topk(capacity, dim=1, sorted=False)  # (B, K)
         rows = (index + first).flatten()  # (B * K,)
     else:
-        order = (kept_first(scores > 0) + first).flatten()  # (B * N,)
+        order = (stable_partition(scores > 0) + first).flatten()  # (B * N,)
         every = torch.arange(batch * tokens, device=scores.device)
-        rows = torch.zeros_like(order).index_put((order,), every).view(batch, tokens)[:, :room].flatten()  # (B * K,)
+        rows = torch.zeros_like(order).index_put((order,), every).view(batch, tokens)  # (B, N)
+        rows = rows[:, :capacity].flatten()  # (B * K,)
         top = scores.flatten().index_select(0, rows)  # (B * K,)
-    used = (top > 0).to(scores.dtype).view(-1, 1)  # (B * K, 1): slots left over change nothing
+    used = (top > 0).to(scores.dtype).view(-1, 1)  # (B * K, 1): unused slots change nothing
     return Selection(rows=rows, weight=used, kept=(scores > 0).sum(dim=1))
 
 
-def kept_first(keep: Tensor) -> Tensor:
-    """Where each token goes if those that are kept come first and both kinds stay in order: (B, N) -> (B, N).
+def stable_partition(keep: Tensor) -> Tensor:
+    """Return each token's place when kept tokens come first and both kinds stay in order: (B, N) -> (B, N).
 
-    Running counts instead of a sort, which TensorRT has for ``LARGEST_TOPK`` rows at most.
+    Uses running counts instead of a sort, which TensorRT has for ``LARGEST_TOPK`` rows at most.
     """
-    count = keep.to(torch.int64).cumsum(dim=1)  # (B, N): kept up to and with this token
-    skipped = torch.arange(keep.shape[1], device=keep.device) - count  # (B, N): before this token, if it is one
+    count = keep.to(torch.int64).cumsum(dim=1)  # (B, N): kept tokens up to and including this one
+    skipped = torch.arange(keep.shape[1], device=keep.device) - count  # (B, N): skipped tokens before a skipped one
     return torch.where(keep, count - 1, count[:, -1:] + skipped)
 
 
 def run_selected(selection: Selection, branch: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``branch`` on the selected rows of every input (B * N, K): (B * N, C), zero where a token was skipped."""
+    """Run ``branch`` on the selected rows of every input (B * N, K): (B * N, C), zero where a token is skipped."""
     rows = selection.rows
     picked = inputs if rows is None else tuple(value.index_select(0, rows) for value in inputs)
     update = branch(*picked)  # (R, C)

@@ -23,7 +23,7 @@ CODES = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
 
 
 def with_ranges(piece: Slice) -> Slice:
-    return replace(piece, ranges=dict.fromkeys(linear_inputs(piece.recipes), 4.0))
+    return replace(piece, ranges=dict.fromkeys(linear_inputs(piece), 4.0))
 
 
 def exported(backbone: str, quantization: Quantization, directory: Path) -> onnx.GraphProto:
@@ -42,7 +42,7 @@ def test_every_linear_layer_reads_codes(backbone: str, quantization: Quantizatio
     graph = exported(backbone, quantization, tmp_path)
     made_by = {output: node for node in graph.node for output in node.output}
     stored = {tensor.name: tensor for tensor in graph.initializer}
-    linears = linear_inputs(first_units(backbone, 2, None).recipes)
+    linears = linear_inputs(first_units(backbone, 2, None))
     found = set()
     for gemm in (node for node in graph.node if node.op_type == "Gemm"):
         weight = made_by.get(gemm.input[1])

@@ -51,7 +51,7 @@ def test_flux_counts_text_among_the_tokens_of_single_blocks() -> None:
     architecture = architecture_of(flux)
     segment = half_width(flux, "capacity").model_copy(update={"capacities": (3500, 3500)})
     blocks = slice_segment(architecture, segment).module.blocks
-    assert [block.by_score for block in blocks] == [True, False]
+    assert [block.sizes.tokens.use_topk for block in blocks] == [True, False]
     profiles = profiles_for(architecture.spec, segment, ())
     assert largest_topk(architecture.spec, segment, profiles) == 3500
     fewer = segment.model_copy(update={"capacities": (3000, 3000)})

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dyexport.backbones.dit.slim import BLOCK_PARTS, modulation_parts
+from dyexport.backbones.dit.slim_conditioning import DiTLayout
 from dyexport.calibration.widths import read_widths
+from dyexport.slicing.modulation import modulated_norm
 from dyexport.slicing.slicer import Slice, UnitOrder, dense_segment, slice_conditioning
-from dyexport.slicing.slim_layers import modulated_norm
 from tests.factories import random_timesteps, shared_tiny_model, tiny_preset
 from tests.slicing.cut import Cutter
 
@@ -42,19 +42,17 @@ def test_modulation_is_that_of_the_stock_model(backbone: str) -> None:
     cutter, stock = Cutter(model, preset), model.backbone
     labels = torch.tensor([0, 3, preset.classes, 9])
     times = torch.tensor(random_timesteps(preset, len(labels)))
-    modulation = cutter.conditioning(times, labels).unsqueeze(1)  # (R, 1, M)
-    parts = modulation.chunk(modulation_parts(preset.layers), dim=2)
+    modulation = DiTLayout.of(cutter.spec.config, None).split(cutter.conditioning(times, labels))
 
     blocks = {str(index): block.norm1 for index, block in enumerate(stock.transformer_blocks)}
     with recorded({**blocks, "final": stock.norm_out, "out": stock.proj_out_2}) as calls:
         stock(torch.randn(len(labels), *preset.latent_shape), times, labels)
-    for index in range(preset.layers):
-        shift1, scale1, gate1, shift2, scale2, gate2 = parts[BLOCK_PARTS * index : BLOCK_PARTS * (index + 1)]
+    for index, (attention, mlp) in enumerate(modulation.blocks):
         hidden, (normed, *rest) = calls[str(index)]
-        torch.testing.assert_close(modulated_norm(hidden, shift1, scale1), normed, **CLOSE)
-        for ours, theirs in zip((gate1, shift2, scale2 - 1, gate2), rest, strict=True):
-            torch.testing.assert_close(ours.squeeze(1), theirs, **CLOSE)
-    torch.testing.assert_close(modulated_norm(calls["final"][0], *parts[-2:]), calls["out"][0], **CLOSE)
+        torch.testing.assert_close(modulated_norm(hidden, attention), normed, **CLOSE)
+        for vector, stock_vector in zip((attention.gate, mlp.shift, mlp.scale - 1, mlp.gate), rest, strict=True):
+            torch.testing.assert_close(vector.squeeze(1), stock_vector, **CLOSE)
+    torch.testing.assert_close(modulated_norm(calls["final"][0], modulation.final), calls["out"][0], **CLOSE)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from dyexport.backbones.base import Preset
 from dyexport.bundle.manifest import Quantization, Segment
+from dyexport.lora import LoraSpec
 from dyexport.presets import get_preset
-from dyexport.slicing.quantizing import SCALE, linear_inputs, quantized_recipes
+from dyexport.slicing.quantizing import SCALE, linear_inputs, quantizable_weights, quantized_recipes
 from dyexport.slicing.recipes import QMAX, Recipe, lay_out, materialise
 from dyexport.slicing.slicer import Slice, SliceContext, slice_segment, spec_of
+from dyexport.slicing.slim_lora import LowRankPath
 from tests.pipeline.tiny import TINY
 
 KINDS: list[Quantization] = ["int8", "fp8"]
@@ -42,8 +45,8 @@ RECIPES = {
 
 def stored(recipe: Recipe, quantization: Quantization) -> tuple[Tensor, Tensor]:
     """Codes and scales, as a weight of this recipe is stored."""
-    recipes = quantized_recipes({"blocks.0.qkv.weight": recipe}, quantization)
-    codes, scales = recipes["blocks.0.qkv.weight"], recipes[SCALE.format(weight="blocks.0.qkv.weight")]
+    recipes = quantized_recipes({"weight": recipe}, {"weight"}, quantization)
+    codes, scales = recipes["weight"], recipes[SCALE.format(weight="weight")]
     made = materialise(codes, noise), materialise(scales, noise)
     assert (made[0].nbytes, made[1].nbytes) == (codes.nbytes, scales.nbytes)
     assert (made[0].shape, made[1].shape) == (codes.shape, scales.shape)
@@ -67,7 +70,8 @@ def test_codes_times_scales_are_the_weight(name: str, quantization: Quantization
 
 @pytest.mark.parametrize("quantization", KINDS)
 def test_a_row_of_zeros_is_zero(quantization: Quantization) -> None:
-    recipes = quantized_recipes({"blocks.0.fc1.weight": replace(RECIPES["rows"], dtype=torch.float16)}, quantization)
+    recipe = replace(RECIPES["rows"], dtype=torch.float16)
+    recipes = quantized_recipes({"weight": recipe}, {"weight"}, quantization)
     for recipe in recipes.values():
         made = materialise(recipe, lambda name: torch.zeros(64, 64)).float()
         assert made.isfinite().all()
@@ -85,10 +89,10 @@ def test_fewer_units_are_a_prefix(name: str, size: int, quantization: Quantizati
     assert torch.equal(scales[: len(fewer_scales)], fewer_scales)
 
 
-def first_units(backbone: str, count: int, quantization: Quantization | None) -> Slice:
+def first_units(backbone: str, count: int, quantization: Quantization | None, **settings: Any) -> Slice:
     """The first ``count`` heads and groups of every block."""
     preset = PRESETS[backbone]
-    spec = spec_of(preset, preset.transformer_config(), quantization=quantization)
+    spec = spec_of(preset, preset.transformer_config(), quantization=quantization, **settings)
     units = (tuple(range(count)),) * preset.depth
     segment = Segment(
         start=preset.timestep_range[0],
@@ -119,7 +123,7 @@ def test_networks_of_one_weight_share_its_codes(backbone: str, quantization: Qua
 @pytest.mark.parametrize("backbone", PRESETS)
 def test_all_linears_of_blocks_and_nothing_else(backbone: str) -> None:
     plain, quantized = first_units(backbone, 2, None), first_units(backbone, 2, "int8")
-    linears = linear_inputs(plain.recipes)
+    linears = linear_inputs(plain)
     assert {name for name, recipe in quantized.recipes.items() if recipe.quantization and not recipe.scales} == set(
         linears
     )
@@ -132,9 +136,23 @@ def test_all_linears_of_blocks_and_nothing_else(backbone: str) -> None:
     assert quantized.nbytes < 0.5 * plain.nbytes
 
 
+@pytest.mark.parametrize("backbone", PRESETS)
+def test_no_linear_of_a_block_is_left_out_silently(backbone: str) -> None:
+    """Whatever multiplies in a block is quantizable, a low-rank path, or marked to stay in fp32 where it is made."""
+    module = first_units(backbone, 2, None, td_lora=LoraSpec(rank=2, alpha=2), precision="bf16").module
+    quantizable = quantizable_weights(module)
+    left = {
+        name
+        for name, parameter in module.get_submodule("blocks").named_parameters(prefix="blocks")
+        if parameter.ndim >= 2 and name not in quantizable and parameter.dtype != torch.float32
+    }
+    paths = {name for name, layer in module.named_modules() if isinstance(layer, LowRankPath)}
+    assert {name.rsplit(".", 1)[0] for name in left} == paths
+
+
 def test_a_linear_of_flux_reads_some_of_its_channels() -> None:
-    linears = linear_inputs(first_units("flux", 2, "int8").recipes)
-    (out,), (fc2,) = linears["blocks.1.out"], linears["blocks.1.fc2.weight"]
+    linears = linear_inputs(first_units("flux", 2, "int8"))
+    (out,), (fc2,) = linears["blocks.1.out.weight"], linears["blocks.1.fc2.weight"]
     assert out.module == fc2.module == "single_transformer_blocks.0.proj_out"
     assert out.span is not None
     assert fc2.span is not None

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dyexport.bundle.manifest import Segment
+from dyexport.slicing.linears import TransposedLinear
+from dyexport.slicing.modulation import BlockModulation, FinalModulation, modulated_norm
 from dyexport.slicing.slim_layers import (
     Selection,
-    TransposedLinear,
     gate_units,
-    modulated_norm,
     run_selected,
-    scales_from_one,
     select_tokens,
     split_gates,
 )
@@ -57,14 +56,14 @@ def masked(keep: Tensor) -> Tensor:
     return Branch()(*branch_inputs(keep.numel())) * keep.view(-1, 1)
 
 
-@pytest.mark.parametrize("by_score", [True, False])
+@pytest.mark.parametrize("use_topk", [True, False])
 @pytest.mark.parametrize("path", EXACT + LIMITED)
 @given(scores=router_scores(), spare=st.integers(0, 6))
-def test_every_path_equals_masking(path: Any, by_score: bool, scores: Tensor, spare: int) -> None:
+def test_every_path_equals_masking(path: Any, use_topk: bool, scores: Tensor, spare: int) -> None:
     keep = scores > 0
     wanted = int(keep.sum(1).max())
     branch, room = Branch(), min(max(wanted + spare, 1), scores.shape[1])
-    selection = select_tokens(path, scores, room, by_score=by_score)
+    selection = select_tokens(path, scores, room, use_topk=use_topk)
     update = run_selected(selection, branch, *branch_inputs(scores.numel()))
     torch.testing.assert_close(update, masked(keep))
     rows = {"masked": scores.numel(), "compact": int(keep.sum())}.get(path, len(scores) * room)
@@ -91,7 +90,7 @@ def test_too_little_room_is_for_the_tokens_the_router_wants_most(path: Any, scor
 @given(scores=router_scores(), room=st.integers(1, 6))
 def test_too_little_room_is_for_the_first_tokens_where_none_is_sorted(scores: Tensor, room: int) -> None:
     keep, room = scores > 0, min(room, scores.shape[1])
-    selection = select_tokens("capacity", scores, room, by_score=False)
+    selection = select_tokens("capacity", scores, room, use_topk=False)
     update = run_selected(selection, Branch(), *branch_inputs(scores.numel()))
     torch.testing.assert_close(update, masked(keep & (keep.cumsum(1) <= room)))
     assert selection.kept is not None
@@ -136,14 +135,16 @@ def test_a_gate_scales_the_channels_of_its_unit() -> None:
 
 def test_modulated_norm_is_layer_norm_with_an_affine_of_its_own() -> None:
     hidden, shift, scale = torch.randn(2, 4, 8), torch.randn(2, 1, 8), torch.randn(2, 1, 8)
+    modulation = FinalModulation(shift, scale)
     for sample in range(2):
         wanted = F.layer_norm(hidden[sample], (8,), scale[sample, 0], shift[sample, 0], eps=1e-6)
-        torch.testing.assert_close(modulated_norm(hidden, shift, scale)[sample], wanted)
+        torch.testing.assert_close(modulated_norm(hidden, modulation)[sample], wanted)
 
 
 def test_scales_start_from_one() -> None:
-    parts = scales_from_one(torch.zeros(2, 8 * CHANNELS), 8)
-    assert [float(part.sum()) / part.numel() for part in parts] == [0, 1, 0, 0, 1, 0, 0, 1]
+    parameters = torch.zeros(2, 8 * CHANNELS)
+    block, final = BlockModulation.of(parameters[:, : 6 * CHANNELS]), FinalModulation.of(parameters[:, 6 * CHANNELS :])
+    assert [float(part.sum()) / part.numel() for part in (*block.vectors, *final)] == [0, 1, 0, 0, 1, 0, 0, 1]
 
 
 def test_a_transposed_linear_is_a_linear() -> None:

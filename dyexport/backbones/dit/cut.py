@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor
 
+from dyexport.backbones.base import channels_of
 from dyexport.backbones.dit.preset import FREQ_SHIFT
-from dyexport.backbones.dit.slim import DiTConditioning, SlimDiT, modulation_parts
-from dyexport.bundle.manifest import ModelSpec, Segment
+from dyexport.backbones.dit.slim import SlimDiT
+from dyexport.backbones.dit.slim_conditioning import DiTConditioning, DiTLayout
+from dyexport.bundle.manifest import Segment
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.slicing.cut_lora import PathCut, router_names
+from dyexport.slicing.modulation import sinusoid_frequencies
 from dyexport.slicing.recipes import Recipe
 from dyexport.slicing.slicer import (
     Slice,
@@ -27,7 +28,7 @@ from dyexport.slicing.slicer import (
     routed_inputs,
     routed_limits,
 )
-from dyexport.slicing.slim_lora import gates_size, lora_paths
+from dyexport.slicing.slim_lora import lora_paths
 
 POSITION = "pos_embed.pos_embed"
 FREQUENCIES = "time_proj.frequencies"
@@ -35,19 +36,19 @@ EMBEDDER = "transformer_blocks.0.norm1.emb"
 TOKEN_ROUTER = "routers.{block}.tokens.{layer}.{kind}"
 
 
-def slice_network(architecture: SliceContext, segment: Segment) -> Slice:
-    spec, config = architecture.spec, architecture.spec.config
-    group_size = 4 * _channels(config) // architecture.groups
-    module = on_meta(architecture, SlimDiT, config, segment, group_size=group_size, td_lora=spec.td_lora)
+def slice_network(context: SliceContext, segment: Segment) -> Slice:
+    spec, config = context.spec, context.spec.config
+    group_size = 4 * channels_of(config) // context.groups
+    module = on_meta(context, SlimDiT, config, segment, group_size=group_size, td_lora=spec.td_lora)
     sources = {"position": POSITION, **linear_names("patch", "pos_embed.proj"), **linear_names("final", "proj_out_2")}
     weights = module.state_dict()
     recipes = copies(module, sources)
     for index in range(segment.depth):
-        recipes |= block_recipes(architecture, segment, index, weights, stock=f"transformer_blocks.{index}")
+        recipes |= block_recipes(context, segment, index, weights, stock=f"transformer_blocks.{index}")
     assert recipes.keys() == weights.keys()
     inputs = (
         TensorSpec(name="hidden_states", dtype="float32", shape=("batch", *spec.latent_shape)),
-        TensorSpec(name="modulation", dtype="float32", shape=("batch", _modulation_size(spec))),
+        TensorSpec(name="modulation", dtype="float32", shape=("batch", DiTLayout.of(config, spec.td_lora).size)),
         *routed_inputs(segment),
     )
     return Slice(
@@ -55,10 +56,10 @@ def slice_network(architecture: SliceContext, segment: Segment) -> Slice:
     )
 
 
-def slice_conditioning(architecture: SliceContext) -> Slice:
-    config = architecture.spec.config
-    td_lora = architecture.spec.td_lora
-    module = on_meta(architecture, DiTConditioning, config, td_lora=td_lora)
+def slice_conditioning(context: SliceContext) -> Slice:
+    config = context.spec.config
+    td_lora = context.spec.td_lora
+    module = on_meta(context, DiTConditioning, config, td_lora=td_lora)
     sources = {
         "frequencies": FREQUENCIES,
         "labels.weight": f"{EMBEDDER}.class_embedder.embedding_table.weight",
@@ -78,40 +79,24 @@ def slice_conditioning(architecture: SliceContext) -> Slice:
 
 
 def tables(config: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    return {POSITION: _position_table(config), FREQUENCIES: _frequencies(config)}
-
-
-def _channels(config: Mapping[str, Any]) -> int:
-    channels: int = config["num_attention_heads"] * config["attention_head_dim"]
-    return channels
-
-
-def _modulation_size(spec: ModelSpec) -> int:
-    depth = spec.config["num_layers"]
-    return modulation_parts(depth) * _channels(spec.config) + gates_size(spec.td_lora, depth)
+    return {POSITION: _position_table(config), FREQUENCIES: sinusoid_frequencies(config.get(FREQ_SHIFT, 1))}
 
 
 def _position_table(config: Mapping[str, Any]) -> Tensor:
     size = config["sample_size"]
     embed = PatchEmbed(
-        height=size, width=size, patch_size=config["patch_size"], in_channels=1, embed_dim=_channels(config)
+        height=size, width=size, patch_size=config["patch_size"], in_channels=1, embed_dim=channels_of(config)
     )
     table: Tensor = embed.pos_embed  # (1, N, C)
     return table
 
 
-def _frequencies(config: Mapping[str, Any]) -> Tensor:
-    """Frequencies of diffusers' ``get_timestep_embedding`` as DiT calls it, bit for bit: (128,)."""
-    exponent = -math.log(10000) * torch.arange(0, 128, dtype=torch.float32)
-    return torch.exp(exponent / (128 - config.get(FREQ_SHIFT, 1)))
-
-
 def block_recipes(
-    architecture: SliceContext, segment: Segment, index: int, weights: Mapping[str, Tensor], *, stock: str
+    context: SliceContext, segment: Segment, index: int, weights: Mapping[str, Tensor], *, stock: str
 ) -> dict[str, Recipe]:
     """A ``SlimBlock``'s weights; ``stock`` is the name of the ``BasicTransformerBlock`` it is cut from."""
-    config, td_lora = architecture.spec.config, architecture.spec.td_lora
-    head_dim, group_size = config["attention_head_dim"], 4 * _channels(config) // architecture.groups
+    config, td_lora = context.spec.config, context.spec.td_lora
+    head_dim, group_size = config["attention_head_dim"], 4 * channels_of(config) // context.groups
     recipes = _linears(segment, index, weights, stock, head_dim, group_size)
     if (spec := lora_paths(td_lora, segment)) is not None:
         recipes |= _paths(PathCut(spec, index, weights), segment, head_dim, group_size)
@@ -147,10 +132,10 @@ def _linears(
 def _paths(cut: PathCut, segment: Segment, head_dim: int, group_size: int) -> dict[str, Recipe]:
     heads: dict[str, Any] = {"units": segment.heads[cut.index], "unit_size": head_dim}
     groups: dict[str, Any] = {"units": segment.groups[cut.index], "unit_size": group_size}
-    cut.narrow_out("low_rank.qkv.query", "attn1.to_q", **heads, scale=head_dim**-0.5)
-    cut.narrow_out("low_rank.qkv.key", "attn1.to_k", **heads)
-    cut.narrow_out("low_rank.qkv.value", "attn1.to_v", **heads)
-    cut.narrow_in("low_rank.out", "attn1.to_out.0", **heads)
-    cut.narrow_out("low_rank.fc1", "ff.net.0.proj", **groups)
-    cut.narrow_in("low_rank.fc2", "ff.net.2", **groups)
+    cut.narrow_out("qkv.low_rank.query", "attn1.to_q", **heads, scale=head_dim**-0.5)
+    cut.narrow_out("qkv.low_rank.key", "attn1.to_k", **heads)
+    cut.narrow_out("qkv.low_rank.value", "attn1.to_v", **heads)
+    cut.narrow_in("out.low_rank", "attn1.to_out.0", **heads)
+    cut.narrow_out("fc1.low_rank", "ff.net.0.proj", **groups)
+    cut.narrow_in("fc2.low_rank", "ff.net.2", **groups)
     return cut.found

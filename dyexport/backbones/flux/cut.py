@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dyexport.backbones.base import channels_of
 from dyexport.backbones.flux.slim import SlimFlux
-from dyexport.backbones.flux.slim_conditioning import FluxConditioning, channels_of, depth_of, modulation_size
+from dyexport.backbones.flux.slim_conditioning import FluxConditioning, FluxLayout, depth_of
 from dyexport.bundle.manifest import Segment
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.slicing.cut_lora import PathCut, router_names
+from dyexport.slicing.modulation import sinusoid_frequencies
 from dyexport.slicing.recipes import Recipe
 from dyexport.slicing.slicer import (
     Slice,
@@ -34,17 +35,17 @@ THETA = 10000
 MLP_RATIO = 4
 
 
-def slice_network(architecture: SliceContext, segment: Segment) -> Slice:
-    config = architecture.spec.config
+def slice_network(context: SliceContext, segment: Segment) -> Slice:
+    config = context.spec.config
     module = on_meta(
-        architecture,
+        context,
         SlimFlux,
         config,
         segment,
-        group_size=_group_size(architecture),
-        token_routers=architecture.token_routers,
-        td_lora=architecture.spec.td_lora,
-        text_tokens=architecture.spec.text_tokens,
+        group_size=_group_size(context),
+        token_routers=context.token_routers,
+        td_lora=context.spec.td_lora,
+        text_tokens=context.spec.text_tokens,
     )
     sources = {
         "rotary": ROTARY,
@@ -55,23 +56,23 @@ def slice_network(architecture: SliceContext, segment: Segment) -> Slice:
     weights = module.state_dict()
     recipes = copies(module, sources)
     for index in range(segment.depth):
-        recipes |= _Cut(architecture, segment, index, weights).recipes()
-        if (paths := lora_paths(architecture.spec.td_lora, segment)) is not None:
-            recipes |= _paths(PathCut(paths, index, weights), segment, config, _group_size(architecture))
+        recipes |= _Cut(context, segment, index, weights).recipes()
+        if (paths := lora_paths(context.spec.td_lora, segment)) is not None:
+            recipes |= _paths(PathCut(paths, index, weights), segment, config, _group_size(context))
     assert recipes.keys() == weights.keys()
     return Slice(
         module=module,
         recipes=recipes,
-        inputs=(*_inputs(architecture), *routed_inputs(segment)),
+        inputs=(*_inputs(context), *routed_inputs(segment)),
         outputs=outputs_of(segment),
         limits=routed_limits(segment),
         floors={"image_tokens": segment.largest_room} if segment.limited_blocks else {},
     )
 
 
-def _inputs(architecture: SliceContext) -> tuple[TensorSpec, ...]:
-    config, td_lora = architecture.spec.config, architecture.spec.td_lora
-    size = modulation_size(config, token_routers=architecture.token_routers, td_lora=td_lora)
+def _inputs(context: SliceContext) -> tuple[TensorSpec, ...]:
+    config, td_lora = context.spec.config, context.spec.td_lora
+    size = FluxLayout.of(config, token_routers=context.token_routers, td_lora=td_lora).size
     shapes: dict[str, tuple[int | str, ...]] = {
         "hidden_states": ("batch", "image_tokens", config["in_channels"]),
         "encoder_hidden_states": ("batch", "text_tokens", config["joint_attention_dim"]),
@@ -82,13 +83,18 @@ def _inputs(architecture: SliceContext) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in shapes.items())
 
 
-def slice_conditioning(architecture: SliceContext) -> Slice:
-    config, td_lora = architecture.spec.config, architecture.spec.td_lora
-    settings: dict[str, Any] = {"token_routers": architecture.token_routers, "td_lora": td_lora}
-    module = on_meta(architecture, FluxConditioning, config, **settings)
+def slice_conditioning(context: SliceContext) -> Slice:
+    config, td_lora = context.spec.config, context.spec.td_lora
+    settings: dict[str, Any] = {"token_routers": context.token_routers, "td_lora": td_lora}
+    module = on_meta(context, FluxConditioning, config, **settings)
     embedder = "time_text_embed"
-    sources = {"frequencies": FREQUENCIES, **linear_names("final", "norm_out.linear")}
-    embedders = {"time": "timestep_embedder", "pooled": "text_embedder"}
+    sources = {
+        "frequencies": FREQUENCIES,
+        **linear_names("final", "norm_out.linear"),
+        **linear_names("time_in", f"{embedder}.timestep_embedder.linear_1"),
+        **linear_names("time_out", f"{embedder}.timestep_embedder.linear_2"),
+    }
+    embedders = {"pooled": "text_embedder"}
     if config["guidance_embeds"]:
         embedders["guidance"] = "guidance_embedder"
     for slim, stock in embedders.items():
@@ -99,7 +105,7 @@ def slice_conditioning(architecture: SliceContext) -> Slice:
             sources |= linear_names(f"streams.{2 * index + stream}", f"transformer_blocks.{index}.{norm}.linear")
     for index in range(config["num_single_layers"]):
         sources |= linear_names(f"singles.{index}", f"single_transformer_blocks.{index}.norm.linear")
-    if architecture.token_routers:
+    if context.token_routers:
         for index in range(depth_of(config)):
             sources |= dict(_router_names(index))
     if td_lora is not None:
@@ -123,7 +129,7 @@ def _router_names(index: int) -> Iterator[tuple[str, str]]:
 
 
 def tables(config: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    return {ROTARY: _rotary(config), FREQUENCIES: _frequencies()}
+    return {ROTARY: _rotary(config), FREQUENCIES: sinusoid_frequencies()}
 
 
 def _rotary(config: Mapping[str, Any]) -> Tensor:
@@ -132,24 +138,18 @@ def _rotary(config: Mapping[str, Any]) -> Tensor:
     return torch.cat([THETA**-exponent for exponent in axes]).float()
 
 
-def _frequencies() -> Tensor:
-    """Frequencies of diffusers' ``get_timestep_embedding`` as FLUX calls it, bit for bit: (128,)."""
-    exponent = -math.log(THETA) * torch.arange(0, 128, dtype=torch.float32)
-    return torch.exp(exponent / 128)
-
-
-def _group_size(architecture: SliceContext) -> int:
-    return MLP_RATIO * channels_of(architecture.spec.config) // architecture.groups
+def _group_size(context: SliceContext) -> int:
+    return MLP_RATIO * channels_of(context.spec.config) // context.groups
 
 
 class _Cut:
     """Recipes of one block."""
 
-    def __init__(self, architecture: SliceContext, segment: Segment, index: int, weights: Mapping[str, Tensor]) -> None:
-        config = architecture.spec.config
+    def __init__(self, context: SliceContext, segment: Segment, index: int, weights: Mapping[str, Tensor]) -> None:
+        config = context.spec.config
         self.doubles: int = config["num_layers"]
         self.channels, self.head_dim = channels_of(config), config["attention_head_dim"]
-        self.group_size = _group_size(architecture)
+        self.group_size = _group_size(context)
         self.index, self.weights = index, weights
         self.heads, self.groups = segment.heads[index], segment.groups[index]
         self.found: dict[str, Recipe] = {}
@@ -181,7 +181,7 @@ class _Cut:
         self.rows("fc1", f"{stock}.proj_mlp")
         of_heads, of_groups = (0, self.channels), (self.channels, (1 + MLP_RATIO) * self.channels)
         heads = {"units": self.heads, "unit_size": self.head_dim, "span": of_heads}
-        self.add("out", "columns", f"{out}.weight", **heads)
+        self.add("out.weight", "columns", f"{out}.weight", **heads)
         groups = {"units": self.groups, "unit_size": self.group_size, "span": of_groups}
         self.add("fc2.weight", "columns", f"{out}.weight", **groups)
         self.add("fc2.bias", "copy", f"{out}.bias")
@@ -209,22 +209,22 @@ def _paths(cut: PathCut, segment: Segment, config: Mapping[str, Any], group_size
     groups: dict[str, Any] = {"units": segment.groups[cut.index], "unit_size": group_size}
 
     def project(slim: str, query: str, key: str, value: str) -> None:
-        cut.narrow_out(f"{slim}.low_rank.qkv.query", query, **heads, halves=True)
-        cut.narrow_out(f"{slim}.low_rank.qkv.key", key, **heads, halves=True)
-        cut.narrow_out(f"{slim}.low_rank.qkv.value", value, **heads)
+        cut.narrow_out(f"{slim}.qkv.low_rank.query", query, **heads, halves=True)
+        cut.narrow_out(f"{slim}.qkv.low_rank.key", key, **heads, halves=True)
+        cut.narrow_out(f"{slim}.qkv.low_rank.value", value, **heads)
 
     if cut.index < config["num_layers"]:
         project("image", "attn.to_q", "attn.to_k", "attn.to_v")
         project("text", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
-        cut.narrow_in("low_rank.image_out", "attn.to_out.0", **heads)
-        cut.narrow_in("low_rank.text_out", "attn.to_add_out", **heads)
+        cut.narrow_in("image_out.low_rank", "attn.to_out.0", **heads)
+        cut.narrow_in("text_out.low_rank", "attn.to_add_out", **heads)
         for slim, feed in (("image_mlp", "ff"), ("text_mlp", "ff_context")):
-            cut.narrow_out(f"{slim}.low_rank.fc1", f"{feed}.net.0.proj", **groups)
-            cut.narrow_in(f"{slim}.low_rank.fc2", f"{feed}.net.2", **groups)
+            cut.narrow_out(f"{slim}.fc1.low_rank", f"{feed}.net.0.proj", **groups)
+            cut.narrow_in(f"{slim}.fc2.low_rank", f"{feed}.net.2", **groups)
     else:
         channels = channels_of(config)
         project("projection", "attn.to_q", "attn.to_k", "attn.to_v")
-        cut.narrow_out("low_rank.fc1", "proj_mlp", **groups)
-        cut.narrow_in("low_rank.out", "proj_out", **heads, span=(0, channels))
-        cut.narrow_in("low_rank.fc2", "proj_out", **groups, span=(channels, (1 + MLP_RATIO) * channels))
+        cut.narrow_out("fc1.low_rank", "proj_mlp", **groups)
+        cut.narrow_in("out.low_rank", "proj_out", **heads, span=(0, channels))
+        cut.narrow_in("fc2.low_rank", "proj_out", **groups, span=(channels, (1 + MLP_RATIO) * channels))
     return cut.found

@@ -1,166 +1,143 @@
-"""The slim FLUX: double blocks (image and text side by side), then single blocks (both in one row of tokens).
+"""The slim FLUX: double blocks (an image and a text stream), then single blocks (both in one row of tokens).
 
-As for DiT, everything that depends on sigma, guidance and the pooled text alone is the conditioning network:
-a quarter of FLUX's weights.
+Everything that depends on sigma, guidance and the pooled text alone is in the conditioning network
+(``slim_conditioning``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyexport.backbones.flux.slim_conditioning import FINAL_PARTS, SINGLE_PARTS, STREAM_PARTS, channels_of
-from dyexport.backbones.flux.slim_layers import FeedForward, Projection, Rotary, RouterInput, attend
+from dyexport.backbones.base import channels_of
+from dyexport.backbones.flux.slim_conditioning import DoubleModulation, FluxLayout, RouterWeights
+from dyexport.backbones.flux.slim_layers import FeedForward, Projection, Rotary, attend
 from dyexport.bundle.manifest import Segment
-from dyexport.bundle.plan_info import LARGEST_TOPK
 from dyexport.lora import LoraSpec
-from dyexport.slicing.slim_layers import (
-    Gates,
-    Selection,
-    TransposedLinear,
-    gate_units,
-    gated_update,
-    modulated_norm,
-    run_selected,
-    select_tokens,
-)
-from dyexport.slicing.slim_lora import WithPaths, gates_size, lora_paths, with_experts
+from dyexport.slicing.linears import SlimLinear, TransposedLinear
+from dyexport.slicing.modulation import Modulation, gated_update, modulated_norm
+from dyexport.slicing.slim_layers import BlockSizes, Gates, Selection, gate_units, run_selected, split_gates
+from dyexport.slicing.slim_lora import lora_paths
 
 
-class DoubleBlock(WithPaths):
-    """Joint attention, then an FFN of its own for image and text; image tokens may skip theirs."""
+class DoubleBlock(nn.Module):
+    """Joint attention, then a separate FFN for image and text. Image tokens may skip theirs."""
 
-    def __init__(
-        self, config: Mapping[str, Any], segment: Segment, index: int, *, group_size: int, td_lora: LoraSpec | None
-    ) -> None:
+    def __init__(self, sizes: BlockSizes, td_lora: LoraSpec | None) -> None:
         super().__init__()
-        channels, head_dim = channels_of(config), config["attention_head_dim"]
-        heads, wide = len(segment.heads[index]), len(segment.groups[index]) * group_size
-        self.path, self.capacity = segment.token_paths[index], segment.capacities[index]
-        self.by_score = segment.room(index) <= LARGEST_TOPK
-        self.image = Projection(channels, heads, head_dim, td_lora)
-        self.text = Projection(channels, heads, head_dim, td_lora)
-        self.image_out = TransposedLinear(heads * head_dim, channels)
-        self.text_out = TransposedLinear(heads * head_dim, channels)
-        self.image_mlp = FeedForward(channels, wide, td_lora)
-        self.text_mlp = FeedForward(channels, wide, td_lora)
-        self.add_paths(td_lora, "image_out", "text_out")
+        self.sizes = sizes
+        attended = sizes.heads * sizes.head_dim
+        self.image = Projection(sizes, td_lora)
+        self.text = Projection(sizes, td_lora)
+        self.image_out = TransposedLinear(attended, sizes.channels, td_lora)
+        self.text_out = TransposedLinear(attended, sizes.channels, td_lora)
+        self.image_mlp = FeedForward(sizes, td_lora)
+        self.text_mlp = FeedForward(sizes, td_lora)
 
     def forward(
         self,
         image: Tensor,
         text: Tensor,
-        parts: tuple[Tensor, ...],
-        router: RouterInput | None,
+        modulation: DoubleModulation,
+        router: RouterWeights | None,
         rotary: Rotary,
         gates: Gates,
         slots: int,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(B, N, C), (B, T, C), 12 x (B, 1, C) -> both streams, and the tokens wanted (B,) where room is limited."""
-        of_image, of_text = parts[:STREAM_PARTS], parts[STREAM_PARTS:]
-        mixed_image, mixed_text = self.mix(image, text, of_image, of_text, rotary, gates)
-        image = gated_update(image, of_image[2], self.project("image_out", mixed_image, gates))  # (B, N, C)
-        text = gated_update(text, of_text[2], self.project("text_out", mixed_text, gates))  # (B, T, C)
+        """Compute (B, N, C), (B, T, C) -> both streams, and the kept tokens (B,) where the capacity is limited."""
+        image_mod, text_mod = modulation
+        mixed_image, mixed_text = self.mix(image, text, modulation, rotary, gates)
+        image = gated_update(image, image_mod.attention.gate, project(self.image_out, mixed_image, gates))  # (B, N, C)
+        text = gated_update(text, text_mod.attention.gate, project(self.text_out, mixed_text, gates))  # (B, T, C)
         selection = Selection()
-        if self.path != "all" and router is not None:
-            room = self.capacity + (slots if self.path == "dynamic" else 0)
-            selection = select_tokens(self.path, router.scores(image, text), room, by_score=self.by_score)
-        image_update = self.feed(self.image_mlp, image, of_image, gates, selection)  # (B, N, C)
-        text_update = self.feed(self.text_mlp, text, of_text, gates, Selection())  # (B, T, C)
-        image, text = gated_update(image, of_image[5], image_update), gated_update(text, of_text[5], text_update)
+        if self.sizes.tokens.routed and router is not None:
+            selection = self.sizes.tokens.select(router.scores(image, text), slots)
+        image = feed(self.image_mlp, image, image_mod.mlp, gates, selection)  # (B, N, C)
+        text = feed(self.text_mlp, text, text_mod.mlp, gates, Selection())  # (B, T, C)
         return image, text, selection.kept
 
     def mix(
-        self,
-        image: Tensor,
-        text: Tensor,
-        of_image: tuple[Tensor, ...],
-        of_text: tuple[Tensor, ...],
-        rotary: Rotary,
-        gates: Gates,
+        self, image: Tensor, text: Tensor, modulation: DoubleModulation, rotary: Rotary, gates: Gates
     ) -> tuple[Tensor, Tensor]:
-        """Joint attention, text before image: (B, N, H' * D), (B, T, H' * D)."""
-        from_image = self.image(modulated_norm(image, of_image[0], of_image[1]), gates)
-        from_text = self.text(modulated_norm(text, of_text[0], of_text[1]), gates)
+        """Run joint attention, text before image: (B, N, H' * D), (B, T, H' * D)."""
+        from_image = self.image(modulated_norm(image, modulation.image.attention), gates)
+        from_text = self.text(modulated_norm(text, modulation.text.attention), gates)
         query, key, value = (torch.cat(pair, dim=2) for pair in zip(from_text, from_image, strict=True))
-        mixed = attend(query, key, value, rotary, gates.heads)  # (B, T + N, H' * D)
+        mixed = attend(query, key, value, rotary, gates)  # (B, T + N, H' * D)
         return mixed[:, text.shape[1] :], mixed[:, : text.shape[1]]
 
-    def project(self, out: str, mixed: Tensor, gates: Gates) -> Tensor:
-        """(B, N, H' * D) -> (B, N, C)."""
-        return self.linear(out, mixed.flatten(0, 1), gates).view(*mixed.shape[:2], -1)
 
-    @staticmethod
-    def feed(mlp: FeedForward, stream: Tensor, parts: tuple[Tensor, ...], gates: Gates, selection: Selection) -> Tensor:
-        """The FFN's update of one stream: (B, N, C) -> (B, N, C)."""
-        normed = modulated_norm(stream, parts[3], parts[4]).flatten(0, 1)  # (B * N, C)
-        return run_selected(selection, lambda rows: mlp(rows, gates), normed).view(stream.shape)
+def project(out: TransposedLinear, mixed: Tensor, gates: Gates) -> Tensor:
+    """Run the output projection of attention: (B, N, H' * D) -> (B, N, C)."""
+    update: Tensor = out(mixed.flatten(0, 1), gates.experts)  # (B * N, C)
+    return update.view(*mixed.shape[:2], -1)
 
 
-class SingleBlock(WithPaths):
-    """Attention and MLP side by side with one output projection; a skipped image token misses both updates."""
+def feed(mlp: FeedForward, stream: Tensor, modulation: Modulation, gates: Gates, selection: Selection) -> Tensor:
+    """Run the FFN of one stream: (B, N, C) -> (B, N, C)."""
+    normed = modulated_norm(stream, modulation).flatten(0, 1)  # (B * N, C)
+    update = run_selected(selection, lambda rows: mlp(rows, gates), normed)  # (B * N, C)
+    return gated_update(stream, modulation.gate, update.view(stream.shape))
 
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        segment: Segment,
-        index: int,
-        *,
-        group_size: int,
-        td_lora: LoraSpec | None,
-        text_tokens: int,
-    ) -> None:
+
+class SingleBlock(nn.Module):
+    """Attention and MLP in parallel with one output projection. A skipped image token misses both updates.
+
+    The stock block's ``proj_out`` is cut into ``out``, which reads attention, and ``fc2``, which reads the MLP.
+    """
+
+    def __init__(self, sizes: BlockSizes, td_lora: LoraSpec | None) -> None:
         super().__init__()
-        channels, head_dim = channels_of(config), config["attention_head_dim"]
-        heads, wide = len(segment.heads[index]), len(segment.groups[index]) * group_size
-        self.path, self.capacity = segment.token_paths[index], segment.capacities[index]
-        self.by_score = text_tokens + segment.room(index) <= LARGEST_TOPK
-        self.projection = Projection(channels, heads, head_dim, td_lora)
-        self.fc1 = nn.Linear(channels, wide)
-        self.out = nn.Parameter(torch.empty(heads * head_dim, channels))
-        self.fc2 = TransposedLinear(wide, channels)
-        self.add_paths(td_lora, "fc1", "out", "fc2")
+        self.sizes = sizes
+        self.projection = Projection(sizes, td_lora)
+        self.fc1 = SlimLinear(sizes.channels, sizes.hidden, td_lora)
+        self.out = TransposedLinear(sizes.heads * sizes.head_dim, sizes.channels, td_lora, bias=False)
+        self.fc2 = TransposedLinear(sizes.hidden, sizes.channels, td_lora)
 
     def forward(
         self,
         image: Tensor,
         text: Tensor,
-        parts: tuple[Tensor, ...],
-        router: RouterInput | None,
+        modulation: Modulation,
+        router: RouterWeights | None,
         rotary: Rotary,
         gates: Gates,
         slots: int,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(B, N, C), (B, T, C), 3 x (B, 1, C) -> both, and the tokens wanted (B,) where room for them is limited."""
-        shift, scale, gate = parts
+        """Compute (B, N, C), (B, T, C) -> both streams, and the kept tokens (B,) where the capacity is limited."""
+        words = text.shape[1]
         tokens = torch.cat([text, image], dim=1)  # (B, T + N, C)
-        normed = modulated_norm(tokens, shift, scale)  # (B, T + N, C)
+        normed = modulated_norm(tokens, modulation)  # (B, T + N, C)
         query, key, value = self.projection(normed, gates)  # (B, H', T + N, D)
-        mixed = attend(query, key, value, rotary, gates.heads)  # (B, T + N, H' * D)
+        mixed = attend(query, key, value, rotary, gates)  # (B, T + N, H' * D)
         selection, kept = Selection(), None
-        if self.path != "all" and router is not None:
-            selection, kept = self.select(router.scores(image, text), text.shape[1], slots)
+        if self.sizes.tokens.routed and router is not None:
+            selection, kept = self.select(router.scores(image, text), words, slots)
+        update = run_selected(
+            selection,
+            lambda rows, attended: self.update(rows, attended, gates),
+            normed.flatten(0, 1),
+            mixed.flatten(0, 1),
+        )  # (B * (T + N), C)
+        tokens = gated_update(tokens, modulation.gate, update.view(tokens.shape))
+        return tokens[:, words:], tokens[:, :words], kept
 
-        def branch(rows: Tensor, attention: Tensor) -> Tensor:
-            wide = gate_units(F.gelu(self.linear("fc1", rows, gates), approximate="tanh"), gates.groups)
-            update = torch.addmm(self.linear("fc2", wide, gates), attention, self.out)  # (R, C)
-            return self.updated(update, "out", attention, gates)
+    def update(self, rows: Tensor, attended: Tensor, gates: Gates) -> Tensor:
+        """Run the MLP on normed tokens (R, C), and project it with attention (R, H' * D): (R, C)."""
+        wide = F.gelu(self.fc1(rows, gates.experts), approximate="tanh")  # (R, G' * S)
+        from_mlp = self.fc2(gate_units(wide, gates.groups), gates.experts)  # (R, C)
+        update: Tensor = self.out(attended, gates.experts, addend=from_mlp)  # (R, C)
+        return update
 
-        update = run_selected(selection, branch, normed.flatten(0, 1), mixed.flatten(0, 1))  # (B * (T + N), C)
-        tokens = gated_update(tokens, gate, update.view(tokens.shape))
-        return tokens[:, text.shape[1] :], tokens[:, : text.shape[1]], kept
-
-    def select(self, scores: Tensor, text: int, slots: int) -> tuple[Selection, Tensor | None]:
-        """Every text token, and image tokens by their scores (B, N); the image tokens wanted (B,)."""
-        always = scores.abs().amax(1, keepdim=True).expand(-1, text) + 1  # on, and ahead of every image token
-        room = text + self.capacity + (slots if self.path == "dynamic" else 0)
-        selection = select_tokens(self.path, torch.cat([always, scores], dim=1), room, by_score=self.by_score)
-        return selection, None if selection.kept is None else selection.kept - text
+    def select(self, scores: Tensor, words: int, slots: int) -> tuple[Selection, Tensor | None]:
+        """Select every text token, and image tokens by their scores (B, N); count the image tokens kept (B,)."""
+        always = scores.abs().amax(1, keepdim=True).expand(-1, words) + 1  # on, and ahead of every image token
+        selection = self.sizes.tokens.select(torch.cat([always, scores], dim=1), slots, always_on=words)
+        return selection, None if selection.kept is None else selection.kept - words
 
 
 class SlimFlux(nn.Module):
@@ -177,19 +154,20 @@ class SlimFlux(nn.Module):
         text_tokens: int,
     ) -> None:
         super().__init__()
-        self.segment, self.token_routers, self.td_lora = segment, token_routers, td_lora
-        self.doubles, self.channels = config["num_layers"], channels_of(config)
+        self.segment = segment
+        self.layout = FluxLayout.of(config, token_routers=token_routers, td_lora=td_lora)
+        channels, doubles = channels_of(config), config["num_layers"]
         self.axes = tuple(size // 2 for size in config["axes_dims_rope"])
-        self.image_in = nn.Linear(config["in_channels"], self.channels)
-        self.text_in = nn.Linear(config["joint_attention_dim"], self.channels)
-        self.rotary = nn.Parameter(torch.empty(config["attention_head_dim"] // 2))
-        single = partial(SingleBlock, text_tokens=text_tokens)
-        kinds: list[Callable[..., nn.Module]] = [DoubleBlock] * self.doubles + [single] * config["num_single_layers"]
-        paths = lora_paths(td_lora, segment)
-        self.blocks = nn.ModuleList(
-            kind(config, segment, index, group_size=group_size, td_lora=paths) for index, kind in enumerate(kinds)
-        )
-        self.final = nn.Linear(self.channels, config.get("out_channels") or config["in_channels"])
+        self.image_in = nn.Linear(config["in_channels"], channels)
+        self.text_in = nn.Linear(config["joint_attention_dim"], channels)
+        self.rotary = nn.Parameter(torch.empty(config["attention_head_dim"] // 2, dtype=torch.float32))
+        self.blocks = nn.ModuleList()
+        for index in range(segment.depth):
+            double = index < doubles
+            always_on = 0 if double else text_tokens
+            sizes = BlockSizes.of(config, segment, index, group_size=group_size, always_on=always_on)
+            self.blocks.append((DoubleBlock if double else SingleBlock)(sizes, lora_paths(td_lora, segment)))
+        self.final = nn.Linear(channels, config.get("out_channels") or config["in_channels"])
 
     def forward(
         self,
@@ -201,46 +179,29 @@ class SlimFlux(nn.Module):
         width_gate: Tensor | None = None,
         slots: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Latents (B, N, C_in), text (B, T, J), modulation (B, M), positions (N, 3), (T, 3), gates (W,), slots (S,).
+        """Compute latents (B, N, C_in), text (B, T, J), modulation (B, M) -> sample (B, N, C_out).
 
-        Returns sample (B, N, C_out) and, where R token routers have limited room, what they wanted (B, R).
+        ``img_ids`` (N, 3) and ``txt_ids`` (T, 3) are positions, ``width_gate`` is (W,), ``slots`` (S,). Also returns
+        the kept tokens (B, R) of the R blocks whose capacity is limited, if there are any.
         """
         dtype = self.image_in.weight.dtype
         image, text = self.image_in(hidden_states.to(dtype)), self.text_in(encoder_hidden_states.to(dtype))  # (B, ., C)
         rotary = self.angles(torch.cat([txt_ids, img_ids]))
-        parts, routers = self.split_modulation(modulation)
+        parts = self.layout.split(modulation)
+        routers: Sequence[RouterWeights | None] = parts.routers or (None,) * self.segment.depth
+        gates = split_gates(self.segment, width_gate, parts.experts)
         extra = 0 if slots is None else slots.shape[0]
         counts = []
-        for index, gates in enumerate(with_experts(self.segment, width_gate, modulation, self.td_lora)):
-            image, text, kept = self.blocks[index](image, text, parts[index], routers[index], rotary, gates, extra)
+        vectors = [*parts.doubles, *parts.singles]
+        for block, own, router, gate in zip(self.blocks, vectors, routers, gates, strict=True):
+            image, text, kept = block(image, text, own, router, rotary, gate, extra)
             if kept is not None:
                 counts.append(kept)
-        shift, scale = parts[-1]
-        sample = self.final(modulated_norm(image, shift, scale)).float()  # (B, N, C_out)
+        sample = self.final(modulated_norm(image, parts.final)).float()  # (B, N, C_out)
         return (sample, torch.stack(counts, dim=1)) if counts else (sample,)
 
-    def split_modulation(self, modulation: Tensor) -> tuple[list[tuple[Tensor, ...]], list[RouterInput | None]]:
-        """Vectors (B, 1, C) of every block, and at the end of the final layer; token routers of every block."""
-        depth = self.segment.depth
-        modulation = modulation[:, : modulation.shape[1] - gates_size(self.td_lora, depth)]
-        constants = depth if self.token_routers else 0
-        vectors = modulation[:, : modulation.shape[1] - constants].unsqueeze(1).split(self.channels, dim=2)
-        sizes = [2 * STREAM_PARTS] * self.doubles + [SINGLE_PARTS] * (depth - self.doubles)
-        parts, start = [], 0
-        for size in sizes:
-            parts.append(vectors[start : start + size])
-            start += size
-        routers: list[RouterInput | None] = [None] * depth
-        if self.token_routers:
-            offsets = modulation[:, modulation.shape[1] - depth :].split(1, dim=1)  # L x (B, 1)
-            routers = [
-                RouterInput(vectors[start + 2 * index], vectors[start + 2 * index + 1], offsets[index])
-                for index in range(depth)
-            ]
-        return [*parts, vectors[-FINAL_PARTS:]], routers
-
     def angles(self, ids: Tensor) -> Rotary:
-        """Positions (S, 3) -> angles: the channels of a head are split among the three axes."""
+        """Compute rotary angles of positions (S, 3); the channels of a head are split among the three axes."""
         parts = zip(ids.unsqueeze(2).unbind(1), self.rotary.split(self.axes), strict=True)
         angles = torch.cat([position * frequencies for position, frequencies in parts], dim=1)  # (S, D / 2)
         return Rotary(angles.cos(), angles.sin())

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dyexport.backbones.base import channels_of
 from dyexport.backbones.dit.cut import block_recipes
-from dyexport.backbones.latte.slim import SHARED_PARTS, LatteConditioning, SlimLatte
+from dyexport.backbones.latte.slim import SlimLatte
+from dyexport.backbones.latte.slim_conditioning import LatteConditioning, LatteLayout, depth_of
 from dyexport.bundle.manifest import ModelSpec, Segment
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.slicing.cut_lora import router_names
+from dyexport.slicing.modulation import sinusoid_frequencies
 from dyexport.slicing.recipes import Recipe
 from dyexport.slicing.slicer import (
     Slice,
@@ -26,7 +28,6 @@ from dyexport.slicing.slicer import (
     routed_inputs,
     routed_limits,
 )
-from dyexport.slicing.slim_lora import gates_size
 
 SPATIAL = "pos_embed.frequencies"
 TEMPORAL = "temp_pos_embed.frequencies"
@@ -35,10 +36,10 @@ EMBEDDER = "adaln_single.emb.timestep_embedder"
 THETA = 10000
 
 
-def slice_network(architecture: SliceContext, segment: Segment) -> Slice:
-    config, td_lora = architecture.spec.config, architecture.spec.td_lora
-    group_size = 4 * _channels(config) // architecture.groups
-    module = on_meta(architecture, SlimLatte, config, segment, group_size=group_size, td_lora=td_lora)
+def slice_network(context: SliceContext, segment: Segment) -> Slice:
+    config, td_lora = context.spec.config, context.spec.td_lora
+    group_size = 4 * channels_of(config) // context.groups
+    module = on_meta(context, SlimLatte, config, segment, group_size=group_size, td_lora=td_lora)
     sources = {
         "positions.spatial": SPATIAL,
         "positions.temporal": TEMPORAL,
@@ -50,12 +51,12 @@ def slice_network(architecture: SliceContext, segment: Segment) -> Slice:
     recipes = copies(module, sources)
     weights = module.state_dict()
     for index in range(segment.depth):
-        recipes |= _block(architecture, segment, index, weights)
+        recipes |= _block(context, segment, index, weights)
     assert recipes.keys() == weights.keys()
     return Slice(
         module=module,
         recipes=recipes,
-        inputs=(*_inputs(architecture.spec), *routed_inputs(segment)),
+        inputs=(*_inputs(context.spec), *routed_inputs(segment)),
         outputs=outputs_of(segment),
         limits=routed_limits(segment),
     )
@@ -64,43 +65,36 @@ def slice_network(architecture: SliceContext, segment: Segment) -> Slice:
 def _inputs(spec: ModelSpec) -> tuple[TensorSpec, ...]:
     """Frames are whole patches; samples share the modulation, which follows from t alone."""
     config, patch = spec.config, spec.config["patch_size"]
-    modulation = SHARED_PARTS * _channels(config) + gates_size(spec.td_lora, _depth(config))
     shapes: dict[str, tuple[int | str, ...]] = {
         "hidden_states": ("batch", config["in_channels"], "frames", f"{patch}*height", f"{patch}*width"),
         "encoder_hidden_states": ("batch", "text_tokens", config["caption_channels"]),
-        "modulation": (1, modulation),
+        "modulation": (1, LatteLayout.of(config, spec.td_lora).size),
     }
     return tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in shapes.items())
 
 
-def slice_conditioning(architecture: SliceContext) -> Slice:
-    config, td_lora = architecture.spec.config, architecture.spec.td_lora
-    module = on_meta(architecture, LatteConditioning, config, td_lora=td_lora)
+def slice_conditioning(context: SliceContext) -> Slice:
+    config, td_lora = context.spec.config, context.spec.td_lora
+    module = on_meta(context, LatteConditioning, config, td_lora=td_lora)
     sources = {
         "frequencies": FREQUENCIES,
         "table": "scale_shift_table",
         **linear_names("time_in", f"{EMBEDDER}.linear_1"),
         **linear_names("time_out", f"{EMBEDDER}.linear_2"),
         **linear_names("blocks", "adaln_single.linear"),
-        **(router_names("experts", _depth(config)) if td_lora else {}),
+        **(router_names("experts", depth_of(config)) if td_lora else {}),
     }
     inputs = (TensorSpec(name="timestep", dtype="float32", shape=("rows",)),)
     return Slice(module=module, recipes=copies(module, sources), inputs=inputs, outputs=("modulation",))
 
 
 def tables(config: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    channels = _channels(config)
-    return {SPATIAL: _positions(channels // 4), TEMPORAL: _positions(channels // 2), FREQUENCIES: _frequencies()}
-
-
-def _channels(config: Mapping[str, Any]) -> int:
-    channels: int = config["num_attention_heads"] * config["attention_head_dim"]
-    return channels
-
-
-def _depth(config: Mapping[str, Any]) -> int:
-    pairs: int = config["num_layers"]
-    return 2 * pairs
+    channels = channels_of(config)
+    return {
+        SPATIAL: _positions(channels // 4),
+        TEMPORAL: _positions(channels // 2),
+        FREQUENCIES: sinusoid_frequencies(),
+    }
 
 
 def _positions(count: int) -> Tensor:
@@ -108,23 +102,15 @@ def _positions(count: int) -> Tensor:
     return (1 / THETA ** (torch.arange(count, dtype=torch.float64) / count)).float()
 
 
-def _frequencies() -> Tensor:
-    """Frequencies of diffusers' ``get_timestep_embedding`` as Latte calls it, bit for bit: (128,)."""
-    exponent = -math.log(THETA) * torch.arange(0, 128, dtype=torch.float32)
-    return torch.exp(exponent / 128)
-
-
-def _block(
-    architecture: SliceContext, segment: Segment, index: int, weights: Mapping[str, Tensor]
-) -> dict[str, Recipe]:
+def _block(context: SliceContext, segment: Segment, index: int, weights: Mapping[str, Tensor]) -> dict[str, Recipe]:
     """Spatial blocks have even numbers, temporal ones odd."""
     pair, temporal = divmod(index, 2)
     stock, slim = f"{'temporal_' if temporal else ''}transformer_blocks.{pair}", f"blocks.{index}"
-    recipes = block_recipes(architecture, segment, index, weights, stock=stock)
+    recipes = block_recipes(context, segment, index, weights, stock=stock)
     table = f"{slim}.table"
     recipes[table] = recipe_for(weights[table], "copy", (f"{stock}.scale_shift_table",))
     if not temporal:
-        recipes |= _to_text(architecture.spec.config, f"{slim}.to_text", f"{stock}.attn2", weights)
+        recipes |= _to_text(context.spec.config, f"{slim}.to_text", f"{stock}.attn2", weights)
     return recipes
 
 

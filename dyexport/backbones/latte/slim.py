@@ -1,8 +1,8 @@
-"""The slim Latte: blocks over space and blocks over time in turn, of the same parts as DiT's.
+"""The slim Latte: alternating blocks over space and over time, made of DiT's slim blocks.
 
 The tokens of all frames stay in one order, frame by frame, through the whole network: (B, F * N, C). Only
-attention over time looks at them patch by patch. What depends on t alone is the conditioning network; the
-text enters here, once a sample, where the stock module projects it anew for each frame.
+attention over time reads them patch by patch. Text enters here and is projected once per sample, where the stock
+module projects it again for each frame.
 """
 
 from __future__ import annotations
@@ -15,42 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyexport.backbones.dit.slim import BLOCK_PARTS, FINAL_PARTS, SlimBlock
+from dyexport.backbones.base import channels_of
+from dyexport.backbones.dit.slim import SlimBlock
+from dyexport.backbones.latte.slim_conditioning import LatteLayout
 from dyexport.bundle.manifest import Segment
 from dyexport.lora import LoraSpec
-from dyexport.slicing.slim_layers import (
-    Gates,
-    embed_sinusoid,
-    gated_update,
-    modulated_norm,
-    scales_from_one,
-)
-from dyexport.slicing.slim_lora import GateRouters, lora_paths, with_experts
-
-SHARED_PARTS = BLOCK_PARTS + FINAL_PARTS
-
-
-class LatteConditioning(nn.Module):
-    """adaLN-single: the six vectors that all blocks add their own to, and the final layer's two."""
-
-    def __init__(self, config: Mapping[str, Any], *, td_lora: LoraSpec | None) -> None:
-        super().__init__()
-        channels = config["num_attention_heads"] * config["attention_head_dim"]
-        self.frequencies = nn.Parameter(torch.empty(128))
-        self.time_in = nn.Linear(256, channels)
-        self.time_out = nn.Linear(channels, channels)
-        self.blocks = nn.Linear(channels, BLOCK_PARTS * channels)
-        self.table = nn.Parameter(torch.empty(FINAL_PARTS, channels))
-        self.experts = GateRouters(channels, 2 * config["num_layers"], td_lora.experts) if td_lora else None
-
-    def forward(self, timestep: Tensor) -> Tensor:
-        """t (R,) -> (R, 8 C), scales with their 1 added, then gates of L * E experts."""
-        sinusoid = embed_sinusoid(timestep, self.frequencies).to(self.time_in.weight.dtype)  # (R, 256)
-        embedding = self.time_out(F.silu(self.time_in(sinusoid)))  # (R, C)
-        blocks = scales_from_one(self.blocks(F.silu(embedding)), BLOCK_PARTS)  # 6 x (R, C)
-        final = (embedding.unsqueeze(1) + self.table).flatten(1)  # (R, 2 C)
-        parts = [*blocks, *scales_from_one(final, FINAL_PARTS)]
-        return torch.cat(parts if self.experts is None else [*parts, self.experts(embedding)], dim=1)
+from dyexport.slicing.linears import SlimLinear
+from dyexport.slicing.modulation import BlockModulation, gated_update, modulated_norm
+from dyexport.slicing.slim_layers import BlockSizes, Gates, split_gates
+from dyexport.slicing.slim_lora import lora_paths
 
 
 class Grid(NamedTuple):
@@ -67,40 +40,38 @@ class Grid(NamedTuple):
 
 
 class LatteBlock(SlimBlock, ABC):
-    """A block whose modulation is that of all blocks plus a table of its own."""
+    """A block that adds its own table to the modulation that all blocks share."""
 
-    def __init__(
-        self, config: Mapping[str, Any], segment: Segment, index: int, *, group_size: int, td_lora: LoraSpec | None
-    ) -> None:
-        super().__init__(config, segment, index, group_size=group_size, td_lora=td_lora)
-        self.table = nn.Parameter(torch.empty(BLOCK_PARTS, config["num_attention_heads"] * self.head_dim))
+    def __init__(self, sizes: BlockSizes, *, mlp_eps: float, td_lora: LoraSpec | None) -> None:
+        super().__init__(sizes, mlp_eps=mlp_eps, td_lora=td_lora)
+        self.table = nn.Parameter(torch.empty(6, sizes.channels, dtype=torch.float32))
 
     def forward(
-        self, hidden: Tensor, text: Tensor, modulation: Tensor, gates: Gates, slots: int, grid: Grid
+        self, hidden: Tensor, text: Tensor, shared: BlockModulation, gates: Gates, slots: int, grid: Grid
     ) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, F * N, C), text (B, T, C), (1, 6, C) -> tokens, and those wanted (B,) where room is limited."""
-        parts = (modulation + self.table).split(1, dim=1)  # 6 x (1, 1, C)
-        normed = modulated_norm(hidden, parts[0], parts[1], self.mlp_eps)  # (B, F * N, C)
-        hidden = gated_update(hidden, parts[2], self.mix(normed, gates, grid))  # (B, F * N, C)
-        return self.feed(self.read(hidden, text), parts[3:], gates, slots)
+        """Compute tokens (B, F * N, C), text (B, T, C) -> tokens, and those kept (B,) where capacity is limited."""
+        own = self.table.split(1, dim=0)  # 6 x (1, C)
+        vectors = (vector + row for vector, row in zip(shared.vectors, own, strict=True))  # 6 x (1, 1, C)
+        modulation = BlockModulation.take(vectors)
+        normed = modulated_norm(hidden, modulation.attention, self.mlp_eps)  # (B, F * N, C)
+        hidden = gated_update(hidden, modulation.attention.gate, self.mix(normed, gates, grid))  # (B, F * N, C)
+        return self.feed(self.read(hidden, text), modulation.mlp, gates, slots)
 
     @abstractmethod
     def mix(self, normed: Tensor, gates: Gates, grid: Grid) -> Tensor:
-        """Self-attention along one axis: (B, F * N, C) -> (B, F * N, C)."""
+        """Run self-attention along one axis: (B, F * N, C) -> (B, F * N, C)."""
 
     def read(self, hidden: Tensor, text: Tensor) -> Tensor:
-        """What the text adds: (B, F * N, C), (B, T, C) -> (B, F * N, C)."""
+        """Add what the block reads from the text: (B, F * N, C), (B, T, C) -> (B, F * N, C)."""
         return hidden
 
 
 class SpatialBlock(LatteBlock):
     """Patches of a frame attend to each other, then to the text."""
 
-    def __init__(
-        self, config: Mapping[str, Any], segment: Segment, index: int, *, group_size: int, td_lora: LoraSpec | None
-    ) -> None:
-        super().__init__(config, segment, index, group_size=group_size, td_lora=td_lora)
-        self.to_text = TextAttention(config["num_attention_heads"], self.head_dim)
+    def __init__(self, sizes: BlockSizes, *, mlp_eps: float, td_lora: LoraSpec | None) -> None:
+        super().__init__(sizes, mlp_eps=mlp_eps, td_lora=td_lora)
+        self.to_text = TextAttention(sizes.channels // sizes.head_dim, sizes.head_dim)
 
     def mix(self, normed: Tensor, gates: Gates, grid: Grid) -> Tensor:
         rows = normed.view(-1, grid.patches, normed.shape[2])  # (B * F, N, C)
@@ -128,10 +99,10 @@ class TextAttention(nn.Module):
         super().__init__()
         channels = heads * head_dim
         self.heads, self.head_dim = heads, head_dim
-        self.query = nn.Linear(channels, channels)  # scaled
-        self.key = nn.Linear(channels, channels)
-        self.value = nn.Linear(channels, channels)
-        self.out = nn.Linear(channels, channels)
+        self.query = SlimLinear(channels, channels)  # scaled
+        self.key = SlimLinear(channels, channels)
+        self.value = SlimLinear(channels, channels)
+        self.out = SlimLinear(channels, channels)
 
     def forward(self, hidden: Tensor, text: Tensor) -> Tensor:
         """(B, M, C), (B, T, C) -> (B, M, C)."""
@@ -141,9 +112,9 @@ class TextAttention(nn.Module):
         out: Tensor = self.out(mixed.transpose(1, 2).flatten(2).flatten(0, 1))  # (B * M, C)
         return out.view(hidden.shape)
 
-    def split(self, linear: nn.Linear, tokens: Tensor) -> Tensor:
-        """(B, S, C) -> (B, H, S, D)."""
-        heads = linear(tokens.flatten(0, 1)).view(*tokens.shape[:2], self.heads, self.head_dim)
+    def split(self, linear: SlimLinear, tokens: Tensor) -> Tensor:
+        """Compute (B, S, C) -> (B, H, S, D)."""
+        heads: Tensor = linear(tokens.flatten(0, 1)).view(*tokens.shape[:2], self.heads, self.head_dim)
         return heads.transpose(1, 2)
 
 
@@ -166,12 +137,12 @@ class Positions(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        channels = config["num_attention_heads"] * config["attention_head_dim"]
+        channels = channels_of(config)
         side = config["sample_size"] // config["patch_size"]
         # Coordinates span the square of training, whatever the size of a frame.
         self.span = side / max(config["sample_size"] // 64, 1)
-        self.spatial = nn.Parameter(torch.empty(channels // 4))
-        self.temporal = nn.Parameter(torch.empty(channels // 2))
+        self.spatial = nn.Parameter(torch.empty(channels // 4, dtype=torch.float32))
+        self.temporal = nn.Parameter(torch.empty(channels // 2, dtype=torch.float32))
 
     def of_patches(self, grid: Grid) -> Tensor:
         """(N, C): the column in the first half of the channels, the row in the second."""
@@ -208,17 +179,20 @@ class SlimLatte(nn.Module):
         self, config: Mapping[str, Any], segment: Segment, *, group_size: int, td_lora: LoraSpec | None
     ) -> None:
         super().__init__()
-        self.segment, self.td_lora = segment, td_lora
-        channels = config["num_attention_heads"] * config["attention_head_dim"]
+        self.segment, self.layout = segment, LatteLayout.of(config, td_lora)
+        channels = channels_of(config)
         self.patch_size, self.out_channels = config["patch_size"], config["out_channels"]
-        self.patch = nn.Conv2d(config["in_channels"], channels, self.patch_size, stride=self.patch_size)
+        # Opset 20 has no convolution in bf16.
+        self.patch = nn.Conv2d(
+            config["in_channels"], channels, self.patch_size, stride=self.patch_size, dtype=torch.float32
+        )
         self.positions = Positions(config)
         self.caption = Caption(config["caption_channels"], channels)
-        kinds = [SpatialBlock, TemporalBlock] * config["num_layers"]
-        paths = lora_paths(td_lora, segment)
-        self.blocks = nn.ModuleList(
-            kind(config, segment, index, group_size=group_size, td_lora=paths) for index, kind in enumerate(kinds)
-        )
+        self.blocks = nn.ModuleList()
+        for index in range(segment.depth):
+            kind = TemporalBlock if index % 2 else SpatialBlock
+            sizes = BlockSizes.of(config, segment, index, group_size=group_size)
+            self.blocks.append(kind(sizes, mlp_eps=config["norm_eps"], td_lora=lora_paths(td_lora, segment)))
         self.final = nn.Linear(channels, self.patch_size**2 * self.out_channels)
 
     def forward(
@@ -235,17 +209,17 @@ class SlimLatte(nn.Module):
         """
         hidden, grid = self.embed(hidden_states)  # (B, F * N, C)
         text = self.caption(encoder_hidden_states.to(hidden.dtype))  # (B, T, C)
-        vectors = modulation[:, : SHARED_PARTS * hidden.shape[2]].unflatten(1, (SHARED_PARTS, -1))  # (1, 8, C)
+        parts = self.layout.split(modulation)
+        gates = split_gates(self.segment, width_gate, parts.experts)
         extra = 0 if slots is None else slots.shape[0]
         counts = []
-        for index, gates in enumerate(with_experts(self.segment, width_gate, modulation, self.td_lora)):
+        for index, (block, gate) in enumerate(zip(self.blocks, gates, strict=True)):
             if index == 1:  # where the stock module adds it
                 hidden = self.in_time(hidden, grid)  # (B, F * N, C)
-            hidden, kept = self.blocks[index](hidden, text, vectors[:, :BLOCK_PARTS], gates, extra, grid)
+            hidden, kept = block(hidden, text, parts.shared, gate, extra, grid)
             if kept is not None:
                 counts.append(kept)
-        shift, scale = vectors[:, BLOCK_PARTS:].split(1, dim=1)  # (1, 1, C)
-        sample = self.unpatchify(modulated_norm(hidden, shift, scale), grid)  # (B, C_out, F, H, W)
+        sample = self.unpatchify(modulated_norm(hidden, parts.final), grid)  # (B, C_out, F, H, W)
         return (sample, torch.stack(counts, dim=1)) if counts else (sample,)
 
     def embed(self, latents: Tensor) -> tuple[Tensor, Grid]:
