@@ -16,7 +16,14 @@ from dyexport.models.hooks import (
     watch_input,
 )
 
-LINEARS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2")  # what gates touch
+LORA_TARGETS = (
+    "attn1.to_q",
+    "attn1.to_k",
+    "attn1.to_v",
+    "attn1.to_out.0",
+    "ff.net.0.proj",
+    "ff.net.2",
+)  # attention and MLP
 
 
 def attach_gates(block: BasicTransformerBlock, gates: BlockGates, *, mlp_norm: nn.Module) -> None:

@@ -1,57 +1,72 @@
 """TD-LoRA merged into the weights of a segment, at the mean gates of its interval.
 
-Each merged segment then has weights of its own: K of them take K times the bytes of the blocks.
+Each merged segment then has weights that no other shares: K of them take K times the bytes of the blocks.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from dyexport.backbones.basic_transformer_block import LINEARS
-from dyexport.backbones.flux.masked import DOUBLE_LINEARS, SINGLE_LINEARS
-from dyexport.bundle.manifest import Segment
+from dyexport.backbones import get_adapter
+from dyexport.backbones.base import Adapter
+from dyexport.bundle.manifest import ModelSpec, Segment
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.td_lora import LowRank
 from dyexport.slicing.recipes import Read, Recipe
 
 PREFIX = "merged"
-UPDATED = tuple(f".{name}.weight" for name in (*LINEARS, *DOUBLE_LINEARS, *SINGLE_LINEARS))
 
 
-def merged_recipe(recipe: Recipe, segment: Segment) -> Recipe:
-    """The same, reading weights merged for a segment: ``merged:START:END:NAME``, as ``merging_reader`` knows them."""
-    if not recipe.sources[0].endswith(UPDATED):
+def merged_recipe(recipe: Recipe, segment: Segment, updated: Collection[str]) -> Recipe:
+    """Read weights merged for a segment instead of those in ``updated``.
+
+    Their names are ``merged:START:END:NAME``, as ``merging_reader`` knows them.
+    """
+    if recipe.sources[0] not in updated:
         return recipe
     sources = tuple(f"{PREFIX}:{segment.start!r}:{segment.end!r}:{source}" for source in recipe.sources)
     return replace(recipe, sources=sources)
 
 
 def merging_reader(model: DynamicTransformer, read: Read) -> Read:
-    """``read`` with merged weights too: each is made when it is asked for, W + mean over t of sum_i g_i(t) B_i A_i."""
-    updates = _updates(model)
+    """Extend ``read`` by merged weights, made when they are read: W + mean over t of sum_i g_i(t) B_i A_i."""
+    places = {} if model.td_lora is None else updated_weights(model.adapter, model.backbone)
     gates = cache(model.mean_lora_gates)
 
     def merging(name: str) -> Tensor:
         if not name.startswith(f"{PREFIX}:"):
             return read(name)
         _, start, end, stock = name.split(":")
-        block, layer = updates[stock]
-        return read(stock) + layer.change(gates(float(start), float(end))[block]).detach()
+        block, linear = places[stock]
+        assert model.td_lora is not None
+        update = model.td_lora.block_loras[block].layer(linear).change(gates(float(start), float(end))[block])
+        return read(stock) + update.detach()
 
     return merging
 
 
-def _updates(model: DynamicTransformer) -> dict[str, tuple[int, LowRank]]:
-    """Every updated weight by its stock name: its block, and its update."""
-    if model.td_lora is None:
-        return {}
-    names = {module: name for name, module in model.backbone.named_modules()}
-    blocks = zip(model.adapter.blocks(model.backbone), model.td_lora.block_loras, strict=True)
+def updated_weights(adapter: Adapter, backbone: nn.Module) -> dict[str, tuple[int, str]]:
+    """Return the weights that TD-LoRA updates, by stock name: their block, and their linear's name in it."""
+    names = {module: name for name, module in backbone.named_modules()}
     return {
-        f"{names[linear]}.weight": (index, lora.layer(name))
-        for index, (block, lora) in enumerate(blocks)
-        for name, linear in model.lora_linears(block).items()
+        f"{names[block]}.{target}.weight": (index, target)
+        for index, block in enumerate(adapter.blocks(backbone))
+        for target in adapter.lora_targets(block)
     }
+
+
+def updated_names(spec: ModelSpec) -> frozenset[str]:
+    """Return the stock names of the weights that TD-LoRA updates in a model."""
+    return _updated_names(spec.backbone, json.dumps(spec.config))
+
+
+@lru_cache(maxsize=4)
+def _updated_names(backbone: str, config: str) -> frozenset[str]:
+    adapter = get_adapter(backbone)
+    with torch.device("meta"):
+        return frozenset(updated_weights(adapter, adapter.build(json.loads(config))))

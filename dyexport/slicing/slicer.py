@@ -17,7 +17,7 @@ from dyexport.bundle.manifest import ModelSpec, Precision, Quantization, Segment
 from dyexport.bundle.tables import WidthTable
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.lora import LoraSpec
-from dyexport.slicing.merging import merged_recipe
+from dyexport.slicing.merging import merged_recipe, updated_names
 from dyexport.slicing.quantizing import quantizable_weights, quantized_recipes
 from dyexport.slicing.recipes import Read, Recipe, materialise
 
@@ -83,7 +83,8 @@ def slice_segment(context: SliceContext, segment: Segment) -> Slice:
     piece = get_slicer(context.spec.backbone).slice_network(context, segment)
     recipes = piece.recipes
     if segment.merged:
-        recipes = {name: merged_recipe(recipe, segment) for name, recipe in recipes.items()}
+        updated = updated_names(context.spec)
+        recipes = {name: merged_recipe(recipe, segment, updated) for name, recipe in recipes.items()}
     if (quantization := context.spec.quantization) is not None:
         recipes = quantized_recipes(recipes, quantizable_weights(piece.module), quantization)
     return replace(piece, recipes=recipes)

@@ -12,7 +12,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from dyexport.backbones.base import Inputs
-from dyexport.backbones.basic_transformer_block import LINEARS, attach_gates, permute_block, xavier_linears
+from dyexport.backbones.basic_transformer_block import LORA_TARGETS, attach_gates, permute_block, xavier_linears
 from dyexport.backbones.dit.preset import FREQ_SHIFT, STORED_POSITIONS
 from dyexport.errors import CheckpointError
 from dyexport.models.gates import BlockGates, TokenRouter, fp32_linear
@@ -93,7 +93,7 @@ class DiTAdapter:
         attach_gates(block, gates, mlp_norm=block.norm3)
 
     def lora_targets(self, block: BasicTransformerBlock) -> tuple[str, ...]:
-        return LINEARS
+        return LORA_TARGETS
 
     def timestep_embedding(self, backbone: DiTTransformer2DModel, timestep: Tensor) -> Tensor:
         embedder = backbone.transformer_blocks[0].norm1.emb

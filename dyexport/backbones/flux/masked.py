@@ -17,8 +17,8 @@ from dyexport.models.hooks import on_input, on_output, permute_inputs, permute_o
 
 BLOCK_INPUTS = ("hidden_states", "encoder_hidden_states", "temb")
 TIMESTEP_SCALE = 1000.0  # the network is called with sigma in 0..1 and embeds a thousand times that
-SINGLE_LINEARS = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")
-DOUBLE_LINEARS = (
+SINGLE_TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")
+DOUBLE_TARGETS = (
     *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
     *(f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
     *(f"{feed}.{name}" for feed in ("ff", "ff_context") for name in ("net.0.proj", "net.2")),
@@ -101,7 +101,7 @@ class FluxAdapter:
             _attach_double(block, gates)
 
     def lora_targets(self, block: FluxTransformerBlock | FluxSingleTransformerBlock) -> tuple[str, ...]:
-        return SINGLE_LINEARS if isinstance(block, FluxSingleTransformerBlock) else DOUBLE_LINEARS
+        return SINGLE_TARGETS if isinstance(block, FluxSingleTransformerBlock) else DOUBLE_TARGETS
 
     def timestep_embedding(self, backbone: FluxTransformer2DModel, timestep: Tensor) -> Tensor:
         """Without guidance and pooled text, which blocks see too: widths must be a function of t."""

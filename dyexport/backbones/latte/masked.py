@@ -11,7 +11,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from dyexport.backbones.base import Inputs
-from dyexport.backbones.basic_transformer_block import LINEARS, attach_gates, permute_block, xavier_linears
+from dyexport.backbones.basic_transformer_block import LORA_TARGETS, attach_gates, permute_block, xavier_linears
 from dyexport.backbones.dit.masked import DiTTokenRouter
 from dyexport.models.gates import BlockGates
 
@@ -60,7 +60,7 @@ class LatteAdapter:
         attach_gates(block, gates, mlp_norm=block.norm2)  # with adaLN-single there is no norm before attn2
 
     def lora_targets(self, block: BasicTransformerBlock) -> tuple[str, ...]:
-        return LINEARS
+        return LORA_TARGETS
 
     def timestep_embedding(self, backbone: LatteTransformer3DModel, timestep: Tensor) -> Tensor:
         embedder = backbone.adaln_single.emb
