@@ -33,7 +33,7 @@ from dyexport.bench.evaluation import SamplingConfig, mean_accuracy, mean_freche
 from dyexport.bench.quality import Evaluator
 from dyexport.bench.report import as_markdown
 from dyexport.console import StageLines, chatter_on_stderr
-from dyexport.demo import real_digits
+from dyexport.digits import load_digits
 from dyexport.files import write_atomically
 from dyexport.lora import parse_lora
 from dyexport.pipeline.build import Pipeline, opened
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "train_steps": options.train_steps,
         "finetune_steps": static.finetune_schedule.steps,
         **asdict(protocol),
-        "frechet_real": judge().frechet(real_digits("held-out").pictures),
+        "frechet_real": judge().frechet(load_digits("held-out").pictures),
         "mean": {name: mean_of(runs, name) for name in options.models},
         "runs": runs,
     }
@@ -171,7 +171,7 @@ def judged(
 
 @cache
 def judge() -> Evaluator:
-    return Evaluator(real_digits("train"))
+    return Evaluator(load_digits("train"))
 
 
 @torch.no_grad()

@@ -10,10 +10,9 @@ import numpy as np
 
 from dyexport.arguments import whole_number
 from dyexport.bundle.manifest import Segment, SegmentPlan, TokenPath
-from dyexport.bundle.tables import TokenStats, WidthTable
+from dyexport.bundle.tables import TokenStats, UnitOrder, WidthTable
 from dyexport.errors import UsageError
 from dyexport.flops import FlopsModel
-from dyexport.slicing.slicer import UnitOrder
 
 ATOMS = 256  # candidate boundaries; more would change the FLOPs in the third digit only
 NEARLY_ALL = 0.95  # from this share of tokens on, gathering rows costs more than it saves

@@ -13,15 +13,15 @@ from dyexport.bench.evaluation import EvalReport, SamplingConfig, evaluate
 from dyexport.bench.heatmap import draw_image
 from dyexport.bench.latency import BenchReport
 from dyexport.bench.pictures import grid, save_png, side_by_side, zoom_for
-from dyexport.bench.quality import Digits, Evaluator
+from dyexport.bench.quality import Evaluator
 from dyexport.bundle.reader import Bundle
+from dyexport.digits import load_digits
 from dyexport.errors import DyexportError
 from dyexport.pipeline.build import opened
 from dyexport.pipeline.ledger import BuildListener
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import Denoiser, sample
-from dyexport.training.data import Split, digits
 from dyexport.verification.verify import VerifyReport, VerifySettings, verify_bundle
 
 Advance = Callable[[int, int], None]
@@ -72,8 +72,8 @@ def run_demo(
     with _stage(listener, "bench") as advance:
         timed = compare(bundle, bench, advance)
     with _stage(listener, "eval") as advance:
-        judge = Evaluator(real_digits("train"))
-        scored = evaluate(bundle, None, judge, real_digits("held-out"), drawing, [settings.seed], advance)
+        judge = Evaluator(load_digits("train"))
+        scored = evaluate(bundle, None, judge, load_digits("held-out"), drawing, [settings.seed], advance)
     with _stage(listener, "pictures"):
         pictures, widths = draw(bundle, settings.out.parent, drawing.steps)
     return _report(bundle, pictures, widths, verified, timed, scored, perf_counter() - begin)
@@ -85,12 +85,6 @@ def _stage(listener: BuildListener, name: str) -> Iterator[Advance]:
     listener.started(name, "always")
     yield lambda done, total: listener.advanced(name, done, total)
     listener.finished(name, perf_counter() - begin, reused=False)
-
-
-def real_digits(split: Split) -> Digits:
-    """The data set as pictures in [0, 1]."""
-    source = digits(split)
-    return Digits((source.latents.numpy() + 1) / 2, source.labels.numpy())
 
 
 def draw(bundle: Bundle, folder: Path, steps: int) -> tuple[Path, Path]:

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dyexport.backbones import BACKBONES, part
 from dyexport.backbones.base import Preset
+from dyexport.backbones.recipe import Recipe, recipe_for
 from dyexport.errors import CheckpointError, UsageError
 
 CLASS_NAME = "_class_name"  # entry of every config that diffusers writes
@@ -47,14 +48,21 @@ def preset_from_config(config: Mapping[str, Any], name: str) -> Preset:
     made = kind.from_config(config, name)
     known = (preset for preset in PRESETS.values() if type(preset) is kind)
     like = next((preset for preset in known if preset.with_config(config) is preset), None)
-    return made if like is None else replace(like, name=name)
+    return with_recipe(made) if like is None else replace(like, name=name)
+
+
+def with_recipe(preset: Preset) -> Preset:
+    """Return a preset of any structure with the recipe for its size."""
+    return replace(preset, recipe=recipe_for(preset.parameters, preset.tokens))
 
 
 def stored_fields(preset: Preset) -> dict[str, Any] | None:
     """Return what must be stored next to a preset's name to have it again; None for a known one."""
     if PRESETS.get(preset.name) == preset:
         return None
-    return {"stock": preset.stock, **asdict(preset)}
+    fields = asdict(replace(preset, recipe=Recipe()))
+    del fields["recipe"]  # it follows from the sizes
+    return {"stock": preset.stock, **fields}
 
 
 def stored_preset(name: str, fields: Mapping[str, Any] | None) -> Preset:
@@ -68,4 +76,4 @@ def stored_preset(name: str, fields: Mapping[str, Any] | None) -> Preset:
     except ValidationError as error:
         first = error.errors()[0]
         raise CheckpointError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    return preset
+    return with_recipe(preset)

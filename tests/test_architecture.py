@@ -24,6 +24,7 @@ CONTRACTS = {
     "backbones.stored_config",
     "bundle",
     "digests",
+    "digits",
     "errors",
     "files",
     "flops",
@@ -46,7 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "digests": {"files"},
-    "backbones": {"errors"},
+    "digits": {"errors"},
+    "backbones": {"bundle", "errors", "lora"},
     "backbones.stored_config": {"errors"},
     "backbones.preset": {"backbones", "backbones.stored_config"},
     "flops": {"backbones", "backbones.flops", "bundle"},
@@ -63,7 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines": {"errors", "files", "bundle", "tensorrt_api"},
     "runtime": {"arguments", "errors", "files", "bundle", "engines", "backbones"} | RUN_ROLES,
     "serving": {"arguments", "errors", "files", "bundle", "engines", "runtime", "backbones"} | RUN_ROLES,
-    "bench": {"arguments", "errors", "files", "bundle", "engines", "runtime"},
+    "bench": {"arguments", "digits", "errors", "files", "bundle", "engines", "runtime"},
     **{role: CONTRACTS | BUILD_ROLES | {"models", "slicing"} for role in BUILD_ROLES},
     **{role: {"errors", "bundle", "runtime", "backbones", "backbones.preset"} for role in RUN_ROLES},
     "pipeline": EITHER_SIDE,
@@ -98,7 +100,7 @@ def unit_of(path: Path) -> str:
     parts = path.relative_to(ROOT / "dyexport").with_suffix("").parts
     if parts[0] != "backbones":
         return parts[0]
-    return "backbones" if parts[-1] in ("__init__", "base") else f"backbones.{parts[-1]}"
+    return "backbones" if parts[-1] in ("__init__", "base", "recipe") else f"backbones.{parts[-1]}"
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -139,7 +141,7 @@ def imported_units(source: str) -> Iterator[tuple[int, str]]:
 
 def imported_role(parts: list[str]) -> str:
     """The unit of what is imported from ``dyexport.backbones``: a role of a backbone, or a contract."""
-    if not parts or parts[0] == "base":
+    if not parts or parts[0] in ("base", "recipe"):
         return "backbones"
     role = next((f"backbones.{part}" for part in parts if f"backbones.{part}" in MAY_IMPORT), "backbones")
     return REGISTRY.get(parts[0], role)
@@ -227,6 +229,7 @@ def test_links_are_relative(name: str) -> None:
         "import dyexport",
         "import dyexport; dyexport.Bundle",
         "import dyexport.bundle.reader, dyexport.presets, dyexport.bundle.tables",
+        "import dyexport.pipeline.settings",
         "import dyexport.cli",
         "import dyexport.cli, sys, contextlib; sys.argv = ['dyexport', '--help']\n"
         "with contextlib.suppress(SystemExit): dyexport.cli.main()",

@@ -14,17 +14,15 @@ from torch import Tensor, nn
 from dyexport.backbones.base import Preset
 from dyexport.backbones.flux.preset import FluxPreset
 from dyexport.bundle.manifest import ModelSpec, Precision, Segment, SegmentPlan
-from dyexport.bundle.tables import TokenStats, WidthTable
+from dyexport.bundle.tables import TokenStats, UnitOrder, WidthTable
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.calibration.segments import PlanSettings, make_segments, price_plan
 from dyexport.errors import UsageError
 from dyexport.flops import FlopsModel
-from dyexport.pipeline.networks import architecture_of
 from dyexport.presets import get_preset
 from dyexport.slicing.slicer import (
     Slice,
     SliceContext,
-    UnitOrder,
     dense_segment,
     slice_conditioning,
     slice_segment,
@@ -82,7 +80,7 @@ class Case:
 
     @property
     def architecture(self) -> SliceContext:
-        return architecture_of(self.spec, self.widths, self.stats)
+        return SliceContext.of(self.spec, self.widths, self.stats)
 
     @cached_property
     def networks(self) -> dict[str, Slice]:

@@ -24,7 +24,7 @@ from dyexport.engines.tensorrt_session import Session
 from dyexport.errors import EngineMismatchError
 from dyexport.exporters.onnx_graph import STORE, export_onnx
 from dyexport.exporters.tensorrt_plan import PlanRequest, build_plan
-from dyexport.pipeline.plan_requests import largest_topk, profiles_for
+from dyexport.exporters.tensorrt_profiles import largest_topk, profiles_for
 from dyexport.slicing.recipes import StoreLayout, lay_out
 from dyexport.tensorrt_api import load_api
 

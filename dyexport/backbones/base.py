@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
+from dyexport.backbones.recipe import FULL_FINETUNING, Recipe
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -70,6 +72,7 @@ class Preset(ABC):
     engines: int = 4  # K, unless a build says otherwise: more where weights are so few that a copy for each is nothing
     hub_id: str | None = None
     about: str = ""
+    recipe: Recipe = FULL_FINETUNING
 
     @property
     @abstractmethod

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from dyexport.arguments import check_guidance, check_steps, whole_number
-from dyexport.bench.quality import Digits, Evaluator, Score
+from dyexport.bench.quality import Evaluator, Score
 from dyexport.bundle.manifest import ModelSpec
 from dyexport.bundle.reader import Bundle
+from dyexport.digits import Digits, samples_digits
 from dyexport.errors import CheckpointError, UsageError
 from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import Denoiser, sample
@@ -43,7 +44,7 @@ class SamplingConfig:
 
 def check_digits(spec: ModelSpec) -> None:
     """Raises ``UsageError`` for a model of anything but digits."""
-    if not spec.pixel_space or spec.latent_shape != (1, 8, 8):
+    if not samples_digits(spec):
         raise UsageError(f"{spec.name} does not draw digits, and there is nothing here to score its pictures by")
 
 

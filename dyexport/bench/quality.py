@@ -13,17 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from dyexport.digits import Digits
 from dyexport.errors import MissingDependencyError
 
 Array = np.ndarray
-
-
-@dataclass(frozen=True)
-class Digits:
-    """Pictures (n, 1, 8, 8) with values in [0, 1], and their classes (n,)."""
-
-    pictures: Array
-    labels: Array
 
 
 class DigitClassifier:

@@ -95,6 +95,24 @@ class WidthTable:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnitOrder:
+    """The order in which units stand in the weights, per block: dense indices, longest on first."""
+
+    heads: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, widths: WidthTable) -> UnitOrder:
+        """Units that are on longest first, so that the unions of segments tend to be prefixes."""
+        return cls(heads=_longest_first(widths, widths.heads), groups=_longest_first(widths, widths.groups))
+
+
+def _longest_first(widths: WidthTable, masks: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    time_on = np.tensordot(widths.measure(), masks, axes=1)  # (L, U)
+    return tuple(tuple(int(unit) for unit in np.argsort(-row, kind="stable")) for row in time_on)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenStats:
     """How many tokens each block's MLP keeps, measured on calibration inputs (SDT, section 3.3).
 

@@ -52,10 +52,10 @@ def eval(
         from dyexport.bench.evaluation import evaluate as score
         from dyexport.bench.quality import Evaluator
         from dyexport.bench.report import eval_table
-        from dyexport.demo import real_digits
+        from dyexport.digits import load_digits
 
-        judge = Evaluator(real_digits("train"))
-        report = score(opened, path, judge, real_digits("held-out"), drawing, range(seeds), advance)
+        judge = Evaluator(load_digits("train"))
+        report = score(opened, path, judge, load_digits("held-out"), drawing, range(seeds), advance)
     emit(asdict(report), as_json=json, human=lambda console: console.print(eval_table(report)))
 
 

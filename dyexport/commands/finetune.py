@@ -17,9 +17,9 @@ def finetune(
     """Attach routers to the static model and train them under the budget: build's first stages."""
     settings = checked_settings(options, context, *OF_CALIBRATION, *OF_ENGINES, last="training")
     with building(settings) as pipeline:
-        from dyexport.pipeline.stages import count_trainable
+        from dyexport.pipeline.stages import trainable
 
-        path, counts = str(pipeline.dynamic.path), count_trainable(settings)
+        path, counts = str(pipeline.dynamic.path), trainable(settings)
         payload = {"checkpoint": path, **counts, "stages": pipeline.stage_report}
     lines = (("checkpoint", path), *trainable_lines(payload))
     emit(payload, as_json=json, human=lambda console: console.print(pairs(lines)))

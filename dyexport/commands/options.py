@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 
 import typer
-
-from dyexport.errors import UsageError
 
 if TYPE_CHECKING:
     from dyexport.backbones.base import RouterKind
@@ -86,11 +83,11 @@ class BuildOptions:
         bool, _option("Random weights instead of a checkpoint, for timing.", "--random-weights")
     ] = False
     data: Annotated[
-        str | None, _option("What to train and calibrate on: digits, synthetic, or a directory of safetensors latents.")
-    ] = None
-    prompts: Annotated[
-        Path | None,
-        _option("Text file, one prompt a line, for --data synthetic of FLUX or Latte; by default 300 of our own."),
+        str | None,
+        _option(
+            "What to train and calibrate on: digits, synthetic, synthetic:FILE with one prompt a line, or a directory "
+            "of safetensors latents."
+        ),
     ] = None
     synthetic: Annotated[
         str | None,
@@ -156,8 +153,9 @@ class BuildOptions:
     def settings(self) -> BuildSettings:
         """Raises ``UsageError`` for what cannot be built."""
         from dyexport.arguments import parse_bytes
+        from dyexport.exporters.tensorrt_profiles import TensorrtSettings
         from dyexport.lora import parse_lora, parse_lora_file
-        from dyexport.pipeline.settings import BuildSettings, default_out, parse_budget
+        from dyexport.pipeline.settings import BuildSettings, default_out, default_work, parse_budget
         from dyexport.presets import get_preset
         from dyexport.training.synthetic_config import parse_synthetic
 
@@ -171,18 +169,19 @@ class BuildOptions:
             merge_tolerance=self.merge_tolerance,
             loras=tuple(parse_lora_file(text) for text in self.lora or ()),
             out=out,
-            work=self.work or work_beside(out),
+            work=self.work or default_work(out),
             checkpoint=self.checkpoint,
             random_weights=self.random_weights,
             data=self.data,
-            prompts=self.prompts,
             synthetic=parse_synthetic(self.synthetic),
             engines=get_preset(self.model).engines if self.engines is None else self.engines,
             targets=tuple(self.target.split(",")),
             token_path=self.token_path,
-            compute_capabilities=tuple(self.compute_capability.split(",")) if self.compute_capability else (),
-            profiles=tuple(self.profile or ()),
-            stream_weights=self.stream_weights,
+            tensorrt=TensorrtSettings(
+                compute_capabilities=tuple(self.compute_capability.split(",")) if self.compute_capability else (),
+                profiles=tuple(self.profile or ()),
+                stream_weights=self.stream_weights,
+            ),
             train_steps=self.train_steps,
             finetune_steps=self.finetune_steps,
             seed=self.seed,
@@ -191,14 +190,6 @@ class BuildOptions:
             quantize=cast("Quantization | None", self.quantize),
             memory=None if self.memory is None else parse_bytes(self.memory),
         )
-
-
-def work_beside(out: Path) -> Path:
-    """Default folder of a bundle's finished stages. Raises ``UsageError`` for the root."""
-    place = Path(os.path.abspath(out))
-    if not place.name:
-        raise UsageError(f"-o is {out}; give the name of a directory for the bundle")
-    return place.with_name(f"{place.name}.work")
 
 
 def takes_build_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -15,7 +15,7 @@ from dyexport.commands.stages import OF_PLANS, building, checked_settings
 from dyexport.console import DebugOption, JsonOption, emit, format_bytes
 
 if TYPE_CHECKING:
-    from dyexport.pipeline.plan_cost import PlanCost
+    from dyexport.exporters.plan_cost import PlanCost
 
 PLANNED_ENGINES = (1, 2, 4, 8, 16)
 

@@ -47,7 +47,7 @@ def building(settings: BuildSettings, without: frozenset[str] = frozenset()) -> 
     """The pipeline of a build; ``without`` names stages that may not run, only be found done."""
     with stage_lines() as lines:
         from dyexport.pipeline.build import opened
-        from dyexport.pipeline.training_cost import check_training
+        from dyexport.pipeline.stages import check_training
 
         if not without and (note := check_training(settings)):
             stderr().print(note, soft_wrap=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
@@ -16,10 +17,14 @@ from dyexport import __version__
 from dyexport.bundle.graph_labels import labels_for
 from dyexport.bundle.manifest import Manifest, SegmentPlan
 from dyexport.bundle.reader import RANGES, TOKENS, WIDTHS
+from dyexport.calibration.quantization import Ranges
 from dyexport.calibration.segments import PlanSettings
 from dyexport.digests import sha256_of
 from dyexport.errors import UsageError
-from dyexport.exporters.onnx_graph import STORE
+from dyexport.exporters.onnx_graph import STORE, check_onnx, export_onnx
+from dyexport.exporters.plan_cost import PlanCost, estimate_plans
+from dyexport.exporters.tensorrt_profiles import plan_request
+from dyexport.exporters.torch_program import build_program
 from dyexport.exporters.weight_store import write_store
 from dyexport.files import check_writable
 from dyexport.pipeline import reference
@@ -37,7 +42,6 @@ from dyexport.pipeline.model_stages import ModelStages
 from dyexport.pipeline.networks import (
     Network,
     OwnDense,
-    architecture_of,
     cut_networks,
     identity,
     plan_for,
@@ -45,19 +49,16 @@ from dyexport.pipeline.networks import (
     store_reader,
 )
 from dyexport.pipeline.output import locked_output
-from dyexport.pipeline.plan_cost import PlanCost, predict
-from dyexport.pipeline.plan_requests import plan_request
-from dyexport.pipeline.quantization import Ranges, make_ranges
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.pipeline.targets import ONNX, TARGETS
 from dyexport.pipeline.workers import WorkerPool, max_workers
 from dyexport.slicing.recipes import StoreLayout, lay_out
+from dyexport.slicing.slicer import SliceContext
 from dyexport.tensorrt_api import Api, load_api
 from dyexport.training.processes import SingleProcess, find_process_group
 
 GRAPHS = "graphs"
 ENGINES = "engines"
-LARGE_STORE = 2**30  # bytes, from which on the disk holds a store once
 TIMINGS = "timings"  # of TensorRT's kernels, by flavour and version
 
 
@@ -107,7 +108,7 @@ class Pipeline(ModelStages):
         """The plan's segments, their conditioning and, unless it is left out, the dense baseline."""
         spec, widths, stats = self.tables
         networks = cut_networks(
-            architecture_of(spec, widths, stats),
+            SliceContext.of(spec, widths, stats),
             widths,
             plan.segments,
             baseline=self.settings.baseline,
@@ -116,7 +117,7 @@ class Pipeline(ModelStages):
         if self.ranges is None:
             return networks
         ranges = Ranges.read(self.ranges.path)
-        return [ranges.attach(network) for network in networks]
+        return [replace(network, slice=ranges.attach(network.name, network.slice)) for network in networks]
 
     @cached_property
     def ranges(self) -> Outcome | None:
@@ -132,7 +133,7 @@ class Pipeline(ModelStages):
 
         def make(out: Path) -> None:
             static, calibrated, drawn = self.static.path, self.calibrated.path, self.calibration_inputs("ranges")
-            make_ranges(self.settings, static, calibrated, self.plan, self.tables, drawn, out)
+            reference.make_ranges(self.settings, static, calibrated, self.plan, self.tables, drawn, out)
 
         return self._run("ranges", "ranges.json", inputs, make)
 
@@ -180,8 +181,14 @@ class Pipeline(ModelStages):
 
     def predicted(self, plan: SegmentPlan) -> dict[str, PlanCost]:
         """What TensorRT plans of a segment plan would take, by target."""
-        networks, records = self._networks_of(plan), self.ledger.records
-        return {target: predict(target, networks, records) for target in self._plan_targets}
+        weights = {network.name: network.slice.nbytes for network in self._networks_of(plan)}
+        return {target: estimate_plans(weights, self._build_seconds(target)) for target in self._plan_targets}
+
+    def _build_seconds(self, target: str) -> dict[str, float]:
+        """Return the seconds that plans of this work directory took, by network."""
+        prefix = f"{target} "
+        timed = {name: record.seconds for name, record in self.ledger.records.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): seconds for name, seconds in timed.items() if seconds is not None}
 
     def _plans_for(self, target: str) -> dict[str, Outcome]:
         """Side by side, unless the builder times kernels on a GPU, where others would disturb it."""
@@ -201,7 +208,9 @@ class Pipeline(ModelStages):
         """Made again where its graph, its own weights, its sizes or the builder changed."""
         from dyexport.exporters.tensorrt_plan import build_plan
 
-        graph, request = self.graphs[network.name], plan_request(self.settings, target, self.tables[0], network)
+        graph, flavour = self.graphs[network.name], TARGETS[target].flavour
+        assert flavour is not None
+        request = plan_request(self.settings.tensorrt, flavour, self.tables[0], network.segment, network.slice)
         inputs = {
             "graph": graph.digest,
             "weights": self._weights_digest(network),
@@ -212,8 +221,8 @@ class Pipeline(ModelStages):
         timings = self.settings.work / TIMINGS / f"{target}-{inputs['builder']}"
 
         def make(out: Path) -> None:
-            if (build := TARGETS[target].build) is not None:
-                build(network.slice, self.layout, self.store.path, request, out)
+            if TARGETS[target].from_modules:
+                build_program(network.slice, self.layout, self.store.path, request, out)
                 return
             progress = partial(self.listener.advanced, stage)
             crew.call(stage, build_plan, graph.path, request, out, timings, progress=progress)
@@ -241,11 +250,10 @@ class Pipeline(ModelStages):
 
         def make(out: Path) -> None:
             self.listener.advanced(stage, place, len(self.networks), "graphs")
-            TARGETS[target].export(network.slice, self.layout, out, labels)
-            if (check := TARGETS[target].check) is not None:
-                check(out)
+            export_onnx(network.slice, self.layout, out, labels)
+            check_onnx(out)
 
-        name = f"{network.name}{TARGETS[target].suffix}"
+        name = f"{network.name}.onnx"
         return self._run(stage, f"{GRAPHS}/{name}", inputs, make)
 
     def bundle(self) -> Manifest:
@@ -265,7 +273,7 @@ class Pipeline(ModelStages):
         for target in self._plan_targets:
             self._builder(target)  # before hours of work for one that is not there
         self.headroom  # noqa: B018  # before anything is written in a precision that will not do
-        moved = self.store.files["."].bytes >= LARGE_STORE
+        moved = self.store.files["."].bytes >= self.settings.link_store_from
         files = {f"{GRAPHS}/{STORE}": Source.of(self.store, moved=moved)}
         files |= {name: Source.of(self.calibrated, name) for name in (WIDTHS, TOKENS) if name in self.calibrated.files}
         files |= {f"{GRAPHS}/{outcome.path.name}": Source.of(outcome) for outcome in self.graphs.values()}
@@ -308,6 +316,8 @@ def opened(
     check_writable(settings.out)
     with locked(settings.work):
         pipeline = Pipeline(settings, listener, without=without, team=team)
+        if not without:
+            settings.save()
         if not isinstance(team, SingleProcess):
             pipeline.dynamic  # noqa: B018
             pipeline.ledger.team = SingleProcess()

@@ -25,6 +25,7 @@ from dyexport.digests import note, recall, remember, sha256_of
 from dyexport.errors import UsageError
 from dyexport.files import replacing, storage_errors, write_atomically
 from dyexport.pipeline.output import held
+from dyexport.pipeline.settings import SETTINGS
 from dyexport.training.processes import ProcessGroup, SingleProcess
 
 LEDGER = "ledger.json"
@@ -268,7 +269,7 @@ def locked(work: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if [path.name for path in work.iterdir()] == [LOCK]:
+            if {path.name for path in work.iterdir()} <= {LOCK, SETTINGS}:
                 shutil.rmtree(work)
 
 

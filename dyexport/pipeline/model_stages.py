@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from dyexport.backbones.recipe import Schedule
 from dyexport.bundle.manifest import ModelSpec
 from dyexport.bundle.tables import TokenStats, WidthTable
 from dyexport.calibration.precision import headroom
@@ -20,7 +21,7 @@ from dyexport.lora import LoraFile, lora_sources
 from dyexport.models.inputs import NoisedInputs
 from dyexport.pipeline import reference, stages
 from dyexport.pipeline.ledger import BuildListener, Ledger, Outcome, Stage, describe, digest_of, settings_key
-from dyexport.pipeline.settings import BuildSettings, Schedule
+from dyexport.pipeline.settings import BuildSettings
 from dyexport.pipeline.stage_settings import (
     calibrated_settings,
     control_settings,
@@ -89,7 +90,7 @@ class ModelStages:
         elif routers != "random":
             inputs["data"] = self._data_digest
         if routers == "trained":
-            inputs |= {"budget": self.settings.budget, "distill": self.settings.distill}
+            inputs |= {"budget": self.settings.budget, "distill": self.settings.recipe.distill}
             inputs |= self._training(self.settings.finetune_schedule)
         scratch = self._scratch("dynamic", chosen)
         source = self.data if routers in ("trained", "none") and self.settings.data_source else None

@@ -17,7 +17,7 @@ from dyexport.bundle.manifest import (
     SegmentPlan,
     segment_name,
 )
-from dyexport.bundle.tables import TokenStats, WidthTable
+from dyexport.bundle.tables import TokenStats, UnitOrder, WidthTable
 from dyexport.calibration.segments import PlanSettings, make_segments, price_plan
 from dyexport.flops import FlopsModel, low_rank_flops
 from dyexport.models.hooks import BIAS
@@ -25,7 +25,6 @@ from dyexport.slicing.recipes import Read, Recipe, lay_out
 from dyexport.slicing.slicer import (
     Slice,
     SliceContext,
-    UnitOrder,
     dense_reader,
     dense_segment,
     slice_conditioning,
@@ -82,10 +81,6 @@ def _dense_networks(architecture: SliceContext, order: UnitOrder, own: OwnDense)
     ]
 
 
-def architecture_of(spec: ModelSpec, widths: WidthTable, stats: TokenStats | None) -> SliceContext:
-    return SliceContext(spec=spec, groups=widths.groups.shape[-1], token_routers=stats is not None)
-
-
 def _static(piece: Slice, own: OwnDense) -> Slice:
     """The same network, with what the static model has of its own read from there."""
     recipes = {
@@ -128,7 +123,7 @@ def plan_of(
 ) -> SegmentPlan:
     """FLOPs and bytes of segments; ``resident_bytes`` counts a copy of its weights for each engine."""
     flops = _flops_of(spec)
-    architecture = architecture_of(spec, widths, stats)
+    architecture = SliceContext.of(spec, widths, stats)
     slices = [slice_segment(architecture, segment) for segment in segments] + [slice_conditioning(architecture)]
     layout = lay_out(recipe for piece in slices for recipe in piece.recipes.values())
     resident = sum(piece.nbytes for piece in slices)

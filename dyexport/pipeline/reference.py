@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from dyexport.backbones.base import Preset
-from dyexport.bundle.manifest import ModelSpec, Precision, Quantization, Segment
+from dyexport.bundle.manifest import ModelSpec, Precision, Quantization, Segment, SegmentPlan
 from dyexport.bundle.reader import TOKENS, WIDTHS
 from dyexport.bundle.tables import TokenStats, WidthTable
-from dyexport.calibration.effort import effort_for
 from dyexport.calibration.merging import merge_segments
 from dyexport.calibration.precision import measure_magnitudes
+from dyexport.calibration.quantization import Tables, measure_network_ranges
 from dyexport.calibration.tokens import measure_tokens
 from dyexport.calibration.widths import (
     choose_widths,
@@ -38,7 +38,7 @@ from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 from dyexport.pipeline.networks import OwnDense
 from dyexport.pipeline.settings import BuildSettings
-from dyexport.pipeline.stages import count_trainable
+from dyexport.pipeline.stages import trainable
 from dyexport.slicing.merging import merging_reader
 from dyexport.slicing.recipes import Read
 from dyexport.slicing.slicer import dense_reader, spec_of
@@ -68,7 +68,7 @@ def _measure(
     settings: BuildSettings, model: DynamicTransformer, dense: nn.Module, inputs: NoisedInputs, out: Path
 ) -> None:
     """Write the tables, and the metrics."""
-    preset, passes = settings.preset, effort_for(settings.preset)
+    preset, passes = settings.preset, settings.recipe.calibration
     widths = read_widths(model, preset.timestep_range)
     stats = None
     if model.has_token_routers:
@@ -82,7 +82,7 @@ def _measure(
     kept = stats.mean_fraction(points) if stats is not None else np.ones((len(points), model.depth))  # (P, L)
     metrics = {
         "flops_ratio": flops_ratio(widths, kept, points, FlopsModel.of_preset(preset)),
-        **count_trainable(settings),
+        **trainable(settings),
         "output_relative_mse": _relative_mse(model, dense, inputs.during("comparison"), compared.tolist()),
     }
     (out / METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -107,7 +107,7 @@ def _meet(settings: BuildSettings, model: DynamicTransformer, inputs: NoisedInpu
 
 
 def _choose(settings: BuildSettings, budget: float, model: DynamicTransformer, inputs: NoisedInputs) -> None:
-    flops, passes = FlopsModel.of_preset(settings.preset), effort_for(settings.preset)
+    flops, passes = FlopsModel.of_preset(settings.preset), settings.recipe.calibration
     drawn = inputs.during("importance")
     model.table = choose_widths(model, drawn, budget, flops, count=passes.importance, probes=passes.probes)
 
@@ -127,7 +127,7 @@ def _relative_mse(model: DynamicTransformer, dense: nn.Module, inputs: NoisedInp
 def make_magnitudes(settings: BuildSettings, calibrated: Path, inputs: NoisedInputs, out: Path) -> None:
     """The largest magnitude of each layer's output."""
     model, preset = load_dynamic(calibrated, stream=must_stream(settings.preset.parameters, settings.memory))
-    points = trajectory_points(preset.timestep_range, effort_for(settings.preset).compared)
+    points = trajectory_points(preset.timestep_range, settings.recipe.calibration.compared)
     found = measure_magnitudes(model, inputs, points.tolist())
     out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -166,3 +166,20 @@ def static_weights(own: OwnDense, static: Path, calibrated: Path) -> Mapping[str
     if own == "nothing":
         return {}
     return ranked_biases(static, calibrated) if own == "biases" else StoredWeights(static)
+
+
+def make_ranges(
+    settings: BuildSettings,
+    static: Path,
+    calibrated: Path,
+    plan: SegmentPlan,
+    tables: Tables,
+    inputs: NoisedInputs,
+    out: Path,
+) -> None:
+    """Measure the ranges of what quantized linear layers read, and what quantization costs."""
+    stream = must_stream(settings.preset.parameters, settings.memory)
+    model, preset = load_dynamic(calibrated, stream=stream)
+    dense = load_static(str(static), preset, stream=stream) if settings.baseline else None
+    ranges = measure_network_ranges(model, dense, settings.recipe.calibration.ranges, plan, tables, inputs)
+    out.write_text(ranges.model_dump_json(indent=1) + "\n", encoding="utf-8")

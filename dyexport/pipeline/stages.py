@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dyexport.backbones import get_adapter
-from dyexport.calibration.effort import effort_for
+from dyexport.backbones.recipe import Schedule
 from dyexport.calibration.widths import (
     trajectory_points,
 )
@@ -26,8 +26,10 @@ from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.importance import rank_units
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic
-from dyexport.pipeline.settings import BuildSettings, Schedule
+from dyexport.pipeline.settings import SYNTHETIC, BuildSettings
+from dyexport.training.accelerating import check_accelerate
 from dyexport.training.config import FinetuneConfig, TrainConfig
+from dyexport.training.cost import FinetuningRun, check_gpu, count_trainable
 from dyexport.training.data import LatentSource, open_source
 from dyexport.training.finetuning import finetune
 from dyexport.training.prompts import embed_prompts, kept_prompts, read_prompts
@@ -135,7 +137,8 @@ def text_encoders(settings: BuildSettings, source: Path | None) -> str | None:
         return str(source.parent)
     if preset.hub_id is None and settings.prompts is not None:
         raise CheckpointError(
-            f"no text encoders for --prompts lie beside {source}; give --checkpoint a whole pipeline's directory"
+            f"no text encoders for the prompts of --data lie next to {source}; "
+            "give --checkpoint a whole pipeline's directory"
         )
     return preset.hub_id
 
@@ -144,12 +147,12 @@ def open_data(settings: BuildSettings, synthetic: Path) -> LatentSource:
     """``--data``; ``synthetic`` is where that kind of data has been generated."""
     spec = settings.data_source
     assert spec is not None
-    return open_source(str(synthetic) if spec == "synthetic" else spec, settings.preset)
+    return open_source(str(synthetic) if spec == SYNTHETIC else spec, settings.preset)
 
 
 def calibration_inputs(settings: BuildSettings, source: LatentSource | None) -> NoisedInputs:
     """Noised training latents where there are any, else noise."""
-    batch = effort_for(settings.preset).samples
+    batch = settings.recipe.calibration.samples
     if source is None:
         return NoisedInputs(preset=settings.preset.for_noise(), batch_size=batch, seed=settings.seed)
     rows = torch.linspace(0, len(source) - 1, min(len(source), CALIBRATION_SAMPLES)).long()
@@ -185,7 +188,10 @@ def _finetuned(
     inputs = replace(calibration_inputs(settings, source), advance=lambda done, total: progress(done, total, {}))
     rank_units(model, inputs, [float(t) for t in points])
     config = FinetuneConfig(
-        **asdict(settings.finetune_schedule), seed=settings.seed, budget=settings.budget, distill=settings.distill
+        **asdict(settings.finetune_schedule),
+        seed=settings.seed,
+        budget=settings.budget,
+        distill=settings.recipe.distill,
     )
     finetune(model, preset, source, config, work_dir=scratch, progress=progress)
     return model
@@ -210,15 +216,33 @@ def _untrained(settings: BuildSettings, backbone: nn.Module) -> DynamicTransform
     )
 
 
-def count_trainable(settings: BuildSettings) -> dict[str, float]:
-    """How many parameters fine-tuning moves, and their share of what it moves without TD-LoRA; {} without training."""
+def finetuning_run(settings: BuildSettings) -> FinetuningRun | None:
+    """Return what the cost of fine-tuning depends on; None for a build that does not fine-tune."""
     if settings.routers != "trained":
-        return {}
-    with torch.device("meta"):
-        backbone = get_adapter(settings.preset.backbone).build(settings.preset.transformer_config())
-        model = _untrained(settings, backbone)
-    trained, whole = (
-        sum(parameter.numel() for parameter in (*parameters, *model.routers.parameters()))
-        for parameters in (model.tuned, backbone.parameters())
+        return None
+    return FinetuningRun(
+        preset=settings.preset,
+        schedule=settings.finetune_schedule,
+        router=settings.router,
+        td_lora=settings.lora,
+        distill=settings.recipe.distill,
+        synthetic=settings.sampling if settings.data_source == SYNTHETIC else None,
     )
-    return {"trainable_parameters": trained, "trainable_share": trained / whole}
+
+
+def trainable(settings: BuildSettings) -> dict[str, float]:
+    """Count trained parameters; {} for a build that does not fine-tune."""
+    run = finetuning_run(settings)
+    return {} if run is None else count_trainable(run)
+
+
+def check_training(settings: BuildSettings) -> str | None:
+    """Describe what fine-tuning a model that needs a GPU takes; None for any other build.
+
+    Raises ``DyexportError`` without a GPU with enough free memory, and ``UsageError`` for settings of accelerate that
+    training does not support.
+    """
+    run = finetuning_run(settings)
+    if run is not None or settings.from_scratch:
+        check_accelerate()
+    return check_gpu(run) if run is not None and settings.recipe.needs_gpu else None

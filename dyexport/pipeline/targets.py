@@ -1,11 +1,8 @@
-"""What ``--target`` can name: graphs, and plans that are made from graphs. Imports no torch."""
+"""Engine formats that ``--target`` names. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
 
 from dyexport.bundle.plan_info import ENGINE, PROGRAM, Flavour
 
@@ -14,51 +11,27 @@ ONNX = "onnx"
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """``export(slice, layout, path)`` writes one graph; ``check(path)`` raises where it is not valid.
+    """An engine format.
 
-    A target with a ``flavour`` of TensorRT has neither: its plans are built from the ONNX graphs, or where there is
-    ``build(slice, layout, store, request, out)`` by that; ``file`` is what they are called. ``proof`` says what its
-    engines have been run on, ``quantized`` what becomes of int8 and fp8 there.
+    A ``flavour`` of TensorRT builds plans from the ONNX graphs, or with ``from_modules`` from the slim torch modules;
+    ``file`` is the name of such a plan. ``proof`` says which hardware its engines have run on, ``quantized`` how they
+    compute int8 and fp8. With ``static_tokens``, its runtime cannot allocate by data.
     """
 
     about: str
     proof: str
     quantized: str
-    suffix: str = ""
-    module: str = ""
-    export_name: str = ""
-    check_name: str | None = None
-    build_name: str | None = None
-    file: str = ENGINE
     flavour: Flavour | None = None
-    static_tokens: bool = False  # its runtime cannot allocate by data
-
-    @property
-    def export(self) -> Callable[..., None]:
-        return self._load(self.export_name)
-
-    @property
-    def check(self) -> Callable[..., None] | None:
-        return self._load(self.check_name) if self.check_name else None
-
-    @property
-    def build(self) -> Callable[..., object] | None:
-        return self._load(self.build_name) if self.build_name else None
-
-    def _load(self, name: str) -> Any:
-        """An exporter is imported when its first graph is made."""
-        return getattr(import_module(self.module), name)
+    from_modules: bool = False
+    file: str = ENGINE
+    static_tokens: bool = False
 
 
 TARGETS = {
     ONNX: Target(
         about="ONNX graphs over one weight store, for ONNX Runtime on a CPU or CUDA",
         proof="run and verified on CPUs; CUDA untested",
-        quantized="int8 beside fp32 multiplies in int8 on CPUs; fp8 rounds, then multiplies floats",
-        suffix=".onnx",
-        module="dyexport.exporters.onnx_graph",
-        export_name="export_onnx",
-        check_name="check_onnx",
+        quantized="int8 with fp32 multiplies in int8 on CPUs; fp8 rounds, then multiplies floats",
     ),
     "tensorrt-rtx": Target(
         about="TensorRT-RTX plans, built ahead of time on any machine",
@@ -78,9 +51,13 @@ TARGETS = {
         proof="never built, never run: untested on a GPU; what it compiles equals the slim modules on CPUs",
         quantized="int8 and fp8 are refused: Q/DQ nodes are in graphs, not in the modules that it compiles",
         flavour="torch-tensorrt",
-        module="dyexport.exporters.torch_program",
-        build_name="build_program",
+        from_modules=True,
         file=PROGRAM,
         static_tokens=True,
     ),
 }
+
+
+def plan_targets(targets: tuple[str, ...]) -> list[str]:
+    """Return the targets that are TensorRT plans."""
+    return [target for target in targets if TARGETS[target].flavour is not None]

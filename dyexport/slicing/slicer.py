@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dyexport.backbones import get_slicer
 from dyexport.backbones.base import Preset
 from dyexport.bundle.manifest import ModelSpec, Precision, Quantization, Segment, TokenPath
-from dyexport.bundle.tables import WidthTable
+from dyexport.bundle.tables import TokenStats, UnitOrder, WidthTable
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.lora import LoraSpec
 from dyexport.slicing.merging import merged_recipe, updated_names
@@ -25,30 +24,16 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnitOrder:
-    """The order in which units stand in the weights, per block: dense indices, longest on first."""
-
-    heads: tuple[tuple[int, ...], ...]
-    groups: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def of(cls, widths: WidthTable) -> UnitOrder:
-        """Units that are on longest first, so that the unions of segments tend to be prefixes."""
-        return cls(heads=_longest_first(widths, widths.heads), groups=_longest_first(widths, widths.groups))
-
-
-def _longest_first(widths: WidthTable, masks: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    time_on = np.tensordot(widths.measure(), masks, axes=1)  # (L, U)
-    return tuple(tuple(int(unit) for unit in np.argsort(-row, kind="stable")) for row in time_on)
-
-
-@dataclass(frozen=True, kw_only=True)
 class SliceContext:
     """What all networks cut from one model have in common. ``groups`` is G, the MLP groups of a dense block."""
 
     spec: ModelSpec
     groups: int
     token_routers: bool
+
+    @classmethod
+    def of(cls, spec: ModelSpec, widths: WidthTable, stats: TokenStats | None) -> SliceContext:
+        return cls(spec=spec, groups=widths.groups.shape[-1], token_routers=stats is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -14,11 +13,10 @@ from torch import Tensor
 from dyexport.backbones import get_conditioning
 from dyexport.backbones.base import Preset
 from dyexport.digests import once, sha256_of
-from dyexport.errors import DataError, MissingDependencyError
+from dyexport.digits import SHAPE, Split, load_digits, samples_digits
+from dyexport.errors import DataError
 from dyexport.models.conditions import Batch, Column
 
-Split = Literal["train", "held-out"]
-HELD_OUT_SHARE = 0.2
 FLOATS, INTEGERS = ("F32", "F16", "BF16", "F64"), ("I64", "I32", "I16", "I8", "U8")  # as safetensors names them
 SHOWN = 200  # characters of a name in a message
 ROWS = 256  # samples read at a time
@@ -47,8 +45,8 @@ def open_source(spec: str, preset: Preset) -> LatentSource:
     """
     if spec != "digits":
         return ShardDirectory(Path(spec), preset)
-    if preset.latent_shape != (1, 8, 8):
-        raise DataError(f"digits are (1, 8, 8) and {preset.name} takes {preset.latent_shape}; use dit-digits")
+    if not samples_digits(preset):
+        raise DataError(f"digits are {SHAPE} and {preset.name} takes {preset.latent_shape}; use dit-digits")
     return digits()
 
 
@@ -72,17 +70,10 @@ class MemorySource:
 
 
 def digits(split: Split = "train") -> MemorySource:
-    """scikit-learn's 1,797 handwritten digits, scaled to [-1, 1], in a fixed 80/20 split: (n, 1, 8, 8)."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise MissingDependencyError("scikit-learn", "demo") from error
-    data = load_digits()
-    order = np.random.default_rng(0).permutation(len(data.target))
-    held_out = round(HELD_OUT_SHARE * len(order))
-    rows = order[:held_out] if split == "held-out" else order[held_out:]
-    latents = torch.from_numpy(data.images[rows]).float()[:, None] / 8 - 1  # (n, 1, 8, 8)
-    return MemorySource(f"digits/{split}", latents, torch.from_numpy(data.target[rows]).long())
+    """Return scikit-learn's handwritten digits, scaled to [-1, 1]: (n, 1, 8, 8)."""
+    digits = load_digits(split)
+    latents = torch.from_numpy(digits.pictures) * 2 - 1  # (n, 1, 8, 8)
+    return MemorySource(f"digits/{split}", latents, torch.from_numpy(digits.labels))
 
 
 def _shard_files(directory: Path) -> list[Path]:

@@ -18,9 +18,9 @@ from torch import Tensor
 from dyexport.backbones.base import Inputs
 from dyexport.bundle.reader import Bundle
 from dyexport.pipeline import reference
-from dyexport.pipeline.networks import architecture_of, cut_networks
+from dyexport.pipeline.networks import cut_networks
 from dyexport.runtime.routing import Route, route
-from dyexport.slicing.slicer import Slice
+from dyexport.slicing.slicer import Slice, SliceContext
 from dyexport.verification.activations import Pair, pair_up
 from dyexport.verification.reference_model import ReferenceModel
 
@@ -54,7 +54,7 @@ class LayerReport:
 def compare_layers(bundle: Bundle, directory: Path, truth: ReferenceModel, tolerance: float) -> LayerReport:
     """Each segment in the middle of its interval; ``directory`` is the reference."""
     manifest, widths, stats = bundle.manifest, bundle.widths, bundle.token_stats
-    architecture = architecture_of(manifest.model, widths, stats)
+    architecture = SliceContext.of(manifest.model, widths, stats)
     networks = cut_networks(architecture, widths, manifest.plan.segments, baseline=False, own_dense="nothing")
     read, paths = reference.calibrated_reader(directory, manifest.model), bundle.engine_paths("onnx")
     conditioning, segments = networks[-1], networks[:-1]

@@ -8,10 +8,11 @@ from torch import Tensor
 from dyexport.backbones.base import Inputs, Preset
 from dyexport.bundle.reader import Bundle
 from dyexport.calibration.merging import merged_gates
+from dyexport.calibration.quantization import QuantizedModel
+from dyexport.digits import samples_digits
 from dyexport.errors import MissingDependencyError
 from dyexport.models.dynamic import DynamicOutput, DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
-from dyexport.pipeline.quantization import QuantizedModel
 from dyexport.training.data import digits
 
 BATCH = 2
@@ -61,7 +62,7 @@ def near_threshold(logits: Tensor) -> Tensor:
 
 def _inputs(preset: Preset, seed: int) -> NoisedInputs:
     """Noised digits where the model draws them, else noise."""
-    if preset.latent_shape == (1, 8, 8):
+    if samples_digits(preset):
         try:
             data = digits("held-out")
         except MissingDependencyError:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from dyexport.bench.evaluation import SamplingConfig, draw_digits, mean_accuracy, mean_frechet, score_models
-from dyexport.bench.quality import Digits, Evaluator
+from dyexport.bench.quality import Evaluator
 from dyexport.bundle.manifest import ModelSpec
+from dyexport.digits import Digits
 from dyexport.errors import UsageError
 from dyexport.presets import get_preset
 from dyexport.training.data import digits

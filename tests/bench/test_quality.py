@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dyexport.bench.quality import Digits, Evaluator, frechet_distance, gaussian_frechet
+from dyexport.bench.quality import Evaluator, frechet_distance, gaussian_frechet
+from dyexport.digits import Digits
 from dyexport.training.data import digits
 
 spreads = st.lists(st.floats(0, 10), min_size=3, max_size=3)

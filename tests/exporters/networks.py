@@ -10,11 +10,12 @@ from dyexport.backbones.base import Preset
 from dyexport.backbones.flux.preset import FluxPreset
 from dyexport.bundle.manifest import Precision, Segment, TokenPath
 from dyexport.bundle.plan_info import PlanInfo
+from dyexport.bundle.tables import UnitOrder
 from dyexport.exporters.onnx_graph import STORE, export_onnx
 from dyexport.exporters.tensorrt_plan import PlanRequest, build_plan
-from dyexport.pipeline.plan_requests import largest_topk, profiles_for
+from dyexport.exporters.tensorrt_profiles import largest_topk, profiles_for
 from dyexport.slicing.recipes import lay_out
-from dyexport.slicing.slicer import Slice, SliceContext, UnitOrder, dense_segment, slice_segment, spec_of
+from dyexport.slicing.slicer import Slice, SliceContext, dense_segment, slice_segment, spec_of
 
 ONE_BLOCK_EACH = FluxPreset(name="flux-1-1", double_blocks=1, single_blocks=1)  # FLUX.1-dev at full width
 

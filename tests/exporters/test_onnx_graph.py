@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dyexport.bundle.manifest import Segment
+from dyexport.bundle.tables import UnitOrder
 from dyexport.calibration.segments import PlanSettings, make_segments
 from dyexport.calibration.tokens import measure_tokens
 from dyexport.calibration.widths import read_widths
@@ -20,7 +21,7 @@ from dyexport.exporters.weight_store import write_store
 from dyexport.flops import FlopsModel
 from dyexport.models.inputs import NoisedInputs
 from dyexport.slicing.recipes import lay_out
-from dyexport.slicing.slicer import Slice, UnitOrder, dense_segment, slice_conditioning
+from dyexport.slicing.slicer import Slice, dense_segment, slice_conditioning
 from tests.exporters.networks import ONE_BLOCK_EACH, dense_network
 from tests.factories import random_timesteps, shared_tiny_model, tiny_preset
 from tests.slicing.cut import Cutter, fits, routed_inputs

@@ -14,19 +14,20 @@ import torch
 from dyexport.backbones.base import Preset
 from dyexport.bundle.manifest import Precision, Quantization, TokenPath
 from dyexport.bundle.plan_info import ENGINE, INFO, PlanInfo
+from dyexport.bundle.tables import UnitOrder
 from dyexport.calibration.widths import read_widths
 from dyexport.digests import sha256_of
 from dyexport.errors import EngineBuildError, EngineMismatchError, MissingDependencyError
 from dyexport.exporters.onnx_graph import STORE, export_onnx
 from dyexport.exporters.tensorrt_plan import build_plan
+from dyexport.exporters.tensorrt_profiles import parse_profiles, profiles_for
 from dyexport.exporters.timing_cache import kept_timings, read_timings
 from dyexport.exporters.weight_store import write_store
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
-from dyexport.pipeline.plan_requests import parse_profiles, profiles_for
 from dyexport.presets import get_preset
 from dyexport.slicing.recipes import lay_out
-from dyexport.slicing.slicer import UnitOrder, dense_segment, slice_conditioning, slice_segment
+from dyexport.slicing.slicer import dense_segment, slice_conditioning, slice_segment
 from dyexport.tensorrt_api import BuildLog, load_api
 from tests.exporters.networks import (
     ONE_BLOCK_EACH,

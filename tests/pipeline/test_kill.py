@@ -15,6 +15,7 @@ import pytest
 
 from dyexport.bundle.reader import MANIFEST, Bundle
 from dyexport.errors import BundleError
+from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from tests.pipeline.tiny import hashes, redone, tiny_settings
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +92,9 @@ def test_a_kill_during_plan_3_of_4_leaves_two_to_build(rtx: Any, tmp_path: Path)
     process.kill()
     process.communicate()
 
-    settings = tiny_settings(tmp_path, engines=3, targets=("tensorrt-rtx",), compute_capabilities=("8.9",))
+    settings = tiny_settings(
+        tmp_path, engines=3, targets=("tensorrt-rtx",), tensorrt=TensorrtSettings(compute_capabilities=("8.9",))
+    )
     four = {f"tensorrt-rtx {name}" for name in ("segment-00", "segment-01", "segment-02", "conditioning")}
     assert redone(settings) == four - set(kept) | {"bundle"}
     assert redone(settings) == set()

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from dyexport.backbones import get_adapter
+from dyexport.backbones.recipe import PUBLISHED
 from dyexport.bundle.manifest import DENSE, DENSE_CONDITIONING
 from dyexport.bundle.reader import Bundle
 from dyexport.checkpoints.dynamic import TD_LORA, load_dynamic
@@ -25,7 +26,7 @@ from dyexport.models.random_weights import random_backbone
 from dyexport.pipeline.build import opened
 from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.networks import STATIC_PREFIX
-from dyexport.pipeline.settings import LORA, BuildSettings
+from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import PRESETS
 from dyexport.runtime.loading import load
 from dyexport.training.synthetic import SyntheticConfig, generate
@@ -141,7 +142,9 @@ def test_other_backbones_too(model: str, tolerance: float | None, tmp_path: Path
 @pytest.mark.parametrize("model", ["flux-tiny", "latte-tiny"])
 def test_their_biases_can_be_trained_too(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bundle is the model with its trained biases, its dense network the one before."""
-    monkeypatch.setattr("dyexport.pipeline.settings.LORA", replace(LORA, batch_size=2, learning_rate=1e-2))
+    schedule = replace(PUBLISHED, batch_size=2, learning_rate=1e-2)
+    recipe = replace(PRESETS[model].recipe, finetune_lora=schedule)
+    monkeypatch.setitem(PRESETS, model, replace(PRESETS[model], recipe=recipe))
     preset, spec = PRESETS[model], SPEC.model_copy(update={"bias": "all"})
     backbone = random_backbone(preset)
     save_static(backbone, tmp_path / "stock")

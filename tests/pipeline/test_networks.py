@@ -9,8 +9,9 @@ import pytest
 from dyexport.bundle.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING
 from dyexport.calibration.segments import PlanSettings
 from dyexport.calibration.widths import read_widths
-from dyexport.pipeline.networks import STATIC_PREFIX, Network, OwnDense, architecture_of, cut_networks, plan_for
+from dyexport.pipeline.networks import STATIC_PREFIX, Network, OwnDense, cut_networks, plan_for
 from dyexport.slicing.recipes import lay_out
+from dyexport.slicing.slicer import SliceContext
 from tests.factories import shared_tiny_model, spec_of, tiny_preset
 
 PRESET = tiny_preset()
@@ -20,7 +21,7 @@ PLAN = plan_for(SPEC, WIDTHS, None, PlanSettings(engines=2))
 
 
 def cut(*, baseline: bool = False, own_dense: OwnDense = "nothing") -> dict[str, Network]:
-    architecture = architecture_of(SPEC, WIDTHS, None)
+    architecture = SliceContext.of(SPEC, WIDTHS, None)
     networks = cut_networks(architecture, WIDTHS, PLAN.segments, baseline=baseline, own_dense=own_dense)
     return {network.name: network for network in networks}
 

@@ -19,6 +19,7 @@ from dyexport.cli import main
 from dyexport.engines.registry import BACKENDS, Backend, get_backend
 from dyexport.engines.tensorrt_fit import misfit
 from dyexport.errors import BundleError, EngineBuildError, EngineMismatchError, MissingDependencyError, UsageError
+from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from dyexport.pipeline.build import opened
 from dyexport.pipeline.ledger import NullListener, digest_of_spans
 from dyexport.pipeline.settings import BuildSettings
@@ -34,7 +35,10 @@ NETWORKS = ("segment-00", "segment-01", "conditioning")
 @pytest.fixture(scope="module")
 def settings(rtx: Any, tmp_path_factory: pytest.TempPathFactory) -> BuildSettings:
     return tiny_settings(
-        tmp_path_factory.mktemp("plans"), engines=2, targets=("tensorrt-rtx",), compute_capabilities=("8.9", "12.0")
+        tmp_path_factory.mktemp("plans"),
+        engines=2,
+        targets=("tensorrt-rtx",),
+        tensorrt=TensorrtSettings(compute_capabilities=("8.9", "12.0")),
     )
 
 
@@ -93,7 +97,7 @@ def test_only_what_is_missing_or_damaged_is_built_again(settings: BuildSettings,
     plan = made / NETWORKS[0] / ENGINE
     plan.write_bytes(plan.read_bytes()[:-1] + b"x")
     assert redone(settings) - {"bundle"} == {f"tensorrt-rtx {NETWORKS[0]}"}
-    other = replace(settings, profiles=("batch=1:1:1",))
+    other = replace(settings, tensorrt=replace(settings.tensorrt, profiles=("batch=1:1:1",)))
     assert redone(other) - {"bundle"} == {f"tensorrt-rtx {name}" for name in NETWORKS}
     build(settings)
 
@@ -130,7 +134,7 @@ def test_one_byte_of_the_checkpoint_rebuilds_what_reads_it_and_no_more(
     shutil.copytree(settings.work / "calibrated", checkpoint)
     given = {"random_weights": False, "checkpoint": str(checkpoint), "budget": None}
     places = {"out": tmp_path / "bundle", "work": tmp_path / "work"}
-    settings = replace(settings, compute_capabilities=("8.9",), **places, **given)
+    settings = replace(settings, tensorrt=TensorrtSettings(compute_capabilities=("8.9",)), **places, **given)
     first, second = build(settings).manifest.plan.segments
     model = {"static", "dynamic", "calibrate", "plan", "weights", "bundle"}
 
@@ -248,17 +252,30 @@ def test_what_needs_a_gpu_says_so_before_any_work(tmp_path: Path, target: str) -
     ("values", "message"),
     [
         ({"targets": ("tensorrt-rtx",), "token_path": "compact"}, "allocates by data"),
-        ({"compute_capabilities": ("8.9",)}, "add --target tensorrt-rtx"),
-        ({"profiles": ("batch=1:2:4",)}, "add --target tensorrt-rtx"),
-        ({"stream_weights": True}, "add --target tensorrt-rtx"),
-        ({"stream_weights": True, "targets": ("torch-tensorrt",)}, "add --target tensorrt-rtx"),
-        ({"targets": ("tensorrt-rtx",), "compute_capabilities": ("ada",)}, "'ada' is not one; write 8.9"),
-        ({"targets": ("tensorrt-rtx",), "profiles": ("batch=4", "x")}, "MIN:OPT:MAX"),
+        ({"tensorrt": TensorrtSettings(compute_capabilities=("8.9",))}, "add --target tensorrt-rtx"),
+        ({"tensorrt": TensorrtSettings(profiles=("batch=1:2:4",))}, "add --target tensorrt-rtx"),
+        ({"tensorrt": TensorrtSettings(stream_weights=True)}, "add --target tensorrt-rtx"),
+        (
+            {"tensorrt": TensorrtSettings(stream_weights=True), "targets": ("torch-tensorrt",)},
+            "add --target tensorrt-rtx",
+        ),
     ],
 )
 def test_what_cannot_be_asked_of_tensorrt(tmp_path: Path, values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         tiny_settings(tmp_path, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"compute_capabilities": ("ada",)}, "'ada' is not one; write 8.9"),
+        ({"profiles": ("batch=4", "x")}, "MIN:OPT:MAX"),
+    ],
+)
+def test_what_tensorrt_settings_cannot_be(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TensorrtSettings(**values)
 
 
 def test_the_path_for_tokens_follows_the_targets(tmp_path: Path) -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from dyexport.bundle.manifest import ModelSpec
 from dyexport.bundle.plan_info import Profile
 from dyexport.errors import UsageError
-from dyexport.pipeline.networks import Network
-from dyexport.pipeline.plan_requests import largest_topk, parse_profiles, plan_request, profiles_for
+from dyexport.exporters.tensorrt_profiles import (
+    TensorrtSettings,
+    largest_topk,
+    parse_profiles,
+    plan_request,
+    profiles_for,
+)
 from dyexport.presets import get_preset
 from dyexport.slicing.slicer import slice_conditioning, slice_segment, spec_of
 from tests.exporters.networks import ONE_BLOCK_EACH, architecture_of, half_width
-from tests.pipeline.tiny import tiny_settings
 
 
 def test_profiles_are_the_models_own_sizes_unless_given() -> None:
@@ -60,10 +63,10 @@ def test_flux_counts_text_among_the_tokens_of_single_blocks() -> None:
     assert largest_topk(architecture.spec, fewer, more_text) == 4024, "which the gate refuses"
 
 
-def test_a_plan_is_asked_for_as_the_build_was(tmp_path: Path) -> None:
+def test_a_plan_is_asked_for_as_the_build_was() -> None:
     architecture = architecture_of(get_preset("sit-digits"))
-    network = Network(name="conditioning", segment=None, slice=slice_conditioning(architecture))
-    given = {"targets": ("tensorrt-rtx",), "stream_weights": True, "compute_capabilities": ("8.9",)}
-    request = plan_request(tiny_settings(tmp_path, **given), "tensorrt-rtx", architecture.spec, network)
+    piece = slice_conditioning(architecture)
+    settings = TensorrtSettings(stream_weights=True, compute_capabilities=("8.9",))
+    request = plan_request(settings, "tensorrt-rtx", architecture.spec, None, piece)
     assert (request.flavour, request.stream_weights, request.compute_capabilities) == ("tensorrt-rtx", True, ("8.9",))
-    assert request.inputs == network.slice.inputs
+    assert request.inputs == piece.inputs

@@ -15,12 +15,12 @@ import pytest
 
 from dyexport.bundle.manifest import CONDITIONING, DENSE_CONDITIONING, Quantization, segment_name
 from dyexport.bundle.reader import RANGES, Bundle
+from dyexport.calibration.quantization import Ranges
 from dyexport.cli import main
 from dyexport.errors import BundleError, UsageError
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.pipeline.build import opened
 from dyexport.pipeline.ledger import NullListener
-from dyexport.pipeline.quantization import Ranges
 from dyexport.verification.verify import QUANTIZED, VerifySettings, verify_bundle
 from tests.pipeline.tiny import build, tamper, tiny_settings
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dyexport.calibration.effort import DIGITS, SPARSE, USUAL, CalibrationEffort, effort_for
+from dyexport.backbones.base import Preset
+from dyexport.backbones.recipe import DEFAULT_EFFORT, SPARSE, THOROUGH, CalibrationEffort, recipe_for
 from dyexport.errors import BudgetError, DyexportError, UsageError
+from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from dyexport.lora import LoraFile, LoraSpec, parse_lora_file
-from dyexport.pipeline.settings import BuildSettings, default_out, parse_budget
+from dyexport.pipeline.settings import SETTINGS, BuildSettings, default_out, parse_budget
 from dyexport.pipeline.stages import checkpoint_source
-from dyexport.presets import get_preset
+from dyexport.presets import PRESETS, get_preset
 from dyexport.training.data import open_source
+from dyexport.training.synthetic_config import SyntheticConfig
 
 LORA = LoraSpec(rank=2, alpha=2)
 
@@ -32,17 +36,21 @@ def settings(tmp_path: Path, **values: Any) -> BuildSettings:
         ({"budget": 1.5}, "budget is 1.5"),
         ({"budget": -0.5}, "budget is -0.5"),
         ({"engines": 0}, "--engines is 0"),
-        ({"quantize": "int3"}, "--quantize is int3; use int8 or fp8"),
+        ({"quantize": "int3"}, "--quantize is 'int3'; use int8 or fp8"),
         ({"quantize": "fp8", "merge_tolerance": 0.1, "td_lora": LORA}, "--merge-tolerance is not measured in fp8"),
         ({"quantize": "int8", "targets": ("torch-tensorrt",)}, "made from graphs, and torch-tensorrt is not"),
         (
-            {"quantize": "fp8", "targets": ("tensorrt-rtx",), "compute_capabilities": ("12.0", "8.6")},
+            {
+                "quantize": "fp8",
+                "targets": ("tensorrt-rtx",),
+                "tensorrt": TensorrtSettings(compute_capabilities=("12.0", "8.6")),
+            },
             "--compute-capability 8.6 has no fp8",
         ),
         ({"targets": ("onnx", "paper")}, "unknown target 'paper'; known: onnx"),
         ({"targets": ("",)}, "unknown target ''"),
         ({"token_path": "some"}, "--token-path is 'some'"),
-        ({"precision": "fp8"}, "--precision is fp8; use fp32, fp16, bf16"),
+        ({"precision": "fp8"}, "--precision is 'fp8'; use fp32, fp16 or bf16"),
         ({"seed": -1}, "--seed is -1"),
         ({"seed": 2**64}, f"--seed is {2**64}"),
         ({"seed": 1.5}, "--seed is 1.5"),
@@ -79,11 +87,16 @@ def test_large_models_are_stored_in_bf16_unless_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "passes"), [("sit-digits", DIGITS), ("dit-xl-2", USUAL), ("latte", SPARSE), ("flux", SPARSE)]
+    ("model", "effort"), [("sit-digits", THOROUGH), ("dit-xl-2", DEFAULT_EFFORT), ("latte", SPARSE), ("flux", SPARSE)]
 )
-def test_the_heavier_a_pass_the_fewer(tmp_path: Path, model: str, passes: CalibrationEffort) -> None:
+def test_the_heavier_a_pass_the_fewer(tmp_path: Path, model: str, effort: CalibrationEffort) -> None:
     given = BuildSettings(model=model, out=tmp_path / "b", work=tmp_path / "w", budget=0.5, finetune_steps=0)
-    assert effort_for(given.preset) == passes
+    assert given.recipe.calibration == effort
+
+
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS.values() if preset.recipe.data != "digits"])
+def test_presets_follow_the_rule_for_any_checkpoint(preset: Preset) -> None:
+    assert preset.recipe == recipe_for(preset.parameters, preset.tokens)
 
 
 @pytest.mark.parametrize("text", ["abc", "", "nan", "inf", "0,5", "50%"])
@@ -97,6 +110,59 @@ def test_budgets() -> None:
     assert parse_budget(None) is None
     assert default_out("dit-s-2", 0.5) == Path("dit-s-2-0.5")
     assert default_out("dit-s-2", None) == Path("dit-s-2")
+
+
+def test_a_work_directory_records_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "style.safetensors").touch()
+    asked = BuildSettings(
+        model="flux-tiny",
+        out=Path("bundle"),
+        work=Path("work"),
+        budget=0.5,
+        checkpoint="weights",
+        finetune_steps=7,
+        data="synthetic:prompts.txt",
+        td_lora=LORA,
+        loras=(LoraFile(file=Path("style.safetensors"), scale=0.5),),
+        targets=("onnx", "tensorrt-rtx"),
+        tensorrt=TensorrtSettings(compute_capabilities=("8.9",), profiles=("batch=1:2:4",)),
+        synthetic=SyntheticConfig(samples=3),
+    )
+    Path("work").mkdir()
+    asked.save()
+    monkeypatch.chdir("/")
+    recorded = BuildSettings.load(tmp_path / "work")
+    absolute: dict[str, Any] = {
+        "out": tmp_path / "bundle",
+        "work": tmp_path / "work",
+        "checkpoint": str(tmp_path / "weights"),
+        "data": f"synthetic:{tmp_path / 'prompts.txt'}",
+        "loras": (LoraFile(file=tmp_path / "style.safetensors", scale=0.5),),
+    }
+    assert recorded == replace(asked, **absolute)
+    (tmp_path / "work").rename(tmp_path / "elsewhere")
+    assert BuildSettings.load(tmp_path / "elsewhere") == replace(recorded, work=tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "records no settings"),
+        ("{", "records no settings"),
+        ("[]", "records no settings"),
+        ('{"version": 99, "settings": {}}', "settings of version 99"),
+        ('{"version": 1, "settings": {"model": "sit-digits"}}', "out is wrong"),
+        ('{"version": 1, "settings": {"model": "sit-digits", "out": "x", "engines": "many"}}', "engines is wrong"),
+        ('{"version": 1, "settings": {"model": "sit-digit", "out": "x", "budget": 0.5}}', "did you mean"),
+    ],
+)
+def test_settings_that_cannot_be_read_are_named(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / SETTINGS).write_text(text)
+    with pytest.raises(UsageError, match=message):
+        BuildSettings.load(tmp_path)
 
 
 def test_an_output_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:

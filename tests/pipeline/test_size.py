@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dyexport.calibration import effort as passes
+from dyexport.backbones.recipe import LOW_RANK_FINETUNING, SPARSE
 from dyexport.checkpoints.dynamic import save_dynamic
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.models.random_weights import random_backbone, random_dynamic
 from dyexport.pipeline.build import opened
 from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
-from dyexport.presets import get_preset
+from dyexport.presets import PRESETS, get_preset
 from dyexport.verification.verify import VerifySettings, verify_bundle
 from tests.pipeline.tiny import build
 
@@ -65,10 +65,9 @@ def test_shards_are_linked_and_the_bundle_is_right(shards: Path, tmp_path: Path)
     assert verify_bundle(settings.out, VerifySettings(timesteps=4)).passed
 
 
-def test_a_large_store_is_on_the_disk_once(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_store_is_on_the_disk_once(shards: Path, tmp_path: Path) -> None:
     """It moves into the bundle, and what is left to do is done with the link to it."""
-    monkeypatch.setattr("dyexport.pipeline.build.LARGE_STORE", 1)
-    settings = settings_for(shards, tmp_path / "built", precision="fp32")
+    settings = settings_for(shards, tmp_path / "built", precision="fp32", link_store_from=1)
     before = build(settings).manifest
     store = settings.work / "graphs" / STORE
     assert store.is_symlink()
@@ -81,8 +80,8 @@ def test_a_large_store_is_on_the_disk_once(shards: Path, tmp_path: Path, monkeyp
 
 
 def test_a_large_model_is_calibrated_in_bf16(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BuildSettings, "large", True)
-    monkeypatch.setattr(passes, "HEAVY", 0)
+    preset, recipe = get_preset("flux-tiny"), replace(LOW_RANK_FINETUNING, calibration=SPARSE)
+    monkeypatch.setitem(PRESETS, preset.name, replace(preset, recipe=recipe))
     whole, streamed = settings_for(shards, tmp_path / "whole"), settings_for(shards, tmp_path / "streamed", memory=1)
     assert calibrate(whole)[0] == calibrate(streamed)[0]
     assert calibrate(replace(whole, precision="fp32"))[1] == ["calibrate"]

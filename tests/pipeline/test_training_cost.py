@@ -5,17 +5,37 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from dyexport.backbones.recipe import LOW_RANK_FINETUNING
 from dyexport.errors import CheckpointError, DataError, DyexportError, UsageError
 from dyexport.lora import LoraSpec
 from dyexport.pipeline import stages
-from dyexport.pipeline.settings import FINETUNE_LARGE, LARGE_LORA, BuildSettings
-from dyexport.pipeline.training_cost import TRAINED, check_fits, check_training, estimate, measured_speed
+from dyexport.pipeline.settings import BuildSettings
+from dyexport.pipeline.stages import check_training
+from dyexport.training import cost
+from dyexport.training.cost import TRAINED, FinetuningRun, TrainingCost, measured_speed
 from dyexport.training.prompts import embed_prompts, read_prompts
 from tests.pipeline.tiny_pipeline import save_latte_pipeline, save_pipeline
+
+SCHEDULE = LOW_RANK_FINETUNING.finetune_lora
+
+
+def run_of(settings: BuildSettings) -> FinetuningRun:
+    run = stages.finetuning_run(settings)
+    assert run is not None
+    return run
+
+
+def estimate(settings: BuildSettings, **launched: Any) -> TrainingCost:
+    return cost.estimate(run_of(settings), **launched)
+
+
+def check_fits(settings: BuildSettings, effort: TrainingCost, *, free: int, total: int) -> None:
+    cost.check_fits(run_of(settings), effort, free, total)
 
 
 @pytest.fixture
@@ -24,8 +44,8 @@ def flux(tmp_path: Path) -> BuildSettings:
 
 
 def test_a_large_model_trains_a_lora_on_its_own_pictures(flux: BuildSettings) -> None:
-    assert (flux.routers, flux.data_source, flux.lora) == ("trained", "synthetic", LARGE_LORA)
-    assert flux.finetune_schedule == FINETUNE_LARGE
+    assert (flux.routers, flux.data_source, flux.lora) == ("trained", "synthetic", LOW_RANK_FINETUNING.td_lora)
+    assert flux.finetune_schedule == SCHEDULE
     assert replace(flux, data="/latents").data_source == "/latents"
     own = LoraSpec(rank=4, alpha=4)
     assert replace(flux, td_lora=own).lora == own
@@ -51,14 +71,14 @@ def test_no_gpu_is_one_sentence_with_the_ways_out(flux: BuildSettings) -> None:
 
 def test_effort_grows_with_what_is_asked(flux: BuildSettings) -> None:
     usual = estimate(flux)
-    assert estimate(replace(flux, finetune_steps=2 * FINETUNE_LARGE.steps)).training_flops == pytest.approx(
+    assert estimate(replace(flux, finetune_steps=2 * SCHEDULE.steps)).training_flops == pytest.approx(
         2 * usual.training_flops
     )
     given = estimate(replace(flux, data="/latents"))
     assert (given.synthetic_flops, given.data_bytes) == (0, 0)
     assert given.training_flops == usual.training_flops
     # One dense pass of FLUX.1-dev at 1024 px is about 60 teraflops: 24 billion operations a token, and attention.
-    passes = FINETUNE_LARGE.steps * FINETUNE_LARGE.batch_size * 2 * 1.2
+    passes = SCHEDULE.steps * SCHEDULE.batch_size * 2 * 1.2
     assert 5e13 < usual.training_flops / passes < 8e13
     routers = 57 * 4 * 3072**2  # DyFLUX's token routers, trained with two moments in fp32
     assert usual.device_bytes > 2 * flux.preset.parameters + 16 * routers
@@ -69,7 +89,7 @@ def test_effort_grows_with_what_is_asked(flux: BuildSettings) -> None:
 )
 def test_memory_is_that_of_the_rank_asked_for(flux: BuildSettings, spec: LoraSpec) -> None:
     asked = replace(flux, td_lora=spec)
-    trained = {settings: stages.count_trainable(settings)["trainable_parameters"] for settings in (flux, asked)}
+    trained = {settings: stages.trainable(settings)["trainable_parameters"] for settings in (flux, asked)}
     more = estimate(asked).device_bytes - estimate(flux).device_bytes
     assert more == pytest.approx(TRAINED * (trained[asked] - trained[flux]))
 
@@ -79,7 +99,7 @@ def test_memory_is_that_of_the_whole_batch(flux: BuildSettings) -> None:
     alone, eight = (estimate(flux, processes=count).device_bytes for count in (1, 8))
     half = estimate(flux, processes=8, precision="bf16").device_bytes
     fixed = 2 * half - eight
-    trained = stages.count_trainable(flux)["trainable_parameters"]
+    trained = stages.trainable(flux)["trainable_parameters"]
     assert fixed == pytest.approx(4 * flux.preset.parameters + TRAINED * trained)
     assert alone - fixed == pytest.approx(8 * (eight - fixed))
 
@@ -93,13 +113,13 @@ def test_the_text_of_videos_is_data_too(tmp_path: Path) -> None:
 
 def test_memory_that_others_hold_is_not_free(flux: BuildSettings) -> None:
     effort = replace(estimate(flux), device_bytes=70e9)
-    check_fits(flux, effort, free=80_000_000_000, whole=80_000_000_000)
+    check_fits(flux, effort, free=80_000_000_000, total=80_000_000_000)
     with pytest.raises(DyexportError, match=r"about 70 GB .* has 10 free; end what takes the rest of its 80"):
-        check_fits(flux, effort, free=10_000_000_000, whole=80_000_000_000)
+        check_fits(flux, effort, free=10_000_000_000, total=80_000_000_000)
     with pytest.raises(DyexportError, match=r"has 40 free; give --finetune-steps 0"):
-        check_fits(flux, effort, free=40_000_000_000, whole=48_000_000_000)
+        check_fits(flux, effort, free=40_000_000_000, total=48_000_000_000)
     with pytest.raises(DyexportError, match=r"--mixed_precision bf16` on up to 8 GPUs"):
-        check_fits(flux, replace(effort, device_bytes=1e12), free=200_000_000_000, whole=200_000_000_000)
+        check_fits(flux, replace(effort, device_bytes=1e12), free=200_000_000_000, total=200_000_000_000)
 
 
 def test_what_accelerate_cannot_do_here_is_said_before_anything_is_sampled(
@@ -159,5 +179,5 @@ def test_latte_learns_what_no_prompt_looks_like(tmp_path: Path, flux: BuildSetti
 def test_no_text_encoders(tmp_path: Path, flux: BuildSettings) -> None:
     with pytest.raises(CheckpointError, match="--finetune-steps 0"):
         embed_prompts(str(tmp_path), ("a",), flux.preset)
-    with pytest.raises(UsageError, match="--prompts"):
-        replace(flux, prompts=tmp_path / "x.txt", data="/latents")
+    with pytest.raises(UsageError, match="samples from class labels"):
+        replace(flux, model="dit-xl-2", data="synthetic:x.txt")

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dyexport.backbones.dit.slim_conditioning import DiTLayout
+from dyexport.bundle.tables import UnitOrder
 from dyexport.calibration.widths import read_widths
 from dyexport.slicing.modulation import modulated_norm
-from dyexport.slicing.slicer import Slice, UnitOrder, dense_segment, slice_conditioning
+from dyexport.slicing.slicer import Slice, dense_segment, slice_conditioning
 from tests.factories import random_timesteps, shared_tiny_model, tiny_preset
 from tests.slicing.cut import Cutter
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from dyexport.bundle.manifest import Segment
+from dyexport.bundle.tables import UnitOrder
 from dyexport.calibration.segments import PlanSettings, make_segments
 from dyexport.calibration.tokens import measure_tokens
 from dyexport.calibration.widths import read_widths
 from dyexport.flops import FlopsModel
 from dyexport.models.inputs import NoisedInputs
 from dyexport.slicing.recipes import Recipe, lay_out, materialise
-from dyexport.slicing.slicer import UnitOrder, dense_segment
+from dyexport.slicing.slicer import dense_segment
 from tests.factories import random_timesteps, shared_tiny_model, tiny_preset
 from tests.slicing.cut import Cutter, fits, routed_inputs
 

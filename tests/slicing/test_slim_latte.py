@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dyexport.bundle.tables import UnitOrder
 from dyexport.calibration.widths import read_widths
 from dyexport.models.inputs import NoisedInputs
-from dyexport.slicing.slicer import UnitOrder, dense_segment
+from dyexport.slicing.slicer import dense_segment
 from tests.factories import random_timesteps, shared_tiny_model, tiny_preset
 from tests.slicing.cut import Cutter
 

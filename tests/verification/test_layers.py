@@ -19,8 +19,9 @@ from dyexport.bundle.manifest import segment_name
 from dyexport.bundle.reader import Bundle
 from dyexport.cli import main
 from dyexport.exporters.operator_gate import MODULE
-from dyexport.pipeline.networks import architecture_of, cut_networks
+from dyexport.pipeline.networks import cut_networks
 from dyexport.slicing.recipes import Recipe
+from dyexport.slicing.slicer import SliceContext
 from dyexport.verification.activations import pair_up
 from dyexport.verification.layers import LayerErrors
 from dyexport.verification.verify import VerifyReport, VerifySettings, verify_bundle
@@ -40,7 +41,7 @@ def copy(bundle: Bundle, tmp_path: Path) -> Bundle:
 def layers_with_weights(bundle: Bundle) -> set[tuple[str, str]]:
     """Network and module of every Linear, embedding and convolution."""
     manifest = bundle.manifest
-    architecture = architecture_of(manifest.model, bundle.widths, bundle.token_stats)
+    architecture = SliceContext.of(manifest.model, bundle.widths, bundle.token_stats)
     networks = cut_networks(architecture, bundle.widths, manifest.plan.segments, baseline=False, own_dense="nothing")
     return {
         (network.name, name.rpartition(".")[0])

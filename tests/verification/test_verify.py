@@ -17,8 +17,9 @@ from dyexport.bundle.reader import WIDTHS, Bundle
 from dyexport.checkpoints.dynamic import load_dynamic
 from dyexport.errors import BundleError, UsageError
 from dyexport.exporters.onnx_graph import STORE
-from dyexport.pipeline.networks import architecture_of, cut_networks
+from dyexport.pipeline.networks import cut_networks
 from dyexport.slicing.recipes import Recipe, lay_out
+from dyexport.slicing.slicer import SliceContext
 from dyexport.verification.reference_model import ReferenceModel, near_threshold
 from dyexport.verification.verify import VerifySettings, draw_timesteps, find_reference, verify_bundle
 from tests.manifests import forge, relabel
@@ -73,7 +74,7 @@ def _switch_off(bundle: Bundle, gates: np.ndarray) -> bool:
 def overwrite(bundle: Bundle, network: str, weight: str, change: Callable[[Recipe, np.ndarray], None]) -> None:
     """Change one weight of one network where it lies in the store; ``change`` edits it in place."""
     manifest = bundle.manifest
-    architecture = architecture_of(manifest.model, bundle.widths, bundle.token_stats)
+    architecture = SliceContext.of(manifest.model, bundle.widths, bundle.token_stats)
     networks = cut_networks(architecture, bundle.widths, manifest.plan.segments, baseline=False, own_dense="nothing")
     recipes = {each.name: each.slice.recipes for each in networks}
     layout = lay_out(recipe for each in recipes.values() for recipe in each.values())

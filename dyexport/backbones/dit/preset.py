@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from dyexport.backbones.base import Objective, Preset
+from dyexport.backbones.recipe import THOROUGH, Recipe, Schedule
 from dyexport.backbones.stored_config import MOST_LAYERS, StoredConfig
 
 FREQ_SHIFT = "freq_shift"  # config entry: the timestep's frequency i is 10000 ** (-i / (128 - shift)); diffusers has 1
@@ -147,6 +148,17 @@ def _imagenet(backbone: Literal["dit", "sit"], size: str, sample_size: int) -> D
     )
 
 
+_DIGITS_SCHEDULE = Schedule(steps=2500, batch_size=32, learning_rate=3e-3, ema_decay=0.99, lr_decay=0.5)
+DIGITS = Recipe(
+    from_scratch=replace(_DIGITS_SCHEDULE, steps=2000),
+    finetune=_DIGITS_SCHEDULE,
+    finetune_lora=replace(_DIGITS_SCHEDULE, learning_rate=1e-2),
+    data="digits",
+    calibration=THOROUGH,
+    distill=True,  # published runs, a hundred times longer, do not need it
+)
+
+
 def _digits(backbone: Literal["dit", "sit"], suffix: str = "", *, hidden_size: int = 64, about: str) -> DiTPreset:
     return DiTPreset(
         name=f"{backbone}-digits{suffix}",
@@ -160,6 +172,7 @@ def _digits(backbone: Literal["dit", "sit"], suffix: str = "", *, hidden_size: i
         learn_sigma=False,
         classes=10,
         pixel_space=True,
+        recipe=DIGITS,
         about=f"scikit-learn's handwritten digits, 8 x 8 pixels, {about}",
     )
 

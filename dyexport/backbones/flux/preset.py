@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 from dyexport.backbones.base import Objective, Preset
+from dyexport.backbones.recipe import LOW_RANK_FINETUNING, SPARSE
 from dyexport.backbones.stored_config import MOST_LAYERS, StoredConfig
 
 DEFAULTS: Mapping[str, Any] = {
@@ -131,8 +132,15 @@ class FluxPreset(Preset):
         return replace(self, side=min(self.side, 8), text_tokens=min(self.text_tokens, 32))
 
 
+_RECIPE = replace(LOW_RANK_FINETUNING, calibration=SPARSE)
+
 PRESETS: tuple[Preset, ...] = (
-    FluxPreset(name="flux", hub_id="black-forest-labs/FLUX.1-dev", about="FLUX.1-dev, guidance-distilled"),
+    FluxPreset(
+        name="flux",
+        hub_id="black-forest-labs/FLUX.1-dev",
+        about="FLUX.1-dev, guidance-distilled",
+        recipe=_RECIPE,
+    ),
     FluxPreset(
         name="flux-schnell",
         text_tokens=256,
@@ -140,12 +148,14 @@ PRESETS: tuple[Preset, ...] = (
         shifted=False,
         hub_id="black-forest-labs/FLUX.1-schnell",
         about="FLUX.1-schnell, 1 to 4 steps",
+        recipe=_RECIPE,
     ),
     FluxPreset(
         name="flux-lite",
         double_blocks=8,
         hub_id="Freepik/flux.1-lite-8B",
         about="FLUX.1-lite 8B, guidance-distilled",
+        recipe=_RECIPE,
     ),
     FluxPreset(
         name="flux-tiny",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 from dyexport.backbones.base import Objective, Preset
+from dyexport.backbones.recipe import FULL_FINETUNING, SPARSE
 from dyexport.backbones.stored_config import MOST_LAYERS, StoredConfig
 
 DEFAULTS: Mapping[str, Any] = {
@@ -135,7 +136,12 @@ class LattePreset(Preset):
 
 
 PRESETS: tuple[Preset, ...] = (
-    LattePreset(name="latte", hub_id="maxin-cn/Latte-1", about="Latte-1, text to video, 16 frames of 512 px"),
+    LattePreset(
+        name="latte",
+        hub_id="maxin-cn/Latte-1",
+        about="Latte-1, text to video, 16 frames of 512 px",
+        recipe=replace(FULL_FINETUNING, calibration=SPARSE),
+    ),
     LattePreset(
         name="latte-tiny",
         hidden_size=128,

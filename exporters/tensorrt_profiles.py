@@ -1,39 +1,59 @@
-"""What TensorRT is asked to build: above all, a range of sizes for each dimension that is free at run time."""
+"""Requests for TensorRT plans: user settings, and a range of sizes for every dynamic dimension. Imports no torch."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dyexport.bundle.manifest import ModelSpec, Segment
-from dyexport.bundle.plan_info import LARGEST_TOPK, Profile
+from dyexport.bundle.plan_info import LARGEST_TOPK, Flavour, Profile
 from dyexport.errors import UsageError
-from dyexport.pipeline.targets import TARGETS
 
 if TYPE_CHECKING:
     from dyexport.exporters.tensorrt_plan import PlanRequest
-    from dyexport.pipeline.networks import Network
-    from dyexport.pipeline.settings import BuildSettings
+    from dyexport.slicing.slicer import Slice
 
 BATCH = Profile(min=1, opt=2, max=8)  # 2 is one picture under guidance
 STEPS = Profile(min=1, opt=50, max=100)  # that the conditioning network computes at once
 SMALLEST = 4  # pictures of a quarter of the usual tokens, 512 px of 1024, are the smallest
 
 
-def plan_request(settings: BuildSettings, target: str, spec: ModelSpec, network: Network) -> PlanRequest:
-    """The plan of one network for a target that has a flavour."""
+@dataclass(frozen=True, kw_only=True)
+class TensorrtSettings:
+    """User settings of TensorRT plans; the defaults suit every model.
+
+    ``compute_capabilities`` such as '8.9' are the GPUs that TensorRT-RTX plans are built for; none: all that it knows.
+    ``profiles`` are optimization profiles such as 'batch=1:2:8,image_tokens=1024:4096:4096'. With ``stream_weights``,
+    weights that do not fit on the GPU may stay in host memory.
+    """
+
+    compute_capabilities: tuple[str, ...] = ()
+    profiles: tuple[str, ...] = ()
+    stream_weights: bool = False
+
+    def __post_init__(self) -> None:
+        for text in self.compute_capabilities:
+            if not re.fullmatch(r"\d+\.\d", text):
+                raise UsageError(f"--compute-capability {text!r} is not one; write 8.9, or 8.6,8.9,12.0")
+        parse_profiles(self.profiles)
+
+
+def plan_request(
+    settings: TensorrtSettings, flavour: Flavour, spec: ModelSpec, segment: Segment | None, piece: Slice
+) -> PlanRequest:
+    """Return what to build for one network; ``segment`` is None for a conditioning network."""
     from dyexport.exporters.tensorrt_plan import PlanRequest
 
-    flavour = TARGETS[target].flavour
-    assert flavour is not None
-    profiles = profiles_for(spec, network.segment, parse_profiles(settings.profiles))
+    profiles = profiles_for(spec, segment, parse_profiles(settings.profiles))
     return PlanRequest(
         flavour=flavour,
-        inputs=network.slice.inputs,
+        inputs=piece.inputs,
         profiles=profiles,
         precision=spec.number_formats,
         compute_capabilities=settings.compute_capabilities,
-        largest_topk=largest_topk(spec, network.segment, profiles),
+        largest_topk=largest_topk(spec, segment, profiles),
         stream_weights=settings.stream_weights,
     )
 

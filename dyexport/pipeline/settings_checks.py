@@ -1,0 +1,212 @@
+"""Checks of build settings: choices, ranges, and combinations that cannot be built. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, get_args
+
+from dyexport.arguments import check_memory, check_seed, whole_number
+from dyexport.backbones.base import RouterKind
+from dyexport.bundle.manifest import Precision, Quantization
+from dyexport.bundle.plan_info import OLDEST_FP8
+from dyexport.calibration.segments import PlanSettings
+from dyexport.errors import BudgetError, UsageError
+from dyexport.pipeline.output import check_ours
+from dyexport.pipeline.targets import TARGETS, plan_targets
+
+if TYPE_CHECKING:
+    from dyexport.lora import LoraFile
+    from dyexport.pipeline.settings import BuildSettings
+
+MOST_STEPS = 10**9
+MOST_BYTES = 2**63 - 1
+SHOWN = 200  # characters of a name in a message
+
+
+def check(settings: BuildSettings) -> None:
+    """Raise ``UsageError`` for the first setting that is wrong, ``BudgetError`` for a wrong budget."""
+    _check_values(settings)
+    for lora in settings.loras:
+        _check_lora_file(lora)
+    for rule in RULES:
+        if rule.applies(settings):
+            raise rule.error(rule.message.format(s=settings, **_named(settings)))
+    _ = settings.sampling  # raises for guidance that the model does not take
+    _check_places(settings.out, settings.work)
+
+
+def _check_values(settings: BuildSettings) -> None:
+    """Check each setting by itself; the model comes first because the recipe depends on it."""
+    _ = settings.preset
+    PlanSettings(engines=settings.engines, token_path=settings.token_path)
+    for target in settings.targets or ("",):
+        if target not in TARGETS:
+            raise UsageError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
+    if settings.budget is not None and not 0 < settings.budget <= 1:
+        raise BudgetError(f"budget is {settings.budget:g}; give a FLOPs ratio in (0, 1], such as 0.5")
+    _check_choice("--router", settings.router, RouterKind)
+    _check_choice("--precision", settings.precision, Precision)
+    _check_choice("--quantize", settings.quantize, Quantization)
+    check_seed(settings.seed, "--seed")
+    if settings.memory is not None:
+        check_memory(settings.memory)
+    if settings.train_steps is not None:
+        whole_number("--train-steps", settings.train_steps, least=1, most=MOST_STEPS)
+    if settings.finetune_steps is not None:
+        whole_number("--finetune-steps", settings.finetune_steps, least=0, most=MOST_STEPS)
+    whole_number("link_store_from", settings.link_store_from, least=0, most=MOST_BYTES)
+    tolerance = settings.merge_tolerance
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise UsageError(f"--merge-tolerance is {tolerance}; give a relative MSE, such as 1e-4")
+
+
+def _check_choice(option: str, value: str | None, kind: object) -> None:
+    choices = get_args(kind)
+    if value is not None and value not in choices:
+        raise UsageError(f"{option} is {value!r}; use {' or '.join((', '.join(choices[:-1]), choices[-1]))}")
+
+
+def _check_lora_file(lora: LoraFile) -> None:
+    if not lora.file.is_file():
+        raise UsageError(f"--lora {lora.file} is not a file; write FILE or FILE@SCALE, FILE in safetensors")
+    if not math.isfinite(lora.scale):
+        raise UsageError(f"--lora {lora.file}@{lora.scale}: the scale is not finite; give a number such as 0.8")
+
+
+def _check_places(out: Path, work: Path) -> None:
+    for option, path in (("-o", out), ("--work", work)):
+        try:
+            path.resolve().exists()
+        except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a zero byte
+            raise UsageError(f"{option} {str(path)[:SHOWN]!r} can be no directory; give another name") from error
+    if out.resolve() == work.resolve():
+        raise UsageError(f"-o and --work are both {out}; give two directories")
+    if work.resolve().is_relative_to(out.resolve()):
+        raise UsageError(f"--work {work} lies in the bundle {out}, which is replaced; give another one")
+    check_ours(out)
+
+
+class Rule(NamedTuple):
+    """A combination of settings that is refused.
+
+    ``message`` is formatted with the settings ``s`` and the names of ``_named``.
+    """
+
+    applies: Callable[[BuildSettings], bool]
+    message: str
+    error: type[UsageError] = UsageError
+
+
+def _named(settings: BuildSettings) -> dict[str, str]:
+    """Return what messages name besides the settings; empty where it does not exist."""
+    return {
+        "static_target": next(iter(_static_targets(settings)), ""),
+        "module_target": next(iter(_module_targets(settings)), ""),
+        "old_gpu": next(iter(_without_fp8(settings)), ""),
+        "oldest_fp8": str(OLDEST_FP8),
+    }
+
+
+def _static_targets(settings: BuildSettings) -> list[str]:
+    return [target for target in settings.targets if TARGETS[target].static_tokens]
+
+
+def _module_targets(settings: BuildSettings) -> list[str]:
+    return [target for target in settings.targets if TARGETS[target].from_modules]
+
+
+def _without_fp8(settings: BuildSettings) -> list[str]:
+    return [text for text in settings.tensorrt.compute_capabilities if float(text) < OLDEST_FP8]
+
+
+def _needs_plans(option: str) -> str:
+    return f"{option} is for TensorRT plans; add --target tensorrt-rtx, or leave it out"
+
+
+def _leave_out(option: str) -> str:
+    return f"{{s.checkpoint}} has routers already and is taken as it is; leave {option} out"
+
+
+RULES = (
+    Rule(
+        lambda s: s.checkpoint is not None and s.random_weights,
+        "--checkpoint and --random-weights exclude each other; give one of them",
+    ),
+    # Targets
+    Rule(
+        lambda s: s.token_path == "compact" and bool(_static_targets(s)),
+        "--token-path compact allocates by data, which {static_target} cannot; use dynamic, capacity or masked",
+    ),
+    Rule(
+        lambda s: bool(s.tensorrt.compute_capabilities) and not plan_targets(s.targets),
+        _needs_plans("--compute-capability"),
+    ),
+    Rule(lambda s: bool(s.tensorrt.profiles) and not plan_targets(s.targets), _needs_plans("--profile")),
+    Rule(
+        lambda s: s.tensorrt.stream_weights and not set(plan_targets(s.targets)) - {*_module_targets(s)},
+        _needs_plans("--stream-weights"),
+    ),
+    Rule(
+        lambda s: s.quantize is not None and s.merge_tolerance is not None,
+        "--merge-tolerance is not measured in {s.quantize}; leave it or --quantize out",
+    ),
+    Rule(
+        lambda s: s.quantize is not None and bool(_module_targets(s)),
+        "--quantize is for targets made from graphs, and {module_target} is not; leave one of them out",
+    ),
+    Rule(
+        lambda s: s.quantize == "fp8" and bool(_without_fp8(s)),
+        "--compute-capability {old_gpu} has no fp8, which GPUs have from {oldest_fp8} on; "
+        "leave it out, or use --quantize int8",
+    ),
+    # Data
+    Rule(
+        lambda s: s.data_source == "synthetic" and s.from_scratch,
+        "--data synthetic is sampled from a static model; give its --checkpoint",
+    ),
+    Rule(
+        lambda s: s.train_steps is not None and not s.from_scratch,
+        "--train-steps is for training from scratch, which needs a digits model and no --checkpoint",
+    ),
+    Rule(
+        lambda s: s.prompts is not None and bool(s.preset.classes),
+        "--data {s.data} names prompts, and {s.model} samples from class labels; give --data synthetic",
+    ),
+    Rule(
+        lambda s: s.synthetic is not None and s.data_source != "synthetic",
+        "--synthetic says how --data synthetic is sampled; give that, or leave it out",
+    ),
+    # Routers
+    Rule(lambda s: s.router != "free" and s.routers == "given", _leave_out("--router")),
+    Rule(lambda s: bool(s.finetune_steps) and s.routers == "given", _leave_out("--finetune-steps")),
+    Rule(
+        lambda s: s.budget is None and s.routers in ("trained", "none"),
+        "{s.model} has no routers yet, so it needs a --budget, such as 0.5",
+        BudgetError,
+    ),
+    Rule(
+        lambda s: s.data_source is None and s.routers == "trained",
+        "fine-tuning {s.model} needs --data, such as a directory of latents or 'synthetic'; "
+        "to do without, give --finetune-steps 0",
+    ),
+    # LoRA
+    Rule(lambda s: s.td_lora is not None and s.routers == "given", _leave_out("--td-lora")),
+    Rule(
+        lambda s: s.td_lora is not None and s.td_lora.rank > s.preset.hidden_size,
+        "--td-lora has rank {s.td_lora.rank} and {s.model} {s.preset.hidden_size} channels; give fewer",
+    ),
+    Rule(
+        lambda s: s.td_lora is not None and s.routers == "none",
+        "with --finetune-steps 0 nothing is trained; leave --td-lora out",
+    ),
+    Rule(
+        lambda s: bool(s.loras) and (s.random_weights or s.from_scratch),
+        "--lora changes weights that it was made for; give their --checkpoint",
+    ),
+    Rule(
+        lambda s: s.merge_tolerance is not None and s.td_lora is None and s.routers != "given",
+        "--merge-tolerance is for models with TD-LoRA; give --td-lora, or leave it out",
+    ),
+)
