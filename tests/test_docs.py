@@ -1,0 +1,86 @@
+"""The documentation: its command lines parse, its links lead somewhere, and its Python page runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from dyexport.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`([^`]+)`")
+LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+
+
+def fenced(text: str, *languages: str) -> list[str]:
+    """Return the code blocks in one of these languages."""
+    return [block for language, block in FENCE.findall(text) if language in languages]
+
+
+def command_lines(text: str) -> Iterator[str]:
+    """Yield the shell lines that call ``dyexport``: in fenced blocks, in indented ones and between backticks."""
+    prose = FENCE.sub("", text)
+    blocks = [*fenced(text, "", "sh", "bash"), *re.findall(r"^ {4,}\S.*$", prose, re.MULTILINE)]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    for line in [*lines, *INLINE.findall(prose.replace("\n", " "))]:
+        if found := re.match(r"\s*(?:accelerate launch .*?-m )?(dyexport [a-z].*)", line):
+            yield found[1]
+
+
+def check_command_line(line: str) -> None:
+    """Raises for an unknown command, an unknown option and an argument too many. Values are not looked at."""
+    words = [word for word in shlex.split(line, comments=True) if word != "..."][1:]
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands") and words:
+        name, *words = words
+        command = command.get_command(command.context_class(command), name)
+        assert command is not None, f"No such command {name!r}"
+    _, arguments, _ = command.make_parser(command.context_class(command)).parse_args(args=words)
+    taken = sum(parameter.param_type_name == "argument" for parameter in command.params)
+    assert len([word for word in arguments if word is not None]) <= taken, f"No such arguments: {arguments}"
+
+
+LINES = sorted({(page.name, line) for page in PAGES for line in command_lines(page.read_text(encoding="utf-8"))})
+
+
+@pytest.mark.parametrize(("page", "line"), LINES)
+def test_command_lines_parse(page: str, line: str) -> None:
+    check_command_line(line)
+
+
+def test_command_lines_are_found() -> None:
+    assert {"build", "verify", "bench", "deploy"} <= {line.split()[1] for _, line in LINES}
+
+
+@pytest.mark.parametrize(
+    "line", ["dyexport bild", "dyexport build --bugdet 0.5", "dyexport deploy tritn x y", "dyexport models all"]
+)
+def test_a_wrong_command_line_is_an_error(line: str) -> None:
+    with pytest.raises(Exception, match="No such"):
+        check_command_line(line)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target, anchor in LINK.findall(text):
+        if "://" in target:
+            continue
+        linked = page.parent / target
+        assert linked.exists(), f"{target} does not exist"
+        if anchor:
+            assert anchor[1:] in anchors(linked.read_text(encoding="utf-8")), f"{target} has no {anchor}"
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub makes of a page's headings."""
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in HEADING.findall(text)}
