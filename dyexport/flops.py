@@ -10,7 +10,7 @@ import numpy as np
 
 from dyexport.backbones import part
 from dyexport.backbones.base import Preset
-from dyexport.bundle.manifest import ModelSpec
+from dyexport.lora import LoraSpec
 
 Array = Any  # numpy array or torch tensor: every method is plain arithmetic
 Config = Mapping[str, Any]
@@ -22,8 +22,9 @@ class FlopsModel:
 
     With the shares of heads, MLP groups and tokens kept in a block, it costs
     ``heads * (attention + tokens * attention_tokens) + groups * (mlp + tokens * mlp_tokens)``:
-    ``attention`` and ``mlp`` are what skipped tokens do not save, text for one. ``router`` is a
-    block's token router. ``static`` is what no gate touches in the whole network: embedders, adaLN
+    ``attention`` and ``mlp`` are costs that skipped tokens do not save, such as text. ``router`` is a
+    block's token router. ``low_rank`` are a block's TD-LoRA paths at full width with every token, per channel of
+    ``LoraSpec.width``. ``static`` is the cost of the whole network that no gate touches: embedders, adaLN
     modulation, the final layer.
     """
 
@@ -32,11 +33,12 @@ class FlopsModel:
     mlp: np.ndarray
     mlp_tokens: np.ndarray
     router: np.ndarray
+    low_rank: np.ndarray
     static: float
 
     @classmethod
     def of(cls, backbone: str, config: Config, *, tokens: int, text_tokens: int = 0) -> FlopsModel:
-        """Costs of a stock diffusers configuration; ``tokens`` are those that a router may skip."""
+        """Count a stock diffusers configuration; ``tokens`` are those that a router may skip."""
         count: Callable[[Config, int, int], FlopsModel] = part(backbone, "flops").count
         return count(config, tokens, text_tokens)
 
@@ -51,26 +53,26 @@ class FlopsModel:
 
     @property
     def head_cost(self) -> np.ndarray:
-        """All heads of each block, every token running: (L,)."""
+        """Return the cost of all heads of each block, every token running: (L,)."""
         return self.attention + self.attention_tokens
 
     @property
     def group_cost(self) -> np.ndarray:
-        """All MLP groups of each block, every token running: (L,)."""
+        """Return the cost of all MLP groups of each block, every token running: (L,)."""
         return self.mlp + self.mlp_tokens
 
     @property
     def gated(self) -> float:
-        """Attention and MLP of all blocks at full width and with every token."""
+        """Return the cost of attention and MLP of all blocks at full width and with every token."""
         return float((self.head_cost + self.group_cost).sum())
 
     @property
     def dense(self) -> float:
-        """The whole static network."""
+        """Return the cost of the whole static network."""
         return self.gated + self.static
 
     def dynamic(self, heads: Array, groups: Array, tokens: Array) -> Array:
-        """Attention and MLP cost from kept shares per block: 3 x (..., L) -> (...)."""
+        """Compute the cost of attention and MLP from kept shares per block: 3 x (..., L) -> (...)."""
         costs = (
             heads * _like(heads, self.attention)
             + heads * tokens * _like(heads, self.attention_tokens)
@@ -80,23 +82,19 @@ class FlopsModel:
         return costs.sum(-1)
 
     def flops_ratio(self, heads: Array, groups: Array, tokens: Array) -> Array:
-        """The paper's lambda: attention and MLP against dense, static layers left out (eq. 6)."""
+        """Return the paper's lambda: attention and MLP against dense, static layers left out (eq. 6)."""
         return self.dynamic(heads, groups, tokens) / self.gated
 
     def network_ratio(self, heads: Array, groups: Array, tokens: Array, *, routed: bool) -> Array:
-        """The whole network against dense; where ``routed``, token routers run."""
+        """Return the cost of the whole network over the dense one's; where ``routed``, token routers run."""
         routers = float(self.router.sum()) if routed else 0.0
         return (self.dynamic(heads, groups, tokens) + self.static + routers) / self.dense
 
-
-def low_rank_flops(spec: ModelSpec, depth: int) -> float:
-    """What TD-LoRA's paths cost at full width with every token, at most: 18 C channels of linears in every block."""
-    if spec.td_lora is None:
-        return 0.0
-    channels = spec.config["num_attention_heads"] * spec.config["attention_head_dim"]
-    return 18.0 * channels * spec.td_lora.width * (spec.tokens + spec.text_tokens) * depth
+    def low_rank_ratio(self, td_lora: LoraSpec | None) -> float:
+        """Return the cost of TD-LoRA's paths over the dense network's, at most: at full width with every token."""
+        return 0.0 if td_lora is None else float(self.low_rank.sum()) * td_lora.width / self.dense
 
 
 def _like(shares: Array, costs: np.ndarray) -> Array:
-    """Costs as the kind of array that shares are, on their device."""
+    """Return costs as the same kind of array as shares, on their device."""
     return shares.new_tensor(costs) if hasattr(shares, "new_tensor") else costs

@@ -62,6 +62,7 @@ def uniform_flops(*, depth: int, attention: float, mlp: float, static: float = 0
         mlp=0 * blocks,
         mlp_tokens=mlp * blocks,
         router=router * blocks,
+        low_rank=0 * blocks,
         static=static,
     )
 

@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backbones": {"bundle", "errors", "lora"},
     "backbones.stored_config": {"errors"},
     "backbones.preset": {"backbones", "backbones.stored_config"},
-    "flops": {"backbones", "backbones.flops", "bundle"},
+    "flops": {"backbones", "backbones.flops", "lora"},
     "presets": {"errors", "backbones", "backbones.preset"},
     "lora": {"arguments", "errors"},
     "bundle": {"errors", "digests", "lora"},

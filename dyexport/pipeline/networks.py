@@ -19,7 +19,7 @@ from dyexport.bundle.manifest import (
 )
 from dyexport.bundle.tables import TokenStats, UnitOrder, WidthTable
 from dyexport.calibration.segments import PlanSettings, make_segments, price_plan
-from dyexport.flops import FlopsModel, low_rank_flops
+from dyexport.flops import FlopsModel
 from dyexport.models.hooks import BIAS
 from dyexport.slicing.recipes import Read, Recipe, lay_out
 from dyexport.slicing.slicer import (
@@ -134,5 +134,5 @@ def plan_of(
         flops,
         disk_bytes=layout.nbytes,
         resident_bytes=resident,
-        low_rank=low_rank_flops(spec, flops.depth) / flops.dense,
+        low_rank=flops.low_rank_ratio(spec.td_lora),
     )

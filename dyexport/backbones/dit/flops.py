@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from dyexport.backbones.base import channels_of
 from dyexport.flops import Config, FlopsModel
 
 
 def count(config: Config, tokens: int, text_tokens: int) -> FlopsModel:
     """DiT blocks: attention 4 C^2 N + 2 N^2 C, MLP 8 C^2 N (arXiv 2410.03456 section 3.5)."""
-    channels = config["num_attention_heads"] * config["attention_head_dim"]
+    channels = channels_of(config)
     patch = config["patch_size"] ** 2
     embedders = 256 * channels + channels**2
     modulation = 6 * channels**2 * config["num_layers"] + 2 * channels**2
@@ -21,5 +22,6 @@ def count(config: Config, tokens: int, text_tokens: int) -> FlopsModel:
         mlp=0 * blocks,
         mlp_tokens=8 * channels**2 * tokens * blocks,
         router=tokens * (channels * (channels // 16) + channels // 16) * blocks,
+        low_rank=18 * channels * tokens * blocks,
         static=embedders + modulation + pixels,
     )

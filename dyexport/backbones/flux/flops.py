@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dyexport.backbones.base import channels_of
 from dyexport.flops import Config, FlopsModel
 
 
@@ -12,7 +13,7 @@ def count(config: Config, tokens: int, text_tokens: int) -> FlopsModel:
 
     A single block has one projection for attention and MLP, so there they miss their row of it too.
     """
-    channels = config["num_attention_heads"] * config["attention_head_dim"]
+    channels = channels_of(config)
     rows = tokens + text_tokens
     double = np.repeat([1.0, 0.0], [config["num_layers"], config["num_single_layers"]])  # (L,)
     single = 1 - double
@@ -23,6 +24,7 @@ def count(config: Config, tokens: int, text_tokens: int) -> FlopsModel:
         mlp=8 * channels**2 * text_tokens * (double + single),
         mlp_tokens=8 * channels**2 * tokens * (double + single),
         router=(4 * channels**2 + channels * tokens) * (double + single),
+        low_rank=18 * channels * rows * (double + single),
         static=_flux_static(config, channels, tokens, text_tokens),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dyexport.backbones.base import channels_of
 from dyexport.flops import Config, FlopsModel
 
 
@@ -13,7 +14,7 @@ def count(config: Config, tokens: int, text_tokens: int) -> FlopsModel:
     Attention to the text is static: no gate touches it. Its keys and values are counted once a sample; the
     stock module makes them anew for each frame.
     """
-    channels = config["num_attention_heads"] * config["attention_head_dim"]
+    channels = channels_of(config)
     frames, pairs = config["video_length"], config["num_layers"]
     row = np.tile([tokens // frames, frames], pairs)  # (L,), tokens that attend to each other
     blocks = np.ones(2 * pairs)
@@ -26,5 +27,6 @@ def count(config: Config, tokens: int, text_tokens: int) -> FlopsModel:
         mlp=0 * blocks,
         mlp_tokens=8 * channels**2 * tokens * blocks,
         router=tokens * (channels * (channels // 16) + channels // 16) * blocks,
+        low_rank=18 * channels * tokens * blocks,
         static=float(pixels + embedders + pairs * to_text),
     )
