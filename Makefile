@@ -38,6 +38,6 @@ clean:
 
 $(INSTALLED): pyproject.toml
 	.ci/venv $(PYTHON) $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,demo,dev,report,rtx,triton]'
+	$(BIN)/python -m pip install --quiet --editable '.[build,cpu,demo,dev,rtx,triton]'
 	.ci/triton-venv $(BIN)/python .triton
 	touch $@

@@ -23,6 +23,7 @@ from dyexport.errors import (
     SamplingError,
     StorageError,
     UsageError,
+    missing_extras,
 )
 
 __version__ = "0.1.0"
@@ -57,7 +58,8 @@ else:
     }
 
     def __getattr__(name: str) -> object:
-        value = getattr(import_module(_LAZY[name]), name) if name in _LAZY else _stand_in(name)
+        with missing_extras():
+            value = getattr(import_module(_LAZY[name]), name) if name in _LAZY else _stand_in(name)
         if value is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         globals()[name] = value

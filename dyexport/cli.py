@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from dyexport.commands.given import OnceEach
 from dyexport.console import Interrupted, Session, escape_what_streams_cannot_hold, stderr
-from dyexport.errors import DyexportError
+from dyexport.errors import DyexportError, missing_extras
 
 COMMANDS = (
     "build",
@@ -84,7 +84,7 @@ def main() -> None:
     escape_what_streams_cannot_hold()
     session, heard = Session(), Event()
     try:
-        with hearing_interrupts(heard):
+        with hearing_interrupts(heard), missing_extras():
             code = app(standalone_mode=False, obj=session)
             sys.stdout.flush()
     except KeyboardInterrupt:

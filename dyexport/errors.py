@@ -7,7 +7,7 @@
     ├── DataError           training or calibration data cannot be read
     ├── ExportError         a graph could not be written or did not pass its checks
     ├── EngineBuildError    a backend refused a graph
-    ├── EngineMismatchError      an engine or its inputs do not fit this machine, version or shape
+    ├── EngineMismatchError an engine or its inputs do not fit this machine, version or shape
     ├── SamplingError       sampling gave numbers that are not finite
     ├── BundleError         a bundle is damaged, tampered with, or of a newer schema
     ├── StorageError        a file cannot be written: the disk is full, read-only, or in use by another build
@@ -18,6 +18,9 @@ once, where they enter, with ``raise ... from``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def reason(error: BaseException) -> str:
@@ -78,3 +81,22 @@ class MissingDependencyError(DyexportError):
 
     def __init__(self, library: str, extra: str) -> None:
         super().__init__(f"{library} is not installed; run: pip install 'dyexport[{extra}]'")
+
+
+EXTRAS = dict.fromkeys(("accelerate", "onnx", "onnx_ir", "onnxscript", "peft", "polygraphy"), "build") | {
+    "onnxruntime": "cpu",
+    "transformers": "prompts",
+}
+"""Extra that installs an optional module."""
+
+
+@contextmanager
+def missing_extras() -> Iterator[None]:
+    """Turn the failed import of an optional library into ``MissingDependencyError``."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in EXTRAS:
+            raise
+        raise MissingDependencyError(library, EXTRAS[library]) from error

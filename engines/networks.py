@@ -8,7 +8,7 @@ from pathlib import Path
 from dyexport.bundle.graph_labels import NETWORK, labels_for
 from dyexport.bundle.reader import Bundle
 from dyexport.engines.base import WeightSpan
-from dyexport.engines.ort import read_graph
+from dyexport.engines.onnx_file import read_graph
 from dyexport.engines.registry import make_engines
 from dyexport.engines.tensorrt_fit import plan_info
 from dyexport.errors import BundleError

@@ -11,15 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dyexport.engines.base import WeightSpan
+from dyexport.engines.onnx_file import Message
 from dyexport.engines.ort import OrtEngine, load_onnxruntime
 from dyexport.errors import EngineMismatchError, MissingDependencyError, StorageError, reason
 from dyexport.files import replacing, user_cache
-
-if TYPE_CHECKING:
-    import onnx
 
 CONTEXT = "context.onnx"
 
@@ -38,7 +36,7 @@ class OrtRtxEngine(OrtEngine):
         self._streaming_budget = streaming_budget
         self._cache = cache or default_cache()
 
-    def _start(self, ort: Any, model: onnx.ModelProto) -> Any:
+    def _start(self, ort: Any, model: Message) -> Any:
         index = int(self.device.partition(":")[2] or 0)
         device = rtx_devices()[index]
         settings = provider_settings(self._streaming_budget)

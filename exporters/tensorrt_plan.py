@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx
 
+from dyexport.bundle.onnx_schema import tensor_spec
 from dyexport.bundle.plan_info import ENGINE, INFO, Flavour, PlanInfo, Profile
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.digests import sha256_of
@@ -81,7 +82,7 @@ def build_plan(
         streamable=request.stream_weights,
         profiles=tuple(dict(profiles) for profiles in request.profiles),
         inputs=request.inputs,
-        outputs=_outputs(model),
+        outputs=tuple(tensor_spec(value) for value in model.graph.output),
         layers=tuple(_describe(network.get_layer(index)) for index in range(network.num_layers)),
         graph_sha256=sha256_of(graph),
         plan_sha256=sha256_of(out / ENGINE),
@@ -159,17 +160,6 @@ def _monitor(trt: Any, progress: Progress) -> Any:
             self.steps.pop(phase, None)
 
     return Monitor()
-
-
-def _outputs(model: onnx.ModelProto) -> tuple[TensorSpec, ...]:
-    """As the graph declares them, symbols by the names of the inputs'."""
-    return tuple(_spec(value) for value in model.graph.output)
-
-
-def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
-    tensor = value.type.tensor_type
-    dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
-    return TensorSpec(name=value.name, dtype=dtype, shape=tuple(d.dim_param or d.dim_value for d in tensor.shape.dim))
 
 
 def _describe(layer: Any) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import dyexport
+from dyexport.errors import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 LINKED = ("calibration", "engines", "exporters")
@@ -157,6 +158,74 @@ def test_imports_go_one_way(path: Path) -> None:
     unit = unit_of(path)
     assert unit in MAY_IMPORT, f"say in MAY_IMPORT what dyexport.{unit} may import"
     assert violations(unit, path.read_text()) == []
+
+
+RUN_EXTRAS = {"cpu", "demo", "prompts", "rtx", "tensorrt", "triton", "video"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "google": "protobuf",
+    "imageio_ffmpeg": "imageio-ffmpeg",
+    "onnxruntime_ep_nv_tensorrt_rtx": "onnxruntime-ep-nv-tensorrt-rtx-cu13",
+    "sklearn": "scikit-learn",
+    "tensorrt_rtx": "tensorrt-rtx-cu13-bindings",
+    "tensorrt_rtx_bindings": "tensorrt-rtx-cu13-bindings",
+}
+"""Names on the package index, of modules that are called otherwise."""
+UNDECLARED = {"triton_python_backend_utils"}  # comes with a Triton server
+
+
+def declared(*extras: str) -> set[str]:
+    """Distributions that the package, or these extras, require; what comes along with those is not declared."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lists = [project["optional-dependencies"][extra] for extra in extras] or [project["dependencies"]]
+    return {re.split(r"[^\w-]", requirement)[0] for listed in lists for requirement in listed}
+
+
+def third_party(source: str, *, at_once: bool) -> set[str]:
+    """Distributions that a module imports, or only those that it imports as it is imported."""
+    tree = ast.parse(source)
+    nodes = [node for node in run_nodes(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    if at_once:
+        functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+        inner = {
+            id(node) for function in ast.walk(tree) if isinstance(function, functions) for node in ast.walk(function)
+        }
+        nodes = [node for node in nodes if id(node) not in inner]
+    names = {name.split(".")[0] for node in nodes for _, name in imports_of(ast.unparse(node))}
+    names -= {*sys.stdlib_module_names, "dyexport", *UNDECLARED}
+    return {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in names}
+
+
+@pytest.mark.parametrize("path", package_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_is_imported_is_declared(path: Path) -> None:
+    """Without an extra every module of the run side can be imported; functions may import what an extra installs."""
+    builds = unit_of(path) in BUILD_SIDE | PIPELINE | {"demo"}
+    source = path.read_text()
+    assert third_party(source, at_once=True) <= declared() | (declared("build") if builds else set())
+    assert third_party(source, at_once=False) <= declared() | declared(*RUN_EXTRAS, *(("build",) if builds else ()))
+
+
+@pytest.mark.parametrize(
+    ("source", "at_once", "anywhere"),
+    [
+        ("import psutil", {"psutil"}, {"psutil"}),
+        ("def f():\n    from google.protobuf import message", set(), {"protobuf"}),
+        ("class A:\n    import onnx_ir as ir", {"onnx-ir"}, {"onnx-ir"}),
+        ("if TYPE_CHECKING:\n    import peft", set(), set()),
+        ("try:\n    import sklearn.svm\nexcept ImportError:\n    pass", {"scikit-learn"}, {"scikit-learn"}),
+    ],
+)
+def test_imports_are_seen(source: str, at_once: set[str], anywhere: set[str]) -> None:
+    assert third_party(source, at_once=True) == at_once
+    assert third_party(source, at_once=False) == anywhere
+
+
+def test_an_absent_library_names_an_extra_that_has_it() -> None:
+    for module, extra in EXTRAS.items():
+        assert module.replace("_", "-") in declared(extra)
+    assert {module.replace("_", "-") for module, extra in EXTRAS.items() if extra == "build"} | {
+        "transformers"
+    } == declared("build")
 
 
 def test_every_package_file_is_looked_at() -> None:

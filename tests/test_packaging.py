@@ -47,7 +47,10 @@ def copy_checkout(copy: Path, *, links: bool) -> None:
             shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
 
 
-@pytest.fixture(scope="module", params=["wheel", "wheel by way of an sdist", "wheel where links are not supported"])
+SLOW_WAYS = ("wheel by way of an sdist", "wheel where links are not supported")
+
+
+@pytest.fixture(scope="module", params=["wheel", *(pytest.param(way, marks=pytest.mark.slow) for way in SLOW_WAYS)])
 def wheel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Names of the files in a wheel, built from a copy of the checkout."""
     copy, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("dist")

@@ -12,7 +12,7 @@ import torch
 from dyexport.arguments import PIXELS, SAMPLES, check_guidance, check_pixels, check_side, check_steps
 from dyexport.backbones import get_pipeline
 from dyexport.backbones.base import PromptColumns, PromptPipeline
-from dyexport.errors import CheckpointError, DataError, UsageError
+from dyexport.errors import CheckpointError, DataError, MissingDependencyError, UsageError
 from dyexport.runtime.sampling import check_finite, noise_of, open_vae
 from dyexport.runtime.transformer import BundleTransformer
 
@@ -151,6 +151,8 @@ def _bare_pipeline(transformer: BundleTransformer, kind: PromptPipeline, vae: st
 def _class_of(kind: PromptPipeline) -> Any:
     import diffusers
 
+    if not diffusers.utils.is_transformers_available():  # its place in diffusers is then taken by a dummy
+        raise MissingDependencyError("transformers", "prompts")
     return getattr(diffusers, kind.name)
 
 

@@ -49,13 +49,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def switching(folder: Path) -> Engine:
-    engines = [OrtEngine(folder / "segment-00.onnx", threads=1) for _ in range(2)]
+    engines = [OrtEngine(folder / "segment-00.onnx") for _ in range(2)]
     return SwitchingEngine(engines, lambda inputs: Choice(engine=int(t_of(inputs) > 500), inputs={}))
 
 
 MAKERS: dict[str, Callable[[Path], Engine]] = {
-    "ort": lambda folder: OrtEngine(folder / "segment-00.onnx", threads=1),
-    "ort-shared": lambda folder: OrtEngine(folder / "segment-00.onnx", share_weights=True, threads=1),
+    "ort": lambda folder: OrtEngine(folder / "segment-00.onnx"),
+    "ort-shared": lambda folder: OrtEngine(folder / "segment-00.onnx", share_weights=True),
     "fake": lambda folder: FakeEngine(tiny_io(SEGMENT), expected),
     "switching": switching,
 }

@@ -170,17 +170,17 @@ def test_every_file_of_weights_is_in_the_manifest(root: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"offset": "x"}, "no numbers of bytes"),
-        ({"offset": "-4"}, "no numbers of bytes"),
-        ({"offset": "1_0"}, "no numbers of bytes"),
-        ({"offset": "9" * 30}, "no numbers of bytes"),
+        ({"offset": "x"}, "not numbers of bytes"),
+        ({"offset": "-4"}, "not numbers of bytes"),
+        ({"offset": "1_0"}, "not numbers of bytes"),
+        ({"offset": "9" * 30}, "not numbers of bytes"),
         ({"offset": "9" * 18}, "has weights up to byte"),
-        ({"length": ""}, "no numbers of bytes"),
-        ({"length": None}, "no numbers of bytes"),
-        ({"length": "1e3"}, "no numbers of bytes"),
+        ({"length": ""}, "not numbers of bytes"),
+        ({"length": None}, "not numbers of bytes"),
+        ({"length": "1e3"}, "not numbers of bytes"),
         ({"length": "99999999"}, "has weights up to byte"),
-        ({"location": None}, "does not say where it lies"),
-        ({"location": "."}, "does not say where it lies"),
+        ({"location": None}, "does not name its file"),
+        ({"location": "."}, "does not name its file"),
         ({"location": "other.bin"}, "which the manifest does not name"),
         ({"location": "../../secret"}, "outside the bundle"),
     ],
@@ -209,7 +209,7 @@ def test_weights_that_are_said_to_lie_twice(root: Path) -> None:
         return graph.SerializeToString()
 
     tamper(root, GRAPH, change)
-    with pytest.raises(EngineBuildError, match="does not say where it lies"):
+    with pytest.raises(EngineBuildError, match="does not name its file"):
         check(root)
 
 
