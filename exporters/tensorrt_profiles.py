@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dyexport.backbones import get_engine_sizes
 from dyexport.bundle.manifest import ModelSpec, Segment
 from dyexport.bundle.plan_info import LARGEST_TOPK, Flavour, Profile
 from dyexport.errors import UsageError
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 BATCH = Profile(min=1, opt=2, max=8)  # 2 is one picture under guidance
 STEPS = Profile(min=1, opt=50, max=100)  # that the conditioning network computes at once
-SMALLEST = 4  # pictures of a quarter of the usual tokens, 512 px of 1024, are the smallest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +87,15 @@ def profiles_for(
 def largest_topk(spec: ModelSpec, segment: Segment | None, profiles: Sequence[Mapping[str, Profile]]) -> int:
     """Most tokens that a block of the segment may sort; blocks with room for more than TensorRT can sort do not.
 
-    FLUX's single blocks always keep the text as well, of which a profile may allow more than is usual.
+    Where text is sorted too, a profile may allow more of it than is usual.
     """
     if segment is None:
         return 0
-    doubles = spec.config["num_layers"] if spec.backbone == "flux" else segment.depth
+    sorts_text = get_engine_sizes(spec.backbone).sorts_text
     text = max((sizes["text_tokens"].max for sizes in profiles if "text_tokens" in sizes), default=0)
     largest = 0
     for block in segment.limited_blocks:
-        usual, most = (spec.text_tokens, text) if block >= doubles else (0, 0)
+        usual, most = (spec.text_tokens, text) if sorts_text(spec, block) else (0, 0)
         if segment.room(block) + usual <= LARGEST_TOPK:
             largest = max(largest, segment.room(block) + most)
     return largest
@@ -103,29 +103,8 @@ def largest_topk(spec: ModelSpec, segment: Segment | None, profiles: Sequence[Ma
 
 def _usual(spec: ModelSpec, segment: Segment | None) -> dict[str, Profile]:
     rows = Profile(min=1, opt=BATCH.opt * STEPS.opt, max=BATCH.max * STEPS.max)
-    usual = {"batch": BATCH, "rows": rows}
-    if spec.text_tokens:
-        usual["text_tokens"] = Profile(min=1, opt=spec.text_tokens, max=spec.text_tokens)
-    if "video_length" in spec.config:
-        usual |= _video(spec, segment)
-    elif spec.text_tokens:
-        usual["image_tokens"] = _tokens(spec.tokens, segment)
+    usual = {"batch": BATCH, "rows": rows, **get_engine_sizes(spec.backbone).free_sizes(spec, segment)}
     if segment is not None and segment.slot_buckets:
         buckets = segment.slot_buckets
         usual["slots"] = Profile(min=buckets[0], opt=buckets[len(buckets) // 2], max=buckets[-1])
     return usual
-
-
-def _tokens(count: int, segment: Segment | None) -> Profile:
-    """A block that keeps the top C tokens cannot be given fewer."""
-    room = segment.largest_room if segment is not None else 0
-    return Profile(min=max(count // SMALLEST, room, 1), opt=count, max=count)
-
-
-def _video(spec: ModelSpec, segment: Segment | None) -> dict[str, Profile]:
-    frames, side = int(spec.config["video_length"]), int(spec.config["sample_size"]) // int(spec.config["patch_size"])
-    fixed = segment is not None and segment.largest_room > 0  # a capacity counts the tokens of a whole clip
-    return {
-        "frames": Profile(min=frames if fixed else 1, opt=frames, max=frames),
-        **{name: Profile(min=side if fixed else max(side // 2, 1), opt=side, max=side) for name in ("height", "width")},
-    }

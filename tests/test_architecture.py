@@ -21,6 +21,7 @@ LINKED = ("calibration", "engines", "exporters")
 CONTRACTS = {
     "arguments",
     "backbones",
+    "backbones.engine_sizes",
     "backbones.preset",
     "backbones.stored_config",
     "bundle",
@@ -30,6 +31,7 @@ CONTRACTS = {
     "files",
     "flops",
     "lora",
+    "noise_schedule",
     "presets",
     "tensorrt_api",
 }
@@ -49,9 +51,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": {"errors"},
     "digests": {"files"},
     "digits": {"errors"},
-    "backbones": {"bundle", "errors", "lora"},
+    "backbones": {"backbones.preset", "bundle", "errors", "lora", "noise_schedule"},
     "backbones.stored_config": {"errors"},
     "backbones.preset": {"backbones", "backbones.stored_config"},
+    "backbones.engine_sizes": {"bundle"},
+    "noise_schedule": {"backbones", "errors"},
     "flops": {"backbones", "backbones.flops", "lora"},
     "presets": {"errors", "backbones", "backbones.preset"},
     "lora": {"arguments", "errors"},
@@ -64,8 +68,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exporters": CONTRACTS | {"models", "slicing"},
     "training": CONTRACTS | BUILD_ROLES | {"models", "slicing"},
     "engines": {"errors", "files", "bundle", "tensorrt_api"},
-    "runtime": {"arguments", "errors", "files", "bundle", "engines", "backbones"} | RUN_ROLES,
-    "serving": {"arguments", "errors", "files", "bundle", "engines", "runtime", "backbones"} | RUN_ROLES,
+    "runtime": {"arguments", "errors", "files", "bundle", "engines", "backbones", "backbones.preset"} | RUN_ROLES,
+    "serving": {"arguments", "errors", "files", "bundle", "engines", "runtime", "backbones", "backbones.preset"}
+    | RUN_ROLES,
     "bench": {"arguments", "digits", "errors", "files", "bundle", "engines", "runtime"},
     **{role: CONTRACTS | BUILD_ROLES | {"models", "slicing"} for role in BUILD_ROLES},
     **{role: {"errors", "bundle", "runtime", "backbones", "backbones.preset"} for role in RUN_ROLES},
@@ -85,6 +90,9 @@ REGISTRY = {
     "get_slicer": "backbones.cut",
     "get_stand_in": "backbones.stand_in",
     "get_pipeline": "backbones.pipeline",
+    "get_engine_sizes": "backbones.engine_sizes",
+    "known_preset": "backbones.preset",
+    "sampling_defaults": "backbones.preset",
 }
 """Functions of ``dyexport.backbones`` that import a role."""
 

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 from dyexport.errors import UsageError
 
 if TYPE_CHECKING:
-    from dyexport.backbones.base import Adapter, Conditioning, Preset, PromptPipeline, Slicer
+    from dyexport.backbones.base import (
+        Adapter,
+        Conditioning,
+        EngineSizes,
+        Preset,
+        SamplingDefaults,
+        SamplingPipeline,
+        Slicer,
+    )
+    from dyexport.bundle.manifest import ModelSpec
     from dyexport.runtime.transformer import BundleTransformer
 
 BACKBONES = ("dit", "sit", "flux", "latte")
@@ -51,7 +60,29 @@ def get_stand_in(backbone: str) -> type[BundleTransformer]:
     return stand_in
 
 
-def get_pipeline(backbone: str) -> PromptPipeline:
-    """Return what sampling from prompts must know of a backbone's diffusers pipeline."""
-    pipeline: PromptPipeline = part(backbone, "pipeline").PIPELINE
+def get_pipeline(backbone: str) -> SamplingPipeline:
+    """Return how bundles of a backbone are sampled."""
+    pipeline: SamplingPipeline = part(backbone, "pipeline").PIPELINE
     return pipeline
+
+
+def get_engine_sizes(backbone: str) -> EngineSizes:
+    """Return the functions that give the sizes of a backbone's TensorRT engines."""
+    sizes: EngineSizes = part(backbone, "engine_sizes")
+    return sizes
+
+
+def known_preset(spec: ModelSpec) -> Preset | None:
+    """Return the preset of a bundle's model; None for a model that dyexport does not know by name."""
+    presets: tuple[Preset, ...] = part(spec.backbone, "preset").PRESETS
+    return next((preset for preset in presets if preset.name == spec.name), None)
+
+
+def sampling_defaults(spec: ModelSpec) -> SamplingDefaults:
+    """Return the sampling defaults of a bundle's model: those of its preset, or of its configuration."""
+    presets: tuple[Preset, ...] = part(spec.backbone, "preset").PRESETS
+    configured = presets[0].sampling_of(spec.config)
+    preset = known_preset(spec)
+    if preset is None or (preset.sampling.guidance is None) != (configured.guidance is None):
+        return configured
+    return preset.sampling

@@ -4,12 +4,12 @@
 |-------------------|----------------------------|----------------------------------------------|
 | ``preset``        | ``Preset``s, ``PRESETS``   | both sides                                   |
 | ``masked``        | ``ADAPTER``, an ``Adapter``| the masked model, importance, checkpoints    |
-| ``conditions``    | ``Conditioning``           | training and calibration                     |
+| ``conditions``    | ``Conditioning``           | training, calibration, synthetic data        |
 | ``cut``, ``slim`` | the functions of ``Slicer``| slicing and export                           |
 | ``flops``         | ``count``                  | budgets, plans                               |
+| ``engine_sizes``  | ``EngineSizes``' functions | TensorRT                                     |
 | ``stand_in``      | ``StandIn``                | ``dyexport.load``, bench                     |
-| ``pipeline``      | ``PIPELINE``               | sampling, serving                            |
-| ``engine_sizes``  | ``free_sizes``             | TensorRT                                     |
+| ``pipeline``      | ``PIPELINE``, a ``SamplingPipeline`` | sampling, serving                  |
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 from dyexport.backbones.recipe import FULL_FINETUNING, Recipe
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from dyexport.bundle.manifest import ModelSpec, Segment
+    from dyexport.bundle.plan_info import Profile
     from dyexport.models.conditions import Column, Conditions
     from dyexport.models.gates import BlockGates, TokenRouter
     from dyexport.slicing.slicer import Slice, SliceContext
@@ -47,6 +49,23 @@ def channels_of(config: Mapping[str, Any]) -> int:
     return channels
 
 
+Guidance = Literal["classifier-free", "embedded"]
+"""How a guidance scale acts: it weighs two predictions, or the network takes it as an input (guidance-distilled)."""
+
+
+class SamplingDefaults(NamedTuple):
+    """How a model is sampled unless the caller says otherwise.
+
+    steps      denoising steps
+    guidance   guidance scale; None: the model takes none
+    scheduler  arguments of the diffusers scheduler of the model's pipeline, where they differ from diffusers' defaults
+    """
+
+    steps: int
+    guidance: float | None
+    scheduler: Mapping[str, Any] = MappingProxyType({})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preset(ABC):
     """A backbone architecture and how it is sampled.
@@ -60,6 +79,11 @@ class Preset(ABC):
 
     stock: ClassVar[str]
     """Name of the diffusers class: the ``_class_name`` of a checkpoint's configuration."""
+
+    pipeline: ClassVar[str]
+    """Name of the model's pipeline class in diffusers."""
+
+    guidance_kind: ClassVar[Guidance] = "classifier-free"
 
     name: str
     backbone: str
@@ -128,6 +152,20 @@ class Preset(ABC):
     def timestep_range(self) -> tuple[float, float]:
         """Half-open range of the value the transformer is called with."""
         return (0.0, 1000.0) if self.objective == "ddpm" else (0.0, 1.0)
+
+    @classmethod
+    @abstractmethod
+    def sampling_of(cls, config: Mapping[str, Any]) -> SamplingDefaults:
+        """Return how a model with this diffusers configuration is sampled by default."""
+
+    @property
+    def sampling(self) -> SamplingDefaults:
+        """How this model is sampled by default: in Python, on the command line, by a server, for synthetic data."""
+        return self.sampling_of(self.transformer_config())
+
+    def with_guidance(self, scale: float | None) -> Self:
+        """Return the preset whose network is called with this guidance scale; itself without embedded guidance."""
+        return self
 
     def for_noise(self) -> Self:
         """What noise is drawn for: a smaller picture where the backbone takes any, for widths do not depend on it."""
@@ -201,43 +239,100 @@ class Slicer(Protocol):
         """Constants of the network that no checkpoint stores."""
 
 
+class PromptConditioning(Conditioning, Protocol):
+    """Conditions that are embedded prompts."""
+
+    unconditional: ClassVar[str | None]
+    """Prompt of the unconditional prediction of classifier-free guidance; None where there is none."""
+
+    def embed(self, pipe: Any, prompts: list[str]) -> Conditions:
+        """Embed prompts with the text encoders of the model's diffusers pipeline, one row per prompt."""
+
+
+class EngineSizes(Protocol):
+    """The functions of ``engine_sizes``. Imports no torch."""
+
+    def free_sizes(self, spec: ModelSpec, segment: Segment | None) -> dict[str, Profile]:
+        """Return the range of each free dimension next to ``batch`` and ``rows``, by its symbol in the graphs.
+
+        ``segment`` is None for the conditioning network and the dense network.
+        """
+
+    def sorts_text(self, spec: ModelSpec, block: int) -> bool:
+        """Return True if a block's top-k sorts its text tokens together with the tokens that a router may skip."""
+
+
 VAE_SCALE = 8  # pixels on a side of a latent, unless a VAE says otherwise
 
 
-class SamplingDefaults(NamedTuple):
-    """Denoising steps and guidance scale where none are asked for."""
+class SamplingPipeline(ABC):
+    """How a bundle of one backbone is sampled: from class labels or from prompts."""
 
-    steps: int
-    guidance: float
+    takes: ClassVar[Literal["labels", "prompts"]]
+    task: ClassVar[str | None] = None
+    """``pipeline_tag`` of a model card on the Hugging Face hub."""
+    max_batch: ClassVar[int] = 8
+    """Largest batch of a server by default."""
 
-
-class PromptPipeline(ABC):
-    """What sampling from prompts must know of one pipeline: its class in diffusers, its parts that embed text, ..."""
-
-    name: ClassVar[str]
-    text_parts: ClassVar[tuple[str, ...]]
-    batches: ClassVar[bool] = True  # whether a sample is the same in a batch as alone
-
-    @abstractmethod
     def defaults(self, spec: ModelSpec) -> SamplingDefaults:
-        """Steps and guidance where none are asked for."""
+        """Return the model's sampling defaults."""
+        from dyexport.backbones import sampling_defaults
+
+        return sampling_defaults(spec)
+
+    def scheduler(self, spec: ModelSpec, name: str | None = None) -> Any:
+        """Return a diffusers scheduler, by default that of the model's own pipeline. Raises ``UsageError``."""
+        from dyexport.noise_schedule import make_scheduler
+
+        return make_scheduler(spec, name, **self.defaults(spec).scheduler)
+
+
+class LabelPipeline(SamplingPipeline):
+    """Sampling from class labels, by the loops of ``dyexport.runtime.sampling``."""
+
+    takes = "labels"
+
+
+class PromptPipeline(SamplingPipeline):
+    """Sampling from prompts, by the model's pipeline in diffusers."""
+
+    takes = "prompts"
+    name: ClassVar[str]
+    """The pipeline's class in diffusers."""
+    text_parts: ClassVar[tuple[str, ...]]
+    """Its components that embed text."""
+    vae: ClassVar[str] = "AutoencoderKL"
+    """Class of its VAE in diffusers."""
+    batches: ClassVar[bool] = True
+    """Whether a sample is the same in a batch as alone."""
+
+    def home(self, spec: ModelSpec) -> str | None:
+        """Return the hub repository with the text encoders and the VAE of a known model."""
+        from dyexport.backbones import known_preset
+
+        preset = known_preset(spec)
+        return None if preset is None else preset.hub_id
 
     @abstractmethod
     def columns(self, spec: ModelSpec, *, guided: bool) -> PromptColumns:
-        """What embedded prompts look like; ``guided`` where an unconditional prediction is needed too."""
+        """Return the shapes of embedded prompts, by argument of the pipeline.
 
-    @abstractmethod
-    def scheduler(self, spec: ModelSpec) -> Any:
-        """The schedule of the model's own pipeline."""
+        ``guided``: with those of the unconditional prediction.
+        """
 
     @abstractmethod
     def side(self, spec: ModelSpec, scale: int) -> int:
-        """Pixels on a side where no size is asked for; a VAE makes one latent of ``scale`` pixels on a side."""
+        """Return the default side of a picture in pixels; one latent of the VAE is ``scale`` pixels on a side."""
 
     @abstractmethod
-    def arguments(self, spec: ModelSpec, *, frames: int | None, embedded: bool) -> dict[str, Any]:
-        """What the pipeline is called with that others do not know. Raises ``UsageError``."""
+    def arguments(
+        self, spec: ModelSpec, *, frames: int | None, guidance: float | None, embedded: bool
+    ) -> dict[str, Any]:
+        """Return the arguments of the pipeline that not all pipelines have, its guidance scale among them.
+
+        ``embedded``: prompts are given as embeddings. Raises ``UsageError``.
+        """
 
     @abstractmethod
-    def drawn(self, output: Any) -> torch.Tensor:
-        """Pixels or latents from what the pipeline returns."""
+    def samples(self, output: Any) -> torch.Tensor:
+        """Return the pixels or latents of what the pipeline returns."""

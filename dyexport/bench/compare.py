@@ -214,7 +214,7 @@ def _trajectory_speedup(dense: BundleTransformer, loaded: BundleTransformer, set
 def _sampling_loop(transformer: BundleTransformer, settings: BenchSettings, seed: int) -> None:
     """The network's calls of one trajectory, from noise to data."""
     spec, steps = transformer.spec, settings.steps
-    noise, data = spec.timestep_range if spec.objective == "flow" else reversed(spec.timestep_range)
+    noise, data = spec.noise_to_data
     inputs = example_inputs(spec, settings.batch, noise, seed)
     for share in ((step + 0.5) / steps for step in range(steps)):
         timestep = torch.full((settings.batch,), noise + share * (data - noise))  # (B,)

@@ -44,10 +44,8 @@ def heat_maps(bundle: Bundle, points: int) -> list[HeatMap]:
 
 def cells(bundle: Bundle, points: int) -> list[float]:
     """Midpoints of ``points`` equal cells, in the order in which sampling visits them: noise first."""
-    start, end = bundle.manifest.model.timestep_range
-    middles = start + (np.arange(points) + 0.5) * (end - start) / points
-    forward = bundle.manifest.model.objective == "flow"  # there t = 0 is noise
-    return [float(t) for t in (middles if forward else middles[::-1])]
+    noise, data = bundle.manifest.model.noise_to_data
+    return [float(t) for t in noise + (np.arange(points) + 0.5) * (data - noise) / points]
 
 
 def segment_of(bundle: Bundle, points: int) -> list[int]:
@@ -93,10 +91,8 @@ def _engine_ruler(segments: Sequence[int], line: str = "─") -> str:
 
 
 def _axis(bundle: Bundle) -> str:
-    first, last = cells(bundle, 2)
-    start, end = bundle.manifest.model.timestep_range
-    ends = (start, end) if first < last else (end, start)
-    return f"t = {ends[0]:g} (noise) to t = {ends[1]:g} (data)"
+    noise, data = bundle.manifest.model.noise_to_data
+    return f"t = {noise:g} (noise) to t = {data:g} (data)"
 
 
 def draw_image(bundle: Bundle, points: int = 96) -> Image.Image:

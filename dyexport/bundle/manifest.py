@@ -260,9 +260,10 @@ class ModelSpec(Frozen):
         return f"{self.precision}{suffix}"
 
     @property
-    def takes_guidance(self) -> bool:
-        """True if the model takes a guidance scale; FLUX-schnell, distilled for few steps, does not."""
-        return bool(self.config.get("guidance_embeds", True))
+    def noise_to_data(self) -> tuple[float, float]:
+        """The ends of ``timestep_range`` in the order in which sampling visits them."""
+        start, end = self.timestep_range
+        return (start, end) if self.objective == "flow" else (end, start)
 
     @property
     def frames(self) -> int | None:

@@ -17,11 +17,12 @@ PROGRAM = "program.pt2"  # instead, of Torch-TensorRT
 INFO = "plan.json"
 
 LARGEST_TOPK = 3840  # rows, the most that TensorRT sorts
+SMALLEST = 4  # a plan takes pictures down to a quarter of the model's tokens: 512 px of 1024
 OLDEST_FP8 = 8.9  # compute capability of the first GPUs that multiply in FP8: Ada
 
 
 class Profile(BaseModel):
-    """The smallest, the usual and the largest size of a dimension that is free at run time."""
+    """The smallest, the most frequent and the largest size of a dimension that is free at run time."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,6 +45,11 @@ class Profile(BaseModel):
             return cls(min=low, opt=usual, max=high)
         except ValueError as error:
             raise UsageError(f"{text!r} is not MIN:OPT:MAX, three rising numbers from 1 on, such as 1:2:8") from error
+
+    @classmethod
+    def up_to(cls, size: int, *, least: int = 1) -> Profile:
+        """Make the profile of sizes from ``least`` to ``size``, which is the most frequent one."""
+        return cls(min=max(least, 1), opt=size, max=size)
 
     def times(self, factor: int) -> Profile:
         return Profile(min=factor * self.min, opt=factor * self.opt, max=factor * self.max)

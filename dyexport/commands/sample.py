@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from dyexport.arguments import SAMPLES, check_guidance, check_seed, check_steps, shown
+from dyexport.backbones import sampling_defaults
 from dyexport.bundle.manifest import ModelSpec
 from dyexport.commands.given import Given
 from dyexport.commands.options import BundleArgument, MemoryOption, SchedulerOption, TargetOption
@@ -131,7 +132,7 @@ def _refuse_useless(given: Given, spec: ModelSpec) -> None:
     given.refuse(not spec.classes, f"{spec.name} draws from prompts", "labels")
     given.refuse(not spec.classes, f"the scheduler of {spec.name} comes with its pipeline", "scheduler")
     given.refuse(spec.pixel_space, f"{spec.name} draws pixels, not latents", "vae")
-    given.refuse(not spec.takes_guidance, f"{spec.name} knows no guidance", "guidance")
+    given.refuse(sampling_defaults(spec).guidance is None, f"{spec.name} knows no guidance", "guidance")
 
 
 def _checked(out: Path | None, *, video: bool, pixels: bool) -> Path:
@@ -177,11 +178,12 @@ def _from_labels(
     vae: str | None,
     advance: Advance,
 ) -> _Drawn:
-    from dyexport.runtime.sampling import LABEL_DEFAULTS, decode, open_vae
+    from dyexport.runtime.sampling import decode, open_vae
     from dyexport.runtime.sampling import sample as draw
 
-    steps = LABEL_DEFAULTS.steps if steps is None else steps
-    guidance = LABEL_DEFAULTS.guidance if guidance is None else guidance
+    default = sampling_defaults(loaded.spec)
+    steps = default.steps if steps is None else steps
+    guidance = default.guidance if guidance is None else guidance
     drawn = draw(
         _Counted(loaded, steps, advance),
         loaded.spec,
@@ -198,9 +200,9 @@ def _from_labels(
 
 
 def _from_prompts(loaded: Any, wanted: Any, advance: Advance) -> _Drawn:
-    from dyexport.runtime.prompts import draw_prompts
+    from dyexport.runtime.prompts import sample_prompts
 
-    drawn = draw_prompts(loaded, wanted, advance)
+    drawn = sample_prompts(loaded, wanted, advance)
     settings = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(wanted).items() if v is not None}
     return _Drawn(drawn.values, drawn.pixels, settings)
 

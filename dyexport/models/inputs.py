@@ -13,10 +13,9 @@ from torch import Tensor
 from dyexport.backbones import get_conditioning
 from dyexport.backbones.base import Inputs, Preset
 from dyexport.models.conditions import Batch
+from dyexport.noise_schedule import DDPM_BETAS, DDPM_STEPS
 
 ROWS = 2048  # tokens of one pass, which bounds the memory that activations take
-DDPM_STEPS = 1000
-DDPM_BETAS = (1e-4, 2e-2)  # linear schedule of DiT
 
 
 def _untold(done: int, total: int, detail: str = "") -> None:

@@ -92,11 +92,12 @@ def _start(bundle: Bundle, opened: _Opened, options: EngineOptions, placement: P
         HeldEngine(engine, bundle) for engine in make_engines(opened.target, opened.paths, options)
     )
     find = dense_route if dense else partial(route, bundle.manifest.plan, bundle.widths, bundle.token_stats)
-    scheduler, spec = Scheduler(find, options.device), bundle.manifest.model
+    scheduler = Scheduler(find, options.device)
+    noise, data = bundle.manifest.model.noise_to_data
     engine = SwitchingEngine(
         engines,
         scheduler.choose,
-        ahead=1 if spec.objective == "flow" else -1,  # sampling goes from noise to data: t rises, or falls
+        ahead=1 if noise < data else -1,
         max_resident=placement.max_resident,
     )
     conditioner = Conditioner(conditioning, resident=placement.max_resident is None, device=options.device)

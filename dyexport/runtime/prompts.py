@@ -1,4 +1,4 @@
-"""Pictures and videos from prompts: diffusers' own pipeline around a bundle."""
+"""Sampling from prompts, by the model's own diffusers pipeline around a bundle."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from dyexport.arguments import PIXELS, SAMPLES, check_guidance, check_pixels, check_side, check_steps
 from dyexport.backbones import get_pipeline
 from dyexport.backbones.base import PromptColumns, PromptPipeline
+from dyexport.bundle.manifest import ModelSpec
 from dyexport.errors import CheckpointError, DataError, MissingDependencyError, UsageError
 from dyexport.runtime.sampling import check_finite, noise_of, open_vae
 from dyexport.runtime.transformer import BundleTransformer
@@ -22,11 +23,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """What to draw, and how. Either ``texts``, or ``embedded``: a safetensors file of their embeddings.
+    """Prompts, and how to sample from them. None stands for the model's default.
 
-    ``pipeline`` is where text encoders and VAE come from, a directory or hub repository; embedded prompts need
-    none, and get a VAE from there or from ``vae``. Sizes in pixels. None takes what is usual for the model.
-    ``seed`` is of all of them, or has one for each.
+    texts            the prompts
+    embedded         instead of ``texts``: a safetensors file of their embeddings
+    pipeline         text encoders and VAE: a directory or hub repository; not needed for embedded prompts
+    vae              VAE for embedded prompts, where there is no ``pipeline``
+    height, width    in pixels
+    frames           of a video; 1 for a picture
+    seed             one for the batch, or one per prompt
     """
 
     texts: tuple[str, ...] = ()
@@ -44,7 +49,7 @@ class Prompts:
         if bool(self.texts) == (self.embedded is not None):
             raise UsageError("give --prompt, or --prompt-embeds with a file of embedded prompts; one of the two")
         if len(self.texts) > SAMPLES:
-            raise UsageError(f"there are {len(self.texts)} prompts; draw up to {SAMPLES} at a time")
+            raise UsageError(f"there are {len(self.texts)} prompts; give up to {SAMPLES} at a time")
         for name in ("height", "width"):
             if getattr(self, name) is not None:
                 check_side(getattr(self, name), f"--{name}")
@@ -56,34 +61,38 @@ class Prompts:
             raise UsageError("--vae goes with --prompt-embeds alone; a pipeline has its own")
 
 
-class Drawn(NamedTuple):
-    """Pixels in [0, 1], (B, 3, H, W) or (B, F, 3, H, W), or, where there is no VAE, the pipeline's latents."""
+class Samples(NamedTuple):
+    """Pixels in [0, 1], (B, 3, H, W) or (B, F, 3, H, W); without a VAE the pipeline's latents."""
 
     values: torch.Tensor
     pixels: bool
 
 
 @torch.inference_mode()
-def draw_prompts(
-    transformer: BundleTransformer, wanted: Prompts, progress: Progress | None = None, *, pipe: Any = None
-) -> Drawn:
-    """One picture, or one video, for each prompt; with ``pipe``, where that is open already.
+def sample_prompts(
+    transformer: BundleTransformer, prompts: Prompts, progress: Progress | None = None, *, pipe: Any = None
+) -> Samples:
+    """Sample one picture or video per prompt; ``pipe`` is the pipeline if it is open already.
 
-    Raises ``CheckpointError`` where the pipeline cannot be read, ``DataError`` for embeddings that do not fit and
-    ``SamplingError`` where what comes out is not finite.
+    Raises ``CheckpointError`` if the pipeline cannot be read, ``DataError`` for embeddings that do not fit the model,
+    ``UsageError`` for values out of range, and ``SamplingError`` if the result is not finite.
     """
-    spec, kind = transformer.spec, get_pipeline(transformer.spec.backbone)
-    arguments = kind.arguments(spec, frames=wanted.frames, embedded=wanted.embedded is not None)
-    usual = kind.defaults(spec)
-    steps, guidance = wanted.steps or usual.steps, usual.guidance if wanted.guidance is None else wanted.guidance
-    conditions: dict[str, Any] = {"prompt": list(wanted.texts)}
-    if wanted.embedded is not None:
-        conditions = read_embedded(wanted.embedded, kind.columns(spec, guided=guidance > 1))
-    count = len(wanted.texts) or len(conditions["prompt_embeds"])
-    generator = noise_of(wanted.seed, count)
-    pipe = _pipeline(transformer, kind, wanted) if pipe is None else pipe
-    own = kind.side(spec, pipe.vae_scale_factor)
-    check_pixels(wanted.height or own, wanted.width or own, PIXELS, "dyexport")
+    spec, kind = transformer.spec, prompt_pipeline(transformer.spec)
+    defaults = kind.defaults(spec)
+    steps = prompts.steps or defaults.steps
+    guidance = defaults.guidance if prompts.guidance is None else prompts.guidance
+    if guidance is not None and defaults.guidance is None:
+        raise UsageError(f"guidance is {guidance:g}, and {spec.name} takes none; leave it out")
+    embedded = prompts.embedded is not None
+    arguments = kind.arguments(spec, frames=prompts.frames, guidance=guidance, embedded=embedded)
+    conditions: dict[str, Any] = {"prompt": list(prompts.texts)}
+    if prompts.embedded is not None:
+        conditions = read_embedded(prompts.embedded, kind.columns(spec, guided=guidance is not None and guidance > 1))
+    count = len(prompts.texts) or len(conditions["prompt_embeds"])
+    generator = noise_of(prompts.seed, count)
+    pipe = _pipeline(transformer, kind, prompts) if pipe is None else pipe
+    side = kind.side(spec, pipe.vae_scale_factor)
+    check_pixels(prompts.height or side, prompts.width or side, PIXELS, "dyexport")
     latents: list[torch.Tensor] = []
 
     def advance(_pipe: Any, step: int, _t: Any, kept: dict[str, Any]) -> dict[str, Any]:
@@ -95,38 +104,45 @@ def draw_prompts(
     output = pipe(
         **conditions,
         **arguments,
-        height=wanted.height,
-        width=wanted.width,
+        height=prompts.height,
+        width=prompts.width,
         num_inference_steps=steps,
-        guidance_scale=guidance,
         generator=generator,
         output_type="latent" if pipe.vae is None else "pt",
         callback_on_step_end=advance,
     )
-    values = kind.drawn(output).float()
-    for drawn in (*latents, values):  # decoding ends in a clamp, which would hide an infinity
-        check_finite(drawn)
-    return Drawn(values, pixels=pipe.vae is not None)
+    values = kind.samples(output).float()
+    for checked in (*latents, values):  # decoding ends in a clamp, which would hide an infinity
+        check_finite(checked)
+    return Samples(values, pixels=pipe.vae is not None)
 
 
-def _pipeline(transformer: BundleTransformer, kind: PromptPipeline, wanted: Prompts) -> Any:
-    """With texts a whole one; embedded prompts need the VAE at most."""
-    if wanted.pipeline is not None:
-        pipe = open_pipeline(transformer, wanted.pipeline, texts=bool(wanted.texts))
-    elif wanted.texts:
+def prompt_pipeline(spec: ModelSpec) -> PromptPipeline:
+    """Return how a model is sampled from prompts. Raises ``UsageError`` for a model of class labels."""
+    pipeline = get_pipeline(spec.backbone)
+    if not isinstance(pipeline, PromptPipeline):
+        raise UsageError(f"{spec.name} is sampled from class labels, not from prompts; see dyexport.runtime.sampling")
+    return pipeline
+
+
+def _pipeline(transformer: BundleTransformer, kind: PromptPipeline, prompts: Prompts) -> Any:
+    """Open the pipeline: with its text encoders for texts, without them for embedded prompts."""
+    if prompts.pipeline is not None:
+        pipe = open_pipeline(transformer, prompts.pipeline, texts=bool(prompts.texts))
+    elif prompts.texts:
         raise UsageError(f"no text encoders of {transformer.spec.name} are known; give --pipeline DIR")
     else:
-        pipe = _bare_pipeline(transformer, kind, wanted.vae)
+        pipe = _bare_pipeline(transformer, kind, prompts.vae)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def open_pipeline(transformer: BundleTransformer, source: str, *, texts: bool = True) -> Any:
-    """The pipeline in a directory or hub repository with the bundle as its transformer, whose own is not read.
+    """Open the pipeline in a directory or hub repository around a bundle; its own transformer is not read.
 
-    Without ``texts`` the text encoders stay unread too.
+    Without ``texts`` its text encoders are not read either. Raises ``CheckpointError``.
     """
-    kind = get_pipeline(transformer.spec.backbone)
+    kind = prompt_pipeline(transformer.spec)
     absent = {} if texts else dict.fromkeys(kind.text_parts)
     try:
         return _class_of(kind).from_pretrained(source, transformer=transformer, torch_dtype=torch.bfloat16, **absent)
@@ -139,10 +155,10 @@ def open_pipeline(transformer: BundleTransformer, source: str, *, texts: bool = 
 
 
 def _bare_pipeline(transformer: BundleTransformer, kind: PromptPipeline, vae: str | None) -> Any:
-    """From embedded prompts to latents."""
+    """Make a pipeline without text encoders."""
     return _class_of(kind)(
         scheduler=kind.scheduler(transformer.spec),
-        vae=None if vae is None else open_vae(vae),
+        vae=None if vae is None else open_vae(vae, kind.vae),
         transformer=transformer,
         **dict.fromkeys(kind.text_parts),
     )
@@ -157,28 +173,33 @@ def _class_of(kind: PromptPipeline) -> Any:
 
 
 def read_embedded(file: Path, columns: PromptColumns) -> dict[str, Any]:
-    """The tensors (n, ...) of a safetensors file, n of each."""
+    """Read the tensors (n, ...) of embedded prompts from a safetensors file; floats in fp32. Raises ``DataError``."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     names = " and ".join(columns)
     try:
-        found = load_file(file)
+        stored = load_file(file)
     except (OSError, SafetensorError) as error:
         raise DataError(f"cannot read {file}: {error}; give a safetensors file of {names}") from error
-    if missing := [name for name in columns if name not in found]:
+    if missing := [name for name in columns if name not in stored]:
         raise DataError(f"{file} lacks {missing[0]}; with this guidance scale it must hold {names}")
-    values = {name: found[name].float() for name in columns}
+    values = {name: _in_fp32(stored[name]) for name in columns}
     rows = len(values["prompt_embeds"])
     if not all(_fits(value.shape, (rows, *columns[name])) for name, value in values.items()):
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in values.items())
-        wanted = ", ".join(f"{name} (n, {_shown(shape)})" for name, shape in columns.items())
-        raise DataError(f"{file} holds {shapes}; this model takes {wanted}")
+        expected = ", ".join(f"{name} (n, {_shown(shape)})" for name, shape in columns.items())
+        raise DataError(f"{file} holds {shapes}; this model takes {expected}")
     return values
 
 
-def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(wanted) and all(w in (None, s) for s, w in zip(shape, wanted, strict=True))
+def _in_fp32(values: torch.Tensor) -> torch.Tensor:
+    """Convert floats; a mask stays what it is."""
+    return values.float() if values.is_floating_point() else values
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(expected) and all(w in (None, s) for s, w in zip(shape, expected, strict=True))
 
 
 def _shown(shape: tuple[int | None, ...]) -> str:

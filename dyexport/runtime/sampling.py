@@ -1,45 +1,26 @@
-"""From noise to pictures: the two sampling loops, and diffusers' stock pipeline around a bundle."""
+"""Sampling from class labels: one loop for DDPM, one for flow matching."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import FrozenDict
-from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 
-from dyexport.arguments import SAMPLES, STEPS, check_guidance, check_seed, check_steps, shown
-from dyexport.backbones.base import SamplingDefaults
+from dyexport.arguments import SAMPLES, check_guidance, check_seed, check_steps, shown
+from dyexport.backbones import get_pipeline
 from dyexport.bundle.manifest import ModelSpec
 from dyexport.errors import CheckpointError, SamplingError, UsageError
-from dyexport.runtime.transformer import offloading_placeholder
 
-if TYPE_CHECKING:
-    from diffusers import DiTPipeline
-
-DDPM_SCHEDULERS = ("ddim", "dpm++")
-FLOW_SCHEDULERS = ("euler",)
 FLOW_PREDICTION = "flow_prediction"  # diffusers' word for a velocity, in schedulers that sample other models, too
 ROUNDING = 1e-5  # how far a sigma of 1 may be off
-TRAIN_STEPS = STEPS
-BETAS: dict[str, Any] = {  # DiT's
-    "num_train_timesteps": TRAIN_STEPS,
-    "beta_schedule": "linear",
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-}
-
 
 Noise = torch.Generator | list[torch.Generator]
 """What draws the noise of a batch, or that of each sample."""
-
-
-LABEL_DEFAULTS = SamplingDefaults(steps=50, guidance=1.5)
 
 
 class Denoiser(Protocol):
@@ -48,61 +29,14 @@ class Denoiser(Protocol):
     def __call__(self, *, hidden_states: Any, timestep: Any, class_labels: Any) -> Any: ...
 
 
-class PixelVAE(torch.nn.Module):
-    """Stands in for ``vae`` where latents are pixels already."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.config = FrozenDict(scaling_factor=1.0)
-        self.placeholder = offloading_placeholder()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.placeholder.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.placeholder.device
-
-    def decode(self, latents: torch.Tensor) -> DecoderOutput:
-        return DecoderOutput(sample=latents)
-
-
-def make_scheduler(spec: ModelSpec, name: str | None = None) -> Any:
-    """A diffusers scheduler: ``ddim`` (default) or ``dpm++`` for DDPM models, ``euler`` for flow matching."""
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-
-    known = DDPM_SCHEDULERS if spec.objective == "ddpm" else FLOW_SCHEDULERS
-    if name is not None and name not in known:
-        raise UsageError(f"scheduler {name!r} does not sample {spec.name}; use {' or '.join(known)}")
-    if spec.objective == "flow":
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_STEPS)
-    if name == "dpm++":
-        return DPMSolverMultistepScheduler(algorithm_type="dpmsolver++", **BETAS)
-    return DDIMScheduler(clip_sample=spec.pixel_space, **BETAS)  # pixels are bounded, a VAE's latents are not
-
-
-def open_vae(source: str) -> Any:
-    """The ``AutoencoderKL`` in a directory or hub repository. Raises ``CheckpointError``."""
-    from diffusers import AutoencoderKL
+def open_vae(source: str, kind: str = "AutoencoderKL") -> Any:
+    """Open the VAE in a directory or hub repository; ``kind`` is its diffusers class. Raises ``CheckpointError``."""
+    import diffusers
 
     try:
-        return AutoencoderKL.from_pretrained(source).eval()
+        return getattr(diffusers, kind).from_pretrained(source).eval()
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read an AutoencoderKL from {source}: {error}") from error
-
-
-def make_pipeline(
-    transformer: torch.nn.Module, spec: ModelSpec, scheduler: str = "ddim", vae: torch.nn.Module | None = None
-) -> DiTPipeline:
-    """diffusers' ``DiTPipeline`` around a transformer of a DDPM model; ``vae`` is needed unless it works on pixels."""
-    from diffusers import DiTPipeline
-
-    if spec.objective != "ddpm":
-        raise UsageError(f"DiTPipeline samples DDPM models, and {spec.name} is a flow-matching model; use sample()")
-    if vae is None and not spec.pixel_space:
-        raise UsageError(f"{spec.name} works on latents; give the vae that decodes them")
-    return DiTPipeline(transformer=transformer, vae=vae or PixelVAE(), scheduler=make_scheduler(spec, scheduler))
+        raise CheckpointError(f"cannot read an {kind} from {source}: {error}") from error
 
 
 def noise_of(seed: int | Sequence[int], count: int) -> Noise:
@@ -120,24 +54,27 @@ def sample(
     spec: ModelSpec,
     labels: Sequence[int] | torch.Tensor,
     *,
-    steps: int = 20,
+    steps: int | None = None,
     scheduler: str | None = None,
-    guidance_scale: float = 4.0,
+    guidance_scale: float | None = None,
     seed: int | Sequence[int] = 0,
 ) -> torch.Tensor:
-    """Draw one picture for each label (B,): pixels in [0, 1], or latents where a VAE must follow, (B, C, H, W).
+    """Sample one picture per label (B,): pixels in [0, 1], or latents if a VAE must decode them, (B, C, H, W).
 
-    The same seed starts from the same noise on every device; with a seed for each label, a picture does not depend
-    on what it is drawn beside. ``guidance_scale`` 1 turns classifier-free guidance off. Raises ``UsageError`` for
-    values out of range, ``SamplingError`` where what comes out is not finite.
+    ``steps`` and ``guidance_scale`` default to the model's; a scale of 1 turns classifier-free guidance off. The same
+    seed gives the same noise on every device. With one seed per label, a picture does not depend on the rest of its
+    batch. Raises ``UsageError`` for values out of range, and ``SamplingError`` if the result is not finite.
     """
-    if not spec.classes:
-        raise UsageError(f"{spec.name} draws from prompts, not from labels; see dyexport.runtime.prompts")
-    steps, guidance_scale = check_steps(steps), check_guidance(guidance_scale, "guidance_scale")
+    pipeline = get_pipeline(spec.backbone)
+    if pipeline.takes != "labels":
+        raise UsageError(f"{spec.name} is sampled from prompts, not from labels; see dyexport.runtime.prompts")
+    defaults = pipeline.defaults(spec)
+    steps = check_steps(defaults.steps if steps is None else steps)
+    scale = check_guidance(defaults.guidance if guidance_scale is None else guidance_scale, "guidance_scale")
     labels = _checked_labels(labels, spec.classes)  # (B,)
     loop = sample_ddpm if spec.objective == "ddpm" else sample_flow
     latents = loop(
-        transformer, spec, labels, steps, guidance_scale, noise_of(seed, len(labels)), make_scheduler(spec, scheduler)
+        transformer, spec, labels, steps, scale, noise_of(seed, len(labels)), pipeline.scheduler(spec, scheduler)
     )
     check_finite(latents)
     return (latents / 2 + 0.5).clamp(0, 1) if spec.pixel_space else latents  # (B, C, H, W)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from dyexport.backbones import get_pipeline
 from dyexport.bundle.manifest import Manifest
 from dyexport.bundle.reader import MANIFEST, Bundle, files_of, manifest_text
 from dyexport.errors import StorageError
@@ -12,7 +13,6 @@ from dyexport.files import replacing, storage_errors
 
 CONFIG = "config.json"  # what diffusers and the hub know a model by
 CARD = "README.md"
-TASKS = {"flux": "text-to-image", "latte": "text-to-video"}
 
 
 def save_bundle(bundle: Bundle, directory: Path, config: str) -> None:
@@ -43,7 +43,7 @@ def model_card(manifest: Manifest) -> str:
     spec, plan = manifest.model, manifest.plan
     targets = sorted({engine.target for engine in manifest.engines})
     tags = ["dyexport", "diffusers", spec.backbone, *targets]
-    data = ModelCardData(library_name="dyexport", pipeline_tag=TASKS.get(spec.backbone), tags=tags)
+    data = ModelCardData(library_name="dyexport", pipeline_tag=get_pipeline(spec.backbone).task, tags=tags)
     return f"""---
 {data.to_yaml()}
 ---

@@ -24,7 +24,7 @@ class Settings:
     """How to draw; samples that agree in all of it are drawn together. Sizes in pixels; models of labels have one."""
 
     steps: int
-    guidance: float
+    guidance: float | None  # None: the model takes none
     height: int | None = None
     width: int | None = None
 
@@ -103,7 +103,8 @@ class RequestParser:
         guidance = _shared(arrays, "guidance", float, usual.guidance)
         most = self.limits.max_steps
         whole_number("steps", steps, least=1, most=most, cure=f"this server takes 1 to {most}")
-        check_guidance(guidance)
+        if guidance is not None:
+            check_guidance(guidance)
         if self.classes:
             return Settings(steps=steps, guidance=guidance)
         height = _shared(arrays, "height", int, usual.height)

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dyexport.backbones import get_pipeline
+from dyexport.backbones import get_pipeline, sampling_defaults
 from dyexport.runtime.loading import load
-from dyexport.runtime.prompts import Prompts, draw_prompts, open_pipeline
-from dyexport.runtime.sampling import LABEL_DEFAULTS, decode, open_vae, sample
+from dyexport.runtime.prompts import Prompts, open_pipeline, prompt_pipeline, sample_prompts
+from dyexport.runtime.sampling import decode, open_vae, sample
 from dyexport.runtime.transformer import BundleTransformer
 from dyexport.serving.config import BUNDLE, Output, ServedModelConfig, output_of, source_of
 from dyexport.serving.requests import Request, RequestParser, Settings
@@ -44,7 +44,7 @@ def open_sampler(folder: Path, served: ServedModelConfig, device: str | None) ->
         share_weights=served.share_weights,
         fallback=False,
     )
-    if transformer.spec.classes:
+    if get_pipeline(transformer.spec.backbone).takes == "labels":
         vae = None if served.vae is None else open_vae(source_of(folder, served.vae)).to(transformer.device)
         return LabelSampler(transformer, served, vae)
     assert served.pipeline is not None, "deploy asks for it"
@@ -52,11 +52,12 @@ def open_sampler(folder: Path, served: ServedModelConfig, device: str | None) ->
 
 
 class LabelSampler:
-    """DiT and SiT: a picture for each class label."""
+    """Samples one picture per class label."""
 
     def __init__(self, transformer: BundleTransformer, served: ServedModelConfig, vae: torch.nn.Module | None) -> None:
         spec = transformer.spec
-        usual = Settings(steps=min(LABEL_DEFAULTS.steps, served.max_steps), guidance=LABEL_DEFAULTS.guidance)
+        default = sampling_defaults(spec)
+        usual = Settings(steps=min(default.steps, served.max_steps), guidance=default.guidance)
         self.book = RequestParser(classes=spec.classes, usual=usual, limits=served.limits)
         self.output = output_of(spec, decoded=spec.pixel_space or vae is not None)
         self._transformer, self._vae, self._scheduler = transformer, vae, served.scheduler
@@ -78,16 +79,17 @@ class LabelSampler:
 
 
 class PromptSampler:
-    """FLUX and Latte: a picture or a video for each prompt, by diffusers' own pipeline."""
+    """Samples one picture or video per prompt, by the model's diffusers pipeline."""
 
     def __init__(self, transformer: BundleTransformer, served: ServedModelConfig, pipeline: str) -> None:
         spec = transformer.spec
-        self._kind = get_pipeline(spec.backbone)
+        self._kind = prompt_pipeline(spec)
         self._transformer = transformer
         self._pipe = open_pipeline(transformer, pipeline).to(transformer.device)
         self._pipe.set_progress_bar_config(disable=True)
-        habits, side = self._kind.defaults(spec), self._kind.side(spec, self._pipe.vae_scale_factor)
-        usual = Settings(steps=min(habits.steps, served.max_steps), guidance=habits.guidance, height=side, width=side)
+        default, side = self._kind.defaults(spec), self._kind.side(spec, self._pipe.vae_scale_factor)
+        steps = min(default.steps, served.max_steps)
+        usual = Settings(steps=steps, guidance=default.guidance, height=side, width=side)
         self.book = RequestParser(classes=0, usual=usual, limits=served.limits)
         self.output = output_of(spec, decoded=True)
 
@@ -105,7 +107,7 @@ class PromptSampler:
             height=settings.height,
             width=settings.width,
         )
-        drawn = draw_prompts(self._transformer, wanted, lambda _done, _all: after_step(), pipe=self._pipe)
+        drawn = sample_prompts(self._transformer, wanted, lambda _done, _all: after_step(), pipe=self._pipe)
         return bytes_of(drawn.values)
 
 

@@ -7,7 +7,7 @@ REPOSITORY/
       model.py       imports ``dyexport.serving.triton_model``
       __pycache__    a file, so that no bytecode is written here
       bundle/        the bundle; links to its files where the file system allows, so it takes no room
-      pipeline/      FLUX, Latte: text encoders and VAE, likewise; or vae/
+      pipeline/      text encoders and VAE of a model of prompts, likewise; or vae/
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dyexport.arguments import PIXELS, STEPS, shown, whole_number
+from dyexport.backbones import get_pipeline, sampling_defaults
+from dyexport.backbones.base import VAE_SCALE, PromptPipeline
 from dyexport.bundle.manifest import ModelSpec
 from dyexport.bundle.reader import MANIFEST, Bundle
 from dyexport.engines.networks import check_networks
@@ -49,7 +51,6 @@ This is a file, so that Python keeps its bytecode of model.py elsewhere or nowhe
 would take a new folder for a new model, and load it again. dyexport writes it; leave it here.
 """
 MOST = {"instances": 64, "max_batch": 1024, "max_steps": STEPS, "max_pixels": PIXELS, "max_prompt": PROMPT_CHARACTERS}
-LARGE_BATCH = {"flux": 1, "latte": 1}  # pictures of 1024 px and videos fill a GPU by themselves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,28 +119,26 @@ def _write(deployment: Deployment, bundle: Bundle, model: Path, progress: Progre
 
 
 def _check_parts(deployment: Deployment, spec: ModelSpec) -> None:
-    if spec.classes and deployment.pipeline is not None:
+    labels = get_pipeline(spec.backbone).takes == "labels"
+    if labels and deployment.pipeline is not None:
         raise UsageError(f"{spec.name} draws from labels and has no pipeline to read; give --vae to decode its latents")
-    if not spec.classes and deployment.pipeline is None:
+    if not labels and deployment.pipeline is None:
         raise UsageError(f"{spec.name} draws from prompts; give --pipeline with its text encoders and VAE")
-    if not spec.classes and deployment.vae is not None:
+    if not labels and deployment.vae is not None:
         raise UsageError("--vae is for models of labels; a pipeline has its own")
     if spec.pixel_space and deployment.vae is not None:
         raise UsageError(f"{spec.name} draws pixels; leave --vae out")
     if deployment.scheduler is not None:
-        if not spec.classes:
+        if not labels:
             raise UsageError(f"--scheduler is for models of labels; {spec.name}'s comes with its pipeline")
-        from dyexport.runtime.sampling import make_scheduler
-
-        make_scheduler(spec, deployment.scheduler)
+        get_pipeline(spec.backbone).scheduler(spec, deployment.scheduler)
 
 
 def _check_limits(deployment: Deployment, spec: ModelSpec) -> None:
     """A server whose model could not draw at all is not written."""
-    if not spec.classes:
-        from dyexport.backbones import get_pipeline
-
-        side = get_pipeline(spec.backbone).side(spec, _vae_scale(deployment.pipeline))
+    pipeline = get_pipeline(spec.backbone)
+    if isinstance(pipeline, PromptPipeline):
+        side = pipeline.side(spec, _vae_scale(deployment.pipeline))
         if side * side > deployment.max_pixels:
             raise UsageError(
                 f"--max-pixels is {deployment.max_pixels}, and where no size is asked for {spec.name} draws "
@@ -162,8 +161,6 @@ def _check_limits(deployment: Deployment, spec: ModelSpec) -> None:
 
 def _vae_scale(pipeline: str | None) -> int:
     """Pixels on a side of a latent, by the configuration in the pipeline's folder; a hub id is not looked into."""
-    from dyexport.backbones.base import VAE_SCALE
-
     config = Path(pipeline or "") / "vae" / "config.json"
     try:
         return int(2 ** (len(json.loads(config.read_text(encoding="utf-8"))["block_out_channels"]) - 1))
@@ -219,7 +216,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 def config_text(deployment: Deployment, spec: ModelSpec, served: ServedModelConfig) -> str:
     """``config.pbtxt``: what a request holds, and what it is answered with."""
     output = output_of(spec, decoded=spec.pixel_space or served.vae is not None or served.pipeline is not None)
-    batch = deployment.max_batch or LARGE_BATCH.get(spec.backbone, 8)
+    batch = deployment.max_batch or get_pipeline(spec.backbone).max_batch
     lines = [
         f"# {MARK}. Edit what you like: parameters, batching, instances.",
         'backend: "python"',
@@ -236,12 +233,13 @@ def config_text(deployment: Deployment, spec: ModelSpec, served: ServedModelConf
 
 def _inputs(spec: ModelSpec) -> Iterable[str]:
     """One row a sample; of what may be left out, the model's own."""
-    subject = (LABEL, "TYPE_INT64") if spec.classes else (PROMPT, "TYPE_STRING")
+    labels = get_pipeline(spec.backbone).takes == "labels"
+    subject = (LABEL, "TYPE_INT64") if labels else (PROMPT, "TYPE_STRING")
     yield from _tensor("input", *subject, (1,))
     optional = {SEED: "TYPE_INT64", "steps": "TYPE_INT32"}
-    if spec.takes_guidance:
+    if sampling_defaults(spec).guidance is not None:
         optional["guidance"] = "TYPE_FP32"
-    if not spec.classes:
+    if not labels:
         optional |= {"height": "TYPE_INT32", "width": "TYPE_INT32"}
     for name, data_type in optional.items():
         yield from _tensor("input", name, data_type, (1,), "optional: true")

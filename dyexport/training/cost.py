@@ -81,7 +81,7 @@ def estimate(run: FinetuningRun, *, processes: int = 1, precision: str = "no") -
     preset, schedule, synthetic = run.preset, run.schedule, run.synthetic
     forward = 2 * FlopsModel.of_preset(preset).dense  # a multiply-add is two operations
     samples, steps = (0, 0) if synthetic is None else (synthetic.samples, synthetic.steps or 0)
-    passes_per_step = 2 if preset.classes else 1  # classifier-free guidance
+    passes_per_step = 2 if preset.guidance_kind == "classifier-free" else 1
     passes = 2 if run.distill else 1.2  # the dynamic path, and the complete model for a share of the run
     backward = BACKWARD if run.td_lora is None else FORWARD  # frozen weights need no gradients
     tokens = preset.tokens + preset.text_tokens

@@ -14,7 +14,7 @@ from dyexport.backbones.base import Adapter, Inputs, Objective
 from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicOutput, DynamicTransformer
 from dyexport.models.gates import GateNoise
-from dyexport.models.inputs import DDPM_BETAS, DDPM_STEPS
+from dyexport.noise_schedule import DDPM_BETAS, DDPM_STEPS
 from dyexport.training.teacher import Teacher
 
 FLOPS_WEIGHT = 2.0  # arXiv 2410.03456 eq. 7

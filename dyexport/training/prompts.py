@@ -1,18 +1,18 @@
-"""Prompts for a model that makes its own training data: texts, and their embeddings by the model's own encoders."""
+"""Prompts for synthetic data: texts, and their embeddings by the model's own text encoders."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import product
 from math import ceil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from dyexport.backbones.base import Preset
+from dyexport.backbones import get_conditioning
+from dyexport.backbones.base import Preset, PromptConditioning
 from dyexport.errors import CheckpointError, DataError
 from dyexport.models.conditions import Conditions
 from dyexport.training.state import ORIGIN, origin_of, write_tensors
@@ -47,15 +47,16 @@ def read_prompts(file: Path | None) -> tuple[str, ...]:
 
 
 def embed_prompts(source: str, prompts: tuple[str, ...], preset: Preset, *, device: str = "cpu") -> Conditions:
-    """By the text encoders of the pipeline in a directory or hub repository; nothing else of it is read.
+    """Embed prompts with the text encoders of the pipeline in a directory or hub repository.
 
-    Raises ``CheckpointError`` where they cannot be read.
+    A model with classifier-free guidance learns its unconditional prompt too, which is appended. Nothing else of the
+    pipeline is read. Raises ``CheckpointError`` where the encoders cannot be read.
     """
     import diffusers
 
-    embedder = EMBEDDERS[preset.backbone]
+    conditioning = cast("PromptConditioning", get_conditioning(preset))
     try:
-        pipe = getattr(diffusers, embedder.pipeline).from_pretrained(
+        pipe = getattr(diffusers, preset.pipeline).from_pretrained(
             source, transformer=None, vae=None, torch_dtype=torch.bfloat16
         )
     except (OSError, ValueError) as error:
@@ -65,11 +66,11 @@ def embed_prompts(source: str, prompts: tuple[str, ...], preset: Preset, *, devi
             "give --data with a directory of latents, or --finetune-steps 0"
         ) from error
     pipe.to(device)
-    if embedder.guided:
-        prompts = with_empty(prompts)
+    if conditioning.unconditional is not None:
+        prompts = with_unconditional(prompts, conditioning.unconditional)
     parts = [prompts[start : start + EMBEDDED_AT_ONCE] for start in range(0, len(prompts), EMBEDDED_AT_ONCE)]
     with torch.inference_mode():
-        rows = [embedder.embed(pipe, list(texts), preset.text_tokens) for texts in parts]
+        rows = [conditioning.embed(pipe, list(texts)) for texts in parts]
     return {name: torch.cat([row[name].float().cpu() for row in rows]) for name in rows[0]}
 
 
@@ -82,32 +83,6 @@ def kept_prompts(file: Path, embed: Callable[[], Conditions], origin: str) -> Co
     return embedded
 
 
-def with_empty(prompts: tuple[str, ...]) -> tuple[str, ...]:
-    """One more in ten that says nothing: what classifier-free guidance asks the network about too."""
-    return (*prompts, *[""] * ceil(len(prompts) / 9))
-
-
-def _flux(pipe: Any, texts: list[str], tokens: int) -> Conditions:
-    """(B, T, J), (B, P)"""
-    embedded, pooled, _ = pipe.encode_prompt(texts, None, max_sequence_length=tokens)
-    return {"encoder_hidden_states": embedded, "pooled_projections": pooled}
-
-
-def _latte(pipe: Any, texts: list[str], tokens: int) -> Conditions:
-    """(B, T, J), zero where a prompt has ended, as the pipeline has them for several prompts; longer ones are cut."""
-    embedded, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False)
-    return {"encoder_hidden_states": F.pad(embedded, (0, 0, 0, tokens - embedded.shape[1]))}
-
-
-class Embedder(NamedTuple):
-    """How the pipeline of a backbone embeds prompts, and whether it is guided by the absence of one."""
-
-    pipeline: str
-    embed: Callable[[Any, list[str], int], Conditions]
-    guided: bool
-
-
-EMBEDDERS: Mapping[str, Embedder] = {
-    "flux": Embedder("FluxPipeline", _flux, guided=False),
-    "latte": Embedder("LattePipeline", _latte, guided=True),
-}
+def with_unconditional(prompts: tuple[str, ...], prompt: str) -> tuple[str, ...]:
+    """Append the unconditional prompt of classifier-free guidance: one in ten of all prompts."""
+    return (*prompts, *[prompt] * ceil(len(prompts) / 9))

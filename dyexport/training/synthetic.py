@@ -1,23 +1,21 @@
-"""Training data for people with no data: latents that the static model samples itself."""
+"""Synthetic training data: latents that the static model samples itself."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from dyexport.backbones import get_adapter, get_conditioning
 from dyexport.backbones.base import Preset
-from dyexport.backbones.flux.preset import FluxPreset
 from dyexport.models.conditions import Conditions
-from dyexport.models.inputs import DDPM_BETAS, DDPM_STEPS
+from dyexport.noise_schedule import make_scheduler
 from dyexport.training.data import ShardDirectory
 from dyexport.training.draws import step_generator
 from dyexport.training.state import ORIGIN, fingerprint, origin_of, write_tensors
@@ -26,7 +24,7 @@ from dyexport.training.synthetic_config import SyntheticConfig
 SHARD_SAMPLES = 64
 
 Progress = Callable[[int, int, str], None]
-"""Called with denoising steps done, steps in all, and how many samples are done."""
+"""Called with denoising steps done, steps in total, and a text with the number of samples done."""
 
 
 def generate(
@@ -38,33 +36,35 @@ def generate(
     *,
     prompts: Conditions | None = None,
 ) -> ShardDirectory:
-    """Sample latents into safetensors shards and open them; ``progress`` gets denoising steps done, of how many.
+    """Sample latents into safetensors shards and open them.
 
-    Class labels take turns, and so do embedded ``prompts``; without any these are random.
-    Shards already there, made by the same weights and settings, are kept: a killed run goes on where it stopped.
+    Samples cycle through the class labels, or through embedded ``prompts``, of which the last one is the unconditional
+    prompt where guidance is classifier-free. Without ``prompts`` their embeddings are random. Shards that exist and
+    were made by the same weights and settings are kept, so a killed run continues where it stopped.
     """
     backbone, config = backbone.eval(), config.resolved(preset)
     origin = _digest(backbone, preset, config, prompts)
-    wanted = {
+    starts = {
         directory / f"synthetic-{start:08d}.safetensors": start for start in range(0, config.samples, SHARD_SAMPLES)
     }
-    for path in set(directory.glob("synthetic-*.safetensors")) - set(wanted):
+    for path in set(directory.glob("synthetic-*.safetensors")) - set(starts):
         path.unlink()
-    missing = {path: start for path, start in wanted.items() if origin_of(path) != origin}
-    for index, (path, start) in enumerate(missing.items(), start=len(wanted) - len(missing)):
-        advance = partial(_advance, progress, index, len(wanted), config)
+    missing = {path: start for path, start in starts.items() if origin_of(path) != origin}
+    for index, (path, start) in enumerate(missing.items(), start=len(starts) - len(missing)):
+        advance = partial(_advance, progress, index, len(starts), config)
         stop = min(start + SHARD_SAMPLES, config.samples)
         conditions = _conditions(preset, torch.arange(start, stop), prompts, config.seed)
         generator = step_generator(config.seed, start, "noise")
-        latents = _sample(backbone, preset, conditions, config, generator, advance)
+        denoise = _denoiser(backbone, preset, conditions, prompts, config.guidance)
+        latents = _sample(denoise, config, generator, advance)
         stored = {column.name: conditions[column.argument] for column in get_conditioning(preset).columns}
         write_tensors(path, {"latents": latents.cpu(), **stored}, {ORIGIN: origin})
-    _advance(progress, len(wanted), len(wanted), config, 0)
+    _advance(progress, len(starts), len(starts), config, 0)
     return ShardDirectory(directory, preset)
 
 
 def _advance(progress: Progress | None, shards: int, of: int, config: SyntheticConfig, step: int) -> None:
-    """Report ``shards`` and the steps of the one after them."""
+    """Report finished shards, and the steps of the next one."""
     if progress is not None:
         assert config.steps is not None
         made = min(shards * SHARD_SAMPLES, config.samples)
@@ -72,7 +72,7 @@ def _advance(progress: Progress | None, shards: int, of: int, config: SyntheticC
 
 
 def _digest(backbone: nn.Module, preset: Preset, config: SyntheticConfig, prompts: Conditions | None) -> str:
-    """Identifies what is sampled."""
+    """Hash everything that the samples depend on."""
     digest = hashlib.sha256(f"{preset.name} {config} {fingerprint(backbone)}".encode())
     for name, values in sorted((prompts or {}).items()):
         digest.update(f"{name} {tuple(values.shape)}".encode())
@@ -81,7 +81,7 @@ def _digest(backbone: nn.Module, preset: Preset, config: SyntheticConfig, prompt
 
 
 def _conditions(preset: Preset, rows: Tensor, prompts: Conditions | None, seed: int) -> Conditions:
-    """What samples ``rows`` (B,) are made for."""
+    """Return the conditions of samples ``rows`` (B,)."""
     if preset.classes:
         return {"class_labels": rows % preset.classes}
     if prompts is None:
@@ -89,79 +89,97 @@ def _conditions(preset: Preset, rows: Tensor, prompts: Conditions | None, seed: 
     return {name: values[rows % len(values)] for name, values in prompts.items()}
 
 
+def _unconditional(preset: Preset, conditions: Conditions, prompts: Conditions | None) -> Conditions | None:
+    """Return the conditions of the unconditional predictions of classifier-free guidance; None where there are none.
+
+    Random embeddings mean nothing, so they have no opposite either.
+    """
+    count = len(next(iter(conditions.values())))
+    if preset.classes:
+        return get_conditioning(preset).drop(conditions, torch.ones(count, dtype=torch.bool))
+    if prompts is None or preset.guidance_kind != "classifier-free":
+        return None
+    return {name: values[-1:].expand(count, *values.shape[1:]) for name, values in prompts.items()}
+
+
+def _denoiser(
+    backbone: nn.Module, preset: Preset, conditions: Conditions, prompts: Conditions | None, guidance: float | None
+) -> _Denoiser:
+    device = next(backbone.parameters()).device
+    unconditional = _unconditional(preset, conditions, prompts)
+    return _Denoiser(
+        backbone=backbone,
+        preset=preset.with_guidance(guidance),
+        conditions=_moved(conditions, device),
+        unconditional=None if unconditional is None else _moved(unconditional, device),
+        scale=1.0 if guidance is None else guidance,
+    )
+
+
+def _moved(conditions: Conditions, device: torch.device) -> Conditions:
+    return {name: values.to(device) for name, values in conditions.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Denoiser:
+    """The static model under guidance: latents (B, ...) at one t to its prediction (B, ...).
+
+    ``unconditional`` None: without classifier-free guidance.
+    """
+
+    backbone: nn.Module
+    preset: Preset
+    conditions: Conditions
+    unconditional: Conditions | None
+    scale: float
+
+    def __call__(self, latents: Tensor, t: Tensor) -> Tensor:
+        if self.unconditional is None or self.scale == 1:
+            return self._predict(latents, t, self.conditions)
+        both = {name: torch.cat([values, self.unconditional[name]]) for name, values in self.conditions.items()}
+        conditional, unconditional = self._predict(torch.cat([latents, latents]), t, both).chunk(2)
+        return unconditional + self.scale * (conditional - unconditional)  # (B, ...)
+
+    def _predict(self, latents: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        timestep = t.to(latents.device).expand(len(latents))  # (B,)
+        inputs = get_conditioning(self.preset).inputs(latents, timestep, conditions)
+        output = get_adapter(self.preset.backbone).run(self.backbone, inputs)
+        return output[:, : latents.shape[1]]  # without the channels of a learned sigma
+
+
 @torch.no_grad()
 def _sample(
-    backbone: nn.Module,
-    preset: Preset,
-    conditions: Conditions,
-    config: SyntheticConfig,
-    generator: torch.Generator,
-    advance: Callable[[int], None],
+    denoise: _Denoiser, config: SyntheticConfig, generator: torch.Generator, advance: Callable[[int], None]
 ) -> Tensor:
-    """From noise to latents: (B, *latent_shape)."""
+    """Integrate from noise to latents: (B, *latent_shape)."""
     assert config.steps is not None
+    preset, conditions = denoise.preset, denoise.conditions
     scheduler = _scheduler(preset, config.steps)
-    device = next(backbone.parameters()).device
-    conditions = {name: values.to(device) for name, values in conditions.items()}
-    shape = (len(next(iter(conditions.values()))), *preset.latent_shape)
-    latents = torch.randn(shape, generator=generator).to(device)  # (B, *latent_shape)
+    first = next(iter(conditions.values()))
+    shape = (len(first), *preset.latent_shape)
+    latents = torch.randn(shape, generator=generator).to(first.device)  # (B, *latent_shape)
     for index, step in enumerate(scheduler.timesteps):
         advance(index)
         t = step if preset.objective == "ddpm" else scheduler.sigmas[index]
         t = 1 - t if preset.objective == "flow" else t
-        output = _denoise(backbone, preset, latents, t, conditions, config.guidance)  # (B, *latent_shape)
-        # The scheduler integrates from data to noise; SiT's velocity points from noise to data.
+        output = denoise(latents, t)  # (B, *latent_shape)
+        # The scheduler integrates from data to noise; the velocity of ``flow`` points from noise to data.
         direction = -output if preset.objective == "flow" else output
         latents = scheduler.step(direction, step, latents).prev_sample
     return latents
 
 
 def _scheduler(preset: Preset, steps: int) -> Any:
-    if preset.objective != "ddpm":
-        return _flow_scheduler(preset, steps)
-    start, end = DDPM_BETAS
-    clip = preset.pixel_space
-    scheduler = DDIMScheduler(DDPM_STEPS, beta_start=start, beta_end=end, beta_schedule="linear", clip_sample=clip)
-    scheduler.set_timesteps(steps)
-    return scheduler
+    """Return the scheduler of the model's pipeline with its timesteps set.
 
-
-def _flow_scheduler(preset: Preset, steps: int) -> FlowMatchEulerDiscreteScheduler:
-    """FLUX's sigmas start at 1 and end at 1 / steps, and are shifted by a line in the number of tokens."""
-    if not isinstance(preset, FluxPreset):
-        scheduler = FlowMatchEulerDiscreteScheduler()
+    The sigmas of ``flow-sigma`` go from 1 to 1 / steps, and may be shifted by a line in the number of tokens.
+    """
+    scheduler = make_scheduler(preset, **preset.sampling.scheduler)
+    if preset.objective != "flow-sigma":
         scheduler.set_timesteps(steps)
         return scheduler
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=preset.shifted)
-    shift = 0.5 + (1.15 - 0.5) * (preset.tokens - 256) / (4096 - 256)
+    config = scheduler.config
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    shift = config.base_shift + slope * (preset.tokens - config.base_image_seq_len)
     scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=shift)
     return scheduler
-
-
-def _denoise(
-    backbone: nn.Module, preset: Preset, latents: Tensor, t: Tensor, conditions: Conditions, guidance: float | None
-) -> Tensor:
-    """One step's output under ``guidance``; channels of a learned sigma are dropped."""
-    if preset.classes:
-        assert guidance is not None
-        return _guided(backbone, preset, latents, t, conditions, guidance)
-    if isinstance(preset, FluxPreset):
-        preset = replace(preset, guidance=guidance)
-    timestep = t.to(latents.device).expand(len(latents))  # (B,)
-    inputs = get_conditioning(preset).inputs(latents, timestep, conditions)
-    return get_adapter(preset.backbone).run(backbone, inputs)[:, : latents.shape[1]]
-
-
-def _guided(
-    backbone: nn.Module, preset: Preset, latents: Tensor, t: Tensor, conditions: Conditions, scale: float
-) -> Tensor:
-    """Classifier-free guidance in one forward pass; channels of a learned sigma are dropped."""
-    conditioning = get_conditioning(preset)
-    everything = torch.ones(len(latents), dtype=torch.bool, device=latents.device)  # (B,)
-    dropped = conditioning.drop(conditions, everything)
-    both = {name: torch.cat([values, dropped[name]]) for name, values in conditions.items()}
-    doubled = torch.cat([latents, latents])  # (2B, C, H, W)
-    timestep = t.to(latents.device).expand(len(doubled))
-    output = get_adapter(preset.backbone).run(backbone, conditioning.inputs(doubled, timestep, both))
-    labelled, unlabelled = output[:, : latents.shape[1]].chunk(2)
-    return unlabelled + scale * (labelled - unlabelled)  # (B, C, H, W)

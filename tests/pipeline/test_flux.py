@@ -24,7 +24,7 @@ from dyexport.cli import main
 from dyexport.errors import CheckpointError, DataError, DyexportError, EngineMismatchError, UsageError
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.runtime.loading import load
-from dyexport.runtime.prompts import Prompts, draw_prompts
+from dyexport.runtime.prompts import Prompts, sample_prompts
 from dyexport.verification.verify import VerifySettings, find_reference, verify_bundle
 from tests.pipeline.tiny import build, tiny_settings
 from tests.pipeline.tiny_pipeline import save_pipeline
@@ -250,12 +250,12 @@ def test_embedded_prompts_need_no_text_encoder(
 )
 def test_what_cannot_be_drawn(loaded: FluxBundle, asked: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        draw_prompts(loaded, Prompts(**asked))
+        sample_prompts(loaded, Prompts(**asked))
 
 
 def test_a_picture_that_no_memory_holds_is_refused_before_it_is_drawn(loaded: FluxBundle, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="32768 x 32768 are 1073741824 pixels"):
-        draw_prompts(loaded, Prompts(embedded=embedded(tmp_path), height=2**15, width=2**15))
+        sample_prompts(loaded, Prompts(embedded=embedded(tmp_path), height=2**15, width=2**15))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -265,9 +265,9 @@ def test_latents_that_are_not_finite_are_no_picture(loaded: FluxBundle, tmp_path
     tensors["pooled_prompt_embeds"][0, 0] = value
     save_file(tensors, file)
     with pytest.raises(DyexportError, match="not finite"):
-        draw_prompts(loaded, Prompts(embedded=file, steps=1, height=64, width=64))
+        sample_prompts(loaded, Prompts(embedded=file, steps=1, height=64, width=64))
 
 
 def test_embeddings_of_another_model(loaded: FluxBundle, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"\(2, 7, 63\)"):
-        draw_prompts(loaded, Prompts(embedded=embedded(tmp_path, (2, 7, 63))))
+        sample_prompts(loaded, Prompts(embedded=embedded(tmp_path, (2, 7, 63))))

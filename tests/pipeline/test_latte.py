@@ -26,7 +26,7 @@ from dyexport.errors import DataError, EngineMismatchError, UsageError
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import PRESETS
 from dyexport.runtime.loading import load
-from dyexport.runtime.prompts import Prompts, draw_prompts
+from dyexport.runtime.prompts import Prompts, sample_prompts
 from dyexport.runtime.transformer import example_inputs, stock_transformer
 from dyexport.verification.verify import VerifySettings, find_reference, verify_bundle
 from tests.pipeline.tiny import build
@@ -261,13 +261,13 @@ def test_embedded_prompts_need_no_text_encoder(
 def test_guidance_needs_an_unconditional_prompt(loaded: LatteBundle, tmp_path: Path) -> None:
     file = embedded(tmp_path, "prompt_embeds")
     with pytest.raises(DataError, match="lacks negative_prompt_embeds"):
-        draw_prompts(loaded, Prompts(embedded=file, steps=1))
-    assert draw_prompts(loaded, Prompts(embedded=file, steps=1, guidance=1.0)).values.shape == (2, 4, 4, 8, 8)
+        sample_prompts(loaded, Prompts(embedded=file, steps=1))
+    assert sample_prompts(loaded, Prompts(embedded=file, steps=1, guidance=1.0)).values.shape == (2, 4, 4, 8, 8)
 
 
 def test_other_numbers_of_frames_are_refused(loaded: LatteBundle, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--frames is 3; latte-tiny draws 4, or 1"):
-        draw_prompts(loaded, Prompts(embedded=tmp_path / "x", frames=3))
+        sample_prompts(loaded, Prompts(embedded=tmp_path / "x", frames=3))
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:

@@ -10,12 +10,15 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 
+from dyexport.backbones import sampling_defaults
 from dyexport.bundle.manifest import ModelSpec
 from dyexport.errors import DyexportError, UsageError
+from dyexport.noise_schedule import make_scheduler
 from dyexport.runtime.loading import load
-from dyexport.runtime.sampling import PixelVAE, decode, guided, make_pipeline, make_scheduler, sample, sample_flow
+from dyexport.runtime.sampling import decode, guided, sample, sample_flow
 from tests.engines.tiny import CHANNELS, CLASSES, SIZE
 from tests.runtime.bundles import TinyBundle, make_spec
+from tests.runtime.dit_pipeline import PixelVAE, pixel_pipeline
 
 LABELS = [3, 1, 4]
 
@@ -90,7 +93,7 @@ def test_ddim_removes_noise_that_is_predicted_exactly(ddpm: TinyBundle) -> None:
 @pytest.mark.parametrize("steps", [2, 9])
 def test_stock_pipeline_end_to_end(ddpm: TinyBundle, scheduler: str, steps: int) -> None:
     transformer = load(ddpm.root)
-    pipe = make_pipeline(transformer, ddpm.spec, scheduler).to("cpu")
+    pipe = pixel_pipeline(transformer, ddpm.spec, scheduler).to("cpu")
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe, DiTPipeline)
     arguments = {"num_inference_steps": steps, "guidance_scale": 3.0, "output_type": "np"}
@@ -104,7 +107,7 @@ def test_stock_pipeline_end_to_end(ddpm: TinyBundle, scheduler: str, steps: int)
 def test_stock_pipeline_offloads_around_it(ddpm: TinyBundle) -> None:
     images = []
     for offload in (False, True):
-        pipe = make_pipeline(load(ddpm.root), ddpm.spec)
+        pipe = pixel_pipeline(load(ddpm.root), ddpm.spec)
         pipe.set_progress_bar_config(disable=True)
         if offload:
             pipe.enable_model_cpu_offload(device="cpu")
@@ -223,13 +226,6 @@ def test_a_vae_that_overflows_draws_no_picture(value: float) -> None:
         decode(PixelVAE(), latents)
 
 
-def test_pipelines_that_cannot_be_made_are_refused(ddpm: TinyBundle, flow: TinyBundle) -> None:
-    with pytest.raises(UsageError, match="flow-matching"):
-        make_pipeline(load(flow.root), flow.spec)
-    with pytest.raises(UsageError, match="vae"):
-        make_pipeline(load(ddpm.root), ddpm.spec.model_copy(update={"pixel_space": False}))
-
-
 def test_schedulers() -> None:
     assert isinstance(make_scheduler(make_spec(), "dpm++"), DPMSolverMultistepScheduler)
     assert make_scheduler(make_spec()).config.beta_end == 0.02
@@ -238,8 +234,11 @@ def test_schedulers() -> None:
     assert make_scheduler(make_spec("flow")).config.num_train_timesteps == 1000
 
 
-def test_pixel_vae_is_the_identity() -> None:
-    latents = torch.randn(1, 2, 2, 2)
-    vae = PixelVAE()
-    assert vae.decode(latents / vae.config.scaling_factor).sample is not None
-    assert torch.equal(vae.decode(latents).sample, latents)
+def test_what_is_not_asked_for_is_the_models_default(ddpm: TinyBundle, flow: TinyBundle) -> None:
+    for bundle in (ddpm, flow):
+        recorder = Recorder(load(bundle.root))
+        default = sample(recorder, bundle.spec, LABELS)
+        usual = sampling_defaults(bundle.spec)
+        assert len(recorder.times) == usual.steps
+        asked = {"steps": usual.steps, "guidance_scale": usual.guidance}
+        assert torch.equal(default, sample(load(bundle.root), bundle.spec, LABELS, **asked))

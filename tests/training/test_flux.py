@@ -98,10 +98,10 @@ class PointsAt(torch.nn.Module):
         return SimpleNamespace(sample=(hidden_states - clean) / timestep[:, None, None])
 
 
-@pytest.mark.parametrize("shifted", [True, False])
-def test_sampling_reaches_what_the_model_points_at(shifted: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("guidance", [3.5, None], ids=["shifted", "not shifted"])
+def test_sampling_reaches_what_the_model_points_at(guidance: float | None, tmp_path: Path) -> None:
     prompts = {"encoder_hidden_states": torch.randn(3, 5, 64), "pooled_projections": torch.randn(3, 32)}
-    preset = replace(SMALL, shifted=shifted)
+    preset = replace(SMALL, guidance=guidance)
     source = generate(PointsAt(), preset, SyntheticConfig(samples=7, steps=4), tmp_path, prompts=prompts)
     latents, conditions = source.batch(torch.arange(7))
     pooled = prompts["pooled_projections"][torch.arange(7) % 3]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,6 +64,28 @@ def test_a_video_costs_what_its_frames_cost_as_pictures() -> None:
         for frame in range(3)
     ]
     torch.testing.assert_close(video, torch.stack(frames).mean(0))
+
+
+class EchoesText(torch.nn.Module):
+    """Predicts noise that is the first channel of the prompt's first token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Tensor) -> object:
+        noise = encoder_hidden_states[:, :1, :1, None, None].expand_as(hidden_states)
+        return SimpleNamespace(sample=noise)
+
+
+def test_synthetic_videos_are_guided_away_from_the_unconditional_prompt(tmp_path: Path) -> None:
+    def latents(name: str, guidance: float, *texts: float) -> Tensor:
+        prompts = {"encoder_hidden_states": torch.tensor(texts)[:, None, None].expand(-1, 5, 32).contiguous()}
+        config = SyntheticConfig(samples=1, steps=4, guidance=guidance)
+        return generate(EchoesText(), SMALL, config, tmp_path / name, prompts=prompts).batch(torch.tensor([0])).latents
+
+    torch.testing.assert_close(latents("guided", 3.0, 0.2, 0.1), latents("plain", 1.0, 0.1 + 3 * (0.2 - 0.1), 0.1))
+    assert not torch.equal(latents("guided", 3.0, 0.2, 0.1), latents("off", 1.0, 0.2, 0.1))
 
 
 def test_finetuning_on_synthetic_videos_moves_lambda(tmp_path: Path) -> None:

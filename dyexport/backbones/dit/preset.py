@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from dyexport.backbones.base import Objective, Preset
+from dyexport.backbones.base import Objective, Preset, SamplingDefaults
 from dyexport.backbones.recipe import THOROUGH, Recipe, Schedule
 from dyexport.backbones.stored_config import MOST_LAYERS, StoredConfig
 
@@ -38,6 +38,7 @@ class DiTPreset(Preset):
     """DiT and SiT: diffusers' ``DiTTransformer2DModel``. Sizes default to those of DiT-XL/2 at 256 px."""
 
     stock: ClassVar[str] = "DiTTransformer2DModel"
+    pipeline: ClassVar[str] = "DiTPipeline"
 
     backbone: Literal["dit", "sit"] = "dit"
     hidden_size: int = 1152
@@ -115,6 +116,10 @@ class DiTPreset(Preset):
             "classes": stored.count("num_embeds_ada_norm"),
             "pixel_space": self.pixel_space and in_channels == self.in_channels,
         }
+
+    @classmethod
+    def sampling_of(cls, config: Mapping[str, Any]) -> SamplingDefaults:
+        return SamplingDefaults(steps=50, guidance=1.5)
 
     def numerics(self, config: Mapping[str, Any]) -> dict[str, Any]:
         stored = StoredConfig(config, DEFAULTS)

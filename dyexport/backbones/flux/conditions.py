@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,12 @@ class Prompts:
     """FLUX: embedded prompts (B, T, C_text) and pooled ones (B, C_pooled); positions and guidance are added."""
 
     preset: FluxPreset
+    unconditional: ClassVar[str | None] = None  # guidance is embedded
+
+    def embed(self, pipe: Any, prompts: list[str]) -> Conditions:
+        """(B, T, C_text), (B, C_pooled)."""
+        embedded, pooled, _ = pipe.encode_prompt(prompts, None, max_sequence_length=self.preset.text_tokens)
+        return {"encoder_hidden_states": embedded, "pooled_projections": pooled}
 
     @property
     def columns(self) -> tuple[Column, ...]:

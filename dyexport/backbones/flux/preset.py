@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
-from dyexport.backbones.base import Objective, Preset
+from dyexport.backbones.base import Guidance, Objective, Preset, SamplingDefaults
 from dyexport.backbones.recipe import LOW_RANK_FINETUNING, SPARSE
 from dyexport.backbones.stored_config import MOST_LAYERS, StoredConfig
 
@@ -35,6 +35,8 @@ class FluxPreset(Preset):
     """
 
     stock: ClassVar[str] = "FluxTransformer2DModel"
+    pipeline: ClassVar[str] = "FluxPipeline"
+    guidance_kind: ClassVar[Guidance] = "embedded"
 
     backbone: Literal["flux"] = "flux"
     hidden_size: int = 3072
@@ -48,8 +50,7 @@ class FluxPreset(Preset):
     joint_size: int = 4096  # channels of the text encoder's output
     pooled_size: int = 768
     rope_axes: tuple[int, int, int] = (16, 56, 56)
-    guidance: float | None = 3.5  # usual scale of a guidance-distilled model; None: guidance is not embedded
-    shifted: bool = True  # the sampler's steps crowd at high noise, the more the larger the picture
+    guidance: float | None = 3.5  # default scale of a guidance-distilled model; None: guidance is not embedded
 
     @property
     def objective(self) -> Objective:
@@ -123,9 +124,26 @@ class FluxPreset(Preset):
         }
         if stored.flag("guidance_embeds") != (self.guidance is not None):
             distilled = self.guidance is None
-            fields |= {"guidance": 3.5 if distilled else None, "shifted": distilled}
+            fields |= {"guidance": 3.5 if distilled else None}
             fields |= {"text_tokens": 512 if distilled else 256}
         return fields
+
+    @classmethod
+    def sampling_of(cls, config: Mapping[str, Any]) -> SamplingDefaults:
+        """Return the defaults of diffusers' pipeline, and for models without embedded guidance those of schnell."""
+        distilled = bool(config["guidance_embeds"])
+        return SamplingDefaults(
+            steps=28 if distilled else 4,
+            guidance=3.5 if distilled else None,
+            scheduler={"use_dynamic_shifting": distilled},
+        )
+
+    @property
+    def sampling(self) -> SamplingDefaults:
+        return super().sampling._replace(guidance=self.guidance)
+
+    def with_guidance(self, scale: float | None) -> Self:
+        return replace(self, guidance=scale)
 
     def for_noise(self) -> Self:
         """128 px and 32 words."""
@@ -145,7 +163,6 @@ PRESETS: tuple[Preset, ...] = (
         name="flux-schnell",
         text_tokens=256,
         guidance=None,
-        shifted=False,
         hub_id="black-forest-labs/FLUX.1-schnell",
         about="FLUX.1-schnell, 1 to 4 steps",
         recipe=_RECIPE,

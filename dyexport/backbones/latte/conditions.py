@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dyexport.backbones.base import Inputs
@@ -17,6 +19,12 @@ class Captions:
     """Latte: embedded prompts (B, T, C_text)."""
 
     preset: LattePreset
+    unconditional: ClassVar[str | None] = ""
+
+    def embed(self, pipe: Any, prompts: list[str]) -> Conditions:
+        """(B, T, C_text), zero after the end of a prompt, as the pipeline embeds a batch; longer prompts are cut."""
+        embedded, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": F.pad(embedded, (0, 0, 0, self.preset.text_tokens - embedded.shape[1]))}
 
     @property
     def columns(self) -> tuple[Column, ...]:

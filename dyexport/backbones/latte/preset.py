@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
-from dyexport.backbones.base import Objective, Preset
+from dyexport.backbones.base import Objective, Preset, SamplingDefaults
 from dyexport.backbones.recipe import FULL_FINETUNING, SPARSE
 from dyexport.backbones.stored_config import MOST_LAYERS, StoredConfig
 
@@ -37,6 +37,7 @@ class LattePreset(Preset):
     """Latte, text to video: diffusers' ``LatteTransformer3DModel``. Sizes default to those of Latte-1."""
 
     stock: ClassVar[str] = "LatteTransformer3DModel"
+    pipeline: ClassVar[str] = "LattePipeline"
 
     backbone: Literal["latte"] = "latte"
     hidden_size: int = 1152
@@ -126,6 +127,11 @@ class LattePreset(Preset):
             "learn_sigma": out_channels != in_channels,
             "caption_size": stored.count("caption_channels"),
         }
+
+    @classmethod
+    def sampling_of(cls, config: Mapping[str, Any]) -> SamplingDefaults:
+        """Return the defaults of diffusers' ``LattePipeline``."""
+        return SamplingDefaults(steps=50, guidance=7.5)
 
     def numerics(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return {"norm_eps": StoredConfig(config, DEFAULTS).number("norm_eps", 1e-12, 1)}

@@ -1,0 +1,7 @@
+"""Sampling from class labels, with the network of DiT and SiT."""
+
+from __future__ import annotations
+
+from dyexport.backbones.base import LabelPipeline
+
+PIPELINE = LabelPipeline()
