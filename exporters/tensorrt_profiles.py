@@ -96,8 +96,8 @@ def largest_topk(spec: ModelSpec, segment: Segment | None, profiles: Sequence[Ma
     largest = 0
     for block in segment.limited_blocks:
         usual, most = (spec.text_tokens, text) if sorts_text(spec, block) else (0, 0)
-        if segment.room(block) + usual <= LARGEST_TOPK:
-            largest = max(largest, segment.room(block) + most)
+        if segment.max_capacity(block) + usual <= LARGEST_TOPK:
+            largest = max(largest, segment.max_capacity(block) + most)
     return largest
 
 

@@ -79,16 +79,16 @@ class Case:
     segments: tuple[Segment, ...]
 
     @property
-    def architecture(self) -> SliceContext:
+    def context(self) -> SliceContext:
         return SliceContext.of(self.spec, self.widths, self.stats)
 
     @cached_property
     def networks(self) -> dict[str, Slice]:
         """``conditioning``, ``segment 0`` and so on, ``dense``: modules on the meta device."""
-        dense = replace(self.architecture, token_routers=False)
+        dense = replace(self.context, token_routers=False)
         return {
-            "conditioning": slice_conditioning(self.architecture),
-            **{f"segment {i}": slice_segment(self.architecture, each) for i, each in enumerate(self.segments)},
+            "conditioning": slice_conditioning(self.context),
+            **{f"segment {i}": slice_segment(self.context, each) for i, each in enumerate(self.segments)},
             "dense": slice_segment(dense, dense_segment(self.spec, UnitOrder.of(self.widths))),
         }
 

@@ -129,14 +129,14 @@ class Segment(Frozen):
         """Blocks whose token router may want more tokens than there is room for."""
         return tuple(block for block, path in enumerate(self.token_paths) if path in ("capacity", "dynamic"))
 
-    def room(self, block: int) -> int:
+    def max_capacity(self, block: int) -> int:
         """Most tokens that a limited block may be asked to keep."""
         return self.capacities[block] + (max(self.slot_buckets) if self.token_paths[block] == "dynamic" else 0)
 
     @property
-    def largest_room(self) -> int:
+    def largest_capacity(self) -> int:
         """Most tokens that any limited block may be asked to keep; a sample must have as many. 0 without such."""
-        return max((self.room(block) for block in self.limited_blocks), default=0)
+        return max((self.max_capacity(block) for block in self.limited_blocks), default=0)
 
     @property
     def gate_size(self) -> int:

@@ -112,7 +112,7 @@ class DynamicTransformer(nn.Module):
         self.td_lora = None
 
     @property
-    def tuned(self) -> list[nn.Parameter]:
+    def trainable(self) -> list[nn.Parameter]:
         """What fine-tuning moves, beside the routers."""
         modules = [self.backbone] if self.td_lora is None else [self.backbone, self.td_lora]
         return [value for module in modules for value in module.parameters() if value.requires_grad]
@@ -188,20 +188,20 @@ class DynamicTransformer(nn.Module):
         masks = (heads, groups) if noise is None else self.width_gates(inputs["timestep"], noise)
         run = GatedPass(head_masks=masks[0], group_masks=masks[1], noise=noise)
         with self._following(run):
-            sample = self.complete(inputs)
+            sample = self.forward_dense(inputs)
         tokens = torch.stack(run.tokens, dim=1)  # (B, L, N)
         return DynamicOutput(sample, heads, groups, tokens, torch.stack(run.token_logits, dim=1))
 
-    def masked(self, inputs: Inputs, *, heads: Tensor, groups: Tensor) -> Tensor:
+    def forward_masked(self, inputs: Inputs, *, heads: Tensor, groups: Tensor) -> Tensor:
         """Denoise with given width masks (B, L, H), (B, L, G) and every token."""
         with self.gated(heads=heads, groups=groups):
-            return self.complete(inputs)
+            return self.forward_dense(inputs)
 
     def gated(self, *, heads: Tensor, groups: Tensor) -> AbstractContextManager[None]:
-        """Inside, ``complete`` runs with given width masks (B, L, H), (B, L, G) and every token."""
+        """Inside, ``forward_dense`` runs with given width masks (B, L, H), (B, L, G) and every token."""
         return self._following(GatedPass(head_masks=heads, group_masks=groups, noise=None, route_tokens=False))
 
-    def complete(self, inputs: Inputs) -> Tensor:
+    def forward_dense(self, inputs: Inputs) -> Tensor:
         """The complete model, every gate open (section 3.5)."""
         if self.td_lora is None:
             return self.adapter.run(self.backbone, inputs)

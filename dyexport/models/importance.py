@@ -65,7 +65,7 @@ def _probe(model: DynamicTransformer, inputs: Inputs, seed: int) -> tuple[Tensor
     heads = torch.ones(batch, model.depth, model.heads, device=model.device, requires_grad=True)
     groups = torch.ones(batch, model.depth, model.groups, device=model.device, requires_grad=True)
     with torch.enable_grad(), model.gated(heads=heads, groups=groups):  # going back may recompute
-        sample = model.complete(inputs)[:, :channels]  # without a learned sigma
+        sample = model.forward_dense(inputs)[:, :channels]  # without a learned sigma
         probe = torch.randn(sample.shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
         gradients = torch.autograd.grad(sample, (heads, groups), probe)
     return gradients[0].cpu(), gradients[1].cpu()

@@ -18,7 +18,7 @@ from dyexport.noise_schedule import DDPM_BETAS, DDPM_STEPS
 ROWS = 2048  # tokens of one pass, which bounds the memory that activations take
 
 
-def _untold(done: int, total: int, detail: str = "") -> None:
+def no_progress(done: int, total: int, detail: str = "") -> None:
     """Progress that nobody asked for."""
 
 
@@ -41,7 +41,7 @@ class NoisedInputs:
     batch_size: int
     seed: int = 0
     clean: Batch | None = None
-    advance: Callable[..., None] = _untold
+    advance: Callable[..., None] = no_progress
 
     def during(self, phase: str) -> NoisedInputs:
         """The same for one phase of several, whose progress goes by its name."""

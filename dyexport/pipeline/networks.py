@@ -47,7 +47,7 @@ class Network:
 
 
 def cut_networks(
-    architecture: SliceContext,
+    context: SliceContext,
     widths: WidthTable,
     segments: Sequence[Segment],
     *,
@@ -60,21 +60,21 @@ def cut_networks(
     network of its own; the latter also beside TD-LoRA, which leaves the dense weights as they were.
     """
     networks = [
-        Network(name=segment_name(index), segment=segment, slice=slice_segment(architecture, segment))
+        Network(name=segment_name(index), segment=segment, slice=slice_segment(context, segment))
         for index, segment in enumerate(segments)
     ]
-    networks.append(Network(name=CONDITIONING, segment=None, slice=slice_conditioning(architecture)))
+    networks.append(Network(name=CONDITIONING, segment=None, slice=slice_conditioning(context)))
     if baseline:
-        networks += _dense_networks(architecture, UnitOrder.of(widths), own_dense)
+        networks += _dense_networks(context, UnitOrder.of(widths), own_dense)
     return networks
 
 
-def _dense_networks(architecture: SliceContext, order: UnitOrder, own: OwnDense) -> list[Network]:
-    segment = dense_segment(architecture.spec, order)
-    if own == "nothing" and architecture.spec.td_lora is None:
-        return [Network(name=DENSE, segment=segment, slice=slice_segment(architecture, segment))]
-    spec = architecture.spec.model_copy(update={"td_lora": None})
-    static = replace(architecture, spec=spec, token_routers=False)
+def _dense_networks(context: SliceContext, order: UnitOrder, own: OwnDense) -> list[Network]:
+    segment = dense_segment(context.spec, order)
+    if own == "nothing" and context.spec.td_lora is None:
+        return [Network(name=DENSE, segment=segment, slice=slice_segment(context, segment))]
+    spec = context.spec.model_copy(update={"td_lora": None})
+    static = replace(context, spec=spec, token_routers=False)
     return [
         Network(name=DENSE, segment=segment, slice=_static(slice_segment(static, segment), own)),
         Network(name=DENSE_CONDITIONING, segment=None, slice=_static(slice_conditioning(static), own)),
@@ -123,8 +123,8 @@ def plan_of(
 ) -> SegmentPlan:
     """FLOPs and bytes of segments; ``resident_bytes`` counts a copy of its weights for each engine."""
     flops = _flops_of(spec)
-    architecture = SliceContext.of(spec, widths, stats)
-    slices = [slice_segment(architecture, segment) for segment in segments] + [slice_conditioning(architecture)]
+    context = SliceContext.of(spec, widths, stats)
+    slices = [slice_segment(context, segment) for segment in segments] + [slice_conditioning(context)]
     layout = lay_out(recipe for piece in slices for recipe in piece.recipes.values())
     resident = sum(piece.nbytes for piece in slices)
     return price_plan(

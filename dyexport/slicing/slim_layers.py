@@ -109,7 +109,7 @@ class TokenSelector:
     @classmethod
     def of(cls, segment: Segment, index: int, *, always_on: int = 0) -> Self:
         """Return the selector of a segment's block; ``always_on`` tokens are kept in addition to those it counts."""
-        use_topk = always_on + segment.room(index) <= LARGEST_TOPK
+        use_topk = always_on + segment.max_capacity(index) <= LARGEST_TOPK
         return cls(path=segment.token_paths[index], capacity=segment.capacities[index], use_topk=use_topk)
 
     @property

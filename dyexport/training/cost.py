@@ -68,7 +68,7 @@ def count_trainable(run: FinetuningRun) -> dict[str, float]:
         )
     trained, full = (
         sum(parameter.numel() for parameter in (*parameters, *model.routers.parameters()))
-        for parameters in (model.tuned, backbone.parameters())
+        for parameters in (model.trainable, backbone.parameters())
     )
     return {"trainable_parameters": trained, "trainable_share": trained / full}
 

@@ -48,7 +48,7 @@ class DynamicTrainer(Trainer[FinetuneConfig]):
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         groups: list[dict[str, Any]] = [
-            {"params": self.model.tuned},
+            {"params": self.model.trainable},
             {"params": self.model.routers.parameters(), "lr": self.config.router_learning_rate},
         ]
         return torch.optim.AdamW(groups, lr=self.config.learning_rate, weight_decay=0, fused=True)

@@ -224,7 +224,7 @@ class DynamicLosses(nn.Module):
             return Losses(torch.lerp(self._data(output.sample, batch), taught, TAUGHT_SHARE), None, ratio)
         if not complete:
             return Losses(self._data(output.sample, batch), None, ratio)
-        whole = self.model.complete(batch.inputs)
+        whole = self.model.forward_dense(batch.inputs)
         dynamic = _distance(output.sample, whole.detach()) if self.distill else self._data(output.sample, batch)
         return Losses(dynamic, self._data(whole, batch), ratio)
 

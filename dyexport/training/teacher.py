@@ -36,4 +36,4 @@ class _Complete(nn.Module):
         self.model = model
 
     def forward(self, inputs: Inputs) -> Tensor:
-        return self.model.complete(inputs)
+        return self.model.forward_dense(inputs)

@@ -54,8 +54,8 @@ class LayerReport:
 def compare_layers(bundle: Bundle, directory: Path, truth: ReferenceModel, tolerance: float) -> LayerReport:
     """Each segment in the middle of its interval; ``directory`` is the reference."""
     manifest, widths, stats = bundle.manifest, bundle.widths, bundle.token_stats
-    architecture = SliceContext.of(manifest.model, widths, stats)
-    networks = cut_networks(architecture, widths, manifest.plan.segments, baseline=False, own_dense="nothing")
+    context = SliceContext.of(manifest.model, widths, stats)
+    networks = cut_networks(context, widths, manifest.plan.segments, baseline=False, own_dense="nothing")
     read, paths = reference.calibrated_reader(directory, manifest.model), bundle.engine_paths("onnx")
     conditioning, segments = networks[-1], networks[:-1]
     condition = conditioning.slice.load(read)

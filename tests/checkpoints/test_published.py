@@ -228,7 +228,7 @@ def test_a_dyflux_file_brings_its_token_routers(tmp_path: Path) -> None:
     assert found.heads.all()
     assert found.groups.all()
     static = load_static(str(tmp_path / "published.pt"), preset)
-    assert torch.equal(static(**inputs).sample, model.complete(inputs))
+    assert torch.equal(static(**inputs).sample, model.forward_dense(inputs))
 
 
 def test_an_incomplete_dyflux_file_is_named(tmp_path: Path) -> None:

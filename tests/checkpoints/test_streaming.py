@@ -45,7 +45,7 @@ def test_a_streamed_model_computes_the_same(preset: Preset, saved: Path) -> None
     streamed, whole = load_dynamic(saved, stream=True)[0], load_dynamic(saved)[0]
     for one, other in zip(streamed(inputs), whole(inputs), strict=True):
         assert torch.equal(one, other)
-    assert torch.equal(streamed.complete(inputs), load_static(str(saved), preset, stream=True)(**inputs).sample)
+    assert torch.equal(streamed.forward_dense(inputs), load_static(str(saved), preset, stream=True)(**inputs).sample)
 
 
 def test_importance_is_the_same_and_leaves_nothing_in_memory(preset: Preset, saved: Path) -> None:

@@ -37,16 +37,16 @@ def half_width(preset: Preset, path: TokenPath) -> Segment:
     )
 
 
-def architecture_of(preset: Preset, precision: Precision = "fp32", *, token_routers: bool = True) -> SliceContext:
+def slice_context(preset: Preset, precision: Precision = "fp32", *, token_routers: bool = True) -> SliceContext:
     spec = spec_of(preset, preset.transformer_config(), precision=precision)
     return SliceContext(spec=spec, groups=preset.heads, token_routers=token_routers)
 
 
 def dense_network(preset: Preset, precision: Precision = "fp32") -> Slice:
     """Every unit and every token."""
-    architecture = architecture_of(preset, precision, token_routers=False)
+    context = slice_context(preset, precision, token_routers=False)
     every = (tuple(range(preset.heads)),) * preset.depth
-    return slice_segment(architecture, dense_segment(architecture.spec, UnitOrder(heads=every, groups=every)))
+    return slice_segment(context, dense_segment(context.spec, UnitOrder(heads=every, groups=every)))
 
 
 def write_graph(slice_: Slice, directory: Path) -> Path:
@@ -58,20 +58,20 @@ def write_graph(slice_: Slice, directory: Path) -> Path:
     return directory / "network.onnx"
 
 
-def request_for(architecture: SliceContext, slice_: Slice, segment: Segment | None, **values: object) -> PlanRequest:
+def request_for(context: SliceContext, slice_: Slice, segment: Segment | None, **values: object) -> PlanRequest:
     given = {
         "flavour": "tensorrt-rtx",
         "compute_capabilities": ("8.9",),
-        "precision": architecture.spec.precision,
+        "precision": context.spec.precision,
         "inputs": slice_.inputs,
-        "profiles": profiles_for(architecture.spec, segment, ()),
-        "largest_topk": largest_topk(architecture.spec, segment, profiles_for(architecture.spec, segment, ())),
+        "profiles": profiles_for(context.spec, segment, ()),
+        "largest_topk": largest_topk(context.spec, segment, profiles_for(context.spec, segment, ())),
     }
     return PlanRequest(**{**given, **values})  # type: ignore[arg-type]
 
 
 def build_segment(preset: Preset, directory: Path, *, path: TokenPath, precision: Precision = "fp32") -> PlanInfo:
-    architecture, segment = architecture_of(preset, precision), half_width(preset, path)
-    slice_ = slice_segment(architecture, segment)
+    context, segment = slice_context(preset, precision), half_width(preset, path)
+    slice_ = slice_segment(context, segment)
     graph = write_graph(slice_, directory)
-    return build_plan(graph, request_for(architecture, slice_, segment), directory / "plan")
+    return build_plan(graph, request_for(context, slice_, segment), directory / "plan")

@@ -88,7 +88,7 @@ def test_graph_equals_masked_model(stats, path: str, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_conditioning_graph_equals_the_module(tmp_path: Path) -> None:
-    file = export(slice_conditioning(CUTTER.architecture), tmp_path)
+    file = export(slice_conditioning(CUTTER.context), tmp_path)
     check_onnx(file)
     session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     size = CUTTER.inputs(INPUTS.at(0.0))["modulation"].shape[1]
@@ -112,7 +112,7 @@ def test_two_exports_are_identical_and_name_no_paths(tmp_path: Path) -> None:
         assert private not in content
 
 
-@pytest.mark.parametrize("slice_", [dense_slice(), slice_conditioning(CUTTER.architecture)])
+@pytest.mark.parametrize("slice_", [dense_slice(), slice_conditioning(CUTTER.context)])
 def test_weights_are_references_only(slice_: Slice, tmp_path: Path) -> None:
     file = export(slice_, tmp_path)
     graph = onnx.load(str(file), load_external_data=False).graph

@@ -17,12 +17,12 @@ from dyexport.exporters.operator_gate import MODULE, check_operators, find_refus
 from dyexport.presets import get_preset
 from dyexport.slicing.slicer import slice_segment
 from dyexport.tensorrt_api import BuildLog, load_api
-from tests.exporters.networks import architecture_of, half_width, write_graph
+from tests.exporters.networks import half_width, slice_context, write_graph
 
 
 def test_compact_tokens_are_refused_with_their_module(tmp_path: Path) -> None:
     preset = get_preset("sit-digits")
-    graph = write_graph(slice_segment(architecture_of(preset), half_width(preset, "compact")), tmp_path)
+    graph = write_graph(slice_segment(slice_context(preset), half_width(preset, "compact")), tmp_path)
     with pytest.raises(
         EngineBuildError, match=r"refuses NonZero .* of module 'blocks\.0' \(3 more like it\).*--token-path dynamic"
     ):

@@ -31,10 +31,10 @@ from dyexport.slicing.slicer import dense_segment, slice_conditioning, slice_seg
 from dyexport.tensorrt_api import BuildLog, load_api
 from tests.exporters.networks import (
     ONE_BLOCK_EACH,
-    architecture_of,
     build_segment,
     half_width,
     request_for,
+    slice_context,
     write_graph,
 )
 from tests.exporters.test_qdq import with_ranges
@@ -93,20 +93,20 @@ def test_quantized_segments_build(
     rtx: Any, tmp_path: Path, backbone: str, precision: Precision, quantization: Quantization
 ) -> None:
     preset = PRESETS[backbone]
-    architecture, segment = architecture_of(preset, precision), half_width(preset, "dynamic")
-    spec = architecture.spec.model_copy(update={"quantization": quantization})
-    slice_ = with_ranges(slice_segment(replace(architecture, spec=spec), segment))
+    context, segment = slice_context(preset, precision), half_width(preset, "dynamic")
+    spec = context.spec.model_copy(update={"quantization": quantization})
+    slice_ = with_ranges(slice_segment(replace(context, spec=spec), segment))
     graph = write_graph(slice_, tmp_path)
-    info = build_plan(graph, request_for(architecture, slice_, segment), tmp_path / "plan")
+    info = build_plan(graph, request_for(context, slice_, segment), tmp_path / "plan")
     assert sum(layer.startswith("quantize ") for layer in info.layers) == len(slice_.ranges)
 
 
 @pytest.mark.tensorrt
 def test_conditioning_and_two_profiles_build(rtx: Any, tmp_path: Path) -> None:
-    architecture = architecture_of(get_preset("sit-digits"))
-    slice_ = slice_conditioning(architecture)
-    profiles = profiles_for(architecture.spec, None, parse_profiles(("rows=1:2:2", "rows=50:100:200")))
-    request = request_for(architecture, slice_, None, profiles=profiles)
+    context = slice_context(get_preset("sit-digits"))
+    slice_ = slice_conditioning(context)
+    profiles = profiles_for(context.spec, None, parse_profiles(("rows=1:2:2", "rows=50:100:200")))
+    request = request_for(context, slice_, None, profiles=profiles)
     info = build_plan(write_graph(slice_, tmp_path), request, tmp_path / "plan")
     assert [each["rows"].max for each in info.profiles] == [2, 200]
     assert (tmp_path / "plan" / ENGINE).stat().st_size > 0
@@ -149,7 +149,7 @@ def test_more_tokens_than_tensorrt_sorts_are_counted_out(rtx: Any, tmp_path: Pat
     assert (kept <= segment.capacities).all()
     np.testing.assert_allclose(sample, cutter.model(inputs).sample.numpy(), atol=1e-4)
 
-    request = request_for(cutter.architecture, slice_, segment)
+    request = request_for(cutter.context, slice_, segment)
     assert request.largest_topk == 3840
     layers = build_plan(tmp_path / "network.onnx", request, tmp_path / "plan").layers
     assert [sum(layer.startswith(kind) for layer in layers) for kind in ("topk ", "cumulative ")] == [1, 1]
@@ -157,12 +157,12 @@ def test_more_tokens_than_tensorrt_sorts_are_counted_out(rtx: Any, tmp_path: Pat
 
 @pytest.mark.tensorrt
 def test_weights_that_may_be_streamed(rtx: Any, tmp_path: Path) -> None:
-    architecture = architecture_of(get_preset("sit-digits"))
-    slice_ = slice_conditioning(architecture)
+    context = slice_context(get_preset("sit-digits"))
+    slice_ = slice_conditioning(context)
     graph, streamed = write_graph(slice_, tmp_path), {}
     for stream in (False, True):
         out = tmp_path / f"{stream}"
-        info = build_plan(graph, request_for(architecture, slice_, None, stream_weights=stream), out)
+        info = build_plan(graph, request_for(context, slice_, None, stream_weights=stream), out)
         assert PlanInfo.read(out / INFO).streamable == info.streamable == stream
         streamed[stream] = info.plan_sha256
     assert streamed[True] != streamed[False], "the builder was told"
@@ -170,9 +170,9 @@ def test_weights_that_may_be_streamed(rtx: Any, tmp_path: Path) -> None:
 
 @pytest.mark.tensorrt
 def test_an_unknown_gpu_is_named(rtx: Any, tmp_path: Path) -> None:
-    architecture = architecture_of(get_preset("sit-digits"))
-    slice_ = slice_conditioning(architecture)
-    request = request_for(architecture, slice_, None, compute_capabilities=("3.5",))
+    context = slice_context(get_preset("sit-digits"))
+    slice_ = slice_conditioning(context)
+    request = request_for(context, slice_, None, compute_capabilities=("3.5",))
     with pytest.raises(EngineBuildError, match=r"compute capability 3\.5; it knows .*8\.9"):
         build_plan(write_graph(slice_, tmp_path), request, tmp_path / "plan")
     assert not (tmp_path / "plan").exists()
@@ -180,12 +180,10 @@ def test_an_unknown_gpu_is_named(rtx: Any, tmp_path: Path) -> None:
 
 @pytest.mark.tensorrt
 def test_a_dimension_without_sizes_is_named(rtx: Any, tmp_path: Path) -> None:
-    architecture = architecture_of(get_preset("sit-digits"))
-    slice_ = slice_conditioning(architecture)
+    context = slice_context(get_preset("sit-digits"))
+    slice_ = slice_conditioning(context)
     with pytest.raises(EngineBuildError, match="'rows' of timestep; give --profile rows="):
-        build_plan(
-            write_graph(slice_, tmp_path), request_for(architecture, slice_, None, profiles=({},)), tmp_path / "plan"
-        )
+        build_plan(write_graph(slice_, tmp_path), request_for(context, slice_, None, profiles=({},)), tmp_path / "plan")
 
 
 @pytest.mark.tensorrt

@@ -41,7 +41,7 @@ def inputs_for(slice_: Slice, size: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("path", ["masked", "dynamic", "capacity", "conditioning"])
 def test_a_program_is_the_slim_module_at_every_batch(path: TokenPath, tmp_path: Path) -> None:
     cut = CUTTER.cut
-    slice_ = slice_conditioning(CUTTER.architecture) if path == "conditioning" else cut(half_width(CUTTER.preset, path))
+    slice_ = slice_conditioning(CUTTER.context) if path == "conditioning" else cut(half_width(CUTTER.preset, path))
     program = export(slice_, tmp_path)
     assert {weight.device.type for weight in slice_.module.parameters()} == {"meta"}, "left as it was"
     run, module = program.module(), slice_.load(CUTTER.read)

@@ -28,7 +28,7 @@ def test_fresh_routers_change_nothing() -> None:
     expected = stock(**inputs()).sample
     model = DynamicTransformer(stock, get_adapter("dit"), heads=preset.heads)
     assert torch.equal(model(inputs()).sample, expected)
-    assert torch.equal(model.complete(inputs()), expected)
+    assert torch.equal(model.forward_dense(inputs()), expected)
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def test_masks_equal_zeroed_weights(t: float) -> None:
     for index, block in enumerate(model.backbone.transformer_blocks):
         block.attn1.to_out[0].weight.mul_(heads[index].repeat_interleave(8))
         block.ff.net[2].weight.mul_(groups[index].repeat_interleave(32))
-    torch.testing.assert_close(model.complete(inputs(t)), masked, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.forward_dense(inputs(t)), masked, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def test_skipped_tokens_miss_the_mlp() -> None:
         block.ff.net[2].bias.zero_()
     arguments = inputs()
     heads, groups = model.width_gates(arguments["timestep"])
-    expected = model.masked(arguments, heads=heads, groups=groups)
+    expected = model.forward_masked(arguments, heads=heads, groups=groups)
     torch.testing.assert_close(skipped.sample, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -93,10 +93,10 @@ def test_hard_gate_passes_the_gradient_of_its_sigmoid() -> None:
 @torch.no_grad()
 def test_permuting_units_changes_nothing() -> None:
     model = tiny_model()
-    before = model.complete(inputs())
+    before = model.forward_dense(inputs())
     for block in range(model.depth):
         model.adapter.permute_units(model.backbone, block, torch.tensor([2, 0, 3, 1]), torch.tensor([3, 2, 1, 0]))
-    torch.testing.assert_close(model.complete(inputs()), before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.forward_dense(inputs()), before, atol=1e-5, rtol=1e-5)
 
 
 def test_blocks_with_different_embedders_are_refused() -> None:
@@ -108,7 +108,7 @@ def test_blocks_with_different_embedders_are_refused() -> None:
 @torch.no_grad()
 def test_a_failed_pass_leaves_no_masks_behind() -> None:
     model = tiny_model()
-    expected = model.complete(inputs())
+    expected = model.forward_dense(inputs())
     with pytest.raises(RuntimeError):
         model({**inputs(), "class_labels": torch.zeros(7, dtype=torch.int64)})
-    assert torch.equal(model.complete(inputs()), expected)
+    assert torch.equal(model.forward_dense(inputs()), expected)

@@ -70,7 +70,7 @@ def test_masks_equal_zeroed_weights(t: float) -> None:
                 mlp.net[2].weight.mul_(group)
         else:
             block.proj_out.weight.mul_(torch.cat([head, group]))
-    torch.testing.assert_close(dynamic.complete(INPUTS.at(t)), masked, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dynamic.forward_dense(INPUTS.at(t)), masked, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def test_skipped_image_tokens_miss_what_they_should() -> None:
         block.ff.net[2].bias.zero_()
     for block in blocks(dynamic)[2:]:
         block.register_forward_hook(lambda _, args, kwargs, out: (out[0], kwargs["hidden_states"]), with_kwargs=True)
-    expected = dynamic.masked(inputs, heads=heads, groups=groups)
+    expected = dynamic.forward_masked(inputs, heads=heads, groups=groups)
     torch.testing.assert_close(skipped.sample, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -124,7 +124,7 @@ def residuals(dynamic: DynamicTransformer, inputs: Inputs) -> list[tuple[Tensor,
             handles.append(
                 block.norm2_context.register_forward_pre_hook(partial(normed, index, "encoder_hidden_states"))
             )
-    dynamic.complete(inputs)
+    dynamic.forward_dense(inputs)
     for handle in handles:
         handle.remove()
     return [(one["hidden_states"], one["encoder_hidden_states"], one["temb"]) for one in seen]
@@ -158,10 +158,10 @@ def test_token_router_reads_what_the_published_one_reads() -> None:
 @torch.no_grad()
 def test_permuting_units_changes_nothing() -> None:
     dynamic = model()
-    before = dynamic.complete(INPUTS.at(0.5))
+    before = dynamic.forward_dense(INPUTS.at(0.5))
     for block in range(dynamic.depth):
         dynamic.adapter.permute_units(dynamic.backbone, block, torch.tensor([2, 0, 3, 1]), torch.tensor([3, 1, 0, 2]))
-    torch.testing.assert_close(dynamic.complete(INPUTS.at(0.5)), before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dynamic.forward_dense(INPUTS.at(0.5)), before, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -199,9 +199,9 @@ def test_ranking_puts_the_most_important_unit_first() -> None:
                     linear.weight.mul_(favour.repeat_interleave(HEAD))
             else:
                 block.proj_out.weight.mul_(torch.cat([favour.repeat_interleave(s) for s in (HEAD, GROUP)]))
-    before = dynamic.complete(INPUTS.at(0.2)).detach()
+    before = dynamic.forward_dense(INPUTS.at(0.2)).detach()
     rank_units(dynamic, INPUTS, [0.2, 0.8])
-    torch.testing.assert_close(dynamic.complete(INPUTS.at(0.2)), before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dynamic.forward_dense(INPUTS.at(0.2)), before, atol=1e-5, rtol=1e-5)
     heads, groups = unit_importance(dynamic, INPUTS, [0.2])
     assert (heads[0].argmax(axis=-1) == 0).all()
     assert (groups[0, 2:].argmax(axis=-1) == 0).all()

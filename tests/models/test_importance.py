@@ -21,12 +21,12 @@ def ablation(model: object, block: int, t: float) -> np.ndarray:
     """Squared change of the output when one head goes: (H,)."""
     arguments = INPUTS.at(t)
     shape = (16, model.depth, 4)
-    full = model.masked(arguments, heads=torch.ones(shape), groups=torch.ones(shape))
+    full = model.forward_masked(arguments, heads=torch.ones(shape), groups=torch.ones(shape))
     changes = []
     for head in range(4):
         heads = torch.ones(shape)
         heads[:, block, head] = 0
-        changed = model.masked(arguments, heads=heads, groups=torch.ones(shape))
+        changed = model.forward_masked(arguments, heads=heads, groups=torch.ones(shape))
         changes.append(float((changed - full)[:, :2].square().sum(dim=(1, 2, 3)).mean()))
     return np.array(changes)
 
@@ -51,9 +51,9 @@ def test_ranking_puts_the_most_important_unit_first() -> None:
             block.attn1.to_out[0].weight.mul_(torch.tensor([0.01, 0.01, 1.0, 0.01]).repeat_interleave(8))
             block.ff.net[2].weight.mul_(torch.tensor([0.01, 1.0, 0.01, 0.01]).repeat_interleave(32))
     arguments = INPUTS.at(200.0)
-    before = model.complete(arguments)
+    before = model.forward_dense(arguments)
     rank_units(model, INPUTS, [200.0, 800.0])
-    torch.testing.assert_close(model.complete(arguments), before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.forward_dense(arguments), before, atol=1e-5, rtol=1e-5)
     heads, groups = unit_importance(model, INPUTS, [200.0])
     assert (heads[0].argmax(axis=-1) == 0).all()
     assert (groups[0].argmax(axis=-1) == 0).all()

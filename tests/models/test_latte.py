@@ -64,7 +64,7 @@ def test_masks_equal_zeroed_weights(t: float) -> None:
     for index, block in enumerate(blocks(dynamic)):
         block.attn1.to_out[0].weight.mul_(heads[index].repeat_interleave(HEAD))
         block.ff.net[2].weight.mul_(groups[index].repeat_interleave(GROUP))
-    torch.testing.assert_close(dynamic.complete(INPUTS.at(t)), masked, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dynamic.forward_dense(INPUTS.at(t)), masked, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -105,10 +105,10 @@ def test_skipped_tokens_keep_the_residual_after_attention() -> None:
 @torch.no_grad()
 def test_permuting_units_changes_nothing() -> None:
     dynamic = model()
-    before = dynamic.complete(INPUTS.at(500.0))
+    before = dynamic.forward_dense(INPUTS.at(500.0))
     for block in range(dynamic.depth):
         dynamic.adapter.permute_units(dynamic.backbone, block, torch.tensor([2, 0, 3, 1]), torch.tensor([3, 1, 0, 2]))
-    torch.testing.assert_close(dynamic.complete(INPUTS.at(500.0)), before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dynamic.forward_dense(INPUTS.at(500.0)), before, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -139,9 +139,9 @@ def test_ranking_puts_the_most_important_unit_first() -> None:
         for block in blocks(dynamic):
             block.attn1.to_out[0].weight.mul_(favour.repeat_interleave(HEAD))
             block.ff.net[2].weight.mul_(favour.repeat_interleave(GROUP))
-    before = dynamic.complete(INPUTS.at(200.0)).detach()
+    before = dynamic.forward_dense(INPUTS.at(200.0)).detach()
     rank_units(dynamic, INPUTS, [200.0, 800.0])
-    torch.testing.assert_close(dynamic.complete(INPUTS.at(200.0)), before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dynamic.forward_dense(INPUTS.at(200.0)), before, atol=1e-5, rtol=1e-5)
     for scores in unit_importance(dynamic, INPUTS, [200.0]):
         assert (scores[0].argmax(axis=-1) == 0).all()
 

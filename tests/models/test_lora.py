@@ -39,7 +39,7 @@ def test_untrained_it_changes_nothing(preset: Preset, variant: str) -> None:
     plain, model = fresh(preset, None), fresh(preset, spec(variant))
     inputs = NoisedInputs(preset=preset, batch_size=2).at(0.3 * preset.timestep_range[1])
     assert torch.equal(model(inputs).sample, plain(inputs).sample)
-    assert torch.equal(model.complete(inputs), plain.complete(inputs))
+    assert torch.equal(model.forward_dense(inputs), plain.forward_dense(inputs))
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def test_it_is_the_backbone_with_changed_weights(preset: Preset, variant: str) -
     """Hooked beside the linears, at the gates of one t, it is W + scale * sum_i g_i B_i A_i written out."""
     model = random_dynamic(preset, td_lora=spec(variant))
     inputs = NoisedInputs(preset=preset, batch_size=2).at(0.3 * preset.timestep_range[1])
-    truth, untouched = model.complete(inputs), copy.deepcopy(model.backbone)
+    truth, untouched = model.forward_dense(inputs), copy.deepcopy(model.backbone)
     embedding = model.adapter.timestep_embedding(model.backbone, inputs["timestep"])
     gates = model.td_lora.gates_at(embedding)[0]  # (L, E)
     torch.testing.assert_close(gates.sum(-1), torch.ones(model.depth))
@@ -58,10 +58,10 @@ def test_it_is_the_backbone_with_changed_weights(preset: Preset, variant: str) -
         for name, linear in model.lora_linears(block).items():
             linear.weight += written_out(lora.layer(name), mixed)
             torch.nn.init.zeros_(lora.layer(name).up)
-    torch.testing.assert_close(model.complete(inputs), truth, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.forward_dense(inputs), truth, atol=1e-5, rtol=1e-5)
     assert (untouched.proj_out_2.weight if preset.backbone == "dit" else untouched.proj_out.weight).std() > 0
     model.backbone.load_state_dict(untouched.state_dict())
-    assert (model.complete(inputs) - truth).abs().max() > 1e-3  # the updates are not nothing
+    assert (model.forward_dense(inputs) - truth).abs().max() > 1e-3  # the updates are not nothing
 
 
 def written_out(layer: LowRank, gates: torch.Tensor) -> torch.Tensor:
@@ -79,9 +79,9 @@ def test_samples_of_a_batch_may_differ_in_t() -> None:
     model = random_dynamic(preset, td_lora=spec("symmetric"))
     inputs = dict(NoisedInputs(preset=preset, batch_size=2).at(0.0))
     inputs["timestep"] = torch.tensor([100.0, 900.0])
-    together = model.complete(inputs)
+    together = model.forward_dense(inputs)
     for row in range(2):
-        alone = model.complete({name: value[row : row + 1] for name, value in inputs.items()})
+        alone = model.forward_dense({name: value[row : row + 1] for name, value in inputs.items()})
         torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-5)
 
 
@@ -90,12 +90,12 @@ def test_a_copy_has_updates_of_its_own() -> None:
     preset = tiny_preset()
     model = random_dynamic(preset, td_lora=spec())
     inputs = NoisedInputs(preset=preset, batch_size=2).at(300.0)
-    before, twin = model.complete(inputs), copy.deepcopy(model)
+    before, twin = model.forward_dense(inputs), copy.deepcopy(model)
     for layer in model.td_lora.block_loras:
         for value in layer.layers.parameters():
             value.zero_()
-    assert torch.equal(twin.complete(inputs), before)
-    assert not torch.equal(model.complete(inputs), before)
+    assert torch.equal(twin.forward_dense(inputs), before)
+    assert not torch.equal(model.forward_dense(inputs), before)
 
 
 @torch.no_grad()

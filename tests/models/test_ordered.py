@@ -66,7 +66,7 @@ def test_fresh_ordered_routers_change_nothing() -> None:
         random_backbone(preset), get_adapter("dit"), heads=preset.heads, tokens=False, router="ordered"
     )
     inputs = NoisedInputs(preset=preset, batch_size=2).at(400.0)
-    assert torch.equal(model(inputs).sample, model.complete(inputs))
+    assert torch.equal(model(inputs).sample, model.forward_dense(inputs))
     assert min(logits.min() for logits in model.width_logits(torch.tensor([400.0]))) > 10
 
 

@@ -21,8 +21,8 @@ PLAN = plan_for(SPEC, WIDTHS, None, PlanSettings(engines=2))
 
 
 def cut(*, baseline: bool = False, own_dense: OwnDense = "nothing") -> dict[str, Network]:
-    architecture = SliceContext.of(SPEC, WIDTHS, None)
-    networks = cut_networks(architecture, WIDTHS, PLAN.segments, baseline=baseline, own_dense=own_dense)
+    context = SliceContext.of(SPEC, WIDTHS, None)
+    networks = cut_networks(context, WIDTHS, PLAN.segments, baseline=baseline, own_dense=own_dense)
     return {network.name: network for network in networks}
 
 

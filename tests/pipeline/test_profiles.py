@@ -18,7 +18,7 @@ from dyexport.exporters.tensorrt_profiles import (
 )
 from dyexport.presets import get_preset
 from dyexport.slicing.slicer import slice_conditioning, slice_segment, spec_of
-from tests.exporters.networks import ONE_BLOCK_EACH, architecture_of, half_width
+from tests.exporters.networks import ONE_BLOCK_EACH, half_width, slice_context
 
 
 def test_profiles_are_the_models_own_sizes_unless_given() -> None:
@@ -51,22 +51,22 @@ def test_video_sizes() -> None:
 
 def test_flux_counts_text_among_the_tokens_of_single_blocks() -> None:
     flux = replace(ONE_BLOCK_EACH, name="flux")
-    architecture = architecture_of(flux)
+    context = slice_context(flux)
     segment = half_width(flux, "capacity").model_copy(update={"capacities": (3500, 3500)})
-    blocks = slice_segment(architecture, segment).module.blocks
+    blocks = slice_segment(context, segment).module.blocks
     assert [block.sizes.tokens.use_topk for block in blocks] == [True, False]
-    profiles = profiles_for(architecture.spec, segment, ())
-    assert largest_topk(architecture.spec, segment, profiles) == 3500
+    profiles = profiles_for(context.spec, segment, ())
+    assert largest_topk(context.spec, segment, profiles) == 3500
     fewer = segment.model_copy(update={"capacities": (3000, 3000)})
-    assert largest_topk(architecture.spec, fewer, profiles) == 3512
-    more_text = profiles_for(architecture.spec, segment, parse_profiles(("text_tokens=1:512:1024",)))
-    assert largest_topk(architecture.spec, fewer, more_text) == 4024, "which the gate refuses"
+    assert largest_topk(context.spec, fewer, profiles) == 3512
+    more_text = profiles_for(context.spec, segment, parse_profiles(("text_tokens=1:512:1024",)))
+    assert largest_topk(context.spec, fewer, more_text) == 4024, "which the gate refuses"
 
 
 def test_a_plan_is_asked_for_as_the_build_was() -> None:
-    architecture = architecture_of(get_preset("sit-digits"))
-    piece = slice_conditioning(architecture)
+    context = slice_context(get_preset("sit-digits"))
+    piece = slice_conditioning(context)
     settings = TensorrtSettings(stream_weights=True, compute_capabilities=("8.9",))
-    request = plan_request(settings, "tensorrt-rtx", architecture.spec, None, piece)
+    request = plan_request(settings, "tensorrt-rtx", context.spec, None, piece)
     assert (request.flavour, request.stream_weights, request.compute_capabilities) == ("tensorrt-rtx", True, ("8.9",))
     assert request.inputs == piece.inputs

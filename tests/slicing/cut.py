@@ -29,7 +29,7 @@ class Cutter:
         return spec_of(self.preset).model_copy(update={"td_lora": spec})
 
     @cached_property
-    def architecture(self) -> SliceContext:
+    def context(self) -> SliceContext:
         return SliceContext(spec=self.spec, groups=self.model.groups, token_routers=True)
 
     @cached_property
@@ -37,19 +37,19 @@ class Cutter:
         return dense_reader(self.model.all_weights(), self.spec)
 
     def cut(self, segment: Segment) -> Slice:
-        return slice_segment(self.architecture, segment)
+        return slice_segment(self.context, segment)
 
     def load(self, segment: Segment) -> torch.nn.Module:
         return self.cut(segment).load(self.read)
 
     @cached_property
     def conditioning(self) -> torch.nn.Module:
-        return slice_conditioning(self.architecture).load(self.read)
+        return slice_conditioning(self.context).load(self.read)
 
     def inputs(self, inputs: Inputs) -> dict[str, torch.Tensor]:
         """A slim network's inputs for those of the masked model, the routed ones aside."""
         given = dict(inputs)
-        conditions = [given.pop(spec.name) for spec in slice_conditioning(self.architecture).inputs]
+        conditions = [given.pop(spec.name) for spec in slice_conditioning(self.context).inputs]
         if self.spec.backbone == "latte":
             conditions = [conditions[0][:1]]  # samples share it
         return {**given, "modulation": self.conditioning(*conditions)}

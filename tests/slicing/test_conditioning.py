@@ -73,7 +73,7 @@ def sources(slice_: Slice) -> set[str]:
 def test_every_weight_is_in_one_of_the_two_networks() -> None:
     """What segments hold, each of them holds; the conditioning is in memory once."""
     cutter = Cutter(shared_tiny_model(), tiny_preset())
-    conditioning = sources(slice_conditioning(cutter.architecture))
+    conditioning = sources(slice_conditioning(cutter.context))
     widths = read_widths(cutter.model, cutter.preset.timestep_range)
     segment = sources(cutter.cut(dense_segment(cutter.spec, UnitOrder.of(widths))))
     assert not conditioning & segment
@@ -82,7 +82,7 @@ def test_every_weight_is_in_one_of_the_two_networks() -> None:
 
 
 def test_bindings() -> None:
-    slice_ = slice_conditioning(Cutter(shared_tiny_model(), tiny_preset()).architecture)
+    slice_ = slice_conditioning(Cutter(shared_tiny_model(), tiny_preset()).context)
     found = [(spec.name, spec.dtype, spec.shape) for spec in slice_.inputs]
     assert found == [("timestep", "float32", ("rows",)), ("class_labels", "int64", ("rows",))]
     assert slice_.outputs == ("modulation",)

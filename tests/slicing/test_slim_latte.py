@@ -29,7 +29,7 @@ def test_frames_and_sizes_that_the_stock_module_takes(dense: torch.nn.Module, sh
     inputs = {**NoisedInputs(preset=PRESET, batch_size=2).at(412.5), "hidden_states": torch.randn(2, 2, *shape)}
     (sample,) = dense(**CUTTER.inputs(inputs))
     assert sample.shape == (2, 4, *shape)
-    torch.testing.assert_close(sample, MODEL.complete(inputs), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(sample, MODEL.forward_dense(inputs), atol=2e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def test_any_length_of_text(dense: torch.nn.Module, words: int) -> None:
     inputs["encoder_hidden_states"] = torch.randn(2, words, 6)
     sample = dense(**CUTTER.inputs(inputs))[0]
     assert not torch.allclose(sample, before, atol=1e-3)
-    torch.testing.assert_close(sample, MODEL.complete(inputs), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(sample, MODEL.forward_dense(inputs), atol=2e-5, rtol=1e-5)
 
 
 @torch.no_grad()

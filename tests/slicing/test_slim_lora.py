@@ -59,7 +59,7 @@ def test_gates_are_decided_in_fp32_in_half_precision_too(backbone: str) -> None:
         block.router.weight[:] += 50.0
         block.router.bias[:] += 3.3
     cutter = Cutter(model, preset)
-    half = replace(cutter.architecture, spec=cutter.spec.model_copy(update={"precision": "fp16"}))
+    half = replace(cutter.context, spec=cutter.spec.model_copy(update={"precision": "fp16"}))
     network = slice_conditioning(half).load(cutter.read).experts
     assert network is not None
     embedding = model.adapter.timestep_embedding(model.backbone, torch.tensor(random_timesteps(preset, 16)))  # (T, C)

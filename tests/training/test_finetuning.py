@@ -73,7 +73,7 @@ def test_distilled_the_dynamic_path_learns_what_the_complete_model_predicts(tmp_
     with torch.no_grad():
         for router in run.model.routers:
             router.shift(-40.0, tokens=True)
-    cut = run.model(batch.inputs).sample - run.model.complete(batch.inputs)
+    cut = run.model(batch.inputs).sample - run.model.forward_dense(batch.inputs)
     assert torch.allclose(run.losses(batch).diffusion, cut.square().mean())
     assert cut.any()
 
@@ -86,12 +86,12 @@ def test_once_gates_settle_the_complete_model_of_before_teaches_and_the_data_cou
     batch = run.draws.at(run.step)
     assert run.teacher is not None
     taught = run.teacher.predict(batch.inputs)
-    now = run.model.complete(batch.inputs)
+    now = run.model.forward_dense(batch.inputs)
     assert (taught - now).abs().max() > 1e-4  # the model has moved on, its teacher has not
     output = run.model(batch.inputs).sample
     apart, data = (output - taught).square().mean(), run.draws.objective.loss(output, batch.noised).mean()
     assert torch.allclose(run.losses(batch).diffusion, (apart + data) / 2)
-    assert torch.equal(run.model.complete(batch.inputs), now)
+    assert torch.equal(run.model.forward_dense(batch.inputs), now)
     names = dict(run.model.named_parameters(remove_duplicate=False))
     assert all(names[name] is value for name, value in run.model.named_parameters())
 
@@ -105,7 +105,7 @@ def test_the_teacher_is_the_average_of_the_complete_model(tmp_path: Path) -> Non
     assert run.teacher is not None
     taught = run.teacher.predict(batch.inputs)
     run.ema.apply()
-    assert torch.equal(taught, run.model.complete(batch.inputs))
+    assert torch.equal(taught, run.model.forward_dense(batch.inputs))
 
 
 def test_without_noise_the_gates_trained_are_the_gates_run(tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ def copy(bundle: Bundle, tmp_path: Path) -> Bundle:
 def layers_with_weights(bundle: Bundle) -> set[tuple[str, str]]:
     """Network and module of every Linear, embedding and convolution."""
     manifest = bundle.manifest
-    architecture = SliceContext.of(manifest.model, bundle.widths, bundle.token_stats)
-    networks = cut_networks(architecture, bundle.widths, manifest.plan.segments, baseline=False, own_dense="nothing")
+    context = SliceContext.of(manifest.model, bundle.widths, bundle.token_stats)
+    networks = cut_networks(context, bundle.widths, manifest.plan.segments, baseline=False, own_dense="nothing")
     return {
         (network.name, name.rpartition(".")[0])
         for network in networks

@@ -74,8 +74,8 @@ def _switch_off(bundle: Bundle, gates: np.ndarray) -> bool:
 def overwrite(bundle: Bundle, network: str, weight: str, change: Callable[[Recipe, np.ndarray], None]) -> None:
     """Change one weight of one network where it lies in the store; ``change`` edits it in place."""
     manifest = bundle.manifest
-    architecture = SliceContext.of(manifest.model, bundle.widths, bundle.token_stats)
-    networks = cut_networks(architecture, bundle.widths, manifest.plan.segments, baseline=False, own_dense="nothing")
+    context = SliceContext.of(manifest.model, bundle.widths, bundle.token_stats)
+    networks = cut_networks(context, bundle.widths, manifest.plan.segments, baseline=False, own_dense="nothing")
     recipes = {each.name: each.slice.recipes for each in networks}
     layout = lay_out(recipe for each in recipes.values() for recipe in each.values())
     recipe = recipes[network][weight]

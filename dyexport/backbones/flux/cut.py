@@ -66,7 +66,7 @@ def slice_network(context: SliceContext, segment: Segment) -> Slice:
         inputs=(*_inputs(context), *routed_inputs(segment)),
         outputs=outputs_of(segment),
         limits=routed_limits(segment),
-        floors={"image_tokens": segment.largest_room} if segment.limited_blocks else {},
+        floors={"image_tokens": segment.largest_capacity} if segment.limited_blocks else {},
     )
 
 

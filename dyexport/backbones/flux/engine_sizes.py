@@ -8,7 +8,7 @@ from dyexport.bundle.plan_info import SMALLEST, Profile
 
 def free_sizes(spec: ModelSpec, segment: Segment | None) -> dict[str, Profile]:
     """Return the range of the tokens of a prompt, and of a picture with at least as many tokens as a block keeps."""
-    kept = segment.largest_room if segment is not None else 0
+    kept = segment.largest_capacity if segment is not None else 0
     return {
         "text_tokens": Profile.up_to(spec.text_tokens),
         "image_tokens": Profile.up_to(spec.tokens, least=max(spec.tokens // SMALLEST, kept)),

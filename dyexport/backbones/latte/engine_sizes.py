@@ -9,7 +9,7 @@ from dyexport.bundle.plan_info import Profile
 def free_sizes(spec: ModelSpec, segment: Segment | None) -> dict[str, Profile]:
     """Return the ranges of text, frames and sides in patches; only the text varies where capacities are of a clip."""
     frames, side = int(spec.config["video_length"]), int(spec.config["sample_size"]) // int(spec.config["patch_size"])
-    fixed = segment is not None and segment.largest_room > 0
+    fixed = segment is not None and segment.largest_capacity > 0
     return {
         "text_tokens": Profile.up_to(spec.text_tokens),
         "frames": Profile.up_to(frames, least=frames if fixed else 1),
