@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import dyexport
+from dyexport.backbones import BACKBONES, part
 from dyexport.errors import EXTRAS
 
 ROOT = Path(__file__).parents[1]
@@ -291,6 +292,96 @@ def test_no_file_shadows_a_library() -> None:
     libraries -= sys.stdlib_module_names
     ours = {path.stem if path.stem != "__init__" else path.parent.name for path in package_files()}
     assert ours & libraries == {"dyexport"}
+
+
+NAMES = "|".join({name.split("_")[0] for name in BACKBONES})
+BACKBONE_NAME = re.compile(rf"(?<![a-z])(?:{NAMES})(?![a-z])", re.IGNORECASE)
+CLASS_NAME = re.compile(rf"(?:{NAMES.title()}|DiT|SiT)(?=[A-Z])")
+PAPER_OR_USAGE = re.compile(r"arXiv|--model [\w-]+")
+MAY_NAME_A_MODEL = {
+    "bundle/reader.py": ("FLUX.1",),  # the size of its manifest
+    "checkpoints/lora_files.py": ("",),
+    "checkpoints/lora_translation.py": ("",),
+    "checkpoints/published.py": ("",),
+    "checkpoints/static.py": ("",),
+    "commands/deploy.py": ("",),
+    "commands/options.py": ("",),
+    "commands/sample.py": ("",),
+    "commands/verify.py": ("",),
+    "demo.py": ("sit-digits",),  # the demo's model
+    "flops.py": ("DiT table 1",),  # of the paper
+}
+"""Files outside ``backbones`` that name a model, and the names."""
+
+
+def names_of_backbones(source: str) -> list[tuple[int, str]]:
+    """Lines that name a backbone or one of its classes, other than as a paper's subject or in a usage example."""
+    return [
+        (number, line.strip())
+        for number, line in enumerate(source.splitlines(), start=1)
+        if (BACKBONE_NAME.search(line) or CLASS_NAME.search(line)) and not PAPER_OR_USAGE.search(line)
+    ]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in package_files() if not unit_of(path).startswith("backbones")],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_a_backbone_is_named_in_its_folder_alone(path: Path) -> None:
+    allowed = MAY_NAME_A_MODEL.get(str(path.relative_to(ROOT / "dyexport")), ())
+    assert [
+        found for found in names_of_backbones(path.read_text()) if not any(name in found[1] for name in allowed)
+    ] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'if spec.backbone == "flux":',
+        "from diffusers import LattePipeline",
+        "# DiT, SiT: labels",
+        "FLUX_STEPS = 28",
+        "isinstance(preset, FluxPreset)",
+    ],
+)
+def test_a_name_of_a_backbone_is_found(line: str) -> None:
+    assert names_of_backbones(line)
+
+
+@pytest.mark.parametrize(
+    "line", ["x.flatten(1)", "the latter", "edit", "DiT (arXiv 2212.09748)", "dyexport build --model flux"]
+)
+def test_other_words_are_allowed(line: str) -> None:
+    assert names_of_backbones(line) == []
+
+
+ROLES = {
+    "preset": ("PRESETS",),
+    "masked": ("ADAPTER",),
+    "conditions": ("Conditioning",),
+    "cut": ("slice_network", "slice_conditioning", "tables"),
+    "slim": (),
+    "flops": ("count",),
+    "engine_sizes": ("free_sizes", "sorts_text"),
+    "stand_in": ("StandIn",),
+    "pipeline": ("PIPELINE",),
+}
+"""What each module of a backbone's folder defines."""
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_backbone_defines_every_role(backbone: str, role: str) -> None:
+    module = part(backbone, role)
+    assert [name for name in ROLES[role] if not hasattr(module, name)] == []
+
+
+def test_roles_are_those_of_the_table() -> None:
+    import dyexport.backbones.base as contracts
+
+    rows = re.findall(r"^\| (``.*?)\|", contracts.__doc__ or "", re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"``(\w+)``", row)} == set(ROLES)
 
 
 @pytest.mark.parametrize("name", LINKED)

@@ -18,6 +18,7 @@ from dyexport.digits import Digits, samples_digits
 from dyexport.errors import CheckpointError, UsageError
 from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import Denoiser, sample
+from dyexport.runtime.transformer import stock_class
 
 Progress = Callable[[int, int], None]
 """Called with pictures drawn and pictures in all."""
@@ -111,7 +112,7 @@ def evaluate(
     loaded, dense = (load(bundle.root, check_hashes=False, dense=dense) for dense in (False, True))
     models: dict[str, Denoiser] = {"dense": dense}
     if control is not None:
-        models["control"] = _load_control(control)
+        models["control"] = _load_control(bundle.manifest.model, control)
     models["dynamic"] = loaded
     scores = score_models(models, bundle.manifest.model, judge, drawing, seeds, progress)
     loaded.close()
@@ -119,11 +120,9 @@ def evaluate(
     return _report(bundle, drawing, scores, frechet_real=judge.frechet(held_out.pictures))
 
 
-def _load_control(directory: Path) -> Any:
-    from diffusers import DiTTransformer2DModel
-
+def _load_control(spec: ModelSpec, directory: Path) -> Any:
     try:
-        return DiTTransformer2DModel.from_pretrained(directory).eval()
+        return stock_class(spec).from_pretrained(directory).eval()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read the control in {directory}: {error}") from error
 

@@ -12,7 +12,7 @@ from dyexport.bench.pictures import COLUMNS, grid, zoom_for
 from dyexport.errors import MissingDependencyError, UsageError
 from dyexport.files import replacing
 
-FPS = 8  # Latte's
+FPS = 8  # as text-to-video models are published with
 SUFFIXES = (".gif", ".mp4")
 
 

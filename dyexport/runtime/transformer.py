@@ -63,11 +63,17 @@ def example_inputs(spec: ModelSpec, batch: int, t: float, seed: int = 0) -> dict
     return get_stand_in(spec.backbone).example_inputs(spec, batch, t, seed)
 
 
-def stock_transformer(spec: ModelSpec) -> torch.nn.Module:
-    """diffusers' own module at the bundle's size; its weights are random, which no time depends on."""
+def stock_class(spec: ModelSpec) -> Any:
+    """Return the diffusers class of a bundle's model."""
     stock = get_stand_in(spec.backbone).stock
-    assert stock is not None
-    return stock(**spec.config).eval()
+    assert stock is not None, "a backbone's class names it"
+    return stock
+
+
+def stock_transformer(spec: ModelSpec) -> torch.nn.Module:
+    """Make diffusers' own module at the bundle's size, with random weights, on which no timing depends."""
+    module: torch.nn.Module = stock_class(spec)(**spec.config).eval()
+    return module
 
 
 def random_rows(batch: int, seed: int) -> Callable[..., torch.Tensor]:

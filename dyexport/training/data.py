@@ -46,7 +46,7 @@ def open_source(spec: str, preset: Preset) -> LatentSource:
     if spec != "digits":
         return ShardDirectory(Path(spec), preset)
     if not samples_digits(preset):
-        raise DataError(f"digits are {SHAPE} and {preset.name} takes {preset.latent_shape}; use dit-digits")
+        raise DataError(f"digits are {SHAPE} and {preset.name} takes {preset.latent_shape}; use --model dit-digits")
     return digits()
 
 

@@ -69,12 +69,12 @@ class FlowObjective:
         return Noised(t * clean + (1 - t) * noise, uniform, clean - noise, clean)
 
     def loss(self, prediction: Tensor, batch: Noised) -> Tensor:
-        velocity = prediction[:, : batch.target.shape[1]]  # (B, C, H, W); SiT ignores the channels of a learned sigma
+        velocity = prediction[:, : batch.target.shape[1]]  # (B, C, H, W) without the channels of a learned sigma
         return (velocity.float() - batch.target).square().flatten(1).mean(1)  # (B,)
 
 
 class SigmaFlowObjective:
-    """The same path by its share of noise: sigma = 0 is data, 1 noise, the velocity ``noise - data`` (FLUX)."""
+    """Velocity ``noise - data`` of the same path, from data (sigma = 0) to noise (sigma = 1)."""
 
     def noisy(self, clean: Tensor, noise: Tensor, uniform: Tensor) -> Noised:
         sigma = uniform.view(-1, *(1,) * (clean.ndim - 1))  # (B, 1, ...)
@@ -88,7 +88,7 @@ class DdpmObjective:
     """Noise prediction over 1000 linear steps (DiT, arXiv 2212.09748 section 3.1).
 
     A network with 2C output channels also learns the variance, through the variational bound on the
-    frozen mean (improved DDPM, arXiv 2102.09672 section 3.1); as in DiT the bound is in bits per
+    frozen mean (improved DDPM, arXiv 2102.09672 section 3.1); there and here the bound is in bits per
     dimension and weighs 1.
     """
 

@@ -5,7 +5,7 @@ is that of whole outputs, relative to them: root mean square over root mean squa
 
 Of a quantized bundle the truth is the masked model, fake-quantized like the engines. Where a value lies between two
 codes the last digit of fp32 decides, and in every layer after that values are rounded anew. There the error is the
-distance to that model over what quantization costs: near 0 in a shallow network, up to 0.9 in DiT-S's twelve blocks.
+distance to that model over what quantization costs: near 0 in a shallow network, up to 0.9 in one of twelve blocks.
 """
 
 from __future__ import annotations

@@ -10,12 +10,10 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from dyexport.bundle.manifest import ModelSpec
 from dyexport.errors import EngineMismatchError
-from dyexport.runtime.inputs import (
-    check_attention_kwargs,
-    checked_labels,
-    floating,
-)
+from dyexport.runtime.inputs import check_attention_kwargs, described, floating
 from dyexport.runtime.transformer import NOT_COMPILED, BundleTransformer, random_rows
+
+PIPELINE_NULL_CLASS = 1000  # "no class" of diffusers' DiTPipeline, however many classes the model has
 
 
 class DiTBundle(BundleTransformer, DiTTransformer2DModel):
@@ -51,6 +49,24 @@ class DiTBundle(BundleTransformer, DiTTransformer2DModel):
         noise = random_rows(batch, seed)
         labels = (torch.arange(batch) + seed) % spec.classes  # (B,)
         return {"hidden_states": noise(*spec.latent_shape), "timestep": torch.full((batch,), t), "class_labels": labels}
+
+
+def checked_labels(value: Any, classes: int) -> torch.Tensor:
+    """Return labels (1,) or (B,), int64 on the CPU; ``classes`` stands for no class.
+
+    Raises ``EngineMismatchError`` for labels outside the embedding's ``classes`` + 1 rows: torch would count a negative
+    label from the end, and round a fraction.
+    """
+    known = f"whole numbers from 0 to {classes - 1}, or {classes} for none, are what the conditioning was built for"
+    whole = isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32)
+    if not whole or value.ndim > 1 or not value.numel():
+        raise EngineMismatchError(f"class_labels is {described(value)}; an int64 tensor (batch,) of {known}")
+    labels = value.reshape(-1).tolist()  # (B,)
+    if classes < PIPELINE_NULL_CLASS:
+        labels = [classes if label == PIPELINE_NULL_CLASS else label for label in labels]
+    if wrong := [label for label in labels if not 0 <= label <= classes]:
+        raise EngineMismatchError(f"class_labels holds {wrong[0]}; {known}")
+    return torch.tensor(labels, dtype=torch.int64, device="cpu")
 
 
 # The name that saved pipelines and pickles refer to. It is public, and outlives the folders of this package.

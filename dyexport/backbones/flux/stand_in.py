@@ -11,14 +11,10 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from dyexport.bundle.manifest import ModelSpec
 from dyexport.errors import EngineMismatchError
-from dyexport.runtime.inputs import (
-    check_absent,
-    check_attention_kwargs,
-    floating,
-    guidance_scale,
-    positions,
-)
+from dyexport.runtime.inputs import check_absent, check_attention_kwargs, described, float_values, floating
 from dyexport.runtime.transformer import NOT_COMPILED, BundleTransformer, random_rows
+
+LARGEST_GUIDANCE = 1e35  # it is embedded as a thousand times itself, in fp32
 
 
 class FluxBundle(BundleTransformer, FluxTransformer2DModel):
@@ -88,6 +84,27 @@ class FluxBundle(BundleTransformer, FluxTransformer2DModel):
             "txt_ids": torch.zeros(spec.text_tokens, 3),
         }
         return {**inputs, "guidance": torch.full((batch,), 3.5)} if config["guidance_embeds"] else inputs
+
+
+def guidance_scale(value: Any) -> torch.Tensor:
+    """Return a guidance scale, or one per sample: (1,) or (B,), float32 on the CPU. Raises ``EngineMismatchError``."""
+    values = float_values("guidance", value)
+    if wrong := [number for number in values if abs(number) > LARGEST_GUIDANCE]:
+        raise EngineMismatchError(f"guidance is {wrong[0]:g}, which overflows when it is embedded; give such as 3.5")
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+
+def positions(txt_ids: Any, img_ids: Any) -> dict[str, torch.Tensor]:
+    """Return positions (T, 3) and (N, 3) in fp32, rounded as the stock module does, which concatenates them.
+
+    Positions with a batch (B, N, 3), as the published code has them, are equal for all samples.
+    """
+    given = {"txt_ids": txt_ids, "img_ids": img_ids}
+    for name, ids in given.items():
+        if not isinstance(ids, torch.Tensor) or ids.is_complex() or ids.ndim not in (2, 3) or not ids.numel():
+            raise EngineMismatchError(f"{name} must be a tensor (tokens, 3) of numbers, is {described(ids)}")
+    common = torch.promote_types(txt_ids.dtype, img_ids.dtype)
+    return {name: (ids[0] if ids.ndim == 3 else ids).to(common).to(torch.float32) for name, ids in given.items()}
 
 
 # The name that saved pipelines and pickles refer to. It is public, and outlives the folders of this package.
