@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from importlib import import_module
 from threading import Event
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from dyexport.commands.given import OnceEach
+from dyexport import __version__
+from dyexport.commands.given import OnceEach, epilog
 from dyexport.console import Interrupted, Session, escape_what_streams_cannot_hold, stderr
 from dyexport.errors import DyexportError, missing_extras
 
@@ -56,10 +57,11 @@ class CommandGroup(TyperGroup):
 
 def load_command(name: str) -> Any:
     """Import one of ``COMMANDS`` and return what parses and runs it."""
-    described = getattr(import_module(f"dyexport.commands.{name}"), name)
+    module = import_module(f"dyexport.commands.{name}")
+    described = getattr(module, name)
     if not isinstance(described, typer.Typer):
         function, described = described, typer.Typer(add_completion=False)
-        described.command(name, cls=OnceEach)(function)
+        described.command(name, cls=OnceEach, epilog=epilog(module.EXAMPLES))(function)
     command = typer.main.get_command(described)
     command.name = name
     return command
@@ -69,14 +71,25 @@ app = typer.Typer(
     name="dyexport",
     cls=CommandGroup,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-@app.callback()
-def dyexport() -> None:
-    """Turn a dynamic diffusion transformer into slim engines that switch as sampling proceeds."""
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"dyexport {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="`dyexport COMMAND --help` shows a command's options, and examples.")
+def dyexport(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.", metavar=""),
+    ] = False,
+) -> None:
+    """Turn diffusion transformers into slim engines that switch over the sampling steps."""
 
 
 def main() -> None:

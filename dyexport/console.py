@@ -26,7 +26,7 @@ from dyexport.progress import Pace
 QUIET = 30.0  # seconds between two lines about one stage, where there is no terminal
 ROOM_FOR_BARS = 100  # columns of a terminal; on fewer, numbers and descriptions need what there is
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.", metavar="")]
 
 
 @dataclass
@@ -43,7 +43,8 @@ def _note_debug(context: typer.Context, debug: bool) -> bool:
 
 
 DebugOption = Annotated[
-    bool, typer.Option("--debug", callback=_note_debug, is_eager=True, help="Show the traceback of an error.")
+    bool,
+    typer.Option("--debug", callback=_note_debug, is_eager=True, help="Show the traceback of an error.", metavar=""),
 ]
 
 
@@ -79,6 +80,11 @@ def pairs(lines: Sequence[tuple[str, str]]) -> Table:
     for name, value in lines:
         table.add_row(name, value)
     return table
+
+
+def name_column(header: str, names: Sequence[str]) -> Column:
+    """Return a first column that a narrow terminal does not cut: names that end alike must stay distinct."""
+    return Column(header, no_wrap=True, min_width=max(map(len, names), default=0))
 
 
 @contextmanager

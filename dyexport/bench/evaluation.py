@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from dyexport.arguments import check_guidance, check_steps, whole_number
-from dyexport.bench.quality import Evaluator, Score
+from dyexport.bench.quality import Evaluator, Score, mean_accuracy, mean_frechet
 from dyexport.bundle.manifest import ModelSpec
 from dyexport.bundle.reader import Bundle
 from dyexport.digits import Digits, samples_digits
@@ -169,11 +168,3 @@ def _report(
 
 def _offset(progress: Progress | None, done: int, total: int) -> Progress | None:
     return None if progress is None else lambda part, _: progress(done + part, total)
-
-
-def mean_frechet(scores: Sequence[Score]) -> float:
-    return fmean(score.frechet for score in scores)
-
-
-def mean_accuracy(scores: Sequence[Score]) -> float:
-    return fmean(score.class_accuracy for score in scores)

@@ -8,7 +8,9 @@ distance of the held-out 20 %, says what real digits would score.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -91,3 +93,11 @@ class Evaluator:
     def score(self, digits: Digits, seed: int) -> Score:
         frechet, accuracy = self.frechet(digits.pictures), self.classifier.accuracy(digits)
         return Score(seed=seed, frechet=frechet, class_accuracy=accuracy)
+
+
+def mean_frechet(scores: Sequence[Score]) -> float:
+    return fmean(score.frechet for score in scores)
+
+
+def mean_accuracy(scores: Sequence[Score]) -> float:
+    return fmean(score.class_accuracy for score in scores)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from dyexport.bench.evaluation import EvalReport, mean_accuracy, mean_frechet
-from dyexport.bench.latency import BenchReport
+from dyexport.bench.quality import mean_accuracy, mean_frechet
 from dyexport.bundle.manifest import Segment
 from dyexport.bundle.reader import Bundle
+
+if TYPE_CHECKING:
+    from dyexport.bench.evaluation import EvalReport
+    from dyexport.bench.latency import BenchReport
 
 Rows = list[tuple[str, ...]]
 

@@ -3,39 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dyexport.commands.options import BuildOptions, takes_build_options
-from dyexport.commands.results import headroom_lines, plan_costs, trainable_lines
-from dyexport.commands.stages import building, checked_settings
+from dyexport.commands import options
+from dyexport.commands.results import headroom_lines, next_lines, plan_costs, trainable_lines
+from dyexport.commands.stages import building, settings_of
 from dyexport.console import DebugOption, JsonOption, emit, format_bytes, pairs
 
 if TYPE_CHECKING:
     from dyexport.pipeline.settings import BuildSettings
 
+EXAMPLES = (
+    "dyexport build --model sit-digits --budget 0.5",
+    "dyexport build --model dit-xl-2 --budget 0.5 --data latents/ --target onnx,tensorrt-rtx",
+    "dyexport build --model flux --budget 0.5 --finetune-steps 0 --lora style.safetensors@0.8",
+)
 
-@takes_build_options
-def build(options: BuildOptions, context: typer.Context, json: JsonOption = False, debug: DebugOption = False) -> None:
-    """Turn a checkpoint into a bundle of slim engines: the whole pipeline, going on where it stopped."""
-    build_bundle(checked_settings(options, context), json)
+
+def build(
+    context: typer.Context,
+    model: options.ModelOption = None,
+    checkpoint: options.CheckpointOption = None,
+    lora: options.LoraOption = None,
+    random_weights: options.RandomWeightsOption = False,
+    budget: options.BudgetOption = None,
+    data: options.DataOption = None,
+    finetune_steps: options.FinetuneStepsOption = None,
+    td_lora: options.TdLoraOption = None,
+    engines: options.EnginesOption = None,
+    target: options.BuildTargetOption = "onnx",
+    precision: options.PrecisionOption = None,
+    quantize: options.QuantizeOption = None,
+    out: options.OutOption = None,
+    work: options.WorkOption = None,
+    compute_capability: options.ComputeCapabilityOption = None,
+    profile: options.ProfileOption = None,
+    stream_weights: options.StreamWeightsOption = False,
+    router: options.RouterOption = "free",
+    synthetic: options.SyntheticOption = None,
+    token_path: options.TokenPathOption = "auto",
+    baseline: options.BaselineOption = True,
+    memory: options.BuildMemoryOption = None,
+    seed: options.SeedOption = 0,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Build a bundle of slim engines from a checkpoint.
+
+    Finished stages are kept in a work directory; the same command resumes after the last one.
+    """
+    build_bundle(settings_of(context), json)
 
 
 def build_bundle(settings: BuildSettings, json: bool, without: frozenset[str] = frozenset()) -> None:
+    """Build and print the result. Stages in ``without`` must have been done before."""
     with building(settings, without) as pipeline:
         manifest = pipeline.bundle()
+    work_bytes = sum(file.stat().st_size for file in Path(settings.work).rglob("*") if file.is_file())
     payload = {
         "bundle": str(settings.out),
         "model": settings.model,
         "budget": settings.budget,
         **plan_costs(manifest.plan),
         "disk_bytes": sum(record.bytes for record in manifest.files.values()),
+        "work": str(settings.work),
+        "work_bytes": work_bytes,
         **manifest.metrics,
         "flops_ratio": manifest.plan.flops_ratio,
         "stages": pipeline.stage_report,
     }
-    emit(payload, as_json=json, human=lambda console: console.print(pairs(_build_lines(payload))))
+    emit(payload, as_json=json, human=lambda console: console.print(pairs(_build_lines(payload)), *next_lines(payload)))
 
 
 def _build_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
@@ -55,12 +95,11 @@ def _build_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
 
 
 def _plan_lines(stages: Mapping[str, Mapping[str, Any]]) -> Sequence[tuple[str, str]]:
-    """What each TensorRT plan took, when it was made."""
-    made = {name: stage for name, stage in stages.items() if "tensorrt" in name}
+    """Return how long each TensorRT plan took to build."""
     return [
-        (name, f"{stage['made_in']:.1f} s" + (", before" if stage["status"] == "reused" else ""))
-        for name, stage in sorted(made.items())
-        if stage["made_in"] is not None
+        (name, f"{stage['made_in']:.1f} s" + (" (in an earlier run)" if stage["status"] == "reused" else ""))
+        for name, stage in sorted(stages.items())
+        if "tensorrt" in name and stage["made_in"] is not None
     ]
 
 

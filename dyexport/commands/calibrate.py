@@ -7,20 +7,46 @@ from typing import Any
 
 import typer
 
-from dyexport.commands.options import BuildOptions, takes_build_options
+from dyexport.commands import options
 from dyexport.commands.results import headroom_lines, trainable_lines
-from dyexport.commands.stages import OF_ENGINES, building, checked_settings
+from dyexport.commands.stages import building, settings_of
 from dyexport.console import DebugOption, JsonOption, emit, pairs
 
+EXAMPLES = (
+    "dyexport calibrate --work work/",
+    "dyexport calibrate --work work/ --precision bf16 --memory 8GiB",
+    "dyexport calibrate --model dit-xl-2 --budget 0.5 --finetune-steps 0",
+)
 
-@takes_build_options
+
 def calibrate(
-    options: BuildOptions, context: typer.Context, json: JsonOption = False, debug: DebugOption = False
+    context: typer.Context,
+    work: options.WorkOption = None,
+    model: options.ModelOption = None,
+    checkpoint: options.CheckpointOption = None,
+    lora: options.LoraOption = None,
+    random_weights: options.RandomWeightsOption = False,
+    budget: options.BudgetOption = None,
+    data: options.DataOption = None,
+    finetune_steps: options.FinetuneStepsOption = None,
+    td_lora: options.TdLoraOption = None,
+    precision: options.PrecisionOption = None,
+    router: options.RouterOption = "free",
+    synthetic: options.SyntheticOption = None,
+    memory: options.BuildMemoryOption = None,
+    seed: options.SeedOption = 0,
+    json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
-    """Meet the budget and read widths and token counts off the routers: build's stages up to there."""
-    settings = checked_settings(options, context, *OF_ENGINES, last="calibration")
+    """Meet the budget and read widths and token counts off the routers, after fine-tuning if that is not done."""
+    settings = settings_of(context)
     with building(settings) as pipeline:
-        payload = {"checkpoint": str(pipeline.calibrated.path), **pipeline.metrics, "stages": pipeline.stage_report}
+        payload = {
+            "checkpoint": str(pipeline.calibrated.path),
+            "work": str(settings.work),
+            **pipeline.metrics,
+            "stages": pipeline.stage_report,
+        }
     emit(payload, as_json=json, human=lambda console: console.print(pairs(_calibration_lines(payload))))
 
 
@@ -31,4 +57,5 @@ def _calibration_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         ("output error against dense", f"{payload['output_relative_mse']:.4f} (relative MSE)"),
         *trainable_lines(payload),
         *headroom_lines(payload),
+        ("work directory", payload["work"]),
     )

@@ -10,13 +10,21 @@ import typer
 
 from dyexport.console import DebugOption, JsonOption, emit
 
+EXAMPLES = (
+    "dyexport demo",
+    "dyexport demo -o /tmp/demo",
+    "dyexport demo --json",
+)
+
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where everything goes.")] = Path("out/demo"),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Directory of everything that is written.", metavar="DIR")
+    ] = Path("out/demo"),
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """The main job from nothing: train digits, make them dynamic, build, verify, time, score and draw."""
+    """Train a small model of digits, make it dynamic, build, verify, time, score and sample: minutes on a CPU."""
     from dyexport.commands.stages import stage_lines
 
     with stage_lines() as lines:

@@ -7,11 +7,19 @@ from typing import Annotated
 
 import typer
 
-from dyexport.commands.given import Given, OnceEach
-from dyexport.commands.options import BundleArgument, MemoryOption, SchedulerOption, TargetOption
+from dyexport.commands import options
+from dyexport.commands.given import Given, OnceEach, epilog
 from dyexport.console import DebugOption, JsonOption, emit, progress_bar
 
+EXAMPLES = (
+    "dyexport deploy triton dit-xl-2-0.5 models/ --vae stabilityai/sd-vae-ft-ema",
+    "dyexport deploy triton flux-0.5 models/ --name flux --max-pixels 1048576",
+    "dyexport deploy triton sit-digits-0.5 models/ --instances 2",
+)
+
 deploy = typer.Typer(no_args_is_help=True, add_completion=False)
+
+LABELS, PROMPTS, LIMITS = "Class-conditional models", "Text-to-image and text-to-video models", "Limits of a request"
 
 
 @deploy.callback()
@@ -19,46 +27,64 @@ def _servers() -> None:
     """Write a bundle as a model of an inference server."""
 
 
-@deploy.command(cls=OnceEach)
+@deploy.command(cls=OnceEach, epilog=epilog(EXAMPLES))
 def triton(
     context: typer.Context,
-    bundle: BundleArgument,
-    repository: Annotated[Path, typer.Argument(help="A Triton model repository; made where there is none.")],
-    name: Annotated[str | None, typer.Option(help="Of the model; by default the bundle's.")] = None,
-    pipeline: Annotated[
-        str | None,
-        typer.Option(help="FLUX, Latte: text encoders and VAE, a directory or hub id; by default the model's own."),
+    bundle: options.BundleArgument,
+    repository: Annotated[
+        Path,
+        typer.Argument(help="Triton model repository; created if it does not exist.", metavar="REPOSITORY"),
+    ],
+    name: Annotated[str | None, typer.Option(help="Name of the model. Default: the bundle's.", metavar="NAME")] = None,
+    target: options.TargetOption = "onnx",
+    memory: options.MemoryOption = None,
+    instances: Annotated[
+        int, typer.Option(help="Number of server processes, each with its own copy.", metavar="N")
+    ] = 1,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(help="Largest batch. Default: the model's.", metavar="N", rich_help_panel=LIMITS),
     ] = None,
+    max_steps: Annotated[int, typer.Option(help="Most denoising steps.", metavar="N", rich_help_panel=LIMITS)] = 100,
     vae: Annotated[
         str | None,
-        typer.Option(help="DiT, SiT: AutoencoderKL, a directory or a hub id; without it the server returns latents."),
+        typer.Option(
+            help="AutoencoderKL; without one the server returns latents.", metavar="DIR|ID", rich_help_panel=LABELS
+        ),
     ] = None,
-    target: TargetOption = "onnx",
-    scheduler: SchedulerOption = None,
-    memory: MemoryOption = None,
-    instances: Annotated[int, typer.Option(help="Copies that work side by side, each a process.")] = 1,
-    max_batch: Annotated[
-        int | None, typer.Option(help="Samples drawn together at most; by default 8, FLUX and Latte 1.")
+    scheduler: options.LabelSchedulerOption = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            help="Text encoders and VAE. Default: the model's published ones.",
+            metavar="DIR|ID",
+            rich_help_panel=PROMPTS,
+        ),
     ] = None,
-    max_steps: Annotated[int, typer.Option(help="Denoising steps that a request may ask for.")] = 100,
-    max_pixels: Annotated[int, typer.Option(help="FLUX, Latte: pixels that a request may ask for.")] = 2048 * 2048,
-    max_prompt: Annotated[int, typer.Option(help="FLUX, Latte: characters that a prompt may have.")] = 4000,
+    max_pixels: Annotated[
+        int, typer.Option(help="Most pixels of a picture.", metavar="N", rich_help_panel=PROMPTS)
+    ] = 2048 * 2048,
+    max_prompt: Annotated[
+        int, typer.Option(help="Most characters of a prompt.", metavar="N", rich_help_panel=PROMPTS)
+    ] = 4000,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Write a model that samples inside Triton's Python backend: a label or prompt in, a picture or video out."""
+    """Write a model for Triton's Python backend: a label or prompt in, a picture or video out."""
     from dyexport.bundle.reader import Bundle
-    from dyexport.commands.sample import home_of
+    from dyexport.runtime.prompts import prompt_pipeline
     from dyexport.serving.triton_repository import Deployment
     from dyexport.serving.triton_repository import deploy as write
 
     spec = Bundle.open(bundle, check_hashes=False).manifest.model
-    Given(context).refuse(bool(spec.classes), f"{spec.name} draws from labels, at one size", "max_pixels", "max_prompt")
+    Given(context).refuse(
+        bool(spec.classes), f"{spec.name} samples from class labels, at one size", "max_pixels", "max_prompt"
+    )
     deployment = Deployment(
         bundle=bundle,
         repository=repository,
         name=bundle.absolute().name if name is None else name,
-        pipeline=pipeline or (None if spec.classes else home_of(spec.name)),
+        pipeline=pipeline or (None if spec.classes else prompt_pipeline(spec).home(spec)),
         vae=vae,
         scheduler=scheduler,
         target=target,
@@ -72,8 +98,8 @@ def triton(
     with progress_bar(f"writing {repository / deployment.name}") as advance:
         model = write(deployment, advance)
     payload = {"model": deployment.name, "path": str(model), "config": str(model / "config.pbtxt")}
-    told = (
+    text = (
         f"{model}\n"
-        f"Start it, dyexport being installed in the server's Python: tritonserver --model-repository {repository}"
+        f"To start it, with dyexport installed in the server's Python: tritonserver --model-repository {repository}"
     )
-    emit(payload, as_json=json, human=lambda console: console.print(told, markup=False, soft_wrap=True))
+    emit(payload, as_json=json, human=lambda console: console.print(text, markup=False, soft_wrap=True))

@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import typer
 
+from dyexport.commands import options
 from dyexport.commands.build import build_bundle
-from dyexport.commands.options import BuildOptions, takes_build_options
-from dyexport.commands.stages import checked_settings
+from dyexport.commands.stages import settings_of
 from dyexport.console import DebugOption, JsonOption
+
+EXAMPLES = (
+    "dyexport export --work work/",
+    "dyexport export --work work/ --engines 8 --out bundle-8",
+    "dyexport export --work work/ --target onnx,tensorrt-rtx --compute-capability 8.9,12.0",
+)
 
 BEFORE_EXPORT = frozenset({"static", "synthetic", "dynamic", "calibrate"})
 
 
-@takes_build_options
-def export(options: BuildOptions, context: typer.Context, json: JsonOption = False, debug: DebugOption = False) -> None:
-    """Cut a calibrated model into engines: build's last stages, refusing to run those before."""
-    build_bundle(checked_settings(options, context), json, without=BEFORE_EXPORT)
+def export(
+    context: typer.Context,
+    work: options.RecordedWorkOption,
+    engines: options.EnginesOption = None,
+    target: options.BuildTargetOption = "onnx",
+    quantize: options.QuantizeOption = None,
+    out: options.OutOption = None,
+    compute_capability: options.ComputeCapabilityOption = None,
+    profile: options.ProfileOption = None,
+    stream_weights: options.StreamWeightsOption = False,
+    token_path: options.TokenPathOption = "auto",
+    baseline: options.BaselineOption = True,
+    memory: options.BuildMemoryOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Cut a calibrated model into engines and write the bundle: the last stages of a build.
+
+    Never trains or calibrates. Options that are not given are those of the earlier stages.
+    """
+    build_bundle(settings_of(context), json, without=BEFORE_EXPORT)

@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
-from dyexport.commands.options import BuildOptions, takes_build_options
+from dyexport.commands import options
 from dyexport.commands.results import trainable_lines
-from dyexport.commands.stages import OF_CALIBRATION, OF_ENGINES, building, checked_settings
+from dyexport.commands.stages import building, settings_of
 from dyexport.console import DebugOption, JsonOption, emit, pairs
 
+EXAMPLES = (
+    "dyexport finetune --model sit-digits --budget 0.5",
+    "dyexport finetune --model dit-xl-2 --budget 0.5 --data latents/ --work work/",
+    "accelerate launch -m dyexport finetune --work work/",
+)
 
-@takes_build_options
+
 def finetune(
-    options: BuildOptions, context: typer.Context, json: JsonOption = False, debug: DebugOption = False
+    context: typer.Context,
+    work: options.WorkOption = None,
+    model: options.ModelOption = None,
+    checkpoint: options.CheckpointOption = None,
+    lora: options.LoraOption = None,
+    random_weights: options.RandomWeightsOption = False,
+    budget: options.BudgetOption = None,
+    data: options.DataOption = None,
+    finetune_steps: options.FinetuneStepsOption = None,
+    td_lora: options.TdLoraOption = None,
+    router: options.RouterOption = "free",
+    synthetic: options.SyntheticOption = None,
+    seed: options.SeedOption = 0,
+    json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
-    """Attach routers to the static model and train them under the budget: build's first stages."""
-    settings = checked_settings(options, context, *OF_CALIBRATION, *OF_ENGINES, last="training")
+    """Attach routers to the dense model and train them under the budget: the first stages of a build."""
+    settings = settings_of(context)
     with building(settings) as pipeline:
         from dyexport.pipeline.stages import trainable
 
-        path, counts = str(pipeline.dynamic.path), trainable(settings)
-        payload = {"checkpoint": path, **counts, "stages": pipeline.stage_report}
-    lines = (("checkpoint", path), *trainable_lines(payload))
+        payload: dict[str, Any] = {
+            "checkpoint": str(pipeline.dynamic.path),
+            "work": str(settings.work),
+            **trainable(settings),
+            "stages": pipeline.stage_report,
+        }
+    lines = (("checkpoint", payload["checkpoint"]), *trainable_lines(payload), ("work directory", payload["work"]))
     emit(payload, as_json=json, human=lambda console: console.print(pairs(lines)))

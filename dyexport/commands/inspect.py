@@ -8,27 +8,33 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from dyexport.commands import options
 from dyexport.commands.given import Given
-from dyexport.commands.options import BundleArgument
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit
+from dyexport.errors import UsageError
+
+EXAMPLES = (
+    "dyexport inspect sit-digits-0.5",
+    "dyexport inspect sit-digits-0.5 --png widths.png",
+    "dyexport inspect dit-xl-2-0.5 --engine tensorrt-rtx/segment-00",
+)
 
 
 def inspect(
     context: typer.Context,
-    bundle: BundleArgument,
-    png: Annotated[Path | None, typer.Option(help="Also write the heat map as a picture.")] = None,
+    bundle: options.BundleArgument,
+    png: Annotated[Path | None, typer.Option(help="Also write the heat map as a picture.", metavar="FILE")] = None,
     engine: Annotated[
-        str | None, typer.Option(help="Show one network's TensorRT plan instead: segment-00, conditioning, dense.")
+        str | None,
+        typer.Option(help="Show one TensorRT plan instead, such as tensorrt-rtx/segment-00.", metavar="TARGET/NETWORK"),
     ] = None,
-    target: Annotated[str, typer.Option(help="With --engine: whose plan.")] = "tensorrt-rtx",
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show what is in a bundle: its segments, and a heat map of widths over t and depth."""
-    Given(context).refuse(engine is None, "it is for --engine", "target")
+    """Show the segments of a bundle and a heat map of its widths over t and depth."""
     Given(context).refuse(engine is not None, "--engine shows a plan, which has no heat map", "png")
     if engine is not None:
-        _inspect_plan(bundle, target, engine, json)
+        _inspect_plan(bundle, engine, json)
         return
     with chatter_on_stderr():
         from dyexport.bench.heatmap import draw_image, draw_text
@@ -47,9 +53,12 @@ def inspect(
     emit(inspect_payload(opened), as_json=json, human=show)
 
 
-def _inspect_plan(bundle: Path, target: str, network: str, as_json: bool) -> None:
+def _inspect_plan(bundle: Path, engine: str, as_json: bool) -> None:
     from dyexport.bench.tensorrt_plans import plan_lines, plan_of
     from dyexport.bundle.reader import Bundle
 
+    target, slash, network = engine.partition("/")
+    if not (target and slash and network):
+        raise UsageError(f"--engine is {engine!r}; write TARGET/NETWORK, such as tensorrt-rtx/segment-00")
     info = plan_of(Bundle.open(bundle), target, network)
     emit(info.model_dump(mode="json"), as_json=as_json, human=lambda console: console.print(*plan_lines(info)))

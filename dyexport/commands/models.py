@@ -7,7 +7,15 @@ from typing import Any
 
 from rich.table import Table
 
-from dyexport.console import DebugOption, JsonOption, emit
+from dyexport.console import DebugOption, JsonOption, emit, name_column
+from dyexport.progress import count
+
+ROOM_FOR_HUB = 76  # columns of a terminal
+
+EXAMPLES = (
+    "dyexport models",
+    "dyexport models --json",
+)
 
 
 def models(json: JsonOption = False, debug: DebugOption = False) -> None:
@@ -27,12 +35,18 @@ def models(json: JsonOption = False, debug: DebugOption = False) -> None:
         }
         for preset in PRESETS.values()
     ]
-    emit({"models": rows}, as_json=json, human=lambda console: console.print(_model_table(rows)))
+    emit({"models": rows}, as_json=json, human=lambda console: console.print(_model_table(rows, console.width)))
 
 
-def _model_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table("model", "parameters", "GFLOPs", "tokens", "objective", "weights on the hub")
+def _model_table(rows: Sequence[Mapping[str, Any]], width: int) -> Table:
+    """Return a table that fits ``width`` columns; a narrow one leaves out where the weights are."""
+    table = Table(name_column("model", [row["name"] for row in rows]))
+    for header in ("parameters", "GFLOPs", "tokens"):
+        table.add_column(header, justify="right", no_wrap=True)
+    if width >= ROOM_FOR_HUB:
+        table.add_column("weights on the hub", overflow="fold")
     for row in rows:
-        size, flops = f"{row['parameters'] / 1e6:.1f} M", f"{row['gflops']:.2f}"
-        table.add_row(row["name"], size, flops, str(row["tokens"]), row["objective"], row["weights"] or "-")
+        size = count(row["parameters"])
+        cells = (row["name"], size, f"{row['gflops']:.2f}", str(row["tokens"]), row["weights"] or "-")
+        table.add_row(*cells[: len(table.columns)])
     return table

@@ -9,52 +9,84 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.table import Table
 
-from dyexport.commands.options import BuildOptions, takes_build_options
+from dyexport.commands import options
 from dyexport.commands.results import plan_costs
-from dyexport.commands.stages import OF_PLANS, building, checked_settings
-from dyexport.console import DebugOption, JsonOption, emit, format_bytes
+from dyexport.commands.stages import building, settings_of
+from dyexport.console import DebugOption, JsonOption, emit, format_bytes, pairs
 
 if TYPE_CHECKING:
     from dyexport.exporters.plan_cost import PlanCost
 
 PLANNED_ENGINES = (1, 2, 4, 8, 16)
+EXAMPLES = (
+    "dyexport plan --work work/",
+    "dyexport plan --work work/ --target tensorrt-rtx",
+    "dyexport plan --model dit-xl-2 --budget 0.5 --random-weights",
+)
 
 
-@takes_build_options
 def plan(
-    options: BuildOptions,
     context: typer.Context,
+    work: options.WorkOption = None,
+    model: options.ModelOption = None,
+    checkpoint: options.CheckpointOption = None,
+    lora: options.LoraOption = None,
+    random_weights: options.RandomWeightsOption = False,
+    budget: options.BudgetOption = None,
+    data: options.DataOption = None,
+    finetune_steps: options.FinetuneStepsOption = None,
+    td_lora: options.TdLoraOption = None,
+    target: options.BuildTargetOption = "onnx",
+    precision: options.PrecisionOption = None,
+    quantize: options.QuantizeOption = None,
+    router: options.RouterOption = "free",
+    synthetic: options.SyntheticOption = None,
+    token_path: options.TokenPathOption = "auto",
+    baseline: options.BaselineOption = True,
+    memory: options.BuildMemoryOption = None,
+    seed: options.SeedOption = 0,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show what K = 1, 2, 4, 8, 16 engines would cost. Calibrates if that is not done, but never trains."""
-    settings = checked_settings(options, context, *OF_PLANS, last="prices of several K")
+    """Print what 1, 2, 4, 8 and 16 engines would cost in FLOPs and memory.
+
+    Calibrates a model that is not calibrated yet; never trains.
+    """
+    settings = settings_of(context)
     with building(settings, without=settings.slow_stages) as pipeline:
         plans = [pipeline.priced(engines) for engines in PLANNED_ENGINES]
-        rows = [{**plan_costs(found), "tensorrt": _predictions(pipeline.predicted(found))} for found in plans]
+        rows = [{**plan_costs(plan), "tensorrt": _predictions(pipeline.predicted(plan))} for plan in plans]
     formats = {"precision": settings.stored_precision, "quantization": settings.quantize}
-    payload = {"model": options.model, **formats, "plans": rows}
-    emit(payload, as_json=json, human=lambda console: console.print(_plan_table(rows)))
+    payload = {"model": settings.model, **formats, "plans": rows}
+    emit(payload, as_json=json, human=lambda console: console.print(_plan_table(rows), *_tensorrt_lines(rows)))
 
 
-def _predictions(found: Mapping[str, PlanCost]) -> dict[str, dict[str, Any]]:
-    return {target: asdict(cost) for target, cost in found.items()}
+def _predictions(costs: Mapping[str, PlanCost]) -> dict[str, dict[str, Any]]:
+    return {target: asdict(cost) for target, cost in costs.items()}
 
 
 def _plan_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table("engines", "lambda", "network FLOPs", "executed FLOPs", "disk", "resident", "resident, shared")
-    targets = list(rows[0]["tensorrt"])
-    for target in targets:
-        table.add_column(f"{target} plans")
+    """Return FLOPs as shares of the dense model's, and sizes of weights."""
+    table = Table("engines", title="FLOPs of dense, and size of weights", title_justify="left")
+    for header in ("lambda", "network", "executed", "disk", "resident", "shared"):
+        table.add_column(header, justify="right")
     for row in rows:
         ratios = (f"{row[name]:.3f}" for name in ("flops_ratio", "network_flops_ratio", "executed_flops_ratio"))
         sizes = (format_bytes(row[name]) for name in ("disk_bytes", "resident_bytes", "disk_bytes"))
-        plans = (_plan_cost(row["tensorrt"][target]) for target in targets)
-        table.add_row(str(row["engines"]), *ratios, *sizes, *plans)
+        table.add_row(str(row["engines"]), *ratios, *sizes)
     return table
 
 
-def _plan_cost(cost: Mapping[str, Any]) -> str:
-    """Of weights alone, and seconds only where plans of this work directory tell."""
-    time = f"{cost['seconds']:.0f} s" if cost["seconds"] is not None else "time unknown, none was built here"
-    return f"{format_bytes(cost['bytes'])} of weights, {time}"
+def _tensorrt_lines(rows: Sequence[Mapping[str, Any]]) -> Sequence[Table]:
+    """Return a table for each TensorRT target; seconds are known only if this work directory has built plans."""
+    tables = []
+    for target in rows[0]["tensorrt"]:
+        lines = []
+        for row in rows:
+            cost = row["tensorrt"][target]
+            time = "unknown time" if cost["seconds"] is None else f"{cost['seconds']:.0f} s"
+            lines.append((f"{row['engines']} engines", f"{format_bytes(cost['bytes'])} of weights, {time}"))
+        table = pairs(lines)
+        table.title, table.title_justify = f"{target} plans", "left"
+        tables.append(table)
+    return tables

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from dyexport.console import format_bytes
 
 if TYPE_CHECKING:
     from dyexport.bundle.manifest import SegmentPlan
@@ -11,21 +16,36 @@ if TYPE_CHECKING:
 NARROW = 4.0  # times below the limit of fp16
 
 
-def plan_costs(found: SegmentPlan) -> dict[str, Any]:
-    values = found.model_dump(exclude={"segments"})
-    return {"engines": len(found.segments), **values}
+def plan_costs(plan: SegmentPlan) -> dict[str, Any]:
+    """Return the number of engines, FLOPs ratios and sizes of a plan."""
+    return {"engines": len(plan.segments), **plan.model_dump(exclude={"segments"})}
 
 
 def headroom_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
-    """Calibration does not see every input: a narrow margin is worth a warning."""
+    """Return the margin to the limit of fp16, with a warning if it is narrow: calibration does not see every input."""
     if "fp16_headroom" not in payload:
         return ()
-    warning = "; an input not seen may overflow, bf16 will not" if payload["fp16_headroom"] < NARROW else ""
+    warning = "; other inputs may overflow, use bf16 to be safe" if payload["fp16_headroom"] < NARROW else ""
     return (("largest value in fp16", f"{payload['fp16_headroom']:.1f} x below the limit{warning}"),)
 
 
 def trainable_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+    """Return how many parameters are trained, if any."""
     if "trainable_parameters" not in payload:
         return ()
     count, share = payload["trainable_parameters"], payload["trainable_share"]
     return (("trained", f"{count:,.0f} parameters ({100 * share:.2f} % of full fine-tuning's)"),)
+
+
+def next_lines(payload: Mapping[str, Any]) -> Sequence[Text]:
+    """Return the commands to run after a build, and the size of its work directory with how to remove it."""
+    bundle, work = shlex.quote(payload["bundle"]), shlex.quote(payload["work"])
+    commands = "\n".join(f"  dyexport {name} {bundle}" for name in ("verify", "sample", "bench"))
+    return (
+        Text(f"\nNext:\n{commands}", overflow="fold"),
+        Text(
+            f"{payload['work']} ({format_bytes(payload['work_bytes'])}) holds finished stages for the next build. "
+            f"To remove it: rm -r {work}",
+            overflow="fold",
+        ),
+    )

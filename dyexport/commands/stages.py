@@ -1,40 +1,101 @@
-"""What the build commands share: settings from options, stages shown on stderr, Ctrl-C in one sentence."""
+"""Settings and progress of the commands that build: ``build``, ``finetune``, ``calibrate``, ``export``, ``plan``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from dyexport.arguments import parse_bytes
 from dyexport.commands.given import Given
-from dyexport.commands.options import BuildOptions
 from dyexport.console import Interrupted, StageLines, chatter_on_stderr, stderr
+from dyexport.errors import UsageError
 
 if TYPE_CHECKING:
     from dyexport.pipeline.build import Pipeline
     from dyexport.pipeline.settings import BuildSettings
 
-OF_PLANS = ("engines", "compute_capability", "profile", "stream_weights")
-OF_ENGINES = (*OF_PLANS, "target", "token_path", "merge_tolerance", "quantize", "no_baseline")
-OF_CALIBRATION = ("precision", "memory")
 
+def settings_of(context: typer.Context) -> BuildSettings:
+    """Return the settings of a build as the options of a command describe them.
 
-def checked_settings(options: BuildOptions, context: typer.Context, *unused: str, last: str = "") -> BuildSettings:
-    """Checked; refuses the options that only stages after the ``last`` one of this command read."""
+    Options that are not given keep the defaults of ``BuildSettings``. If neither a model nor a checkpoint is given,
+    the settings recorded in the work directory take the place of the defaults. Raises ``UsageError``.
+    """
+    from dyexport.pipeline.settings import BuildSettings
+
     given = Given(context)
-    given.refuse(True, f"this command ends with {last}", *unused)
-    given.refuse(bool(last) and options.work is not None, "no bundle is written, and --work holds the rest", "out")
-    settings = options.settings()
+    options = dict(given.values())
+    for name in ("json", "debug"):
+        options.pop(name, None)
+    work = options.pop("work", None)
+    if work is not None and not {"model", "checkpoint"} & options.keys():
+        recorded = BuildSettings.load(work)
+        settings = replace(recorded, **_changes(options, recorded))
+    else:
+        settings = BuildSettings(**_complete(_changes(options), work))
     taken = f"{settings.checkpoint} has routers already and is taken as it is"
     given.refuse(settings.routers == "given", taken, "router", "td_lora", "finetune_steps")
     given.refuse(settings.routers == "none", "with --finetune-steps 0 every token runs", "token_path")
     return settings
 
 
+def _changes(options: Mapping[str, Any], recorded: BuildSettings | None = None) -> dict[str, Any]:
+    """Return fields of ``BuildSettings``, parsed from the options that are given."""
+    from dyexport.exporters.tensorrt_profiles import TensorrtSettings
+    from dyexport.lora import parse_lora, parse_lora_file
+    from dyexport.training.synthetic_config import parse_synthetic
+
+    parsers: dict[str, tuple[str, Callable[[Any], Any]]] = {
+        "td_lora": ("td_lora", parse_lora),
+        "lora": ("loras", lambda texts: tuple(map(parse_lora_file, texts))),
+        "synthetic": ("synthetic", parse_synthetic),
+        "target": ("targets", _split),
+        "memory": ("memory", parse_bytes),
+    }
+    of_tensorrt: dict[str, tuple[str, Callable[[Any], Any]]] = {
+        "compute_capability": ("compute_capabilities", _split),
+        "profile": ("profiles", tuple),
+        "stream_weights": ("stream_weights", bool),
+    }
+    fields: dict[str, Any] = {}
+    tensorrt: dict[str, Any] = {}
+    for name, value in options.items():
+        group = tensorrt if name in of_tensorrt else fields
+        field, parse = {**parsers, **of_tensorrt}.get(name, (name, _same))
+        group[field] = parse(value)
+    if tensorrt:
+        fields["tensorrt"] = replace(recorded.tensorrt if recorded else TensorrtSettings(), **tensorrt)
+    return fields
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _complete(fields: dict[str, Any], work: Path | None) -> dict[str, Any]:
+    """Add the settings that every build needs. Raises ``UsageError`` if no model is named."""
+    from dyexport.pipeline.settings import default_out, default_work
+    from dyexport.presets import get_preset
+
+    if "model" not in fields:
+        raise UsageError("no model is named; give --model, or the --work directory of an earlier build")
+    out = fields.get("out") or default_out(fields["model"], fields.get("budget"))
+    defaults = {"out": out, "work": work or default_work(out), "engines": get_preset(fields["model"]).engines}
+    return {**defaults, **fields}
+
+
 @contextmanager
 def stage_lines() -> Iterator[StageLines]:
+    """Show stages on stderr; Ctrl-C becomes ``Interrupted``."""
     try:
         with chatter_on_stderr(), StageLines() as lines:
             yield lines
@@ -44,7 +105,7 @@ def stage_lines() -> Iterator[StageLines]:
 
 @contextmanager
 def building(settings: BuildSettings, without: frozenset[str] = frozenset()) -> Iterator[Pipeline]:
-    """The pipeline of a build; ``without`` names stages that may not run, only be found done."""
+    """Open the pipeline of a build. Stages in ``without`` must have been done before; they are not run."""
     with stage_lines() as lines:
         from dyexport.pipeline.build import opened
         from dyexport.pipeline.stages import check_training

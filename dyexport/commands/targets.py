@@ -6,11 +6,16 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
-from dyexport.console import DebugOption, JsonOption, emit
+from dyexport.console import DebugOption, JsonOption, emit, name_column
+
+EXAMPLES = (
+    "dyexport targets",
+    "dyexport targets --json",
+)
 
 
 def targets(json: JsonOption = False, debug: DebugOption = False) -> None:
-    """List the engine formats that --target takes, and what each was tested on."""
+    """List the engine formats that --target of a build takes, and what each was tested on."""
     from dyexport.pipeline.targets import TARGETS
 
     shown = ("about", "proof", "quantized")
@@ -19,7 +24,7 @@ def targets(json: JsonOption = False, debug: DebugOption = False) -> None:
 
 
 def _target_table(rows: Sequence[Mapping[str, str]]) -> Table:
-    table = Table("target", "writes", "proof", "with --quantize")
+    table = Table(name_column("target", [row["name"] for row in rows]), "writes", "proof", "with --quantize")
     for row in rows:
         table.add_row(*row.values())
     return table

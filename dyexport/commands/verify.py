@@ -1,4 +1,4 @@
-"""The command that proves a bundle: verify."""
+"""``dyexport verify``: a bundle against the masked torch model."""
 
 from __future__ import annotations
 
@@ -8,39 +8,55 @@ from typing import Annotated, Any
 
 import typer
 
+from dyexport.commands import options
 from dyexport.commands.given import Given
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, pairs, progress_bar
+
+EXAMPLES = (
+    "dyexport verify sit-digits-0.5",
+    "dyexport verify flux-0.5 --small --layers",
+    "dyexport verify dit-xl-2-0.5 --target tensorrt-rtx --timesteps 16",
+)
 
 
 def verify(
     context: typer.Context,
-    bundle: Annotated[Path, typer.Argument(help="A bundle directory.")],
-    timesteps: Annotated[int, typer.Option(help="How many random timesteps to compare at.")] = 64,
+    bundle: options.BundleArgument,
+    timesteps: Annotated[int, typer.Option(help="Number of random timesteps to compare at.", metavar="N")] = 64,
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help="Largest accepted error: absolute in fp32 (1e-4), relative in fp16 (1e-2) and bf16 (8e-2), "
-            "in units of what quantization costs in int8 and fp8 (2)."
+            help="Largest accepted error. Default: 1e-4 absolute in fp32, 1e-2 relative in fp16, 8e-2 in bf16; for "
+            "int8 and fp8 twice the error of quantization.",
+            metavar="ERROR",
         ),
     ] = None,
-    target: Annotated[str, typer.Option(help="Which of the bundle's engine formats to run.")] = "onnx",
+    target: options.TargetOption = "onnx",
     reference: Annotated[
-        Path | None, typer.Option(help="The dynamic checkpoint to compare with; by default the one it was built from.")
+        Path | None,
+        typer.Option(
+            help="Dynamic checkpoint to compare with. Default: the one that the bundle was built from.", metavar="DIR"
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of timesteps and inputs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of timesteps and inputs.", metavar="N")] = 0,
     layers: Annotated[
-        bool, typer.Option("--layers", help="Also compare every layer of the ONNX graphs, and name the first to drift.")
+        bool,
+        typer.Option(
+            "--layers", help="Also compare every layer of the ONNX graphs and name the first to drift.", metavar=""
+        ),
     ] = False,
     small: Annotated[
         bool,
         typer.Option(
-            "--small", help="On pictures of 128 px (FLUX) or 64 px (Latte): at full size a pass takes minutes on a CPU."
+            "--small",
+            help="Compare on small pictures, for models of any size; on a CPU full size takes minutes per pass.",
+            metavar="",
         ),
     ] = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Compare a bundle with the masked torch model it was cut from, in fp32 at random timesteps."""
+    """Compare a bundle with the masked torch model that it was cut from, at random timesteps."""
     from dyexport.verification.verify import VerifySettings, verify_bundle
 
     settings = VerifySettings(
@@ -57,7 +73,7 @@ def verify(
 
 
 def _check_small(given: Given, bundle: Path) -> None:
-    """Raises ``UsageError`` where the model has no smaller pictures to compare on."""
+    """Raise ``UsageError`` if the model has no smaller pictures to compare on."""
     from dyexport.bundle.reader import Bundle
     from dyexport.presets import get_preset
 
@@ -75,14 +91,14 @@ def _verify_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         ("precision", payload["precision"]),
         *_quantized_lines(payload),
         ("timesteps compared", f"{payload['timesteps']}"),
-        ("left out, tokens over capacity", f"{payload['overflow']}"),
-        ("redrawn, a token on its threshold", f"{payload['redrawn']}"),
+        ("skipped, tokens over capacity", f"{payload['overflow']}"),
+        ("resampled, a token on its threshold", f"{payload['redrawn']}"),
         *_layer_lines(payload["layers"]),
     )
 
 
 def _quantized_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
-    """The distance to the model as it is: what quantization costs, and all else."""
+    """Return the format of quantized layers and the error against the unquantized model."""
     if payload["quantization"] is None:
         return ()
     error = payload["relative_error"]
@@ -91,7 +107,7 @@ def _quantized_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
 
 
 def _layer_lines(layers: Mapping[str, Any] | None) -> Sequence[tuple[str, str]]:
-    """The first layer to drift, or the one that comes nearest to it."""
+    """Return the first layer to drift, or the one with the largest error."""
     if layers is None:
         return ()
     compared = ("layers compared", f"{len(layers['layers'])}")

@@ -155,18 +155,22 @@ def verify_bundle(
     return replace(report, layers=compare_layers(bundle, reference, truth, report.tolerance))
 
 
-def find_reference(bundle: Bundle) -> Path:
-    """The dynamic checkpoint named by the manifest, unchanged."""
+def find_reference(bundle: Bundle, work: Path | None = None) -> Path:
+    """Return the dynamic checkpoint that a bundle was built from, in ``work`` or else where the manifest says.
+
+    Raises ``BundleError`` if it is not there or has changed.
+    """
     reference = bundle.manifest.reference
     if reference is None:
         raise BundleError(
             f"{bundle.root} names no reference; pass --reference with the dynamic checkpoint it was cut from"
         )
-    path = bundle.root / reference.path
+    path = bundle.root / reference.path if work is None else work / Path(reference.path).name
     if not path.is_dir():
         raise BundleError(f"the reference {path} is gone; pass --reference with the dynamic checkpoint, or build again")
     if digest_of({name: record.sha256 for name, record in describe(path).items()}) != reference.sha256:
-        raise BundleError(f"the reference {path} has changed since the bundle was built; build again")
+        change = "has changed since the bundle was built; build again"
+        raise BundleError(f"the reference {path} {change if work is None else f'is not the one of {bundle.root}'}")
     return path
 
 

@@ -147,13 +147,6 @@ def test_bench_prints_one_json_object(run: Any, built: Any) -> None:
     assert json.loads(stdout)["speedup_vs_dense"] > 0
 
 
-@pytest.mark.parametrize("arguments", [(), ("some-bundle", "--model", "dit-s-2")])
-def test_bench_wants_a_bundle_or_a_model(run: Any, arguments: tuple[str, ...]) -> None:
-    code, _, stderr = run("bench", *arguments)
-    assert code == 2
-    assert "give one of the two" in stderr
-
-
 @pytest.mark.parametrize("command", ["sample", "bench", "eval", "inspect"])
 def test_a_directory_that_is_no_bundle_is_one_sentence(run: Any, command: str, tmp_path: Path) -> None:
     code, stdout, stderr = run(command, tmp_path, "--json")
@@ -162,23 +155,24 @@ def test_a_directory_that_is_no_bundle_is_one_sentence(run: Any, command: str, t
 
 
 def test_eval_compares_with_a_control_trained_as_long(run: Any, demo: DemoReport) -> None:
+    """The work directory tells how long that was."""
     arguments = ("--samples", 20, "--steps", 2, "--seeds", 2, "--json")
-    steps = ("--train-steps", 2, "--finetune-steps", 12)
-    code, stdout, stderr = run("eval", demo.bundle, *arguments, "--control", *steps)
+    code, stdout, stderr = run("eval", demo.bundle, *arguments, "--control")
     assert code == 0, stderr
     report = json.loads(stdout)
     promised = ("frechet_dense", "frechet_control", "frechet_dynamic", "class_accuracy", "flops_ratio")
     assert all(isinstance(report[name], float) for name in promised)
     assert [[score["seed"] for score in scores] for scores in report["per_seed"].values()] == [[0, 1]] * 3
     assert "control: done" in stderr
-    assert "control: up to date" in run("eval", demo.bundle, *arguments, "--control", *steps)[2]
+    work = Path(demo.bundle).with_name("work")
+    assert "control: up to date" in run("eval", demo.bundle, *arguments, "--control", "--work", work)[2]
     assert json.loads(run("eval", demo.bundle, *arguments)[1])["frechet_control"] is None
 
 
-def test_a_control_of_another_build_is_refused(run: Any, demo: DemoReport) -> None:
-    code, _, stderr = run("eval", demo.bundle, "--control", "--train-steps", 3, "--finetune-steps", 2)
-    assert code == 2
-    assert "'static' must run first" in stderr
+def test_a_control_of_another_build_is_refused(run: Any, demo: DemoReport, built: Any) -> None:
+    code, _, stderr = run("eval", demo.bundle, "--control", "--work", built.root.with_suffix(".work"))
+    assert code == 1
+    assert "is not the one of" in stderr
 
 
 def test_eval_of_anything_but_digits_is_refused(run: Any, built: Any) -> None:

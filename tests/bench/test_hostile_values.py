@@ -80,7 +80,7 @@ def test_options_of_inspect(told: Told, ddpm: TinyBundle, option: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", ["model", "budget", "td-lora", "lora", "data", "prompts", "engines", "token-path", "precision", "seed"]
+    "option", ["model", "budget", "td-lora", "lora", "data", "engines", "token-path", "precision", "seed"]
 )
 def test_options_of_a_build(told: Told, place: Path, option: str) -> None:
     for value in HOSTILE:
@@ -91,4 +91,5 @@ def test_options_of_a_build(told: Told, place: Path, option: str) -> None:
 
 def test_a_link_to_itself_is_no_place_to_work_in(told: Told) -> None:
     for option in ("--work", "--out"):
-        told("export", "-m", "dit-s-2", "-b", "0.5", "--random-weights", option, "loop")
+        told("build", "-m", "dit-s-2", "-b", "0.5", "--random-weights", option, "loop")
+    told("export", "--work", "loop")

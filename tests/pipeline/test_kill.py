@@ -52,7 +52,7 @@ def interrupt(root: Path, delay: float, arguments: tuple[str, ...]) -> dict[str,
     [
         (2, ("-b", "0.5", "--random-weights", "-k", "1", "--no-baseline")),
         # Four steps teach routers nothing, so that the only budget they can meet is the whole model.
-        pytest.param(20, ("-b", "1", "--train-steps", "4", "--finetune-steps", "4"), marks=pytest.mark.slow),
+        pytest.param(20, ("-b", "1", "--finetune-steps", "4"), marks=pytest.mark.slow),
     ],
 )
 def test_killed_builds_end_in_the_same_bundle(tmp_path: Path, kills: int, arguments: tuple[str, ...]) -> None:

@@ -276,8 +276,8 @@ def test_several_come_from_the_command_line(
     first, second = lora_of_ones(tmp_path / "first.safetensors"), lora_of_ones(tmp_path / "se@5cond.safetensors")
     command = ["finetune", "-m", TINY.name, "-b", "0.5", "--finetune-steps", "0", "--checkpoint", tmp_path / "stock"]
     command += [
-        "-o",
-        tmp_path / "bundle",
+        "--work",
+        tmp_path / "work",
         "--lora",
         f"{first}@0.25",
         "--lora",

@@ -200,13 +200,13 @@ def test_a_plan_of_another_version_gives_way_to_its_graph_compiled_anew(
 def test_inspect_shows_a_plan(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "inspect", bundle.root, "--engine", "segment-01", "--json") == 0
+    assert run(monkeypatch, "inspect", bundle.root, "--engine", "tensorrt-rtx/segment-01", "--json") == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["flavour"], shown["profiles"][0]["batch"]["max"]) == ("tensorrt-rtx", 8)
     assert len(shown["layers"]) > 50
-    assert run(monkeypatch, "inspect", bundle.root, "--engine", "segment-01") == 0
+    assert run(monkeypatch, "inspect", bundle.root, "--engine", "tensorrt-rtx/segment-01") == 0
     assert "before fusion" in capsys.readouterr().out
-    assert run(monkeypatch, "inspect", bundle.root, "--engine", "dense") == 2
+    assert run(monkeypatch, "inspect", bundle.root, "--engine", "tensorrt-rtx/dense") == 2
     assert "no tensorrt-rtx plan of 'dense'" in capsys.readouterr().err
 
 

@@ -22,7 +22,7 @@ def test_two_processes_finetune_as_one_does(tmp_path: Path) -> None:
     # On CPUs accelerate starts several processes only by the launcher it has for several GPUs.
     options = ["--num_processes=2", "--num_machines=1", "--main_process_port=0", "--mixed_precision=no"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--dynamo_backend=no", *options]
-    command = ["finetune", "--model=sit-tiny", "--budget=0.5", "--train-steps=3", "--finetune-steps=3", "--json"]
+    command = ["finetune", "--model=sit-tiny", "--budget=0.5", "--finetune-steps=3", "--json"]
     places = ["--work", str(tmp_path / "two" / "work")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

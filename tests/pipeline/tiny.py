@@ -16,7 +16,10 @@ from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import PRESETS
 from tests.manifests import forge
 
-TINY = replace(PRESETS["sit-digits"], name="sit-tiny", layers=2, hidden_size=48, heads=8, patch_size=2)
+DIGITS = PRESETS["sit-digits"]
+assert DIGITS.recipe.from_scratch is not None
+BRIEF = replace(DIGITS.recipe, from_scratch=replace(DIGITS.recipe.from_scratch, steps=3))
+TINY = replace(DIGITS, name="sit-tiny", layers=2, hidden_size=48, heads=8, patch_size=2, recipe=BRIEF)
 PRESETS[TINY.name] = TINY
 
 
