@@ -8,12 +8,20 @@ from functools import cached_property
 import torch
 
 from dyexport.backbones.base import Inputs, Preset
-from dyexport.bundle.manifest import ModelSpec, Segment
+from dyexport.bundle.manifest import ModelSpec, Precision, Quantization, Segment
 from dyexport.bundle.tables import TokenStats, WidthTable
 from dyexport.models.dynamic import DynamicTransformer
+from dyexport.slicing import slicer
 from dyexport.slicing.recipes import Read
-from dyexport.slicing.slicer import Slice, SliceContext, dense_reader, slice_conditioning, slice_segment
-from tests.factories import spec_of
+from dyexport.slicing.slicer import (
+    Slice,
+    SliceContext,
+    UnitOrder,
+    dense_reader,
+    dense_segment,
+    slice_conditioning,
+    slice_segment,
+)
 
 
 @dataclass(frozen=True)
@@ -22,15 +30,23 @@ class Cutter:
 
     model: DynamicTransformer
     preset: Preset
+    precision: Precision = "fp32"
+    quantization: Quantization | None = None
+    token_routers: bool = True
 
     @cached_property
     def spec(self) -> ModelSpec:
-        spec = None if self.model.td_lora is None else self.model.td_lora.spec
-        return spec_of(self.preset).model_copy(update={"td_lora": spec})
+        return slicer.spec_of(
+            self.preset,
+            self.preset.transformer_config(),
+            None if self.model.td_lora is None else self.model.td_lora.spec,
+            self.precision,
+            self.quantization,
+        )
 
     @cached_property
     def context(self) -> SliceContext:
-        return SliceContext(spec=self.spec, groups=self.model.groups, token_routers=True)
+        return SliceContext(spec=self.spec, groups=self.model.groups, token_routers=self.token_routers)
 
     @cached_property
     def read(self) -> Read:
@@ -47,12 +63,28 @@ class Cutter:
         return slice_conditioning(self.context).load(self.read)
 
     def inputs(self, inputs: Inputs) -> dict[str, torch.Tensor]:
-        """A slim network's inputs for those of the masked model, the routed ones aside."""
-        given = dict(inputs)
-        conditions = [given.pop(spec.name) for spec in slice_conditioning(self.context).inputs]
-        if self.spec.backbone == "latte":
-            conditions = [conditions[0][:1]]  # samples share it
-        return {**given, "modulation": self.conditioning(*conditions)}
+        """A slim network's inputs for those of the masked model, without those that follow from t."""
+        rest = dict(inputs)
+        conditions = {spec.name: rest.pop(spec.name) for spec in slice_conditioning(self.context).inputs}
+        if self.shares_modulation:
+            conditions = {name: value[:1] for name, value in conditions.items()}
+        return {**rest, "modulation": self.conditioning(**conditions)}
+
+    @cached_property
+    def dense_segment(self) -> Segment:
+        """Every head, group and token at every t."""
+        model = self.model
+        heads, groups = tuple(range(model.heads)), tuple(range(model.groups))
+        return dense_segment(self.spec, UnitOrder(heads=(heads,) * model.depth, groups=(groups,) * model.depth))
+
+    @cached_property
+    def dense(self) -> Slice:
+        return self.cut(self.dense_segment)
+
+    @cached_property
+    def shares_modulation(self) -> bool:
+        """Whether all samples have one row of modulation."""
+        return next(spec.shape[0] == 1 for spec in self.dense.inputs if spec.name == "modulation")
 
 
 def routed_inputs(segment: Segment, widths: WidthTable, stats: TokenStats, t: float) -> dict[str, torch.Tensor]:

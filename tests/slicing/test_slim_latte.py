@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dyexport.bundle.tables import UnitOrder
-from dyexport.calibration.widths import read_widths
 from dyexport.models.inputs import NoisedInputs
-from dyexport.slicing.slicer import dense_segment
 from tests.factories import random_timesteps, shared_tiny_model, tiny_preset
 from tests.slicing.cut import Cutter
 
@@ -18,8 +15,7 @@ CUTTER = Cutter(MODEL, PRESET)
 
 @pytest.fixture(scope="module")
 def dense() -> torch.nn.Module:
-    order = UnitOrder.of(read_widths(MODEL, PRESET.timestep_range))
-    return CUTTER.load(dense_segment(CUTTER.spec, order))
+    return CUTTER.load(CUTTER.dense_segment)
 
 
 @torch.no_grad()
@@ -55,11 +51,8 @@ def test_conditioning_is_what_stock_blocks_add_their_tables_to() -> None:
 
 
 def test_half_precision_keeps_patches_modulation_and_positions_in_fp32() -> None:
-    spec = CUTTER.spec.model_copy(update={"precision": "bf16"})
-    half = Cutter(MODEL, PRESET)
-    half.__dict__["spec"] = spec
-    slices = [half.cut(dense_segment(spec, UnitOrder.of(read_widths(MODEL, PRESET.timestep_range))))]
-    full = {name for name, recipe in slices[0].recipes.items() if recipe.dtype == torch.float32}
+    recipes = Cutter(MODEL, PRESET, precision="bf16").dense.recipes
+    full = {name for name, recipe in recipes.items() if recipe.dtype == torch.float32}
     assert full == {
         "patch.weight",
         "patch.bias",
