@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from dyexport.pipeline.build import opened
+from dyexport.pipeline.build import build_bundle, opened
 from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.runtime.loading import load
@@ -42,8 +42,8 @@ def main() -> None:
     )
 
     def build() -> None:
-        with opened(settings, NullListener()) as pipeline:
-            pipeline.bundle()
+        with opened(settings, NullListener()) as run:
+            build_bundle(run)
 
     actions: dict[str, Callable[[], object]] = {"build": build, "load": lambda: load(settings.out)}
     if options.only:

@@ -36,8 +36,9 @@ from dyexport.console import StageLines, chatter_on_stderr
 from dyexport.digits import load_digits
 from dyexport.files import write_atomically
 from dyexport.lora import parse_lora
-from dyexport.pipeline.build import Pipeline, opened
-from dyexport.pipeline.ledger import digest_of
+from dyexport.pipeline.build import build_bundle, make_static_model, opened, train_control
+from dyexport.pipeline.file_records import digest_of
+from dyexport.pipeline.run import Run
 from dyexport.pipeline.settings import FROM_SCRATCH, BuildSettings
 from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import Denoiser, guided
@@ -89,8 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         engines=options.engines,
         baseline=False,
     )
-    with opened(static, StageLines()) as pipeline:
-        path = pipeline.static.path
+    with opened(static, StageLines()) as run:
+        path = make_static_model(run).static.path
     runs = [
         score_run(static if name == STATIC else tuned_from(path, static, name, seed), name, protocol)
         for name in options.models
@@ -130,8 +131,8 @@ def tuned_from(checkpoint: Path, static: BuildSettings, name: str, seed: int) ->
 def score_run(settings: BuildSettings, name: str, protocol: Protocol) -> dict[str, Any]:
     """Train and judge one model; what was judged before is read back."""
     with chatter_on_stderr(), StageLines() as lines:
-        with opened(settings, lines) as pipeline:
-            trained, transformer, facts = trained_model(pipeline, name)
+        with opened(settings, lines) as run:
+            trained, transformer, facts = trained_model(run, name)
         key = protocol.key(trained)
         saved = settings.work / "score.json"
         if saved.exists() and (score := json.loads(saved.read_text()))["key"] == key:
@@ -143,15 +144,15 @@ def score_run(settings: BuildSettings, name: str, protocol: Protocol) -> dict[st
     return score
 
 
-def trained_model(pipeline: Pipeline, name: str) -> tuple[Any, Callable[[], Any], dict[str, float]]:
+def trained_model(run: Run, name: str) -> tuple[Any, Callable[[], Any], dict[str, float]]:
     """What identifies it, what loads it, and what is known of it without a picture."""
     if name in (STATIC, CONTROL):
-        outcome = pipeline.static if name == STATIC else pipeline.control
+        outcome = make_static_model(run).static if name == STATIC else train_control(run)
         return outcome.digest, lambda: DiTTransformer2DModel.from_pretrained(outcome.path).eval(), {}
-    manifest = pipeline.bundle()
+    manifest = build_bundle(run)
     facts = {part: manifest.metrics[part] for part in ("trainable_parameters", "trainable_share")}
     facts |= {"flops_ratio": manifest.plan.flops_ratio, "network_flops_ratio": manifest.plan.network_flops_ratio}
-    out = pipeline.settings.out
+    out = run.settings.out
     return manifest.model_dump(mode="json"), lambda: load(out, check_hashes=False), facts
 
 

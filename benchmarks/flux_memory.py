@@ -43,7 +43,7 @@ from dyexport.backbones.flux.preset import FluxPreset
 from dyexport.bench.report import Rows, as_markdown
 from dyexport.console import format_bytes
 from dyexport.files import write_atomically
-from dyexport.pipeline.build import opened
+from dyexport.pipeline.build import build_bundle, opened
 from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import PRESETS
@@ -156,8 +156,8 @@ def build(depth: int, work: Path, router: RouterKind, threads: int) -> None:
         work=work / "bundle.work",
     )
     begin = time.perf_counter()
-    with watch.sampling(), opened(settings, watch) as pipeline:
-        plan = pipeline.bundle().plan
+    with watch.sampling(), opened(settings, watch) as run:
+        plan = build_bundle(run).plan
     found = {"seconds": time.perf_counter() - begin, "flops_ratio": plan.flops_ratio, "store": plan.disk_bytes}
     print(json.dumps({"stages": watch.stages, **found}))
 

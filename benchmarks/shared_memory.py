@@ -23,7 +23,7 @@ from dyexport.bundle.manifest import Segment
 from dyexport.bundle.reader import Bundle
 from dyexport.console import StageLines, chatter_on_stderr, format_bytes
 from dyexport.files import write_atomically
-from dyexport.pipeline.build import opened
+from dyexport.pipeline.build import build_bundle, opened
 from dyexport.pipeline.settings import BuildSettings
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,8 +49,8 @@ def main() -> None:
         out=options.work / "bundle",
         work=options.work / "bundle.work",
     )
-    with chatter_on_stderr(), StageLines() as lines, opened(settings, lines) as pipeline:
-        pipeline.bundle()
+    with chatter_on_stderr(), StageLines() as lines, opened(settings, lines) as run:
+        build_bundle(run)
     write_results(options.results, measure(Bundle.open(settings.out), options.batch, options.threads))
 
 

@@ -14,20 +14,22 @@ from torch.overrides import TorchFunctionMode
 
 from dyexport.errors import UsageError
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.inputs import NoisedInputs
+from dyexport.models.inputs import NoisedInputs, Progress, no_progress
 
 FP16_MAX = 65504.0
 NAMED = 3
 
 
 @torch.no_grad()
-def measure_magnitudes(model: DynamicTransformer, inputs: NoisedInputs, points: Sequence[float]) -> dict[str, float]:
+def measure_magnitudes(
+    model: DynamicTransformer, inputs: NoisedInputs, points: Sequence[float], progress: Progress = no_progress
+) -> dict[str, float]:
     """The largest magnitude of every layer's output over calibration inputs, as the masked model computes it in fp32.
 
     Blocks, whose output is the residual stream, and attention scores count as layers too.
     """
     with _watching(model) as largest:
-        for chunk in inputs.chunks(points):
+        for chunk in inputs.chunks(points, progress):
             model(inputs.over(chunk, device=model.device))
     return largest
 

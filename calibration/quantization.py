@@ -18,7 +18,7 @@ from dyexport.bundle.tables import TokenStats, WidthTable
 from dyexport.calibration.ranges import fake_quantized, measure_ranges, quantization_error
 from dyexport.errors import BundleError
 from dyexport.models.dynamic import DynamicOutput, DynamicTransformer
-from dyexport.models.inputs import NoisedInputs
+from dyexport.models.inputs import NoisedInputs, Progress, no_progress
 from dyexport.slicing.quantizing import LinearInput, linear_inputs
 from dyexport.slicing.slicer import Slice, SliceContext, slice_segment
 
@@ -70,6 +70,7 @@ def measure_network_ranges(
     plan: SegmentPlan,
     tables: Tables,
     inputs: NoisedInputs,
+    progress: Progress = no_progress,
 ) -> Ranges:
     """Measure every segment over its own timesteps, and with ``dense`` the static model over all of them.
 
@@ -82,12 +83,12 @@ def measure_network_ranges(
     networks, errors = {}, []
     for index, segment in enumerate(plan.segments):
         points = _points(segment.start, segment.end, points_per_segment)
-        magnitudes = measure_ranges(model.backbone, model, inputs, points, every)
+        magnitudes = measure_ranges(model.backbone, model, inputs, points, every, progress)
         errors.append(quantization_error(model, inputs, segment, magnitudes, quantization))
         networks[segment_name(index)] = _by_weight(linears, magnitudes)
     if dense is not None:
         points = _points(*tables[0].timestep_range, points_per_segment)
-        magnitudes = measure_ranges(dense, partial(model.adapter.run, dense), inputs, points, every)
+        magnitudes = measure_ranges(dense, partial(model.adapter.run, dense), inputs, points, every, progress)
         networks[DENSE] = _by_weight(linears, magnitudes)
     return Ranges(networks=networks, errors=tuple(errors))
 

@@ -23,7 +23,7 @@ from dyexport.backbones.base import Inputs
 from dyexport.bundle.manifest import Quantization, Segment
 from dyexport.calibration.merging import DRAWS
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.inputs import NoisedInputs
+from dyexport.models.inputs import NoisedInputs, Progress, no_progress
 from dyexport.slicing.quantizing import LinearInput
 from dyexport.slicing.recipes import quantize, scale_of
 
@@ -38,6 +38,7 @@ def measure_ranges(
     inputs: NoisedInputs,
     points: Sequence[float],
     linears: Iterable[LinearInput],
+    progress: Progress = no_progress,
 ) -> dict[LinearInput, float]:
     """Over calibration inputs at ``points``, values of t; ``run`` is a pass through the backbone."""
     found = dict.fromkeys(linears, 0.0)
@@ -46,7 +47,7 @@ def measure_ranges(
         found[linear] = max(found[linear], float(_part(read[0], linear).abs().amax()))
 
     with _hooked(backbone, ((linear, partial(watch, linear)) for linear in found)):
-        for chunk in inputs.chunks(points):
+        for chunk in inputs.chunks(points, progress):
             run(inputs.over(chunk))
     return found
 

@@ -10,14 +10,20 @@ import torch
 from dyexport.bundle.tables import TokenStats
 from dyexport.calibration.widths import trajectory_points
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.inputs import NoisedInputs
+from dyexport.models.inputs import NoisedInputs, Progress, no_progress
 
 LEVELS = np.array([0.5, 0.9, 0.99, 1.0])
 
 
 @torch.no_grad()
 def measure_tokens(
-    model: DynamicTransformer, inputs: NoisedInputs, *, tokens: int | None = None, points: int = 32, draws: int = 2
+    model: DynamicTransformer,
+    inputs: NoisedInputs,
+    *,
+    tokens: int | None = None,
+    points: int = 32,
+    draws: int = 2,
+    progress: Progress = no_progress,
 ) -> TokenStats:
     """Quantiles of the kept-token count per block over calibration inputs at ``points`` timesteps.
 
@@ -25,7 +31,7 @@ def measure_tokens(
     """
     grid = trajectory_points(inputs.preset.timestep_range, points)
     tokens = tokens or inputs.preset.tokens
-    chunks = [_counts(model, inputs, chunk, draws) for chunk in inputs.chunks(grid.tolist())]
+    chunks = [_counts(model, inputs, chunk, draws) for chunk in inputs.chunks(grid.tolist(), progress)]
     counts = np.concatenate(chunks) * (tokens / inputs.preset.tokens)  # (T, B, L)
     quantiles = np.quantile(counts, LEVELS, axis=1, method="higher")  # (Q, T, L)
     return TokenStats(

@@ -14,7 +14,7 @@ from dyexport.errors import BudgetError
 from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.importance import PROBES, unit_importance
-from dyexport.models.inputs import NoisedInputs
+from dyexport.models.inputs import NoisedInputs, Progress, no_progress
 
 SAMPLES = 4096  # timesteps at which routers are read before their switching points are refined
 TOLERANCE = 0.01  # largest accepted distance between lambda as run and the budget
@@ -92,9 +92,11 @@ def trajectory_points(timestep_range: tuple[float, float], count: int) -> np.nda
 
 
 @torch.no_grad()
-def sample_tokens(model: DynamicTransformer, inputs: NoisedInputs, points: np.ndarray) -> TokenSample:
+def sample_tokens(
+    model: DynamicTransformer, inputs: NoisedInputs, points: np.ndarray, progress: Progress = no_progress
+) -> TokenSample:
     """Run the masked model over the trajectory and keep its token logits."""
-    chunks = inputs.chunks(points.tolist())
+    chunks = inputs.chunks(points.tolist(), progress)
     logits = torch.cat([model(inputs.over(chunk, device=model.device)).token_logits.cpu() for chunk in chunks])
     sampled = logits.unflatten(0, (len(points), -1))  # (P, B, L, N)
     return TokenSample(points=points, logits=sampled.transpose(1, 2).flatten(2).numpy())
@@ -107,7 +109,13 @@ def flops_ratio(table: WidthTable, kept_tokens: np.ndarray, points: np.ndarray, 
     return float(flops.flops_ratio(heads, groups, kept_tokens).mean())
 
 
-def meet_budget(model: DynamicTransformer, inputs: NoisedInputs, budget: float, flops: FlopsModel) -> None:
+def meet_budget(
+    model: DynamicTransformer,
+    inputs: NoisedInputs,
+    budget: float,
+    flops: FlopsModel,
+    progress: Progress = no_progress,
+) -> None:
     """Shift every router's logits by one constant, so that lambda as run equals ``budget``.
 
     The shift goes into the routers' biases. Skipping tokens changes what later routers see, so the
@@ -119,7 +127,7 @@ def meet_budget(model: DynamicTransformer, inputs: NoisedInputs, budget: float, 
     fine = trajectory_points(inputs.preset.timestep_range, 512).astype(np.float32)
     ratio = float("nan")
     for attempt in range(SHIFTS):
-        sample = sample_tokens(model, inputs, points)
+        sample = sample_tokens(model, inputs, points, progress)
         measure = partial(_ratio_at, widths=_width_shares(model, fine), sample=sample, points=fine, flops=flops)
         ratio = measure(0.0, tokens=True)
         if abs(ratio - budget) <= TOLERANCE / 4:
@@ -174,6 +182,7 @@ def choose_widths(
     *,
     count: int = IMPORTANCE_POINTS,
     probes: int = PROBES,
+    progress: Progress = no_progress,
 ) -> WidthTable:
     """Widths for a model without trained routers: the units that matter most per FLOP, at each t.
 
@@ -182,7 +191,7 @@ def choose_widths(
     ``count`` timesteps.
     """
     points = trajectory_points(inputs.preset.timestep_range, count)
-    heads, groups = unit_importance(model, inputs, points.tolist(), probes)
+    heads, groups = unit_importance(model, inputs, points.tolist(), probes, progress)
     costs = flops.head_cost[:, None] / model.heads, flops.group_cost[:, None] / model.groups  # 2 x (L, 1)
     value = np.concatenate([heads / costs[0], groups / costs[1]], axis=-1)  # (T, L, H + G)
     scores = np.log(value + np.finfo(np.float32).tiny)

@@ -17,7 +17,7 @@ from dyexport.bench.quality import Evaluator
 from dyexport.bundle.reader import Bundle
 from dyexport.digits import load_digits
 from dyexport.errors import DyexportError
-from dyexport.pipeline.build import opened
+from dyexport.pipeline.build import build_bundle, opened
 from dyexport.pipeline.ledger import BuildListener
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.runtime.loading import load
@@ -64,8 +64,8 @@ def run_demo(
 ) -> DemoReport:
     """Build, verify, time, score and draw. The build resumes; the rest is measured anew each time."""
     begin = perf_counter()
-    with opened(settings, listener) as pipeline:
-        pipeline.bundle()
+    with opened(settings, listener) as run:
+        build_bundle(run)
     bundle = Bundle.open(settings.out)
     with _stage(listener, "verify") as advance:
         verified = verify_bundle(settings.out, VerifySettings(), advance=advance)

@@ -60,8 +60,10 @@ def build(
 
 def build_bundle(settings: BuildSettings, json: bool, without: frozenset[str] = frozenset()) -> None:
     """Build and print the result. Stages in ``without`` must have been done before."""
-    with building(settings, without) as pipeline:
-        manifest = pipeline.bundle()
+    with building(settings, without) as run:
+        from dyexport.pipeline import build as pipeline
+
+        manifest = pipeline.build_bundle(run)
     work_bytes = sum(file.stat().st_size for file in Path(settings.work).rglob("*") if file.is_file())
     payload = {
         "bundle": str(settings.out),
@@ -73,7 +75,7 @@ def build_bundle(settings: BuildSettings, json: bool, without: frozenset[str] = 
         "work_bytes": work_bytes,
         **manifest.metrics,
         "flops_ratio": manifest.plan.flops_ratio,
-        "stages": pipeline.stage_report,
+        "stages": run.stage_report,
     }
     emit(payload, as_json=json, human=lambda console: console.print(pairs(_build_lines(payload)), *next_lines(payload)))
 

@@ -40,12 +40,15 @@ def calibrate(
 ) -> None:
     """Meet the budget and read widths and token counts off the routers, after fine-tuning if that is not done."""
     settings = settings_of(context)
-    with building(settings) as pipeline:
+    with building(settings) as run:
+        from dyexport.pipeline.build import calibrate_model
+
+        model = calibrate_model(run)
         payload = {
-            "checkpoint": str(pipeline.calibrated.path),
+            "checkpoint": str(model.path),
             "work": str(settings.work),
-            **pipeline.metrics,
-            "stages": pipeline.stage_report,
+            **model.metrics,
+            "stages": run.stage_report,
         }
     emit(payload, as_json=json, human=lambda console: console.print(pairs(_calibration_lines(payload))))
 

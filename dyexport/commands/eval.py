@@ -78,6 +78,8 @@ def _control(bundle: Path, work: Path | None) -> Path:
     from dyexport.verification.verify import find_reference
 
     work = find_reference(Bundle.open(bundle, check_hashes=False), work).parent
-    with building(BuildSettings.load(work), without=frozenset({"static", "synthetic", "dynamic"})) as pipeline:
-        assert pipeline.dynamic.reused
-        return pipeline.control.path
+    with building(BuildSettings.load(work), without=frozenset({"static", "synthetic", "dynamic"})) as run:
+        from dyexport.pipeline.build import finetune_model, train_control
+
+        finetune_model(run)  # raises unless the model of these settings is there
+        return train_control(run).path

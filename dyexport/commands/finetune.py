@@ -37,14 +37,15 @@ def finetune(
 ) -> None:
     """Attach routers to the dense model and train them under the budget: the first stages of a build."""
     settings = settings_of(context)
-    with building(settings) as pipeline:
-        from dyexport.pipeline.stages import trainable
+    with building(settings) as run:
+        from dyexport.pipeline.build import finetune_model
+        from dyexport.pipeline.steps import trainable
 
         payload: dict[str, Any] = {
-            "checkpoint": str(pipeline.dynamic.path),
+            "checkpoint": str(finetune_model(run).dynamic.path),
             "work": str(settings.work),
             **trainable(settings),
-            "stages": pipeline.stage_report,
+            "stages": run.stage_report,
         }
     lines = (("checkpoint", payload["checkpoint"]), *trainable_lines(payload), ("work directory", payload["work"]))
     emit(payload, as_json=json, human=lambda console: console.print(pairs(lines)))

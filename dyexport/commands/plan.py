@@ -53,9 +53,11 @@ def plan(
     Calibrates a model that is not calibrated yet; never trains.
     """
     settings = settings_of(context)
-    with building(settings, without=settings.slow_stages) as pipeline:
-        plans = [pipeline.priced(engines) for engines in PLANNED_ENGINES]
-        rows = [{**plan_costs(plan), "tensorrt": _predictions(pipeline.predicted(plan))} for plan in plans]
+    with building(settings, without=settings.slow_stages) as run:
+        from dyexport.pipeline.build import price_plans
+
+        plans = price_plans(run, PLANNED_ENGINES)
+    rows = [{**plan_costs(priced.plan), "tensorrt": _predictions(priced.tensorrt)} for priced in plans]
     formats = {"precision": settings.stored_precision, "quantization": settings.quantize}
     payload = {"model": settings.model, **formats, "plans": rows}
     emit(payload, as_json=json, human=lambda console: console.print(_plan_table(rows), *_tensorrt_lines(rows)))

@@ -16,7 +16,7 @@ from dyexport.console import Interrupted, StageLines, chatter_on_stderr, stderr
 from dyexport.errors import UsageError
 
 if TYPE_CHECKING:
-    from dyexport.pipeline.build import Pipeline
+    from dyexport.pipeline.run import Run
     from dyexport.pipeline.settings import BuildSettings
 
 
@@ -104,13 +104,13 @@ def stage_lines() -> Iterator[StageLines]:
 
 
 @contextmanager
-def building(settings: BuildSettings, without: frozenset[str] = frozenset()) -> Iterator[Pipeline]:
-    """Open the pipeline of a build. Stages in ``without`` must have been done before; they are not run."""
+def building(settings: BuildSettings, without: frozenset[str] = frozenset()) -> Iterator[Run]:
+    """Open a build. Stages in ``without`` must have been done before; they are not run."""
     with stage_lines() as lines:
         from dyexport.pipeline.build import opened
-        from dyexport.pipeline.stages import check_training
+        from dyexport.pipeline.steps import check_training
 
         if not without and (note := check_training(settings)):
             stderr().print(note, soft_wrap=True)
-        with opened(settings, lines, without=without) as pipeline:
-            yield pipeline
+        with opened(settings, lines, without=without) as run:
+            yield run

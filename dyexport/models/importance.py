@@ -12,14 +12,18 @@ from torch import Tensor
 
 from dyexport.backbones.base import Inputs
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.inputs import NoisedInputs
+from dyexport.models.inputs import NoisedInputs, Progress, no_progress
 
 PROBES = 4
 KEPT = 2**26  # elements of all blocks' outputs in a pass, for each of which going back needs some 100 bytes: 7 GB
 
 
 def unit_importance(
-    model: DynamicTransformer, inputs: NoisedInputs, timesteps: Sequence[float], probes: int = PROBES
+    model: DynamicTransformer,
+    inputs: NoisedInputs,
+    timesteps: Sequence[float],
+    probes: int = PROBES,
+    progress: Progress = no_progress,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Squared output change per unit, to first order: heads (T, L, H) and groups (T, L, G).
 
@@ -29,7 +33,8 @@ def unit_importance(
     """
     rows = min(len(timesteps), inputs.per_pass) * inputs.rows
     with _recomputing(model, enabled=rows * model.depth * inputs.preset.hidden_size > KEPT):
-        heads, groups = zip(*(_at(model, inputs, chunk, probes) for chunk in inputs.chunks(timesteps)), strict=True)
+        chunks = inputs.chunks(timesteps, progress)
+        heads, groups = zip(*(_at(model, inputs, chunk, probes) for chunk in chunks), strict=True)
     return torch.cat(heads).numpy(), torch.cat(groups).numpy()
 
 
@@ -71,13 +76,15 @@ def _probe(model: DynamicTransformer, inputs: Inputs, seed: int) -> tuple[Tensor
     return gradients[0].cpu(), gradients[1].cpu()
 
 
-def rank_units(model: DynamicTransformer, inputs: NoisedInputs, timesteps: Sequence[float]) -> None:
+def rank_units(
+    model: DynamicTransformer, inputs: NoisedInputs, timesteps: Sequence[float], progress: Progress = no_progress
+) -> None:
     """Reorder the units of every block, most important first, so that the unit forced on is the best one.
 
     The function computed by the complete model does not change. Routers, which refer to units by
     position, must not have been trained yet.
     """
-    scores = zip(("heads", "groups"), unit_importance(model, inputs, timesteps), strict=True)
+    scores = zip(("heads", "groups"), unit_importance(model, inputs, timesteps, progress=progress), strict=True)
     order = {name: torch.from_numpy(np.argsort(-found.mean(axis=0), kind="stable").copy()) for name, found in scores}
     for block in range(model.depth):
         model.adapter.permute_units(model.backbone, block, order["heads"][block], order["groups"][block])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,8 +17,12 @@ from dyexport.noise_schedule import DDPM_BETAS, DDPM_STEPS
 ROWS = 2048  # tokens of one pass, which bounds the memory that activations take
 
 
-def no_progress(done: int, total: int, detail: str = "") -> None:
-    """Progress that nobody asked for."""
+Progress = Callable[[int, int], None]
+"""A report of work: how much is done, of how much."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """Report to nobody."""
 
 
 def seeded_generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -30,22 +33,15 @@ def seeded_generator(*numbers: int, device: torch.device | str = "cpu") -> torch
 
 @dataclass(frozen=True, kw_only=True)
 class NoisedInputs:
-    """Draws inputs at any t, reproducibly: the same seed and t give the same tensors.
+    """Random inputs at any t: the same seed and t give the same tensors.
 
-    ``clean`` holds samples to draw from; without them the network is fed pure noise, which is what a
-    model with random weights deserves. ``advance`` is told how many timesteps of a pass over several are done, of how
-    many.
+    ``clean`` holds latents to which noise is added; without them the inputs are pure noise.
     """
 
     preset: Preset
     batch_size: int
     seed: int = 0
     clean: Batch | None = None
-    advance: Callable[..., None] = no_progress
-
-    def during(self, phase: str) -> NoisedInputs:
-        """The same for one phase of several, whose progress goes by its name."""
-        return replace(self, advance=partial(self.advance, detail=phase))
 
     def at(self, t: float, draw: int = 0, device: torch.device | str = "cpu") -> Inputs:
         return self.over((t,), draw, device)
@@ -69,12 +65,12 @@ class NoisedInputs:
         """Timesteps that one pass holds."""
         return max(ROWS // self.rows, 1)
 
-    def chunks(self, timesteps: Sequence[float]) -> Iterator[tuple[float, ...]]:
-        """Timesteps in groups as large as one pass holds: a streamed model reads its weights once for each group."""
+    def chunks(self, timesteps: Sequence[float], progress: Progress = no_progress) -> Iterator[tuple[float, ...]]:
+        """Yield timesteps in groups as large as one pass holds: a streamed model reads its weights once a group."""
         for start in range(0, len(timesteps), self.per_pass):
-            self.advance(start, len(timesteps))
+            progress(start, len(timesteps))
             yield tuple(timesteps[start : start + self.per_pass])
-        self.advance(len(timesteps), len(timesteps))
+        progress(len(timesteps), len(timesteps))
 
     def _draw(self, t: float, draw: int) -> Batch:
         generator = seeded_generator(self.seed, round(t * 1e6), draw)

@@ -1,4 +1,4 @@
-"""Putting the bundle together, whole or not at all."""
+"""Assembly of a bundle from the outputs of its stages, in one atomic step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from time import perf_counter
 from typing import NamedTuple
 
 from dyexport import __version__
@@ -14,59 +15,89 @@ from dyexport.bundle.manifest import (
     EngineRecord,
     FileRecord,
     Manifest,
-    ModelSpec,
     Reference,
     SegmentPlan,
 )
-from dyexport.bundle.reader import MANIFEST, Bundle, manifest_text
+from dyexport.bundle.reader import MANIFEST, RANGES, TOKENS, WIDTHS, Bundle, manifest_text
+from dyexport.calibration.quantization import Ranges
 from dyexport.digests import remember
 from dyexport.errors import BundleError, StorageError
+from dyexport.exporters.onnx_graph import STORE
 from dyexport.files import hard_linked, remove, replacing, storage_errors
-from dyexport.pipeline.ledger import Outcome, describe
+from dyexport.pipeline.export_stages import ENGINES, GRAPHS, CalibratedModel
+from dyexport.pipeline.file_records import describe, digest_of
+from dyexport.pipeline.ledger import Outcome
 from dyexport.pipeline.output import STAGING, staged
-from dyexport.pipeline.settings import BuildSettings
+from dyexport.pipeline.run import Run
+from dyexport.pipeline.targets import ONNX, TARGETS
 
 
 class Source(NamedTuple):
-    """Where a file of the bundle is taken from, and what it must be; ``moved`` where the disk shall hold it once."""
+    """Source of one file of the bundle, and its expected hash; ``linked``: hard-link it instead of copying."""
 
     path: Path
     record: FileRecord
-    moved: bool = False
+    linked: bool = False
 
     @classmethod
-    def of(cls, outcome: Outcome, name: str = ".", *, moved: bool = False) -> Source:
-        return cls(outcome.path / name, outcome.files[name], moved)
+    def of(cls, outcome: Outcome, name: str = ".", *, linked: bool = False) -> Source:
+        return cls(outcome.path / name, outcome.files[name], linked)
 
 
-def describe_bundle(
-    settings: BuildSettings,
-    spec: ModelSpec,
+def assemble_bundle(
+    run: Run,
+    model: CalibratedModel,
     plan: SegmentPlan,
-    files: Mapping[str, Source],
-    engines: Mapping[tuple[str, str], str],
-    reference: Outcome,
-    metrics: Mapping[str, float],
+    ranges: Outcome | None,
+    store: Outcome,
+    graphs: Mapping[str, Outcome],
+    engines: Mapping[str, Mapping[str, Outcome]],
 ) -> Manifest:
-    """The manifest of ``files``, which are named by their place in the bundle."""
-    return Manifest(
+    """Put the outputs of all stages together at ``settings.out``; ``engines`` are TensorRT plans by target."""
+    settings, start = run.settings, perf_counter()
+    linked = store.files["."].bytes >= settings.link_store_from
+    files = {f"{GRAPHS}/{STORE}": Source.of(store, linked=linked)}
+    files |= {name: Source.of(model.calibrated, name) for name in (WIDTHS, TOKENS) if name in model.calibrated.files}
+    files |= {f"{GRAPHS}/{outcome.path.name}": Source.of(outcome) for outcome in graphs.values()}
+    paths = {(ONNX, name): f"{GRAPHS}/{outcome.path.name}" for name, outcome in graphs.items()}
+    for target, plans in engines.items():
+        for name, outcome in plans.items():
+            folder = f"{ENGINES}/{target}/{name}"
+            files |= {f"{folder}/{part}": Source.of(outcome, part) for part in outcome.files}
+            paths[target, name] = f"{folder}/{TARGETS[target].file}"
+    if ranges is not None:
+        files[RANGES] = Source.of(ranges)
+        plan = plan.model_copy(update={"quantization_errors": Ranges.read(ranges.path).errors})
+    manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         dyexport_version=__version__,
-        model=spec,
+        model=model.spec,
         budget=settings.budget,
         plan=plan,
-        engines=tuple(EngineRecord(target=t, network=name, path=path) for (t, name), path in engines.items()),
-        reference=Reference(path=os.path.relpath(reference.path, settings.out), sha256=reference.digest),
-        metrics=dict(metrics),
+        engines=tuple(EngineRecord(target=t, network=name, path=path) for (t, name), path in paths.items()),
+        reference=Reference(path=os.path.relpath(model.path, settings.out), sha256=model.calibrated.digest),
+        metrics=dict(model.metrics),
         files={name: source.record for name, source in sorted(files.items())},
     )
+    reused = assemble(settings.out, manifest, files)
+    seconds = perf_counter() - start
+    outcome = Outcome(
+        path=settings.out,
+        files=manifest.files,
+        digest=digest_of(manifest.model_dump(mode="json")),
+        reused=reused,
+        seconds=seconds,
+        made_in=None if reused else round(seconds, 3),
+    )
+    run.ledger.note("bundle", outcome)
+    return manifest
 
 
 def assemble(out: Path, manifest: Manifest, files: Mapping[str, Source]) -> bool:
-    """Make ``out`` this bundle; returns whether it was so already.
+    """Make ``out`` this bundle; return whether it was so already.
 
-    A kill at any moment leaves the old bundle or the new one. Files that neither the new bundle nor the one before
-    it names stay where they are. A file that is moved leaves a link to where it went.
+    A kill at any moment leaves the old bundle or the new one. Files that neither of them names stay where they are. The
+    source of a linked file becomes a symbolic link to the file in the bundle.
     """
     current = _is_current(out, manifest)
     with storage_errors(out):
@@ -76,8 +107,8 @@ def assemble(out: Path, manifest: Manifest, files: Mapping[str, Source]) -> bool
             with staged(out, manifest.files) as staging:
                 _fill(staging, out, files)
                 (staging / MANIFEST).write_bytes(manifest_text(manifest))
-        moved = {name: source for name, source in files.items() if source.moved}
-        for name, source in moved.items():
+        linked = {name: source for name, source in files.items() if source.linked}
+        for name, source in linked.items():
             _leave_link(source.path, out / name)
             if not current:
                 remember(out / name, source.record.sha256)
@@ -92,11 +123,11 @@ def _is_current(out: Path, manifest: Manifest) -> bool:
 
 
 def _fill(staging: Path, out: Path, files: Mapping[str, Source]) -> None:
-    """Copy, or give a second name to what is moved."""
+    """Copy files, or hard-link those that are linked."""
     for name, source in files.items():
         place = staging / name
         place.parent.mkdir(parents=True, exist_ok=True)
-        if source.moved and _linked(source.path, place, out / name):
+        if source.linked and _linked(source.path, place, out / name):
             continue
         shutil.copyfile(source.path, place)
         if describe(place)["."] != source.record:
@@ -104,14 +135,14 @@ def _fill(staging: Path, out: Path, files: Mapping[str, Source]) -> None:
 
 
 def _linked(path: Path, place: Path, final: Path) -> bool:
-    """Give a file its name in staging, unless another bundle has it or it is on another disk."""
+    """Hard-link a file into the staging folder; False if another bundle has it or it is on another disk."""
     if path.is_symlink() and path.resolve() != final.resolve():
         return False
     return hard_linked(path.resolve(), place)
 
 
 def _leave_link(path: Path, final: Path) -> None:
-    """A moved file keeps one name: ONNX's checker refuses external data that has two."""
+    """Replace a linked file by a symbolic link: ONNX's checker refuses external data with two hard links."""
     if path.is_symlink() or not path.samefile(final):
         return
     with replacing(path, follow_symlinks=False) as link:

@@ -1,15 +1,14 @@
-"""What has been built, from what. A stage is redone when its inputs changed or its output is not what it was.
+"""The record of a work directory: which stages were made, and from which inputs.
 
-A stage writes under a temporary name beside its output, syncs, renames and is then recorded, so a
-kill at any moment loses at most the stage it hit.
+A stage is made again if its inputs changed or its output is not the recorded one. It writes under a temporary name
+next to its output, syncs, renames and is then recorded, so a kill at any moment loses at most the stage that it hits.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,10 @@ from typing import Any, Protocol
 from pydantic import Field, ValidationError
 
 from dyexport.bundle.manifest import FileRecord, Frozen
-from dyexport.digests import note, recall, remember, sha256_of
+from dyexport.digests import remember
 from dyexport.errors import UsageError
 from dyexport.files import replacing, storage_errors, write_atomically
+from dyexport.pipeline.file_records import damage, describe, digest_of
 from dyexport.pipeline.output import held
 from dyexport.pipeline.settings import SETTINGS
 from dyexport.training.processes import ProcessGroup, SingleProcess
@@ -35,7 +35,7 @@ LOCK = ".dyexport.lock"  # also what a work directory is known by
 
 
 class BuildListener(Protocol):
-    """Is told what a build is doing."""
+    """Receiver of a build's progress."""
 
     def started(self, stage: str, why: str) -> None: ...
 
@@ -45,7 +45,7 @@ class BuildListener(Protocol):
 
 
 class NullListener:
-    """A listener that says nothing."""
+    """A listener that ignores everything."""
 
     def started(self, stage: str, why: str) -> None: ...
 
@@ -56,11 +56,12 @@ class NullListener:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """``inputs`` are the settings that matter and the digests of what is read; ``make`` writes ``output`` where told.
+    """A step of a build that makes one file or directory, ``output``, relative to the work directory.
 
-    ``output`` is a file or a directory, relative to the work directory. With ``settings``, what the user chose,
-    outputs of other settings are kept next to it, under names that end in a digest of theirs; without them only the
-    latest is kept. Where processes work as a team, all of them make a ``shared`` stage, and the leader's output counts.
+    ``inputs`` are the settings that matter and the digests of what is read. ``make`` writes the output to the path that
+    it is called with. With the user's ``settings``, outputs of other settings are kept next to it, under names that end
+    in a digest of their settings; without them only the latest is kept. All processes of a group make a ``shared``
+    stage, and the output of the main process is kept.
     """
 
     name: str
@@ -73,9 +74,10 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """``digest`` identifies the contents of ``path``, a file ('.' in ``files``) or a directory.
+    """The output of a stage: ``path`` is a directory, or a file, which is '.' in ``files``.
 
-    ``seconds`` were spent now, ``made_in`` when it was made; None where a ledger of before does not tell.
+    ``digest`` identifies its contents. ``seconds`` were spent in this run, ``made_in`` when it was made; the latter is
+    None in ledgers written before durations were recorded.
     """
 
     path: Path
@@ -87,7 +89,7 @@ class Outcome:
 
 
 class Record(Frozen):
-    """What a stage was made from, what it made, and how long that took."""
+    """A finished stage: the digest of its inputs, its files, and the seconds that it took."""
 
     inputs: str
     files: dict[str, FileRecord]
@@ -101,7 +103,7 @@ class Record(Frozen):
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """``key`` is the name in the ledger; ``kept`` says what other settings made, where that is there too."""
+    """The place of an output; ``key`` is its name in the ledger, ``kept`` a remark on other outputs that are kept."""
 
     key: str
     output: str
@@ -113,7 +115,7 @@ class _Page(Frozen):
 
 
 class Ledger:
-    """The stages of one work directory; those named in ``without`` may be used but not redone."""
+    """The stages of one work directory; those named in ``without`` are used but not made."""
 
     def __init__(
         self,
@@ -121,27 +123,27 @@ class Ledger:
         listener: BuildListener,
         *,
         without: frozenset[str] = frozenset(),
-        team: ProcessGroup | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.work = work
-        self.team = team or SingleProcess()
+        self.group = group or SingleProcess()
         self.outcomes: dict[str, Outcome] = {}
         self._listener = listener
         self._without = without
-        self._lock = Lock()  # stages may run side by side
+        self._lock = Lock()  # several stages may run at the same time
 
     def run(self, stage: Stage) -> Outcome:
-        """Make the stage's output unless it is there, whole, and made from the same inputs."""
+        """Make the stage's output unless it is there, undamaged, and made from the same inputs."""
         inputs, begin = digest_of(stage.inputs), perf_counter()
         place = self._place(stage, inputs)
-        why = self.team.agree(self._stale(place, inputs) if self.team.leads else "")
+        why = self.group.broadcast(self._stale(place, inputs) if self.group.is_main_process else "")
         if why:
             self._listener.started(stage.name, why)
-            if self.team.leads:
+            if self.group.is_main_process:
                 self._redo(stage, place, inputs, why)
             elif stage.shared:
                 _help(stage)
-            self.team.agree("done")
+            self.group.broadcast("done")
         record = _read_page(self.work).stages[place.key]
         outcome = Outcome(
             path=self.work / place.output,
@@ -155,37 +157,43 @@ class Ledger:
         return outcome
 
     def check_allowed(self, name: str) -> None:
-        """Raise ``UsageError`` at once for a stage that may not run and was never done, before its inputs are read."""
+        """Raise ``UsageError`` for a stage that may not run and was never made, before its inputs are read."""
         if name in self._without and name not in self.records:
             raise _must_run_first(name, NOT_DONE)
 
     def _place(self, stage: Stage, inputs: str) -> _Place:
-        """Find the place of a stage's output: next to what other settings made, never instead of it."""
-        usual = _Place(key=stage.name, output=stage.output)
+        """Find the place of a stage's output: next to outputs of other settings, never instead of them."""
+        default = _Place(key=stage.name, output=stage.output)
         if stage.settings is None:
-            return usual
+            return default
         records, prefix = self.records, f"{stage.name} "
         others = (key for key in records if key.startswith(prefix))
-        for place in (usual, *(_beside(stage, key.removeprefix(prefix)) for key in others)):
+        for place in (default, *(_next_to(stage, key.removeprefix(prefix)) for key in others)):
             if place.key in records and records[place.key].inputs == inputs:  # a checkpoint that was moved is the same
                 return place
-        if usual.key not in records or _normal(records[usual.key].settings) == _normal(stage.settings):
-            return usual
-        kept = _contrast(stage.settings, records[usual.key].settings or {})
-        return _beside(stage, settings_key(stage.settings), kept)
+        if default.key not in records or _normal(records[default.key].settings) == _normal(stage.settings):
+            return default
+        kept = _contrast(stage.settings, records[default.key].settings or {})
+        return _next_to(stage, settings_key(stage.settings), kept)
 
     @property
     def records(self) -> dict[str, Record]:
-        """Every stage that was ever done here, as it was done last."""
+        """Every stage that was ever made here, as it was made last."""
         return _read_page(self.work).stages
 
+    def seconds_of(self, target: str) -> dict[str, float]:
+        """Return the seconds that plans of a target took, by network."""
+        prefix = f"{target} "
+        timed = {name: record.seconds for name, record in self.records.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): seconds for name, seconds in timed.items() if seconds is not None}
+
     def note(self, name: str, outcome: Outcome) -> None:
-        """Keep what came of a stage, and tell the listener."""
+        """Keep the outcome of a stage, and report it."""
         self.outcomes[name] = outcome
         self._listener.finished(name, outcome.seconds, reused=outcome.reused)
 
     def _stale(self, place: _Place, inputs: str) -> str:
-        """Why a stage must run; empty when it need not."""
+        """Return why a stage must run; '' if it need not."""
         record = _read_page(self.work).stages.get(place.key)
         if record is None:
             return f"{NOT_DONE}{place.kept}"
@@ -213,35 +221,35 @@ class Ledger:
 
 
 def _read_page(work: Path) -> _Page:
-    """A ledger that cannot be read says nothing is done; outputs are then made again."""
+    """Read the ledger; one that cannot be read is empty, and outputs are made again."""
     try:
         return _Page.model_validate_json((work / LEDGER).read_bytes())
     except (OSError, ValidationError):
         return _Page()
 
 
-def _beside(stage: Stage, settings: str, kept: str = "") -> _Place:
+def _next_to(stage: Stage, settings: str, kept: str = "") -> _Place:
     return _Place(key=f"{stage.name} {settings}", output=f"{stage.output}-{settings}", kept=kept)
 
 
 def settings_key(settings: Mapping[str, Any]) -> str:
-    """Tells what was made with these settings from what others made."""
+    """Return a short digest that distinguishes outputs of different settings."""
     return digest_of(settings)[:KEY_LENGTH]
 
 
 def _normal(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """As they are read back from a ledger."""
+    """Return settings as they are read back from a ledger."""
     return None if settings is None else json.loads(json.dumps(settings))
 
 
-def _contrast(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+def _contrast(settings: Mapping[str, Any], others: Mapping[str, Any]) -> str:
     """Name the first setting that differs, as a reason why the stage must run and what is kept."""
-    mine, before = _normal(ours) or {}, _normal(theirs) or {}
-    differing = [name for name in mine if mine[name] != before.get(name)]
+    now, before = _normal(settings) or {}, _normal(others) or {}
+    differing = [name for name in now if now[name] != before.get(name)]
     if not differing or differing[0] not in before:
-        return " with these settings; what others made is kept"
+        return " with these settings; what other settings made is kept"
     name = differing[0]
-    return f" with {name} {mine[name]}; what {name} {before[name]} made is kept"
+    return f" with {name} {now[name]}; what {name} {before[name]} made is kept"
 
 
 def _must_run_first(name: str, why: str) -> UsageError:
@@ -249,17 +257,17 @@ def _must_run_first(name: str, why: str) -> UsageError:
 
 
 def _help(stage: Stage) -> None:
-    """Take part in making a shared stage, and leave its output to the leader."""
+    """Take part in making a shared stage; the output of this process is not kept."""
     with TemporaryDirectory() as directory:
         stage.make(Path(directory) / Path(stage.output).name)
 
 
 @contextmanager
 def locked(work: Path) -> Iterator[None]:
-    """Hold the work directory; raises ``StorageError`` while another process does.
+    """Lock the work directory. Raises ``StorageError`` while another process holds it.
 
-    Stages replace what has the names of their outputs, so a directory of anything else is refused with ``UsageError``.
-    Where nothing was done, no directory is left behind.
+    Stages replace files that have the names of their outputs, so a directory of anything else is refused with
+    ``UsageError``. If no stage was made, no directory is left behind.
     """
     with storage_errors(work):
         work.mkdir(parents=True, exist_ok=True)
@@ -271,45 +279,3 @@ def locked(work: Path) -> Iterator[None]:
         finally:
             if {path.name for path in work.iterdir()} <= {LOCK, SETTINGS}:
                 shutil.rmtree(work)
-
-
-def digest_of_spans(path: Path, spans: Sequence[tuple[int, int]]) -> str:
-    """Identifies parts of a file, (offset, length) each; read once, as the file itself is."""
-    fact = f"spans {sha256_of(path)} {digest_of(list(spans))}"
-    if (known := recall(fact)) is not None:
-        return known
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for offset, length in spans:
-            file.seek(offset)
-            while length:
-                piece = file.read(min(length, 1 << 24))
-                digest.update(piece)
-                length -= len(piece)
-    note(fact, digest.hexdigest())
-    return digest.hexdigest()
-
-
-def digest_of(value: Any) -> str:
-    """Identifies a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def describe(path: Path) -> dict[str, FileRecord]:
-    """Every file below ``path``, or ``path`` itself under the name '.'."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return {
-        str(file.relative_to(path)): FileRecord(sha256=sha256_of(file), bytes=file.stat().st_size) for file in files
-    }
-
-
-def damage(path: Path, files: Mapping[str, FileRecord]) -> Iterator[str]:
-    """What differs between ``path`` and what was recorded of it."""
-    for name, record in files.items():
-        file = path / name
-        if not file.is_file():
-            yield f"{file} is missing"
-        elif file.stat().st_size != record.bytes or sha256_of(file) != record.sha256:
-            yield f"{file} is damaged"
-    found = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
-    yield from (f"{path / name} is not of this build" for name in sorted(found - files.keys()))

@@ -1,27 +1,23 @@
-"""The stages that make the model: from a checkpoint to the calibrated reference, each recorded in the ledger."""
+"""The stages that make a model: from a checkpoint to the calibrated reference, each recorded in the ledger."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict, replace
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dyexport.backbones.recipe import Schedule
-from dyexport.bundle.manifest import ModelSpec
-from dyexport.bundle.tables import TokenStats, WidthTable
 from dyexport.calibration.precision import headroom
 from dyexport.checkpoints.locate import CONFIG
 from dyexport.digests import sha256_of
-from dyexport.files import remove
 from dyexport.lora import LoraFile, lora_sources
-from dyexport.models.inputs import NoisedInputs
-from dyexport.pipeline import reference, stages
-from dyexport.pipeline.ledger import BuildListener, Ledger, Outcome, Stage, describe, digest_of, settings_key
-from dyexport.pipeline.settings import BuildSettings
+from dyexport.pipeline import calibrate, steps
+from dyexport.pipeline.file_records import describe, digest_of
+from dyexport.pipeline.ledger import Outcome
+from dyexport.pipeline.run import Run
+from dyexport.pipeline.settings import SYNTHETIC
 from dyexport.pipeline.stage_settings import (
     calibrated_settings,
     control_settings,
@@ -29,224 +25,150 @@ from dyexport.pipeline.stage_settings import (
     dynamic_settings,
     static_settings,
 )
-from dyexport.training.data import LatentSource
-from dyexport.training.processes import ProcessGroup
+from dyexport.training.data import LatentSource, open_source
 from dyexport.training.prompts import read_prompts
 
 
-class ModelStages:
-    """The stages of one build. Each method runs what it needs first; what is up to date is only checked."""
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Training and calibration data; without a ``source``, calibration uses noise."""
 
-    def __init__(
-        self,
-        settings: BuildSettings,
-        listener: BuildListener,
-        *,
-        without: frozenset[str] = frozenset(),
-        team: ProcessGroup | None = None,
-    ) -> None:
-        logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # says of every weight that it has no value yet
-        self.settings = settings
-        self.listener = listener
-        self.ledger = Ledger(settings.work, listener, without=without, team=team)
-
-    @cached_property
-    def static(self) -> Outcome:
-        """The static model, as a diffusers directory."""
-        self.ledger.check_allowed("static")
-        self._check_given()  # before a download
-        chosen = static_settings(self.settings)
-        source = stages.checkpoint_source(self.settings)
-        inputs: dict[str, Any] = {"model": self.settings.model, "seed": self.settings.seed}
-        if source is not None:
-            inputs = {"model": self.settings.model, "checkpoint": _contents(source)}
-            if self.settings.loras:  # left out otherwise: without them, all is as before
-                inputs["loras"] = sorted(_lora_key(lora) for lora in self.settings.loras)
-        elif self.settings.from_scratch:
-            inputs |= self._training(self.settings.static_schedule)
-        scratch = self._scratch("static", chosen)
-        data = self.data if self.settings.from_scratch else None
-        make = partial(stages.make_static, self.settings, source, data, scratch, self._trained("static"))
-        return self._run("static", "static", inputs, make, chosen, scratch, shared=True)
-
-    def _check_given(self) -> None:
-        """Raise ``DataError`` for data and prompts that cannot be used."""
-        if self.settings.data_source not in (None, "synthetic"):
-            self.data  # noqa: B018
-        if self.settings.prompts is not None:
-            read_prompts(self.settings.prompts)
-
-    @cached_property
-    def dynamic(self) -> Outcome:
-        """The dynamic checkpoint, before it is moved onto the budget."""
-        routers, chosen = self.settings.routers, dynamic_settings(self.settings)
-        inputs: dict[str, Any] = {"static": self.static.digest, "routers": routers, "seed": self.settings.seed}
-        if self.settings.router != "free":  # left out otherwise: work of before there was a choice stays valid
-            inputs["router"] = self.settings.router
-        if self.settings.lora is not None:
-            inputs["td_lora"] = self.settings.lora.model_dump()
-        if routers == "given":
-            inputs["checkpoint"] = _contents(Path(str(self.settings.checkpoint)))
-        elif routers != "random":
-            inputs["data"] = self._data_digest
-        if routers == "trained":
-            inputs |= {"budget": self.settings.budget, "distill": self.settings.recipe.distill}
-            inputs |= self._training(self.settings.finetune_schedule)
-        scratch = self._scratch("dynamic", chosen)
-        source = self.data if routers in ("trained", "none") and self.settings.data_source else None
-        make = partial(stages.make_dynamic, self.settings, self.static.path, source, scratch, self._trained("dynamic"))
-        return self._run("dynamic", "dynamic", inputs, make, chosen, scratch, shared=True)
-
-    @cached_property
-    def calibrated(self) -> Outcome:
-        """The reference model on budget, with its width table and token statistics."""
-        inputs: dict[str, Any] = {
-            "static": self.static.digest,
-            "dynamic": self.dynamic.digest,
-            "data": self._data_digest,
-        }
-        inputs |= {"budget": self.settings.budget, "routers": self.settings.routers, "seed": self.settings.seed}
-        if self.settings.calibrates_in_bf16:  # left out otherwise: work of before there was a choice stays valid
-            inputs["products"] = "bf16"
-
-        def make(out: Path) -> None:
-            inputs = self.calibration_inputs("calibrate")
-            reference.make_calibrated(self.settings, self.static.path, self.dynamic.path, inputs, out)
-
-        return self._run("calibrate", "calibrated", inputs, make, calibrated_settings(self.settings))
-
-    @cached_property
-    def control(self) -> Outcome:
-        """The static model trained on for as long as the dynamic one was: what fine-tuning alone would have given."""
-        pace, chosen = self.settings.finetune_schedule, control_settings(self.settings)
-        inputs = {"static": self.static.digest, "seed": self.settings.seed, **self._training(pace)}
-        scratch = self._scratch("control", chosen)
-
-        def make(out: Path) -> None:
-            stages.make_control(self.settings, self.static.path, self.data, scratch, self._trained("control"), out)
-
-        return self._run("control", "control", inputs, make, chosen, scratch, shared=True)
-
-    @cached_property
-    def headroom(self) -> dict[str, float]:
-        """How far from overflow the model stays in fp16, if that is asked for. Raises ``UsageError`` where it fails."""
-        if self.settings.stored_precision != "fp16":
-            return {}
-        inputs = {"calibrated": self.calibrated.digest, "data": self._data_digest, "seed": self.settings.seed}
-
-        def make(out: Path) -> None:
-            inputs = self.calibration_inputs("precision")
-            reference.make_magnitudes(self.settings, self.calibrated.path, inputs, out)
-
-        outcome = self._run("precision", "magnitudes.json", inputs, make)
-        return {"fp16_headroom": headroom(reference.read_metrics(outcome.path))}
-
-    @cached_property
-    def tables(self) -> tuple[ModelSpec, WidthTable, TokenStats | None]:
-        settings = self.settings
-        path, precision = self.calibrated.path, settings.stored_precision
-        return reference.read_calibrated(path, settings.preset, precision, settings.quantize)
+    source: LatentSource | None
 
     @property
-    def metrics(self) -> dict[str, float]:
-        """What calibration measured."""
-        return {**reference.read_metrics(self.calibrated.path / reference.METRICS), **self.headroom}
+    def digest(self) -> str:
+        return digest_of(None if self.source is None else [self.source.name, len(self.source)])
 
-    @property
-    def stage_report(self) -> dict[str, dict[str, Any]]:
-        """What was done and what was not, stage by stage; seconds now, and when it was made."""
-        return {
-            name: {
-                "status": "reused" if outcome.reused else "done",
-                "seconds": round(outcome.seconds, 3),
-                "made_in": outcome.made_in,
-            }
-            for name, outcome in self.ledger.outcomes.items()
-        }
 
-    @cached_property
-    def data(self) -> LatentSource:
-        """Training and calibration data; call only where ``settings.data_source`` says there is some."""
-        return stages.open_data(self.settings, self._synthetic)
+def open_given_data(run: Run) -> Data | None:
+    """Open data that exist; None if they are sampled later. Raises ``DataError`` for data and prompts it cannot use."""
+    settings = run.settings
+    if settings.prompts is not None:
+        read_prompts(settings.prompts)
+    if settings.data_source == SYNTHETIC:
+        return None
+    return Data(source=None if settings.data_source is None else open_source(settings.data_source, settings.preset))
 
-    def calibration_inputs(self, stage: str) -> NoisedInputs:
-        """For a stage, whose progress they tell."""
-        inputs = stages.calibration_inputs(self.settings, self.data if self.settings.data_source else None)
-        return replace(inputs, advance=partial(self.listener.advanced, stage))
 
-    @property
-    def _data_digest(self) -> str:
-        return digest_of([self.data.name, len(self.data)] if self.settings.data_source else None)
+def static_model(run: Run, source: Path | None, data: Data | None) -> Outcome:
+    """Make the static model, a diffusers directory, from the checkpoint ``source``, on ``data``, or at random."""
+    settings, chosen = run.settings, static_settings(run.settings)
+    inputs: dict[str, Any] = {"model": settings.model, "seed": settings.seed}
+    training_data: LatentSource | None = None
+    if source is not None:
+        inputs = {"model": settings.model, "checkpoint": _contents(source)}
+        if settings.loras:  # omitted without them, so that older ledgers stay valid
+            inputs["loras"] = sorted(_lora_key(lora) for lora in settings.loras)
+    elif settings.from_scratch:
+        assert data is not None
+        training_data = data.source
+        inputs |= _training(settings.static_schedule, data)
+    scratch = run.scratch("static", chosen)
+    make = partial(steps.make_static, settings, source, training_data, scratch, run.training_progress("static"))
+    return run.stage("static", "static", inputs, make, chosen=chosen, scratch=scratch, shared=True)
 
-    @cached_property
-    def _synthetic(self) -> Path:
-        """Where synthetic data lies; it is made only if the settings ask for it."""
-        if self.settings.data_source != "synthetic":
-            return self.settings.work / "synthetic"
-        chosen = {**static_settings(self.settings), **data_settings(self.settings)}
-        source, scratch = stages.checkpoint_source(self.settings), self._scratch("synthetic", chosen)
-        prompts = self._prompts_digest(source)
-        sampling = asdict(self.settings.sampling)
-        inputs = {"static": self.static.digest, "sampling": sampling, "prompts": prompts}
-        progress = partial(self.listener.advanced, "synthetic")
-        make = partial(stages.make_synthetic, self.settings, self.static.path, source, prompts, scratch, progress)
-        return self._run("synthetic", "synthetic", inputs, make, chosen, scratch).path
 
-    def _prompts_digest(self, source: Path | None) -> str:
-        """Identifies embedded prompts: by their texts and what embeds them."""
-        encoders = stages.text_encoders(self.settings, source)
-        if encoders is None:
-            return ""
-        kinds = ("text_encoder*", "tokenizer*", "model_index.json")
-        parts = sorted(path for kind in kinds for path in Path(encoders).glob(kind))
-        return digest_of([[_contents(part) for part in parts] or encoders, read_prompts(self.settings.prompts)])
+def synthetic_data(run: Run, source: Path | None, static: Outcome) -> Data:
+    """Sample data from the static model."""
+    settings = run.settings
+    chosen = {**static_settings(settings), **data_settings(settings)}
+    scratch, prompts = run.scratch("synthetic", chosen), _prompts_digest(run, source)
+    inputs = {"static": static.digest, "sampling": asdict(settings.sampling), "prompts": prompts}
+    progress = run.progress("synthetic")
+    make = partial(steps.make_synthetic, settings, static.path, source, prompts, scratch, progress)
+    outcome = run.stage("synthetic", "synthetic", inputs, make, chosen=chosen, scratch=scratch)
+    return Data(source=open_source(str(outcome.path), settings.preset))
 
-    def _training(self, pace: Schedule) -> dict[str, Any]:
-        return {"schedule": asdict(pace), "data": self._data_digest}
 
-    def _trained(self, stage: str) -> Any:
-        def progress(done: int, total: int, metrics: Mapping[str, float]) -> None:
-            detail = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-            self.listener.advanced(stage, done, total, detail)
+def _prompts_digest(run: Run, source: Path | None) -> str:
+    """Identify embedded prompts by their texts and by what embeds them."""
+    encoders = steps.text_encoders(run.settings, source)
+    if encoders is None:
+        return ""
+    kinds = ("text_encoder*", "tokenizer*", "model_index.json")
+    parts = sorted(path for kind in kinds for path in Path(encoders).glob(kind))
+    return digest_of([[_contents(part) for part in parts] or encoders, read_prompts(run.settings.prompts)])
 
-        return progress
 
-    def _scratch(self, stage: str, chosen: Mapping[str, Any]) -> Path:
-        """Return the folder in which a stage keeps what it needs to resume."""
-        return self.settings.work / "training" / f"{stage}-{settings_key(chosen)}"
+def dynamic_model(run: Run, static: Outcome, data: Data) -> Outcome:
+    """Make the dynamic checkpoint, before it is moved onto the budget."""
+    settings, chosen = run.settings, dynamic_settings(run.settings)
+    routers = settings.routers
+    inputs: dict[str, Any] = {"static": static.digest, "routers": routers, "seed": settings.seed}
+    if settings.router != "free":  # omitted at the default, so that older ledgers stay valid
+        inputs["router"] = settings.router
+    if settings.lora is not None:
+        inputs["td_lora"] = settings.lora.model_dump()
+    if routers == "given":
+        inputs["checkpoint"] = _contents(Path(str(settings.checkpoint)))
+    elif routers != "random":
+        inputs["data"] = data.digest
+    if routers == "trained":
+        inputs |= {"budget": settings.budget, "distill": settings.recipe.distill}
+        inputs |= _training(settings.finetune_schedule, data)
+    scratch = run.scratch("dynamic", chosen)
+    progress = run.training_progress("dynamic")
+    make = partial(steps.make_dynamic, settings, static.path, data.source, scratch, progress)
+    return run.stage("dynamic", "dynamic", inputs, make, chosen=chosen, scratch=scratch, shared=True)
 
-    def _run(
-        self,
-        name: str,
-        output: str,
-        inputs: Mapping[str, Any],
-        make: Any,
-        chosen: Mapping[str, Any] | None = None,
-        scratch: Path | None = None,
-        *,
-        shared: bool = False,
-    ) -> Outcome:
-        """With settings ``chosen``, what others made is kept next to this.
 
-        ``scratch``, where there is one, is what a stopped run resumes from: of no use once it is done.
-        """
-        stage = Stage(name=name, output=output, inputs=inputs, make=make, settings=chosen, shared=shared)
-        outcome = self.ledger.run(stage)
-        if scratch is not None and self.ledger.team.leads:
-            remove(scratch)
-            with suppress(OSError):  # the folder of another run's scratch stays
-                scratch.parent.rmdir()
-        return outcome
+def control_model(run: Run, static: Outcome, data: Data) -> Outcome:
+    """Train the static model for as long as the dynamic one: the effect of training alone."""
+    settings, chosen = run.settings, control_settings(run.settings)
+    inputs = {"static": static.digest, "seed": settings.seed, **_training(settings.finetune_schedule, data)}
+    scratch, progress = run.scratch("control", chosen), run.training_progress("control")
+    assert data.source is not None
+    make = partial(steps.make_control, settings, static.path, data.source, scratch, progress)
+    return run.stage("control", "control", inputs, make, chosen=chosen, scratch=scratch, shared=True)
+
+
+def calibrated_model(run: Run, static: Outcome, dynamic: Outcome, data: Data) -> Outcome:
+    """Make the reference model, on budget, with its width table and token statistics."""
+    settings = run.settings
+    inputs: dict[str, Any] = {"static": static.digest, "dynamic": dynamic.digest, "data": data.digest}
+    inputs |= {"budget": settings.budget, "routers": settings.routers, "seed": settings.seed}
+    if settings.calibrates_in_bf16:  # omitted at the default, so that older ledgers stay valid
+        inputs["products"] = "bf16"
+
+    def make(out: Path) -> None:
+        drawn = steps.calibration_inputs(settings, data.source)
+        phases = partial(run.progress, "calibrate")
+        calibrate.make_calibrated(settings, static.path, dynamic.path, drawn, phases, out)
+
+    return run.stage("calibrate", "calibrated", inputs, make, chosen=calibrated_settings(settings))
+
+
+def fp16_headroom(run: Run, calibrated: Outcome, data: Data) -> dict[str, float]:
+    """Measure how far from overflow the model stays in fp16; {} for a bundle of another precision.
+
+    Raises ``UsageError`` if it overflows.
+    """
+    settings = run.settings
+    if settings.stored_precision != "fp16":
+        return {}
+    inputs = {"calibrated": calibrated.digest, "data": data.digest, "seed": settings.seed}
+
+    def make(out: Path) -> None:
+        drawn = steps.calibration_inputs(settings, data.source)
+        calibrate.make_magnitudes(settings, calibrated.path, drawn, run.progress("precision"), out)
+
+    outcome = run.stage("precision", "magnitudes.json", inputs, make)
+    return {"fp16_headroom": headroom(calibrate.read_metrics(outcome.path))}
+
+
+def _training(schedule: Schedule, data: Data) -> dict[str, Any]:
+    return {"schedule": asdict(schedule), "data": data.digest}
 
 
 def _lora_key(lora: LoraFile) -> tuple[list[str], float]:
-    """Identifies a LoRA by contents and scale; their order makes no difference."""
+    """Identify a LoRA by contents and scale; the order of several makes no difference."""
     return [sha256_of(file) for file in lora_sources(lora.file)], lora.scale
 
 
 def _contents(source: Path) -> str:
     """Identify a checkpoint by what is read of it, not by its path; the config of a file may lie next to it."""
-    found = {name: record.sha256 for name, record in describe(source).items()}
+    records: Mapping[str, Any] = describe(source)
+    digests = {name: record.sha256 for name, record in records.items()}
     if source.is_file() and (config := source.with_name(CONFIG)).is_file():
-        found[CONFIG] = sha256_of(config)
-    return digest_of(found)
+        digests[CONFIG] = sha256_of(config)
+    return digest_of(digests)

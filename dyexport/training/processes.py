@@ -1,4 +1,4 @@
-"""Several processes on one build, as ``accelerate launch`` starts them: one leads, all train."""
+"""Several processes on one build, as ``accelerate launch`` starts them: all train, one does the rest."""
 
 from __future__ import annotations
 
@@ -6,35 +6,39 @@ import os
 from datetime import timedelta
 from typing import Any, Protocol
 
-PATIENCE = timedelta(days=2)  # followers wait while the leader samples or calibrates
+PATIENCE = timedelta(days=2)  # the others wait while the main process samples data
 
 
 class ProcessGroup(Protocol):
-    """``leads`` is true in exactly one process, which alone writes to the work directory."""
+    """The processes of a run; ``is_main_process`` is true in one of them, which alone writes to the work directory."""
 
-    leads: bool
+    is_main_process: bool
 
-    def agree(self, value: str) -> str:
-        """The leader's value, in every process; they go on together."""
+    def broadcast(self, value: str) -> str:
+        """Wait for all processes, and return the main process's value in each."""
 
 
 class SingleProcess:
-    leads = True
+    """A run in one process."""
 
-    def agree(self, value: str) -> str:
+    is_main_process = True
+
+    def broadcast(self, value: str) -> str:
         return value
 
 
-class Processes:
+class AccelerateProcesses:
+    """The processes that ``accelerate launch`` started."""
+
     def __init__(self) -> None:
         from accelerate import PartialState
         from accelerate.utils import parse_flag_from_env
 
-        # Unless told, PartialState does not look where Accelerator does for whether to train on CPUs.
+        # By default PartialState ignores the variable by which Accelerator decides to train on CPUs.
         state: Any = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
-        self.leads = bool(state.is_main_process)
+        self.is_main_process = bool(state.is_main_process)
 
-    def agree(self, value: str) -> str:
+    def broadcast(self, value: str) -> str:
         from accelerate.utils import broadcast_object_list
 
         values = [value]
@@ -43,4 +47,5 @@ class Processes:
 
 
 def find_process_group() -> ProcessGroup:
-    return Processes() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else SingleProcess()
+    """Return the processes that this one was started with."""
+    return AccelerateProcesses() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else SingleProcess()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dyexport.backbones.base import Inputs
 from dyexport.bundle.reader import Bundle
-from dyexport.pipeline import reference
+from dyexport.pipeline import calibrate
 from dyexport.pipeline.networks import cut_networks
 from dyexport.runtime.routing import Route, route
 from dyexport.slicing.slicer import Slice, SliceContext
@@ -56,7 +56,7 @@ def compare_layers(bundle: Bundle, directory: Path, truth: ReferenceModel, toler
     manifest, widths, stats = bundle.manifest, bundle.widths, bundle.token_stats
     context = SliceContext.of(manifest.model, widths, stats)
     networks = cut_networks(context, widths, manifest.plan.segments, baseline=False, own_dense="nothing")
-    read, paths = reference.calibrated_reader(directory, manifest.model), bundle.engine_paths("onnx")
+    read, paths = calibrate.calibrated_reader(directory, manifest.model), bundle.engine_paths("onnx")
     conditioning, segments = networks[-1], networks[:-1]
     condition = conditioning.slice.load(read)
     layers: list[LayerErrors] = []

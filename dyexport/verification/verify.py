@@ -27,7 +27,7 @@ from dyexport.checkpoints.dynamic import load_dynamic
 from dyexport.checkpoints.streaming import must_stream
 from dyexport.errors import BundleError, UsageError
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.pipeline.ledger import describe, digest_of
+from dyexport.pipeline.file_records import describe, digest_of
 from dyexport.presets import get_preset
 from dyexport.runtime.loading import load
 from dyexport.runtime.routing import route

@@ -10,7 +10,8 @@ from dyexport.bench.evaluation import SamplingConfig
 from dyexport.bundle.reader import Bundle
 from dyexport.console import StageLines
 from dyexport.demo import DemoReport, demo_settings, run_demo
-from dyexport.pipeline.build import Pipeline
+from dyexport.pipeline.build import build_bundle
+from dyexport.pipeline.run import Run
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import PRESETS
 from tests.factories import tiny_preset
@@ -38,7 +39,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
         settings = BuildSettings(
             model=preset.name, out=root, work=root.with_suffix(".work"), budget=0.5, random_weights=True, engines=2
         )
-        Pipeline(settings, StageLines()).bundle()
+        build_bundle(Run(settings, StageLines()))
     return Bundle.open(root)
 
 

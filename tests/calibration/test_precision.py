@@ -15,7 +15,7 @@ from dyexport.errors import EngineMismatchError, UsageError
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
-from dyexport.pipeline.build import opened
+from dyexport.pipeline.build import opened, price_plans
 from dyexport.pipeline.ledger import NullListener
 from dyexport.presets import get_preset
 from dyexport.runtime.loading import load
@@ -114,6 +114,6 @@ def test_a_bf16_bundle_says_what_cannot_run_it(tmp_path: Path) -> None:
 
 
 def test_half_precision_takes_fewer_bytes(half: Bundle, tmp_path: Path) -> None:
-    with opened(tiny_settings(tmp_path, token_path="masked"), NullListener()) as pipeline:
-        whole = pipeline.priced(2)
+    with opened(tiny_settings(tmp_path, token_path="masked"), NullListener()) as run:
+        whole = price_plans(run, [2])[0].plan
     assert half.manifest.plan.disk_bytes < 0.7 * whole.disk_bytes

@@ -14,7 +14,7 @@ from dyexport.errors import BudgetError
 from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
-from dyexport.pipeline.build import opened
+from dyexport.pipeline.build import calibrate_model, opened, price_plans
 from dyexport.pipeline.ledger import NullListener
 from tests.factories import random_timesteps, shared_tiny_model, tiny_model, tiny_preset
 from tests.pipeline.tiny import tiny_settings
@@ -114,8 +114,8 @@ def test_ordered_widths_nest_and_share_a_store(tmp_path: Path) -> None:
     plans = {}
     for router in ("free", "ordered"):
         settings = tiny_settings(tmp_path / router, finetune_steps=0, router=router)
-        with opened(settings, NullListener()) as pipeline:
-            plans[router], (_, table, _) = pipeline.priced(4), pipeline.tables
+        with opened(settings, NullListener()) as run:
+            plans[router], (_, table, _) = price_plans(run, [4])[0].plan, calibrate_model(run).tables
     for masks in (table.heads, table.groups):
         counts = masks.sum(axis=-1)  # (T, L)
         for block in range(masks.shape[1]):

@@ -12,7 +12,7 @@ from dyexport.bundle.manifest import Manifest
 from dyexport.bundle.reader import MANIFEST, WIDTHS, Bundle
 from dyexport.errors import StorageError, UsageError
 from dyexport.pipeline.assemble import Source, assemble
-from dyexport.pipeline.ledger import describe
+from dyexport.pipeline.file_records import describe
 from dyexport.pipeline.output import STAGING, check_ours, locked_output
 from tests.bundle.test_reader import GRAPH, manifest_of, root
 from tests.pipeline.tiny import hashes
@@ -116,7 +116,7 @@ def test_a_kill_between_old_and_new_leaves_no_bundle_and_is_mended(root: Path, o
 def moving(root: Path) -> tuple[Manifest, dict[str, Source]]:
     """One file is moved, as a large model's store is."""
     manifest, files = parts(root)
-    return manifest, {**files, MOVED: files[MOVED]._replace(moved=True)}
+    return manifest, {**files, MOVED: files[MOVED]._replace(linked=True)}
 
 
 def test_a_moved_file_is_on_the_disk_once(root: Path, out: Path) -> None:

@@ -13,7 +13,7 @@ from dyexport.bundle.manifest import Manifest
 from dyexport.bundle.reader import Bundle
 from dyexport.files import PARTIAL, remove
 from dyexport.pipeline.assemble import assemble
-from dyexport.pipeline.build import opened
+from dyexport.pipeline.build import build_bundle, opened
 from dyexport.pipeline.output import locked_output
 from tests.bundle.test_reader import GRAPH, root
 from tests.pipeline.faults import Fault, Writes, each_write
@@ -96,8 +96,8 @@ def test_a_build_goes_on_from_any_write_that_failed(start: Start, tmp_path: Path
     shutil.copytree(start.folder, tmp_path / "place")
 
     def work(writes: Writes) -> None:
-        with opened(settings, writes) as pipeline:
-            pipeline.bundle()
+        with opened(settings, writes) as run:
+            build_bundle(run)
 
     seen = set()
     for change, end in each_write(tmp_path / "place", fault, work):

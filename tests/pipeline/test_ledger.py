@@ -9,7 +9,8 @@ import pytest
 
 from dyexport.errors import StorageError, UsageError
 from dyexport.files import check_writable
-from dyexport.pipeline.ledger import LEDGER, Ledger, Outcome, Stage, digest_of, locked
+from dyexport.pipeline.file_records import digest_of
+from dyexport.pipeline.ledger import LEDGER, Ledger, Outcome, Stage, locked
 
 
 class Log:
@@ -168,12 +169,12 @@ def test_a_stage_that_may_not_run_must_be_done(tmp_path: Path) -> None:
 class Follower:
     """A process that is not the leader, told what the leader decided."""
 
-    leads = False
+    is_main_process = False
 
     def __init__(self, why: str) -> None:
         self.why = why
 
-    def agree(self, value: str) -> str:
+    def broadcast(self, value: str) -> str:
         return self.why
 
 
@@ -186,10 +187,10 @@ def test_followers_make_shared_stages_and_keep_nothing(tmp_path: Path) -> None:
         made.append(out)
 
     stage = Stage(name="make", output="made", inputs={"setting": 1}, make=make, shared=True)
-    assert Ledger(tmp_path, Log(), team=Follower("not done yet")).run(stage).digest == digest
+    assert Ledger(tmp_path, Log(), group=Follower("not done yet")).run(stage).digest == digest
     assert len(made) == 1
     assert not made[0].exists()
-    Ledger(tmp_path, Log(), team=Follower("")).run(stage)
+    Ledger(tmp_path, Log(), group=Follower("")).run(stage)
     assert len(made) == 1
 
 

@@ -23,7 +23,8 @@ from dyexport.errors import CheckpointError, UsageError
 from dyexport.lora import LoraFile, LoraSpec
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone
-from dyexport.pipeline.build import opened
+from dyexport.pipeline.build import calibrate_model, finetune_model, make_static_model, opened, price_plans
+from dyexport.pipeline.export_stages import planned_networks, segment_plan
 from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.networks import STATIC_PREFIX
 from dyexport.pipeline.settings import BuildSettings
@@ -100,8 +101,10 @@ def test_one_with_biases_has_the_static_model_as_its_dense_network(tmp_path: Pat
         truth, moved_on = static(*inputs).sample, tuned(*inputs).sample
     assert (load(bundle.root, dense=True)(*inputs).sample - truth).abs().max() < 1e-5
     assert (moved_on - truth).abs().max() > 1e-4
-    with opened(settings, NullListener()) as pipeline:
-        dense = next(network for network in pipeline.networks if network.name == DENSE)
+    with opened(settings, NullListener()) as run:
+        model = calibrate_model(run)
+        networks = planned_networks(settings, model, bundle.manifest.plan)
+        dense = next(network for network in networks if network.name == DENSE)
     sources = {source for recipe in dense.slice.recipes.values() for source in recipe.sources}
     stored_again = {source for source in sources if source.startswith(STATIC_PREFIX)}
     assert stored_again == {source for source in sources if source.endswith(".bias")} != set()
@@ -163,8 +166,8 @@ def test_their_biases_can_be_trained_too(model: str, tmp_path: Path, monkeypatch
 
 def test_what_costs_too_much_is_not_merged(tmp_path: Path) -> None:
     loose = tiny_settings(tmp_path, td_lora=SPEC, engines=3, merge_tolerance=1.0)
-    with opened(loose, NullListener()) as pipeline:
-        errors = pipeline.plan.merge_errors
+    with opened(loose, NullListener()) as run:
+        errors = segment_plan(run, calibrate_model(run)).merge_errors
     assert len(set(errors)) == 3
     between = sorted(errors)[1]
     bundle = build(replace(loose, merge_tolerance=between))
@@ -184,8 +187,8 @@ def test_it_is_part_of_what_a_build_is_made_from(tmp_path: Path) -> None:
     settings = tiny_settings(tmp_path, td_lora=SPEC)
     digests = []
     for spec in (SPEC, replace_alpha(SPEC), None, SPEC):
-        with opened(replace(settings, td_lora=spec), NullListener()) as pipeline:
-            digests.append(pipeline.dynamic.digest)
+        with opened(replace(settings, td_lora=spec), NullListener()) as run:
+            digests.append(finetune_model(run).dynamic.digest)
     assert len(set(digests)) == 3
     assert digests[0] == digests[3]
 
@@ -308,8 +311,9 @@ def test_what_is_read_decides_whether_they_are_merged_again(tmp_path: Path) -> N
     ]
 
     def made(*loras: LoraFile) -> tuple[bool, str]:
-        with opened(replace(plain, loras=loras), NullListener()) as pipeline:
-            return not pipeline.static.reused, pipeline.static.digest
+        with opened(replace(plain, loras=loras), NullListener()) as run:
+            static = make_static_model(run).static
+            return not static.reused, static.digest
 
     first = LoraFile(file=lora_of_ones(names[0], lora_alpha=2))
     second = LoraFile(file=lora_of_ones(names[1], lora_alpha=3), scale=0.5)
@@ -353,11 +357,11 @@ def test_one_for_the_conditioning_of_flux_reaches_the_engines(tmp_path: Path) ->
 
 
 def test_a_model_without_td_lora_has_nothing_to_merge(tmp_path: Path) -> None:
-    with opened(tiny_settings(tmp_path / "first"), NullListener()) as pipeline:
-        routed = str(pipeline.dynamic.path)
+    with opened(tiny_settings(tmp_path / "first"), NullListener()) as run:
+        routed = str(finetune_model(run).dynamic.path)
     given = {"checkpoint": routed, "random_weights": False, "merge_tolerance": 0.1}
     with (
-        opened(tiny_settings(tmp_path / "second", **given), NullListener()) as pipeline,
+        opened(tiny_settings(tmp_path / "second", **given), NullListener()) as run,
         pytest.raises(UsageError, match=r"--merge-tolerance does nothing here: .* has no TD-LoRA"),
     ):
-        pipeline.priced(1)
+        price_plans(run, [1])

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from dyexport.cli import app
 from dyexport.errors import UsageError
-from dyexport.pipeline.build import opened
+from dyexport.pipeline.build import calibrate_model, finetune_model, opened, price_plans
 from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.verification.verify import VerifySettings, verify_bundle
@@ -50,11 +50,11 @@ def test_another_budget_in_the_same_work_directory_loses_nothing(trained: BuildS
 def test_a_longer_training_loses_nothing(trained: BuildSettings) -> None:
     before = models(trained)
     for longer in (replace(trained, finetune_steps=4), replace(trained, train_steps=4), replace(trained, seed=1)):
-        with opened(longer, NullListener()) as pipeline:
-            assert not pipeline.dynamic.reused
+        with opened(longer, NullListener()) as run:
+            assert not finetune_model(run).dynamic.reused
     assert models(trained) == before
-    with opened(trained, NullListener()) as pipeline:
-        assert pipeline.calibrated.reused
+    with opened(trained, NullListener()) as run:
+        assert calibrate_model(run).calibrated.reused
 
 
 def plan(settings: BuildSettings, *options: str) -> tuple[int, str]:
@@ -100,6 +100,6 @@ def test_a_plan_downloads_nothing_for_a_model_that_is_not_trained(tmp_path: Path
     settings = BuildSettings(model="dit-xl-2", budget=0.5, data="x", out=tmp_path / "out", work=tmp_path / "work")
     with (
         pytest.raises(UsageError, match="stage 'static' must run first"),
-        opened(settings, NullListener(), without=settings.slow_stages) as pipeline,
+        opened(settings, NullListener(), without=settings.slow_stages) as run,
     ):
-        pipeline.priced(1)
+        price_plans(run, [1])

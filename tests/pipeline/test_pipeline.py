@@ -18,7 +18,7 @@ from dyexport.checkpoints.dynamic import load_dynamic
 from dyexport.checkpoints.static import load_static, save_static
 from dyexport.errors import BudgetError, CheckpointError, DyexportError, StorageError, UsageError
 from dyexport.models.random_weights import random_backbone
-from dyexport.pipeline.build import opened
+from dyexport.pipeline.build import build_bundle, calibrate_model, opened, price_plans, train_control
 from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.output import locked_output
 from dyexport.pipeline.settings import BuildSettings
@@ -28,9 +28,9 @@ from tests.pipeline.tiny import TINY, build, hashes, tiny_settings
 
 
 def reused(settings: BuildSettings) -> dict[str, bool]:
-    with opened(settings, NullListener()) as pipeline:
-        pipeline.bundle()
-        return {name: outcome.reused for name, outcome in pipeline.ledger.outcomes.items()}
+    with opened(settings, NullListener()) as run:
+        build_bundle(run)
+        return {name: outcome.reused for name, outcome in run.ledger.outcomes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +78,10 @@ def test_damage_to_a_stage_is_repaired(settings: BuildSettings, victim: str) -> 
 
 
 def test_a_bundle_is_refused_at_once_while_another_build_writes_it(settings: BuildSettings) -> None:
-    with locked_output(settings.out), opened(settings, NullListener()) as pipeline:
+    with locked_output(settings.out), opened(settings, NullListener()) as run:
         with pytest.raises(StorageError, match="another build is writing"):
-            pipeline.bundle()
-        assert pipeline.ledger.outcomes == {}
+            build_bundle(run)
+        assert run.ledger.outcomes == {}
 
 
 def test_damage_to_the_bundle_is_repaired(settings: BuildSettings) -> None:
@@ -112,10 +112,10 @@ def test_a_budget_is_met_as_run(settings: BuildSettings) -> None:
 
 def test_without_routers_and_training_units_are_chosen_by_importance(tmp_path: Path) -> None:
     settings = tiny_settings(tmp_path, finetune_steps=0)
-    with opened(settings, NullListener()) as pipeline:
-        model, _ = load_dynamic(pipeline.calibrated.path)
-        metrics = pipeline.metrics
-        plan = pipeline.priced(4)
+    with opened(settings, NullListener()) as run:
+        model, _ = load_dynamic(calibrate_model(run).path)
+        metrics = calibrate_model(run).metrics
+        plan = price_plans(run, [4])[0].plan
     assert model.table is not None
     assert not model.has_token_routers
     assert metrics["flops_ratio"] == pytest.approx(0.5, abs=0.01)
@@ -139,8 +139,8 @@ class Told(NullListener):
 @pytest.mark.parametrize(("values", "phases"), [({"finetune_steps": 0}, ["importance"]), ({}, ["budget", "tokens"])])
 def test_calibration_tells_how_far_it_is(tmp_path: Path, values: dict[str, Any], phases: list[str]) -> None:
     told = Told("calibrate")
-    with opened(tiny_settings(tmp_path, **values), told) as pipeline:
-        pipeline.calibrated  # noqa: B018
+    with opened(tiny_settings(tmp_path, **values), told) as run:
+        calibrate_model(run)
     assert list(told.phases) == [*phases, "comparison"]
     for steps in told.phases.values():
         assert steps[0][0] == 0
@@ -150,8 +150,8 @@ def test_calibration_tells_how_far_it_is(tmp_path: Path, values: dict[str, Any],
 def test_a_calibrated_checkpoint_without_budget_is_kept(settings: BuildSettings, tmp_path: Path) -> None:
     checkpoint = str(settings.work / "calibrated")
     given = tiny_settings(tmp_path, budget=None, random_weights=False, checkpoint=checkpoint)
-    with opened(given, NullListener()) as pipeline:
-        again, _ = load_dynamic(pipeline.calibrated.path)
+    with opened(given, NullListener()) as run:
+        again, _ = load_dynamic(calibrate_model(run).path)
     before, _ = load_dynamic(settings.work / "calibrated")
     for name, tensor in before.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
@@ -172,10 +172,10 @@ def test_training_leaves_a_dense_baseline_of_the_static_model(tmp_path: Path) ->
     assert DENSE_CONDITIONING in bundle.engine_paths("onnx"), "fine-tuning moves the dynamic model's"
     transformer = load(bundle.root, dense=True)
     assert (transformer(**inputs).sample - truth).abs().max() < 1e-5
-    with opened(settings, NullListener()) as pipeline:
-        pipeline.bundle()
-        assert all(outcome.reused for outcome in pipeline.ledger.outcomes.values())
-        control = load_static(str(pipeline.control.path), TINY)
+    with opened(settings, NullListener()) as run:
+        build_bundle(run)
+        assert all(outcome.reused for outcome in run.ledger.outcomes.values())
+        control = load_static(str(train_control(run).path), TINY)
     assert not torch.equal(control.proj_out_2.weight, static.proj_out_2.weight)
 
 
@@ -249,18 +249,18 @@ def test_a_budget_out_of_reach_is_said(tmp_path: Path) -> None:
 
 def test_export_alone_runs_no_stage_before_it(settings: BuildSettings, tmp_path: Path) -> None:
     barred = frozenset({"static", "dynamic", "calibrate"})
-    with opened(replace(settings, engines=2), NullListener(), without=barred) as pipeline:
-        assert len(pipeline.plan.segments) == 2
+    with opened(replace(settings, engines=2), NullListener(), without=barred) as run:
+        assert len(build_bundle(run).plan.segments) == 2
     with (
         pytest.raises(UsageError, match="stage 'static' must run first"),
         opened(tiny_settings(tmp_path), NullListener(), without=barred) as fresh,
     ):
-        fresh.bundle()
+        build_bundle(fresh)
     with (
         pytest.raises(UsageError, match="stage 'calibrate' must run first"),
         opened(replace(settings, budget=0.6), NullListener(), without=barred) as other,
     ):
-        other.bundle()
+        build_bundle(other)
 
 
 def test_a_read_only_output_is_found_first(built: BuildSettings) -> None:

@@ -20,10 +20,10 @@ from dyexport.engines.registry import BACKENDS, Backend, get_backend
 from dyexport.engines.tensorrt_fit import misfit
 from dyexport.errors import BundleError, EngineBuildError, EngineMismatchError, MissingDependencyError, UsageError
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings
-from dyexport.pipeline.build import opened
-from dyexport.pipeline.ledger import NullListener, digest_of_spans
+from dyexport.pipeline.build import build_bundle, opened, price_plans
+from dyexport.pipeline.file_records import digest_of_spans
+from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
-from dyexport.pipeline.workers import WorkerPool
 from dyexport.runtime.loading import load
 from dyexport.runtime.transformer import example_inputs
 from dyexport.verification.verify import VerifySettings, verify_bundle
@@ -70,10 +70,10 @@ def test_each_of_four_engines_has_a_plan(rtx: Any, tmp_path: Path) -> None:
 
 @pytest.mark.tensorrt
 def test_what_plans_take_is_recorded_and_predicted(settings: BuildSettings, bundle: Bundle, tmp_path: Path) -> None:
-    with opened(settings, NullListener()) as pipeline:
-        pipeline.bundle()
-        report = {name: stage for name, stage in pipeline.stage_report.items() if name.startswith("tensorrt-rtx")}
-        same, four = (pipeline.predicted(pipeline.priced(k))["tensorrt-rtx"] for k in (2, 4))
+    with opened(settings, NullListener()) as run:
+        build_bundle(run)
+        report = {name: stage for name, stage in run.stage_report.items() if name.startswith("tensorrt-rtx")}
+        same, four = (priced.tensorrt["tensorrt-rtx"] for priced in price_plans(run, (2, 4)))
     seconds = {name.partition(" ")[2]: stage["made_in"] for name, stage in report.items()}
     assert {stage["status"] for stage in report.values()} == {"reused"}
     assert same.timed == 3
@@ -83,8 +83,8 @@ def test_what_plans_take_is_recorded_and_predicted(settings: BuildSettings, bund
     assert same.bytes < files, "weights, and what TensorRT adds"
 
     elsewhere = replace(settings, work=tmp_path / "work", out=tmp_path / "bundle")
-    with opened(elsewhere, NullListener()) as pipeline:
-        unknown = pipeline.predicted(pipeline.priced(2))["tensorrt-rtx"]
+    with opened(elsewhere, NullListener()) as run:
+        unknown = price_plans(run, [2])[0].tensorrt["tensorrt-rtx"]
     assert (unknown.bytes, unknown.seconds, unknown.timed) == (same.bytes, None, 0)
 
 
@@ -106,13 +106,14 @@ def test_only_what_is_missing_or_damaged_is_built_again(settings: BuildSettings,
 def test_another_version_of_the_builder_makes_every_plan_again(
     rtx: Any, settings: BuildSettings, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with opened(settings, NullListener(), without=frozenset(f"tensorrt-rtx {name}" for name in NETWORKS)) as pipeline:
-        assert all(outcome.reused for outcome in pipeline.plans.values())
-        monkeypatch.setattr(rtx, "__version__", "1.6.0")
-        for network in pipeline.networks:
-            stage = pipeline._plan_stage("tensorrt-rtx", network, WorkerPool(1))
-            with pytest.raises(UsageError, match=rf"{stage.name}' must run first \(its inputs changed\)"):
-                pipeline.ledger.run(stage)
+    for name in NETWORKS:
+        with opened(settings, NullListener(), without=frozenset({f"tensorrt-rtx {name}"})) as run:
+            build_bundle(run)
+            assert run.ledger.outcomes[f"tensorrt-rtx {name}"].reused
+            with monkeypatch.context() as patch:
+                patch.setattr(rtx, "__version__", "1.6.0")
+                with pytest.raises(UsageError, match=rf"{name}' must run first \(its inputs changed\)"):
+                    build_bundle(run)
 
 
 def change_a_byte(checkpoint: Path, name: str, row: int = 0) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dyexport.checkpoints.dynamic import load_dynamic
-from dyexport.pipeline.build import opened
+from dyexport.pipeline.build import finetune_model, opened
 from dyexport.pipeline.ledger import NullListener
 from tests.pipeline.tiny import tiny_settings
 
@@ -37,7 +37,7 @@ def test_two_processes_finetune_as_one_does(tmp_path: Path) -> None:
     together, _ = load_dynamic(Path(json.loads(done.stdout)["checkpoint"]))
 
     alone = tiny_settings(tmp_path / "one", random_weights=False, train_steps=3, finetune_steps=3)
-    with opened(alone, NullListener()) as pipeline:
-        model, _ = load_dynamic(pipeline.dynamic.path)
+    with opened(alone, NullListener()) as run:
+        model, _ = load_dynamic(finetune_model(run).dynamic.path)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(together.state_dict()[name], tensor, rtol=1e-5, atol=1e-5)

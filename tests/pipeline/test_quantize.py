@@ -19,8 +19,11 @@ from dyexport.calibration.quantization import Ranges
 from dyexport.cli import main
 from dyexport.errors import BundleError, UsageError
 from dyexport.exporters.onnx_graph import STORE
-from dyexport.pipeline.build import opened
+from dyexport.pipeline.build import calibrate_model, opened, price_plans
+from dyexport.pipeline.export_stages import planned_networks, quantization_ranges, segment_plan
 from dyexport.pipeline.ledger import NullListener
+from dyexport.pipeline.networks import Network
+from dyexport.pipeline.run import Run
 from dyexport.verification.verify import QUANTIZED, VerifySettings, verify_bundle
 from tests.pipeline.tiny import build, tamper, tiny_settings
 
@@ -61,9 +64,15 @@ def test_what_quantization_costs_is_in_the_plan(bundle: Bundle) -> None:
         assert predicted**0.5 / 4 < segment.relative_error < 4 * predicted**0.5
 
 
+def quantized_networks(run: Run) -> list[Network]:
+    model = calibrate_model(run)
+    plan = segment_plan(run, model)
+    return planned_networks(run.settings, model, plan, quantization_ranges(run, model, plan))
+
+
 def test_every_network_has_ranges_but_conditioning(tmp_path: Path) -> None:
-    with opened(tiny_settings(tmp_path, engines=2, quantize="fp8", baseline=True), NullListener()) as pipeline:
-        networks = {network.name: network.slice.ranges for network in pipeline.networks}
+    with opened(tiny_settings(tmp_path, engines=2, quantize="fp8", baseline=True), NullListener()) as run:
+        networks = {network.name: network.slice.ranges for network in quantized_networks(run)}
     assert not networks.pop(CONDITIONING)
     assert not networks.pop(DENSE_CONDITIONING, None)
     assert set(networks) == {"segment-00", "segment-01", "dense"}
@@ -129,8 +138,8 @@ def test_layers_are_not_compared_in_eight_bits(bundle: Bundle) -> None:
 
 
 def test_eight_bits_are_fewer_bytes(bundle: Bundle, tmp_path: Path) -> None:
-    with opened(tiny_settings(tmp_path, token_path="masked"), NullListener()) as pipeline:
-        whole = pipeline.priced(len(bundle.manifest.plan.segments))
+    with opened(tiny_settings(tmp_path, token_path="masked"), NullListener()) as run:
+        whole = price_plans(run, [len(bundle.manifest.plan.segments)])[0].plan
     assert bundle.manifest.plan.resident_bytes < 0.7 * whole.resident_bytes
     assert bundle.manifest.plan.disk_bytes < whole.disk_bytes
 

@@ -15,7 +15,7 @@ from dyexport.errors import BudgetError, DyexportError, UsageError
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from dyexport.lora import LoraFile, LoraSpec, parse_lora_file
 from dyexport.pipeline.settings import SETTINGS, BuildSettings, default_out, parse_budget
-from dyexport.pipeline.stages import checkpoint_source
+from dyexport.pipeline.steps import checkpoint_source
 from dyexport.presets import PRESETS, get_preset
 from dyexport.training.data import open_source
 from dyexport.training.synthetic_config import SyntheticConfig

@@ -13,7 +13,7 @@ from dyexport.backbones.recipe import LOW_RANK_FINETUNING, SPARSE
 from dyexport.checkpoints.dynamic import save_dynamic
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.models.random_weights import random_backbone, random_dynamic
-from dyexport.pipeline.build import opened
+from dyexport.pipeline.build import build_bundle, calibrate_model, opened
 from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import PRESETS, get_preset
@@ -43,14 +43,14 @@ def weights_in(directory: Path) -> list[Path]:
 
 def calibrate(settings: BuildSettings) -> tuple[str, list[str]]:
     """What identifies the calibrated model, and the stages that ran for it."""
-    with opened(settings, NullListener()) as pipeline:
-        digest = pipeline.calibrated.digest
-        return digest, [name for name, outcome in pipeline.ledger.outcomes.items() if not outcome.reused]
+    with opened(settings, NullListener()) as run:
+        digest = calibrate_model(run).calibrated.digest
+        return digest, [name for name, outcome in run.ledger.outcomes.items() if not outcome.reused]
 
 
 def calibrated_metrics(settings: BuildSettings) -> dict[str, float]:
-    with opened(settings, NullListener()) as pipeline:
-        return pipeline.metrics
+    with opened(settings, NullListener()) as run:
+        return calibrate_model(run).metrics
 
 
 def test_shards_are_linked_and_the_bundle_is_right(shards: Path, tmp_path: Path) -> None:
@@ -73,9 +73,9 @@ def test_a_large_store_is_on_the_disk_once(shards: Path, tmp_path: Path) -> None
     assert store.is_symlink()
     assert store.samefile(settings.out / "graphs" / STORE)
     (settings.work / "graphs" / "segment-01.onnx").unlink()
-    with opened(settings, NullListener()) as pipeline:
-        assert pipeline.bundle() == before
-        assert [name for name, outcome in pipeline.ledger.outcomes.items() if not outcome.reused] == ["onnx segment-01"]
+    with opened(settings, NullListener()) as run:
+        assert build_bundle(run) == before
+        assert [name for name, outcome in run.ledger.outcomes.items() if not outcome.reused] == ["onnx segment-01"]
     assert verify_bundle(settings.out, VerifySettings(timesteps=4)).passed
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from dyexport.checkpoints.static import save_static
 from dyexport.checkpoints.stored_weights import WEIGHTS
 from dyexport.models.random_weights import random_backbone
-from dyexport.pipeline.build import opened
+from dyexport.pipeline.build import calibrate_model, opened
 from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
 from tests.pipeline.tiny import TINY, tiny_settings
@@ -23,9 +23,9 @@ from tests.pipeline.tiny import TINY, tiny_settings
 
 def calibrated(settings: BuildSettings) -> set[str]:
     """Run what comes before the export; the stages that were done."""
-    with opened(settings, NullListener()) as pipeline:
-        pipeline.calibrated  # noqa: B018
-        return {name for name, outcome in pipeline.ledger.outcomes.items() if not outcome.reused}
+    with opened(settings, NullListener()) as run:
+        calibrate_model(run)
+        return {name for name, outcome in run.ledger.outcomes.items() if not outcome.reused}
 
 
 def write_shard(path: Path, seed: int) -> None:

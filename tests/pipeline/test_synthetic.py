@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from dyexport.checkpoints.static import WEIGHTS, save_static
 from dyexport.errors import UsageError
 from dyexport.models.random_weights import random_backbone
-from dyexport.pipeline.build import opened
+from dyexport.pipeline.build import build_bundle, finetune_model, make_static_model, opened
 from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.training.prompts import kept_prompts
@@ -48,8 +48,8 @@ def test_an_interrupted_build_keeps_the_shards_it_has(tmp_path: Path) -> None:
     begins = []
     for shards in (2.5, 3.5):
         listener = StopsAt(shards * SHARD_SAMPLES / 4096)
-        with pytest.raises(KeyboardInterrupt), opened(settings, listener) as pipeline:
-            pipeline.dynamic  # noqa: B018
+        with pytest.raises(KeyboardInterrupt), opened(settings, listener) as run:
+            finetune_model(run)
         begins.append(listener.begin)
     assert begins[1] == 2 * SHARD_SAMPLES / 4096
 
@@ -81,8 +81,8 @@ def test_a_killed_build_samples_no_shard_again(tmp_path: Path) -> None:
 
     sampled = SyntheticConfig(samples=250, steps=60)
     undisturbed = tiny_settings(tmp_path / "undisturbed", **SYNTHETIC, synthetic=sampled)
-    with opened(undisturbed, NullListener()) as pipeline:
-        pipeline.dynamic  # noqa: B018
+    with opened(undisturbed, NullListener()) as run:
+        finetune_model(run)
     expected = {path.name: path.read_bytes() for path in (undisturbed.work / "synthetic").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "work" / "synthetic").iterdir()} == expected
     assert len(expected) == 4
@@ -93,9 +93,9 @@ def test_what_is_sampled_is_as_many_as_asked_for_and_asking_otherwise_samples_ag
     few = tiny_settings(tmp_path, **SYNTHETIC, synthetic=SyntheticConfig(samples=6, steps=2))
     digests = []
     for sampling in ("samples=6,steps=2", "samples=6,steps=3", "samples=6,steps=2,guidance=4"):
-        with opened(replace(few, synthetic=parse_synthetic(sampling)), NullListener()) as pipeline:
-            assert len(pipeline.data) == 6
-            digests.append(pipeline.ledger.outcomes["synthetic"].digest)
+        with opened(replace(few, synthetic=parse_synthetic(sampling)), NullListener()) as run:
+            assert len(finetune_model(run).data.source) == 6
+            digests.append(run.ledger.outcomes["synthetic"].digest)
     assert len(set(digests)) == len(digests)
 
 
@@ -169,8 +169,8 @@ def test_every_slow_stage_says_how_far_it_is(tmp_path: Path) -> None:
     sampled = SyntheticConfig(samples=6, steps=5)
     steps = {"data": "synthetic", "synthetic": sampled, "finetune_steps": 4}
     told = Told()
-    with opened(tiny_settings(tmp_path, budget=1.0, engines=2, **steps), told) as pipeline:
-        pipeline.bundle()
+    with opened(tiny_settings(tmp_path, budget=1.0, engines=2, **steps), told) as run:
+        build_bundle(run)
     assert told.reports["synthetic"] == [(step, 5) for step in range(6)]
     assert told.reports["dynamic"][-5:] == [(step, 4) for step in range(5)]
     done, total = zip(*told.reports["weights"], strict=True)
@@ -184,6 +184,6 @@ def test_a_checkpoint_is_checked_tensor_by_tensor(tmp_path: Path) -> None:
     save_static(random_backbone(TINY, seed=time.time_ns()), tmp_path / "static")  # seen before, it is not checked again
     told = Told()
     given = {"random_weights": False, "checkpoint": str(tmp_path / "static"), "finetune_steps": 0}
-    with opened(tiny_settings(tmp_path, **given), told) as pipeline:
-        tensors = len(load_file(pipeline.static.path / WEIGHTS))
+    with opened(tiny_settings(tmp_path, **given), told) as run:
+        tensors = len(load_file(make_static_model(run).static.path / WEIGHTS))
     assert told.reports["static"] == [(done, tensors) for done in range(1, tensors + 1)]

@@ -13,9 +13,9 @@ import torch
 from dyexport.backbones.recipe import LOW_RANK_FINETUNING
 from dyexport.errors import CheckpointError, DataError, DyexportError, UsageError
 from dyexport.lora import LoraSpec
-from dyexport.pipeline import stages
+from dyexport.pipeline import steps
 from dyexport.pipeline.settings import BuildSettings
-from dyexport.pipeline.stages import check_training
+from dyexport.pipeline.steps import check_training
 from dyexport.training import cost
 from dyexport.training.cost import TRAINED, FinetuningRun, TrainingCost, measured_speed
 from dyexport.training.prompts import embed_prompts, read_prompts
@@ -25,7 +25,7 @@ SCHEDULE = LOW_RANK_FINETUNING.finetune_lora
 
 
 def run_of(settings: BuildSettings) -> FinetuningRun:
-    run = stages.finetuning_run(settings)
+    run = steps.finetuning_run(settings)
     assert run is not None
     return run
 
@@ -89,7 +89,7 @@ def test_effort_grows_with_what_is_asked(flux: BuildSettings) -> None:
 )
 def test_memory_is_that_of_the_rank_asked_for(flux: BuildSettings, spec: LoraSpec) -> None:
     asked = replace(flux, td_lora=spec)
-    trained = {settings: stages.trainable(settings)["trainable_parameters"] for settings in (flux, asked)}
+    trained = {settings: steps.trainable(settings)["trainable_parameters"] for settings in (flux, asked)}
     more = estimate(asked).device_bytes - estimate(flux).device_bytes
     assert more == pytest.approx(TRAINED * (trained[asked] - trained[flux]))
 
@@ -99,7 +99,7 @@ def test_memory_is_that_of_the_whole_batch(flux: BuildSettings) -> None:
     alone, eight = (estimate(flux, processes=count).device_bytes for count in (1, 8))
     half = estimate(flux, processes=8, precision="bf16").device_bytes
     fixed = 2 * half - eight
-    trained = stages.trainable(flux)["trainable_parameters"]
+    trained = steps.trainable(flux)["trainable_parameters"]
     assert fixed == pytest.approx(4 * flux.preset.parameters + TRAINED * trained)
     assert alone - fixed == pytest.approx(8 * (eight - fixed))
 
@@ -150,9 +150,9 @@ def test_prompts_come_from_a_file_or_are_many(tmp_path: Path) -> None:
 def test_prompts_are_embedded_by_the_pipeline_beside_the_transformer(tmp_path: Path, flux: BuildSettings) -> None:
     pipeline = save_pipeline(tmp_path / "pipeline")
     tiny = replace(flux, model="flux-tiny", checkpoint=str(pipeline), finetune_steps=0)
-    source = stages.checkpoint_source(tiny)
+    source = steps.checkpoint_source(tiny)
     assert source == pipeline / "transformer"
-    found = stages.text_encoders(tiny, source)
+    found = steps.text_encoders(tiny, source)
     assert found == str(pipeline)
     embedded = embed_prompts(found, tuple("abcdefghij"), tiny.preset)
     assert embedded["encoder_hidden_states"].shape == (10, 16, 64)
@@ -165,7 +165,7 @@ def test_prompts_are_embedded_by_the_pipeline_beside_the_transformer(tmp_path: P
 def test_latte_learns_what_no_prompt_looks_like(tmp_path: Path, flux: BuildSettings) -> None:
     pipeline = save_latte_pipeline(tmp_path / "pipeline")
     tiny = replace(flux, model="latte-tiny", checkpoint=str(pipeline), finetune_steps=0)
-    found = stages.text_encoders(tiny, stages.checkpoint_source(tiny))
+    found = steps.text_encoders(tiny, steps.checkpoint_source(tiny))
     assert found == str(pipeline)
     preset = replace(tiny.preset, text_tokens=120)
     (embedded,) = embed_prompts(found, tuple("abcdefghij"), preset).values()

@@ -10,7 +10,7 @@ from typing import Any
 
 from dyexport.bundle.reader import Bundle
 from dyexport.cli import main
-from dyexport.pipeline.build import opened
+from dyexport.pipeline.build import build_bundle, opened
 from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import PRESETS
@@ -30,16 +30,16 @@ def tiny_settings(root: Path, **values: Any) -> BuildSettings:
 
 
 def build(settings: BuildSettings) -> Bundle:
-    with opened(settings, NullListener()) as pipeline:
-        pipeline.bundle()
+    with opened(settings, NullListener()) as run:
+        build_bundle(run)
     return Bundle.open(settings.out)
 
 
 def redone(settings: BuildSettings) -> set[str]:
     """Build; the stages that were done anew."""
-    with opened(settings, NullListener()) as pipeline:
-        pipeline.bundle()
-        return {name for name, outcome in pipeline.ledger.outcomes.items() if not outcome.reused}
+    with opened(settings, NullListener()) as run:
+        build_bundle(run)
+        return {name for name, outcome in run.ledger.outcomes.items() if not outcome.reused}
 
 
 def hashes(directory: Path) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from dyexport.pipeline.settings import SYNTHETIC, BuildSettings
 from dyexport.training.accelerating import check_accelerate
 from dyexport.training.config import FinetuneConfig, TrainConfig
 from dyexport.training.cost import FinetuningRun, check_gpu, count_trainable
-from dyexport.training.data import LatentSource, open_source
+from dyexport.training.data import LatentSource
 from dyexport.training.finetuning import finetune
 from dyexport.training.prompts import embed_prompts, kept_prompts, read_prompts
 from dyexport.training.synthetic import generate
@@ -143,13 +143,6 @@ def text_encoders(settings: BuildSettings, source: Path | None) -> str | None:
     return preset.hub_id
 
 
-def open_data(settings: BuildSettings, synthetic: Path) -> LatentSource:
-    """``--data``; ``synthetic`` is where that kind of data has been generated."""
-    spec = settings.data_source
-    assert spec is not None
-    return open_source(str(synthetic) if spec == SYNTHETIC else spec, settings.preset)
-
-
 def calibration_inputs(settings: BuildSettings, source: LatentSource | None) -> NoisedInputs:
     """Noised training latents where there are any, else noise."""
     batch = settings.recipe.calibration.samples
@@ -185,8 +178,8 @@ def _finetuned(
     preset = settings.preset
     model = attach_routers(load_static(str(static), preset), settings)
     points = trajectory_points(preset.timestep_range, RANKING_POINTS)
-    inputs = replace(calibration_inputs(settings, source), advance=lambda done, total: progress(done, total, {}))
-    rank_units(model, inputs, [float(t) for t in points])
+    inputs = calibration_inputs(settings, source)
+    rank_units(model, inputs, [float(t) for t in points], lambda done, total: progress(done, total, {}))
     config = FinetuneConfig(
         **asdict(settings.finetune_schedule),
         seed=settings.seed,

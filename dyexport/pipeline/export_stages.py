@@ -1,0 +1,259 @@
+"""The stages that make a bundle of a calibrated model: plan, weights, graphs, engines, each recorded in the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dyexport import __version__
+from dyexport.bundle.graph_labels import labels_for
+from dyexport.bundle.manifest import ModelSpec, SegmentPlan
+from dyexport.calibration.quantization import Ranges, Tables
+from dyexport.calibration.segments import PlanSettings
+from dyexport.errors import UsageError
+from dyexport.exporters.onnx_graph import STORE, check_onnx, export_onnx
+from dyexport.exporters.tensorrt_profiles import plan_request
+from dyexport.exporters.weight_store import write_store
+from dyexport.pipeline import calibrate, steps
+from dyexport.pipeline.file_records import digest_of, digest_of_spans
+from dyexport.pipeline.ledger import Outcome, Stage
+from dyexport.pipeline.model_stages import Data
+from dyexport.pipeline.networks import (
+    Network,
+    OwnDense,
+    cut_networks,
+    identity,
+    plan_for,
+    plan_of,
+    store_reader,
+)
+from dyexport.pipeline.run import Run
+from dyexport.pipeline.settings import BuildSettings
+from dyexport.pipeline.targets import ONNX, TARGETS
+from dyexport.pipeline.workers import WorkerPool, max_workers
+from dyexport.slicing.recipes import StoreLayout
+from dyexport.slicing.slicer import SliceContext
+from dyexport.tensorrt_api import Api, load_api
+
+GRAPHS = "graphs"
+ENGINES = "engines"
+TIMINGS = "timings"  # of TensorRT's kernels, by flavour and version
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedModel:
+    """A model that is ready to be cut: stages, tables, and what calibration measured."""
+
+    static: Outcome
+    data: Data
+    calibrated: Outcome
+    tables: Tables
+    metrics: dict[str, float]
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.tables[0]
+
+    @property
+    def path(self) -> Path:
+        """The dynamic checkpoint."""
+        return self.calibrated.path
+
+
+def segment_plan(run: Run, model: CalibratedModel) -> SegmentPlan:
+    """Choose the segments of K engines."""
+    settings = run.settings
+    chosen: dict[str, Any] = {"engines": settings.engines, "token_path": settings.planned_token_path}
+    chosen |= {"precision": settings.stored_precision, "quantize": settings.quantize}
+    inputs: dict[str, Any] = {"calibrated": model.calibrated.digest, "dyexport": __version__, **chosen}
+    if merges(settings, model):
+        inputs |= {"merge_tolerance": settings.merge_tolerance, "data": model.data.digest}
+
+    def make(out: Path) -> None:
+        plan = priced_plan(settings, model, settings.engines)
+        if merges(settings, model):
+            drawn = steps.calibration_inputs(settings, model.data.source)
+            segments, errors = calibrate.merge_lora(settings, model.path, plan.segments, drawn)
+            plan = plan_of(segments, *model.tables).model_copy(update={"merge_errors": errors})
+        out.write_text(plan.model_dump_json(indent=1), encoding="utf-8")
+
+    outcome = run.stage("plan", "plan.json", inputs, make)
+    return SegmentPlan.model_validate_json(outcome.path.read_bytes())
+
+
+def merges(settings: BuildSettings, model: CalibratedModel) -> bool:
+    """Return whether TD-LoRA may be merged. Raises ``UsageError`` for a model without TD-LoRA."""
+    if settings.merge_tolerance is None:
+        return False
+    if model.spec.td_lora is None:
+        raise UsageError(f"--merge-tolerance does nothing here: {settings.checkpoint} has no TD-LoRA")
+    return True
+
+
+def priced_plan(settings: BuildSettings, model: CalibratedModel, engines: int) -> SegmentPlan:
+    """Plan K engines and price them, with every segment merged if any may be."""
+    plan = plan_for(*model.tables, PlanSettings(engines=engines, token_path=settings.planned_token_path))
+    if not merges(settings, model):
+        return plan
+    return plan_of(tuple(s.model_copy(update={"merged": True}) for s in plan.segments), *model.tables)
+
+
+def planned_networks(
+    settings: BuildSettings, model: CalibratedModel, plan: SegmentPlan, ranges: Outcome | None = None
+) -> list[Network]:
+    """Cut the networks of a plan: its segments, their conditioning and, with the baseline, the dense network.
+
+    Networks to be quantized need their ``ranges``.
+    """
+    spec, widths, stats = model.tables
+    networks = cut_networks(
+        SliceContext.of(spec, widths, stats),
+        widths,
+        plan.segments,
+        baseline=settings.baseline,
+        own_dense=_own_dense(settings, spec),
+    )
+    if ranges is None:
+        return networks
+    measured = Ranges.read(ranges.path)
+    return [replace(network, slice=measured.attach(network.name, network.slice)) for network in networks]
+
+
+def _own_dense(settings: BuildSettings, spec: ModelSpec) -> OwnDense:
+    """Return which weights of the dense network differ from the dynamic one's: those that were trained."""
+    if settings.routers != "trained":
+        return "nothing"
+    if spec.td_lora is None:
+        return "everything"
+    return "biases" if spec.td_lora.bias == "all" else "nothing"
+
+
+def quantization_ranges(run: Run, model: CalibratedModel, plan: SegmentPlan) -> Outcome | None:
+    """Measure ranges of what quantized linear layers read, and the error; None if nothing is quantized."""
+    settings = run.settings
+    if settings.quantize is None:
+        return None
+    inputs = {
+        "plan": digest_of(plan.model_dump(mode="json")),
+        "model": [model.calibrated.digest, model.static.digest],
+        "data": model.data.digest,
+        "settings": [settings.quantize, settings.baseline, settings.seed],
+    }
+
+    def make(out: Path) -> None:
+        drawn = steps.calibration_inputs(settings, model.data.source)
+        progress = run.progress("ranges")
+        calibrate.make_ranges(settings, model.static.path, model.path, plan, model.tables, drawn, progress, out)
+
+    return run.stage("ranges", "ranges.json", inputs, make)
+
+
+def weight_store(run: Run, model: CalibratedModel, layout: StoreLayout) -> Outcome:
+    """Write the one file that holds the weights of all networks."""
+    places = [(identity(recipe), layout.offsets[recipe]) for recipe in layout.owners]
+    inputs = {"calibrated": model.calibrated.digest, "static": model.static.digest, "layout": digest_of(places)}
+
+    def make(out: Path) -> None:
+        own = _own_dense(run.settings, model.spec)
+        static = calibrate.static_weights(own, model.static.path, model.path)
+        read = store_reader(model.spec, calibrate.calibrated_reader(model.path, model.spec), static)
+        write_store(layout, read, out, run.progress("weights"))
+
+    return run.stage("weights", f"{GRAPHS}/{STORE}", inputs, make)
+
+
+def onnx_graphs(
+    run: Run, spec: ModelSpec, plan: SegmentPlan, networks: Sequence[Network], layout: StoreLayout
+) -> dict[str, Outcome]:
+    """Export the ONNX graph of every network; the store must be in place, since graphs are checked with it."""
+    graphs = {}
+    for index, network in enumerate(networks):
+        stage, labels = f"{ONNX} {network.name}", labels_for(network.name, spec, plan)
+        weights = {name: (identity(r), layout.offsets[r]) for name, r in network.slice.recipes.items()}
+        inputs = {
+            "model": spec.model_dump(mode="json"),
+            "labels": dict(labels),
+            "segment": network.segment.model_dump(mode="json") if network.segment else None,
+            "weights": digest_of(weights),
+            "ranges": dict(network.slice.ranges),
+            "versions": [__version__, torch.__version__],
+        }
+        progress = partial(run.progress(stage, "graphs"), index, len(networks))
+        make = partial(_export_graph, network, layout, dict(labels), progress)
+        graphs[network.name] = run.stage(stage, f"{GRAPHS}/{network.name}.onnx", inputs, make)
+    return graphs
+
+
+def _export_graph(network: Network, layout: StoreLayout, labels: dict[str, str], report: Any, out: Path) -> None:
+    report()
+    export_onnx(network.slice, layout, out, labels)
+    check_onnx(out)
+
+
+def load_builder(target: str) -> Api:
+    """Load the TensorRT library of a target.
+
+    Raises ``MissingDependencyError`` if it is not installed, ``EngineBuildError`` if its GPU is absent.
+    """
+    flavour = TARGETS[target].flavour
+    assert flavour is not None
+    return load_api(flavour)
+
+
+def tensorrt_plans(
+    run: Run,
+    target: str,
+    spec: ModelSpec,
+    networks: Sequence[Network],
+    layout: StoreLayout,
+    store: Outcome,
+    graphs: dict[str, Outcome],
+) -> dict[str, Outcome]:
+    """Build the plan of every network, several at a time unless the builder times kernels on a GPU."""
+    count = max_workers([network.slice.nbytes for network in networks], run.settings.memory)
+    pool = WorkerPool(1 if load_builder(target).measures else count)
+    stages = [plan_stage(run, target, spec, network, layout, store, graphs[network.name], pool) for network in networks]
+    outcomes = pool.run([partial(run.ledger.run, stage) for stage in stages])
+    return {network.name: outcome for network, outcome in zip(networks, outcomes, strict=True)}
+
+
+def plan_stage(
+    run: Run,
+    target: str,
+    spec: ModelSpec,
+    network: Network,
+    layout: StoreLayout,
+    store: Outcome,
+    graph: Outcome,
+    pool: WorkerPool,
+) -> Stage:
+    """Return the stage of one plan: it depends on the graph, its own weights, its sizes and the builder."""
+    flavour = TARGETS[target].flavour
+    assert flavour is not None
+    request = plan_request(run.settings.tensorrt, flavour, spec, network.segment, network.slice)
+    spans = {(layout.offsets[recipe], recipe.nbytes) for recipe in network.slice.recipes.values()}
+    inputs = {
+        "graph": graph.digest,
+        "weights": digest_of_spans(store.path, sorted(spans)),
+        "builder": load_builder(target).version,
+        "request": digest_of(repr(request)),
+    }
+    stage = f"{target} {network.name}"
+    timings = run.settings.work / TIMINGS / f"{target}-{inputs['builder']}"
+
+    def make(out: Path) -> None:
+        if TARGETS[target].from_modules:
+            from dyexport.exporters.torch_program import build_program
+
+            build_program(network.slice, layout, store.path, request, out)
+            return
+        from dyexport.exporters.tensorrt_plan import build_plan
+
+        pool.call(stage, build_plan, graph.path, request, out, timings, progress=run.progress(stage))
+
+    return Stage(name=stage, output=f"{ENGINES}/{target}/{network.name}", inputs=inputs, make=make)
