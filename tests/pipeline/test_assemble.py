@@ -200,7 +200,7 @@ def test_a_bundle_is_replaced_where_the_shell_stands(
     inode = out.stat().st_ino
     (root / GRAPH).rename(root / "graphs" / "segment-99.onnx")
     manifest, _ = parts_renamed(root, "segment-99.onnx")
-    files = {n: Source(root / n, record, moved=link and n == MOVED) for n, record in manifest.files.items()}
+    files = {n: Source(root / n, record, linked=link and n == MOVED) for n, record in manifest.files.items()}
     assert not assemble(Path(), manifest, files)
     assert Bundle.open(out).manifest == manifest
     assert out.stat().st_ino == inode
