@@ -43,11 +43,11 @@ def calibrate(
     with building(settings) as run:
         from dyexport.pipeline.build import calibrate_model
 
-        model = calibrate_model(run)
+        calibrated = calibrate_model(run)
         payload = {
-            "checkpoint": str(model.path),
+            "checkpoint": str(calibrated.path),
             "work": str(settings.work),
-            **model.metrics,
+            **calibrated.metrics,
             "stages": run.stage_report,
         }
     emit(payload, as_json=json, human=lambda console: console.print(pairs(_calibration_lines(payload))))
