@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnxruntime as ort
@@ -21,7 +22,7 @@ from dyexport.calibration.widths import read_widths
 from dyexport.exporters.onnx_graph import STORE, check_onnx, export_onnx
 from dyexport.exporters.weight_store import write_store
 from dyexport.flops import FlopsModel
-from dyexport.lora import LoraSpec
+from dyexport.lora import LoraSpec, Variant
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
 from dyexport.slicing.merging import merging_reader, updated_names
@@ -31,7 +32,7 @@ from dyexport.slicing.slicer import Slice, slice_conditioning
 from dyexport.slicing.slim_lora import LowRankPath
 from tests.backbones.tiny import CLOSE, EARLY, LATE, MIDDLE, noised, t_at
 from tests.factories import random_timesteps, shared_tiny_model, tiny_model, tiny_preset
-from tests.slicing.cut import Cutter, fits, routed_inputs
+from tests.slicing.cut import Cutter, assert_kept, fits, routed_inputs
 
 pytestmark = pytest.mark.parametrize("backbone", BACKBONES)
 token_paths = pytest.mark.parametrize("path", ["masked", "capacity", "dynamic", "compact"])
@@ -65,13 +66,6 @@ def test_slim_networks_equal_the_masked_model(backbone: str, path: str) -> None:
         assert compared >= 16
 
 
-def assert_kept(segment: Segment, kept: list[Tensor], tokens: Tensor) -> None:
-    """Counts (B, R) are of the blocks whose capacity is limited, and absent where there is none."""
-    counted = tokens.sum(-1).to(torch.int64)[:, list(segment.limited_blocks)]
-    assert len(kept) == bool(segment.limited_blocks)
-    assert all(torch.equal(counts, counted) for counts in kept)
-
-
 @torch.no_grad()
 @token_paths
 def test_no_token_kept_is_no_special_case(backbone: str, path: str) -> None:
@@ -103,9 +97,10 @@ def test_the_dense_network_equals_the_stock_module(backbone: str) -> None:
 
 
 @torch.no_grad()
-def test_low_rank_paths_are_exact_at_every_t(backbone: str) -> None:
+@pytest.mark.parametrize("variant", get_args(Variant))
+def test_low_rank_paths_are_exact_at_every_t(backbone: str, variant: Variant) -> None:
     preset = tiny_preset(backbone)
-    model = random_dynamic(preset, td_lora=LoraSpec(rank=2, experts=3, alpha=3))
+    model = random_dynamic(preset, td_lora=LoraSpec(rank=2, experts=3, alpha=3, variant=variant))
     cutter, inputs = Cutter(model, preset), NoisedInputs(preset=preset, batch_size=2)
     widths, stats = read_widths(model, preset.timestep_range), measure_tokens(model, inputs, points=8, draws=2)
     for segment in make_segments(widths, stats, FlopsModel.of_preset(preset), PlanSettings(engines=2)):

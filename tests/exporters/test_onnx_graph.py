@@ -24,8 +24,7 @@ from dyexport.slicing.recipes import lay_out
 from dyexport.slicing.slicer import Slice, dense_segment, slice_conditioning
 from tests.exporters.networks import ONE_BLOCK_EACH, dense_network
 from tests.factories import random_timesteps, shared_tiny_model, tiny_preset
-from tests.slicing.cut import Cutter, fits, routed_inputs
-from tests.slicing.test_slim import assert_kept
+from tests.slicing.cut import Cutter, assert_kept, fits, routed_inputs
 
 PATHS = ["masked", "capacity", "dynamic", "compact"]
 MODEL, PRESET = shared_tiny_model(), tiny_preset()

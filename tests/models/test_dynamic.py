@@ -20,18 +20,6 @@ def inputs(t: float = 300.0, batch_size: int = 3) -> Inputs:
 
 
 @torch.no_grad()
-def test_fresh_routers_change_nothing() -> None:
-    preset = tiny_preset()
-    stock = DiTTransformer2DModel(**preset.transformer_config()).eval()
-    for block in stock.transformer_blocks:
-        block.norm1.emb = stock.transformer_blocks[0].norm1.emb
-    expected = stock(**inputs()).sample
-    model = DynamicTransformer(stock, get_adapter("dit"), heads=preset.heads)
-    assert torch.equal(model(inputs()).sample, expected)
-    assert torch.equal(model.forward_dense(inputs()), expected)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("t", random_timesteps(tiny_preset(), 4))
 def test_masks_equal_zeroed_weights(t: float) -> None:
     """A unit that is off computes as if its output columns were zero; a token that is off as if its MLP were."""
@@ -72,15 +60,6 @@ def test_gates_report_hard_decisions_whatever_the_noise() -> None:
     assert (quiet.tokens == (quiet.token_logits > 0)).all()
 
 
-def test_every_router_gets_a_gradient() -> None:
-    model = tiny_model()
-    output = model(inputs(), noise=lambda shape: torch.randn(shape))
-    output.sample.square().mean().backward()
-    for name, parameter in model.routers.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().sum() > 0, name
-
-
 def test_hard_gate_passes_the_gradient_of_its_sigmoid() -> None:
     logits = torch.tensor([-3.0, 0.0, 2.0], requires_grad=True)
     gates = hard_gate(logits)
@@ -88,15 +67,6 @@ def test_hard_gate_passes_the_gradient_of_its_sigmoid() -> None:
     gates.sum().backward()
     soft = torch.sigmoid(logits.detach() / 5)
     torch.testing.assert_close(logits.grad, soft * (1 - soft) / 5)
-
-
-@torch.no_grad()
-def test_permuting_units_changes_nothing() -> None:
-    model = tiny_model()
-    before = model.forward_dense(inputs())
-    for block in range(model.depth):
-        model.adapter.permute_units(model.backbone, block, torch.tensor([2, 0, 3, 1]), torch.tensor([3, 2, 1, 0]))
-    torch.testing.assert_close(model.forward_dense(inputs()), before, atol=1e-5, rtol=1e-5)
 
 
 def test_blocks_with_different_embedders_are_refused() -> None:

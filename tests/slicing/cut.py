@@ -103,3 +103,10 @@ def fits(segment: Segment, wanted: torch.Tensor, slots: int) -> bool:
         [slots if segment.token_paths[block] == "dynamic" else 0 for block in limited]
     )
     return not bool((wanted[:, limited] > room).any())
+
+
+def assert_kept(segment: Segment, kept: list[torch.Tensor], tokens: torch.Tensor) -> None:
+    """Counts (B, R) are of the blocks whose capacity is limited, and absent where there is none."""
+    counted = tokens.sum(-1).to(torch.int64)[:, list(segment.limited_blocks)]
+    assert len(kept) == bool(segment.limited_blocks)
+    assert all(torch.equal(counts, counted) for counts in kept)

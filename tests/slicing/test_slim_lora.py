@@ -3,49 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
-from dyexport.bundle.manifest import Segment
 from dyexport.calibration.segments import PlanSettings, make_segments
-from dyexport.calibration.tokens import measure_tokens
 from dyexport.calibration.widths import read_widths
 from dyexport.flops import FlopsModel
-from dyexport.lora import LoraSpec
-from dyexport.models.inputs import NoisedInputs
+from dyexport.lora import LoraSpec, Variant
 from dyexport.models.random_weights import random_dynamic
 from dyexport.slicing.recipes import lay_out
 from dyexport.slicing.slicer import slice_conditioning
 from tests.factories import random_timesteps, tiny_preset
-from tests.slicing.cut import Cutter, routed_inputs
-
-VARIANTS = ["standard", "inverse", "symmetric"]
+from tests.slicing.cut import Cutter
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("backbone", ["dit", "sit", "latte"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_path_is_exact_at_every_t(variant: str, backbone: str) -> None:
+@pytest.mark.parametrize("variant", get_args(Variant))
+def test_shorter_paths_are_prefixes_of_longer_ones(variant: Variant, backbone: str) -> None:
+    """Rows of a path that is cut to fewer units take no bytes in addition to the longest cut's."""
     preset = tiny_preset(backbone)
-    spec = LoraSpec.model_validate({"rank": 2, "experts": 3, "variant": variant, "alpha": 3})
-    model = random_dynamic(preset, td_lora=spec)
-    cutter, inputs = Cutter(model, preset), NoisedInputs(preset=preset, batch_size=2)
-    widths, stats = read_widths(model, preset.timestep_range), measure_tokens(model, inputs, points=8, draws=2)
-    segments = make_segments(widths, stats, FlopsModel.of_preset(preset), PlanSettings(engines=3))
+    model = random_dynamic(preset, td_lora=LoraSpec(rank=2, experts=3, variant=variant, alpha=3))
+    widths = read_widths(model, preset.timestep_range)
+    segments = make_segments(widths, None, FlopsModel.of_preset(preset), PlanSettings(engines=3))
     assert any(gated for segment in segments for gated in segment.gated_groups)
-    compared = 0
-    for segment in segments:
-        slim = cutter.load(segment)
-        for t in random_timesteps(preset, 24):
-            if segment.start <= t < segment.end:
-                arguments = inputs.at(t)
-                routed = routed_inputs(segment, widths, stats, t)
-                sample = slim(**cutter.inputs(arguments), **routed)[0]
-                torch.testing.assert_close(sample, model(arguments).sample, atol=2e-5, rtol=1e-5)
-                compared += 1
-    assert compared >= 16
-    assert stores_prefixes(cutter, segments)
+    slices = [Cutter(model, preset).cut(segment) for segment in segments]
+    recipes = [recipe for piece in slices for name, recipe in piece.recipes.items() if "low_rank" in name]
+    assert lay_out(recipes).nbytes < sum(4096 * -(-recipe.nbytes // 4096) for recipe in dict.fromkeys(recipes))
 
 
 @torch.no_grad()
@@ -65,10 +50,3 @@ def test_gates_are_decided_in_fp32_in_half_precision_too(backbone: str) -> None:
     embedding = model.adapter.timestep_embedding(model.backbone, torch.tensor(random_timesteps(preset, 16)))  # (T, C)
     expected = model.td_lora.gates_at(embedding).flatten(1)  # (T, L * E)
     torch.testing.assert_close(network(embedding), expected, atol=1e-5, rtol=1e-5)
-
-
-def stores_prefixes(cutter: Cutter, segments: tuple[Segment, ...]) -> bool:
-    """Whether the dense rows of a path, cut to fewer units, take no bytes beside those of the longest cut."""
-    slices = [cutter.cut(segment) for segment in segments]
-    recipes = [recipe for piece in slices for name, recipe in piece.recipes.items() if "low_rank" in name]
-    return lay_out(recipes).nbytes < sum(4096 * -(-recipe.nbytes // 4096) for recipe in dict.fromkeys(recipes))

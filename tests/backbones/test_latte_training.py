@@ -13,14 +13,10 @@ from torch import Tensor
 
 from dyexport.backbones.latte.preset import LattePreset
 from dyexport.errors import DataError
-from dyexport.models.random_weights import random_backbone, random_dynamic
 from dyexport.presets import PRESETS
-from dyexport.training.config import FinetuneConfig
 from dyexport.training.data import open_source
-from dyexport.training.finetuning import finetune
 from dyexport.training.losses import DdpmObjective
 from dyexport.training.synthetic import SyntheticConfig, generate
-from dyexport.training.trainer import train_static
 
 PRESET = PRESETS["latte-tiny"]
 assert isinstance(PRESET, LattePreset)
@@ -32,12 +28,6 @@ def shards(directory: Path, **changes: Tensor) -> Path:
     tensors = {"latents": torch.randn(8, 4, 2, 4, 4), "prompt_embeds": torch.randn(8, 5, 32)}
     save_file({**tensors, **changes}, directory / "a.safetensors")
     return directory
-
-
-def test_shards_hold_videos_and_prompts(tmp_path: Path) -> None:
-    latents, conditions = open_source(str(shards(tmp_path)), SMALL).batch(torch.tensor([3, 0]))
-    assert latents.shape == (2, 4, 2, 4, 4)
-    assert {name: tuple(value.shape) for name, value in conditions.items()} == {"encoder_hidden_states": (2, 5, 32)}
 
 
 @pytest.mark.parametrize(
@@ -86,21 +76,3 @@ def test_synthetic_videos_are_guided_away_from_the_unconditional_prompt(tmp_path
 
     torch.testing.assert_close(latents("guided", 3.0, 0.2, 0.1), latents("plain", 1.0, 0.1 + 3 * (0.2 - 0.1), 0.1))
     assert not torch.equal(latents("guided", 3.0, 0.2, 0.1), latents("off", 1.0, 0.2, 0.1))
-
-
-def test_finetuning_on_synthetic_videos_moves_lambda(tmp_path: Path) -> None:
-    source = generate(random_backbone(SMALL), SMALL, SyntheticConfig(samples=8, steps=2), tmp_path / "data")
-    model = random_dynamic(SMALL)
-    for router in model.block_routers:
-        router.open()
-    config = FinetuneConfig(steps=20, batch_size=4, budget=0.6, warmup=0.5)
-    result = finetune(model, SMALL, source, config, work_dir=tmp_path)
-    assert result.history[0].flops_ratio > 0.95
-    assert result.history[-1].flops_ratio < 0.9
-
-
-def test_the_control_trains(tmp_path: Path) -> None:
-    source = open_source(str(shards(tmp_path / "data")), SMALL)
-    config = FinetuneConfig(steps=15, batch_size=8, learning_rate=1e-3, ema_decay=0.0)
-    history = train_static(random_backbone(SMALL), SMALL, source, config, work_dir=tmp_path).history
-    assert history[-1].diffusion < history[0].diffusion

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dyexport.backbones.dit.slim_conditioning import DiTLayout
-from dyexport.bundle.tables import UnitOrder
-from dyexport.calibration.widths import read_widths
 from dyexport.slicing.modulation import modulated_norm
-from dyexport.slicing.slicer import Slice, dense_segment, slice_conditioning
+from dyexport.slicing.slicer import slice_conditioning
 from tests.factories import random_timesteps, shared_tiny_model, tiny_preset
 from tests.slicing.cut import Cutter
 
@@ -54,31 +52,6 @@ def test_modulation_is_that_of_the_stock_model(backbone: str) -> None:
         for vector, stock_vector in zip((attention.gate, mlp.shift, mlp.scale - 1, mlp.gate), rest, strict=True):
             torch.testing.assert_close(vector.squeeze(1), stock_vector, **CLOSE)
     torch.testing.assert_close(modulated_norm(calls["final"][0], modulation.final), calls["out"][0], **CLOSE)
-
-
-@torch.no_grad()
-def test_rows_do_not_depend_on_each_other() -> None:
-    preset = tiny_preset()
-    network = Cutter(shared_tiny_model(), preset).conditioning
-    times, labels = torch.tensor(random_timesteps(preset, 12)), torch.arange(12) % (preset.classes + 1)
-    together = network(times, labels)
-    for row in range(12):
-        torch.testing.assert_close(network(times[row : row + 1], labels[row : row + 1]), together[row : row + 1])
-
-
-def sources(slice_: Slice) -> set[str]:
-    return {source for recipe in slice_.recipes.values() for source in recipe.sources}
-
-
-def test_every_weight_is_in_one_of_the_two_networks() -> None:
-    """What segments hold, each of them holds; the conditioning is in memory once."""
-    cutter = Cutter(shared_tiny_model(), tiny_preset())
-    conditioning = sources(slice_conditioning(cutter.context))
-    widths = read_widths(cutter.model, cutter.preset.timestep_range)
-    segment = sources(cutter.cut(dense_segment(cutter.spec, UnitOrder.of(widths))))
-    assert not conditioning & segment
-    stock = {name for name, _ in cutter.model.backbone.named_parameters()}  # one name where blocks share an embedder
-    assert stock <= conditioning | segment
 
 
 def test_bindings() -> None:

@@ -13,15 +13,11 @@ from torch import Tensor
 
 from dyexport.backbones.flux.preset import FluxPreset
 from dyexport.errors import DataError
-from dyexport.models.inputs import NoisedInputs
-from dyexport.models.random_weights import random_backbone, random_dynamic
+from dyexport.models.random_weights import random_backbone
 from dyexport.presets import PRESETS
-from dyexport.training.config import FinetuneConfig
 from dyexport.training.data import ShardDirectory, open_source
-from dyexport.training.finetuning import finetune
 from dyexport.training.losses import SigmaFlowObjective
 from dyexport.training.synthetic import SyntheticConfig, generate
-from dyexport.training.trainer import train_static
 
 PRESET = PRESETS["flux-tiny"]
 assert isinstance(PRESET, FluxPreset)
@@ -46,23 +42,6 @@ def test_sigma_is_the_share_of_noise_and_velocity_points_to_it() -> None:
     assert torch.equal(batch.latents[1], noise[1])
     torch.testing.assert_close(batch.latents[0] + batch.target[0], noise[0])
     assert torch.equal(SigmaFlowObjective().loss(batch.target + 2, batch), torch.full((2,), 4.0))
-
-
-def test_shards_hold_latents_and_prompts(tmp_path: Path) -> None:
-    source = open_source(str(shards(tmp_path)), SMALL)
-    latents, conditions = source.batch(torch.tensor([3, 0]))
-    assert latents.shape == (2, 16, 16)
-    assert {name: tuple(value.shape) for name, value in conditions.items()} == {
-        "encoder_hidden_states": (2, 5, 64),
-        "pooled_projections": (2, 32),
-    }
-    inputs = NoisedInputs(preset=SMALL, batch_size=3, clean=source.batch(torch.arange(8))).at(0.0)
-    rows = [
-        int((latents == row).flatten(1).all(1).nonzero())
-        for latents in [source.batch(torch.arange(8)).latents]
-        for row in inputs["hidden_states"]
-    ]
-    assert torch.equal(inputs["pooled_projections"], source.batch(torch.tensor(rows)).conditions["pooled_projections"])
 
 
 @pytest.mark.parametrize(
@@ -120,22 +99,3 @@ def test_other_prompts_start_over(tmp_path: Path) -> None:
     assert torch.equal(generated(None), free)
     prompts = {"encoder_hidden_states": torch.randn(2, 5, 64), "pooled_projections": torch.randn(2, 32)}
     assert not torch.equal(generated(prompts), free)
-
-
-def test_finetuning_moves_lambda(tmp_path: Path) -> None:
-    source = generate(random_backbone(SMALL), SMALL, SyntheticConfig(samples=8, steps=2), tmp_path / "data")
-    model = random_dynamic(SMALL)
-    for router in model.block_routers:
-        router.open()
-    config = FinetuneConfig(steps=20, batch_size=4, budget=0.6, warmup=0.5)
-    result = finetune(model, SMALL, source, config, work_dir=tmp_path)
-    assert result.history[0].flops_ratio > 0.95
-    assert result.history[-1].flops_ratio < 0.9
-
-
-def test_the_control_trains(tmp_path: Path) -> None:
-    source = open_source(str(shards(tmp_path / "data")), SMALL)
-    backbone = random_backbone(SMALL)
-    config = FinetuneConfig(steps=15, batch_size=8, learning_rate=1e-3, ema_decay=0.0)
-    history = train_static(backbone, SMALL, source, config, work_dir=tmp_path).history
-    assert history[-1].diffusion < history[0].diffusion
