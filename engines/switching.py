@@ -1,4 +1,4 @@
-"""The engine of engines: one per segment of t, activated when sampling reaches it."""
+"""An engine made of engines, one per segment of t, each activated when sampling reaches it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dyexport.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-ROUTED_INPUTS = frozenset({"width_gate", "slots"})  # what the caller does not give: they follow from t
+ROUTED_INPUTS = frozenset({"width_gate", "slots"})  # inputs of a network that follow from t alone
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
-    """The engine that serves some inputs, and its routed inputs."""
+class EngineChoice:
+    """Index of the engine that serves some inputs, and the inputs of that engine that follow from them."""
 
     engine: int
     inputs: Tensors
@@ -27,7 +27,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class SwitchCost:
-    """Seconds spent between two engines' runs, over ``count`` switches."""
+    """Number of switches between two engines, and the seconds they took in total."""
 
     count: int = 0
     seconds: float = 0.0
@@ -35,39 +35,42 @@ class SwitchCost:
 
 @dataclass(kw_only=True)
 class Clock:
-    """Where the time of an engine of engines went. ``activations`` includes those in the background."""
+    """Time spent by a ``SwitchingEngine``, in seconds. ``activations`` includes those in the background."""
 
     run_seconds: float = 0.0
-    outside_seconds: float = 0.0  # choosing, waiting, activating: all that is not an engine's run
+    outside_seconds: float = 0.0  # choosing, waiting, activating: everything but runs
     activations: list[int]
     activation_seconds: list[float]
     switches: dict[tuple[int | None, int], SwitchCost]
 
 
 class SwitchingEngine(Engine):
-    """Runs each input on the engine that ``choose`` names.
+    """Runs inputs on the engine that ``choose`` names, completed by what ``choose`` computes from them.
 
-    At most ``max_resident`` engines are active (all of them by default), the one used longest ago
-    being parked to make room. While engine i runs, engine ``i + ahead`` is activated in the background: ``ahead``
-    is the direction in which sampling walks through the engines. For use by one thread at a time.
+    At most ``max_resident`` engines are active (default: all); the least recently used one is parked to make room.
+    While engine i runs, engine ``i + ahead`` is activated in the background: ``ahead`` is the direction in which
+    sampling visits the engines. ``make_io`` returns the bindings of the whole, by default those of the first engine
+    without the inputs that follow from t. Not thread-safe.
     """
 
     def __init__(
         self,
         engines: Sequence[Engine],
-        choose: Callable[[Tensors], Choice],
+        choose: Callable[[Tensors], EngineChoice],
         *,
         ahead: int = 1,
         max_resident: int | None = None,
+        make_io: Callable[[], EngineIO] | None = None,
     ) -> None:
         if max_resident is not None and max_resident < 1:
             raise UsageError(f"max_resident is {max_resident}; at least one engine must be resident")
         self.engines = tuple(engines)
         self.max_resident = max_resident or len(self.engines)
         self._choose = choose
+        self._make_io = make_io or self._first_io
         self._ahead = ahead
         self._current: int | None = None
-        self._recent: list[int] = []  # engines that were activated, the one used longest ago first
+        self._recent: list[int] = []  # activated engines, least recently used first
         self._pending: Future[None] | None = None
         self._background: ThreadPoolExecutor | None = None
         count = len(self.engines)
@@ -75,6 +78,9 @@ class SwitchingEngine(Engine):
 
     @property
     def io(self) -> EngineIO:
+        return self._make_io()
+
+    def _first_io(self) -> EngineIO:
         first = self.engines[0].io
         return EngineIO(
             inputs=tuple(spec for spec in first.inputs if spec.name not in ROUTED_INPUTS), outputs=first.outputs
@@ -93,7 +99,7 @@ class SwitchingEngine(Engine):
         return any(engine.active for engine in self.engines)
 
     def activate(self) -> None:
-        """Activate the engine that sampling starts with; the others follow when they are needed."""
+        """Activate the engine that sampling starts with; the others are activated when they are needed."""
         if not self.active:
             self._load(0 if self._ahead > 0 else len(self.engines) - 1)
 
@@ -101,11 +107,12 @@ class SwitchingEngine(Engine):
         self.io.check(inputs)
         begin = perf_counter()
         choice = self._choose(inputs)
+        names = {spec.name for spec in self.engines[choice.engine].io.inputs} - choice.inputs.keys()
         self.clock.outside_seconds += perf_counter() - begin
-        return self.run_on(choice, inputs)
+        return self.run_on(choice, {name: inputs[name] for name in names})
 
-    def run_on(self, choice: Choice, inputs: Tensors) -> dict[str, torch.Tensor]:
-        """``run`` for a caller that has already chosen."""
+    def run_on(self, choice: EngineChoice, inputs: Tensors) -> dict[str, torch.Tensor]:
+        """Run an engine that the caller has chosen, on the rest of its inputs."""
         begin = perf_counter()
         engine = self._switch_to(choice.engine)
         self._prefetch(choice.engine + self._ahead)
@@ -142,7 +149,7 @@ class SwitchingEngine(Engine):
         self.clock.switches[self._current, index] = cost
 
     def _load(self, index: int) -> None:
-        """Make ``index`` active and the one used last, parking others to make room."""
+        """Activate an engine as the most recently used one, and park others to make room."""
         if index in self._recent:
             self._recent.remove(index)
         while len(self._recent) >= self.max_resident:
@@ -155,15 +162,15 @@ class SwitchingEngine(Engine):
         self._recent.append(index)
 
     def _prefetch(self, index: int) -> None:
-        """Activate in the background. The engine that runs was used last: where two fit, it is not what makes room."""
-        wanted = 0 <= index < len(self.engines) and self.max_resident > 1 and self._pending is None
-        if wanted and not self.engines[index].active:
+        """Activate an engine in the background. The running one is the most recently used, so it is not parked."""
+        possible = 0 <= index < len(self.engines) and self.max_resident > 1 and self._pending is None
+        if possible and not self.engines[index].active:
             if self._background is None:
                 self._background = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
             self._pending = self._background.submit(self._load, index)
 
     def _settle(self) -> None:
-        """Wait for the background. If it failed, activating in the foreground fails again, and is heard."""
+        """Wait for the background. If it failed, activation fails again in the foreground, and raises there."""
         if self._pending is not None:
             self._pending.exception()
             self._pending = None

@@ -1,4 +1,4 @@
-"""``load`` opens a bundle as an object that stands in for ``transformer`` in diffusers' pipelines."""
+"""``dyexport.load``: open a bundle as an object that stands in for ``transformer`` in diffusers' pipelines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dyexport.runtime.conditioning import Conditioner
 from dyexport.runtime.locating import find_bundle
 from dyexport.runtime.memory import Placement, WeightBytes, place
 from dyexport.runtime.residency import distinct_bytes
-from dyexport.runtime.routing import Scheduler, dense_route, route
+from dyexport.runtime.routing import RouteCache, Router, dense_route, route
 from dyexport.runtime.transformer import BundleTransformer, Running
 
 
@@ -42,21 +42,23 @@ def load(
     dense: bool = False,
     fallback: bool = True,
 ) -> BundleTransformer:
-    """Open a bundle to run it: a directory, or a repository of the Hugging Face hub.
+    """Open a bundle as the transformer of a diffusers pipeline. No weights are read before the first call.
 
-    ``target`` is one that the bundle was built for, or ``onnx-rtx``: its ONNX graphs on TensorRT-RTX through ONNX
-    Runtime. ``device`` is ``cpu``, ``cuda`` or ``cuda:N``, by default CUDA where torch and the backend have it.
-    ``dtype`` is the pipeline's: what it makes latents in, whatever the engines compute in.
-    ``max_resident`` bounds how many engines are in memory at a time (default: all; otherwise the conditioning
-    engine leaves as soon as it has run). ``memory``, bytes or such as ``"8GiB"``, bounds the weights instead: it
-    decides how many engines stay, and whether their weights are streamed where a backend can; activations come on
-    top. ``share_weights`` lets engines map one copy of the weights. ``dense`` opens the static model that a bundle
-    keeps for comparison. No weights are read into memory before the first call. What does not fit this machine is
-    left alone: ONNX Runtime takes over, with a warning that says why, unless ``fallback`` is off. For a TensorRT-RTX
-    plan its graph is compiled anew where ``onnx-rtx`` runs.
+    bundle_path    a directory, or a repository of the Hugging Face hub
+    target         a target that the bundle was built for, or ``onnx-rtx``: its ONNX graphs on TensorRT-RTX
+    device         ``cpu``, ``cuda`` or ``cuda:N``; by default CUDA where torch and the backend have it
+    dtype          dtype in which the pipeline makes latents; the engines' precision is the bundle's
+    max_resident   most engines in memory at a time (default: all); below that, the conditioning engine is parked
+                   after each run
+    memory         instead of ``max_resident``: most bytes of weights, or a text such as ``"8GiB"``; decides how many
+                   engines stay, and whether weights are streamed; activations come on top
+    share_weights  let engines map one copy of the weights
+    check_hashes   check the hash of every file
+    dense          open the static model that a bundle keeps for comparison
+    fallback       where the target does not run on this machine, warn and run the ONNX graphs; else raise
 
-    Raises ``BundleError`` for a damaged bundle, ``EngineMismatchError`` for a target it was not built for,
-    ``UsageError`` for an argument out of range, ``MissingDependencyError`` for an absent backend.
+    Raises ``BundleError`` for a damaged bundle, ``EngineMismatchError`` for a target that it was not built for or that
+    does not run here, ``UsageError`` for an argument out of range, ``MissingDependencyError`` for an absent backend.
     """
     limit, budget = _bounds(max_resident, memory)
     root = find_bundle(bundle_path)
@@ -82,6 +84,7 @@ def load(
         bundle,
         partial(_start, bundle, opened, options, placement, dense),
         reopen,
+        target=opened.target,
         device=torch.device(options.device),
         dtype=_checked_dtype(dtype),
     )
@@ -92,16 +95,18 @@ def _start(bundle: Bundle, opened: _Opened, options: EngineOptions, placement: P
         HeldEngine(engine, bundle) for engine in make_engines(opened.target, opened.paths, options)
     )
     find = dense_route if dense else partial(route, bundle.manifest.plan, bundle.widths, bundle.token_stats)
-    scheduler = Scheduler(find, options.device)
+    routes = RouteCache(find, options.device)
+    conditioner = Conditioner(conditioning, resident=placement.max_resident is None, device=options.device)
+    router = Router(routes, conditioner, engines[0])
     noise, data = bundle.manifest.model.noise_to_data
     engine = SwitchingEngine(
         engines,
-        scheduler.choose,
+        router,
         ahead=1 if noise < data else -1,
         max_resident=placement.max_resident,
+        make_io=router.io,
     )
-    conditioner = Conditioner(conditioning, resident=placement.max_resident is None, device=options.device)
-    return Running(engine, conditioner, scheduler)
+    return Running(engine, conditioner, routes)
 
 
 def _checked_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -111,16 +116,16 @@ def _checked_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Opened(NamedTuple):
-    """What runs, and its files: engines in the order of t, and last their conditioning network."""
+    """The target that runs and its files: engines in the order of t, then their conditioning network."""
 
     target: str
     paths: list[Path]
 
 
 def _open(path: str | Path, target: str, *, check_hashes: bool, dense: bool, fallback: bool) -> tuple[Bundle, _Opened]:
-    """The bundle, and the engines that fit this machine."""
+    """Open the bundle, and find the engines that run on this machine."""
     files = get_backend(target).files or target
-    # Only a graph is data: the engines of every other target are code, and run only as they were built.
+    # A graph is data. The engines of every other target are code, which runs only if its hash is right.
     bundle = Bundle.open(path, check_hashes=check_hashes or files != "onnx")
     opened = _Opened(target, _engine_paths(bundle, files, dense))
     check_networks(bundle, files)
@@ -138,7 +143,7 @@ def _unfit(opened: _Opened) -> str | None:
 
 
 def _bounds(max_resident: int | None, memory: int | str | None) -> tuple[int | None, int | None]:
-    """Engines and bytes, checked."""
+    """Check both bounds. Raises ``UsageError``."""
     if max_resident is not None and memory is not None:
         raise UsageError(f"max_resident is {max_resident} and memory {memory!r}; give one of the two")
     if max_resident is not None:
@@ -165,7 +170,7 @@ def _weight_bytes(opened: _Opened, options: EngineOptions) -> WeightBytes:
 
 
 def _engine_paths(bundle: Bundle, target: str, dense: bool) -> list[Path]:
-    """Engines in the order of t, and last their conditioning network."""
+    """List the engines in the order of t, then their conditioning network. Raises ``BundleError``."""
     paths = bundle.engine_paths(target)
     own = DENSE_CONDITIONING if dense and DENSE_CONDITIONING in paths else CONDITIONING
     networks = [DENSE] if dense else [segment_name(index) for index in range(len(bundle.manifest.plan.segments))]

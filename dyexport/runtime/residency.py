@@ -1,4 +1,4 @@
-"""What a running bundle holds in memory, and what switching between its engines has cost."""
+"""Memory of a running bundle, and the cost of switching between its engines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from dyexport.runtime.conditioning import Conditioner
 
 @dataclass(frozen=True, kw_only=True)
 class EngineResidency:
-    """``weight_bytes`` is what the engine reads when active; ``activation_seconds`` the total over ``activations``."""
+    """Memory and activations of one engine.
+
+    weight_bytes        bytes of weights that it reads when active
+    activation_seconds  total of its ``activations``
+    """
 
     segment: int
     active: bool
@@ -24,7 +28,7 @@ class EngineResidency:
 
 @dataclass(frozen=True, kw_only=True)
 class Switch:
-    """``count`` switches between two segments (from None: the first), and the seconds they took together."""
+    """Switches between two segments, and their total seconds; ``source`` None: the first engine after loading."""
 
     source: int | None
     target: int
@@ -36,11 +40,11 @@ class Switch:
 class Residency:
     """Bytes now, and seconds since the bundle was loaded.
 
-    weight_bytes     of the active engines and their conditioning; bytes that engines share count once
-    process_bytes    proportional set size of the whole process; None where the system does not tell
-    device_bytes     of the GPU's memory that are in use, by anyone, activations included; None on a CPU
+    weight_bytes     weights of the active engines and their conditioning; shared bytes count once
+    process_bytes    proportional set size of the process; None where the system does not report it
+    device_bytes     GPU memory in use by all processes, activations included; None on a CPU
     run_seconds      inside engines, conditioning included
-    outside_seconds  everything else in a step: routing, switching, moving tensors
+    outside_seconds  the rest of each step: routing, switching, moving tensors
     """
 
     engines: tuple[EngineResidency, ...]
@@ -53,16 +57,15 @@ class Residency:
 
     @property
     def switch_overhead(self) -> float:
-        """Share of the time that engines do not account for, in [0, 1]."""
+        """Share of the time spent outside engines, in [0, 1]."""
         total = self.run_seconds + self.outside_seconds
         return self.outside_seconds / total if total else 0.0
 
 
 def measure(engine: SwitchingEngine, conditioner: Conditioner, *, step_seconds: float) -> Residency:
-    """``step_seconds`` is the time in all steps so far, engines and everything around them."""
+    """Measure a running bundle; ``step_seconds`` is the total time of all steps so far."""
     clock = engine.clock
     run_seconds = clock.run_seconds + conditioner.seconds
-    active = [each.weights for each in (*engine.engines, conditioner.engine) if each.active]
     engines = (
         EngineResidency(
             segment=index,
@@ -77,11 +80,10 @@ def measure(engine: SwitchingEngine, conditioner: Conditioner, *, step_seconds: 
         Switch(source=source, target=target, count=cost.count, seconds=cost.seconds)
         for (source, target), cost in clock.switches.items()
     )
-    mapped = distinct_bytes(span for spans in active for span in spans)
     return Residency(
         engines=tuple(engines),
         switches=tuple(switches),
-        weight_bytes=mapped if engine.shares_weights else sum(distinct_bytes(spans) for spans in active),
+        weight_bytes=weight_bytes(engine, conditioner),
         process_bytes=process_bytes(),
         device_bytes=device_bytes(str(conditioner.device)),
         run_seconds=run_seconds,
@@ -89,8 +91,16 @@ def measure(engine: SwitchingEngine, conditioner: Conditioner, *, step_seconds: 
     )
 
 
+def weight_bytes(engine: SwitchingEngine, conditioner: Conditioner) -> int:
+    """Return the bytes of the resident weights; bytes that engines share count once."""
+    active = [each.weights for each in (*engine.engines, conditioner.engine) if each.active]
+    if engine.shares_weights:
+        return distinct_bytes(span for spans in active for span in spans)
+    return sum(distinct_bytes(spans) for spans in active)
+
+
 def distinct_bytes(spans: Iterable[WeightSpan]) -> int:
-    """Bytes that the spans cover, overlaps counted once."""
+    """Count the bytes that the spans cover, overlaps once."""
     total, path, reached = 0, None, 0
     for span in sorted(spans, key=lambda span: (span.path, span.offset)):
         start = max(span.offset, reached) if span.path == path else span.offset
@@ -101,7 +111,7 @@ def distinct_bytes(spans: Iterable[WeightSpan]) -> int:
 
 
 def process_bytes(rollup: Path = Path("/proc/self/smaps_rollup")) -> int | None:
-    """Proportional set size: a page that several processes map counts in parts."""
+    """Return the proportional set size of this process, in which a page of n processes counts 1/n."""
     try:
         lines = rollup.read_text().splitlines()
     except OSError:
@@ -110,7 +120,7 @@ def process_bytes(rollup: Path = Path("/proc/self/smaps_rollup")) -> int | None:
 
 
 def device_bytes(device: str) -> int | None:
-    """Memory in use on a GPU, by the driver's account: not only torch allocates there. None for the CPU."""
+    """Return the memory in use on a GPU as its driver reports it, since not only torch allocates. None for the CPU."""
     import torch
 
     if not device.startswith("cuda"):

@@ -1,31 +1,35 @@
-"""From t to the segment that serves it, and to the inputs its engine wants besides. Pure functions."""
+"""From t to the engine that serves it and to the inputs of that engine that follow from t."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from dyexport.bundle.manifest import Segment, SegmentPlan
 from dyexport.bundle.tables import FloatArray, TokenStats, WidthTable
-from dyexport.engines.base import Tensors
-from dyexport.engines.switching import Choice
+from dyexport.bundle.tensors import TensorSpec
+from dyexport.engines.base import Engine, EngineIO, Tensors
+from dyexport.engines.switching import ROUTED_INPUTS, EngineChoice
 from dyexport.errors import BundleError, EngineMismatchError
+from dyexport.runtime.conditioning import Conditioner
 from dyexport.runtime.inputs import float_values
 
 if TYPE_CHECKING:
     import torch
 
+TIMESTEP, MODULATION = "timestep", "modulation"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """What happens at one t.
+    """The engine and its inputs at one t.
 
     segment, row   indices into the plan and the width table
-    gate           (W,) float32, or None where the segment's masks are constant
-    slots          length of the ``slots`` input, or None where the segment has none
-    token_limits   tokens that fit, for each block where not all do
+    gate           (W,) float32; None if the segment's masks are constant
+    slots          length of the ``slots`` input; None if the segment has none
+    token_limits   token capacity of each block that has one
     """
 
     segment: int
@@ -36,7 +40,7 @@ class Route:
 
 
 def route(plan: SegmentPlan, widths: WidthTable, stats: TokenStats | None, t: float) -> Route:
-    """Look ``t`` up. Raises ``EngineMismatchError`` outside the range of the plan."""
+    """Return the route at ``t``. Raises ``EngineMismatchError`` outside the range of the plan."""
     index = plan.segment_for(t)
     segment, row = plan.segments[index], widths.row(t)
     slots = _slots(segment, stats, t)
@@ -50,7 +54,7 @@ def route(plan: SegmentPlan, widths: WidthTable, stats: TokenStats | None, t: fl
 
 
 def dense_route(t: float) -> Route:
-    """The route of a static model: one engine, whatever the t."""
+    """Return the route of a static model, which is the same at every t."""
     return Route(segment=0, row=0, gate=None, slots=None, token_limits=())
 
 
@@ -68,11 +72,11 @@ def _token_limits(segment: Segment, slots: int) -> tuple[int, ...]:
 
 
 def shared_timestep(timestep: torch.Tensor | float, batch: int) -> float:
-    """The one t of a batch, read from the device once.
+    """Return the one t of a batch, read from the device once.
 
-    Raises ``EngineMismatchError`` where samples differ in t, which needs different engines, and for no finite number.
+    Raises ``EngineMismatchError`` if samples differ in t, which needs different engines, and for a number that is not
+    finite.
     """
-
     values = float_values("timestep", timestep)
     if len(values) not in (1, batch):
         raise EngineMismatchError(f"timestep has {len(values)} values for a batch of {batch}")
@@ -85,27 +89,22 @@ def shared_timestep(timestep: torch.Tensor | float, batch: int) -> float:
 
 
 @dataclass(frozen=True)
-class Step:
-    """A route as tensors: the choice of engine, and the limits (R,) int64 of R blocks with limited room for tokens."""
+class RoutedStep:
+    """A route as tensors: the choice of engine, and the limits (R,) int64 of R blocks with a token capacity."""
 
-    choice: Choice
+    choice: EngineChoice
     token_limits: torch.Tensor | None = None
 
 
-class Scheduler:
-    """Steps by t, remembered: every image asks for the same few."""
+class RouteCache:
+    """Routed steps by t, cached: every sample visits the same timesteps."""
 
     def __init__(self, find: Callable[[float], Route], device: str = "cpu") -> None:
         self._find = find
         self._device = device
-        self.step = lru_cache(maxsize=4096)(self._step)
+        self.at = lru_cache(maxsize=4096)(self._at)
 
-    def choose(self, inputs: Tensors) -> Choice:
-        """What a ``SwitchingEngine`` asks."""
-        timestep = inputs["timestep"]
-        return self.step(shared_timestep(timestep, len(timestep))).choice
-
-    def _step(self, t: float) -> Step:
+    def _at(self, t: float) -> RoutedStep:
         import torch
 
         found = self._find(t)
@@ -114,5 +113,37 @@ class Scheduler:
             inputs["width_gate"] = torch.from_numpy(found.gate).to(self._device)  # (W,)
         if found.slots is not None:
             inputs["slots"] = torch.zeros(found.slots, dtype=torch.float32, device=self._device)  # (S,)
-        limits = torch.tensor(found.token_limits, device=self._device, dtype=torch.int64)
-        return Step(Choice(engine=found.segment, inputs=inputs), limits if found.token_limits else None)
+        limits = torch.tensor(found.token_limits, device=self._device, dtype=torch.int64)  # (R,)
+        choice = EngineChoice(engine=found.segment, inputs=inputs)
+        return RoutedStep(choice, limits if found.token_limits else None)
+
+
+class Router:
+    """The choice of a bundle's ``SwitchingEngine``, whose inputs are those of the stock network, ``timestep`` included.
+
+    ``timestep`` (B,) decides the engine, and with the conditions (B, ...) its ``modulation``.
+    """
+
+    def __init__(self, routes: RouteCache, conditioner: Conditioner, network: Engine) -> None:
+        self._routes, self._conditioner, self._network = routes, conditioner, network
+
+    def __call__(self, inputs: Tensors) -> EngineChoice:
+        """Choose the engine of a step. Raises ``EngineMismatchError`` where samples differ in t."""
+        timestep = inputs[TIMESTEP]
+        t = shared_timestep(timestep, len(timestep))
+        conditions = {spec.name: inputs[spec.name] for spec in self._conditions}
+        choice = self._routes.at(t).choice
+        modulation = self._conditioner.at(t, conditions)  # (B, M)
+        return EngineChoice(engine=choice.engine, inputs={**choice.inputs, MODULATION: modulation})
+
+    @property
+    def _conditions(self) -> tuple[TensorSpec, ...]:
+        return tuple(spec for spec in self._conditioner.engine.io.inputs if spec.name != TIMESTEP)
+
+    def io(self) -> EngineIO:
+        """Return the bindings of all engines and their conditioning as one network."""
+        network = self._network.io
+        inputs = [spec for spec in network.inputs if spec.name not in ROUTED_INPUTS | {MODULATION}]
+        batch = next(spec.shape[0] for spec in inputs if spec.name == "hidden_states")
+        per_sample = [replace(spec, shape=(batch, *spec.shape[1:])) for spec in self._conditioner.engine.io.inputs]
+        return EngineIO(inputs=(*inputs, *per_sample), outputs=network.outputs)

@@ -14,6 +14,7 @@ from weakref import WeakSet
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
+from pydantic import ByteSize
 
 from dyexport.backbones import get_stand_in
 from dyexport.bundle.manifest import ModelSpec
@@ -27,11 +28,11 @@ from dyexport.runtime.forked import skip_exit_handlers_of_parent
 from dyexport.runtime.inputs import check_no_gradients, for_engine, one_batch
 from dyexport.runtime.locating import find_bundle
 from dyexport.runtime.overflow import Overflow, OverflowCounter
-from dyexport.runtime.residency import Residency, measure
-from dyexport.runtime.routing import Scheduler, shared_timestep
+from dyexport.runtime.residency import Residency, measure, weight_bytes
+from dyexport.runtime.routing import MODULATION, RouteCache, shared_timestep
 from dyexport.runtime.saving import save_bundle
 
-WEIGHT_OPTIONS = frozenset(  # of diffusers, on how files of weights are read and written; a bundle has its own way
+WEIGHT_OPTIONS = frozenset(  # of diffusers, on reading and writing weight files; a bundle ignores them
     {
         "disable_mmap",
         "low_cpu_mem_usage",
@@ -49,17 +50,17 @@ WEIGHT_OPTIONS = frozenset(  # of diffusers, on how files of weights are read an
 )
 
 
-# Dynamo would find nothing to compile, and recompile for each clock reading. diffusers has imported it already.
+# Dynamo would find nothing to compile, and recompile for each clock reading. diffusers has already imported it.
 NOT_COMPILED = torch.compiler.disable(reason="the layers of a bundle are inside engines")
 
 
 def offloading_placeholder(dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
-    """A parameter of no elements: accelerate's offloading asks a module's first parameter where the module is."""
+    """Make a parameter without elements: accelerate's offloading reads a module's device from its first parameter."""
     return torch.nn.Parameter(torch.empty(0, dtype=dtype, device="cpu"), requires_grad=False)
 
 
 def example_inputs(spec: ModelSpec, batch: int, t: float, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Noise under random conditions, as the stock module's arguments; the same tensors for the same values."""
+    """Make noise and random conditions as the stock module's arguments: the same tensors for the same arguments."""
     return get_stand_in(spec.backbone).example_inputs(spec, batch, t, seed)
 
 
@@ -77,24 +78,24 @@ def stock_transformer(spec: ModelSpec) -> torch.nn.Module:
 
 
 def random_rows(batch: int, seed: int) -> Callable[..., torch.Tensor]:
-    """Return a function that draws tensors (batch, *shape); the same ones for the same seed."""
+    """Return a function that makes normal noise (batch, *shape): the same tensors for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.randn(batch, *shape, generator=generator)
 
 
 class Running(NamedTuple):
-    """State of one process: engine handles, and the threads that activate engines."""
+    """State of one process: engines, and the threads that activate them."""
 
     engine: SwitchingEngine
     conditioner: Conditioner
-    scheduler: Scheduler
+    routes: RouteCache
 
 
 class EqualsStock(type):
-    """Class of stand-ins' classes: each is equal to the diffusers class that it stands in for.
+    """Metaclass of stand-ins, each of which is equal to the diffusers class that it stands in for.
 
-    A subclass is not enough: ``from_pipe`` of a pipeline takes over a component only if its type is equal to the
-    annotated one. Hashes differ, so that tables keyed by class keep both apart.
+    A subclass is not enough: ``from_pipe`` of a pipeline keeps a component only if its type is equal to the annotated
+    one. Hashes differ, so that tables keyed by class hold both.
     """
 
     stock: type[torch.nn.Module] | None
@@ -108,14 +109,14 @@ class EqualsStock(type):
 class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsStock):
     """The denoising network of a bundle. Engines hold the weights; the module has none.
 
-    A subclass for each backbone is also a subclass of its diffusers transformer, and has its ``forward``.
+    Each backbone has a subclass, which also inherits from its diffusers transformer and has its ``forward``.
 
-    ``dtype`` is that of the pipeline around it: what pipelines make latents in. It is set by ``load(dtype=)`` and
-    ``to``, and changes no engine. Tensors come back in the dtype and on the device they came in on. The engines stay
-    where they were loaded, so a pipeline's ``to`` and its offloading do not move them.
+    ``dtype`` is the dtype in which a pipeline makes latents. ``load(dtype=)`` and ``to`` set it, and it changes no
+    engine. Outputs have the dtype and the device of the latents. The engines stay on the device where they were loaded:
+    a pipeline's ``to`` and its offloading do not move them.
 
     Calls from several threads run one after another. Copies, pickles and forked processes open the bundle again, with
-    engines of their own.
+    separate engines.
     """
 
     stock: ClassVar[type[torch.nn.Module] | None] = None
@@ -126,6 +127,7 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
         start: Callable[[], Running],
         reopen: Callable[..., BundleTransformer],
         *,
+        target: str,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -135,6 +137,7 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
         self._bundle = bundle
         self._start = start
         self._reopen = reopen
+        self._target = target
         self._device = device
         self.placeholder = offloading_placeholder(dtype)
         self.eval()
@@ -142,7 +145,7 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
         _LOADED.add(self)
 
     def _begin(self) -> None:
-        self.engine, self.conditioner, self._scheduler = self._start()
+        self.engine, self.conditioner, self._routes = self._start()
         self._overflow = OverflowCounter()
         self._step_seconds = 0.0
         self._lock = Lock()
@@ -150,14 +153,14 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
     def begin_in_forked_process(self) -> None:
         """Start again with new engines: locks and threads of the parent process do not work here.
 
-        The parent's engines are never freed here, because a session waits for its threads when it is.
+        The parent's engines are never freed here, because freeing a session waits for its threads.
         """
         _LEFT_BEHIND.append((self.engine, self.conditioner))
         self._begin()
 
     @classmethod
     def example_inputs(cls, spec: ModelSpec, batch: int, t: float, seed: int = 0) -> dict[str, torch.Tensor]:
-        """Noise under random conditions at one t, as the stock module's arguments; the same for the same values."""
+        """Make noise and random conditions at one t, as the stock module's arguments."""
         raise NotImplementedError
 
     def __reduce__(self) -> tuple[Callable[..., BundleTransformer], tuple[Any, ...]]:
@@ -171,6 +174,17 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
                 f"{type(self).__name__} has no {name!r}, since its layers are inside engines; "
                 "use the diffusers transformer where they are needed"
             ) from None
+
+    def __repr__(self) -> str:
+        manifest, count = self._bundle.manifest, len(self.engine.engines)
+        budget = "" if manifest.budget is None else f", built for {manifest.budget:g}"
+        engines = f"{count} engine{'s' if count > 1 else ''} in {self.spec.number_formats}"
+        resident = ByteSize(weight_bytes(self.engine, self.conditioner)).human_readable(decimal=True)
+        return (
+            f"{type(self).__name__}({self.spec.name!r}, target {self._target!r} on {str(self.device)!r},\n"
+            f"  {engines}, {resident} of weights resident,\n"
+            f"  FLOPs ratio {manifest.plan.flops_ratio:.3f}{budget})"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -189,11 +203,14 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
         conditions: Tensors,
         shared: Tensors | None = None,
     ) -> torch.Tensor:
-        """One call of the network on this bundle's device.
+        """Run the network once on this bundle's device, and return its output (B, ...).
 
-        ``inputs`` (B, ...) change from step to step or are fixed (latents, text); ``conditions`` (B, ...) reach the
-        network through its conditioning only; ``shared`` has no batch. ``timestep`` is a number, () or (B,) with equal
-        values. A tensor of one sample stands for all of the batch.
+        timestep    a number, () or (B,) with equal values
+        inputs      (B, ...) inputs of the network itself: latents, text
+        conditions  (B, ...) inputs of its conditioning alone: labels, pooled text
+        shared      inputs of the network without a batch: positions
+
+        A tensor of one sample stands for all of the batch. Raises ``EngineMismatchError``.
         """
         check_no_gradients({**inputs, **conditions})
         batched = one_batch(timestep, {**inputs, **conditions})
@@ -208,27 +225,27 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
 
     def _step(self, t: float, inputs: Tensors, conditions: Tensors) -> torch.Tensor:
         latents = inputs["hidden_states"]
-        step = self._scheduler.step(t)
+        step = self._routes.at(t)
         moved = {name: for_engine(tensor, self.device) for name, tensor in inputs.items()}
-        outputs = self.engine.run_on(step.choice, {**moved, "modulation": self.conditioner.at(t, conditions)})
+        outputs = self.engine.run_on(step.choice, {**moved, MODULATION: self.conditioner.at(t, conditions)})
         if step.token_limits is not None:
             self._overflow.add(outputs["kept_tokens"], step.token_limits)
         return outputs["sample"].to(latents.device, latents.dtype)
 
     @property
     def residency(self) -> Residency:
-        """Bytes resident now, and what each switch has cost so far."""
+        """Bytes resident now, and the cost of each switch so far."""
         with self._lock:
             return measure(self.engine, self.conditioner, step_seconds=self._step_seconds)
 
     @property
     def overflow(self) -> Overflow:
-        """How often a block's router wanted more tokens than the block's capacity."""
+        """How often a block's router kept more tokens than the block's capacity."""
         with self._lock:
             return self._overflow.read()
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the weights that are resident."""
+        """Return the bytes of the weights that are resident."""
         return self.residency.weight_bytes
 
     def close(self) -> None:
@@ -304,7 +321,7 @@ os.register_at_fork(after_in_child=_begin_all)
 
 
 def _opened_again(reopen: Callable[..., BundleTransformer], dtype: torch.dtype, fingerprint: str) -> BundleTransformer:
-    """A copy or a pickle. Raises ``BundleError`` where its directory holds another bundle by now."""
+    """Open a copy or a pickle. Raises ``BundleError`` if its directory holds another bundle by now."""
     transformer = reopen(dtype=dtype)
     if _fingerprint(transformer._bundle) != fingerprint:
         raise BundleError(f"{transformer._bundle.root} has changed since the original was loaded; load it again")
@@ -328,7 +345,7 @@ def _check_options(options: dict[str, Any], known: frozenset[str]) -> None:
 
 
 def _one_device(device_map: Any) -> str:
-    """``cuda``, ``{"": 0}`` and the like. Raises ``UsageError`` for a map to several devices."""
+    """Return the device of a map such as ``cuda`` or ``{"": 0}``. Raises ``UsageError`` for several devices."""
     place = device_map
     if isinstance(device_map, dict):
         places = list(device_map.values())

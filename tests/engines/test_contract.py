@@ -13,7 +13,7 @@ from dyexport.bundle.plan_info import ENGINE, Flavour
 from dyexport.engines.base import Engine, Tensors
 from dyexport.engines.fake import FakeEngine
 from dyexport.engines.ort import OrtEngine
-from dyexport.engines.switching import Choice, SwitchingEngine
+from dyexport.engines.switching import EngineChoice, SwitchingEngine
 from dyexport.errors import EngineMismatchError
 from tests.engines.on_gpu import build_tiny_plan, gpu_engines
 from tests.engines.tiny import (
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def switching(folder: Path) -> Engine:
     engines = [OrtEngine(folder / "segment-00.onnx") for _ in range(2)]
-    return SwitchingEngine(engines, lambda inputs: Choice(engine=int(t_of(inputs) > 500), inputs={}))
+    return SwitchingEngine(engines, lambda inputs: EngineChoice(engine=int(t_of(inputs) > 500), inputs={}))
 
 
 MAKERS: dict[str, Callable[[Path], Engine]] = {

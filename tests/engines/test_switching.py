@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dyexport.engines.base import Tensors
 from dyexport.engines.fake import FakeEngine
-from dyexport.engines.switching import Choice, SwitchingEngine
+from dyexport.engines.switching import EngineChoice, SwitchingEngine
 from dyexport.errors import EngineBuildError, UsageError
 from tests.engines.tiny import make_inputs, t_of, tiny_io, whole_segment
 
@@ -28,7 +28,7 @@ def fake(index: int) -> FakeEngine:
 def make(count: int, ahead: int = 1, max_resident: int | None = None) -> tuple[SwitchingEngine, list[FakeEngine]]:
     """Engine i serves t = i."""
     engines = [fake(index) for index in range(count)]
-    choose = lambda inputs: Choice(engine=int(t_of(inputs)), inputs={})  # noqa: E731
+    choose = lambda inputs: EngineChoice(engine=int(t_of(inputs)), inputs={})  # noqa: E731
     return SwitchingEngine(engines, choose, ahead=ahead, max_resident=max_resident), engines
 
 
@@ -69,7 +69,7 @@ def test_prefetch_overlaps_the_run() -> None:
         assert started.wait(10), "the next engine must be activated while this one runs"
         return {}
 
-    switching = SwitchingEngine([FakeEngine(IO, waits), Slow(IO, dict)], lambda _: Choice(engine=0, inputs={}))
+    switching = SwitchingEngine([FakeEngine(IO, waits), Slow(IO, dict)], lambda _: EngineChoice(engine=0, inputs={}))
     switching.run(make_inputs(1))
 
 
@@ -84,7 +84,7 @@ def test_a_switch_waits_for_its_engine_to_be_prefetched() -> None:
             super().activate()
 
     engines = [fake(0), Slow(IO, dict)]
-    switching = SwitchingEngine(engines, lambda inputs: Choice(engine=int(t_of(inputs)), inputs={}))
+    switching = SwitchingEngine(engines, lambda inputs: EngineChoice(engine=int(t_of(inputs)), inputs={}))
     run_at(switching, 0)
     threading.Timer(0.05, release.set).start()
     switching.run(make_inputs(1, t=1.0))
@@ -158,7 +158,7 @@ def test_a_failed_prefetch_is_heard_when_its_engine_is_needed() -> None:
             raise EngineBuildError("no")
 
     engines = [fake(0), Broken(IO, dict)]
-    switching = SwitchingEngine(engines, lambda inputs: Choice(engine=int(t_of(inputs)), inputs={}))
+    switching = SwitchingEngine(engines, lambda inputs: EngineChoice(engine=int(t_of(inputs)), inputs={}))
     run_at(switching, 0)
     run_at(switching, 0)
     with pytest.raises(EngineBuildError, match="no"):
@@ -170,7 +170,7 @@ def test_routed_inputs_are_not_asked_of_the_caller() -> None:
     gated = tiny_io(whole_segment())
     inner = FakeEngine(gated, lambda inputs: {"sample": inputs["width_gate"]})
     gate = torch.ones(whole_segment().gate_size)
-    switching = SwitchingEngine([inner], lambda _: Choice(engine=0, inputs={"width_gate": gate}))
+    switching = SwitchingEngine([inner], lambda _: EngineChoice(engine=0, inputs={"width_gate": gate}))
     assert switching.io == IO
     assert torch.equal(switching.run(make_inputs(1))["sample"], gate)
 

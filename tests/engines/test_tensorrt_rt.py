@@ -12,7 +12,7 @@ import torch
 
 from dyexport.bundle.plan_info import ENGINE, INFO, Flavour, PlanInfo, Profile
 from dyexport.bundle.tensors import TensorSpec
-from dyexport.engines.switching import Choice, SwitchingEngine
+from dyexport.engines.switching import EngineChoice, SwitchingEngine
 from dyexport.engines.tensorrt_contexts import ALIGNMENT, Workspace, shape_key
 from dyexport.engines.tensorrt_fit import choose_profile, misfit
 from dyexport.engines.tensorrt_rt import TensorRtEngine
@@ -214,7 +214,7 @@ def test_switching_engines_share_memory_and_keep_their_weights_apart(
     graphs = [write_graph(tmp_path, make_weights(seed), f"segment-{seed:02}") for seed in range(3)]
     plans = [build_tiny_plan(path, flavour, path.stem) for path in graphs]
     engines = gpu_engines(flavour, *plans)
-    choose = lambda inputs: Choice(engine=int(t_of(inputs)), inputs={})  # noqa: E731
+    choose = lambda inputs: EngineChoice(engine=int(t_of(inputs)), inputs={})  # noqa: E731
     with SwitchingEngine(engines, choose, max_resident=resident) as switching:
         for index in (0, 0, 0, 1, 1, 1, 2, 2, 2) * 3:
             inputs = make_inputs(2, t=float(index), seed=index)

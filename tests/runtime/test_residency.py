@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dyexport.engines.base import WeightSpan
 from dyexport.engines.registry import EngineOptions, make_engines
-from dyexport.engines.switching import Choice, SwitchingEngine
+from dyexport.engines.switching import EngineChoice, SwitchingEngine
 from dyexport.runtime.conditioning import Conditioner
 from dyexport.runtime.residency import Residency, device_bytes, distinct_bytes, measure, process_bytes
 from tests.runtime.bundles import write_bundle
@@ -55,7 +55,7 @@ def test_shared_weights_count_once(tmp_path: Path, shared: bool) -> None:
     *engines, conditioning = make_engines(
         "onnx", [first, first, second, bundle.root / "graphs/conditioning.onnx"], options
     )
-    switching = SwitchingEngine(engines, lambda inputs: Choice(engine=0, inputs={}))
+    switching = SwitchingEngine(engines, lambda inputs: EngineChoice(engine=0, inputs={}))
     for engine in engines[:2]:
         engine.activate()
     conditioner = Conditioner(conditioning)
@@ -75,7 +75,9 @@ def test_conditioning_runs_inside_an_engine(tmp_path: Path) -> None:
     engine, conditioning = make_engines("onnx", paths)
     conditioner = Conditioner(conditioning)
     conditioner.at(5.0, {"class_labels": torch.tensor([1])})
-    residency = measure(SwitchingEngine([engine], lambda _: Choice(engine=0, inputs={})), conditioner, step_seconds=9.0)
+    residency = measure(
+        SwitchingEngine([engine], lambda _: EngineChoice(engine=0, inputs={})), conditioner, step_seconds=9.0
+    )
     assert 0 < residency.run_seconds == conditioner.seconds
     assert residency.outside_seconds == 9.0 - conditioner.seconds
 

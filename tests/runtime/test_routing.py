@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dyexport.errors import BundleError, EngineMismatchError
-from dyexport.runtime.routing import Scheduler, dense_route, route, shared_timestep
+from dyexport.runtime.routing import RouteCache, dense_route, route, shared_timestep
 from tests.engines.tiny import DEPTH, FEATURES
 from tests.runtime.bundles import ROWS, make_plan, make_stats, make_widths
 
@@ -75,28 +75,26 @@ def test_slots_without_statistics_are_refused() -> None:
         route(make_plan(WIDTHS, 2, "dynamic", 2), WIDTHS, None, 0.0)
 
 
-def test_steps_are_remembered() -> None:
+def test_steps_are_cached() -> None:
     calls = []
 
     def find(t: float) -> object:
         calls.append(t)
         return dense_route(t)
 
-    scheduler = Scheduler(find)  # type: ignore[arg-type]
-    assert scheduler.step(1.0) is scheduler.step(1.0)
+    routes = RouteCache(find)  # type: ignore[arg-type]
+    assert routes.at(1.0) is routes.at(1.0)
     assert calls == [1.0]
 
 
 def test_step_tensors() -> None:
     plan = make_plan(WIDTHS, 2, "dynamic", 2)
-    scheduler = Scheduler(lambda t: route(plan, WIDTHS, STATS, t))
-    step = scheduler.step(900.0)
+    step = RouteCache(lambda t: route(plan, WIDTHS, STATS, t)).at(900.0)
     assert step.choice.engine == 1
     assert step.choice.inputs["width_gate"].shape == (plan.segments[1].gate_size,)
     assert step.choice.inputs["slots"].shape == (8,)
     assert step.token_limits is not None
     assert step.token_limits.tolist() == [10, 10]
-    assert scheduler.choose({"timestep": torch.tensor([900.0, 900.0])}) is step.choice
     assert FEATURES == 8
 
 

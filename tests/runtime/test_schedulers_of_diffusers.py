@@ -24,8 +24,9 @@ from diffusers import (
 )
 
 from dyexport.errors import UsageError
+from dyexport.noise_schedule import make_scheduler
 from dyexport.runtime.loading import load
-from dyexport.runtime.sampling import make_scheduler, sample, sample_ddpm, sample_flow
+from dyexport.runtime.sampling import sample, sample_ddpm, sample_flow
 from tests.engines.tiny import CHANNELS, SIZE
 from tests.runtime.bundles import TinyBundle
 from tests.runtime.test_sampling import LABELS, Recorder
