@@ -44,15 +44,18 @@ __all__ = [
     "UsageError",
     "__version__",
     "load",
+    "sample",
 ]
 
 if TYPE_CHECKING:
     from dyexport.bundle.reader import Bundle
     from dyexport.runtime.loading import load
+    from dyexport.samples import sample
 else:
     _LAZY = {
         "Bundle": "dyexport.bundle.reader",
         "load": "dyexport.runtime.loading",
+        "sample": "dyexport.samples",
         # A saved pipeline names its transformer by its class here, and diffusers looks for the base class next to it.
         "ModelMixin": "diffusers",
     }

@@ -31,10 +31,10 @@ def calibrate(
     finetune_steps: options.FinetuneStepsOption = None,
     td_lora: options.TdLoraOption = None,
     precision: options.PrecisionOption = None,
-    router: options.RouterOption = "free",
+    router: options.RouterOption = None,
     synthetic: options.SyntheticOption = None,
     memory: options.BuildMemoryOption = None,
-    seed: options.SeedOption = 0,
+    seed: options.SeedOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

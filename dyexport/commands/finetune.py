@@ -29,9 +29,9 @@ def finetune(
     data: options.DataOption = None,
     finetune_steps: options.FinetuneStepsOption = None,
     td_lora: options.TdLoraOption = None,
-    router: options.RouterOption = "free",
+    router: options.RouterOption = None,
     synthetic: options.SyntheticOption = None,
-    seed: options.SeedOption = 0,
+    seed: options.SeedOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

@@ -15,6 +15,7 @@ ROOM_FOR_HUB = 76  # columns of a terminal
 EXAMPLES = (
     "dyexport models",
     "dyexport models --json",
+    "dyexport models --json | jq '.models[].name'",
 )
 
 

@@ -46,7 +46,7 @@ def _flag(panel: str, help_text: str, *names: str) -> Any:
     return _option(panel, help_text, *names, metavar="")
 
 
-# Options of build and its stages. Where none is given, the recipe of the model decides.
+# Options of build and its stages. None: the work directory or the recipe of the model decides.
 
 ModelOption = Annotated[
     str | None,
@@ -123,10 +123,10 @@ EnginesOption = Annotated[
     ),
 ]
 BuildTargetOption = Annotated[
-    str,
+    str | None,
     _option(
         ENGINES,
-        "Engine formats, separated by commas; `dyexport targets` lists them.",
+        "Engine formats, separated by commas; `dyexport targets` lists them. Default: onnx.",
         metavar="NAME,...",
         complete=target_names,
     ),
@@ -156,17 +156,18 @@ RecordedWorkOption = Annotated[
     _option(OUTPUT, "Work directory of the earlier stages, which records their settings.", "--work", metavar="DIR"),
 ]
 RouterOption = Annotated[
-    RouterKind,
+    RouterKind | None,
     _option(
         ADVANCED,
-        "Units that routers may switch on at a timestep: any, or always the first ones, so that engines share weights.",
+        "Units that routers may switch on: any of them, or always the first ones, so that engines share more weights. "
+        "Default: free.",
     ),
 ]
 SyntheticOption = Annotated[
     str | None,
     _option(ADVANCED, "How --data synthetic is sampled, such as samples=4096,steps=50,guidance=1.5.", metavar="SPEC"),
 ]
-TokenPathOption = Annotated[TokenPathChoice, _option(ADVANCED, "How engines skip tokens.")]
+TokenPathOption = Annotated[TokenPathChoice | None, _option(ADVANCED, "How engines skip tokens. Default: auto.")]
 BuildMemoryOption = Annotated[
     str | None,
     _option(
@@ -175,10 +176,12 @@ BuildMemoryOption = Annotated[
         metavar="SIZE",
     ),
 ]
-SeedOption = Annotated[int, _option(ADVANCED, "Seed of initialization, data and noise.", metavar="N")]
+SeedOption = Annotated[
+    int | None, _option(ADVANCED, "Seed of initialization, data and noise. Default: 0.", metavar="N")
+]
 BaselineOption = Annotated[
-    bool,
-    _flag(ADVANCED, "Add the dense graph, which bench compares with.", "--baseline/--no-baseline"),
+    bool | None,
+    _flag(ADVANCED, "Add the dense graph, which bench compares with. Default: yes.", "--baseline/--no-baseline"),
 ]
 ComputeCapabilityOption = Annotated[
     str | None,

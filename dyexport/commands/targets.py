@@ -11,6 +11,7 @@ from dyexport.console import DebugOption, JsonOption, emit, name_column
 EXAMPLES = (
     "dyexport targets",
     "dyexport targets --json",
+    "dyexport targets --json | jq '.targets[].name'",
 )
 
 
