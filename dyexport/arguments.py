@@ -1,4 +1,4 @@
-"""Numbers that callers pass, checked alike for Python, the command line and the server. Imports no torch."""
+"""Checks of numbers that callers pass, the same in Python, on the command line and in the server. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 
 from dyexport.errors import UsageError
 
-STEPS = 1000  # that the noise of training is spread over
-GUIDANCE = 1000.0  # far beyond what any model draws anything with, and far below what overflows
-SEEDS = 2**63  # as many as an INT64 holds
-SIDE_MULTIPLE = 16  # pixels; a VAE makes one latent of 8 x 8, a patch is 2 x 2 latents
+STEPS = 1000  # noise levels of training
+GUIDANCE = 1000.0  # far beyond any useful scale, and far below overflow
+SEEDS = 2**63  # non-negative values of an INT64
+SIDE_MULTIPLE = 16  # pixels: a VAE maps 8 x 8 of them to one latent, and a patch is 2 x 2 latents
 PIXELS = 4096 * 4096
-SAMPLES = 10_000  # drawn in one batch
+SAMPLES = 10_000  # in one batch, at most
+MOST_BYTES = 2**63 - 1
 SHOWN = 40  # characters of a value in a message
 
 
 def whole_number(name: str, value: Any, *, least: int, most: int, cure: str | None = None) -> int:
-    """``value`` as an int. Raises ``UsageError`` for a fraction, a truth value, a text, or a number out of range."""
+    """Return ``value`` as an int. Raises ``UsageError`` for a fraction, a bool, a string, or a number out of range."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -30,10 +31,15 @@ def whole_number(name: str, value: Any, *, least: int, most: int, cure: str | No
 
 
 def real_number(name: str, value: Any, *, least: float, most: float, cure: str | None = None) -> float:
-    """``value`` as a float. Raises ``UsageError`` for what is not a number, not finite, or out of range."""
+    """Return ``value`` as a float. Raises ``UsageError`` if it is not a number, not finite, or out of range."""
     try:
         number = math.nan if isinstance(value, (bool, str, bytes)) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of torch, for several numbers
+    except (
+        TypeError,
+        ValueError,
+        OverflowError,
+        RuntimeError,
+    ):  # RuntimeError: a tensor of several numbers
         number = math.nan
     if not least <= number <= most:
         raise UsageError(f"{name} is {shown(value)}; {cure or f'give a number from {least:g} to {most:g}'}")
@@ -41,23 +47,23 @@ def real_number(name: str, value: Any, *, least: float, most: float, cure: str |
 
 
 def check_steps(value: Any, name: str = "steps", most: int = STEPS) -> int:
-    """Denoising steps."""
+    """Check a number of denoising steps."""
     return whole_number(name, value, least=1, most=most)
 
 
 def check_guidance(value: Any, name: str = "guidance") -> float:
-    """Scale of classifier-free guidance."""
+    """Check a guidance scale."""
     cure = f"give a number from {-GUIDANCE:g} to {GUIDANCE:g}, 1 being none"
     return real_number(name, value, least=-GUIDANCE, most=GUIDANCE, cure=cure)
 
 
 def check_seed(value: Any, name: str = "seed") -> int:
-    """Check a seed of random numbers: an INT64 at most, on every surface."""
+    """Check a seed of random numbers, a non-negative INT64."""
     return whole_number(name, value, least=0, most=SEEDS - 1, cure="give 0 or more, below 2**63")
 
 
 def check_side(value: Any, name: str) -> int:
-    """Height or width of a picture, in pixels."""
+    """Check the height or width of a picture, in pixels."""
     cure = f"give a multiple of {SIDE_MULTIPLE}"
     side = whole_number(name, value, least=SIDE_MULTIPLE, most=PIXELS // SIDE_MULTIPLE, cure=cure)
     if side % SIDE_MULTIPLE:
@@ -66,13 +72,13 @@ def check_side(value: Any, name: str) -> int:
 
 
 def check_pixels(height: int, width: int, most: int, who: str) -> None:
-    """The area of a picture; ``who`` draws up to ``most``."""
+    """Check the area of a picture. ``who`` is the subject of the message, and accepts up to ``most`` pixels."""
     if height * width > most:
-        raise UsageError(f"{height} x {width} are {height * width} pixels; {who} draws up to {most}")
+        raise UsageError(f"{height} x {width} are {height * width} pixels; {who} accepts up to {most}")
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
+    """Return a value for a message, cut if it is long."""
     try:
         text = value if isinstance(value, str) else repr(value)
     except ValueError:  # an int of thousands of digits
@@ -80,23 +86,23 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
-MOST_BYTES = 2**63 - 1
-
-
 def parse_bytes(text: str) -> int:
-    """Bytes of a size such as 8GiB or 500MB; raises ``UsageError`` for what is none."""
-    found = re.fullmatch(r"(\d{1,19}(?:\.\d{1,19})?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if found is None:
+    """Parse a size such as 8GiB or 500MB into bytes. Raises ``UsageError``.
+
+    ``pydantic.ByteSize`` is not used: it reads 8.GiB as 8 bytes and 8bit as one byte.
+    """
+    size = re.fullmatch(r"(\d{1,19}(?:\.\d{1,19})?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if size is None:
         raise UsageError(f"memory {shown(text)!r} is not a size; give one such as 8GiB")
-    number, prefix, binary = found.groups()
-    size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
-    if size > MOST_BYTES:
+    number, prefix, binary = size.groups()
+    count = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+    if count > MOST_BYTES:
         raise UsageError(f"memory is {shown(text)}, more than any machine has; give a size such as 8GiB")
-    return size
+    return count
 
 
 def check_memory(memory: Any) -> int:
-    """Bytes, given as such or in a text such as 8GiB. Raises ``UsageError``."""
+    """Return bytes, from a number or a string such as 8GiB. Raises ``UsageError``."""
     if isinstance(memory, str):
         return parse_bytes(memory)
     return whole_number("memory", memory, least=0, most=MOST_BYTES, cure="give bytes, or a size such as '8GiB'")

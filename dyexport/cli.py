@@ -39,7 +39,7 @@ COMMANDS = (
 )
 """Each is a module of ``dyexport.commands`` with a function or a typer app of its name."""
 
-LONGEST_WORD = 200  # of a message; a value may be as long as a command line
+LONGEST_WORD = 200  # characters of a word in a message: a value may be as long as a command line
 
 
 class CommandGroup(TyperGroup):
@@ -93,39 +93,42 @@ def dyexport(
 
 
 def main() -> None:
-    """Exit code 0, 1 (failed), 2 (bad usage) or 130 (Ctrl-C); errors are one sentence on stderr."""
+    """Run the command line. Errors are one sentence on stderr.
+
+    Exit codes: 0, 1 (failed), 2 (bad usage), 130 (Ctrl-C).
+    """
     escape_what_streams_cannot_hold()
-    session, heard = Session(), Event()
+    session, interrupted = Session(), Event()
     try:
-        with hearing_interrupts(heard), missing_extras():
+        with recording_interrupts(interrupted), missing_extras():
             code = app(standalone_mode=False, obj=session)
             sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # whoever read stdout is gone, and so is the reason to write
+    except BrokenPipeError:  # the reader of stdout is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception as error:
         if session.debug and not hasattr(error, "format_message"):
             traceback.print_exc()
-        if heard.is_set() and not isinstance(error, Interrupted):  # what a library made of Ctrl-C
+        if interrupted.is_set() and not isinstance(error, Interrupted):  # which a library turned into this
             error = Interrupted("interrupted; repeat the command to go on")
         code = _report(error)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 @contextmanager
-def hearing_interrupts(heard: Event) -> Iterator[None]:
-    """Set ``heard`` on Ctrl-C, besides raising ``KeyboardInterrupt``, which libraries turn into errors of their own."""
+def recording_interrupts(interrupted: Event) -> Iterator[None]:
+    """Set ``interrupted`` on Ctrl-C too, since libraries turn ``KeyboardInterrupt`` into other errors."""
 
-    def hear(number: int, frame: FrameType | None) -> None:
-        heard.set()
+    def record(number: int, frame: FrameType | None) -> None:
+        interrupted.set()
         signal.default_int_handler(number, frame)
 
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored by a job in the background
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # a background job ignores it
         yield
         return
-    signal.signal(signal.SIGINT, hear)
+    signal.signal(signal.SIGINT, record)
     try:
         yield
     finally:
@@ -133,7 +136,7 @@ def hearing_interrupts(heard: Event) -> Iterator[None]:
 
 
 def _report(error: Exception) -> int:
-    """One sentence for the error, and the exit code that belongs to it."""
+    """Print one sentence about the error and return its exit code."""
     if isinstance(error, DyexportError):
         message, code = str(error), error.exit_code
     elif hasattr(error, "format_message"):  # the argument parser's own errors

@@ -1,4 +1,4 @@
-"""What every command shares: options, the one JSON object on stdout, errors as one sentence, progress on stderr."""
+"""Output that all commands share: one JSON object or tables on stdout, progress on stderr."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 
 @dataclass
 class Session:
-    """One run of the command line; ``debug`` once the option was read."""
+    """State of one run of the command line; ``debug`` is set when the parser reads the option."""
 
     debug: bool = False
 
@@ -49,25 +49,25 @@ DebugOption = Annotated[
 
 
 class Interrupted(DyexportError):
-    """Ctrl-C, said in a sentence that tells how to go on."""
+    """Ctrl-C. The message says how to resume."""
 
     exit_code = 130
 
 
 def stderr() -> Console:
-    """Made anew each time, since tests and ``redirect_stdout`` replace the stream."""
+    """Return a console on stderr. Not cached, since tests and ``redirect_stdout`` replace the stream."""
     return Console(stderr=True, highlight=False)
 
 
 def escape_what_streams_cannot_hold() -> None:
-    """A character that the terminal's encoding lacks is written as an escape, instead of ending the command."""
+    """Write characters that the terminal's encoding lacks as escapes, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def emit(payload: Mapping[str, Any], *, as_json: bool, human: Callable[[Console], None]) -> None:
-    """A command's result: the payload with ``--json``, else whatever ``human`` draws, on stdout."""
+    """Print a command's result on stdout: the payload with ``--json``, otherwise what ``human`` prints."""
     if as_json:
         typer.echo(json.dumps(payload, indent=2, allow_nan=False))
     else:
@@ -75,7 +75,7 @@ def emit(payload: Mapping[str, Any], *, as_json: bool, human: Callable[[Console]
 
 
 def pairs(lines: Sequence[tuple[str, str]]) -> Table:
-    """Names, and what they stand for."""
+    """Return a table of names and values."""
     table = Table(show_header=False, box=None)
     for name, value in lines:
         table.add_row(name, value)
@@ -89,15 +89,15 @@ def name_column(header: str, names: Sequence[str]) -> Column:
 
 @contextmanager
 def chatter_on_stderr() -> Iterator[None]:
-    """What libraries print while a command works goes to stderr; stdout is for the result."""
+    """Redirect what libraries print to stderr; stdout is for the result."""
     with redirect_stdout(sys.stderr):
         yield
 
 
 class StageLines:
-    """One line on stderr for each stage of a build, and how far each is that is under way.
+    """Progress of the stages of a build on stderr: a line for each finished stage.
 
-    On a terminal that is a bar with time left. Elsewhere it is a line for a stage, at most every ``QUIET`` seconds.
+    For a running stage, a terminal shows a bar with the time left. Other streams get a line every ``QUIET`` seconds.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = monotonic) -> None:
@@ -106,7 +106,7 @@ class StageLines:
         self._progress = _bars(self._console, clock)
         self._tasks: dict[str, TaskID] = {}
         self._paces: dict[str, Pace] = {}
-        self._told: dict[str, float] = {}  # when a stage's last line was written
+        self._printed: dict[str, float] = {}  # times of the last lines, by stage
         self._lock = Lock()  # stages may run side by side
 
     def __enter__(self) -> StageLines:
@@ -118,7 +118,7 @@ class StageLines:
 
     def started(self, stage: str, why: str) -> None:
         with self._lock:
-            self._paces[stage], self._told[stage] = Pace(self._clock), self._clock()
+            self._paces[stage], self._printed[stage] = Pace(self._clock), self._clock()
             description = f"{escape(stage)} [dim]({escape(why)})[/dim]" if why else escape(stage)
             self._tasks[stage] = self._progress.add_task(description, total=None, pace=self._paces[stage])
 
@@ -129,8 +129,8 @@ class StageLines:
             self._paces[stage].advance(done, total)
             text = f"{stage}  {detail}"
             self._progress.update(self._tasks[stage], description=escape(text), completed=done, total=total)
-            if not self._console.is_terminal and self._clock() - self._told[stage] >= QUIET:
-                self._told[stage] = self._clock()
+            if not self._console.is_terminal and self._clock() - self._printed[stage] >= QUIET:
+                self._printed[stage] = self._clock()
                 self._print(f"{stage}: {self._paces[stage]}{detail and f', {detail}'}")
 
     def finished(self, stage: str, seconds: float, *, reused: bool) -> None:
@@ -145,26 +145,26 @@ class StageLines:
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Show the progress of a command on stderr, as ``StageLines`` does. Call it with done and total."""
+    """Show the progress of a command on stderr, as ``StageLines`` does. Yields a function of done and total."""
     with StageLines() as lines:
         lines.started(description, "")
         yield partial(lines.advanced, description)
 
 
 class _Description(TextColumn):
-    """On one line, cut to the room that the numbers leave."""
+    """Description of a stage on one line, cut to the room that the numbers leave."""
 
     def __init__(self) -> None:
         super().__init__("{task.description}", table_column=Column())
 
     def render(self, task: Task) -> Text:
         text = super().render(task)
-        text.no_wrap, text.overflow = True, "ellipsis"  # of the text: rich narrows no column that has no_wrap itself
+        text.no_wrap, text.overflow = True, "ellipsis"  # set on the text: rich does not narrow a column with no_wrap
         return text
 
 
 class _Numbers(ProgressColumn):
-    """Percent, n of N, time elapsed and left."""
+    """Percentage, count, time elapsed and time left."""
 
     max_refresh = 0.5
 
@@ -182,6 +182,7 @@ def _bars(console: Console, clock: Callable[[], float]) -> Progress:
 
 
 def format_bytes(count: float) -> str:
+    """Return a size in decimal units, such as 18.8 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

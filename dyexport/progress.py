@@ -1,4 +1,4 @@
-"""Progress of a piece of work, and the time it still takes."""
+"""Progress of a task, and an estimate of the time left."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections import deque
 from collections.abc import Callable
 from time import monotonic
 
-WINDOW = 60.0  # seconds that a speed is taken over, at least
-REPORTS = 16  # and how many reports, at least: a step may take minutes
+WINDOW = 60.0  # seconds over which speed is measured, at least
+REPORTS = 16  # reports over which speed is measured, at least: a step may take minutes
 
 
 class Pace:
-    """Time left by the speed of the latest reports, however rare they are.
+    """Estimate of the time left, by the speed between the latest reports.
 
-    What was done before the first report, by a run that this one resumes, says nothing about the speed. A report of
-    another total, or of less than before, begins a new phase.
+    Work done before the first report does not count, since a resumed run starts with it. A report of another total,
+    or of less than the last one, begins a new phase.
     """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:
@@ -25,7 +25,7 @@ class Pace:
         self.total = 0
 
     def advance(self, done: int, total: int) -> None:
-        """Note a report; a terminal is drawn by another thread, which at every moment sees one of them."""
+        """Record a report. Another thread may read the pace at any time."""
         now = self._clock()
         if total != self.total or done < self.done:
             self._reports = deque([(now, done)])
@@ -42,7 +42,7 @@ class Pace:
 
     @property
     def left(self) -> float | None:
-        """Seconds to go; None until the speed is known."""
+        """Seconds left; None until the speed is known."""
         if self.done >= self.total:
             return 0.0 if self.total else None
         (first, before), (last, done) = self._reports[0], self._reports[-1]
@@ -52,7 +52,7 @@ class Pace:
         return max(seconds - (self._clock() - last), 0.0)
 
     def __str__(self) -> str:
-        """Percent, n of N, time elapsed, time left."""
+        """Return percentage, count, time elapsed and time left."""
         parts = [f"{clock_time(self.elapsed)} elapsed"]
         if self.total:
             share = f"{100 * self.done / self.total:.0f} %"
@@ -63,7 +63,7 @@ class Pace:
 
 
 def clock_time(seconds: float) -> str:
-    """``0:09``, ``12:34``, ``7:08:09``, ``2 days 0:00:00``."""
+    """Return ``0:09``, ``12:34``, ``7:08:09`` or ``2 days 0:00:00``."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     if not hours:
@@ -73,7 +73,7 @@ def clock_time(seconds: float) -> str:
 
 
 def count(value: int) -> str:
-    """In full as far as it can be read."""
+    """Return a count in full, or in millions (M) or billions (G)."""
     for unit, size in (("G", 10**9), ("M", 10**6)):
         if value >= size:
             return f"{value / size:.1f} {unit}"

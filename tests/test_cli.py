@@ -170,8 +170,15 @@ def test_models_as_json(run: Run) -> None:
     assert xl["parameters"] == 674_834_720
 
 
-def test_models_as_a_table(run: Run) -> None:
-    assert "dit-s-2" in run("models").out
+@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize("command", ["models", "targets"])
+def test_tables_fit_and_cut_no_name(run: Run, monkeypatch: pytest.MonkeyPatch, command: str, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    names = [row["name"] for row in json.loads(run(command, "--json").out)[command]]
+    lines = run(command).out.splitlines()
+    assert max(map(len, lines)) <= columns
+    firsts = [line.split("│")[1].strip() for line in lines if line.startswith("│")]
+    assert [first for first in firsts if first] == names
 
 
 def test_json_is_one_object_and_a_second_build_reuses_everything(tmp_path: Path) -> None:
