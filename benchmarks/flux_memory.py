@@ -57,12 +57,10 @@ STAGES = {"static": "check", "dynamic": "attach", "calibrate": "calibrate", "wei
 
 
 def flux(depth: int) -> Preset:
-    """FLUX.1-dev with ``depth`` double and twice as many single blocks, known by its name."""
+    """FLUX.1-dev with ``depth`` double and twice as many single blocks."""
     full = PRESETS["flux"]
     assert isinstance(full, FluxPreset)
-    preset = replace(full, name=f"flux-depth-{depth}", double_blocks=depth, single_blocks=2 * depth)
-    PRESETS[preset.name] = preset
-    return preset
+    return replace(full, name=f"flux-depth-{depth}", double_blocks=depth, single_blocks=2 * depth)
 
 
 def write_shards(preset: Preset, directory: Path) -> None:
@@ -143,7 +141,7 @@ def build(depth: int, work: Path, router: RouterKind, threads: int) -> None:
     torch.set_num_threads(threads)
     preset, watch = flux(depth), Watch()
     settings = BuildSettings(
-        model=preset.name,
+        model=preset,
         checkpoint=str(work / "checkpoint"),
         budget=0.5,
         router=router,

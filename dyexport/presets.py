@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
 from dyexport.backbones import BACKBONES, part
 from dyexport.backbones.base import Preset
-from dyexport.backbones.recipe import Recipe, recipe_for
 from dyexport.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from dyexport.bundle.manifest import ModelSpec
 
 CLASS_NAME = "_class_name"  # entry of every config that diffusers writes
 
@@ -48,20 +50,30 @@ def preset_from_config(config: Mapping[str, Any], name: str) -> Preset:
     made = kind.from_config(config, name)
     known = (preset for preset in PRESETS.values() if type(preset) is kind)
     like = next((preset for preset in known if preset.with_config(config) is preset), None)
-    return with_recipe(made) if like is None else replace(like, name=name)
+    return made if like is None else replace(like, name=name)
 
 
-def with_recipe(preset: Preset) -> Preset:
-    """Return a preset of any structure with the recipe for its size."""
-    return replace(preset, recipe=recipe_for(preset.parameters, preset.tokens))
+def preset_of(spec: ModelSpec) -> Preset:
+    """Return the preset of a bundle's model."""
+    known = PRESETS.get(spec.name)
+    if known is not None and known.backbone == spec.backbone and known.with_config(spec.config) is known:
+        return known
+    kind = next(type(preset) for preset in PRESETS.values() if preset.backbone == spec.backbone)
+    made = kind.from_config(spec.config, spec.name).with_tokens(spec.tokens)
+    return replace(
+        made,
+        backbone=spec.backbone,
+        text_tokens=spec.text_tokens,
+        pixel_space=spec.pixel_space,
+        hub_id=spec.hub_id,
+    )
 
 
 def stored_fields(preset: Preset) -> dict[str, Any] | None:
     """Return what must be stored next to a preset's name to have it again; None for a known one."""
     if PRESETS.get(preset.name) == preset:
         return None
-    fields = asdict(replace(preset, recipe=Recipe()))
-    del fields["recipe"]  # it follows from the sizes
+    fields: dict[str, Any] = TypeAdapter(type(preset)).dump_python(preset, mode="json")
     return {"stock": preset.stock, **fields}
 
 
@@ -76,4 +88,19 @@ def stored_preset(name: str, fields: Mapping[str, Any] | None) -> Preset:
     except ValidationError as error:
         first = error.errors()[0]
         raise CheckpointError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    return with_recipe(preset)
+    return preset
+
+
+def _stored(model: str | Preset | None) -> Any:
+    return (stored_fields(model) or model.name) if isinstance(model, Preset) else model
+
+
+def _restored(value: Any) -> Any:
+    try:
+        return stored_preset(str(value.get("name")), value) if isinstance(value, Mapping) else value
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error
+
+
+Model = Annotated[str | Preset | None, PlainValidator(_restored), PlainSerializer(_stored)]
+"""What a build is of, in settings that are stored: a name, a preset, or None for what the checkpoint is."""

@@ -55,7 +55,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 def tiny(root: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
     """``dyexport build`` of the smallest model, in a process of its own."""
-    command = [sys.executable, "-m", "tests.pipeline.tiny", "build", *TINY, *arguments]
+    command = [sys.executable, "-m", "dyexport", "build", *TINY, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=root, env=environment, **pipes, **options)

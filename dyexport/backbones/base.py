@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
-from dyexport.backbones.recipe import FULL_FINETUNING, Recipe
+from dyexport.backbones.recipe import FULL_FINETUNING, Recipe, recipe_for
 
 if TYPE_CHECKING:
     import torch
@@ -133,12 +133,17 @@ class Preset(ABC):
         What a configuration does not say, such as the number of text tokens, is that of the published model.
         Raises ``CheckpointError`` naming a key whose value cannot be represented.
         """
-        return cls(name=name or cls.stock).with_config(config, name)  # type: ignore[call-arg]  # subclasses have defaults
+        published = cls(name=name or cls.stock)  # type: ignore[call-arg]  # subclasses have defaults
+        published = replace(published, recipe=recipe_for(published.parameters, published.tokens))
+        return published.with_config(config, name)
 
     def with_config(self, config: Mapping[str, Any], name: str | None = None) -> Self:
         """Return this preset with the structure of a configuration; itself where the structure is the same."""
         changed = replace(self, **self.structure(config))
-        return self if changed == self else replace(changed, name=name or self.name, about="")
+        if changed == self:
+            return self
+        recipe = self.recipe if changed.pixel_space else recipe_for(changed.parameters, changed.tokens)
+        return replace(changed, name=name or self.name, about="", recipe=recipe)
 
     @abstractmethod
     def structure(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,6 +170,10 @@ class Preset(ABC):
 
     def with_guidance(self, scale: float | None) -> Self:
         """Return the preset whose network is called with this guidance scale; itself without embedded guidance."""
+        return self
+
+    def with_tokens(self, tokens: int) -> Self:
+        """Return the preset at the size that makes so many tokens, where the configuration does not fix it."""
         return self
 
     def for_noise(self) -> Self:
@@ -307,11 +316,11 @@ class PromptPipeline(SamplingPipeline):
     """Whether a sample is the same in a batch as alone."""
 
     def home(self, spec: ModelSpec) -> str | None:
-        """Return the hub repository with the text encoders and the VAE of a known model."""
+        """Return the hub repository with the text encoders and the VAE of a model that came from one."""
         from dyexport.backbones import known_preset
 
         preset = known_preset(spec)
-        return None if preset is None else preset.hub_id
+        return spec.hub_id or (None if preset is None else preset.hub_id)
 
     @abstractmethod
     def columns(self, spec: ModelSpec, *, guided: bool) -> PromptColumns:

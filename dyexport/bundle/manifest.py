@@ -245,6 +245,7 @@ class ModelSpec(Frozen):
     precision: Precision = "fp32"
     quantization: Quantization | None = None
     td_lora: LoraSpec | None = None  # whose gates the conditioning network computes
+    hub_id: str | None = None  # repository that the model came from, with its text encoders and VAE
 
     @model_validator(mode="after")
     def _labels(self) -> ModelSpec:

@@ -67,7 +67,7 @@ def build_bundle(settings: BuildSettings, json: bool, without: frozenset[str] = 
     work_bytes = sum(file.stat().st_size for file in Path(settings.work).rglob("*") if file.is_file())
     payload = {
         "bundle": str(settings.out),
-        "model": settings.model,
+        "model": settings.preset.name,
         "budget": settings.budget,
         **plan_costs(manifest.plan),
         "disk_bytes": sum(record.bytes for record in manifest.files.values()),

@@ -52,7 +52,7 @@ ModelOption = Annotated[
     str | None,
     _option(
         MODEL,
-        "A model known by name; `dyexport models` lists them.",
+        "A model known by name; `dyexport models` lists them. Default: what the checkpoint says it is.",
         "--model",
         "-m",
         metavar="NAME",

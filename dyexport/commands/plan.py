@@ -59,7 +59,7 @@ def plan(
         plans = price_plans(run, PLANNED_ENGINES)
     rows = [{**plan_costs(priced.plan), "tensorrt": _predictions(priced.tensorrt)} for priced in plans]
     formats = {"precision": settings.stored_precision, "quantization": settings.quantize}
-    payload = {"model": settings.model, **formats, "plans": rows}
+    payload = {"model": settings.preset.name, **formats, "plans": rows}
     emit(payload, as_json=json, human=lambda console: console.print(_plan_table(rows), *_tensorrt_lines(rows)))
 
 

@@ -83,13 +83,15 @@ def _same(value: Any) -> Any:
 
 def _complete(fields: dict[str, Any], work: Path | None) -> dict[str, Any]:
     """Add the settings that every build needs. Raises ``UsageError`` if no model is named."""
+    from dyexport.checkpoints.structure import resolve_preset
     from dyexport.pipeline.settings import default_out, default_work
-    from dyexport.presets import get_preset
 
-    if "model" not in fields:
-        raise UsageError("no model is named; give --model, or the --work directory of an earlier build")
-    out = fields.get("out") or default_out(fields["model"], fields.get("budget"))
-    defaults = {"out": out, "work": work or default_work(out), "engines": get_preset(fields["model"]).engines}
+    checkpoint = None if fields.get("random_weights") else fields.get("checkpoint")
+    if "model" not in fields and checkpoint is None:
+        raise UsageError("no model is named; give --model, --checkpoint, or the --work directory of an earlier build")
+    preset = resolve_preset(fields.get("model"), checkpoint)
+    out = fields.get("out") or default_out(preset.name, fields.get("budget"))
+    defaults = {"out": out, "work": work or default_work(out), "engines": preset.engines}
     return {**defaults, **fields}
 
 

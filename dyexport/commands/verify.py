@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from dyexport.commands import options
-from dyexport.commands.given import Given
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, pairs, progress_bar
 
 EXAMPLES = (
@@ -20,7 +19,6 @@ EXAMPLES = (
 
 
 def verify(
-    context: typer.Context,
     bundle: options.BundleArgument,
     timesteps: Annotated[int, typer.Option(help="Number of random timesteps to compare at.", metavar="N")] = 64,
     tolerance: Annotated[
@@ -62,24 +60,12 @@ def verify(
     settings = VerifySettings(
         timesteps=timesteps, tolerance=tolerance, target=target, seed=seed, layers=layers, small=small
     )
-    if small:
-        _check_small(Given(context), bundle)
     with chatter_on_stderr(), progress_bar("verifying") as advance:
         report = verify_bundle(bundle, settings, reference=reference, advance=advance)
     payload = report.as_json()
     emit(payload, as_json=json, human=lambda console: console.print(pairs(_verify_lines(payload))))
     if not report.passed:
         raise typer.Exit(1)
-
-
-def _check_small(given: Given, bundle: Path) -> None:
-    """Raise ``UsageError`` if the model has no smaller pictures to compare on."""
-    from dyexport.bundle.reader import Bundle
-    from dyexport.presets import get_preset
-
-    name = Bundle.open(bundle, check_hashes=False).manifest.model.name
-    preset = get_preset(name)
-    given.refuse(preset.for_noise() == preset, f"{name} is compared at its own size", "small")
 
 
 def _verify_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:

@@ -23,6 +23,7 @@ from dyexport.pipeline.stage_settings import (
     control_settings,
     data_settings,
     dynamic_settings,
+    model_key,
     static_settings,
 )
 from dyexport.training.data import LatentSource, open_source
@@ -53,10 +54,10 @@ def open_given_data(run: Run) -> Data | None:
 def static_model(run: Run, source: Path | None, data: Data | None) -> Outcome:
     """Make the static model, a diffusers directory, from the checkpoint ``source``, on ``data``, or at random."""
     settings, chosen = run.settings, static_settings(run.settings)
-    inputs: dict[str, Any] = {"model": settings.model, "seed": settings.seed}
+    inputs: dict[str, Any] = {**model_key(settings), "seed": settings.seed}
     training_data: LatentSource | None = None
     if source is not None:
-        inputs = {"model": settings.model, "checkpoint": _contents(source)}
+        inputs = {**model_key(settings), "checkpoint": _contents(source)}
         if settings.loras:  # omitted without them, so that older ledgers stay valid
             inputs["loras"] = sorted(_lora_key(lora) for lora in settings.loras)
     elif settings.from_scratch:

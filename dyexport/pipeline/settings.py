@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +16,14 @@ from pydantic import TypeAdapter, ValidationError
 from dyexport.backbones.base import Preset, RouterKind
 from dyexport.backbones.recipe import Recipe, Schedule
 from dyexport.bundle.manifest import Precision, Quantization
+from dyexport.checkpoints.structure import resolve_preset
 from dyexport.errors import BudgetError, CheckpointError, UsageError
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from dyexport.files import write_atomically
 from dyexport.lora import LoraFile, LoraSpec
 from dyexport.pipeline.settings_checks import SHOWN, check
 from dyexport.pipeline.targets import ONNX, TARGETS
-from dyexport.presets import get_preset
+from dyexport.presets import Model
 from dyexport.training.synthetic_config import SyntheticConfig
 
 Routers = Literal["given", "random", "trained", "none"]
@@ -35,7 +37,7 @@ SYNTHETIC = "synthetic"
 class BuildSettings:
     """Settings of one build. Where they leave a choice, the model's ``Recipe`` makes it.
 
-    model            name of a preset
+    model            a preset or its name; None: what the checkpoint is
     out, work        directories of the bundle and of finished stages
     budget           FLOPs ratio lambda in (0, 1]; None keeps the routers of a dynamic checkpoint as they are
     router           which units may be on at a timestep: 'free' or 'ordered'
@@ -53,7 +55,7 @@ class BuildSettings:
     Raises ``UsageError`` for values and combinations that cannot be built.
     """
 
-    model: str
+    model: Model = None
     out: Path
     work: Path
     budget: float | None = None
@@ -81,9 +83,10 @@ class BuildSettings:
     def __post_init__(self) -> None:
         check(self)
 
-    @property
+    @cached_property
     def preset(self) -> Preset:
-        return get_preset(self.model)
+        """The model, with the structure of its checkpoint."""
+        return resolve_preset(self.model, None if self.random_weights else self.checkpoint)
 
     @property
     def recipe(self) -> Recipe:

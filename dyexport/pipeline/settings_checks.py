@@ -172,7 +172,7 @@ RULES = (
     ),
     Rule(
         lambda s: s.prompts is not None and bool(s.preset.classes),
-        "--data {s.data} names prompts, and {s.model} samples from class labels; give --data synthetic",
+        "--data {s.data} names prompts, and {s.preset.name} samples from class labels; give --data synthetic",
     ),
     Rule(
         lambda s: s.synthetic is not None and s.data_source != "synthetic",
@@ -183,19 +183,19 @@ RULES = (
     Rule(lambda s: bool(s.finetune_steps) and s.routers == "given", _leave_out("--finetune-steps")),
     Rule(
         lambda s: s.budget is None and s.routers in ("trained", "none"),
-        "{s.model} has no routers yet, so it needs a --budget, such as 0.5",
+        "{s.preset.name} has no routers yet, so it needs a --budget, such as 0.5",
         BudgetError,
     ),
     Rule(
         lambda s: s.data_source is None and s.routers == "trained",
-        "fine-tuning {s.model} needs --data, such as a directory of latents or 'synthetic'; "
+        "fine-tuning {s.preset.name} needs --data, such as a directory of latents or 'synthetic'; "
         "to do without, give --finetune-steps 0",
     ),
     # LoRA
     Rule(lambda s: s.td_lora is not None and s.routers == "given", _leave_out("--td-lora")),
     Rule(
         lambda s: s.td_lora is not None and s.td_lora.rank > s.preset.hidden_size,
-        "--td-lora has rank {s.td_lora.rank} and {s.model} {s.preset.hidden_size} channels; give fewer",
+        "--td-lora has rank {s.td_lora.rank} and {s.preset.name} {s.preset.hidden_size} channels; give fewer",
     ),
     Rule(
         lambda s: s.td_lora is not None and s.routers == "none",

@@ -10,11 +10,18 @@ from dataclasses import asdict
 from typing import Any
 
 from dyexport.pipeline.settings import BuildSettings
+from dyexport.presets import stored_fields
+
+
+def model_key(settings: BuildSettings) -> dict[str, Any]:
+    """Identify the model: by its name, and by its sizes where the name alone does not tell them."""
+    fields = stored_fields(settings.preset)
+    return {"model": settings.preset.name} if fields is None else {"model": settings.preset.name, "sizes": fields}
 
 
 def static_settings(settings: BuildSettings) -> dict[str, Any]:
     """Settings of the static model."""
-    chosen: dict[str, Any] = {"model": settings.model, "checkpoint": settings.checkpoint}
+    chosen: dict[str, Any] = {**model_key(settings), "checkpoint": settings.checkpoint}
     chosen |= {"loras": [[str(lora.file), lora.scale] for lora in settings.loras]}
     if settings.random_weights or settings.from_scratch:
         chosen["seed"] = settings.seed

@@ -48,7 +48,7 @@ def checkpoint_source(settings: BuildSettings) -> Path | None:
     source = settings.checkpoint or settings.preset.hub_id
     if source is None:
         raise CheckpointError(
-            f"no published weights are known for {settings.model}; "
+            f"no published weights are known for {settings.preset.name}; "
             "pass --checkpoint with a diffusers directory or a hub id, or --random-weights"
         )
     return find_checkpoint(source)

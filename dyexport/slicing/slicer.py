@@ -99,6 +99,7 @@ def spec_of(
         classes=preset.classes,
         pixel_space=preset.pixel_space,
         config=dict(config),
+        hub_id=preset.hub_id,
         td_lora=td_lora,
         precision=precision,
         quantization=quantization,

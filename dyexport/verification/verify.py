@@ -28,7 +28,7 @@ from dyexport.checkpoints.streaming import must_stream
 from dyexport.errors import BundleError, UsageError
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.pipeline.file_records import describe, digest_of
-from dyexport.presets import get_preset
+from dyexport.presets import preset_of
 from dyexport.runtime.loading import load
 from dyexport.runtime.routing import route
 from dyexport.runtime.transformer import BundleTransformer
@@ -132,14 +132,16 @@ def verify_bundle(
     """Compare.
 
     Raises ``BundleError`` where there is no reference, or not the one the bundle was cut from, and ``UsageError`` for
-    layers of a quantized bundle.
+    layers of a quantized bundle and for a model without a smaller size.
     """
     bundle = Bundle.open(path)
     if settings.layers and (kind := bundle.manifest.model.quantization):
         raise UsageError(f"--layers compares layers in floating point, and {path} is in {kind}; leave it out")
-    stream = must_stream(get_preset(bundle.manifest.model.name).parameters)
+    preset = preset_of(bundle.manifest.model)
+    if settings.small and preset.for_noise() == preset:
+        raise UsageError(f"--small does nothing here: {preset.name} is compared at its own size; leave it out")
     reference = reference or find_reference(bundle)
-    model, preset = load_dynamic(reference, stream=stream)
+    model, preset = load_dynamic(reference, stream=must_stream(preset.parameters))
     truth = ReferenceModel(model, preset.for_noise() if settings.small else preset, bundle, settings.seed)
     comparisons: list[Comparison] = []
     transformer = load(path, target=settings.target, device="cpu", check_hashes=False, fallback=False)

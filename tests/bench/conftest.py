@@ -13,7 +13,6 @@ from dyexport.demo import DemoReport, demo_settings, run_demo
 from dyexport.pipeline.build import build_bundle
 from dyexport.pipeline.run import Run
 from dyexport.pipeline.settings import BuildSettings
-from dyexport.presets import PRESETS
 from tests.factories import tiny_preset
 from tests.runtime.bundles import TinyBundle, write_bundle
 
@@ -34,12 +33,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle that the pipeline built, of a tiny SiT with random weights."""
     root: Path = tmp_path_factory.mktemp("bench") / "built"
     preset = tiny_preset("sit")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, preset.name, preset)
-        settings = BuildSettings(
-            model=preset.name, out=root, work=root.with_suffix(".work"), budget=0.5, random_weights=True, engines=2
-        )
-        build_bundle(Run(settings, StageLines()))
+    settings = BuildSettings(
+        model=preset, out=root, work=root.with_suffix(".work"), budget=0.5, random_weights=True, engines=2
+    )
+    build_bundle(Run(settings, StageLines()))
     return Bundle.open(root)
 
 

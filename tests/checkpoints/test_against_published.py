@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dyexport import presets
 from dyexport.backbones.base import Inputs, Preset
 from dyexport.backbones.flux.preset import FluxPreset
 from dyexport.checkpoints.dynamic import load_given
@@ -68,9 +67,8 @@ def relative_error(sample: Tensor, truth: Tensor) -> float:
 
 
 @pytest.fixture(params=PRESETS, ids=lambda preset: preset.name)
-def published(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Published]:
+def published(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Published]:
     preset: Preset = request.param
-    monkeypatch.setitem(presets.PRESETS, preset.name, preset)
     with published_code(Path(CHECKOUT), DYDIT) as code:
         model = random_published(code, preset)
         torch.save({"model": {}, "ema": model.state_dict(), "opt": {}}, tmp_path / "dydit.pt")
@@ -98,7 +96,7 @@ def test_the_static_model(published: Published) -> None:
 def built(root: Path, preset: Preset, file: Path) -> Callable[..., Any]:
     """A bundle of a file, with its routers as they are, as a transformer."""
     given = {"budget": None, "random_weights": False, "checkpoint": str(file), "engines": 4}
-    settings = replace(tiny_settings(root, **given), model=preset.name)
+    settings = replace(tiny_settings(root, **given), model=preset)
     assert settings.routers == "given"
     build(settings)
     return load(settings.out)

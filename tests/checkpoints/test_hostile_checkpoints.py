@@ -286,13 +286,14 @@ def test_published_names_of_another_architecture_are_one_sentence(model: str, tm
         ({"heads": 3}, "has 3 heads"),
         ({"groups": 10**9}, "1000000000 groups"),
         ({"tokens": "maybe"}, "tokens"),
-        ({"preset": "nowhere"}, "unknown model"),
+        ({"preset": "nowhere", "model": None}, "unknown model"),
+        ({"model": {"stock": "UNet2DModel"}}, "_class_name is 'UNet2DModel'"),
+        ({"model": {"stock": "DiTTransformer2DModel", "layers": "many"}}, "layers: Input should be a valid integer"),
     ],
 )
 def test_what_a_dynamic_checkpoint_says_of_itself_is_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+    tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setitem(PRESETS, TINY.name, TINY)
     save_dynamic(tiny_model(), tmp_path, TINY)
     spec = json.loads((tmp_path / "dynamic.json").read_text())
     (tmp_path / "dynamic.json").write_text(json.dumps({**spec, **change}))
@@ -305,10 +306,7 @@ def test_what_a_dynamic_checkpoint_says_of_itself_is_checked(
 
 
 @pytest.mark.parametrize("order", [torch.zeros(3, 4, dtype=torch.int64), torch.arange(4), torch.rand(3, 4)])
-def test_an_order_of_units_that_is_none_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: torch.Tensor
-) -> None:
-    monkeypatch.setitem(PRESETS, TINY.name, TINY)
+def test_an_order_of_units_that_is_none_is_named(tmp_path: Path, order: torch.Tensor) -> None:
     save_dynamic(tiny_model(), tmp_path, TINY)
     save_file({"heads": order, "groups": order.clone()}, tmp_path / "order.safetensors")
     with pytest.raises(CheckpointError, match=r"order\.safetensors: heads are no order of units"):

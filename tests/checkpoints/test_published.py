@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dyexport import presets
 from dyexport.backbones.base import Preset
 from dyexport.checkpoints.dynamic import load_dynamic, load_given, open_widths, save_dynamic
 from dyexport.checkpoints.static import has_routers, load_static, save_static
@@ -54,8 +53,7 @@ def test_a_static_file_computes_what_the_published_code_does(preset: Preset, tmp
 
 
 @torch.no_grad()
-def test_a_dydit_file_brings_its_routers(preset: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(presets.PRESETS, preset.name, preset)
+def test_a_dydit_file_brings_its_routers(preset: Preset, tmp_path: Path) -> None:
     state = random_state(preset, routers=True)
     given = load_given(saved(state, tmp_path), preset)
     save_dynamic(given, tmp_path / "copy", preset)
@@ -75,13 +73,10 @@ def test_a_dydit_file_brings_its_routers(preset: Preset, tmp_path: Path, monkeyp
 
 
 @torch.no_grad()
-def test_a_bundle_of_a_dydit_file_computes_what_the_published_code_does(
-    preset: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(presets.PRESETS, preset.name, preset)
+def test_a_bundle_of_a_dydit_file_computes_what_the_published_code_does(preset: Preset, tmp_path: Path) -> None:
     state = random_state(preset, routers=True)
     given = {"budget": None, "random_weights": False, "checkpoint": str(saved({"ema": state}, tmp_path)), "engines": 2}
-    settings = replace(tiny_settings(tmp_path, **given), model=preset.name)
+    settings = replace(tiny_settings(tmp_path, **given), model=preset)
     build(settings)
     bundle = load(settings.out)
     for t in random_timesteps(preset, 8):

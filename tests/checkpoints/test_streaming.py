@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from dyexport import presets
 from dyexport.backbones.base import Preset
 from dyexport.checkpoints.dynamic import load_dynamic, save_dynamic
 from dyexport.checkpoints.static import load_static
@@ -22,10 +21,9 @@ from tests.factories import tiny_preset
 
 
 @pytest.fixture(params=["dit", "flux-tiny", "latte-tiny"])
-def preset(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Preset:
+def preset(request: pytest.FixtureRequest) -> Preset:
     if request.param != "dit":
         return get_preset(request.param)
-    monkeypatch.setitem(presets.PRESETS, "dit-tiny", tiny_preset())
     return tiny_preset()
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from dyexport.pipeline.settings import BuildSettings
-from dyexport.presets import PRESETS
 from dyexport.runtime.loading import load
 from tests.pipeline.tiny import TINY, build, redone
 
@@ -20,10 +19,9 @@ STORE = "graphs/weights.bin"
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> BuildSettings:
     """Of a model whose weights are most of its bytes."""
-    PRESETS[WIDE.name] = WIDE
     root = tmp_path_factory.mktemp("wide")
     settings = BuildSettings(
-        model=WIDE.name,
+        model=WIDE,
         budget=0.5,
         random_weights=True,
         engines=1,

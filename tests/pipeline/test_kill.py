@@ -24,7 +24,7 @@ STAGE = re.compile(r"^(.+): (done|up to date)", re.MULTILINE)
 
 def start(root: Path, *arguments: str) -> subprocess.Popen[str]:
     places = ["-o", str(root / "bundle"), "--work", str(root / "work")]
-    command = [sys.executable, "-m", "tests.pipeline.tiny", "build", "-m", "sit-tiny", *arguments, *places]
+    command = [sys.executable, "-m", "dyexport", "build", "-m", "sit-tiny", *arguments, *places]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 

@@ -49,16 +49,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("pair")
 
 
-@pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PRESETS, PAIR.name, PAIR)
-
-
 def settings(root: Path, preset: LattePreset, **values: Any) -> BuildSettings:
     path = values.get("token_path", "auto")
-    return BuildSettings(
-        model=preset.name, budget=0.5, random_weights=True, out=root / path, work=root / "work", **values
-    )
+    return BuildSettings(model=preset, budget=0.5, random_weights=True, out=root / path, work=root / "work", **values)
 
 
 @pytest.fixture(scope="module")

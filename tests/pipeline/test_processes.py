@@ -26,7 +26,7 @@ def test_two_processes_finetune_as_one_does(tmp_path: Path) -> None:
     places = ["--work", str(tmp_path / "two" / "work")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launch, "-m", "tests.pipeline.tiny", *command, *places],
+        [*launch, "-m", "dyexport", *command, *places],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -57,7 +57,7 @@ def test_an_interrupted_build_keeps_the_shards_it_has(tmp_path: Path) -> None:
 def start(root: Path) -> subprocess.Popen[bytes]:
     options = ["-m", "sit-tiny", "-b", "0.5", "--random-weights", "--finetune-steps", "0", "--data", "synthetic"]
     options += ["--synthetic", "samples=250,steps=60", "--work", str(root / "work")]
-    command = [sys.executable, "-m", "tests.pipeline.tiny", "finetune", *options]
+    command = [sys.executable, "-m", "dyexport", "finetune", *options]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

@@ -1,26 +1,20 @@
-"""The smallest model that has everything: two blocks, eight heads, 16 tokens. As a script: dyexport that knows it."""
+"""The smallest model that has everything: two blocks, eight heads, 16 tokens."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dyexport.bundle.reader import Bundle
-from dyexport.cli import main
 from dyexport.pipeline.build import build_bundle, opened
 from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
-from dyexport.presets import PRESETS
+from dyexport.presets import get_preset
 from tests.manifests import forge
 
-DIGITS = PRESETS["sit-digits"]
-assert DIGITS.recipe.from_scratch is not None
-BRIEF = replace(DIGITS.recipe, from_scratch=replace(DIGITS.recipe.from_scratch, steps=3))
-TINY = replace(DIGITS, name="sit-tiny", layers=2, hidden_size=48, heads=8, patch_size=2, recipe=BRIEF)
-PRESETS[TINY.name] = TINY
+TINY = get_preset("sit-tiny")
 
 
 def tiny_settings(root: Path, **values: Any) -> BuildSettings:
@@ -54,7 +48,3 @@ def tamper(root: Path, name: str, change: Callable[[bytes], bytes]) -> None:
     (root / name).write_bytes(content)
     record = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     forge(root, lambda manifest: manifest["files"].update({name: record}))
-
-
-if __name__ == "__main__":
-    main()

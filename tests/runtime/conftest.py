@@ -1,12 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from dyexport.presets import PRESETS
 from tests.factories import tiny_preset
 from tests.pipeline.tiny import build, tiny_settings
 from tests.pipeline.tiny_pipeline import save_dit_pipeline, save_latte_pipeline, save_pipeline
@@ -38,13 +36,11 @@ class Saved:
 
 
 @pytest.fixture(scope="session")
-def dit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saved]:
+def dit(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     preset = tiny_preset("dit")
     root = tmp_path_factory.mktemp("dit")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, preset.name, preset)
-        bundle = build(tiny_settings(root, model=preset.name, engines=2)).root
-        yield Saved(bundle=bundle, pipeline=save_dit_pipeline(root / "pipeline", preset))
+    bundle = build(tiny_settings(root, model=preset, engines=2)).root
+    return Saved(bundle=bundle, pipeline=save_dit_pipeline(root / "pipeline", preset))
 
 
 @pytest.fixture(scope="session")

@@ -190,4 +190,14 @@ PRESETS: tuple[Preset, ...] = (
     _digits("dit", about="trains from scratch in minutes on a CPU"),
     _digits("sit", about="trains from scratch in minutes on a CPU"),
     _digits("sit", "-wide", hidden_size=128, about="with width to spare"),
+    replace(
+        _digits("sit", about=""),
+        name="sit-tiny",
+        about="SiT in small, hardly trained, for trying things out on a CPU",
+        layers=2,
+        hidden_size=48,
+        heads=8,
+        patch_size=2,
+        recipe=replace(DIGITS, from_scratch=replace(_DIGITS_SCHEDULE, steps=3)),
+    ),
 )

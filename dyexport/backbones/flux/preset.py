@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import isqrt
 from typing import Any, ClassVar, Literal, Self
 
 from dyexport.backbones.base import Guidance, Objective, Preset, SamplingDefaults
@@ -144,6 +145,9 @@ class FluxPreset(Preset):
 
     def with_guidance(self, scale: float | None) -> Self:
         return replace(self, guidance=scale)
+
+    def with_tokens(self, tokens: int) -> Self:
+        return replace(self, side=isqrt(tokens))
 
     def for_noise(self) -> Self:
         """128 px and 32 words."""
