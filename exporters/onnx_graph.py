@@ -123,10 +123,15 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Attention as three standard nodes: the form that ONNX Runtime and TensorRT fuse, and opset 20 has no other."""
-    if attn_mask is not None or is_causal or enable_gqa or scale != 1.0:
-        raise ExportError("only plain attention with the scale folded into its query weights is exported")
+    """Translate attention to standard nodes: the form that ONNX Runtime and TensorRT fuse; opset 20 has no other.
+
+    A mask is of floating point: it is added to the logits.
+    """
+    if is_causal or enable_gqa or scale != 1.0:
+        raise ExportError("only attention with the scale folded into its query weights is exported")
     scores = op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2]))  # (B, H, N, N)
+    if attn_mask is not None:
+        scores = op.Add(scores, attn_mask)
     return op.MatMul(op.Softmax(scores, axis=-1), value)  # (B, H, N, D)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dyexport.bundle.manifest import ModelSpec
     from dyexport.runtime.transformer import BundleTransformer
 
-BACKBONES = ("dit", "sit", "flux", "latte")
+BACKBONES = ("dit", "sit", "flux", "latte", "qwen_image")
 _SAME_NETWORK = {"sit": "dit"}
 """Backbones that differ from another one in their objective only, and share its folder."""
 

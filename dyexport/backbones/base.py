@@ -85,6 +85,9 @@ class Preset(ABC):
 
     guidance_kind: ClassVar[Guidance] = "classifier-free"
 
+    rescales_guidance: ClassVar[bool] = False
+    """Whether its pipeline scales a guided prediction back to the norm of the conditional one, token by token."""
+
     name: str
     backbone: str
     hidden_size: int

@@ -138,7 +138,10 @@ class _Denoiser:
             return self._predict(latents, t, self.conditions)
         both = {name: torch.cat([values, self.unconditional[name]]) for name, values in self.conditions.items()}
         conditional, unconditional = self._predict(torch.cat([latents, latents]), t, both).chunk(2)
-        return unconditional + self.scale * (conditional - unconditional)  # (B, ...)
+        guided = unconditional + self.scale * (conditional - unconditional)  # (B, ...)
+        if not self.preset.rescales_guidance:
+            return guided
+        return guided * conditional.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
 
     def _predict(self, latents: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         timestep = t.to(latents.device).expand(len(latents))  # (B,)

@@ -1,0 +1,69 @@
+"""Embedded prompts of different lengths, and positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dyexport.backbones.base import Inputs
+from dyexport.backbones.qwen_image.positions import token_positions
+from dyexport.backbones.qwen_image.preset import UNCONDITIONAL, QwenImagePreset
+from dyexport.models.conditions import Column, Conditions
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Embedded prompts (B, T, J), zero where a prompt has ended, and their masks (B, T): 1 for a token, 0 after."""
+
+    preset: QwenImagePreset
+    unconditional: ClassVar[str | None] = UNCONDITIONAL
+
+    def embed(self, pipe: Any, prompts: list[str]) -> Conditions:
+        """Return (B, T, J), padded to the preset's length; longer prompts are cut."""
+        words = self.preset.text_tokens
+        text, mask = pipe.encode_prompt(prompts, max_sequence_length=words)
+        mask = (
+            torch.ones(text.shape[:2]) if mask is None else mask
+        )  # the pipeline leaves it out where nothing is padded
+        missing = words - text.shape[1]
+        return {
+            "encoder_hidden_states": F.pad(text, (0, 0, 0, missing)),
+            "encoder_hidden_states_mask": F.pad(mask.float(), (0, missing)),
+        }
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (
+            Column("prompt_embeds", "encoder_hidden_states", (None, self.preset.joint_size)),
+            Column("prompt_embeds_mask", "encoder_hidden_states_mask", (None,)),
+        )
+
+    def random(self, count: int, generator: torch.Generator) -> Conditions:
+        """Return random prompts of random lengths."""
+        words = self.preset.text_tokens
+        lengths = torch.randint(1, words + 1, (count, 1), generator=generator)
+        mask = (torch.arange(words) < lengths).float()  # (B, T)
+        text = torch.randn(count, words, self.preset.joint_size, generator=generator)  # (B, T, J)
+        return {"encoder_hidden_states": text * mask.unsqueeze(2), "encoder_hidden_states_mask": mask}
+
+    def drop(self, conditions: Conditions, rows: Tensor) -> Conditions:
+        """Drop nothing: no condition is the embedding of an empty prompt, of which the data has some samples."""
+        return conditions
+
+    def inputs(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Inputs:
+        side, words = self.preset.side, conditions["encoder_hidden_states"].shape[1]
+        positions = token_positions(((1, side, side),), words, latents.device)
+        return {
+            "hidden_states": latents,  # (B, N, C)
+            "timestep": timestep,
+            **conditions,
+            "img_ids": positions.image,  # (N, 3)
+            "txt_ids": positions.text,  # (T, 3)
+        }
+
+
+Conditioning = Prompts
