@@ -14,7 +14,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from dyexport.backbones.qwen_image.positions import Shape, first_shapes, token_positions
 from dyexport.bundle.manifest import ModelSpec
 from dyexport.errors import EngineMismatchError
-from dyexport.runtime.inputs import check_absent, check_attention_kwargs, floating, positions
+from dyexport.runtime.inputs import check_absent, check_attention_kwargs, described, floating
 from dyexport.runtime.transformer import NOT_COMPILED, BundleTransformer, random_rows
 
 
@@ -61,8 +61,13 @@ class QwenImageBundle(BundleTransformer, QwenImageTransformer2DModel):
             "encoder_hidden_states": text,
             "encoder_hidden_states_mask": _mask(encoder_hidden_states_mask, text),
         }
-        places = positions(txt_ids, img_ids) if img_shapes is None else _positions(img_shapes, latents, text)
-        sample = self.denoise(timestep, inputs, {}, places)
+        if img_shapes is not None:
+            img_ids, txt_ids = token_positions(_checked_shapes(img_shapes, latents), text.shape[1], latents.device)
+        positions = {
+            "img_ids": floating("img_ids", img_ids, "tokens", "axes"),
+            "txt_ids": floating("txt_ids", txt_ids, "tokens", "axes"),
+        }
+        sample = self.denoise(timestep, inputs, {}, positions)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def cache_context(self, name: str, **context: Any) -> AbstractContextManager[None]:
@@ -86,28 +91,26 @@ def _mask(mask: Any, text: torch.Tensor) -> torch.Tensor:
     if mask is None:
         return torch.ones(text.shape[:2], device=text.device)
     if not isinstance(mask, torch.Tensor) or mask.shape != text.shape[:2]:
-        found = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise EngineMismatchError(
-            f"encoder_hidden_states_mask is {found}; it must be a tensor {list(text.shape[:2])}, as the text"
+            f"encoder_hidden_states_mask must be a tensor {list(text.shape[:2])}, as the text, is {described(mask)}"
         )
     return mask.to(torch.bool).float()
 
 
-def _positions(img_shapes: Any, latents: torch.Tensor, text: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return positions of image and text. Raises ``EngineMismatchError`` for shapes that are not those of latents."""
+def _checked_shapes(img_shapes: Any, latents: torch.Tensor) -> tuple[Shape, ...]:
+    """Return the shapes that all samples have. Raises ``EngineMismatchError`` unless they are those of latents."""
     try:
         samples = [first_shapes([sample]) for sample in img_shapes]
         shapes: tuple[Shape, ...] = samples[0]
     except (TypeError, ValueError, IndexError, KeyError) as error:
         raise EngineMismatchError(
-            f"img_shapes is {img_shapes!r}; give a list of (frames, rows, columns) for each sample"
+            f"img_shapes is {described(img_shapes)}; give (frames, rows, columns), or a list of them, for each sample"
         ) from error
     if any(sample != shapes for sample in samples):
-        raise EngineMismatchError("samples of a batch differ in img_shapes; call once for each size")
+        raise EngineMismatchError("img_shapes differ between the samples of a batch; call once for each size")
     if sum(map(prod, shapes)) != latents.shape[1]:
-        raise EngineMismatchError(f"img_shapes is {list(shapes)}, and hidden_states has {latents.shape[1]} tokens")
-    image, words = token_positions(shapes, text.shape[1], latents.device)
-    return {"img_ids": image, "txt_ids": words}
+        raise EngineMismatchError(f"img_shapes is {list(shapes)}, but hidden_states has {latents.shape[1]} tokens")
+    return shapes
 
 
 # The name that saved pipelines and pickles refer to. It is public, and outlives the folders of this package.
