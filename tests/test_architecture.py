@@ -23,7 +23,6 @@ CONTRACTS = {
     "arguments",
     "backbones",
     "backbones.engine_sizes",
-    "backbones.positions",
     "backbones.preset",
     "backbones.stored_config",
     "bundle",
@@ -57,7 +56,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backbones.stored_config": {"errors"},
     "backbones.preset": {"backbones", "backbones.stored_config"},
     "backbones.engine_sizes": {"bundle"},
-    "backbones.positions": set(),
     "noise_schedule": {"backbones", "errors"},
     "flops": {"backbones", "backbones.flops", "lora"},
     "presets": {"errors", "backbones", "backbones.preset"},
@@ -76,10 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | RUN_ROLES,
     "bench": {"arguments", "digits", "errors", "files", "bundle", "engines", "runtime"},
     **{role: CONTRACTS | BUILD_ROLES | {"models", "slicing"} for role in BUILD_ROLES},
-    **{
-        role: {"errors", "bundle", "runtime", "backbones", "backbones.positions", "backbones.preset"}
-        for role in RUN_ROLES
-    },
+    **{role: {"errors", "bundle", "runtime", "backbones", "backbones.preset"} for role in RUN_ROLES},
     "pipeline": EITHER_SIDE,
     "verification": EITHER_SIDE | {"pipeline"},
     "demo": EITHER_SIDE | PIPELINE,

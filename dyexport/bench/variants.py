@@ -20,8 +20,8 @@ def segment_variants(transformer: BundleTransformer, bundle: Bundle, batch: int)
     return [module_variant(transformer, _on(device, example_inputs(spec, batch, t)), device) for t in middles]
 
 
-def _on(device: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+def _on(device: str, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
 def conditioning_variant(transformer: BundleTransformer, batch: int, steps: int) -> Variant:

@@ -23,6 +23,7 @@ from dyexport.exporters.onnx_graph import STORE, check_onnx, export_onnx
 from dyexport.exporters.weight_store import write_store
 from dyexport.flops import FlopsModel
 from dyexport.lora import LoraSpec, Variant
+from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
 from dyexport.slicing.merging import merging_reader, updated_names
@@ -118,11 +119,20 @@ def test_td_lora_updates_linears_that_slim_networks_have_paths_for(backbone: str
         assert all(isinstance(block.get_submodule(name), nn.Linear) for name in model.adapter.lora_targets(block))
     cutter = Cutter(model, preset)
     assert model.td_lora is not None
-    updates = {f"td_lora.{name}" for name, _ in model.td_lora.named_parameters()}
+    updates = {f"td_lora.{name}" for name in read(model, model.td_lora, backbone)}
     assert updates <= sources(cutter.dense) | sources(slice_conditioning(cutter.context))
     merged = cutter.cut(cutter.dense_segment.model_copy(update={"merged": True}))
     by_name = {source.rsplit(":", 1)[-1] for source in sources(merged) if source.startswith("merged:")}
-    assert by_name == updated_names(cutter.spec)
+    dense = shared_tiny_model(backbone)
+    assert by_name == updated_names(cutter.spec) & read(dense, dense.backbone, backbone)
+
+
+def read(model: DynamicTransformer, module: nn.Module, backbone: str) -> set[str]:
+    """Parameters of a part of the model that its output depends on."""
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    output = model.forward_dense(noised(backbone)).sum()
+    gradients = torch.autograd.grad(output, parameters, allow_unused=True)
+    return {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
 
 
 def sources(slice_: Slice) -> set[str]:
@@ -130,12 +140,17 @@ def sources(slice_: Slice) -> set[str]:
 
 
 def test_every_weight_is_in_one_of_the_two_networks(backbone: str) -> None:
-    """Weights of a segment are stored for each segment; those of the conditioning network once."""
+    """Weights of a segment are stored for each segment; those of the conditioning network once.
+
+    A weight that the output does not depend on is in neither.
+    """
     cutter = Cutter(shared_tiny_model(backbone), tiny_preset(backbone))
     conditioning, segment = sources(slice_conditioning(cutter.context)), sources(cutter.dense)
-    weights = {name for name, _ in cutter.model.backbone.named_parameters()}
+    weights = read(cutter.model, cutter.model.backbone, backbone)
     assert not conditioning & segment & weights
     assert weights <= conditioning | segment
+    unread = {name for name, _ in cutter.model.backbone.named_parameters()} - weights
+    assert not unread & (conditioning | segment)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Embedded prompts of different lengths, and positions."""
+"""Embedded prompts of different lengths, and the shape of the picture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyexport.backbones.base import Inputs
-from dyexport.backbones.qwen_image.positions import token_positions
 from dyexport.backbones.qwen_image.preset import UNCONDITIONAL, QwenImagePreset
 from dyexport.models.conditions import Column, Conditions
 
@@ -55,14 +54,12 @@ class Prompts:
         return conditions
 
     def inputs(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Inputs:
-        side, words = self.preset.side, conditions["encoder_hidden_states"].shape[1]
-        positions = token_positions(((1, side, side),), words, latents.device)
+        side = self.preset.side
         return {
             "hidden_states": latents,  # (B, N, C)
             "timestep": timestep,
             **conditions,
-            "img_ids": positions.image,  # (N, 3)
-            "txt_ids": positions.text,  # (T, 3)
+            "img_shapes": torch.tensor([1, side, side], device=latents.device),  # (3,)
         }
 
 

@@ -76,10 +76,9 @@ def _inputs(spec: ModelSpec) -> tuple[TensorSpec, ...]:
         "encoder_hidden_states": ("batch", "text_tokens", config["joint_attention_dim"]),
         "encoder_hidden_states_mask": ("batch", "text_tokens"),
         "modulation": (1, QwenImageLayout.of(config, spec.td_lora).size),
-        "img_ids": ("image_tokens", 3),
-        "txt_ids": ("text_tokens", 3),
     }
-    return tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in shapes.items())
+    floats = (TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in shapes.items())
+    return (*floats, TensorSpec(name="img_shapes", dtype="int64", shape=(3,)))
 
 
 def slice_conditioning(context: SliceContext) -> Slice:

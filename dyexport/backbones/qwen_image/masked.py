@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from dyexport.backbones.base import Inputs
 from dyexport.backbones.dit.masked import DiTTokenRouter
-from dyexport.backbones.qwen_image.positions import shapes_of
 from dyexport.models.gates import BlockGates
 from dyexport.models.hooks import on_input, on_output, permute_inputs, permute_outputs, unit_channels, watch_input
 
@@ -49,10 +48,9 @@ class QwenImageAdapter:
         """Do nothing: the stock module has one embedder."""
 
     def run(self, backbone: QwenImageTransformer2DModel, inputs: Inputs) -> Tensor:
-        """Call the stock module, whose rotary embedding takes shapes where ``inputs`` have positions."""
-        arguments = {name: value for name, value in inputs.items() if name not in ("img_ids", "txt_ids")}
-        shapes = [shapes_of(inputs["img_ids"])]
-        sample: Tensor = backbone(**arguments, img_shapes=shapes).sample  # (B, N, C_out)
+        """Call the stock module; it indexes tables by ``img_shapes``, which must be numbers for that."""
+        shapes = [tuple(inputs["img_shapes"].tolist())]
+        sample: Tensor = backbone(**{**inputs, "img_shapes": shapes}).sample  # (B, N, C_out)
         return sample
 
     def blocks(self, backbone: QwenImageTransformer2DModel) -> list[nn.Module]:

@@ -96,6 +96,29 @@ class Block(nn.Module):
         return self.sizes.tokens.select(scores, slots)
 
 
+def token_positions(img_shapes: Tensor, image_tokens: int, text_tokens: int) -> Tensor:
+    """Compute the positions of text and image tokens as diffusers' ``QwenEmbedRope`` has them: (T + N, 3).
+
+    ``img_shapes`` (3,) are frames, rows and columns. Rows and columns count from the center of the picture; text goes
+    on where the larger side ends, on all three axes alike.
+    """
+    _, rows, columns = img_shapes.float().unbind(0)
+    above, left = (rows / 2).floor(), (columns / 2).floor()
+    index = torch.arange(image_tokens, device=img_shapes.device).float()  # (N,)
+    frame, within = _divide(index, rows * columns)
+    row, column = _divide(within, columns)
+    image = torch.stack([frame, row - (rows - above), column - (columns - left)], dim=1)  # (N, 3)
+    words = torch.arange(text_tokens, device=img_shapes.device).float()  # (T,)
+    text = (words + torch.maximum(above, left)).unsqueeze(1).expand(-1, 3)  # (T, 3)
+    return torch.cat([text, image])
+
+
+def _divide(index: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Return quotient and remainder of whole numbers; half a number keeps a rounded quotient on its side."""
+    quotient = ((index + 0.5) / size).floor()
+    return quotient, index - quotient * size
+
+
 class SlimQwenImage(nn.Module):
     """A Qwen-Image at the widths of one segment, without its conditioning network."""
 
@@ -123,20 +146,19 @@ class SlimQwenImage(nn.Module):
         encoder_hidden_states: Tensor,
         encoder_hidden_states_mask: Tensor,
         modulation: Tensor,
-        img_ids: Tensor,
-        txt_ids: Tensor,
+        img_shapes: Tensor,
         width_gate: Tensor | None = None,
         slots: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Compute latents (B, N, C_in), text (B, T, J), its mask (B, T), modulation (1, M) -> sample (B, N, C_in).
 
-        ``img_ids`` (N, 3) and ``txt_ids`` (T, 3) are positions, ``width_gate`` is (W,), ``slots`` (S,). Also returns
-        the kept tokens (B, R) of the R blocks whose capacity is limited, if there are any.
+        ``img_shapes`` (3,) are frames, rows and columns of the N image tokens, ``width_gate`` is (W,), ``slots`` (S,).
+        Also returns the kept tokens (B, R) of the R blocks whose capacity is limited, if there are any.
         """
         dtype = self.image_in.weight.dtype
         image = self.image_in(hidden_states.to(dtype))  # (B, N, C)
         text = self.text_in(rms_norm(encoder_hidden_states, self.text_norm).to(dtype))  # (B, T, C)
-        rotary = self.angles(torch.cat([txt_ids, img_ids]))
+        rotary = self.angles(token_positions(img_shapes, image.shape[1], text.shape[1]))
         bias = F.pad((encoder_hidden_states_mask - 1) * MASKED, (0, image.shape[1]))  # (B, T + N)
         bias = bias.unsqueeze(1).unsqueeze(1)  # (B, 1, 1, T + N)
         parts = self.layout.split(modulation)

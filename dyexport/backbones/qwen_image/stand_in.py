@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from math import isqrt, prod
+from math import isqrt
 from typing import Any
 
 import torch
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from dyexport.backbones.qwen_image.positions import Shape, first_shapes, token_positions
 from dyexport.bundle.manifest import ModelSpec
 from dyexport.errors import EngineMismatchError
 from dyexport.runtime.inputs import check_absent, check_attention_kwargs, described, floating
@@ -30,21 +28,18 @@ class QwenImageBundle(BundleTransformer, QwenImageTransformer2DModel):
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_hidden_states_mask: torch.Tensor | None = None,
         timestep: torch.Tensor | float | None = None,
-        img_shapes: Sequence[Any] | None = None,
+        img_shapes: Any = None,
         guidance: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
         controlnet_block_samples: Any = None,
         additional_t_cond: Any = None,
         return_dict: bool = True,
-        *,
-        img_ids: torch.Tensor | None = None,
-        txt_ids: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict the velocity of packed latents (B, N, C) at one sigma, with text (B, T, J): (B, N, C).
 
-        The mask (B, T) is 0 where the text is padding. ``img_shapes`` holds (frames, rows, columns) of tokens, or a
-        list of them, for each sample; all samples have the same. Positions, ``img_ids`` (N, 3) and ``txt_ids`` (T, 3),
-        may be given instead. Raises ``EngineMismatchError`` for inputs this bundle was not built for.
+        The mask (B, T) is 0 where the text is padding. ``img_shapes`` holds (frames, rows, columns) of the tokens of
+        each sample, which all samples share; a tensor of the three stands for all. Raises ``EngineMismatchError`` for
+        inputs this bundle was not built for.
         """
         if timestep is None:
             raise EngineMismatchError("timestep is required")
@@ -61,13 +56,7 @@ class QwenImageBundle(BundleTransformer, QwenImageTransformer2DModel):
             "encoder_hidden_states": text,
             "encoder_hidden_states_mask": _mask(encoder_hidden_states_mask, text),
         }
-        if img_shapes is not None:
-            img_ids, txt_ids = token_positions(_checked_shapes(img_shapes, latents), text.shape[1], latents.device)
-        positions = {
-            "img_ids": floating("img_ids", img_ids, "tokens", "axes"),
-            "txt_ids": floating("txt_ids", txt_ids, "tokens", "axes"),
-        }
-        sample = self.denoise(timestep, inputs, {}, positions)
+        sample = self.denoise(timestep, inputs, {}, {"img_shapes": _checked_shapes(img_shapes, latents)})
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def cache_context(self, name: str, **context: Any) -> AbstractContextManager[None]:
@@ -75,14 +64,14 @@ class QwenImageBundle(BundleTransformer, QwenImageTransformer2DModel):
         return nullcontext()
 
     @classmethod
-    def example_inputs(cls, spec: ModelSpec, batch: int, t: float, seed: int = 0) -> dict[str, Any]:
+    def example_inputs(cls, spec: ModelSpec, batch: int, t: float, seed: int = 0) -> dict[str, torch.Tensor]:
         noise, config = random_rows(batch, seed), spec.config
         rows = next(rows for rows in range(isqrt(spec.tokens), 0, -1) if spec.tokens % rows == 0)
         return {
             "hidden_states": noise(spec.tokens, config["in_channels"]),  # (B, N, C)
             "encoder_hidden_states": noise(spec.text_tokens, config["joint_attention_dim"]),  # (B, T, J)
             "timestep": torch.full((batch,), t),
-            "img_shapes": [[(1, rows, spec.tokens // rows)]] * batch,
+            "img_shapes": torch.tensor([1, rows, spec.tokens // rows]),
         }
 
 
@@ -97,20 +86,32 @@ def _mask(mask: Any, text: torch.Tensor) -> torch.Tensor:
     return mask.to(torch.bool).float()
 
 
-def _checked_shapes(img_shapes: Any, latents: torch.Tensor) -> tuple[Shape, ...]:
-    """Return the shapes that all samples have. Raises ``EngineMismatchError`` unless they are those of latents."""
+def _checked_shapes(img_shapes: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Return frames, rows and columns of every sample: (3,). Raises ``EngineMismatchError``."""
+    samples = [img_shapes] if isinstance(img_shapes, torch.Tensor) else img_shapes
     try:
-        samples = [first_shapes([sample]) for sample in img_shapes]
-        shapes: tuple[Shape, ...] = samples[0]
-    except (TypeError, ValueError, IndexError, KeyError) as error:
+        shapes = torch.tensor([_one_picture(sample) for sample in samples], device="cpu")  # (B, 3)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise EngineMismatchError(
-            f"img_shapes is {described(img_shapes)}; give (frames, rows, columns), or a list of them, for each sample"
+            f"img_shapes is {described(img_shapes)}; give (frames, rows, columns) for each sample"
         ) from error
-    if any(sample != shapes for sample in samples):
+    if bool((shapes != shapes[:1]).any()):
         raise EngineMismatchError("img_shapes differ between the samples of a batch; call once for each size")
-    if sum(map(prod, shapes)) != latents.shape[1]:
-        raise EngineMismatchError(f"img_shapes is {list(shapes)}, but hidden_states has {latents.shape[1]} tokens")
-    return shapes
+    if int(shapes[0].prod()) != latents.shape[1]:
+        raise EngineMismatchError(
+            f"img_shapes is {shapes[0].tolist()}, but hidden_states has {latents.shape[1]} tokens"
+        )
+    return shapes[0]
+
+
+def _one_picture(sample: Any) -> tuple[int, int, int]:
+    """Return the shape of a sample's one picture, which diffusers' pipelines put into a list."""
+    if isinstance(sample, list) and len(sample) > 1 and not isinstance(sample[0], int):
+        raise EngineMismatchError(
+            f"img_shapes holds {len(sample)} pictures for a sample; use the diffusers transformer to edit or layer them"
+        )
+    frames, rows, columns = sample[0] if isinstance(sample, list) and len(sample) == 1 else sample
+    return int(frames), int(rows), int(columns)
 
 
 # The name that saved pipelines and pickles refer to. It is public, and outlives the folders of this package.
