@@ -1,4 +1,4 @@
-"""Whether TD-LoRA may be merged into a segment's weights: what freezing its gates at their mean costs."""
+"""Merging TD-LoRA into a segment's weights, where the error of freezing its gates at their mean is small."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dyexport.bundle.manifest import Segment
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 
-DRAWS = 8  # inputs, each at a t of its own, that a segment's error is measured on
+SAMPLES = 8  # inputs, at one random t each, that a segment's error is measured on
 
 
 @contextmanager
 def merged_gates(model: DynamicTransformer, segment: Segment) -> Iterator[None]:
-    """The model as the engines of a segment compute it: with its gates at their mean, if it is merged."""
+    """Fix the gates at their mean inside the context, if the segment is merged: what its engine computes."""
     if model.td_lora is None or not segment.merged:
         yield
         return
@@ -30,22 +30,22 @@ def merged_gates(model: DynamicTransformer, segment: Segment) -> Iterator[None]:
 
 @torch.no_grad()
 def merge_error(model: DynamicTransformer, inputs: NoisedInputs, segment: Segment, seed: int = 0) -> float:
-    """Squared distance of the merged segment's output to the exact one's, over its squared norm, at random t."""
+    """Measure the squared error of a merged segment's output, relative to its squared norm, at random t."""
     merged = segment.model_copy(update={"merged": True})
-    random, apart, norm = np.random.default_rng(seed), 0.0, 0.0
-    for draw in range(DRAWS):
+    random, squared_error, squared_norm = np.random.default_rng(seed), 0.0, 0.0
+    for draw in range(SAMPLES):
         arguments = inputs.at(float(np.float32(random.uniform(segment.start, segment.end))), draw)
-        truth = model(arguments).sample.double()
+        exact = model(arguments).sample.double()
         with merged_gates(model, merged):
-            apart += float((model(arguments).sample - truth).square().sum())
-        norm += float(truth.square().sum())
-    return apart / norm
+            squared_error += float((model(arguments).sample - exact).square().sum())
+        squared_norm += float(exact.square().sum())
+    return squared_error / squared_norm
 
 
 def merge_segments(
     model: DynamicTransformer, inputs: NoisedInputs, segments: Sequence[Segment], tolerance: float
 ) -> tuple[tuple[Segment, ...], tuple[float, ...]]:
-    """Segments, merged where that costs at most ``tolerance`` and exact elsewhere; what it costs in each."""
+    """Merge the segments whose error is at most ``tolerance``; return all segments, and the error of each."""
     errors = tuple(merge_error(model, inputs, segment) for segment in segments)
     merged = tuple(
         segment.model_copy(update={"merged": error <= tolerance})

@@ -1,4 +1,4 @@
-"""Which layers of a model exceed what fp16 can hold, found before a bundle draws a black image."""
+"""Layers whose activations overflow fp16, found before a bundle is built that samples black images."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ NAMED = 3
 def measure_magnitudes(
     model: DynamicTransformer, inputs: NoisedInputs, points: Sequence[float], progress: Progress = no_progress
 ) -> dict[str, float]:
-    """The largest magnitude of every layer's output over calibration inputs, as the masked model computes it in fp32.
+    """Measure the largest magnitude of every layer's output over calibration inputs, in the masked model in fp32.
 
-    Blocks, whose output is the residual stream, and attention scores count as layers too.
+    Blocks, whose output is the residual stream, and attention scores count as layers.
     """
     with _watching(model) as largest:
         for chunk in inputs.chunks(points, progress):
@@ -35,11 +35,11 @@ def measure_magnitudes(
 
 
 def headroom(magnitudes: Mapping[str, float]) -> float:
-    """How many times larger values might be before fp16 overflows. Raises ``UsageError`` where they are already."""
-    beyond = {name: value for name, value in magnitudes.items() if not value <= FP16_MAX}  # NaN is beyond, too
-    if beyond:
+    """Return the factor by which values may grow before fp16 overflows; raises ``UsageError`` if they overflow now."""
+    overflowing = {name: value for name, value in magnitudes.items() if not value <= FP16_MAX}  # also NaN
+    if overflowing:
         raise UsageError(
-            f"fp16 holds values up to {FP16_MAX:.0f} and this model has larger ones in {_worst(beyond)}; "
+            f"fp16 holds values up to {FP16_MAX:.0f} and this model has larger ones in {_worst(overflowing)}; "
             "build with --precision bf16"
         )
     return FP16_MAX / max(magnitudes.values())
@@ -53,7 +53,7 @@ def _worst(magnitudes: Mapping[str, float]) -> str:
 
 @contextmanager
 def _watching(model: DynamicTransformer) -> Iterator[dict[str, float]]:
-    """Collect, while inside, magnitudes of all that half precision would round."""
+    """Collect, inside the context, magnitudes of everything that half precision would round."""
     largest: dict[str, float] = {}
     scores = _Scores(largest)
     blocks = model.adapter.blocks(model.backbone)
@@ -80,13 +80,13 @@ def _record(largest: dict[str, float], name: str, module: nn.Module, inputs: Any
 
 def _note(largest: dict[str, float], name: str, values: Tensor) -> None:
     low, high = values.aminmax()
-    found = max(abs(float(low)), abs(float(high)))
-    if not found <= largest.get(name, -1.0):
-        largest[name] = found
+    magnitude = max(abs(float(low)), abs(float(high)))
+    if not magnitude <= largest.get(name, -1.0):  # NaN replaces any number
+        largest[name] = magnitude
 
 
 class _Scores(TorchFunctionMode):
-    """Watches the products of queries and keys, which no module puts out."""
+    """Recorder of query-key products, which no module returns."""
 
     def __init__(self, largest: dict[str, float]) -> None:
         super().__init__()
@@ -103,6 +103,6 @@ class _Scores(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             query, key = named.get("query", *args[:1]), named.get("key", *args[1:2])  # (B, H, N, D)
             scale = named.get("scale") or query.shape[-1] ** -0.5
-            for head in range(query.shape[1]):  # one at a time: all together are large
+            for head in range(query.shape[1]):  # one at a time bounds memory
                 _note(self.largest, f"{self.block}.scores", scale * query[:, head] @ key[:, head].transpose(1, 2))
         return func(*args, **named)

@@ -1,7 +1,7 @@
-"""Ranges of activations for quantization, segment by segment, and what quantization costs.
+"""Ranges of activations for quantization, segment by segment, and the error of quantization.
 
-Activations of a diffusion transformer grow and shrink with t. A segment's scales need to cover its own t only; one
-network for every t would need those of the largest values throughout.
+Activations of a diffusion transformer grow and shrink with t. The scales of a segment cover only the values in its
+interval of t. One network for every t would need scales for the largest values of all.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch.utils.hooks import RemovableHandle
 
 from dyexport.backbones.base import Inputs
 from dyexport.bundle.manifest import Quantization, Segment
-from dyexport.calibration.merging import DRAWS
+from dyexport.calibration.merging import SAMPLES
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs, Progress, no_progress
 from dyexport.slicing.quantizing import LinearInput
 from dyexport.slicing.recipes import quantize, scale_of
 
 Ranges = Mapping[LinearInput, float]
-"""The largest magnitude of each input."""
+"""Largest magnitude of each input."""
 
 
 @torch.no_grad()
@@ -40,16 +40,16 @@ def measure_ranges(
     linears: Iterable[LinearInput],
     progress: Progress = no_progress,
 ) -> dict[LinearInput, float]:
-    """Over calibration inputs at ``points``, values of t; ``run`` is a pass through the backbone."""
-    found = dict.fromkeys(linears, 0.0)
+    """Measure ranges over calibration inputs at ``points``, values of t; ``run`` is a pass through the backbone."""
+    ranges = dict.fromkeys(linears, 0.0)
 
     def watch(linear: LinearInput, module: nn.Module, read: tuple[Tensor, ...]) -> None:
-        found[linear] = max(found[linear], float(_part(read[0], linear).abs().amax()))
+        ranges[linear] = max(ranges[linear], float(_part(read[0], linear).abs().amax()))
 
-    with _hooked(backbone, ((linear, partial(watch, linear)) for linear in found)):
+    with _hooked(backbone, ((linear, partial(watch, linear)) for linear in ranges)):
         for chunk in inputs.chunks(points, progress):
             run(inputs.over(chunk))
-    return found
+    return ranges
 
 
 @torch.no_grad()
@@ -61,36 +61,36 @@ def quantization_error(
     quantization: Quantization,
     seed: int = 0,
 ) -> float:
-    """Squared distance of the quantized segment's output to the exact one's, over its squared norm, at random t."""
-    drawn = np.random.default_rng(seed).uniform(segment.start, segment.end, DRAWS).astype(np.float32)
-    apart = norm = 0.0
-    for chunk in inputs.chunks(drawn.tolist()):
+    """Measure the squared error of a quantized segment's output, relative to its squared norm, at random t."""
+    points = np.random.default_rng(seed).uniform(segment.start, segment.end, SAMPLES).astype(np.float32)
+    squared_error = squared_norm = 0.0
+    for chunk in inputs.chunks(points.tolist()):
         arguments = inputs.over(chunk)
-        truth = model(arguments).sample.double()
+        exact = model(arguments).sample.double()
         with fake_quantized(model.backbone, ranges, quantization):
-            apart += float((model(arguments).sample - truth).square().sum())
-        norm += float(truth.square().sum())
-    return apart / norm
+            squared_error += float((model(arguments).sample - exact).square().sum())
+        squared_norm += float(exact.square().sum())
+    return squared_error / squared_norm
 
 
 @contextmanager
 def fake_quantized(backbone: nn.Module, ranges: Ranges, quantization: Quantization) -> Iterator[None]:
-    """Inside, linear layers quantize and dequantize their inputs and weights, as quantized engines do."""
+    """Quantize and dequantize inputs and weights of linear layers inside the context, as quantized engines do."""
     mode = _FakeQuantize(ranges, quantization)
     parts: dict[str, list[LinearInput]] = defaultdict(list)
     for linear in ranges:
         parts[linear.module].append(linear)
-    with _hooked(backbone, ((own[0], partial(mode.enter, own)) for own in parts.values())), mode:
+    with _hooked(backbone, ((group[0], partial(mode.enter, group)) for group in parts.values())), mode:
         yield
 
 
 class _FakeQuantize(TorchFunctionMode):
-    """Changes the call of ``F.linear``, since a streamed module has its weights only while it runs."""
+    """Replaces the operands of ``F.linear``: a streamed module has its weights only while it runs."""
 
     def __init__(self, ranges: Ranges, quantization: Quantization) -> None:
         super().__init__()
         self.ranges, self.quantization = ranges, quantization
-        self.parts: Sequence[LinearInput] = ()  # of the Linear about to run
+        self.parts: Sequence[LinearInput] = ()  # of the Linear that runs next
 
     def enter(self, parts: Sequence[LinearInput], module: nn.Module, inputs: Any) -> None:
         self.parts = parts
@@ -104,7 +104,7 @@ class _FakeQuantize(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _operands(self, parts: Sequence[LinearInput], value: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., in), (out, in): each part of the inputs has a scale of its own, and one for each output."""
+        """Round (..., in), (out, in): one scale for each part of the inputs, and one for each output of its weight."""
         value, weight = value.clone(), weight.clone()
         for part in parts:
             self._round(_part(value, part), torch.tensor(self.ranges[part]))
@@ -113,20 +113,20 @@ class _FakeQuantize(TorchFunctionMode):
         return value, weight
 
     def _round(self, values: Tensor, largest: Tensor) -> None:
-        """In place."""
+        """Round values to codes and back, in place."""
         scale = scale_of(largest.float(), self.quantization)
         values.copy_(quantize(values.float() / scale, self.quantization).float() * scale)
 
 
 def _part(values: Tensor, linear: LinearInput) -> Tensor:
-    """The channels that are read, of (..., in)."""
+    """Return the channels of (..., in) that the linear layer reads."""
     start, end = linear.span or (0, values.shape[-1])
     return values[..., start:end]
 
 
 @contextmanager
 def _hooked(backbone: nn.Module, hooks: Iterable[tuple[LinearInput, Callable[..., None]]]) -> Iterator[None]:
-    """Inside, each is shown what its module is about to read."""
+    """Call each hook inside the context, before its module runs."""
     handles: list[RemovableHandle] = []
     try:
         for linear, hook in hooks:

@@ -1,4 +1,4 @@
-"""Choosing segments: dynamic programming over the width table."""
+"""Segments by dynamic programming over the width table, and their cost."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from dyexport.errors import UsageError
 from dyexport.flops import FlopsModel
 
 ATOMS = 256  # candidate boundaries; more would change the FLOPs in the third digit only
-NEARLY_ALL = 0.95  # from this share of tokens on, gathering rows costs more than it saves
+NEARLY_ALL = 0.95  # share of kept tokens above which gathering rows costs more than it saves
 ALL: TokenPath = "all"
 DYNAMIC: TokenPath = "dynamic"
 SLOT_STEPS = 4  # buckets of the dynamic path
+MIN_SLOTS = 3  # in the largest bucket: the export traces it, and would take a size of 1 or 2 for a constant
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """How to cut: ``engines`` is K.
+    """Settings of a segment plan: ``engines`` is K.
 
-    ``token_path`` 'auto' picks, block by block, what is fast and exact for every input: ``compact``, or
+    ``token_path`` 'auto' selects for every block the path that is fast, and exact for every input: ``compact``, or
     ``masked`` where nearly all tokens are kept.
     """
 
     engines: int
     token_path: str = "auto"
     capacity_level: float = 1.0  # quantile of the kept-token count that a capacity holds
-    capacity_margin: float = 0.02  # share of N on top, for inputs calibration has not seen
+    capacity_margin: float = 0.02  # share of N in addition, for inputs not seen in calibration
 
     def __post_init__(self) -> None:
         whole_number("--engines", self.engines, least=1, most=ATOMS)
@@ -42,7 +43,7 @@ class PlanSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class _Atoms:
-    """The table cut into at most ``ATOMS`` cells: edges (M + 1,), unions and intersections (M, L, U), measure (M,)."""
+    """The width table cut into at most ``ATOMS`` cells: edges (M + 1,), units that are ever on (M, L, U), measure (M,)."""
 
     edges: np.ndarray
     any_heads: np.ndarray
@@ -54,12 +55,12 @@ class _Atoms:
 def make_segments(
     widths: WidthTable, stats: TokenStats | None, flops: FlopsModel, settings: PlanSettings
 ) -> tuple[Segment, ...]:
-    """The K segments with the least expected FLOPs, every t of the range being equally likely.
+    """Return the K segments with the least expected FLOPs, every t of the range being equally likely.
 
-    Every sampler in use spaces its steps evenly in t or nearly so; a plan stays correct, if no longer
-    optimal, for one that does not.
+    Samplers space their steps evenly in t, or nearly so. For one that does not, the plan is correct but not
+    optimal.
     """
-    atoms = _atomise(widths, stats, settings)
+    atoms = _make_atoms(widths, stats, settings)
     cost = _interval_costs(atoms, flops, settings)
     cuts = _best_cuts(cost, min(settings.engines, len(atoms.measure)))
     order = UnitOrder.of(widths)
@@ -69,7 +70,7 @@ def make_segments(
     )
 
 
-def _atomise(widths: WidthTable, stats: TokenStats | None, settings: PlanSettings) -> _Atoms:
+def _make_atoms(widths: WidthTable, stats: TokenStats | None, settings: PlanSettings) -> _Atoms:
     starts = widths.grid
     if len(starts) > ATOMS:
         targets = np.linspace(widths.start, widths.end, ATOMS, endpoint=False)
@@ -88,7 +89,7 @@ def _atomise(widths: WidthTable, stats: TokenStats | None, settings: PlanSetting
 
 
 def _cell_tokens(stats: TokenStats, settings: PlanSettings, start: float, end: float) -> np.ndarray:
-    """Share of tokens each block's MLP would run on over one cell: (L,)."""
+    """Return the share of tokens that each block's MLP runs on over one cell: (L,)."""
     if settings.token_path in ("auto", "compact"):
         return stats.mean_fraction([(start + end) / 2])[0]
     if settings.token_path == "masked":
@@ -97,13 +98,13 @@ def _cell_tokens(stats: TokenStats, settings: PlanSettings, start: float, end: f
 
 
 def _capacity(stats: TokenStats, settings: PlanSettings, start: float, end: float) -> np.ndarray:
-    """Token slots each block needs over [start, end): (L,)."""
+    """Return the tokens that each block has to hold over [start, end): (L,)."""
     margin = settings.capacity_margin * stats.tokens
     return np.clip(np.ceil(stats.highest(start, end, settings.capacity_level) + margin), 1, stats.tokens)
 
 
 def _interval_costs(atoms: _Atoms, flops: FlopsModel, settings: PlanSettings) -> np.ndarray:
-    """Expected dynamic FLOPs of serving atoms i..j-1 with one engine: (M, M + 1), infinite where j <= i."""
+    """Return the expected FLOPs of atoms i..j-1 served by one engine: (M, M + 1), infinite where j <= i."""
     count = len(atoms.measure)
     cost = np.full((count, count + 1), np.inf)
     for i in range(count):
@@ -119,7 +120,7 @@ def _interval_costs(atoms: _Atoms, flops: FlopsModel, settings: PlanSettings) ->
 
 
 def _best_cuts(cost: np.ndarray, engines: int) -> list[int]:
-    """Boundaries of the cheapest cover of all atoms by ``engines`` intervals: K + 1 atom indices."""
+    """Return the boundaries of the cheapest cover of all atoms by ``engines`` intervals: K + 1 atom indices."""
     count = cost.shape[0]
     best = np.full((engines + 1, count + 1), np.inf)
     best[0, 0] = 0.0
@@ -162,7 +163,10 @@ def _segment(
 def _union(
     masks: np.ndarray, order: tuple[tuple[int, ...], ...]
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[bool, ...]]:
-    """Units on at any time, in storage order, and whether they are not all on all the time: masks (R, L, U)."""
+    """Return the units of each block that are ever on, in storage order, and whether one of them is ever off.
+
+    ``masks`` are (R, L, U).
+    """
     on, always = np.any(masks, axis=0), np.all(masks, axis=0)  # (L, U)
     kept = tuple(tuple(unit for unit in units if on[block, unit]) for block, units in enumerate(order))
     return kept, tuple(bool(x) for x in (on != always).any(axis=-1))
@@ -171,7 +175,7 @@ def _union(
 def _token_paths(
     stats: TokenStats | None, settings: PlanSettings, start: float, end: float, depth: int
 ) -> tuple[tuple[TokenPath, ...], tuple[int, ...], tuple[int, ...]]:
-    """Path and capacity of each block, and the buckets of the dynamic path."""
+    """Return the path and the capacity of each block, and the buckets of the dynamic path."""
     if stats is None:
         return (ALL,) * depth, (0,) * depth, ()
     slots = _capacity(stats, settings, start, end)
@@ -191,13 +195,13 @@ def _static_path(requested: str, kept: float) -> TokenPath:
 def _dynamic_paths(
     stats: TokenStats, slots: np.ndarray, start: float, end: float
 ) -> tuple[tuple[TokenPath, ...], tuple[int, ...], tuple[int, ...]]:
-    """``capacities`` are floors that even the emptiest timestep needs; buckets add what the fullest one needs."""
-    measured = stats.counts[stats.bracket(start, end), :, -1]  # (T', L)
-    floors = np.clip(measured.min(axis=0) - 1, 0, stats.tokens - 1).astype(int)
-    widest = max(int((slots - floors).max()), 3)  # an example input of 2 would be taken for a constant at export
-    floors = np.minimum(floors, stats.tokens - widest)  # no block may be given more slots than it has tokens
-    buckets = sorted({max(round(widest * step / SLOT_STEPS), 1) for step in range(1, SLOT_STEPS + 1)})
-    return (DYNAMIC,) * len(slots), tuple(int(x) for x in floors), tuple(buckets)
+    """Return paths, capacities that even the emptiest timestep fills, and buckets of slots up to the fullest one."""
+    kept = stats.counts[stats.bracket(start, end), :, -1]  # (T', L), of the fullest calibration input
+    floors = np.clip(kept.min(axis=0) - 1, 0, stats.tokens - 1).astype(int)  # (L,)
+    largest = max(int((slots - floors).max()), MIN_SLOTS)
+    capacities = np.minimum(floors, stats.tokens - largest)  # capacity and slots together are at most all tokens
+    buckets = sorted({max(round(largest * step / SLOT_STEPS), 1) for step in range(1, SLOT_STEPS + 1)})
+    return (DYNAMIC,) * len(slots), tuple(int(count) for count in capacities), tuple(buckets)
 
 
 def price_plan(
@@ -210,9 +214,9 @@ def price_plan(
     resident_bytes: int,
     low_rank: float = 0.0,
 ) -> SegmentPlan:
-    """Attach FLOPs and bytes to segments; ``low_rank`` is what TD-LoRA's paths cost over the dense network.
+    """Attach FLOPs and bytes to segments; ``low_rank`` is the cost of TD-LoRA's paths relative to the dense network.
 
-    See ``SegmentPlan`` for what each ratio counts.
+    ``SegmentPlan`` defines the ratios.
     """
     points = np.linspace(widths.start, widths.end, 2049)[:-1] + (widths.end - widths.start) / 4096
     rows = [widths.row(t) for t in points]
@@ -244,7 +248,7 @@ def _executed_ratio(
 
 
 def _token_share(segment: Segment, stats: TokenStats | None) -> np.ndarray:
-    """Share of tokens each block's MLP computes: (L,)."""
+    """Return the share of tokens that each block's MLP computes: (L,)."""
     shares = np.ones(segment.depth)
     if stats is None:
         return shares

@@ -1,4 +1,4 @@
-"""Measuring how many tokens each block keeps, as a function of t."""
+"""Kept-token counts of every block, as a function of t."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def measure_tokens(
     draws: int = 2,
     progress: Progress = no_progress,
 ) -> TokenStats:
-    """Quantiles of the kept-token count per block over calibration inputs at ``points`` timesteps.
+    """Measure quantiles of the kept-token count per block over calibration inputs at ``points`` timesteps.
 
-    Counts are scaled to pictures of ``tokens`` tokens, where the inputs have fewer.
+    Counts are scaled to ``tokens`` tokens if the inputs have fewer.
     """
     grid = trajectory_points(inputs.preset.timestep_range, points)
     tokens = tokens or inputs.preset.tokens
@@ -44,7 +44,7 @@ def measure_tokens(
 
 
 def _counts(model: DynamicTransformer, inputs: NoisedInputs, timesteps: Sequence[float], draws: int) -> np.ndarray:
-    """Kept tokens of each sample: (T, draws * B, L)."""
+    """Count the kept tokens of every sample: (T, draws * B, L)."""
     kept = [model(inputs.over(timesteps, draw, model.device)).tokens.sum(dim=-1) for draw in range(draws)]
     parts = [counts.unflatten(0, (len(timesteps), -1)) for counts in kept]  # draws x (T, B, L)
     return torch.cat(parts, dim=1).cpu().numpy().astype(np.float64)

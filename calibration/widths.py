@@ -1,4 +1,4 @@
-"""Reading widths off the routers, and meeting a FLOPs budget."""
+"""Widths as a function of t: read from trained routers, or chosen without training, to meet a FLOPs budget."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IMPORTANCE_POINTS = 32
 
 @torch.no_grad()
 def read_widths(model: DynamicTransformer, timestep_range: tuple[float, float]) -> WidthTable:
-    """The routers' decisions as a step function of t, its steps found by bisection to fp32 resolution.
+    """Read the routers' decisions as a step function of t, its steps exact to fp32 resolution by bisection.
 
     A gate that switches on and off again between two of the ``SAMPLES`` timesteps is not seen.
     """
@@ -44,7 +44,7 @@ def read_widths(model: DynamicTransformer, timestep_range: tuple[float, float]) 
 def _bisect(
     model: DynamicTransformer, coarse: np.ndarray, masks: np.ndarray, cells: np.ndarray, units: np.ndarray
 ) -> np.ndarray:
-    """First fp32 timestep at which each listed unit has its new value: (n,)."""
+    """Return the first fp32 timestep at which each listed unit has its new value: (n,)."""
     low, high = coarse[cells].copy(), coarse[cells + 1].copy()
     before = masks[cells, units]
     while True:
@@ -59,7 +59,7 @@ def _bisect(
 
 
 def _gates(model: DynamicTransformer, timesteps: np.ndarray) -> np.ndarray:
-    """Router decisions, heads then groups of every block: (T,) -> (T, L * (H + G)) bool."""
+    """Return router decisions, heads of all blocks, then groups: (T,) -> (T, L * (H + G)) bool."""
     rows = []
     for chunk in np.array_split(timesteps, max(len(timesteps) // 1024, 1)):
         heads, groups = model.width_logits(torch.from_numpy(chunk).to(model.device))
@@ -81,12 +81,12 @@ class TokenSample:
     logits: np.ndarray
 
     def kept(self, shift: float) -> np.ndarray:
-        """Mean kept share if ``shift`` were added to every logit: (P, L)."""
+        """Return the mean kept share if ``shift`` is added to every logit: (P, L)."""
         return (self.logits + shift > 0).mean(axis=-1)
 
 
 def trajectory_points(timestep_range: tuple[float, float], count: int) -> np.ndarray:
-    """Midpoints of ``count`` equal cells: what a sampler visits, whatever its number of steps."""
+    """Return the midpoints of ``count`` equal cells, a model of a sampler's timesteps for any number of steps."""
     start, end = timestep_range
     return start + (np.arange(count) + 0.5) * (end - start) / count
 
@@ -95,7 +95,7 @@ def trajectory_points(timestep_range: tuple[float, float], count: int) -> np.nda
 def sample_tokens(
     model: DynamicTransformer, inputs: NoisedInputs, points: np.ndarray, progress: Progress = no_progress
 ) -> TokenSample:
-    """Run the masked model over the trajectory and keep its token logits."""
+    """Run the masked model over the trajectory and return its token logits."""
     chunks = inputs.chunks(points.tolist(), progress)
     logits = torch.cat([model(inputs.over(chunk, device=model.device)).token_logits.cpu() for chunk in chunks])
     sampled = logits.unflatten(0, (len(points), -1))  # (P, B, L, N)
@@ -103,7 +103,7 @@ def sample_tokens(
 
 
 def flops_ratio(table: WidthTable, kept_tokens: np.ndarray, points: np.ndarray, flops: FlopsModel) -> float:
-    """Lambda as run: mean over ``points`` (P,) with kept token shares (P, L)."""
+    """Return lambda as run: the mean over ``points`` (P,) with kept token shares (P, L)."""
     rows = [table.row(float(t)) for t in points]
     heads, groups = table.heads[rows].mean(axis=-1), table.groups[rows].mean(axis=-1)
     return float(flops.flops_ratio(heads, groups, kept_tokens).mean())
@@ -118,10 +118,10 @@ def meet_budget(
 ) -> None:
     """Shift every router's logits by one constant, so that lambda as run equals ``budget``.
 
-    The shift goes into the routers' biases. Skipping tokens changes what later routers see, so the
-    shift is refined until the masked model itself is within ``TOLERANCE`` / 4. Tokens that leave the
-    router's ReLU dead share one logit and switch all at once; where that makes the ratio jump over the
-    budget, the last rounds shift the width routers only. Raises ``BudgetError``.
+    The shift goes into the routers' biases. Skipping tokens changes the inputs of later routers, so the
+    shift is refined until the masked model itself is within ``TOLERANCE`` / 4. Tokens whose router has a dead
+    ReLU share one logit and switch at once. If the ratio jumps over the budget for that reason, the last rounds
+    shift the width routers only. Raises ``BudgetError``.
     """
     points = trajectory_points(inputs.preset.timestep_range, 16)
     fine = trajectory_points(inputs.preset.timestep_range, 512).astype(np.float32)
@@ -158,7 +158,7 @@ def _ratio_at(
     points: np.ndarray,
     flops: FlopsModel,
 ) -> float:
-    """Lambda if ``shift`` were added to the width logits (P, L, U), and with ``tokens`` to the token logits."""
+    """Return lambda if ``shift`` is added to the width logits (P, L, U), and with ``tokens`` to the token logits."""
     heads, groups = ((logits + shift > 0).mean(axis=-1) for logits in widths)  # (P, L) each
     kept = sample.kept(shift if tokens else 0.0)
     nearest = np.abs(points[:, None] - sample.points[None]).argmin(axis=1)
@@ -166,7 +166,7 @@ def _ratio_at(
 
 
 def _solve(ratio: Callable[[float], float], budget: float) -> float:
-    """Bisection on a function that grows with its argument."""
+    """Solve ``ratio(x) = budget`` for an increasing function by bisection."""
     low, high = -64.0, 64.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -184,33 +184,35 @@ def choose_widths(
     probes: int = PROBES,
     progress: Progress = no_progress,
 ) -> WidthTable:
-    """Widths for a model without trained routers: the units that matter most per FLOP, at each t.
+    """Choose widths for a model without trained routers: the most important units per FLOP at each t.
 
-    Keeps a unit where its importance (``unit_importance``) per multiply-add exceeds one threshold for
-    the whole trajectory, the threshold that meets the budget. All tokens run. Importance is measured at
-    ``count`` timesteps.
+    A unit is on where its importance (``unit_importance``) per multiply-add exceeds a threshold. One threshold
+    serves the whole trajectory, the one that meets the budget. All tokens run. Importance is measured at ``count``
+    timesteps. Raises ``BudgetError``.
     """
     points = trajectory_points(inputs.preset.timestep_range, count)
-    heads, groups = unit_importance(model, inputs, points.tolist(), probes, progress)
-    costs = flops.head_cost[:, None] / model.heads, flops.group_cost[:, None] / model.groups  # 2 x (L, 1)
-    value = np.concatenate([heads / costs[0], groups / costs[1]], axis=-1)  # (T, L, H + G)
-    scores = np.log(value + np.finfo(np.float32).tiny)
-    if model.router == "ordered":
-        scores = np.concatenate([_nested(units) for units in np.split(scores, [model.heads], axis=-1)], axis=-1)
-    for units in np.split(scores, [model.heads], axis=-1):  # a block's best head and best group are never off
-        np.put_along_axis(units, units.mean(axis=0, keepdims=True).argmax(axis=-1, keepdims=True), np.inf, axis=-1)
+    heads, groups = unit_importance(model, inputs, points.tolist(), probes)  # (T, L, H), (T, L, G)
+    nested = model.router == "ordered"
+    scores = (
+        _scores(heads, flops.head_cost / model.heads, nested=nested),
+        _scores(groups, flops.group_cost / model.groups, nested=nested),
+    )
+    offset = -float(np.median(np.concatenate([units[np.isfinite(units)] for units in scores])))
+
+    def kept_at(shift: float) -> tuple[np.ndarray, np.ndarray]:
+        heads, groups = (units + (offset + shift) > 0 for units in scores)
+        return heads, groups
 
     def ratio(shift: float) -> float:
-        heads, groups = (kept.mean(-1) for kept in np.split(scores + shift > 0, [model.heads], axis=-1))  # (T, L)
+        heads, groups = (kept.mean(axis=-1) for kept in kept_at(shift))  # (T, L)
         return float(flops.flops_ratio(heads, groups, np.ones_like(heads)).mean())
 
-    offset = -float(np.median(scores[np.isfinite(scores)]))
-    kept = scores + offset + _solve(lambda shift: ratio(offset + shift), budget) > 0
+    kept_heads, kept_groups = kept_at(_solve(ratio, budget))
     table = WidthTable(
         grid=np.linspace(*inputs.preset.timestep_range, count, endpoint=False),
         end=inputs.preset.timestep_range[1],
-        heads=kept[..., : model.heads],
-        groups=kept[..., model.heads :],
+        heads=kept_heads,
+        groups=kept_groups,
     )
     reached = flops_ratio(table, np.ones((count, model.depth)), points, flops)
     if abs(reached - budget) > TOLERANCE:
@@ -220,8 +222,21 @@ def choose_widths(
     return table.compressed()
 
 
+def _scores(importance: np.ndarray, costs: np.ndarray, *, nested: bool) -> np.ndarray:
+    """Compute the log of importance (T, L, U) per multiply-add of a unit (L,): (T, L, U).
+
+    The best unit of every block gets +inf: it is never off. With ``nested`` units are on in one order at every t.
+    """
+    scores: np.ndarray = np.log(importance / costs[:, None] + np.finfo(np.float32).tiny)
+    if nested:
+        scores = _nested(scores)
+    best = scores.mean(axis=0).argmax(axis=-1)  # (L,)
+    scores[:, np.arange(len(best)), best] = np.inf
+    return scores
+
+
 def _nested(scores: np.ndarray) -> np.ndarray:
-    """The same scores at each t, given to units in the order of their means, so that masks nest: (T, L, U)."""
+    """Reassign the scores at each t to units in the order of their mean scores, so that masks nest: (T, L, U)."""
     ranks = (-scores.mean(axis=0)).argsort(axis=-1, kind="stable").argsort(axis=-1)  # (L, U)
     descending = -np.sort(-scores, axis=-1)  # (T, L, U)
     return np.take_along_axis(descending, np.broadcast_to(ranks, scores.shape), axis=-1)

@@ -11,7 +11,7 @@ Conditions = dict[str, Tensor]
 
 
 class Batch(NamedTuple):
-    """Clean samples and what they were made for."""
+    """Clean samples and their conditions."""
 
     latents: Tensor  # (B, *latent_shape) float32
     conditions: Conditions

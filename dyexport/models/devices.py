@@ -1,4 +1,4 @@
-"""Where a model runs while it is being built."""
+"""Devices and autocast of the build side."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 
 def best_device() -> str:
-    """The first GPU that torch sees, else the CPU."""
+    """Return the first GPU that torch sees, or the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager
 def bf16_products(device: torch.device, *, enabled: bool) -> Iterator[None]:
-    """Inside, products are in bf16, whatever the weights are in."""
+    """Run products in bf16 inside the context, whatever the dtype of the weights."""
     with warnings.catch_warnings(), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # RMSNorm then is slower
         yield

@@ -1,6 +1,6 @@
 """The masked model: a stock backbone, plus routers whose gates multiply its activations.
 
-This is the truth that every slim, exported or compiled form is tested against. Gates attach to the
+It is the reference that every slim, exported or compiled network is tested against. Gates attach to the
 unmodified diffusers module through forward hooks, so with every gate open it *is* that module.
 """
 
@@ -27,11 +27,13 @@ MEAN_POINTS = 64  # timesteps that gates are averaged over
 class DynamicOutput(NamedTuple):
     """``sample`` and the gates it was computed with.
 
-    Gates are hard, {0, 1}, and carry straight-through gradients. They are the ones evaluation would
-    use, free of training noise, so that a FLOPs penalty on them prices what will be run.
+    Gates are hard, {0, 1}, and carry straight-through gradients. They are free of training noise, so that a
+    FLOPs penalty on them counts what inference will run.
     """
 
-    sample: Tensor  # as the stock module's: (B, C_out, H, W), with frames (B, C_out, F, H, W), packed (B, N, C_out)
+    sample: (
+        Tensor  # of the stock module's shape: (B, C_out, H, W), with frames (B, C_out, F, H, W), packed (B, N, C_out)
+    )
     heads: Tensor  # (B, L, H)
     groups: Tensor  # (B, L, G)
     tokens: Tensor  # (B, L, N)
@@ -43,11 +45,11 @@ class DynamicTransformer(nn.Module):
 
     ``groups`` MLP groups per block default to the number of heads, as published. With ``tokens``
     False there is no token router and every token runs. With ``router`` 'ordered' the units that are
-    on at a timestep are always the first of their block. ``table``, where set, replaces the width
-    routers' decisions (a model calibrated without training has no trained routers). With ``td_lora`` the
-    backbone is frozen, but for its biases where they are wanted, and low-rank updates that follow the timestep
-    are trained in its place.
-    ``order``, where set, says where units were before they were ranked: ``heads`` (L, H), ``groups`` (L, G).
+    on at a timestep are always the first of their block. ``table``, if set, replaces the width
+    routers' decisions: a model calibrated without training has no trained routers. With ``td_lora`` the
+    backbone is frozen, except its biases if ``td_lora.bias`` is 'all', and low-rank updates that follow the
+    timestep are trained instead.
+    ``order``, if set, is the place of every unit before ranking: ``heads`` (L, H), ``groups`` (L, G).
     """
 
     table: WidthTable | None = None
@@ -89,22 +91,22 @@ class DynamicTransformer(nn.Module):
         return TdLora([self.lora_linears(block) for block in blocks], channels, spec)
 
     def lora_linears(self, block: nn.Module) -> dict[str, nn.Linear]:
-        """What TD-LoRA updates in a stock block, by name."""
+        """Return the linears of a stock block that TD-LoRA updates, by name."""
         return {name: cast(nn.Linear, block.get_submodule(name)) for name in self.adapter.lora_targets(block)}
 
     def lora_gates(self, timestep: Tensor) -> Tensor:
-        """Of the experts of every block: (B,) -> (B, L, E)."""
+        """Compute the gates of every block's experts: (B,) -> (B, L, E)."""
         assert self.td_lora is not None
         return self.td_lora.gates_at(self._timestep_embedding(timestep))
 
     @torch.no_grad()
     def mean_lora_gates(self, start: float, end: float) -> Tensor:
-        """Over an interval of t, every t being equally likely: (L, E)."""
+        """Average the experts' gates over an interval of t, every t being equally likely: (L, E)."""
         share = (torch.arange(MEAN_POINTS, device=self.device) + 0.5) / MEAN_POINTS
         return self.lora_gates(start + share * (end - start)).mean(dim=0)
 
     def merge_lora(self) -> None:
-        """Make a plain LoRA, whose one expert is the same at every t, part of the backbone."""
+        """Add a plain LoRA, whose one expert is the same at every t, to the weights of the backbone."""
         assert self.td_lora is not None
         assert self.td_lora.spec.experts == 1
         for block, lora in zip(self.adapter.blocks(self.backbone), self.td_lora.block_loras, strict=True):
@@ -113,17 +115,17 @@ class DynamicTransformer(nn.Module):
 
     @property
     def trainable(self) -> list[nn.Parameter]:
-        """What fine-tuning moves, beside the routers."""
+        """Parameters that fine-tuning changes, without the routers."""
         modules = [self.backbone] if self.td_lora is None else [self.backbone, self.td_lora]
         return [value for module in modules for value in module.parameters() if value.requires_grad]
 
     def parts(self) -> dict[str, nn.Module]:
-        """What it has beside its backbone, by attribute."""
+        """Return the modules next to the backbone, by attribute."""
         parts = {"routers": self.routers, "td_lora": self.td_lora}
         return {name: module for name, module in parts.items() if module is not None}
 
     def all_weights(self) -> dict[str, Tensor]:
-        """Backbone, routers and TD-LoRA by the names that slices read."""
+        """Return the weights of backbone, routers and TD-LoRA by the names that slices read."""
         parts = {f"{part}.{name}": value for part, m in self.parts().items() for name, value in m.state_dict().items()}
         return {**self.backbone.state_dict(), **parts}
 
@@ -150,24 +152,24 @@ class DynamicTransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes; streamed weights are nowhere until they are used."""
+        """Device of the computation. Streamed weights are on the meta device until they are used."""
         device = next(self.backbone.parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
 
     def _timestep_embedding(self, timestep: Tensor) -> Tensor:
-        """What routers decide by: (B,) -> (B, C)."""
+        """Compute the input of width routers: (B,) -> (B, C)."""
         with without_autocast(timestep.device):
             return self.adapter.timestep_embedding(self.backbone, timestep)
 
     def width_logits(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Router logits in fp32: (B,) -> (B, L, H), (B, L, G). Unit 0 has +inf: it is always on."""
+        """Compute router logits in fp32: (B,) -> (B, L, H), (B, L, G). Unit 0 has +inf: it is always on."""
         embedding = self._timestep_embedding(timestep).float()  # (B, C)
         heads = torch.stack([router.heads(embedding) for router in self.block_routers], dim=1)
         groups = torch.stack([router.groups(embedding) for router in self.block_routers], dim=1)
         return F.pad(heads, (1, 0), value=torch.inf), F.pad(groups, (1, 0), value=torch.inf)
 
     def width_gates(self, timestep: Tensor, noise: GateNoise | None = None) -> tuple[Tensor, Tensor]:
-        """Hard head and group gates: (B,) -> (B, L, H), (B, L, G)."""
+        """Compute hard head and group gates: (B,) -> (B, L, H), (B, L, G)."""
         if self.table is not None:
             return self._table_gates(self.table, timestep)
         if noise is not None and self.router == "ordered":
@@ -183,7 +185,7 @@ class DynamicTransformer(nn.Module):
         return heads, groups
 
     def forward(self, inputs: Inputs, *, noise: GateNoise | None = None) -> DynamicOutput:
-        """Denoise with routed gates; ``inputs`` are those of the stock module."""
+        """Run the model with routed gates; ``inputs`` are those of the stock module."""
         heads, groups = self.width_gates(inputs["timestep"])
         masks = (heads, groups) if noise is None else self.width_gates(inputs["timestep"], noise)
         run = GatedPass(head_masks=masks[0], group_masks=masks[1], noise=noise)
@@ -193,16 +195,16 @@ class DynamicTransformer(nn.Module):
         return DynamicOutput(sample, heads, groups, tokens, torch.stack(run.token_logits, dim=1))
 
     def forward_masked(self, inputs: Inputs, *, heads: Tensor, groups: Tensor) -> Tensor:
-        """Denoise with given width masks (B, L, H), (B, L, G) and every token."""
+        """Run the model with width masks (B, L, H), (B, L, G) and every token."""
         with self.gated(heads=heads, groups=groups):
             return self.forward_dense(inputs)
 
     def gated(self, *, heads: Tensor, groups: Tensor) -> AbstractContextManager[None]:
-        """Inside, ``forward_dense`` runs with given width masks (B, L, H), (B, L, G) and every token."""
+        """Apply width masks (B, L, H), (B, L, G) to ``forward_dense`` inside the context; every token runs."""
         return self._following(GatedPass(head_masks=heads, group_masks=groups, noise=None, route_tokens=False))
 
     def forward_dense(self, inputs: Inputs) -> Tensor:
-        """The complete model, every gate open (section 3.5)."""
+        """Run the dense model: every head, group and token (arXiv 2410.03456 section 3.5)."""
         if self.td_lora is None:
             return self.adapter.run(self.backbone, inputs)
         self.td_lora.follow(self.lora_gates(inputs["timestep"]))

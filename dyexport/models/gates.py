@@ -1,4 +1,4 @@
-"""Gates and routers: what is decided per timestep and per token, and how it multiplies activations."""
+"""Routers that decide per timestep and per token, and gates that multiply activations by their decisions."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from dyexport.backbones.base import RouterKind
 GATE_TEMPERATURE = 5.0  # tau of the Gumbel-sigmoid, arXiv 2410.03456 section 3.4
 WIDTH_BIAS = 15.0  # everything starts on, so fine-tuning starts from the static model
 TOKEN_BIAS = 35.0
-THRESHOLD_SPAN = 10.0  # of fresh ordered routers: two gate temperatures, so that units close one by one
+THRESHOLD_SPAN = 10.0  # of new ordered routers: two gate temperatures, so that units close one by one
 
 GateNoise = Callable[[torch.Size], Tensor]
-"""Draws logistic noise of a shape, for training; absent at evaluation."""
+"""Samples logistic noise of a shape, for training; None at evaluation."""
 
 
 def hard_gate(logits: Tensor, noise: GateNoise | None = None) -> Tensor:
-    """1 where the logit is positive, with the gradient of sigmoid((logit + noise) / tau).
+    """Return 1 where the logit is positive, else 0, with the gradient of sigmoid((logit + noise) / tau).
 
     Gumbel-sigmoid with a hard straight-through estimator (section 3.4): the difference of two Gumbel
     variables is logistic. Decided in fp32, whatever the network's precision.
@@ -36,51 +36,52 @@ def hard_gate(logits: Tensor, noise: GateNoise | None = None) -> Tensor:
 
 
 def fp32_linear(linear: nn.Linear, value: Tensor) -> Tensor:
-    """Of a router, whose decisions do not round: autocast, where it is on, leaves this alone."""
+    """Run a router's linear layer in fp32, even under autocast: a rounded logit would change decisions."""
     with without_autocast(value.device):
         return F.linear(value.float(), linear.weight.float(), linear.bias.float())
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
+    """Turn autocast off inside the context."""
     return torch.autocast(device.type, enabled=False)
 
 
 class Fp32Linear(nn.Linear):
-    """A large layer of a router. It is called, not read, so that its weights may stay on disk until then."""
+    """A large layer of a router. It is called as a module, so that streaming can load its weights just in time."""
 
     def forward(self, value: Tensor) -> Tensor:
         return fp32_linear(self, value)
 
 
 class TokenRouter(nn.Module, ABC):
-    """Decides for every token of a block whether its MLP runs (SDT, section 3.3), in fp32.
+    """Router that decides for every token of a block whether its MLP runs (SDT, section 3.3), in fp32.
 
-    What it reads is the backbone's affair; its last layer is a ``Linear`` to one logit.
+    A backbone chooses its inputs. Its last layer is a ``Linear`` to one logit.
     """
 
     @property
     @abstractmethod
     def last(self) -> nn.Linear:
-        """The layer logits come out of."""
+        """The layer that computes the logits."""
 
     @abstractmethod
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Logits (B, N) of the tokens (B, N, C) that come first among ``inputs``."""
+        """Compute logits (B, N) of the tokens (B, N, C) that come first among ``inputs``."""
 
 
 class WidthRouter(nn.Linear, ABC):
-    """Decides from the timestep embedding which units of a block are on (TDW, section 3.2), in fp32.
+    """Router that decides from the timestep embedding which units of a block are on (TDW, section 3.2), in fp32.
 
     Unit 0 is always on and has no logit.
     """
 
     @abstractmethod
     def forward(self, embedding: Tensor) -> Tensor:
-        """Logits of the units after the first: (B, C) -> (B, U - 1)."""
+        """Compute logits of the units after the first: (B, C) -> (B, U - 1)."""
 
     @torch.no_grad()
     def open(self) -> None:
-        """Initialise as published: every gate on, whatever the input."""
+        """Initialize as published: every gate on, whatever the input."""
         nn.init.trunc_normal_(self.weight, std=0.02)
         nn.init.constant_(self.bias, WIDTH_BIAS)
 
@@ -101,15 +102,15 @@ class FreeRouter(WidthRouter):
 
 
 class OrderedRouter(WidthRouter):
-    """One score, and a threshold for each unit, ascending: at every t the units that are on come first.
+    """One score and one ascending threshold per unit: at every t the units that are on come first.
 
-    Segments' unions are then prefixes of the widest, and their engines share one copy of the weights.
+    The units of a segment are then a prefix of the widest segment's, and engines share one copy of the weights.
     Not in the paper.
     """
 
     def __init__(self, channels: int, units: int) -> None:
         super().__init__(channels, 1)
-        self.increments = nn.Parameter(torch.empty(units - 1))  # of the thresholds, before softplus
+        self.increments = nn.Parameter(torch.empty(units - 1))  # between thresholds, before softplus
 
     def forward(self, embedding: Tensor) -> Tensor:
         steps = F.softplus(self.increments.float())  # (U - 1,)
@@ -151,21 +152,21 @@ class BlockRouter(nn.Module):
 
     @torch.no_grad()
     def open(self) -> None:
-        """Initialise as published: every gate on, whatever the input."""
+        """Initialize as published: every gate on, whatever the input."""
         self.heads.open()
         self.groups.open()
         if self.tokens is not None:
             nn.init.constant_(self.tokens.last.bias, TOKEN_BIAS)
 
     def run_all_tokens(self) -> None:
-        """Let no token be skipped, whatever was trained."""
+        """Keep every token, whatever was trained."""
         if self.tokens is not None:
             nn.init.zeros_(self.tokens.last.weight)
             nn.init.constant_(self.tokens.last.bias, TOKEN_BIAS)
 
     @torch.no_grad()
     def shift(self, amount: float, *, tokens: bool) -> None:
-        """Add a constant to the logits, of the token router too if ``tokens``: more of each for a positive amount."""
+        """Add a constant to the logits, with ``tokens`` also to the token router's. A positive amount keeps more."""
         self.heads.shift(amount)
         self.groups.shift(amount)
         if tokens and self.tokens is not None:
@@ -174,16 +175,16 @@ class BlockRouter(nn.Module):
 
 @dataclass
 class GatedPass:
-    """Gates of one forward pass; blocks read the masks and append what their tokens did.
+    """Gates of one forward pass: blocks read the masks and append their token gates.
 
-    Tokens are in the order in which the block sees them.
+    Tokens are in the order of the block's input.
     """
 
-    head_masks: Tensor  # (B, L, H), as multiplied, noise included
+    head_masks: Tensor  # (B, L, H), with training noise
     group_masks: Tensor  # (B, L, G)
     noise: GateNoise | None
     route_tokens: bool = True
-    tokens: list[Tensor] = field(default_factory=list)  # L x (B, N), free of noise
+    tokens: list[Tensor] = field(default_factory=list)  # L x (B, N), without noise
     token_logits: list[Tensor] = field(default_factory=list)
 
     @property
@@ -192,10 +193,10 @@ class GatedPass:
 
 
 class BlockGates:
-    """One block's gates, for a backbone adapter to hook into the stock block.
+    """Gates of one block, which an adapter hooks into the stock block.
 
     Every method takes and returns activations, and changes nothing outside a gated pass. A hook calls
-    ``route`` once per pass, before ``tokens``. A block may see a sample as several rows, one after another,
+    ``route`` once per pass, before ``tokens``. A block may see one sample as several consecutive rows,
     such as the frames of a video: R is then a multiple of B.
     """
 
@@ -206,7 +207,7 @@ class BlockGates:
         self._token_mask: Tensor | None = None  # (R, N)
 
     def open(self, run: GatedPass | None) -> None:
-        """Follow the gates of a pass, or none."""
+        """Set the pass whose gates to apply; None for no gates."""
         self._pass = run
         self._token_mask = None
 
@@ -223,7 +224,7 @@ class BlockGates:
         return _mask_units(activations, self._pass.group_masks[:, self.index])
 
     def route(self, *inputs: Tensor) -> None:
-        """Decide which tokens run; ``inputs`` are the token router's, the tokens (R, N, C) first."""
+        """Decide which tokens run from the token router's inputs, the tokens (R, N, C) first."""
         if self._pass is None or not self._pass.route_tokens:
             return
         if self.router.tokens is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BIAS = ".bias"  # ends the names of what is trained beside TD-LoRA, where that is asked for
+BIAS = ".bias"  # suffix of the parameters that ``LoraSpec.bias`` trains
 
 
 def on_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
@@ -23,7 +23,7 @@ def on_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
 
 
 def watch_input(module: nn.Module, watch: Callable[[Tensor], None]) -> None:
-    """Show a module's first positional input to ``watch``."""
+    """Call ``watch`` with a module's first positional input."""
     module.register_forward_pre_hook(partial(_watch_input, watch))
 
 
@@ -41,7 +41,7 @@ def _watch_input(watch: Callable[[Tensor], None], module: nn.Module, inputs: tup
 
 
 def unit_channels(units: Tensor, size: int) -> Tensor:
-    """Channel indices of contiguous units of ``size`` channels each: (U,) -> (U * size,)."""
+    """Return the channel indices of contiguous units of ``size`` channels: (U,) -> (U * size,)."""
     return (units[:, None] * size + torch.arange(size)).flatten()
 
 

@@ -1,4 +1,4 @@
-"""Network inputs at a given t: noised latents, as the sampler would present them."""
+"""Network inputs at a given t: noised latents as a sampler would call the network with."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from dyexport.backbones.base import Inputs, Preset
 from dyexport.models.conditions import Batch
 from dyexport.noise_schedule import DDPM_BETAS, DDPM_STEPS
 
-ROWS = 2048  # tokens of one pass, which bounds the memory that activations take
-
+ROWS = 2048  # tokens per pass, a bound on the memory of activations
 
 Progress = Callable[[int, int], None]
-"""A report of work: how much is done, of how much."""
+"""Reports progress: work done, and total work."""
 
 
 def no_progress(done: int, total: int) -> None:
-    """Report to nobody."""
+    """Ignore progress."""
 
 
 def seeded_generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator, a pure function of ``numbers`` of 0 or more; different ones are independent of each other."""
+    """Return a new generator, a pure function of nonnegative ``numbers``. Different numbers give independent ones."""
     entropy = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(entropy >> np.uint64(1)))
 
@@ -44,10 +43,11 @@ class NoisedInputs:
     clean: Batch | None = None
 
     def at(self, t: float, draw: int = 0, device: torch.device | str = "cpu") -> Inputs:
+        """Return one batch at ``t``; every ``draw`` is another sample."""
         return self.over((t,), draw, device)
 
     def over(self, timesteps: Sequence[float], draw: int = 0, device: torch.device | str = "cpu") -> Inputs:
-        """Samples at each t in turn, ``batch_size`` of each, as one batch."""
+        """Return samples at every t as one batch, ``batch_size`` of each."""
         drawn = [self._draw(t, draw) for t in timesteps]
         conditions = {name: torch.cat([batch.conditions[name] for batch in drawn]) for name in drawn[0].conditions}
         timestep = torch.tensor(timesteps, dtype=torch.float32).repeat_interleave(self.batch_size)  # (T * B,)
@@ -57,16 +57,16 @@ class NoisedInputs:
 
     @property
     def rows(self) -> int:
-        """Tokens at each t, those of the text among them."""
+        """Number of tokens at each t, text included."""
         return self.batch_size * (self.preset.tokens + self.preset.text_tokens)
 
     @property
     def per_pass(self) -> int:
-        """Timesteps that one pass holds."""
+        """Number of timesteps that fit into one pass."""
         return max(ROWS // self.rows, 1)
 
     def chunks(self, timesteps: Sequence[float], progress: Progress = no_progress) -> Iterator[tuple[float, ...]]:
-        """Yield timesteps in groups as large as one pass holds: a streamed model reads its weights once a group."""
+        """Yield timesteps in groups that fit into one pass: a streamed model reads its weights once per group."""
         for start in range(0, len(timesteps), self.per_pass):
             progress(start, len(timesteps))
             yield tuple(timesteps[start : start + self.per_pass])
@@ -88,7 +88,7 @@ class NoisedInputs:
 
 
 def signal_and_noise(preset: Preset, t: float) -> tuple[float, float]:
-    """How much data and how much noise a latent at ``t`` holds: x_t = signal * data + noise * eps."""
+    """Return the scales of data and noise in a latent at ``t``: x_t = signal * data + noise * eps."""
     if preset.objective != "ddpm":
         return (t, 1.0 - t) if preset.objective == "flow" else (1.0 - t, t)
     betas = torch.linspace(*DDPM_BETAS, DDPM_STEPS, dtype=torch.float64)

@@ -1,9 +1,13 @@
 """A dynamic model with random weights, for timing at real size when there is no checkpoint.
 
-Its pictures are noise; its shapes, FLOPs and gate patterns are those of a real model.
+Its samples are noise. Its shapes, FLOPs and gate patterns are those of a real model: routers are linear in the
+timestep embedding E_t, so random routers would switch units at random t. Instead, router weights are fitted by
+ridge regression such that their logits follow slow cosine waves of t.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +20,48 @@ from dyexport.models.gates import OrderedRouter
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.td_lora import TdLora
 
-TREND = 0.5  # amplitude over t of what all units of a model share: wider at one end of the trajectory
-SPREAD = 0.1  # std of the amplitude of each slow wave that a unit follows on its own
+TREND = 0.5  # amplitude of the first wave, which all units share: widths grow towards one end of the trajectory
+SPREAD = 0.1  # std of the amplitudes of each unit's own waves
 WAVES = 3
-OFFSET = 1.5  # logit of the units that are on longest, averaged over t; of the others, down to its negative
+OFFSET = 1.5  # mean logit of the unit that is on longest; the mean logits of a block fall from here to its negative
 FIT_POINTS = 2048
-KEPT_TOKENS = 0.85  # share of tokens a random token router keeps, on average
-LORA_SHARE = 0.3  # bound of a random TD-LoRA's B, for normed inputs about what it adds
-LORA_TREND = 1.0  # std of the slow waves in the logits of its experts
+RIDGE = 1e-4  # of the mean variance of the embedding's channels
+KEPT_TOKENS = 0.85  # mean share of tokens that a random token router keeps
+LORA_SHARE = 0.3  # bound of a random TD-LoRA's B: for normed inputs, about the size of the update
+LORA_TREND = 1.0  # std of the amplitudes of the waves in the logits of its experts
+
+
+class SlowWaves(NamedTuple):
+    """Linear functions of the timestep embedding that follow cos(pi k s) of s, the share of the range of t, in [0, 1].
+
+    ``directions @ (E_t - center)`` is the value of the K waves at t.
+    """
+
+    center: Tensor  # (C,)
+    directions: Tensor  # (K, C)
+
+    @classmethod
+    def fit(cls, model: DynamicTransformer, preset: Preset) -> Self:
+        """Fit the waves by ridge regression on embeddings of the whole range of t."""
+        start, end = preset.timestep_range
+        share = (torch.arange(FIT_POINTS) + 0.5) / FIT_POINTS  # (T,) in (0, 1)
+        embedding = model.adapter.timestep_embedding(model.backbone, start + share * (end - start)).float()  # (T, C)
+        waves = torch.stack([torch.cos(torch.pi * k * share) for k in range(1, WAVES + 1)], dim=1)  # (T, K)
+        center = embedding.mean(dim=0)
+        inputs = (embedding - center).double()  # (T, C)
+        gram = inputs.T @ inputs  # (C, C)
+        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        directions = torch.linalg.solve(gram + ridge, inputs.T @ waves.double()).T.float()
+        return cls(center, directions)
+
+    def set_logits(self, router: nn.Linear, amplitudes: Tensor, offsets: Tensor | float = 0.0) -> None:
+        """Make a router's logits ``amplitudes`` (U, K) times the waves, plus ``offsets`` (U,)."""
+        router.weight.copy_(amplitudes @ self.directions)
+        router.bias.copy_(offsets - router.weight @ self.center)
 
 
 def random_backbone(preset: Preset, seed: int = 0) -> nn.Module:
-    """A stock module with torch's default initialisation."""
+    """Return a stock module with torch's default initialization."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_adapter(preset.backbone).build(preset.transformer_config()).eval()
@@ -42,7 +76,7 @@ def random_dynamic(
     router: RouterKind = "free",
     td_lora: LoraSpec | None = None,
 ) -> DynamicTransformer:
-    """A dynamic model with random weights and routers spread so that widths and tokens vary with t."""
+    """Return a dynamic model with random weights, whose widths and tokens vary with t."""
     backbone = random_backbone(preset, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
@@ -50,59 +84,40 @@ def random_dynamic(
         model = DynamicTransformer(
             backbone, adapter, heads=preset.heads, tokens=tokens, router=router, td_lora=td_lora
         ).eval()
-        centre, basis = _follow_time(model, preset)
-        _spread_widths(model, centre, basis)
+        waves = SlowWaves.fit(model, preset)
+        _set_widths(model, waves)
         if model.td_lora is not None:
-            _spread_lora(model.td_lora, centre, basis)
+            _set_lora(model.td_lora, waves)
         if tokens:
-            _spread_tokens(model, preset)
+            _set_tokens(model, preset)
     return model
 
 
-def _spread_lora(td_lora: TdLora, centre: Tensor, basis: Tensor) -> None:
-    """Updates that are not nothing, and experts that take turns over t."""
+def _set_lora(td_lora: TdLora, waves: SlowWaves) -> None:
+    """Make updates differ from zero, and let another expert dominate as t moves."""
     for block in td_lora.block_loras:
         if block.router is not None:
-            block.router.weight.copy_(LORA_TREND * torch.randn(block.router.out_features, WAVES) @ basis)
-            block.router.bias.copy_(-block.router.weight @ centre)
+            waves.set_logits(block.router, LORA_TREND * torch.randn(block.router.out_features, WAVES))
     for name, value in td_lora.named_parameters():
         if name.endswith(".up"):
             value.uniform_(-LORA_SHARE, LORA_SHARE).div_(value.shape[1] ** 0.5 * td_lora.spec.scale)
 
 
-def _follow_time(model: DynamicTransformer, preset: Preset) -> tuple[Tensor, Tensor]:
-    """The mean timestep embedding (C,), and directions (K, C) along which embeddings follow slow waves of t."""
-    start, end = preset.timestep_range
-    share = (torch.arange(FIT_POINTS) + 0.5) / FIT_POINTS  # (T,) in (0, 1)
-    embedding = model.adapter.timestep_embedding(model.backbone, start + share * (end - start)).float()  # (T, C)
-    waves = torch.stack([torch.cos(torch.pi * k * share) for k in range(1, WAVES + 1)], dim=1)  # (T, K)
-    return embedding.mean(dim=0), _fit(embedding, waves)
-
-
-def _spread_widths(model: DynamicTransformer, centre: Tensor, basis: Tensor) -> None:
-    """Make every logit trend(t) + own(t) + offset, both functions smooth as those of trained routers are."""
+def _set_widths(model: DynamicTransformer, waves: SlowWaves) -> None:
+    """Make every logit the shared trend, plus the unit's own waves, plus an offset that falls from unit to unit."""
     for router in model.block_routers:
         for linear in (router.heads, router.groups):
-            own = torch.randn(linear.out_features, WAVES) * SPREAD
-            own[:, 0] += TREND
-            linear.weight.copy_(own @ basis)
+            amplitudes = torch.randn(linear.out_features, WAVES) * SPREAD
+            amplitudes[:, 0] += TREND
             if isinstance(linear, OrderedRouter):
                 linear.spread(2 * OFFSET)
                 offsets = torch.tensor([OFFSET])  # (1,)
             else:
                 offsets = torch.linspace(OFFSET, -OFFSET, linear.out_features + 2)[1:-1]  # (U - 1,)
-            linear.bias.copy_(offsets - linear.weight @ centre)
+            waves.set_logits(linear, amplitudes, offsets)
 
 
-def _fit(embedding: Tensor, waves: Tensor) -> Tensor:
-    """Ridge regression of waves (T, K) on the centred embedding (T, C): (K, C)."""
-    centred = (embedding - embedding.mean(dim=0)).double()
-    gram = centred.T @ centred
-    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(gram + ridge, centred.T @ waves.double()).T.float()
-
-
-def _spread_tokens(model: DynamicTransformer, preset: Preset) -> None:
+def _set_tokens(model: DynamicTransformer, preset: Preset) -> None:
     """Scale each block's token logits to unit variance, with ``KEPT_TOKENS`` of them positive."""
     start, end = preset.timestep_range
     inputs = NoisedInputs(preset=preset.for_noise(), batch_size=2)
