@@ -43,7 +43,7 @@ class PlanSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class _Atoms:
-    """The width table cut into at most ``ATOMS`` cells: edges (M + 1,), units that are ever on (M, L, U), measure (M,)."""
+    """The width table cut into at most ``ATOMS`` cells: edges (M + 1,), units ever on (M, L, U), measure (M,)."""
 
     edges: np.ndarray
     any_heads: np.ndarray

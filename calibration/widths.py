@@ -199,15 +199,12 @@ def choose_widths(
     )
     offset = -float(np.median(np.concatenate([units[np.isfinite(units)] for units in scores])))
 
-    def kept_at(shift: float) -> tuple[np.ndarray, np.ndarray]:
-        heads, groups = (units + (offset + shift) > 0 for units in scores)
-        return heads, groups
-
     def ratio(shift: float) -> float:
-        heads, groups = (kept.mean(axis=-1) for kept in kept_at(shift))  # (T, L)
+        heads, groups = ((units + (offset + shift) > 0).mean(axis=-1) for units in scores)  # (T, L)
         return float(flops.flops_ratio(heads, groups, np.ones_like(heads)).mean())
 
-    kept_heads, kept_groups = kept_at(_solve(ratio, budget))
+    shift = _solve(ratio, budget)
+    kept_heads, kept_groups = (units + offset + shift > 0 for units in scores)
     table = WidthTable(
         grid=np.linspace(*inputs.preset.timestep_range, count, endpoint=False),
         end=inputs.preset.timestep_range[1],
