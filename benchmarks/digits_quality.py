@@ -29,9 +29,10 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from dyexport.backbones.base import Preset
-from dyexport.bench.evaluation import SamplingConfig, mean_accuracy, mean_frechet, score_models
+from dyexport.bench.evaluation import mean_accuracy, mean_frechet, score_models
 from dyexport.bench.quality import Evaluator
 from dyexport.bench.report import as_markdown
+from dyexport.bench.settings import SamplingConfig
 from dyexport.console import StageLines, chatter_on_stderr
 from dyexport.digits import load_digits
 from dyexport.files import write_atomically

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
-from dyexport.bench.compare import BenchSettings, compare
-from dyexport.bench.evaluation import EvalReport, SamplingConfig, evaluate
+from dyexport.bench.compare import compare
+from dyexport.bench.evaluation import EvalReport, evaluate
 from dyexport.bench.heatmap import draw_image
 from dyexport.bench.latency import BenchReport
 from dyexport.bench.pictures import grid, save_png, side_by_side, zoom_for
 from dyexport.bench.quality import Evaluator
+from dyexport.bench.settings import BenchSettings, SamplingConfig
 from dyexport.bundle.reader import Bundle
 from dyexport.digits import load_digits
 from dyexport.errors import DyexportError

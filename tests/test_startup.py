@@ -54,6 +54,11 @@ def run(*arguments: str, cwd: Path) -> tuple[int, str, bool]:
         ("finetune --work nowhere", 2),
         ("export", 2),
         ("sample nowhere --guidance nan", 2),
+        ("sample nowhere", 1),
+        ("bench nowhere --batch 0", 2),
+        ("bench nowhere", 1),
+        ("eval nowhere --samples 1", 2),
+        ("eval nowhere", 1),
     ],
 )
 def test_torch_is_not_imported(line: str, code: int, tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from statistics import median
 import numpy as np
 import torch
 
-from dyexport.arguments import STEPS, check_memory, whole_number
 from dyexport.bench.latency import BenchReport, Blocks, Progress, SegmentTime, over_trajectory, time_variants
 from dyexport.bench.machine import cpu_time, taken_by_others
 from dyexport.bench.memory import MemoryProbe, added_bytes
+from dyexport.bench.settings import BenchSettings
 from dyexport.bench.variants import (
     Variant,
     compiled_variant,
@@ -29,34 +29,7 @@ from dyexport.runtime.loading import load
 from dyexport.runtime.transformer import BundleTransformer, example_inputs, stock_transformer
 
 OVERHEAD_LOOPS = 3
-MOST = {"batch": 4096, "steps": STEPS, "threads": 1024, "rounds": 100_000}
 LOOP_BLOCKS = Blocks(rounds=3, timed=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchSettings:
-    """``batch`` 2 is one picture under classifier-free guidance. ``memory`` bounds the bundle's weights, not dense's.
-
-    ``compiled`` also times ``torch.compile``, whose compilation takes a minute or more; ``trajectory``
-    whole sampling loops of ``steps``.
-    """
-
-    target: str = "onnx"
-    memory: int | None = None
-    batch: int = 2
-    steps: int = 50
-    threads: int | None = None
-    share_weights: bool = False
-    compiled: bool = True
-    trajectory: bool = False
-    rounds: int = 10
-
-    def __post_init__(self) -> None:
-        for name, most in MOST.items():
-            if (value := getattr(self, name)) is not None:
-                whole_number(f"--{name}", value, least=1, most=most)
-        if self.memory is not None:
-            check_memory(self.memory)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from dyexport.arguments import check_guidance, check_steps, whole_number
 from dyexport.bench.quality import Evaluator, Score, mean_accuracy, mean_frechet
+from dyexport.bench.settings import SamplingConfig, check_digits
 from dyexport.bundle.manifest import ModelSpec
 from dyexport.bundle.reader import Bundle
-from dyexport.digits import Digits, samples_digits
-from dyexport.errors import CheckpointError, UsageError
+from dyexport.digits import Digits
+from dyexport.errors import CheckpointError
 from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import Denoiser, sample
 from dyexport.runtime.transformer import stock_class
@@ -23,29 +23,6 @@ Progress = Callable[[int, int], None]
 """Called with pictures drawn and pictures in all."""
 
 CHUNK = 300  # pictures drawn at a time
-MOST_SAMPLES = 100_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How samples are drawn: ``samples`` pictures, every class equally often."""
-
-    samples: int = 1800
-    steps: int = 50
-    guidance: float = 1.0
-    scheduler: str | None = None
-
-    def __post_init__(self) -> None:
-        cure = f"a distance needs at least 2, and is of up to {MOST_SAMPLES}"
-        whole_number("--samples", self.samples, least=2, most=MOST_SAMPLES, cure=cure)
-        check_steps(self.steps, "--steps")
-        check_guidance(self.guidance, "--guidance")
-
-
-def check_digits(spec: ModelSpec) -> None:
-    """Raises ``UsageError`` for a model of anything but digits."""
-    if not samples_digits(spec):
-        raise UsageError(f"{spec.name} does not draw digits, and there is nothing here to score its pictures by")
 
 
 def draw_digits(

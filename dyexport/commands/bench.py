@@ -49,21 +49,24 @@ def bench(
 ) -> None:
     """Time a bundle over the sampling trajectory, alternating with its dense graph and the dense torch module."""
     Given(context).refuse(target != "onnx", f"engines of {target} do not map the weight store", "share_weights")
-    with chatter_on_stderr(), progress_bar("timing") as advance:
-        from dyexport.bench.compare import BenchSettings, compare
-        from dyexport.bench.report import bench_tables
-        from dyexport.bundle.reader import Bundle
+    from dyexport.bench.settings import BenchSettings
+    from dyexport.bundle.reader import Bundle
 
-        settings = BenchSettings(
-            target=target,
-            memory=None if memory is None else parse_bytes(memory),
-            batch=batch,
-            steps=steps,
-            rounds=rounds,
-            threads=threads,
-            share_weights=share_weights,
-            compiled=compile,
-            trajectory=trajectory,
-        )
-        report = compare(Bundle.open(str(bundle)), settings, advance)
+    settings = BenchSettings(
+        target=target,
+        memory=None if memory is None else parse_bytes(memory),
+        batch=batch,
+        steps=steps,
+        rounds=rounds,
+        threads=threads,
+        share_weights=share_weights,
+        compiled=compile,
+        trajectory=trajectory,
+    )
+    opened = Bundle.open(bundle)
+    with chatter_on_stderr(), progress_bar("timing") as advance:
+        from dyexport.bench.compare import compare
+        from dyexport.bench.report import bench_tables
+
+        report = compare(opened, settings, advance)
     emit(asdict(report), as_json=json, human=lambda console: console.print(*bench_tables(report), sep="\n\n"))

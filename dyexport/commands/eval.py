@@ -50,7 +50,7 @@ def eval(
     debug: DebugOption = False,
 ) -> None:
     """Score sampled digits by Frechet distance and class accuracy: the dense model, the dynamic one, the control."""
-    from dyexport.bench.evaluation import SamplingConfig, check_digits
+    from dyexport.bench.settings import SamplingConfig, check_digits
     from dyexport.bundle.reader import Bundle
 
     Given(context).refuse(not control, "it is for the training of --control", "work")

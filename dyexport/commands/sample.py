@@ -104,17 +104,18 @@ def sample(
         check_guidance(guidance, "--guidance")
     check_seed(seed, "--seed")
     classes = None if labels is None else parse_labels(labels)
+    from dyexport.bundle.reader import Bundle
+
+    spec = Bundle.open(bundle, check_hashes=False).manifest.model
+    _refuse_useless(Given(context), spec)
+    pixels = vae is not None or (spec.pixel_space if spec.classes else bool(prompt or pipeline))
+    out = _checked(out, video=spec.frames is not None and frames != 1, pixels=pixels)
+    if prompt_embeds is not None and out.exists() and out.samefile(prompt_embeds):
+        raise UsageError(f"-o {out} is what --prompt-embeds is read from; give another file")
     with chatter_on_stderr(), progress_bar("sampling") as advance:
-        from dyexport.bundle.reader import Bundle
         from dyexport.runtime.loading import load
         from dyexport.samples import sample as take_samples
 
-        spec = Bundle.open(bundle, check_hashes=False).manifest.model
-        _refuse_useless(Given(context), spec)
-        pixels = vae is not None or (spec.pixel_space if spec.classes else bool(prompt or pipeline))
-        out = _checked(out, video=spec.frames is not None and frames != 1, pixels=pixels)
-        if prompt_embeds is not None and out.exists() and out.samefile(prompt_embeds):
-            raise UsageError(f"-o {out} is what --prompt-embeds is read from; give another file")
         samples = take_samples(
             load(bundle, target=target, memory=memory),
             labels=classes,

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dyexport.bench.compare import BenchSettings
-from dyexport.bench.evaluation import SamplingConfig
+from dyexport.bench.settings import BenchSettings, SamplingConfig
 from dyexport.bundle.reader import Bundle
 from dyexport.console import StageLines
 from dyexport.demo import DemoReport, demo_settings, run_demo

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from dyexport.bench.compare import BenchSettings, compare, with_conditioning
+from dyexport.bench.compare import compare, with_conditioning
 from dyexport.bench.latency import BenchReport
 from dyexport.bench.memory import MemoryProbe, added_bytes
 from dyexport.bench.report import bench_tables
+from dyexport.bench.settings import BenchSettings
 from dyexport.bench.variants import compiled_variant, conditioning_variant
 from dyexport.bundle.manifest import DENSE
 from dyexport.bundle.reader import MANIFEST, Bundle, manifest_text

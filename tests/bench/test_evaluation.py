@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from dyexport.bench.evaluation import SamplingConfig, draw_digits, mean_accuracy, mean_frechet, score_models
+from dyexport.bench.evaluation import draw_digits, mean_accuracy, mean_frechet, score_models
 from dyexport.bench.quality import Evaluator
+from dyexport.bench.settings import SamplingConfig
 from dyexport.bundle.manifest import ModelSpec
 from dyexport.digits import Digits
 from dyexport.errors import UsageError
