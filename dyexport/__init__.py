@@ -1,8 +1,14 @@
 """Diffusion transformers that spend less compute where less is needed, deployed as slim engines.
 
->>> transformer = dyexport.load("out/bundle")  # stands in for ``pipe.transformer``
+>>> import dyexport
+>>> bundle = dyexport.build("sit-digits", budget=0.5, random_weights=True, engines=2)  # writes ./sit-digits-0.5
+>>> dyexport.verify(bundle, timesteps=4).passed
+True
+>>> transformer = dyexport.load("sit-digits-0.5")  # a drop-in replacement for ``pipe.transformer``
+>>> samples = dyexport.sample(transformer, labels=[3, 7], steps=4)
 
-Names load on first use, so importing dyexport imports neither torch nor an engine's library.
+The names in ``__all__`` are the public interface; everything else is private and may change without notice. They load
+on first use, so importing dyexport imports neither torch nor an engine's library.
 """
 
 from __future__ import annotations
@@ -30,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BudgetError",
+    "BuildSettings",
     "Bundle",
     "BundleError",
     "CheckpointError",
@@ -43,19 +50,27 @@ __all__ = [
     "StorageError",
     "UsageError",
     "__version__",
+    "build",
     "load",
     "sample",
+    "verify",
 ]
 
 if TYPE_CHECKING:
     from dyexport.bundle.reader import Bundle
+    from dyexport.pipeline.api import build
+    from dyexport.pipeline.settings import BuildSettings
     from dyexport.runtime.loading import load
     from dyexport.samples import sample
+    from dyexport.verification.verify import verify
 else:
     _LAZY = {
+        "BuildSettings": "dyexport.pipeline.settings",
         "Bundle": "dyexport.bundle.reader",
+        "build": "dyexport.pipeline.api",
         "load": "dyexport.runtime.loading",
         "sample": "dyexport.samples",
+        "verify": "dyexport.verification.verify",
         # A saved pipeline names its transformer by its class here, and diffusers looks for the base class next to it.
         "ModelMixin": "diffusers",
     }

@@ -69,7 +69,7 @@ def run_demo(
         build_bundle(run)
     bundle = Bundle.open(settings.out)
     with _stage(listener, "verify") as advance:
-        verified = verify_bundle(settings.out, VerifySettings(), advance=advance)
+        verified = verify_bundle(settings.out, VerifySettings(), progress=advance)
     with _stage(listener, "bench") as advance:
         timed = compare(bundle, bench, advance)
     with _stage(listener, "eval") as advance:

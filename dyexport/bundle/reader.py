@@ -62,7 +62,7 @@ class Stamp(NamedTuple):
             return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bundle:
     """An opened bundle. Use ``Bundle.open``, which checks it. ``stamps`` are of its files at that moment."""
 
@@ -86,6 +86,14 @@ class Bundle:
         if Stamp.find(root / MANIFEST) != before:
             raise BundleError(f"{root} changed while it was read; load it again")
         return bundle
+
+    def __repr__(self) -> str:
+        manifest = self.manifest
+        targets = ", ".join(dict.fromkeys(engine.target for engine in manifest.engines))
+        budget = "" if manifest.budget is None else f" at {manifest.budget:g} of the FLOPs"
+        return (
+            f"Bundle({str(self.root)!r}, {manifest.model.name}{budget}, K = {len(manifest.plan.segments)}, {targets})"
+        )
 
     def _check(self, name: str, record: FileRecord, check_hashes: bool) -> None:
         path = self.root / name

@@ -75,6 +75,7 @@ def build_bundle(settings: BuildSettings, json: bool, without: frozenset[str] = 
         "work_bytes": work_bytes,
         **manifest.metrics,
         "flops_ratio": manifest.plan.flops_ratio,
+        "recipe": settings.effective_recipe(),
         "stages": run.stage_report,
     }
     emit(payload, as_json=json, human=lambda console: console.print(pairs(_build_lines(payload)), *next_lines(payload)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -13,7 +12,6 @@ import typer
 from dyexport.arguments import parse_bytes
 from dyexport.commands.given import Given
 from dyexport.console import Interrupted, StageLines, chatter_on_stderr, stderr
-from dyexport.errors import UsageError
 
 if TYPE_CHECKING:
     from dyexport.pipeline.run import Run
@@ -37,7 +35,7 @@ def settings_of(context: typer.Context) -> BuildSettings:
         recorded = BuildSettings.load(work)
         settings = replace(recorded, **_changes(options, recorded))
     else:
-        settings = BuildSettings(**_complete(_changes(options), work))
+        settings = BuildSettings.complete(**_changes(options), work=work)
     taken = f"{settings.checkpoint} has routers already and is taken as it is"
     given.refuse(settings.routers == "given", taken, "router", "td_lora", "finetune_steps")
     given.refuse(settings.routers == "none", "with --finetune-steps 0 every token runs", "token_path")
@@ -79,20 +77,6 @@ def _split(text: str) -> tuple[str, ...]:
 
 def _same(value: Any) -> Any:
     return value
-
-
-def _complete(fields: dict[str, Any], work: Path | None) -> dict[str, Any]:
-    """Add the settings that every build needs. Raises ``UsageError`` if no model is named."""
-    from dyexport.checkpoints.structure import resolve_preset
-    from dyexport.pipeline.settings import default_out, default_work
-
-    checkpoint = None if fields.get("random_weights") else fields.get("checkpoint")
-    if "model" not in fields and checkpoint is None:
-        raise UsageError("no model is named; give --model, --checkpoint, or the --work directory of an earlier build")
-    preset = resolve_preset(fields.get("model"), checkpoint)
-    out = fields.get("out") or default_out(preset.name, fields.get("budget"))
-    defaults = {"out": out, "work": work or default_work(out), "engines": preset.engines}
-    return {**defaults, **fields}
 
 
 @contextmanager

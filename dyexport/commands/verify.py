@@ -61,7 +61,7 @@ def verify(
         timesteps=timesteps, tolerance=tolerance, target=target, seed=seed, layers=layers, small=small
     )
     with chatter_on_stderr(), progress_bar("verifying") as advance:
-        report = verify_bundle(bundle, settings, reference=reference, advance=advance)
+        report = verify_bundle(bundle, settings, reference=reference, progress=advance)
     payload = report.as_json()
     emit(payload, as_json=json, human=lambda console: console.print(pairs(_verify_lines(payload))))
     if not report.passed:
@@ -96,7 +96,7 @@ def _layer_lines(layers: Mapping[str, Any] | None) -> Sequence[tuple[str, str]]:
     """Return the first layer to drift, or the one with the largest error."""
     if layers is None:
         return ()
-    compared = ("layers compared", f"{len(layers['layers'])}")
+    compared = ("layers compared", f"{len(layers['layers'])} ({layers['unmatched']} tensors not compared: not unique)")
     if (first := layers["first_drift"]) is not None:
         return compared, ("first to drift", f"{first['module']} of {first['network']}: {_layer_error(first)}")
     worst = max(layers["layers"], key=lambda layer: layer["relative_error"])

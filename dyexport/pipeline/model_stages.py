@@ -75,7 +75,7 @@ def synthetic_data(run: Run, source: Path | None, static: Outcome) -> Data:
     chosen = {**static_settings(settings), **data_settings(settings)}
     scratch, prompts = run.scratch("synthetic", chosen), _prompts_digest(run, source)
     inputs = {"static": static.digest, "sampling": asdict(settings.sampling), "prompts": prompts}
-    progress = run.progress("synthetic")
+    progress = partial(run.listener.advanced, "synthetic")
     make = partial(steps.make_synthetic, settings, static.path, source, prompts, scratch, progress)
     outcome = run.stage("synthetic", "synthetic", inputs, make, chosen=chosen, scratch=scratch)
     return Data(source=open_source(str(outcome.path), settings.preset))

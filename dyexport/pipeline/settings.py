@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -171,6 +172,45 @@ class BuildSettings:
     def finetune_schedule(self) -> Schedule:
         schedule = self.recipe.finetune if self.lora is None else self.recipe.finetune_lora
         return _with_steps(schedule, self.finetune_steps)
+
+    @classmethod
+    def complete(cls, **values: Any) -> BuildSettings:
+        """Make settings of some values; the places and the number of engines default to the model's.
+
+        Raises ``UsageError`` for a name that is no setting.
+        """
+        known = [setting.name for setting in fields(cls)]
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+                raise UsageError(f"unknown setting {name!r}; {hint}")
+        model, checkpoint = values.get("model"), None if values.get("random_weights") else values.get("checkpoint")
+        if model is None and checkpoint is None:
+            raise UsageError(
+                "no model is named; give --model, --checkpoint, or the --work directory of an earlier build"
+            )
+        preset = resolve_preset(model, checkpoint)
+        out = Path(values.get("out") or default_out(preset.name, values.get("budget")))
+        work = Path(values.get("work") or default_work(out))
+        return cls(**{"engines": preset.engines, **values, "out": out, "work": work})
+
+    def effective_recipe(self) -> dict[str, Any]:
+        """Return the choices that this build makes, by its settings and the model's recipe, as JSON values."""
+        trained = self.routers == "trained"
+        lora = self.lora
+        return {
+            "routers": self.routers,
+            "data": self.data_source,
+            "from_scratch": asdict(self.static_schedule) if self.from_scratch else None,
+            "finetune": asdict(self.finetune_schedule) if trained else None,
+            "td_lora": None if lora is None else lora.model_dump(),
+            "distill": self.recipe.distill and trained,
+            "needs_gpu": self.recipe.needs_gpu and trained,
+            "precision": self.stored_precision,
+            "calibration_precision": "bf16" if self.calibrates_in_bf16 else "fp32",
+            "calibration": asdict(self.recipe.calibration),
+        }
 
     def save(self) -> None:
         """Record the settings in the work directory, paths as absolute ones."""

@@ -1,4 +1,4 @@
-"""The masked torch model, which everything is compared with, on inputs that rounding cannot decide."""
+"""The masked torch model that a bundle is compared with, and inputs whose gates do not depend on rounding."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from dyexport.models.inputs import NoisedInputs
 from dyexport.training.data import digits
 
 BATCH = 2
-UNDECIDED = 1e-5  # logits this near to zero, in units of their spread, may fall either way in fp32
+NEAR = 1e-5  # logits this near to zero, relative to their standard deviation, may fall either way in fp32
 MOST_REDRAWS = 50  # for one timestep
 
 
 class ReferenceModel:
-    """The masked model, and inputs on which its token decisions do not depend on rounding.
+    """The masked model with inputs for which its token decisions do not depend on rounding.
 
-    Where a segment has TD-LoRA merged, the model's gates are at their mean too: ``merge_errors`` of the plan say
-    what that costs, and everything else is compared to the last digit.
+    In segments with merged TD-LoRA, its gates are fixed at their mean as in the engines; ``merge_errors`` of the plan
+    are the error of that.
     """
 
     def __init__(self, model: DynamicTransformer, preset: Preset, bundle: Bundle, seed: int) -> None:
@@ -35,6 +35,7 @@ class ReferenceModel:
 
     @torch.no_grad()
     def at(self, t: float) -> tuple[Inputs, DynamicOutput]:
+        """Return inputs at t, and the model's output for them."""
         segment = self.plan.segments[self.plan.segment_for(t)]
         for draw in range(MOST_REDRAWS):
             inputs = self.inputs.at(t, draw)
@@ -47,21 +48,21 @@ class ReferenceModel:
 
     @torch.no_grad()
     def quantized(self, t: float, inputs: Inputs) -> DynamicOutput | None:
-        """The same with linear layers quantized as the engines' are; None where the bundle has none such."""
+        """Return the output with linear layers quantized as in the engines; None for a bundle without quantization."""
         if self.quantized_model is None:
             return None
         return self.quantized_model.run(self.plan.segment_for(t), inputs)
 
 
 def near_threshold(logits: Tensor) -> Tensor:
-    """Where rounding may decide a gate, given the logits of each block in the last dimension."""
+    """Return which gates rounding may decide; the last dimension of ``logits`` is that of one block."""
     finite = logits.masked_fill(~logits.isfinite(), 0.0)
     spread = finite.std(dim=-1, keepdim=True) if logits.shape[-1] > 1 else finite.abs()
-    return logits.abs() <= UNDECIDED * spread
+    return logits.abs() <= NEAR * spread
 
 
 def _inputs(preset: Preset, seed: int) -> NoisedInputs:
-    """Noised digits where the model draws them, else noise."""
+    """Return inputs of noised digits for a model that samples digits, else of noise."""
     if samples_digits(preset):
         try:
             data = digits("held-out")

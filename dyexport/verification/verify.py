@@ -1,11 +1,12 @@
-"""The masked torch model against the bundle: equal in fp32 at every timestep, or the bundle is wrong.
+"""Comparison of a bundle with the masked torch model that it was cut from.
 
-In half precision every activation is rounded and a token near its threshold may fall either way. There the error
-is that of whole outputs, relative to them: root mean square over root mean square.
+In fp32, both must be equal at every timestep, but for rounding. In half precision every activation is rounded, and a
+token near its threshold may fall either way; the error is then that of whole outputs, relative to them: root mean
+square over root mean square.
 
-Of a quantized bundle the truth is the masked model, fake-quantized like the engines. Where a value lies between two
-codes the last digit of fp32 decides, and in every layer after that values are rounded anew. There the error is the
-distance to that model over what quantization costs: near 0 in a shallow network, up to 0.9 in one of twelve blocks.
+A quantized bundle is compared with the masked model, fake-quantized as the engines are. For a value between two codes
+the last digit of fp32 decides, and the difference is rounded in all later layers. The error is therefore the distance
+to that model relative to the error of quantization: near 0 in a shallow network, up to 0.9 in one of twelve blocks.
 """
 
 from __future__ import annotations
@@ -44,12 +45,19 @@ MOST_TOLERANCE = 100.0
 
 @dataclass(frozen=True, kw_only=True)
 class VerifySettings:
+    """Settings of a comparison.
+
+    ``tolerance`` defaults to that of the bundle's precision. With ``layers``, graphs are compared with torch module by
+    module too. With ``small``, samples are as small as for calibration on noise. Raises ``UsageError`` for values out
+    of range.
+    """
+
     timesteps: int = 64
-    tolerance: float | None = None  # None: by precision
+    tolerance: float | None = None
     target: str = "onnx"
     seed: int = 0
-    layers: bool = False  # also compare the graphs with torch module by module
-    small: bool = False  # on pictures as small as noise is drawn for
+    layers: bool = False
+    small: bool = False
 
     def __post_init__(self) -> None:
         whole_number("--timesteps", self.timesteps, least=1, most=MOST_TIMESTEPS)
@@ -60,7 +68,7 @@ class VerifySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentErrors:
-    """``max_abs_error`` is None where nothing could be compared, or where an output was not finite."""
+    """Errors of one segment; None if nothing could be compared, or an output was not finite."""
 
     segment: int
     start: float
@@ -71,15 +79,15 @@ class SegmentErrors:
     relative_error: float | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class VerifyReport:
-    """What was compared.
+    """Result of a comparison.
 
-    ``timesteps`` inputs were drawn; ``overflow`` of them kept more tokens than a capacity holds and are
-    left out of the error. ``redrawn`` more had a token so near its threshold that fp32 does not decide.
-    ``tolerance`` is of ``max_abs_error`` in fp32, of ``relative_error`` in half precision, and of
-    ``quantization_ratio`` in eight bits, where the other two say what quantization costs.
-    ``gates`` of the width table, all of them, were compared with the routers; ``wrong_gates`` differ.
+    Inputs at ``timesteps`` were compared; ``overflow`` of them kept more tokens than a capacity holds and are left out
+    of the error. ``redrawn`` more had a token so near its threshold that fp32 does not decide. ``tolerance`` is of
+    ``max_abs_error`` in fp32, of ``relative_error`` in half precision, and of ``quantization_ratio`` in eight bits,
+    where the other two are the error of quantization. All ``gates`` of the width table were compared with the routers;
+    ``wrong_gates`` differ.
     """
 
     target: str
@@ -100,7 +108,7 @@ class VerifyReport:
 
     @property
     def error(self) -> float | None:
-        """The one that counts."""
+        """The error that is compared with ``tolerance``."""
         if self.quantization is not None:
             return self.quantization_ratio
         return self.max_abs_error if self.precision == "fp32" else self.relative_error
@@ -111,15 +119,55 @@ class VerifyReport:
         drifts = self.layers is not None and self.layers.first_drift is not None
         return error is not None and error <= self.tolerance and self.wrong_gates == 0 and not drifts
 
+    def __repr__(self) -> str:
+        error = "no finite error" if self.error is None else f"error {self.error:.1e}"
+        result = "passed" if self.passed else "failed"
+        return f"VerifyReport({result}: {error} of at most {self.tolerance:g} at {self.timesteps} timesteps)"
+
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "error": self.error, "passed": self.passed}
 
 
 class Comparison(NamedTuple):
+    """Errors at one timestep; None if tokens overflowed."""
+
     segment: int
-    error: float | None = None  # None: tokens overflowed
+    error: float | None = None
     relative: float | None = None
     quantization_ratio: float | None = None
+
+
+def verify(
+    bundle: Bundle | str | Path,
+    *,
+    target: str = "onnx",
+    timesteps: int = 64,
+    tolerance: float | None = None,
+    layers: bool = False,
+    small: bool = False,
+    seed: int = 0,
+    reference: str | Path | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> VerifyReport:
+    """Compare a bundle with the masked torch model that it was cut from, at random timesteps.
+
+    ``target`` is the engine format to run. ``tolerance`` bounds the absolute error in fp32 (default 1e-4), the relative
+    one in fp16 (1e-2) and bf16 (8e-2), and in int8 and fp8 the error relative to that of quantization (2). With
+    ``layers``, every layer of the ONNX graphs is compared too; with ``small``, samples are small, which takes seconds
+    instead of minutes for large models. ``reference`` is a dynamic checkpoint, by default the one in the bundle's work
+    directory. ``progress(done, total)`` counts timesteps.
+
+    >>> dyexport.verify("sit-digits-0.5", timesteps=4)
+    VerifyReport(passed: error ... of at most 0.0001 at 4 timesteps)
+
+    Raises ``BundleError`` without the reference that the bundle was cut from, and ``UsageError`` for values out of
+    range.
+    """
+    settings = VerifySettings(
+        timesteps=timesteps, tolerance=tolerance, target=target, seed=seed, layers=layers, small=small
+    )
+    root = bundle.root if isinstance(bundle, Bundle) else Path(bundle)
+    return verify_bundle(root, settings, reference=None if reference is None else Path(reference), progress=progress)
 
 
 def verify_bundle(
@@ -127,9 +175,9 @@ def verify_bundle(
     settings: VerifySettings,
     *,
     reference: Path | None = None,
-    advance: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> VerifyReport:
-    """Compare.
+    """Compare a bundle with its reference, by default the one that it was built from.
 
     Raises ``BundleError`` where there is no reference, or not the one the bundle was cut from, and ``UsageError`` for
     layers of a quantized bundle and for a model without a smaller size.
@@ -142,19 +190,20 @@ def verify_bundle(
         raise UsageError(f"--small does nothing here: {preset.name} is compared at its own size; leave it out")
     reference = reference or find_reference(bundle)
     model, preset = load_dynamic(reference, stream=must_stream(preset.parameters))
-    truth = ReferenceModel(model, preset.for_noise() if settings.small else preset, bundle, settings.seed)
+    sized = preset.for_noise() if settings.small else preset
+    reference_model = ReferenceModel(model, sized, bundle, settings.seed)
     comparisons: list[Comparison] = []
     transformer = load(path, target=settings.target, device="cpu", check_hashes=False, fallback=False)
     try:
-        for t in draw_timesteps(bundle.manifest, settings):
-            comparisons.append(_compare(bundle, truth, transformer, t))
-            advance(len(comparisons), settings.timesteps)
+        for t in sample_timesteps(bundle.manifest, settings):
+            comparisons.append(_compare(bundle, reference_model, transformer, t))
+            progress(len(comparisons), settings.timesteps)
     finally:
         transformer.close()
-    report = _report(bundle.manifest, settings, comparisons, truth.redrawn, *check_gates(bundle, model))
+    report = _report(bundle.manifest, settings, comparisons, reference_model.redrawn, *check_gates(bundle, model))
     if not settings.layers:
         return report
-    return replace(report, layers=compare_layers(bundle, reference, truth, report.tolerance))
+    return replace(report, layers=compare_layers(bundle, reference, reference_model, report.tolerance))
 
 
 def find_reference(bundle: Bundle, work: Path | None = None) -> Path:
@@ -176,8 +225,8 @@ def find_reference(bundle: Bundle, work: Path | None = None) -> Path:
     return path
 
 
-def draw_timesteps(manifest: Manifest, settings: VerifySettings) -> list[float]:
-    """Uniform over the range, and where there are enough at least one in each segment; fp32 values."""
+def sample_timesteps(manifest: Manifest, settings: VerifySettings) -> list[float]:
+    """Return timesteps of fp32, uniform over the range; if there are enough, at least one in each segment."""
     random = np.random.default_rng(settings.seed)
     spans = [(segment.start, segment.end) for segment in manifest.plan.segments]
     whole = manifest.model.timestep_range
@@ -187,38 +236,41 @@ def draw_timesteps(manifest: Manifest, settings: VerifySettings) -> list[float]:
     return [min(t, float(np.nextafter(np.float32(whole[1]), np.float32(0)))) for t in drawn]
 
 
-def _compare(bundle: Bundle, truth: ReferenceModel, transformer: BundleTransformer, t: float) -> Comparison:
-    inputs, expected = truth.at(t)
-    quantized = truth.quantized(t, inputs)
-    found = route(bundle.manifest.plan, bundle.widths, bundle.token_stats, t)
+def _compare(bundle: Bundle, reference_model: ReferenceModel, transformer: BundleTransformer, t: float) -> Comparison:
+    inputs, expected = reference_model.at(t)
+    quantized = reference_model.quantized(t, inputs)
+    chosen = route(bundle.manifest.plan, bundle.widths, bundle.token_stats, t)
     kept = (quantized or expected).tokens.sum(dim=-1)  # (B, L)
-    if any((kept[:, block] > limit).any() for block, limit in enumerate(found.token_limits)):
-        return Comparison(found.segment)
+    if any((kept[:, block] > limit).any() for block, limit in enumerate(chosen.token_limits)):
+        return Comparison(chosen.segment)
     with torch.no_grad():
         sample = transformer(**inputs).sample  # (B, C_out, H, W)
-    apart = sample - expected.sample
+    difference = sample - expected.sample
     ratio = None if quantized is None else _ratio(sample - quantized.sample, quantized.sample - expected.sample)
-    return Comparison(found.segment, float(apart.abs().max()), _ratio(apart, expected.sample), ratio)
+    return Comparison(chosen.segment, float(difference.abs().max()), _ratio(difference, expected.sample), ratio)
 
 
 def _ratio(values: Tensor, others: Tensor) -> float:
-    """Of root mean squares."""
+    """Return the ratio of root mean squares."""
     return float(values.square().mean().sqrt() / others.square().mean().sqrt())
 
 
 @torch.no_grad()
 def check_gates(bundle: Bundle, model: DynamicTransformer) -> tuple[int, int]:
-    """Every gate of the bundle's width table against the model's own, in the middle of its row: compared, wrong."""
+    """Compare every gate of the width table with the model's, in the middle of its row.
+
+    Returns the number of gates, and how many differ.
+    """
     table = bundle.widths
     middles = (table.grid + np.append(table.grid[1:], table.end)) / 2
     timesteps = torch.from_numpy(middles.astype(np.float32))  # (T,)
     heads, groups = model.width_gates(timesteps)  # (T, L, H), (T, L, G)
-    open_ = [torch.zeros_like(gates, dtype=torch.bool) for gates in (heads, groups)]
+    doubtful = [torch.zeros_like(gates, dtype=torch.bool) for gates in (heads, groups)]
     if model.table is None:
-        open_ = [near_threshold(logits) for logits in model.width_logits(timesteps)]
+        doubtful = [near_threshold(logits) for logits in model.width_logits(timesteps)]
     wrong = sum(
-        int(((torch.from_numpy(theirs) != (ours > 0.5)) & ~doubtful).sum())
-        for theirs, ours, doubtful in zip((table.heads, table.groups), (heads, groups), open_, strict=True)
+        int(((torch.from_numpy(stored) != (computed > 0.5)) & ~either).sum())
+        for stored, computed, either in zip((table.heads, table.groups), (heads, groups), doubtful, strict=True)
     )
     return heads.numel() + groups.numel(), wrong
 
@@ -252,20 +304,20 @@ def _tolerance(spec: ModelSpec) -> float:
 
 def _per_segment(manifest: Manifest, comparisons: list[Comparison]) -> Iterator[SegmentErrors]:
     for index, segment in enumerate(manifest.plan.segments):
-        mine = [comparison for comparison in comparisons if comparison.segment == index]
-        overflow = sum(comparison.error is None for comparison in mine)
+        of_segment = [comparison for comparison in comparisons if comparison.segment == index]
+        overflow = sum(comparison.error is None for comparison in of_segment)
         yield SegmentErrors(
             segment=index,
             start=segment.start,
             end=segment.end,
-            compared=len(mine) - overflow,
+            compared=len(of_segment) - overflow,
             overflow=overflow,
-            max_abs_error=_worst(comparison.error for comparison in mine),
-            relative_error=_worst(comparison.relative for comparison in mine),
+            max_abs_error=_worst(comparison.error for comparison in of_segment),
+            relative_error=_worst(comparison.relative for comparison in of_segment),
         )
 
 
-def _worst(found: Iterable[float | None]) -> float | None:
-    """The largest error; None where there is none, or it is not finite."""
-    errors = [error for error in found if error is not None]
+def _worst(values: Iterable[float | None]) -> float | None:
+    """Return the largest error; None if there is none, or it is not finite."""
+    errors = [error for error in values if error is not None]
     return max(errors) if errors and all(math.isfinite(error) for error in errors) else None

@@ -22,7 +22,7 @@ from dyexport.exporters.operator_gate import MODULE
 from dyexport.pipeline.networks import cut_networks
 from dyexport.slicing.recipes import Recipe
 from dyexport.slicing.slicer import SliceContext
-from dyexport.verification.activations import pair_up
+from dyexport.verification.activations import match_activations
 from dyexport.verification.layers import LayerErrors
 from dyexport.verification.verify import VerifyReport, VerifySettings, verify_bundle
 from tests.pipeline.tiny import tamper
@@ -162,7 +162,7 @@ def test_what_is_sorted_is_compared_as_a_set(tmp_path: Path, largest: int) -> No
         tmp_path / "g.onnx",
     )
     feed = {"scores": torch.randn(2, 8, generator=torch.Generator().manual_seed(0))}
-    pairs = pair_up(tmp_path / "g.onnx", Best(), feed)
+    pairs = match_activations(tmp_path / "g.onnx", Best(), feed).pairs
     assert [pair.module for pair in pairs] == ["pick", "pick", ""]
     equal = [np.array_equal(pair.onnx, pair.torch) for pair in pairs]
     assert equal == [largest == 1, True, True], "the scores tell; rows are given to torch"

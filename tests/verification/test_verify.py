@@ -21,7 +21,7 @@ from dyexport.pipeline.networks import cut_networks
 from dyexport.slicing.recipes import Recipe, lay_out
 from dyexport.slicing.slicer import SliceContext
 from dyexport.verification.reference_model import ReferenceModel, near_threshold
-from dyexport.verification.verify import VerifySettings, draw_timesteps, find_reference, verify_bundle
+from dyexport.verification.verify import VerifySettings, find_reference, sample_timesteps, verify_bundle
 from tests.manifests import forge, relabel
 from tests.pipeline.tiny import tamper
 
@@ -129,7 +129,7 @@ def test_one_wrong_condition_fails(copy: Bundle, weight: str) -> None:
 def test_one_token_decision_fails(copy: Bundle) -> None:
     """Move the router's bias just so far that the token nearest its threshold changes sides."""
     model, preset = load_dynamic(find_reference(copy))
-    t = draw_timesteps(copy.manifest, SETTINGS)[0]
+    t = sample_timesteps(copy.manifest, SETTINGS)[0]
     _, output = ReferenceModel(model, preset, copy, SETTINGS.seed).at(t)
     logits = output.token_logits[:, 0].flatten()  # (B * N,)
     nearest = float(logits[logits.abs().argmin()])
@@ -159,7 +159,7 @@ def test_what_overflows_is_counted_and_left_out(copy: Bundle) -> None:
     """Say of every capacity that it is smaller than it is: what fits in less is compared, and still equal."""
     model, preset = load_dynamic(find_reference(copy))
     truth = ReferenceModel(model, preset, copy, SETTINGS.seed)
-    kept = [truth.at(t)[1].tokens.sum(-1).max() for t in draw_timesteps(copy.manifest, SETTINGS)]
+    kept = [truth.at(t)[1].tokens.sum(-1).max() for t in sample_timesteps(copy.manifest, SETTINGS)]
 
     def shrink(manifest: dict[str, Any]) -> None:
         for segment in manifest["plan"]["segments"]:
@@ -191,12 +191,12 @@ def test_undecided_logits() -> None:
 
 
 def test_timesteps_are_random_and_reach_every_segment(bundle: Bundle) -> None:
-    drawn = draw_timesteps(bundle.manifest, SETTINGS)
+    drawn = sample_timesteps(bundle.manifest, SETTINGS)
     assert len(set(drawn)) == 64
     plan = bundle.manifest.plan
     assert {plan.segment_for(t) for t in drawn} == set(range(len(plan.segments)))
-    assert drawn != draw_timesteps(bundle.manifest, replace(SETTINGS, seed=1))
-    assert len(draw_timesteps(bundle.manifest, replace(SETTINGS, timesteps=1))) == 1
+    assert drawn != sample_timesteps(bundle.manifest, replace(SETTINGS, seed=1))
+    assert len(sample_timesteps(bundle.manifest, replace(SETTINGS, timesteps=1))) == 1
 
 
 def test_bad_settings() -> None:

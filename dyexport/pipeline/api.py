@@ -1,0 +1,60 @@
+"""``dyexport.build``: the whole pipeline as one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dyexport.bundle.reader import Bundle
+from dyexport.pipeline.build import build_bundle, opened
+from dyexport.pipeline.ledger import NullListener
+from dyexport.pipeline.settings import BuildSettings
+from dyexport.pipeline.steps import check_training
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a stage, how much of it is done, and of how much."""
+
+
+class _Reporter(NullListener):
+    """A listener that calls a function."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def advanced(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        self._progress(stage, done, total)
+
+
+def build(
+    model: str | None = None,
+    *,
+    budget: float | None = None,
+    checkpoint: str | Path | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Bundle:
+    """Turn a checkpoint into a bundle of slim engines. A stopped build resumes after its last finished stage.
+
+    ``model`` is the name of a preset, ``budget`` the FLOPs of attention and MLP relative to the static model, in
+    (0, 1]. The bundle is written to ``out``, by default ``MODEL-BUDGET`` in the current directory; finished stages are
+    kept in ``work``, by default ``out`` with ``.work`` added. ``progress(stage, done, total)`` is called as work
+    proceeds. Other ``settings`` are those of ``BuildSettings``, with the defaults of the command line.
+
+    >>> bundle = dyexport.build("sit-digits", budget=0.5, random_weights=True, engines=2)
+    >>> bundle
+    Bundle('...sit-digits-0.5', sit-digits at 0.5 of the FLOPs, K = 2, onnx)
+    >>> bundle.manifest.plan.flops_ratio < 0.51
+    True
+
+    Raises ``UsageError`` for settings that cannot be built, and other kinds of ``DyexportError`` if a stage fails.
+    """
+    values = {"model": model, "budget": budget, "out": out, **settings}
+    if checkpoint is not None:
+        values["checkpoint"] = str(checkpoint)
+    chosen = BuildSettings.complete(**values)
+    check_training(chosen)
+    with opened(chosen, NullListener() if progress is None else _Reporter(progress)) as run:
+        build_bundle(run)
+    return Bundle.open(chosen.out)

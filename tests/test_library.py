@@ -1,0 +1,84 @@
+"""The library: examples of its docstrings run, and what it returns says what it is."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dyexport
+from dyexport.bundle.reader import Bundle
+from dyexport.errors import UsageError
+
+PUBLIC = [name for name in dyexport.__all__ if not name.startswith("__")]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the bundle of the examples, ``sit-digits-0.5``."""
+    folder: Path = tmp_path_factory.mktemp("library")
+    dyexport.build("sit-digits", budget=0.5, random_weights=True, engines=2, out=folder / "sit-digits-0.5")
+    return folder
+
+
+@pytest.fixture
+def inside(folder: Path) -> Iterator[Path]:
+    before = Path.cwd()
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+def examples() -> list[doctest.DocTest]:
+    """Docstrings with examples: of the package, and of everything public."""
+    finder = doctest.DocTestFinder(recurse=False)
+    objects = [("dyexport", dyexport), *((name, getattr(dyexport, name)) for name in PUBLIC)]
+    tests = [
+        test
+        for name, thing in objects
+        for test in finder.find(thing, name, module=sys.modules[getattr(thing, "__module__", "dyexport")])
+    ]
+    return [test for test in tests if test.examples]
+
+
+def test_everything_that_does_something_has_an_example() -> None:
+    assert {test.name for test in examples()} >= {"dyexport", "build", "sample", "verify"}
+
+
+@pytest.mark.parametrize("test", examples(), ids=lambda test: test.name)
+def test_examples_run(test: doctest.DocTest, inside: Path) -> None:
+    test.globs["dyexport"] = dyexport
+    failures, tried = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test)
+    assert tried
+    assert not failures
+
+
+def test_a_build_reports_its_progress_and_keeps_its_stages(tmp_path: Path) -> None:
+    reports: list[tuple[str, int, int]] = []
+    asked = {"random_weights": True, "engines": 1, "baseline": False, "out": tmp_path / "b", "work": tmp_path / "w"}
+    bundle = dyexport.build("sit-digits", budget=0.5, progress=lambda *report: reports.append(report), **asked)
+    assert {"calibrate", "weights", "onnx segment-00"} <= {stage for stage, _, _ in reports}
+    assert (tmp_path / "w" / "settings.json").is_file()
+    assert dyexport.BuildSettings.load(tmp_path / "w").engines == 1
+    reports.clear()
+    again = dyexport.build("sit-digits", budget=0.5, progress=lambda *report: reports.append(report), **asked)
+    assert again.manifest == bundle.manifest
+    assert reports == []
+
+
+def test_settings_that_do_not_exist_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown setting 'engine'; did you mean 'engines'"):
+        dyexport.build("sit-digits", budget=0.5, out=tmp_path / "b", engine=2)
+    with pytest.raises(UsageError, match="no model is named"):
+        dyexport.build(budget=0.5, out=tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_that_differs_fails(folder: Path) -> None:
+    report = dyexport.verify(Bundle.open(folder / "sit-digits-0.5"), timesteps=2, tolerance=1e-12)
+    assert not report.passed
+    assert repr(report).startswith("VerifyReport(failed: error ")
