@@ -12,8 +12,11 @@ IDENTITY = "dyexport/sha256"
 
 
 def labels_for(network: str, model: ModelSpec, plan: SegmentPlan) -> Mapping[str, str]:
-    """Metadata of a network's graph: its name, and the hash of the model and of the segment that it serves, if any."""
+    """Return the metadata of a network's graph: its name, and the hash of the model and of its segment, if any.
+
+    The hash leaves out where the model came from, which older bundles do not say.
+    """
     segments = {segment_name(index): segment for index, segment in enumerate(plan.segments)}
     served = segments.get(network)
-    said = (model.model_dump_json(), "" if served is None else served.model_dump_json())
+    said = (model.model_dump_json(exclude={"hub_id"}), "" if served is None else served.model_dump_json())
     return {NETWORK: network, IDENTITY: hashlib.sha256("\n".join(said).encode()).hexdigest()}
