@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dyexport.slicing.recipes import Read, StoreLayout, materialise
+from dyexport.slicing.recipes import Read, StoreLayout, materialize
 
 Progress = Callable[[int, int], None]
 """Called with bytes written and bytes in all."""
@@ -19,7 +19,7 @@ def write_store(layout: StoreLayout, read: Read, path: Path, progress: Progress 
         file.truncate(layout.nbytes)
         for recipe in layout.owners:
             file.seek(layout.offsets[recipe])
-            tensor = materialise(recipe, read)
+            tensor = materialize(recipe, read)
             file.write(tensor.view(torch.uint8).numpy().data)
             if progress is not None:
                 progress(file.tell(), layout.nbytes)

@@ -191,10 +191,10 @@ class Adapter(Protocol):
     """The diffusers class; its arguments are the entries of a checkpoint's configuration."""
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
-        """A stock module of that configuration, shared embedders shared, with torch's default initialisation."""
+        """A stock module of that configuration, shared embedders shared, with torch's default initialization."""
 
-    def initialise(self, backbone: Any) -> None:
-        """Overwrite the weights with the published initialisation for training from scratch."""
+    def initialize(self, backbone: Any) -> None:
+        """Overwrite the weights with the published initialization for training from scratch."""
 
     def share_embedders(self, backbone: Any) -> None:
         """Make what blocks share in the architecture one module; raises ``CheckpointError`` where copies differ."""
@@ -206,7 +206,7 @@ class Adapter(Protocol):
         """Every block that has gates, in order of execution."""
 
     def token_router(self, channels: int) -> TokenRouter:
-        """A new token router of one block, with torch's default initialisation."""
+        """A new token router of one block, with torch's default initialization."""
 
     def attach(self, block: Any, gates: BlockGates) -> None:
         """Hook a block's gates into the stock block; each multiplies, so that slicing there is exact."""

@@ -1,4 +1,4 @@
-"""diffusers' ``BasicTransformerBlock``, of which DiT, SiT and Latte are made: gates, units, initialisation."""
+"""diffusers' ``BasicTransformerBlock``, of which DiT, SiT and Latte are made: gates, units, initialization."""
 
 from __future__ import annotations
 

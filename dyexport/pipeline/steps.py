@@ -71,7 +71,7 @@ def make_static(
     if data is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            get_adapter(preset.backbone).initialise(backbone)
+            get_adapter(preset.backbone).initialize(backbone)
         train_on(backbone, settings, settings.static_schedule, data, scratch, progress)
     save_static(backbone, out)
 

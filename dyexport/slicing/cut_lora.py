@@ -1,4 +1,4 @@
-"""TD-LoRA: where the weights of low-rank paths come from."""
+"""Recipes of TD-LoRA's low-rank paths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dyexport.slicing.slicer import linear_names, recipe_for
 
 
 def router_names(slim: str, depth: int) -> dict[str, str]:
-    """Name in the slim module -> dense name, of ``GateRouters``."""
+    """Map the names of ``GateRouters`` in a slim module to dense names."""
     names: dict[str, str] = {}
     for index in range(depth):
         names |= linear_names(f"{slim}.blocks.{index}", f"td_lora.blocks.{index}.router")
@@ -26,19 +26,19 @@ class PathCut:
 
     def __init__(self, spec: LoraSpec, index: int, weights: Mapping[str, Tensor]) -> None:
         self.spec, self.index, self.weights = spec, index, weights
-        self.found: dict[str, Recipe] = {}
+        self.recipes: dict[str, Recipe] = {}
 
     def narrow_out(self, slim: str, linear: str, *, scale: float = 1.0, **units: Any) -> None:
-        """A path whose outputs are cut to the kept units; ``scale`` is what multiplies the linear itself."""
+        """Add a path whose outputs are cut to the kept units; ``scale`` is the factor of the linear itself."""
         self._add(f"{slim}.down", linear, "down", "copy")
         self._add(f"{slim}.up", linear, "up", "rows", scale=scale * self.spec.scale, **units)
 
     def narrow_in(self, slim: str, linear: str, **units: Any) -> None:
-        """A path whose inputs are cut to the kept units."""
+        """Add a path whose inputs are cut to the kept units."""
         self._add(f"{slim}.down", linear, "down", "rows", scale=self.spec.scale, **units)
         self._add(f"{slim}.up", linear, "up", "copy")
 
     def _add(self, slim: str, linear: str, factor: str, kind: str, **settings: Any) -> None:
         name = f"blocks.{self.index}.{slim}"
         source = f"td_lora.blocks.{self.index}.layers.{key_of(linear)}.{factor}"
-        self.found[name] = recipe_for(self.weights[name], kind, (source,), **settings)
+        self.recipes[name] = recipe_for(self.weights[name], kind, (source,), **settings)

@@ -1,9 +1,9 @@
-"""How each tensor of a slim network is made from dense ones, and where it lies in the weight store.
+"""Recipes that make a slim network's tensors from dense ones, and their layout in the weight store.
 
-A recipe says what to read and which units to keep; nothing is read until ``materialise``, so graphs
-of networks larger than memory can be planned and exported first and their weights streamed later.
-Tensors that shrink with width are laid out unit by unit: the first n units of a longer tensor are a
-contiguous run of its bytes, so that segments whose units are a prefix of another's share storage.
+A recipe names the tensors to read and the units to keep. Nothing is read until ``materialize``, so graphs of
+networks larger than memory can be planned and exported first, and their weights streamed later. Tensors that
+shrink with width are stored unit by unit: the first n units of a longer tensor are a contiguous run of its bytes.
+Segments whose units are a prefix of another's thus share storage.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from torch import Tensor
 
 from dyexport.bundle.manifest import Quantization
 
-ALIGNMENT = 4096  # bytes; lets every tensor be mapped as whole pages
+ALIGNMENT = 4096  # bytes; so that every tensor can be mapped as whole pages
 
 CODES: Mapping[Quantization, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 QMAX: Mapping[Quantization, float] = {"int8": 127.0, "fp8": 448.0}  # symmetric: -128 is not used
 
 Read = Callable[[str], Tensor]
-"""Returns a dense tensor by its name in the stock state dict."""
+"""Returns a dense tensor, given its name in the stock state dict."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One tensor of a slim network.
+    """One tensor of a slim network, by ``kind``:
 
-    ``copy``     the dense tensor as it is
+    ``copy``     the unchanged dense tensor
     ``rows``     (out, in) or (out,) -> rows of the kept units
     ``columns``  (out, in) -> columns of the kept units, stored transposed (kept, out)
     ``qkv``      query, key and value rows interleaved head by head: (H', 3, head_dim, in) flattened to 2-D
     ``norm``     (head_dim,), the weight of a query's or a key's norm
 
-    ``span`` are the rows or columns that the units divide, if not all. ``scale`` multiplies rows, the query, or the
-    norm: head_dim ** -0.5 where attention is to be spared it.
-    ``halves`` puts the even channels of a query's or key's head before the odd ones.
+    ``span`` is the range of rows or columns that the units divide; None: all. ``scale`` multiplies rows, the query or
+    the norm, so that attention need not multiply by head_dim ** -0.5. ``halves`` puts the even channels of a query's
+    or key's head before the odd ones.
 
-    With ``quantization`` the tensor is stored as codes of eight bits; with ``scales`` too it is their scales, in
-    ``dtype``: one for each output channel, from all its inputs, kept or not, so that networks share a weight's codes.
+    With ``quantization`` the tensor is stored as eight-bit codes. With ``scales`` in addition it holds their scales in
+    ``dtype``, one per output channel. A scale is taken over all inputs, kept or not, so that networks share codes.
     """
 
     kind: Literal["copy", "rows", "columns", "qkv", "norm"]
@@ -74,8 +74,8 @@ class Recipe:
         return (self.sources, made, self.dtype, self.quantization, self.scales)
 
 
-def materialise(recipe: Recipe, read: Read) -> Tensor:
-    """Make the tensor: contiguous, of ``recipe.shape`` and ``recipe.stored_dtype``."""
+def materialize(recipe: Recipe, read: Read) -> Tensor:
+    """Make the tensor, contiguous, of ``recipe.shape`` and ``recipe.stored_dtype``."""
     dense = [read(name) for name in recipe.sources]
     if recipe.scale != 1.0 or recipe.quantization is not None:
         dense = [tensor.float() for tensor in dense]  # half precision is rounded once, at the end
@@ -89,19 +89,19 @@ def materialise(recipe: Recipe, read: Read) -> Tensor:
 
 
 def quantize(scaled: Tensor, quantization: Quantization) -> Tensor:
-    """Values over their scale as the nearest codes, ties to even; what lies beyond the largest code becomes it."""
+    """Round values, divided by their scale, to the nearest codes, ties to even; saturate at the largest code."""
     largest = QMAX[quantization]
     nearest = scaled.round() if quantization == "int8" else scaled
     return nearest.clamp(-largest, largest).to(CODES[quantization])
 
 
 def scale_of(largest: Tensor, quantization: Quantization, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What the largest code is multiplied by to give ``largest``; above 0 for a row of zeros, normal in ``dtype``."""
+    """Return the scale at which the largest code is ``largest``: positive even for zeros, and normal in ``dtype``."""
     return (largest / QMAX[quantization]).clamp(min=torch.finfo(dtype).tiny).to(dtype)
 
 
 def _scales(recipe: Recipe, dense: list[Tensor]) -> Tensor:
-    """Of output channels, rounded to ``dtype`` as the network will read them: (out,)."""
+    """Compute the scales of output channels, rounded to ``dtype`` as the network reads them: (out,)."""
     assert recipe.quantization is not None
     if recipe.kind == "columns":
         start, end = recipe.span or (0, dense[0].shape[1])
@@ -151,7 +151,7 @@ _MAKERS: Mapping[str, Callable[[Recipe, list[Tensor]], Tensor]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class StoreLayout:
-    """Where every recipe lies in one file: ``offsets`` in bytes; all but ``owners`` are prefixes of one of those."""
+    """Layout of all recipes in one file: ``offsets`` in bytes. Recipes that are not ``owners`` are prefixes of one."""
 
     offsets: Mapping[Recipe, int]
     owners: tuple[Recipe, ...]
@@ -159,7 +159,7 @@ class StoreLayout:
 
 
 def lay_out(recipes: Iterable[Recipe]) -> StoreLayout:
-    """Assign offsets; a recipe whose units are a prefix of another's takes no bytes of its own."""
+    """Assign offsets; a recipe whose units are a prefix of another's shares its bytes."""
     families: dict[tuple[object, ...], list[Recipe]] = defaultdict(list)
     for recipe in dict.fromkeys(recipes):
         families[recipe.family].append(recipe)

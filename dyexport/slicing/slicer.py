@@ -1,4 +1,4 @@
-"""Cutting networks out of a dense model: slim modules on the meta device, and recipes for their weights."""
+"""Networks cut out of a dense model: slim modules on the meta device, and recipes for their weights."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from dyexport.bundle.tensors import TensorSpec
 from dyexport.lora import LoraSpec
 from dyexport.slicing.merging import merged_recipe, updated_names
 from dyexport.slicing.quantizing import quantizable_weights, quantized_recipes
-from dyexport.slicing.recipes import Read, Recipe, materialise
+from dyexport.slicing.recipes import Read, Recipe, materialize
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SliceContext:
-    """What all networks cut from one model have in common. ``groups`` is G, the MLP groups of a dense block."""
+    """Context that all networks cut from one model share. ``groups`` is G, the MLP groups of a dense block."""
 
     spec: ModelSpec
     groups: int
@@ -38,10 +38,10 @@ class SliceContext:
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """A network without weights, how to make each of them, and what it is called with.
+    """A network without weights, the recipes of its weights, and its inputs and outputs.
 
-    ``limits`` are the largest values of symbols in ``inputs`` that have one, ``floors`` the smallest.
-    ``ranges``, by quantized weight, are the largest magnitudes of what is multiplied with it: needed to export.
+    ``limits`` and ``floors`` bound symbols in the shapes of ``inputs`` from above and below.
+    ``ranges`` is the largest input magnitude of each quantized weight, which its export needs.
     """
 
     module: nn.Module
@@ -57,14 +57,14 @@ class Slice:
         return sum(recipe.nbytes for recipe in self.recipes.values())
 
     def load(self, read: Read) -> nn.Module:
-        """The module with its weights, for running in torch."""
+        """Return the module with its weights, to run in torch."""
         module = self.module.to_empty(device="cpu")
-        module.load_state_dict({name: materialise(recipe, read) for name, recipe in self.recipes.items()})
+        module.load_state_dict({name: materialize(recipe, read) for name, recipe in self.recipes.items()})
         return module.eval()
 
 
 def slice_segment(context: SliceContext, segment: Segment) -> Slice:
-    """The slim network of a segment."""
+    """Cut the slim network of a segment."""
     piece = get_slicer(context.spec.backbone).slice_network(context, segment)
     recipes = piece.recipes
     if segment.merged:
@@ -76,7 +76,7 @@ def slice_segment(context: SliceContext, segment: Segment) -> Slice:
 
 
 def slice_conditioning(context: SliceContext) -> Slice:
-    """The conditioning network that all segments share."""
+    """Cut the conditioning network that all segments share."""
     return get_slicer(context.spec.backbone).slice_conditioning(context)
 
 
@@ -87,7 +87,7 @@ def spec_of(
     precision: Precision = "fp32",
     quantization: Quantization | None = None,
 ) -> ModelSpec:
-    """What a bundle says of a preset's model; ``config`` is the checkpoint's own."""
+    """Return a bundle's description of a preset's model; ``config`` is the checkpoint's configuration."""
     return ModelSpec(
         name=preset.name,
         backbone=preset.backbone,
@@ -107,9 +107,9 @@ def spec_of(
 
 
 def dense_segment(spec: ModelSpec, order: UnitOrder) -> Segment:
-    """The static model as a segment: every unit, every token, the whole range of t.
+    """Return the static model as a segment: every unit, every token, the whole range of t.
 
-    ``order`` is that of the slim segments, so that those share the dense weights' bytes.
+    With the ``order`` of the slim segments, these share the bytes of the dense weights.
     """
     depth = len(order.heads)
     every_token: TokenPath = "all"
@@ -126,13 +126,13 @@ def dense_segment(spec: ModelSpec, order: UnitOrder) -> Segment:
 
 
 def dense_reader(state: Mapping[str, Tensor], spec: ModelSpec) -> Read:
-    """Reads a stock state dict (and ``routers.*``), plus the tables that few checkpoints store."""
+    """Read from a stock state dict (and ``routers.*``), or else from the tables that few checkpoints store."""
     tables = get_slicer(spec.backbone).tables(spec.config)
     return lambda name: state[name] if name in state else tables[name]
 
 
 def routed_inputs(segment: Segment) -> tuple[TensorSpec, ...]:
-    """The inputs that follow from t."""
+    """Return the inputs that are functions of t: width gates and token slots."""
     inputs = []
     if segment.gate_size:
         inputs.append(TensorSpec(name="width_gate", dtype="float32", shape=(segment.gate_size,)))
@@ -142,25 +142,28 @@ def routed_inputs(segment: Segment) -> tuple[TensorSpec, ...]:
 
 
 def routed_limits(segment: Segment) -> Mapping[str, int]:
+    """Return the largest values of symbols in ``routed_inputs``."""
     return {"slots": max(segment.slot_buckets)} if segment.slot_buckets else {}
 
 
 def outputs_of(segment: Segment) -> tuple[str, ...]:
+    """Return the output names of a segment's network."""
     return ("sample", "kept_tokens") if segment.limited_blocks else ("sample",)
 
 
 def copies(module: nn.Module, sources: Mapping[str, str]) -> dict[str, Recipe]:
-    """Weights taken over as they are: name in the slim module -> dense name."""
+    """Return recipes of weights that do not change, from a map of slim names to dense names."""
     state = module.state_dict()
     return {name: recipe_for(state[name], "copy", (source,)) for name, source in sources.items()}
 
 
 def recipe_for(weight: Tensor, kind: Any, sources: tuple[str, ...], **settings: Any) -> Recipe:
-    """A recipe whose result is like ``weight``, which has no memory."""
+    """Return a recipe whose result has the shape and dtype of ``weight``, which has no memory."""
     return Recipe(kind=kind, sources=sources, shape=tuple(weight.shape), dtype=weight.dtype, **settings)
 
 
 def linear_names(slim: str, stock: str) -> dict[str, str]:
+    """Map the weight and bias of a slim layer to those of a dense one."""
     return {f"{slim}.{kind}": f"{stock}.{kind}" for kind in ("weight", "bias")}
 
 

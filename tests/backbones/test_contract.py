@@ -57,7 +57,7 @@ def test_parameters_are_counted(backbone: str) -> None:
 @torch.no_grad()
 def test_training_from_scratch_starts_from_zero(backbone: str) -> None:
     module = random_backbone(tiny_preset(backbone))
-    get_adapter(backbone).initialise(module)
+    get_adapter(backbone).initialize(module)
     assert get_adapter(backbone).run(module, noised(backbone)).count_nonzero() == 0
 
 

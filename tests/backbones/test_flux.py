@@ -176,14 +176,14 @@ def test_widths_follow_the_timestep_alone() -> None:
 
 def test_ranking_puts_the_most_important_unit_first() -> None:
     dynamic = model(tokens=False)
-    favour = torch.tensor([0.01, 0.01, 1.0, 0.01])
+    favor = torch.tensor([0.01, 0.01, 1.0, 0.01])
     with torch.no_grad():
         for index, block in enumerate(blocks(dynamic)):
             if index < 2:
                 for linear in (block.attn.to_out[0], block.attn.to_add_out):
-                    linear.weight.mul_(favour.repeat_interleave(HEAD))
+                    linear.weight.mul_(favor.repeat_interleave(HEAD))
             else:
-                block.proj_out.weight.mul_(torch.cat([favour.repeat_interleave(s) for s in (HEAD, GROUP)]))
+                block.proj_out.weight.mul_(torch.cat([favor.repeat_interleave(s) for s in (HEAD, GROUP)]))
     before = dynamic.forward_dense(INPUTS.at(0.2)).detach()
     rank_units(dynamic, INPUTS, [0.2, 0.8])
     torch.testing.assert_close(dynamic.forward_dense(INPUTS.at(0.2)), before, atol=1e-5, rtol=1e-5)

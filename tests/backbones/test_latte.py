@@ -112,11 +112,11 @@ def test_widths_follow_the_timestep_alone() -> None:
 
 def test_ranking_puts_the_most_important_unit_first() -> None:
     dynamic = model(tokens=False)
-    favour = torch.tensor([0.01, 0.01, 1.0, 0.01])
+    favor = torch.tensor([0.01, 0.01, 1.0, 0.01])
     with torch.no_grad():
         for block in blocks(dynamic):
-            block.attn1.to_out[0].weight.mul_(favour.repeat_interleave(HEAD))
-            block.ff.net[2].weight.mul_(favour.repeat_interleave(GROUP))
+            block.attn1.to_out[0].weight.mul_(favor.repeat_interleave(HEAD))
+            block.ff.net[2].weight.mul_(favor.repeat_interleave(GROUP))
     before = dynamic.forward_dense(INPUTS.at(200.0)).detach()
     rank_units(dynamic, INPUTS, [200.0, 800.0])
     torch.testing.assert_close(dynamic.forward_dense(INPUTS.at(200.0)), before, atol=1e-5, rtol=1e-5)
@@ -127,5 +127,5 @@ def test_ranking_puts_the_most_important_unit_first() -> None:
 @torch.no_grad()
 def test_training_from_scratch_starts_from_blocks_that_do_not_attend_to_the_text() -> None:
     backbone = random_backbone(replace(PRESET, name="fresh"))
-    get_adapter("latte").initialise(backbone)
+    get_adapter("latte").initialize(backbone)
     assert not any(block.attn2.to_out[0].weight.any() for block in backbone.transformer_blocks)

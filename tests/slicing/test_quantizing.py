@@ -13,7 +13,7 @@ from dyexport.backbones.base import Preset
 from dyexport.bundle.manifest import Quantization, Segment
 from dyexport.presets import get_preset
 from dyexport.slicing.quantizing import SCALE, linear_inputs, quantized_recipes
-from dyexport.slicing.recipes import QMAX, Recipe, lay_out, materialise
+from dyexport.slicing.recipes import QMAX, Recipe, lay_out, materialize
 from dyexport.slicing.slicer import Slice, SliceContext, slice_segment, spec_of
 from tests.pipeline.tiny import TINY
 
@@ -45,7 +45,7 @@ def stored(recipe: Recipe, quantization: Quantization) -> tuple[Tensor, Tensor]:
     """Codes and scales, as a weight of this recipe is stored."""
     recipes = quantized_recipes({"weight": recipe}, {"weight"}, quantization)
     codes, scales = recipes["weight"], recipes[SCALE.format(weight="weight")]
-    made = materialise(codes, noise), materialise(scales, noise)
+    made = materialize(codes, noise), materialize(scales, noise)
     assert (made[0].nbytes, made[1].nbytes) == (codes.nbytes, scales.nbytes)
     assert (made[0].shape, made[1].shape) == (codes.shape, scales.shape)
     return made
@@ -58,7 +58,7 @@ def test_codes_times_scales_are_the_weight(name: str, quantization: Quantization
     recipe = replace(RECIPES[name], dtype=dtype)
     codes, scales = stored(recipe, quantization)
     scale = scales.float().unsqueeze(0 if recipe.kind == "columns" else 1)
-    exact = materialise(replace(recipe, dtype=torch.float32), noise)
+    exact = materialize(replace(recipe, dtype=torch.float32), noise)
     # What is beyond the largest code only is so because scales are rounded.
     close = exact.abs() * (torch.finfo(dtype).eps + (0 if quantization == "int8" else 2**-4))
     close = close + scale * (0.5 if quantization == "int8" else 2**-10)
@@ -71,7 +71,7 @@ def test_a_row_of_zeros_is_zero(quantization: Quantization) -> None:
     recipe = replace(RECIPES["rows"], dtype=torch.float16)
     recipes = quantized_recipes({"weight": recipe}, {"weight"}, quantization)
     for recipe in recipes.values():
-        made = materialise(recipe, lambda name: torch.zeros(64, 64)).float()
+        made = materialize(recipe, lambda name: torch.zeros(64, 64)).float()
         assert made.isfinite().all()
         assert (made > 0).all() if recipe.scales else (made == 0).all()
 

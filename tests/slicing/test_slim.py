@@ -12,7 +12,7 @@ from dyexport.bundle.tables import UnitOrder
 from dyexport.calibration.segments import PlanSettings, make_segments
 from dyexport.calibration.widths import read_widths
 from dyexport.flops import FlopsModel
-from dyexport.slicing.recipes import Recipe, lay_out, materialise
+from dyexport.slicing.recipes import Recipe, lay_out, materialize
 from dyexport.slicing.slicer import dense_segment
 from tests.factories import shared_tiny_model, tiny_preset
 from tests.slicing.cut import Cutter
@@ -46,8 +46,8 @@ def test_prefixes_share_bytes() -> None:
     assert layout.offsets[other] != layout.offsets[long]
     assert len(layout.owners) == 3
     dense = torch.randn(8, 5)
-    whole = materialise(long, lambda name: dense)
-    assert torch.equal(whole[:4], materialise(prefix, lambda name: dense))
+    whole = materialize(long, lambda name: dense)
+    assert torch.equal(whole[:4], materialize(prefix, lambda name: dense))
 
 
 def test_owners_do_not_overlap() -> None:

@@ -27,7 +27,7 @@ def backbone(preset: Preset, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     adapter = get_adapter(preset.backbone)
     module = adapter.build(preset.transformer_config())
-    adapter.initialise(module)
+    adapter.initialize(module)
     return module.eval()
 
 

@@ -138,4 +138,4 @@ def _paths(cut: PathCut, segment: Segment, head_dim: int, group_size: int) -> di
     cut.narrow_in("out.low_rank", "attn1.to_out.0", **heads)
     cut.narrow_out("fc1.low_rank", "ff.net.0.proj", **groups)
     cut.narrow_in("fc2.low_rank", "ff.net.2", **groups)
-    return cut.found
+    return cut.recipes

@@ -54,7 +54,7 @@ class DiTAdapter:
             backbone.pos_embed.register_buffer("pos_embed", backbone.pos_embed.pos_embed, persistent=True)
         return backbone
 
-    def initialise(self, backbone: DiTTransformer2DModel) -> None:
+    def initialize(self, backbone: DiTTransformer2DModel) -> None:
         """DiT section 3.2: Xavier linears, N(0, 0.02) embedders, zero modulation and output (adaLN-Zero)."""
         xavier_linears(backbone, backbone.pos_embed.proj)
         for block in backbone.transformer_blocks:

@@ -227,4 +227,4 @@ def _paths(cut: PathCut, segment: Segment, config: Mapping[str, Any], group_size
         cut.narrow_out("fc1.low_rank", "proj_mlp", **groups)
         cut.narrow_in("out.low_rank", "proj_out", **heads, span=(0, channels))
         cut.narrow_in("fc2.low_rank", "proj_out", **groups, span=(channels, (1 + MLP_RATIO) * channels))
-    return cut.found
+    return cut.recipes

@@ -26,7 +26,7 @@ DOUBLE_TARGETS = (
 
 
 class FluxTokenRouter(TokenRouter):
-    """Linear on image token plus mean text token, each normalised and modulated by the conditioning.
+    """Linear on image token plus mean text token, each normalized and modulated by the conditioning.
 
     As published for DyFLUX: one affine LayerNorm for image and text, shift and scale of each from the
     conditioning that the block's own modulation sees (timestep, guidance and pooled text).
@@ -69,7 +69,7 @@ class FluxAdapter:
     def build(self, config: Mapping[str, Any]) -> FluxTransformer2DModel:
         return FluxTransformer2DModel(**config)
 
-    def initialise(self, backbone: FluxTransformer2DModel) -> None:
+    def initialize(self, backbone: FluxTransformer2DModel) -> None:
         """As DiT: Xavier linears, zero modulation and output (adaLN-Zero)."""
         for module in backbone.modules():
             if isinstance(module, nn.Linear):

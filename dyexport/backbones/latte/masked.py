@@ -30,7 +30,7 @@ class LatteAdapter:
     def build(self, config: Mapping[str, Any]) -> LatteTransformer3DModel:
         return LatteTransformer3DModel(**config)
 
-    def initialise(self, backbone: LatteTransformer3DModel) -> None:
+    def initialize(self, backbone: LatteTransformer3DModel) -> None:
         """As PixArt (arXiv 2310.00426), whose adaLN-single Latte has: no attention to the text, and no output, yet."""
         xavier_linears(backbone, backbone.pos_embed.proj)
         embedder, caption = backbone.adaln_single.emb.timestep_embedder, backbone.caption_projection

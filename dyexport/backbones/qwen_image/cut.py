@@ -166,4 +166,4 @@ def _paths(cut: PathCut, segment: Segment, head_dim: int, group_size: int) -> di
         cut.narrow_in(f"{slim}_out.low_rank", f"attn.{out}", **heads)
         cut.narrow_out(f"{slim}_mlp.fc1.low_rank", f"{mlp}.net.0.proj", **groups)
         cut.narrow_in(f"{slim}_mlp.fc2.low_rank", f"{mlp}.net.2", **groups)
-    return cut.found
+    return cut.recipes

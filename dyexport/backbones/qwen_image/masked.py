@@ -34,7 +34,7 @@ class QwenImageAdapter:
     def build(self, config: Mapping[str, Any]) -> QwenImageTransformer2DModel:
         return QwenImageTransformer2DModel(**config)
 
-    def initialise(self, backbone: QwenImageTransformer2DModel) -> None:
+    def initialize(self, backbone: QwenImageTransformer2DModel) -> None:
         """As DiT: Xavier linears, zero modulation and output (adaLN-Zero)."""
         for module in backbone.modules():
             if isinstance(module, nn.Linear):
