@@ -32,7 +32,6 @@ class PlanSettings:
 
     engines: int
     token_path: str = "auto"
-    capacity_level: float = 1.0  # quantile of the kept-token count that a capacity holds
     capacity_margin: float = 0.02  # share of N in addition, for inputs not seen in calibration
 
     def __post_init__(self) -> None:
@@ -100,7 +99,7 @@ def _cell_tokens(stats: TokenStats, settings: PlanSettings, start: float, end: f
 def _capacity(stats: TokenStats, settings: PlanSettings, start: float, end: float) -> np.ndarray:
     """Return the tokens that each block has to hold over [start, end): (L,)."""
     margin = settings.capacity_margin * stats.tokens
-    return np.clip(np.ceil(stats.highest(start, end, settings.capacity_level) + margin), 1, stats.tokens)
+    return np.clip(np.ceil(stats.highest(start, end) + margin), 1, stats.tokens)
 
 
 def _interval_costs(atoms: _Atoms, flops: FlopsModel, settings: PlanSettings) -> np.ndarray:

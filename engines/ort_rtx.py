@@ -25,23 +25,21 @@ CONTEXT = "context.onnx"
 class OrtRtxEngine(OrtEngine):
     """Runs one ONNX graph on TensorRT-RTX.
 
-    ``streaming_budget`` bounds the bytes of weights that stay on the device; ``cache`` is where compiled
-    graphs are kept.
+    ``streaming_budget`` bounds the bytes of weights that stay on the device.
     """
 
-    def __init__(
-        self, path: Path, *, device: str = "cuda", streaming_budget: int | None = None, cache: Path | None = None
-    ) -> None:
+    def __init__(self, path: Path, *, device: str = "cuda", streaming_budget: int | None = None) -> None:
         super().__init__(path, device=device)
         self._streaming_budget = streaming_budget
-        self._cache = cache or default_cache()
 
     def _start(self, ort: Any, model: Message) -> Any:
         index = int(self.device.partition(":")[2] or 0)
         device = rtx_devices()[index]
         settings = provider_settings(self._streaming_budget)
         graph = model.SerializeToString()
-        compiled = self._cache / context_key(graph, self.weights, {**settings, **versions(ort), **_metadata(device)})
+        compiled = compiled_graphs() / context_key(
+            graph, self.weights, {**settings, **versions(ort), **_metadata(device)}
+        )
         if not compiled.is_dir():
             self._compile(ort, graph, device, settings, compiled)
         options = self._options(ort)
@@ -58,7 +56,7 @@ class OrtRtxEngine(OrtEngine):
             ort.InferenceSession(graph, options)
 
 
-def default_cache() -> Path:
+def compiled_graphs() -> Path:
     return user_cache() / "tensorrt-rtx"
 
 
@@ -110,7 +108,7 @@ def _metadata(device: Any) -> dict[str, str]:
     return {f"device.{name}": str(value) for name, value in device.device.metadata.items()}
 
 
-def unfit() -> str | None:
+def incompatibility() -> str | None:
     """Why the provider cannot run here, with the cure; None where it can."""
     try:
         rtx_devices()

@@ -1,4 +1,4 @@
-"""Engines by the name of their target. A backend is imported only when one of its engines is made."""
+"""Registry of engines by the name of their target. A backend is imported when one of its engines is made."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from dyexport.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """``device`` is ``cpu``, ``cuda`` or ``cuda:N``; ``share_weights`` keeps one copy of the weights.
+    """Options common to all backends.
 
+    ``device`` is ``cpu``, ``cuda`` or ``cuda:N``. ``share_weights`` keeps one copy of the weights in memory.
     ``streaming_budget`` bounds the bytes of each engine's weights that stay on the device, where the rest can be
-    streamed; None keeps all there.
+    streamed. None keeps all of them there.
     """
 
     device: str = "cpu"
@@ -26,17 +27,18 @@ class EngineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """``make(paths, options)`` makes engines that run one after another, as those of a bundle do.
+    """Functions of one target's engines.
 
-    ``files`` is the target whose files it runs, where that is another. ``unfit(path)`` says why an engine file cannot
-    run on this machine; None where it can; ``fallback`` is the target that then runs the ONNX graph. ``streams(path)``
-    says whether its weights can be streamed.
+    ``make(paths, options)`` makes engines that run one after another, as those of a bundle do. ``files`` names the
+    target whose engine files it runs, if not its own. ``incompatibility(path)`` explains why an engine file cannot run
+    on this machine; None if it can. ``fallback`` is the target that then runs the ONNX graph. ``streams(path)`` tells
+    whether the weights can be streamed from host memory.
     """
 
     make: Callable[[Sequence[Path], EngineOptions], list[Engine]]
     has_cuda: Callable[[], bool]
     files: str | None = None
-    unfit: Callable[[Path], str | None] = lambda path: None
+    incompatibility: Callable[[Path], str | None] = lambda path: None
     fallback: str = "onnx"
     streams: Callable[[Path], bool] = lambda path: False
 
@@ -53,7 +55,7 @@ def _onnx() -> Backend:
 def _onnx_rtx() -> Backend:
     import torch
 
-    from dyexport.engines.ort_rtx import OrtRtxEngine, unfit
+    from dyexport.engines.ort_rtx import OrtRtxEngine, incompatibility
 
     def make(paths: Sequence[Path], options: EngineOptions) -> list[Engine]:
         return [OrtRtxEngine(path, device=options.device, streaming_budget=options.streaming_budget) for path in paths]
@@ -62,7 +64,7 @@ def _onnx_rtx() -> Backend:
         make=make,
         has_cuda=torch.cuda.is_available,
         files="onnx",
-        unfit=lambda path: unfit(),
+        incompatibility=lambda path: incompatibility(),
         streams=lambda path: True,
     )
 
@@ -71,7 +73,7 @@ def _tensorrt(fallback: str = "onnx") -> Backend:
     import torch
 
     from dyexport.engines.tensorrt_contexts import Workspace
-    from dyexport.engines.tensorrt_fit import plan_info, unfit
+    from dyexport.engines.tensorrt_fit import incompatibility, plan_info
     from dyexport.engines.tensorrt_rt import TensorRtEngine
 
     def make(paths: Sequence[Path], options: EngineOptions) -> list[Engine]:
@@ -82,7 +84,7 @@ def _tensorrt(fallback: str = "onnx") -> Backend:
     return Backend(
         make=make,
         has_cuda=torch.cuda.is_available,
-        unfit=unfit,
+        incompatibility=incompatibility,
         fallback=fallback,
         streams=lambda path: plan_info(path).streamable,
     )
@@ -91,13 +93,13 @@ def _tensorrt(fallback: str = "onnx") -> Backend:
 def _torch_tensorrt() -> Backend:
     import torch
 
-    from dyexport.engines.tensorrt_fit import unfit
+    from dyexport.engines.tensorrt_fit import incompatibility
     from dyexport.engines.torch_tensorrt_rt import TorchTensorRtEngine
 
     def make(paths: Sequence[Path], options: EngineOptions) -> list[Engine]:
         return [TorchTensorRtEngine(path, device=options.device) for path in paths]
 
-    return Backend(make=make, has_cuda=torch.cuda.is_available, unfit=unfit)
+    return Backend(make=make, has_cuda=torch.cuda.is_available, incompatibility=incompatibility)
 
 
 BACKENDS: dict[str, Callable[[], Backend]] = {
@@ -110,12 +112,12 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
 
 
 def get_backend(target: str) -> Backend:
-    """What runs engines of this target. Raises ``UsageError`` for an unknown one."""
+    """Return the backend of a target. Raises ``UsageError`` for an unknown one."""
     if target not in BACKENDS:
         raise UsageError(f"unknown target {target!r}; known: {', '.join(BACKENDS)}")
     return BACKENDS[target]()
 
 
 def make_engines(target: str, paths: Sequence[Path], options: EngineOptions | None = None) -> list[Engine]:
-    """Engines over files of one bundle, not yet active. Raises ``UsageError`` for an unknown target."""
+    """Make engines over files of one bundle, not yet active. Raises ``UsageError`` for an unknown target."""
     return get_backend(target).make(paths, options or EngineOptions())

@@ -16,7 +16,7 @@ def plan_info(path: Path) -> PlanInfo:
     return PlanInfo.read(path.with_name(INFO))
 
 
-def unfit(path: Path) -> str | None:
+def incompatibility(path: Path) -> str | None:
     """Why a plan cannot run here, with the cure; None where it can."""
     import torch
 
@@ -28,10 +28,10 @@ def unfit(path: Path) -> str | None:
     except MissingDependencyError as error:
         return str(error)
     major, minor = torch.cuda.get_device_capability()
-    return misfit(info, api.version, f"{major}.{minor}") or _refusal(api.trt, path)
+    return version_mismatch(info, api.version, f"{major}.{minor}") or _refusal(api.trt, path)
 
 
-def misfit(info: PlanInfo, version: str, capability: str) -> str | None:
+def version_mismatch(info: PlanInfo, version: str, capability: str) -> str | None:
     """What does not fit between a plan and a machine with this TensorRT and this GPU; None where all does."""
     if info.version != version:
         return f"built by {info.flavour} {info.version}, and {version} is installed; build the bundle again here"

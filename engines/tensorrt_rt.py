@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dyexport.engines.base import Tensors
 from dyexport.engines.plan_engine import PlanEngine
 from dyexport.engines.tensorrt_contexts import ShapedContext, Workspace, shape_key
-from dyexport.engines.tensorrt_fit import choose_profile, unfit
+from dyexport.engines.tensorrt_fit import choose_profile, incompatibility
 from dyexport.engines.tensorrt_session import Session
 from dyexport.errors import EngineMismatchError
 
@@ -75,7 +75,7 @@ class TensorRtEngine(PlanEngine):
         if self._session is None:
             import torch
 
-            if (reason := unfit(self.path)) is not None:
+            if (reason := incompatibility(self.path)) is not None:
                 raise EngineMismatchError(f"{self.path}: {reason}")
             with torch.cuda.device(self._workspace.device):
                 self._session = Session(self.path, self.info, self._streaming_budget)

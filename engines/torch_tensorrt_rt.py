@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyexport.engines.base import Tensors
 from dyexport.engines.plan_engine import PlanEngine
-from dyexport.engines.tensorrt_fit import choose_profile, unfit
+from dyexport.engines.tensorrt_fit import choose_profile, incompatibility
 from dyexport.errors import EngineBuildError, EngineMismatchError
 from dyexport.tensorrt_api import load_api
 
@@ -36,7 +36,7 @@ class TorchTensorRtEngine(PlanEngine):
             return
         import torch
 
-        if (reason := unfit(self.path)) is not None:
+        if (reason := incompatibility(self.path)) is not None:
             raise EngineMismatchError(f"{self.path}: {reason}")
         try:
             with torch.cuda.device(self.device):

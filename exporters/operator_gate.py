@@ -1,4 +1,4 @@
-"""What a TensorRT parser or builder would refuse, found in the graph before either is asked, and where it came from."""
+"""Checks of a graph for operators that a TensorRT parser or builder would refuse, before either runs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ RTX: frozenset[Flavour] = frozenset({"tensorrt-rtx"})
 FP8 = onnx.TensorProto.FLOAT8E4M3FN
 
 
-class Refusal(NamedTuple):
-    """A node that a flavour does not take; ``module`` is the torch module that it came from."""
+class UnsupportedOp(NamedTuple):
+    """A node that a flavour does not support; ``module`` is the torch module that it was exported from."""
 
     node: str
     op_type: str
@@ -30,12 +30,12 @@ class Refusal(NamedTuple):
     cure: str
 
 
-class Known(NamedTuple):
-    """What a rule may look at beside a node.
+class RuleContext(NamedTuple):
+    """Facts about a graph and a request that rules need, apart from the node.
 
-    ``integers`` are the graph's small ones by name, ``fp8`` the names of its tensors in FP8, ``largest_topk`` bounds a
-    K that is computed, and ``oldest`` is the lowest compute capability that is asked for. Infinite where none is: the
-    builder then leaves out GPUs that cannot run the graph.
+    ``integers`` holds the graph's scalar integer constants by name, and ``fp8`` the names of its FP8 tensors.
+    ``largest_topk`` bounds a computed K. ``oldest`` is the lowest compute capability requested; it is infinite if
+    none is requested, because the builder then skips GPUs that cannot run the graph.
     """
 
     integers: Mapping[str, int]
@@ -46,47 +46,47 @@ class Known(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """``refuses(node, known)``."""
+    """An operator that ``flavours`` do not support where ``matches(node, context)``."""
 
     op_type: str
     flavours: frozenset[Flavour]
-    refuses: Callable[[NodeProto, Known], bool]
+    matches: Callable[[NodeProto, RuleContext], bool]
     reason: str
     cure: str
 
 
-def _always(node: NodeProto, known: Known) -> bool:
+def _always(node: NodeProto, context: RuleContext) -> bool:
     return True
 
 
-def _reduces(node: NodeProto, known: Known) -> bool:
+def _reduces(node: NodeProto, context: RuleContext) -> bool:
     return any(a.name == "reduction" and a.s not in (b"", b"none") for a in node.attribute)
 
 
-def _too_many(node: NodeProto, known: Known) -> bool:
-    """A K that is computed is bounded by the largest number of rows that the network may be given."""
-    return known.integers.get(node.input[1], known.largest_topk) > LARGEST_TOPK
+def _too_many(node: NodeProto, context: RuleContext) -> bool:
+    """Compare K, or the bound of a computed K, with what TensorRT sorts."""
+    return context.integers.get(node.input[1], context.largest_topk) > LARGEST_TOPK
 
 
-def _too_new(node: NodeProto, known: Known) -> bool:
-    """The type of a zero point is that of the codes."""
-    return node.input[2] in known.fp8 and known.oldest < OLDEST_FP8
+def _too_new(node: NodeProto, context: RuleContext) -> bool:
+    """Compare the type of the zero point, which is that of the quantized values."""
+    return node.input[2] in context.fp8 and context.oldest < OLDEST_FP8
 
 
 RULES = (
     Rule(
         op_type="NonZero",
         flavours=RTX,
-        refuses=_always,
-        reason="allocates by data, for which TensorRT-RTX has no layer",
+        matches=_always,
+        reason="has a data-dependent output shape, for which TensorRT-RTX has no layer",
         cure="build with --token-path dynamic, capacity or masked",
     ),
     *(
         Rule(
             op_type=op_type,
             flavours=BOTH,
-            refuses=_reduces,
-            reason="reduces as it writes, which no TensorRT takes",
+            matches=_reduces,
+            reason="reduces as it writes, which TensorRT does not support",
             cure="write rows back with a plain ScatterND",
         )
         for op_type in ("ScatterElements", "ScatterND")
@@ -94,46 +94,46 @@ RULES = (
     Rule(
         op_type="TopK",
         flavours=BOTH,
-        refuses=_too_many,
+        matches=_too_many,
         reason=f"may ask for more than {LARGEST_TOPK} rows, the most that TensorRT sorts",
         cure="build with --token-path masked, or with --profile for less text",
     ),
     Rule(
         op_type="QuantizeLinear",
         flavours=RTX,
-        refuses=_too_new,
+        matches=_too_new,
         reason=f"quantizes to FP8, in which GPUs multiply from compute capability {OLDEST_FP8} on",
         cure=f"give --compute-capability {OLDEST_FP8} or higher ones only, or build with --quantize int8",
     ),
 )
 
 
-def find_refusals(
+def find_unsupported(
     model: onnx.ModelProto, flavour: Flavour, *, largest_topk: int, compute_capabilities: Sequence[str] = ()
-) -> tuple[Refusal, ...]:
-    """Every node that ``flavour`` refuses; ``largest_topk`` bounds a K that is not a constant."""
-    known = Known(
+) -> tuple[UnsupportedOp, ...]:
+    """Return every node that ``flavour`` refuses; ``largest_topk`` bounds a K that is not a constant."""
+    context = RuleContext(
         integers=_small_integers(model),
         fp8=frozenset(t.name for t in model.graph.initializer if t.data_type == FP8),
         largest_topk=largest_topk,
         oldest=min((float(text) for text in compute_capabilities), default=math.inf),
     )
     return tuple(
-        Refusal(node.name, node.op_type, _module_of(node), rule.reason, rule.cure)
+        UnsupportedOp(node.name, node.op_type, _module_of(node), rule.reason, rule.cure)
         for node in model.graph.node
         for rule in RULES
-        if node.op_type == rule.op_type and flavour in rule.flavours and rule.refuses(node, known)
+        if node.op_type == rule.op_type and flavour in rule.flavours and rule.matches(node, context)
     )
 
 
 def check_operators(
     model: onnx.ModelProto, flavour: Flavour, *, largest_topk: int, compute_capabilities: Sequence[str] = ()
 ) -> None:
-    """Raises ``EngineBuildError`` naming the first refused node, its torch module and the cure."""
-    refused = find_refusals(model, flavour, largest_topk=largest_topk, compute_capabilities=compute_capabilities)
-    if refused:
-        node, op_type, module, reason, cure = refused[0]
-        more = f" ({len(refused) - 1} more like it)" if len(refused) > 1 else ""
+    """Raise ``EngineBuildError`` naming the first unsupported node, its torch module and the cure."""
+    unsupported = find_unsupported(model, flavour, largest_topk=largest_topk, compute_capabilities=compute_capabilities)
+    if unsupported:
+        node, op_type, module, reason, cure = unsupported[0]
+        more = f" ({len(unsupported) - 1} more like it)" if len(unsupported) > 1 else ""
         raise EngineBuildError(f"{flavour} refuses {op_type} {node!r} of module {module!r}{more}: it {reason}; {cure}")
 
 
@@ -142,7 +142,7 @@ def _module_of(node: NodeProto) -> str:
 
 
 def _small_integers(model: onnx.ModelProto) -> dict[str, int]:
-    """Integer constants of one element, by name."""
+    """Return integer constants of one element by name."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT64}
     for node in model.graph.node:
         if node.op_type == "Constant" and (value := _constant(node)) is not None:

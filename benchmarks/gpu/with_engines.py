@@ -19,7 +19,7 @@ from dyexport.bundle.manifest import Segment
 from dyexport.bundle.plan_info import ENGINE, Flavour, Profile
 from dyexport.engines.base import Engine
 from dyexport.engines.registry import EngineOptions, get_backend, make_engines
-from dyexport.engines.tensorrt_fit import plan_info, unfit
+from dyexport.engines.tensorrt_fit import incompatibility, plan_info
 from dyexport.engines.tensorrt_session import Session
 from dyexport.errors import EngineMismatchError
 from dyexport.exporters.onnx_graph import STORE, export_onnx
@@ -43,7 +43,7 @@ def time_tensorrt(flavour: Flavour, case: Case, timing: Timing, steps: int) -> d
     load_api(flavour)  # before graphs are written for nothing
     with graphs(case) as paths:
         plans = {name: _plan(flavour, case, name, path, steps) for name, path in paths.items()}
-        verdict = unfit(next(iter(plans.values())))
+        verdict = incompatibility(next(iter(plans.values())))
         for path in plans.values():
             Session(path, plan_info(path))  # raises the runtime's own reason where it refuses
         if verdict is not None:

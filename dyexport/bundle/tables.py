@@ -154,10 +154,9 @@ class TokenStats:
         high = min(int(np.searchsorted(self.grid, end, side="left")), len(self.grid) - 1)
         return slice(low, high + 1)
 
-    def highest(self, start: float, end: float, level: float = 1.0) -> FloatArray:
-        """Largest kept count of each block over [start, end] at a quantile level: (L,)."""
-        column = min(int(np.searchsorted(self.levels, level)), len(self.levels) - 1)
-        return self.counts[self.bracket(start, end), :, column].max(axis=0)
+    def highest(self, start: float, end: float) -> FloatArray:
+        """Return the largest kept count of each block over [start, end]: (L,)."""
+        return self.counts[self.bracket(start, end), :, -1].max(axis=0)
 
     def mean_fraction(self, points: Sequence[float] | FloatArray) -> FloatArray:
         """Mean kept share of each block at the given timesteps, interpolated: (P, L)."""

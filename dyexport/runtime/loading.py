@@ -129,17 +129,17 @@ def _open(path: str | Path, target: str, *, check_hashes: bool, dense: bool, fal
     bundle = Bundle.open(path, check_hashes=check_hashes or files != "onnx")
     opened = _Opened(target, _engine_paths(bundle, files, dense))
     check_networks(bundle, files)
-    if not fallback or (reason := _unfit(opened)) is None:
+    if not fallback or (reason := _incompatibility(opened)) is None:
         return bundle, opened
-    while _unfit(opened) is not None:
+    while _incompatibility(opened) is not None:
         opened = _Opened(get_backend(opened.target).fallback, _engine_paths(bundle, "onnx", dense))
         check_networks(bundle, "onnx")
     warnings.warn(f"{bundle.root}: {reason}; running its ONNX graphs as target {opened.target!r}", stacklevel=3)
     return bundle, opened
 
 
-def _unfit(opened: _Opened) -> str | None:
-    return get_backend(opened.target).unfit(opened.paths[0])
+def _incompatibility(opened: _Opened) -> str | None:
+    return get_backend(opened.target).incompatibility(opened.paths[0])
 
 
 def _bounds(max_resident: int | None, memory: int | str | None) -> tuple[int | None, int | None]:

@@ -70,7 +70,7 @@ def gpu_engines(target: str, *paths: Path) -> list[Engine]:
     """Engines of one bundle. Skips the test where this GPU or its software does not run them."""
     backend = get_backend(target)
     try:
-        reason = backend.unfit(paths[0]) or (None if backend.has_cuda() else f"{target} has no CUDA here")
+        reason = backend.incompatibility(paths[0]) or (None if backend.has_cuda() else f"{target} has no CUDA here")
     except MissingDependencyError as error:
         reason = str(error)
     if reason is not None:

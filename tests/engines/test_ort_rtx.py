@@ -11,7 +11,15 @@ import torch
 
 import dyexport
 from dyexport.engines.base import WeightSpan
-from dyexport.engines.ort_rtx import CONTEXT, OrtRtxEngine, context_entries, context_key, filling, unfit
+from dyexport.engines.ort_rtx import (
+    CONTEXT,
+    OrtRtxEngine,
+    compiled_graphs,
+    context_entries,
+    context_key,
+    filling,
+    incompatibility,
+)
 from dyexport.errors import EngineMismatchError, StorageError
 from tests.engines.on_gpu import gpu_engines
 from tests.engines.tiny import Store, make_inputs, make_weights, whole_segment, write_onnx
@@ -26,11 +34,11 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="may run ther
 @without_gpu
 def test_a_machine_without_a_driver_is_told_so_in_one_sentence(tmp_path: Path) -> None:
     """Of the real provider, which is asked to register."""
-    reason = unfit()
+    reason = incompatibility()
     assert reason is not None
     assert reason.startswith("ONNX Runtime cannot load its TensorRT-RTX provider (libcuda")
     assert reason.endswith("install NVIDIA's driver, or load the bundle with target='onnx'")
-    assert unfit() == reason, "asking again gives the same answer"
+    assert incompatibility() == reason, "asking again gives the same answer"
 
 
 @pytest.mark.tensorrt
@@ -92,14 +100,15 @@ def test_onnx_runtime_knows_the_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_the_second_session_starts_from_the_cache(tmp_path: Path) -> None:
+def test_the_second_session_starts_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYEXPORT_CACHE", str(tmp_path / "cache"))
     graph = tmp_path / "segment-00.onnx"
     write_onnx(graph, make_weights(), whole_segment(gated=False), Store(tmp_path / "weights.bin"))
     gpu_engines("onnx-rtx", graph)  # skips where it cannot run
     samples = []
     for _ in range(2):
-        with OrtRtxEngine(graph, cache=tmp_path / "cache") as engine:
+        with OrtRtxEngine(graph) as engine:
             inputs = {name: tensor.cuda() for name, tensor in make_inputs(2).items()}
             samples.append(engine.run(inputs)["sample"].cpu())
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list(compiled_graphs().iterdir())) == 1
     torch.testing.assert_close(*samples)

@@ -149,7 +149,7 @@ def test_switches_are_counted_and_timed() -> None:
     counts = {pair: cost.count for pair, cost in switching.clock.switches.items()}
     assert counts == {(None, 0): 1, (0, 1): 1, (1, 0): 1}
     assert switching.clock.run_seconds > 0
-    assert switching.clock.outside_seconds >= sum(cost.seconds for cost in switching.clock.switches.values())
+    assert all(cost.seconds > 0 for cost in switching.clock.switches.values())
 
 
 def test_a_failed_prefetch_is_heard_when_its_engine_is_needed() -> None:

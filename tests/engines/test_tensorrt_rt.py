@@ -14,7 +14,7 @@ from dyexport.bundle.plan_info import ENGINE, INFO, Flavour, PlanInfo, Profile
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.engines.switching import EngineChoice, SwitchingEngine
 from dyexport.engines.tensorrt_contexts import ALIGNMENT, Workspace, shape_key
-from dyexport.engines.tensorrt_fit import choose_profile, misfit
+from dyexport.engines.tensorrt_fit import choose_profile, version_mismatch
 from dyexport.engines.tensorrt_rt import TensorRtEngine
 from dyexport.engines.tensorrt_session import PlanFile, Session
 from dyexport.errors import EngineBuildError, EngineMismatchError
@@ -87,12 +87,12 @@ def test_a_shape_that_no_profile_holds_is_named() -> None:
     ],
 )
 def test_another_gpu_or_version_is_refused_by_name(version: str, capability: str, reason: str | None) -> None:
-    found = misfit(info(), version, capability)
+    found = version_mismatch(info(), version, capability)
     assert found == reason if reason is None else reason in str(found)
 
 
 def test_no_capabilities_are_all() -> None:
-    assert misfit(info(compute_capabilities=()), "1.7.1.116", "7.5") is None
+    assert version_mismatch(info(compute_capabilities=()), "1.7.1.116", "7.5") is None
 
 
 @dataclass

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from dyexport.bundle.plan_info import Flavour
 from dyexport.errors import EngineBuildError
 from dyexport.exporters.onnx_graph import OPSET
-from dyexport.exporters.operator_gate import MODULE, check_operators, find_refusals
+from dyexport.exporters.operator_gate import MODULE, check_operators, find_unsupported
 from dyexport.presets import get_preset
 from dyexport.slicing.slicer import slice_segment
 from dyexport.tensorrt_api import BuildLog, load_api
@@ -27,7 +27,7 @@ def test_compact_tokens_are_refused_with_their_module(tmp_path: Path) -> None:
         EngineBuildError, match=r"refuses NonZero .* of module 'blocks\.0' \(3 more like it\).*--token-path dynamic"
     ):
         check_operators(onnx.load(graph, load_external_data=False), "tensorrt-rtx", largest_topk=0)
-    assert not find_refusals(onnx.load(graph, load_external_data=False), "tensorrt", largest_topk=0)
+    assert not find_unsupported(onnx.load(graph, load_external_data=False), "tensorrt", largest_topk=0)
 
 
 def model_of(
@@ -46,7 +46,7 @@ def model_of(
 def test_a_reducing_scatter_is_refused(op_type: str, flavour: Flavour) -> None:
     for reduction, refused in (("none", 0), ("add", 1)):
         node = helper.make_node(op_type, ["x", "i", "u"], ["y"], name="s", reduction=reduction)
-        found = find_refusals(model_of(node), flavour, largest_topk=0)
+        found = find_unsupported(model_of(node), flavour, largest_topk=0)
         assert len(found) == refused
     assert (found[0].module, found[0].cure) == ("blocks.3", "write rows back with a plain ScatterND")
 
@@ -105,15 +105,15 @@ def takes(model: onnx.ModelProto) -> bool:
     ],
 )
 def test_the_gate_refuses_what_the_builder_refuses(rtx: Any, model: onnx.ModelProto) -> None:
-    assert takes(model) == (not find_refusals(model, "tensorrt-rtx", largest_topk=0))
+    assert takes(model) == (not find_unsupported(model, "tensorrt-rtx", largest_topk=0))
 
 
 @pytest.mark.parametrize(("count", "refused"), [(3840, False), (3841, True)])
 def test_a_top_of_too_many_is_refused(count: int, refused: bool) -> None:
     node = helper.make_node("TopK", ["x", "k"], ["v", "i"])
     constant = model_of(node, helper.make_tensor("k", TensorProto.INT64, [1], [count]))
-    assert bool(find_refusals(constant, "tensorrt", largest_topk=0)) == refused
-    assert bool(find_refusals(model_of(node), "tensorrt", largest_topk=count)) == refused
+    assert bool(find_unsupported(constant, "tensorrt", largest_topk=0)) == refused
+    assert bool(find_unsupported(model_of(node), "tensorrt", largest_topk=count)) == refused
 
 
 def test_fp8_is_refused_for_gpus_without_it() -> None:
@@ -123,7 +123,7 @@ def test_fp8_is_refused_for_gpus_without_it() -> None:
     with pytest.raises(EngineBuildError, match=message):
         check_operators(model, "tensorrt-rtx", largest_topk=0, compute_capabilities=("8.6", "12.0"))
     for capabilities in (("8.9", "12.0"), ()):
-        assert not find_refusals(model, "tensorrt-rtx", largest_topk=0, compute_capabilities=capabilities)
+        assert not find_unsupported(model, "tensorrt-rtx", largest_topk=0, compute_capabilities=capabilities)
 
 
 def test_too_many_tokens_are_refused_with_their_module_and_the_cure() -> None:

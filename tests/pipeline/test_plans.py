@@ -17,7 +17,7 @@ from dyexport.bundle.plan_info import ENGINE, INFO, PlanInfo
 from dyexport.bundle.reader import Bundle
 from dyexport.cli import main
 from dyexport.engines.registry import BACKENDS, Backend, get_backend
-from dyexport.engines.tensorrt_fit import misfit
+from dyexport.engines.tensorrt_fit import version_mismatch
 from dyexport.errors import BundleError, EngineBuildError, EngineMismatchError, MissingDependencyError, UsageError
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from dyexport.pipeline.build import build_bundle, opened, price_plans
@@ -177,8 +177,10 @@ def test_without_a_gpu_onnx_runtime_takes_over_and_says_so(bundle: Bundle) -> No
 def test_a_plan_of_another_version_gives_way_to_its_graph_compiled_anew(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reason = misfit(PlanInfo.read(bundle.engine_paths("tensorrt-rtx")["segment-00"].with_name(INFO)), "9.9", "8.9")
-    rtx = replace(get_backend("tensorrt-rtx"), unfit=lambda path: reason)
+    reason = version_mismatch(
+        PlanInfo.read(bundle.engine_paths("tensorrt-rtx")["segment-00"].with_name(INFO)), "9.9", "8.9"
+    )
+    rtx = replace(get_backend("tensorrt-rtx"), incompatibility=lambda path: reason)
     provider = replace(get_backend("onnx"), files="onnx")  # in the place of the one that needs a GPU
 
     def loaded(backends: dict[str, Backend], message: str) -> torch.Tensor:
@@ -191,7 +193,7 @@ def test_a_plan_of_another_version_gives_way_to_its_graph_compiled_anew(
     inputs = example_inputs(bundle.manifest.model, 2, 0.3)
     wanted = load(bundle.root)(**inputs).sample
     compiled = loaded({"tensorrt-rtx": rtx, "onnx-rtx": provider}, "built by .* 9.9 is installed; .*target 'onnx-rtx'")
-    absent = replace(provider, unfit=lambda path: "no provider")
+    absent = replace(provider, incompatibility=lambda path: "no provider")
     plain = loaded({"tensorrt-rtx": rtx, "onnx-rtx": absent}, "built by .* 9.9 is installed; .*target 'onnx'")
     assert torch.equal(compiled, wanted)
     assert torch.equal(plain, wanted)
