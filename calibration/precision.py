@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from dyexport.errors import UsageError
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.inputs import NoisedInputs, Progress, no_progress
+from dyexport.models.inputs import NoisedInputs
+from dyexport.progress import Progress, no_progress
 
 FP16_MAX = 65504.0
 NAMED = 3

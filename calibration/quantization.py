@@ -18,7 +18,8 @@ from dyexport.bundle.tables import TokenStats, WidthTable
 from dyexport.calibration.ranges import fake_quantized, measure_ranges, quantization_error
 from dyexport.errors import BundleError
 from dyexport.models.dynamic import DynamicOutput, DynamicTransformer
-from dyexport.models.inputs import NoisedInputs, Progress, no_progress
+from dyexport.models.inputs import NoisedInputs
+from dyexport.progress import Progress, no_progress
 from dyexport.slicing.quantizing import LinearInput, linear_inputs
 from dyexport.slicing.slicer import Slice, SliceContext, slice_segment
 

@@ -23,7 +23,8 @@ from dyexport.backbones.base import Inputs
 from dyexport.bundle.manifest import Quantization, Segment
 from dyexport.calibration.merging import SAMPLES
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.inputs import NoisedInputs, Progress, no_progress
+from dyexport.models.inputs import NoisedInputs
+from dyexport.progress import Progress, no_progress
 from dyexport.slicing.quantizing import LinearInput
 from dyexport.slicing.recipes import quantize, scale_of
 

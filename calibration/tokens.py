@@ -10,7 +10,8 @@ import torch
 from dyexport.bundle.tables import TokenStats
 from dyexport.calibration.widths import trajectory_points
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.inputs import NoisedInputs, Progress, no_progress
+from dyexport.models.inputs import NoisedInputs
+from dyexport.progress import Progress, no_progress
 
 LEVELS = np.array([0.5, 0.9, 0.99, 1.0])
 

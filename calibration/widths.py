@@ -14,7 +14,8 @@ from dyexport.errors import BudgetError
 from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.importance import PROBES, unit_importance
-from dyexport.models.inputs import NoisedInputs, Progress, no_progress
+from dyexport.models.inputs import NoisedInputs
+from dyexport.progress import Progress, no_progress
 
 SAMPLES = 4096  # timesteps at which routers are read before their switching points are refined
 TOLERANCE = 0.01  # largest accepted distance between lambda as run and the budget

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +21,10 @@ from dyexport.errors import DyexportError
 from dyexport.pipeline.build import build_bundle, opened
 from dyexport.pipeline.ledger import BuildListener
 from dyexport.pipeline.settings import BuildSettings
+from dyexport.progress import Progress
 from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import Denoiser, sample
 from dyexport.verification.verify import VerifyReport, VerifySettings, verify_bundle
-
-Advance = Callable[[int, int], None]
 
 DRAWING = SamplingConfig(samples=1800, steps=25)
 BENCH = BenchSettings(batch=64, compiled=False)  # small batches of so small a model time the calls, not the network
@@ -81,7 +80,7 @@ def run_demo(
 
 
 @contextmanager
-def _stage(listener: BuildListener, name: str) -> Iterator[Advance]:
+def _stage(listener: BuildListener, name: str) -> Iterator[Progress]:
     begin = perf_counter()
     listener.started(name, "always")
     yield lambda done, total: listener.advanced(name, done, total)

@@ -10,6 +10,14 @@ WINDOW = 60.0  # seconds over which speed is measured, at least
 REPORTS = 16  # reports over which speed is measured, at least: a step may take minutes
 
 
+Progress = Callable[[int, int], None]
+"""Called with the amount of work done, and the amount in total: steps, samples, tensors, files."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """Report progress to nobody."""
+
+
 class Pace:
     """Estimate of the time left, by the speed between the latest reports.
 

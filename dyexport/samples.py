@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dyexport.arguments import check_guidance, check_seed, check_steps
 from dyexport.errors import UsageError
+from dyexport.progress import Progress, no_progress
 
 if TYPE_CHECKING:
     import torch
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from dyexport.runtime.transformer import BundleTransformer
 
 DEFAULT_CLASSES = 10
-
-Progress = Callable[[int, int], None]
-"""Called with denoising steps done, and steps in all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,13 +157,14 @@ def _sample_labels(transformer: BundleTransformer, arguments: Mapping[str, Any],
     steps = defaults.steps if arguments["steps"] is None else arguments["steps"]
     guidance = defaults.guidance if arguments["guidance"] is None else arguments["guidance"]
     values = sample_labels(
-        _Counted(transformer, steps, progress) if progress else transformer,
+        transformer,
         spec,
         labels,
         steps=steps,
         scheduler=arguments["scheduler"],
         guidance_scale=guidance,
         seed=arguments["seed"],
+        progress=progress or no_progress,
     )  # (B, C, H, W)
     if vae is not None:
         values = decode(open_vae(str(vae)), values)
@@ -196,20 +195,6 @@ def _sample_prompts(transformer: BundleTransformer, arguments: Mapping[str, Any]
     result = sample_prompts(transformer, request, progress)
     used = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(request).items() if v is not None}
     return Samples(values=result.values, pixels=result.pixels, settings=used)
-
-
-class _Counted:
-    """A transformer that reports each call as one denoising step."""
-
-    def __init__(self, transformer: BundleTransformer, steps: int, progress: Progress) -> None:
-        self.device = transformer.device
-        self._transformer, self._steps, self._progress, self._done = transformer, steps, progress, 0
-
-    def __call__(self, **inputs: Any) -> Any:
-        output = self._transformer(**inputs)
-        self._done += 1
-        self._progress(self._done, self._steps)
-        return output
 
 
 def _bytes(values: Any) -> Any:

@@ -6,7 +6,7 @@ plan computes in the graph's own precision.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,8 @@ from dyexport.digests import sha256_of
 from dyexport.errors import EngineBuildError
 from dyexport.exporters.operator_gate import check_operators
 from dyexport.exporters.timing_cache import kept_timings
+from dyexport.progress import Progress
 from dyexport.tensorrt_api import Api, BuildLog, load_api
-
-Progress = Callable[[int, int], None]
-"""Called with steps done and steps in all, of the build's longest phase."""
 
 Profiles = Mapping[str, Profile]
 """By symbol: ``height`` for a dimension of ``height`` or ``2*height``."""

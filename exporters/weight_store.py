@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from dyexport.progress import Progress
 from dyexport.slicing.recipes import Read, StoreLayout, materialize
-
-Progress = Callable[[int, int], None]
-"""Called with bytes written and bytes in all."""
 
 
 def write_store(layout: StoreLayout, read: Read, path: Path, progress: Progress | None = None) -> None:

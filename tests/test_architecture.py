@@ -34,6 +34,7 @@ CONTRACTS = {
     "lora",
     "noise_schedule",
     "presets",
+    "progress",
     "tensorrt_api",
 }
 BUILD_ROLES = {"backbones.basic_transformer_block", "backbones.conditions", "backbones.cut", "backbones.flops"} | {
@@ -69,16 +70,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exporters": CONTRACTS | {"models", "slicing"},
     "training": CONTRACTS | BUILD_ROLES | {"models", "slicing"},
     "engines": {"errors", "files", "bundle", "tensorrt_api"},
-    "runtime": {"arguments", "errors", "files", "bundle", "engines", "backbones", "backbones.preset"} | RUN_ROLES,
-    "serving": {"arguments", "errors", "files", "bundle", "engines", "runtime", "backbones", "backbones.preset"}
+    "runtime": {"arguments", "errors", "files", "bundle", "engines", "progress", "backbones", "backbones.preset"}
     | RUN_ROLES,
-    "bench": {"arguments", "digits", "errors", "files", "bundle", "engines", "runtime"},
+    "serving": {"arguments", "errors", "files", "bundle", "engines", "progress", "runtime"}
+    | {"backbones", "backbones.preset"}
+    | RUN_ROLES,
+    "bench": {"arguments", "digits", "errors", "files", "bundle", "engines", "progress", "runtime"},
     **{role: CONTRACTS | BUILD_ROLES | {"models", "slicing"} for role in BUILD_ROLES},
     **{role: {"errors", "bundle", "runtime", "backbones", "backbones.preset"} for role in RUN_ROLES},
     "pipeline": EITHER_SIDE,
     "verification": EITHER_SIDE | {"pipeline"},
     "demo": EITHER_SIDE | PIPELINE,
-    "samples": {"arguments", "errors", "backbones", "backbones.preset", "bundle", "runtime", "bench"},
+    "samples": {"arguments", "errors", "progress", "backbones", "backbones.preset", "bundle", "runtime", "bench"},
     "progress": set(),
     "console": {"errors", "progress"},
     "commands": EITHER_SIDE | PIPELINE | {"demo", "samples", "console", "progress"},

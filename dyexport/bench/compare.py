@@ -12,7 +12,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from dyexport.bench.latency import BenchReport, Blocks, Progress, SegmentTime, over_trajectory, time_variants
+from dyexport.bench.latency import BenchReport, Blocks, SegmentTime, over_trajectory, time_variants
 from dyexport.bench.machine import cpu_time, taken_by_others
 from dyexport.bench.memory import MemoryProbe, added_bytes
 from dyexport.bench.settings import BenchSettings
@@ -25,6 +25,7 @@ from dyexport.bench.variants import (
 )
 from dyexport.bundle.manifest import Segment, SegmentPlan
 from dyexport.bundle.reader import Bundle
+from dyexport.progress import Progress
 from dyexport.runtime.loading import load
 from dyexport.runtime.transformer import BundleTransformer, example_inputs, stock_transformer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,10 @@ from dyexport.bundle.manifest import ModelSpec
 from dyexport.bundle.reader import Bundle
 from dyexport.digits import Digits
 from dyexport.errors import CheckpointError
+from dyexport.progress import Progress
 from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import Denoiser, sample
 from dyexport.runtime.transformer import stock_class
-
-Progress = Callable[[int, int], None]
-"""Called with pictures drawn and pictures in all."""
 
 CHUNK = 300  # pictures drawn at a time
 

@@ -9,9 +9,7 @@ from time import perf_counter
 import numpy as np
 
 from dyexport.errors import UsageError
-
-Progress = Callable[[int, int], None]
-"""Called with blocks done and blocks in all."""
+from dyexport.progress import Progress
 
 PERCENTILE = 25  # what a shared machine does to a run only ever makes it longer
 

@@ -10,7 +10,7 @@ is: the directories that a build makes of it hold links.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,9 @@ from dyexport.checkpoints.user_lora import MergedWeights, UserLora
 from dyexport.errors import CheckpointError
 from dyexport.lora import LoraFile
 from dyexport.models.dynamic import DynamicTransformer
+from dyexport.progress import Progress
 
 ORDER = "order.safetensors"  # of a fine-tuned model's units, by their places in the model it was made from
-
-Advance = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,7 @@ class Checkpoint:
     stock: bool
 
 
-def open_checkpoint(source: str, preset: Preset, advance: Advance | None = None) -> Checkpoint:
+def open_checkpoint(source: str, preset: Preset, advance: Progress | None = None) -> Checkpoint:
     """Find and check; ``advance`` gets tensors checked, of how many.
 
     Raises ``CheckpointError`` naming what is missing, unknown, of another shape or not finite.
@@ -154,7 +153,7 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def adopt_static(
-    source: str, preset: Preset, directory: Path, loras: Sequence[LoraFile] = (), advance: Advance | None = None
+    source: str, preset: Preset, directory: Path, loras: Sequence[LoraFile] = (), advance: Progress | None = None
 ) -> None:
     """Make ``directory`` a diffusers directory of a checkpoint: of links to it, unless it must be changed."""
     checkpoint = open_checkpoint(source, preset, advance)

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dyexport.digests import once, sha256_of
 from dyexport.errors import CheckpointError
+from dyexport.progress import Progress
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -243,7 +244,7 @@ def check_weights(
     expected: Mapping[str, Tensor],
     source: Path,
     model: str,
-    advance: Callable[[int, int], None] | None = None,
+    advance: Progress | None = None,
 ) -> None:
     """Shapes, names, dtypes and finiteness against ``expected`` (which may be on the meta device).
 

@@ -10,6 +10,7 @@ import typer
 from dyexport.commands import options
 from dyexport.commands.given import Given, OnceEach, epilog
 from dyexport.console import DebugOption, JsonOption, emit, progress_bar
+from dyexport.serving.limits import Limits
 
 EXAMPLES = (
     "dyexport deploy triton dit-xl-2-0.5 models/ --vae stabilityai/sd-vae-ft-ema",
@@ -45,7 +46,9 @@ def triton(
         int | None,
         typer.Option(help="Largest batch. Default: the model's.", metavar="N", rich_help_panel=LIMITS),
     ] = None,
-    max_steps: Annotated[int, typer.Option(help="Most denoising steps.", metavar="N", rich_help_panel=LIMITS)] = 100,
+    max_steps: Annotated[
+        int, typer.Option(help="Most denoising steps.", metavar="N", rich_help_panel=LIMITS)
+    ] = Limits.max_steps,
     vae: Annotated[
         str | None,
         typer.Option(
@@ -63,10 +66,10 @@ def triton(
     ] = None,
     max_pixels: Annotated[
         int, typer.Option(help="Most pixels of a picture.", metavar="N", rich_help_panel=PROMPTS)
-    ] = 2048 * 2048,
+    ] = Limits.max_pixels,
     max_prompt: Annotated[
         int, typer.Option(help="Most characters of a prompt.", metavar="N", rich_help_panel=PROMPTS)
-    ] = 4000,
+    ] = Limits.max_prompt,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

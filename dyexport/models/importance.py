@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dyexport.backbones.base import Inputs
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.inputs import NoisedInputs, Progress, no_progress
+from dyexport.models.inputs import NoisedInputs
+from dyexport.progress import Progress, no_progress
 
 PROBES = 4
 KEPT = 2**26  # block output elements per pass; a backward pass keeps about 100 bytes for each: 7 GB

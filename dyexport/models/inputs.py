@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,15 +13,9 @@ from dyexport.backbones import get_conditioning
 from dyexport.backbones.base import Inputs, Preset
 from dyexport.models.conditions import Batch
 from dyexport.noise_schedule import DDPM_BETAS, DDPM_STEPS
+from dyexport.progress import Progress, no_progress
 
 ROWS = 2048  # tokens per pass, a bound on the memory of activations
-
-Progress = Callable[[int, int], None]
-"""Reports progress: work done, and total work."""
-
-
-def no_progress(done: int, total: int) -> None:
-    """Ignore progress."""
 
 
 def seeded_generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -35,10 +35,11 @@ from dyexport.errors import BudgetError
 from dyexport.flops import FlopsModel
 from dyexport.models.devices import bf16_products
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.inputs import NoisedInputs, Progress
+from dyexport.models.inputs import NoisedInputs
 from dyexport.pipeline.networks import OwnDense
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.pipeline.steps import trainable
+from dyexport.progress import Progress
 from dyexport.slicing.merging import merging_reader
 from dyexport.slicing.recipes import Read
 from dyexport.slicing.slicer import dense_reader, spec_of

@@ -10,9 +10,9 @@ from typing import Any
 
 from dyexport.digests import sha256_of
 from dyexport.files import remove
-from dyexport.models.inputs import Progress
 from dyexport.pipeline.ledger import BuildListener, Ledger, Outcome, Stage, settings_key
 from dyexport.pipeline.settings import BuildSettings
+from dyexport.progress import Progress
 from dyexport.training.processes import ProcessGroup, SingleProcess
 
 

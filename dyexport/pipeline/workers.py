@@ -18,13 +18,13 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from dyexport.errors import DyexportError, EngineBuildError
+from dyexport.progress import Progress
 
 # Peaks seen: 0.54 GB for hardly any weights, 0.65 GB for 43 MB of them, 5.1 GB for 1.1 GB.
 BASE = 1_000_000_000  # bytes that a builder takes whatever it builds
 TIMES = 4  # and for each byte of weights
 PR_SET_PDEATHSIG = 1
 
-Progress = Callable[[int, int], None]
 Result = TypeVar("Result")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +13,9 @@ from dyexport.backbones import get_pipeline
 from dyexport.backbones.base import PromptColumns, PromptPipeline
 from dyexport.bundle.manifest import ModelSpec
 from dyexport.errors import CheckpointError, DataError, MissingDependencyError, UsageError
+from dyexport.progress import Progress
 from dyexport.runtime.sampling import check_finite, noise_of, open_vae
 from dyexport.runtime.transformer import BundleTransformer
-
-Progress = Callable[[int, int], None]
-"""Called with denoising steps done and steps in all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +58,7 @@ class Prompts:
             raise UsageError("--vae goes with --prompt-embeds alone; a pipeline has its own")
 
 
-class Samples(NamedTuple):
+class PromptSamples(NamedTuple):
     """Pixels in [0, 1], (B, 3, H, W) or (B, F, 3, H, W); without a VAE the pipeline's latents."""
 
     values: torch.Tensor
@@ -71,7 +68,7 @@ class Samples(NamedTuple):
 @torch.inference_mode()
 def sample_prompts(
     transformer: BundleTransformer, prompts: Prompts, progress: Progress | None = None, *, pipe: Any = None
-) -> Samples:
+) -> PromptSamples:
     """Sample one picture or video per prompt; ``pipe`` is the pipeline if it is open already.
 
     Raises ``CheckpointError`` if the pipeline cannot be read, ``DataError`` for embeddings that do not fit the model,
@@ -114,7 +111,7 @@ def sample_prompts(
     values = kind.samples(output).float()
     for checked in (*latents, values):  # decoding ends in a clamp, which would hide an infinity
         check_finite(checked)
-    return Samples(values, pixels=pipe.vae is not None)
+    return PromptSamples(values, pixels=pipe.vae is not None)
 
 
 def prompt_pipeline(spec: ModelSpec) -> PromptPipeline:

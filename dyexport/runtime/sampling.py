@@ -15,16 +15,17 @@ from dyexport.arguments import SAMPLES, check_guidance, check_seed, check_steps,
 from dyexport.backbones import get_pipeline
 from dyexport.bundle.manifest import ModelSpec
 from dyexport.errors import CheckpointError, SamplingError, UsageError
+from dyexport.progress import Progress, no_progress
 
 FLOW_PREDICTION = "flow_prediction"  # diffusers' word for a velocity, in schedulers that sample other models, too
 ROUNDING = 1e-5  # how far a sigma of 1 may be off
 
 Noise = torch.Generator | list[torch.Generator]
-"""What draws the noise of a batch, or that of each sample."""
+"""Generator of the noise of a batch, or one generator per sample."""
 
 
 class Denoiser(Protocol):
-    """A bundle, a diffusers transformer or a masked torch model: what the loops call."""
+    """Network that the loops call: a bundle, a diffusers transformer or a masked torch model."""
 
     def __call__(self, *, hidden_states: Any, timestep: Any, class_labels: Any) -> Any: ...
 
@@ -40,12 +41,12 @@ def open_vae(source: str, kind: str = "AutoencoderKL") -> Any:
 
 
 def noise_of(seed: int | Sequence[int], count: int) -> Noise:
-    """From one seed for a batch, or one for each of its samples. Raises ``UsageError`` for what is neither."""
+    """Make generators from one seed for a batch, or one per sample. Raises ``UsageError`` for anything else."""
     if not isinstance(seed, Sequence):
         return torch.Generator().manual_seed(check_seed(seed))
     if len(seed) != count:
         raise UsageError(f"there are {len(seed)} seeds for {count} samples; give one, or one for each")
-    return [torch.Generator().manual_seed(check_seed(each)) for each in seed]
+    return [torch.Generator().manual_seed(check_seed(one)) for one in seed]
 
 
 @torch.no_grad()
@@ -58,6 +59,7 @@ def sample(
     scheduler: str | None = None,
     guidance_scale: float | None = None,
     seed: int | Sequence[int] = 0,
+    progress: Progress = no_progress,
 ) -> torch.Tensor:
     """Sample one picture per label (B,): pixels in [0, 1], or latents if a VAE must decode them, (B, C, H, W).
 
@@ -73,31 +75,30 @@ def sample(
     scale = check_guidance(defaults.guidance if guidance_scale is None else guidance_scale, "guidance_scale")
     labels = _checked_labels(labels, spec.classes)  # (B,)
     loop = sample_ddpm if spec.objective == "ddpm" else sample_flow
-    latents = loop(
-        transformer, spec, labels, steps, scale, noise_of(seed, len(labels)), pipeline.scheduler(spec, scheduler)
-    )
+    noise, chosen = noise_of(seed, len(labels)), pipeline.scheduler(spec, scheduler)
+    latents = loop(transformer, spec, labels, steps, scale, noise, chosen, progress=progress)
     check_finite(latents)
     return (latents / 2 + 0.5).clamp(0, 1) if spec.pixel_space else latents  # (B, C, H, W)
 
 
 def _checked_labels(labels: Sequence[int] | torch.Tensor, classes: int) -> torch.Tensor:
-    """(B,) int64. Raises ``UsageError`` for what is not a list of classes."""
+    """Return labels (B,) as int64. Raises ``UsageError`` for anything but a list of classes."""
     cure = f"labels must be in [0, {classes}], {classes} being no class"
     if (count := len(labels)) > SAMPLES:
-        raise UsageError(f"there are {count} labels; draw up to {SAMPLES} at a time")
+        raise UsageError(f"there are {count} labels; give up to {SAMPLES} at a time")
     try:
-        found = torch.as_tensor(labels)
+        values = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"{cure}: {shown(labels)}") from error
-    if found.ndim != 1 or not count or found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
+    if values.ndim != 1 or not count or values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
         raise UsageError(f"{cure}, in a list of whole numbers: {shown(labels)}")
-    if wrong := [label for label in found.tolist() if not 0 <= label <= classes]:
+    if wrong := [label for label in values.tolist() if not 0 <= label <= classes]:
         raise UsageError(f"{cure}: {wrong[0]}")
-    return found.to(torch.int64)
+    return values.to(torch.int64)
 
 
 def check_finite(values: torch.Tensor) -> None:
-    """Raises ``SamplingError`` for latents or pixels that no picture can be made of."""
+    """Raise ``SamplingError`` for latents or pixels that are not finite."""
     if not bool(values.isfinite().all()):
         raise SamplingError(
             "sampling gave values that are not finite; lower the guidance, or see `dyexport verify` of the bundle"
@@ -112,15 +113,18 @@ def sample_ddpm(
     guidance_scale: float,
     generator: Noise,
     scheduler: Any,
+    *,
+    progress: Progress = no_progress,
 ) -> torch.Tensor:
-    """From noise at t = 999 down to data, the network predicting the noise (arXiv 2212.09748): (B, C, H, W)."""
+    """Sample from noise at t = 999 down to data; the network predicts the noise (arXiv 2212.09748): (B, C, H, W)."""
     latents = _noise(spec, labels, generator)  # (B, C, H, W)
     latents = latents.to(device_of(transformer)) * scheduler.init_noise_sigma
     scheduler.set_timesteps(steps)
-    for t in scheduler.timesteps:
+    for done, t in enumerate(scheduler.timesteps, start=1):
         scaled = scheduler.scale_model_input(latents, t)  # (B, C, H, W)
         noise = guided(transformer, spec, scaled, float(t), labels, guidance_scale)  # (B, C, H, W)
         latents = _advance(scheduler, noise, t, latents, generator)
+        progress(done, len(scheduler.timesteps))
     return latents
 
 
@@ -135,20 +139,23 @@ def sample_flow(
     *,
     sigmas: Sequence[float] | None = None,
     mu: float | None = None,
+    progress: Progress = no_progress,
 ) -> torch.Tensor:
-    """Along the velocity from noise at t = 0 to data at t = 1 (arXiv 2401.08740): (B, C, H, W).
+    """Sample along the velocity from noise at t = 0 to data at t = 1 (arXiv 2401.08740): (B, C, H, W).
 
-    ``scheduler`` is any of diffusers' that samples flow matching. It counts sigma = 1 - t downwards and expects the
-    opposite velocity, noise - data. ``sigmas``, one for each step, and the shift ``mu`` go to those that take them.
-    Raises ``UsageError`` for a scheduler that does not, or that is not set up for flow matching.
+    ``scheduler`` is any diffusers scheduler for flow matching. It counts sigma = 1 - t down and expects the opposite
+    velocity, noise - data. ``sigmas``, one per step, and the shift ``mu`` are passed to schedulers that take them.
+    Raises ``UsageError`` for one that does not, and for one that is not set up for flow matching.
     """
     latents = _noise(spec, labels, generator)  # (B, C, H, W)
     latents = latents.to(device_of(transformer))
     _set_timesteps(scheduler, steps, sigmas=sigmas, mu=mu)
-    for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):  # sigmas has the end, 0, too
+    times = zip(scheduler.timesteps, scheduler.sigmas, strict=False)  # sigmas also has the end, 0
+    for done, (timestep, sigma) in enumerate(times, start=1):
         t = min(max(1.0 - float(sigma), 0.0), spec.timestep_range[1])  # a shift may round 1 up
         velocity = guided(transformer, spec, latents, t, labels, guidance_scale)  # (B, C, H, W)
         latents = _advance(scheduler, -velocity, timestep, latents, generator)
+        progress(done, len(scheduler.timesteps))
     return latents
 
 
@@ -163,28 +170,28 @@ def _set_timesteps(scheduler: Any, steps: int, *, sigmas: Sequence[float] | None
     if config.get("prediction_type", FLOW_PREDICTION) != FLOW_PREDICTION or not config.get("use_flow_sigmas", True):
         raise _not_for_flow(scheduler)
     length = {"num_inference_steps": steps} if sigmas is None else {"sigmas": _checked_sigmas(sigmas, steps)}
-    given = {**length, **({} if mu is None else {"mu": mu})}
-    if unknown := given.keys() - inspect.signature(scheduler.set_timesteps).parameters.keys():
+    arguments = {**length, **({} if mu is None else {"mu": mu})}
+    if unknown := arguments.keys() - inspect.signature(scheduler.set_timesteps).parameters.keys():
         raise UsageError(f"{name} takes no {min(unknown)}; leave it out, or choose another scheduler")
     shifts = config.get("use_dynamic_shifting", False)
     if shifts and mu is None:
         raise UsageError(f"{name} has use_dynamic_shifting, which needs a shift; pass mu, or make it without")
     if mu is not None and not shifts:
         raise UsageError(f"mu is {mu}, and {name} ignores it; make it with use_dynamic_shifting=True, or leave mu out")
-    scheduler.set_timesteps(**given)
-    found = getattr(scheduler, "sigmas", None)
-    if found is None or not _within_unit(found):
+    scheduler.set_timesteps(**arguments)
+    chosen = getattr(scheduler, "sigmas", None)
+    if chosen is None or not _within_unit(chosen):
         raise _not_for_flow(scheduler)
 
 
 def _checked_sigmas(sigmas: Sequence[float], steps: int) -> NDArray[np.float32]:
-    """An array, since some schedulers take no list: (steps,)."""
+    """Return sigmas (steps,) as an array, since some schedulers take no list. Raises ``UsageError``."""
     if len(sigmas) != steps:
         raise UsageError(f"steps is {steps} and there are {len(sigmas)} sigmas; give one for each step")
-    found = torch.as_tensor(sigmas, dtype=torch.float32)  # (steps,)
-    if not _within_unit(found):
+    values = torch.as_tensor(sigmas, dtype=torch.float32)  # (steps,)
+    if not _within_unit(values):
         raise UsageError(f"sigmas must be in [0, 1]: {shown(sigmas)}")
-    return found.numpy()
+    return values.numpy()
 
 
 def _within_unit(sigmas: torch.Tensor) -> bool:
@@ -202,9 +209,9 @@ def _not_for_flow(scheduler: Any) -> UsageError:
 def _advance(
     scheduler: Any, prediction: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor, generator: Noise
 ) -> torch.Tensor:
-    """One step of a scheduler; those that draw noise on the way take a generator."""
-    draws = "generator" in inspect.signature(scheduler.step).parameters
-    random = {"generator": generator} if draws else {}
+    """Do one step of a scheduler, with the generator if it is stochastic."""
+    stochastic = "generator" in inspect.signature(scheduler.step).parameters
+    random = {"generator": generator} if stochastic else {}
     stepped: torch.Tensor = scheduler.step(prediction, timestep, latents, return_dict=False, **random)[0]
     return stepped
 
@@ -212,7 +219,7 @@ def _advance(
 def guided(
     transformer: Denoiser, spec: ModelSpec, latents: torch.Tensor, t: float, labels: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """One prediction under classifier-free guidance, in one call; without a learned sigma: (B, C, H, W)."""
+    """Predict under classifier-free guidance in one call, without a learned sigma: (B, C, H, W)."""
     labels = labels.to(latents.device)  # (B,)
     if scale != 1.0:
         latents = torch.cat([latents, latents])  # (2B, C, H, W)
@@ -228,7 +235,7 @@ def guided(
 
 @torch.inference_mode()
 def decode(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Latents (B, 4, h, w) to pixels in [0, 1], (B, 3, H, W), by an ``AutoencoderKL``."""
+    """Decode latents (B, 4, h, w) with an ``AutoencoderKL`` to pixels in [0, 1]: (B, 3, H, W)."""
     decoded = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor).sample  # (B, 3, H, W)
     check_finite(decoded)
     pixels: torch.Tensor = (decoded.float() / 2 + 0.5).clamp(0, 1)

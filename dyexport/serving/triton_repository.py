@@ -1,12 +1,12 @@
-"""Writes a bundle as a model of a Triton repository.
+"""Write a bundle as a model of a Triton repository.
 
 REPOSITORY/
   NAME/
-    config.pbtxt     inputs, outputs, batching, and parameters that may be edited
+    config.pbtxt     inputs, outputs, batching, and parameters, all editable
     1/
       model.py       imports ``dyexport.serving.triton_model``
-      __pycache__    a file, so that no bytecode is written here
-      bundle/        the bundle; links to its files where the file system allows, so it takes no room
+      __pycache__    a file, which keeps Python from writing bytecode here
+      bundle/        the bundle: hard links where the file system allows, else copies
       pipeline/      text encoders and VAE of a model of prompts, likewise; or vae/
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +29,16 @@ from dyexport.engines.networks import check_networks
 from dyexport.engines.registry import get_backend
 from dyexport.errors import MissingDependencyError, UsageError
 from dyexport.files import check_writable, hard_linked, replacing, sync
+from dyexport.progress import Progress
 from dyexport.serving.config import BUNDLE, PIPELINE, PROMPT_CHARACTERS, VAE, ServedModelConfig, output_of
-from dyexport.serving.requests import LABEL, PROMPT, SEED, Limits
-
-Progress = Callable[[int, int], None]
-"""Called with files done and files in all."""
+from dyexport.serving.limits import Limits
+from dyexport.serving.requests import LABEL, PROMPT, SEED
 
 VERSION = "1"
 UNFINISHED = "unfinished"
 MARK = "Written by `dyexport deploy triton`"
 MODEL_PY = f'''\
-"""Serves the bundle beside it. {MARK}; needs dyexport in the server's Python."""
+"""Serves the bundle next to it. {MARK}; needs dyexport in the server's Python."""
 
 from dyexport.serving.triton_model import TritonPythonModel
 
@@ -55,9 +54,11 @@ MOST = {"instances": 64, "max_batch": 1024, "max_steps": STEPS, "max_pixels": PI
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """What to serve, and where. ``pipeline`` and ``vae`` are directories or hub ids.
+    """A bundle to serve, and the repository to serve it from.
 
-    ``instances`` of the model work side by side, each a process; ``max_batch`` samples are drawn together at most.
+    pipeline, vae  directories or hub ids
+    instances      processes that serve the model at the same time
+    max_batch      largest batch; None: the model's default
     """
 
     bundle: Path
@@ -83,10 +84,10 @@ class Deployment:
 
 
 def deploy(deployment: Deployment, progress: Progress | None = None) -> Path:
-    """Write the model, whole or not at all, over one that was deployed there before; returns its directory.
+    """Write the model atomically, replacing one that was deployed there before, and return its directory.
 
-    Raises ``BundleError`` for a damaged bundle, ``EngineMismatchError`` for an unknown target, ``UsageError``
-    for parts that do not belong to the model, ``StorageError`` where nothing can be written.
+    Raises ``BundleError`` for a damaged bundle, ``EngineMismatchError`` for an unknown target, ``UsageError`` for parts
+    that do not belong to the model, ``StorageError`` if the directory cannot be written.
     """
     bundle = Bundle.open(deployment.bundle)
     check_networks(bundle, get_backend(deployment.target).files or deployment.target)
@@ -96,7 +97,7 @@ def deploy(deployment: Deployment, progress: Progress | None = None) -> Path:
     _check_ours(model)
     check_writable(deployment.repository)
     with replacing(model) as partial:
-        unfinished = partial / UNFINISHED  # a server that polls takes any folder with a version in it for a model
+        unfinished = partial / UNFINISHED  # a polling server loads any folder that has a version in it
         _write(deployment, bundle, unfinished, progress)
         sync(unfinished)
         for part in list(unfinished.iterdir()):
@@ -121,13 +122,13 @@ def _write(deployment: Deployment, bundle: Bundle, model: Path, progress: Progre
 def _check_parts(deployment: Deployment, spec: ModelSpec) -> None:
     labels = get_pipeline(spec.backbone).takes == "labels"
     if labels and deployment.pipeline is not None:
-        raise UsageError(f"{spec.name} draws from labels and has no pipeline to read; give --vae to decode its latents")
+        raise UsageError(f"{spec.name} samples from labels and has no pipeline; give --vae to decode its latents")
     if not labels and deployment.pipeline is None:
-        raise UsageError(f"{spec.name} draws from prompts; give --pipeline with its text encoders and VAE")
+        raise UsageError(f"{spec.name} samples from prompts; give --pipeline with its text encoders and VAE")
     if not labels and deployment.vae is not None:
         raise UsageError("--vae is for models of labels; a pipeline has its own")
     if spec.pixel_space and deployment.vae is not None:
-        raise UsageError(f"{spec.name} draws pixels; leave --vae out")
+        raise UsageError(f"{spec.name} samples pixels; leave --vae out")
     if deployment.scheduler is not None:
         if not labels:
             raise UsageError(f"--scheduler is for models of labels; {spec.name}'s comes with its pipeline")
@@ -135,19 +136,19 @@ def _check_parts(deployment: Deployment, spec: ModelSpec) -> None:
 
 
 def _check_limits(deployment: Deployment, spec: ModelSpec) -> None:
-    """A server whose model could not draw at all is not written."""
+    """Raise ``UsageError`` for limits under which the model could not sample at all."""
     pipeline = get_pipeline(spec.backbone)
     if isinstance(pipeline, PromptPipeline):
         side = pipeline.side(spec, _vae_scale(deployment.pipeline))
         if side * side > deployment.max_pixels:
             raise UsageError(
-                f"--max-pixels is {deployment.max_pixels}, and where no size is asked for {spec.name} draws "
-                f"{side} x {side}; give at least {side * side}"
+                f"--max-pixels is {deployment.max_pixels}, and {spec.name} samples "
+                f"{side} x {side} by default; give at least {side * side}"
             )
     if deployment.memory is not None:
         from dyexport.runtime.loading import load
 
-        with suppress(MissingDependencyError):  # which the server may have
+        with suppress(MissingDependencyError):  # the server may have it
             load(
                 deployment.bundle,
                 target=deployment.target,
@@ -160,7 +161,7 @@ def _check_limits(deployment: Deployment, spec: ModelSpec) -> None:
 
 
 def _vae_scale(pipeline: str | None) -> int:
-    """Pixels on a side of a latent, by the configuration in the pipeline's folder; a hub id is not looked into."""
+    """Return the pixels on a side of a latent, from the configuration in the pipeline's folder if it is local."""
     config = Path(pipeline or "") / "vae" / "config.json"
     try:
         return int(2 ** (len(json.loads(config.read_text(encoding="utf-8"))["block_out_channels"]) - 1))
@@ -175,7 +176,7 @@ def _check_ours(model: Path) -> None:
 
 
 def _files(deployment: Deployment, bundle: Bundle) -> dict[str, Path]:
-    """What goes into the version's folder, by name there. A pipeline's own transformer stays out."""
+    """List the files of the version's folder by name, with their sources. A pipeline's own transformer is left out."""
     files = {f"{BUNDLE}/{name}": bundle.root / name for name in (MANIFEST, *bundle.manifest.files)}
     for folder, source in ((PIPELINE, deployment.pipeline), (VAE, deployment.vae)):
         if source is not None and (root := Path(source)).is_dir():
@@ -185,7 +186,7 @@ def _files(deployment: Deployment, bundle: Bundle) -> dict[str, Path]:
 
 
 def _served(deployment: Deployment) -> ServedModelConfig:
-    """A directory became a folder of the model; a hub id stays what it is."""
+    """Return the configuration; a local directory is now a folder of the model."""
     pipeline, vae = deployment.pipeline, deployment.vae
     return ServedModelConfig(
         target=deployment.target,
@@ -201,12 +202,12 @@ def _served(deployment: Deployment) -> ServedModelConfig:
 
 
 def _shares_weights(deployment: Deployment) -> bool:
-    """Processes map the same file."""
+    """Return True where several processes can map the same weights."""
     return deployment.instances > 1 and deployment.target == "onnx"
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name, or, across file systems, copy it. Files of a bundle are replaced, never changed."""
+    """Hard-link a file, or copy it across file systems. A link is safe: files of a bundle are replaced, not changed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     source = source.resolve()
     if not hard_linked(source, target):
@@ -214,7 +215,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def config_text(deployment: Deployment, spec: ModelSpec, served: ServedModelConfig) -> str:
-    """``config.pbtxt``: what a request holds, and what it is answered with."""
+    """Write ``config.pbtxt``: inputs, outputs, batching and parameters."""
     output = output_of(spec, decoded=spec.pixel_space or served.vae is not None or served.pipeline is not None)
     batch = deployment.max_batch or get_pipeline(spec.backbone).max_batch
     lines = [
@@ -232,10 +233,10 @@ def config_text(deployment: Deployment, spec: ModelSpec, served: ServedModelConf
 
 
 def _inputs(spec: ModelSpec) -> Iterable[str]:
-    """One row a sample; of what may be left out, the model's own."""
+    """Write the inputs, one row per sample; optional ones default to the model's."""
     labels = get_pipeline(spec.backbone).takes == "labels"
-    subject = (LABEL, "TYPE_INT64") if labels else (PROMPT, "TYPE_STRING")
-    yield from _tensor("input", *subject, (1,))
+    required = (LABEL, "TYPE_INT64") if labels else (PROMPT, "TYPE_STRING")
+    yield from _tensor("input", *required, (1,))
     optional = {SEED: "TYPE_INT64", "steps": "TYPE_INT32"}
     if sampling_defaults(spec).guidance is not None:
         optional["guidance"] = "TYPE_FP32"

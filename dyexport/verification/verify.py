@@ -12,7 +12,7 @@ to that model relative to the error of quantization: near 0 in a shallow network
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from dyexport.errors import BundleError, UsageError
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.pipeline.file_records import describe, digest_of
 from dyexport.presets import preset_of
+from dyexport.progress import Progress, no_progress
 from dyexport.runtime.loading import load
 from dyexport.runtime.routing import route
 from dyexport.runtime.transformer import BundleTransformer
@@ -147,7 +148,7 @@ def verify(
     small: bool = False,
     seed: int = 0,
     reference: str | Path | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> VerifyReport:
     """Compare a bundle with the masked torch model that it was cut from, at random timesteps.
 
@@ -175,7 +176,7 @@ def verify_bundle(
     settings: VerifySettings,
     *,
     reference: Path | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> VerifyReport:
     """Compare a bundle with its reference, by default the one that it was built from.
 

@@ -15,7 +15,8 @@ import pytest
 
 from dyexport.errors import EngineBuildError
 from dyexport.pipeline.ledger import Ledger, NullListener, Stage
-from dyexport.pipeline.workers import BASE, TIMES, Progress, WorkerPool, max_workers
+from dyexport.pipeline.workers import BASE, TIMES, WorkerPool, max_workers
+from dyexport.progress import Progress
 
 ROOT = Path(__file__).parents[2]
 CORES = len(os.sched_getaffinity(0))

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from dyexport.errors import UsageError
-from dyexport.serving.requests import Limits, Request, RequestParser, Settings, split, together
+from dyexport.serving.limits import Limits
+from dyexport.serving.requests import Request, RequestParser, Settings, group_by_settings, split_rows
 
-LABELS = RequestParser(classes=10, usual=Settings(steps=50, guidance=1.5))
+LABELS = RequestParser(classes=10, defaults=Settings(steps=50, guidance=1.5))
 USUAL = Settings(steps=28, guidance=3.5, height=512, width=512)
-PROMPTS = RequestParser(classes=0, usual=USUAL, limits=Limits(max_pixels=512 * 512))
+PROMPTS = RequestParser(classes=0, defaults=USUAL, limits=Limits(max_pixels=512 * 512))
 
 
 def arrays(**values: Any) -> dict[str, np.ndarray]:
@@ -25,23 +26,23 @@ def arrays(**values: Any) -> dict[str, np.ndarray]:
 
 
 def test_what_is_left_out_is_the_models_own() -> None:
-    order = LABELS.read(arrays(label=[3, 9]))
-    assert order.subjects == (3, 9)
-    assert order.settings == LABELS.usual
+    order = LABELS.parse(arrays(label=[3, 9]))
+    assert order.labels_or_prompts == (3, 9)
+    assert order.settings == LABELS.defaults
     assert len(order) == 2
 
 
 def test_seeds_are_drawn_where_none_are_given() -> None:
-    seeds = [seed for _ in range(20) for seed in LABELS.read(arrays(label=[1, 1])).seeds]
+    seeds = [seed for _ in range(20) for seed in LABELS.parse(arrays(label=[1, 1])).seeds]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_everything_given_counts() -> None:
     text = "a café".encode()
-    order = PROMPTS.read(arrays(prompt=[text], seed=7, steps=4, guidance=1.0, height=256, width=512))
+    order = PROMPTS.parse(arrays(prompt=[text], seed=7, steps=4, guidance=1.0, height=256, width=512))
     settings = Settings(steps=4, guidance=1.0, height=256, width=512)
-    assert order == Request(subjects=("a café",), seeds=(7,), settings=settings)
+    assert order == Request(labels_or_prompts=("a café",), seeds=(7,), settings=settings)
 
 
 @pytest.mark.parametrize(
@@ -75,32 +76,32 @@ def test_everything_given_counts() -> None:
 )
 def test_what_cannot_be_drawn_is_refused(book: RequestParser, values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        book.read(arrays(**values))
+        book.parse(arrays(**values))
 
 
 def test_a_prompt_may_be_as_long_as_the_limit_says() -> None:
     longest = "本" * PROMPTS.limits.max_prompt
-    assert PROMPTS.read(arrays(prompt=longest.encode())).subjects == (longest,)
-    short = RequestParser(classes=0, usual=USUAL, limits=Limits(max_prompt=3))
-    assert short.read(arrays(prompt="abc")).subjects == ("abc",)
+    assert PROMPTS.parse(arrays(prompt=longest.encode())).labels_or_prompts == (longest,)
+    short = RequestParser(classes=0, defaults=USUAL, limits=Limits(max_prompt=3))
+    assert short.parse(arrays(prompt="abc")).labels_or_prompts == ("abc",)
     with pytest.raises(UsageError, match="takes up to 3"):
-        short.read(arrays(prompt="abcd"))
+        short.parse(arrays(prompt="abcd"))
 
 
 @pytest.mark.parametrize("name", ["label", "seed", "steps"])
 def test_a_tensor_without_rows_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="rows"):
-        LABELS.read({**arrays(label=1, seed=1, steps=1), name: np.zeros((0, 1), np.int64)})
+        LABELS.parse({**arrays(label=1, seed=1, steps=1), name: np.zeros((0, 1), np.int64)})
 
 
 def test_orders_of_the_same_settings_are_drawn_together() -> None:
     wanted = {0: 5, 1: 7, 3: 5, 4: 5}
-    orders = {key: LABELS.read(arrays(label=1, steps=steps)) for key, steps in wanted.items()}
-    assert together(orders) == [[0, 3, 4], [1]]
+    orders = {key: LABELS.parse(arrays(label=1, steps=steps)) for key, steps in wanted.items()}
+    assert group_by_settings(orders) == [[0, 3, 4], [1]]
 
 
 def test_rows_go_back_to_their_orders() -> None:
     rows = np.arange(12).reshape(6, 2)
-    parts = split(rows, [1, 3, 2])
+    parts = split_rows(rows, [1, 3, 2])
     assert [len(part) for part in parts] == [1, 3, 2]
     np.testing.assert_array_equal(np.concatenate(parts), rows)

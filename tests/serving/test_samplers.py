@@ -21,9 +21,9 @@ from tests.pipeline.tiny_pipeline import save_latte_pipeline
 from tests.runtime.bundles import TinyBundle, write_bundle
 
 SETTINGS = Settings(steps=5, guidance=1.5)
-ORDERS = [
-    Request(subjects=(1, 2), seeds=(8, 9), settings=SETTINGS),
-    Request(subjects=(3,), seeds=(4,), settings=SETTINGS),
+REQUESTS = [
+    Request(labels_or_prompts=(1, 2), seeds=(8, 9), settings=SETTINGS),
+    Request(labels_or_prompts=(3,), seeds=(4,), settings=SETTINGS),
 ]
 
 
@@ -39,7 +39,7 @@ def sampler(latents: TinyBundle, tmp_path: Path) -> Sampler:
 
 
 def test_without_a_vae_latents_come_back(sampler: Sampler, latents: TinyBundle) -> None:
-    found = sampler.draw(ORDERS, lambda: None)
+    found = sampler.sample(REQUESTS, lambda: None)
     settings = {"steps": 5, "seed": [8, 9, 4], "scheduler": "dpm++", "guidance_scale": 1.5}
     wanted = sample(load(latents.root), latents.spec, [1, 2, 3], **settings)
     assert sampler.output.name == "latents"
@@ -56,22 +56,22 @@ def test_it_may_end_after_any_step(sampler: Sampler) -> None:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        sampler.draw(ORDERS, after_step)
+        sampler.sample(REQUESTS, after_step)
     assert len(steps) == 3
-    assert sampler.draw(ORDERS, lambda: None).shape == (3, *sampler.output.dims)
+    assert sampler.sample(REQUESTS, lambda: None).shape == (3, *sampler.output.dims)
 
 
 def test_a_server_draws_no_more_steps_than_it_may(latents: TinyBundle, tmp_path: Path) -> None:
     folder = deploy(Deployment(bundle=latents.root, repository=tmp_path, name="latents", max_steps=7)) / "1"
-    assert open_sampler(folder, ServedModelConfig(max_steps=7), "cpu").book.usual.steps == 7
-    assert open_sampler(folder, ServedModelConfig(), "cpu").book.usual.steps == 50
+    assert open_sampler(folder, ServedModelConfig(max_steps=7), "cpu").parser.defaults.steps == 7
+    assert open_sampler(folder, ServedModelConfig(), "cpu").parser.defaults.steps == 50
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that the target may run on")
 def test_a_server_runs_its_target_or_nothing(latents: TinyBundle, tmp_path: Path) -> None:
     folder = deploy(Deployment(bundle=latents.root, repository=tmp_path, name="latents")) / "1"
     with pytest.raises(DyexportError, match="TensorRT-RTX"):
-        open_sampler(folder, ServedModelConfig(target="onnx-rtx"), "cpu").draw(ORDERS, lambda: None)
+        open_sampler(folder, ServedModelConfig(target="onnx-rtx"), "cpu").sample(REQUESTS, lambda: None)
 
 
 def test_a_video_for_each_prompt(tmp_path: Path) -> None:
@@ -87,12 +87,15 @@ def test_a_video_for_each_prompt(tmp_path: Path) -> None:
         in (model / "config.pbtxt").read_text()
     )
     sampler = open_sampler(model / "1", ServedModelConfig(pipeline="pipeline"), "cpu")
-    usual = sampler.book.usual
+    usual = sampler.parser.defaults
     assert (usual.height, usual.width) == (64, 64)
     settings = replace(usual, steps=2)
-    orders = [Request(subjects=(word,), seeds=(seed,), settings=settings) for word, seed in (("a cat", 3), ("moon", 4))]
-    both = sampler.draw(orders, lambda: None)
-    alone = sampler.draw(orders[1:], lambda: None)
+    requests = [
+        Request(labels_or_prompts=(word,), seeds=(seed,), settings=settings)
+        for word, seed in (("a cat", 3), ("moon", 4))
+    ]
+    both = sampler.sample(requests, lambda: None)
+    alone = sampler.sample(requests[1:], lambda: None)
     assert both.shape == (2, 4, 64, 64, 3)
     assert both.dtype == np.uint8
     assert np.abs(both[1:].astype(int) - alone).max() <= 1

@@ -263,6 +263,6 @@ def test_a_server_that_garbles_tensors_is_found_out(models: Models, tmp_path: Pa
     server = Server(tmp_path / "models", tmp_path / "log", environment=Path(sys.prefix))
     try:
         assert not server.ready("ddpm")
-        assert "garbles tensors beside numpy 2" in server.said
+        assert "garbles tensors with numpy 2" in server.said
     finally:
         server.close()

@@ -148,8 +148,8 @@ def test_another_model_of_that_name_is_left_alone(tiny: TinyBundle, tmp_path: Pa
         ({"memory": "1"}, UsageError, "memory of 1 bytes holds no engine"),
         ({"memory": "1", "instances": 2}, UsageError, "memory of 1 bytes holds no engine"),
         ({"memory": "9" * 400}, UsageError, "not a size"),
-        ({"pipeline": "x"}, UsageError, "has no pipeline to read"),
-        ({"vae": "x"}, UsageError, "draws pixels; leave --vae out"),
+        ({"pipeline": "x"}, UsageError, "has no pipeline; give --vae"),
+        ({"vae": "x"}, UsageError, "samples pixels; leave --vae out"),
         ({"scheduler": "euler"}, UsageError, "use ddim or dpm"),
         ({"memory": "much"}, UsageError, "much"),
         ({"target": "tensorrt-rtx"}, EngineMismatchError, "no 'tensorrt-rtx' engines"),
@@ -172,7 +172,7 @@ def test_a_server_that_may_not_draw_its_own_size_is_refused(tmp_path: Path, bloc
     if blocks is not None:
         (pipeline / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [8] * blocks}))
     given = {"name": "flux", "pipeline": str(pipeline)}
-    with pytest.raises(UsageError, match=f"draws {side} x {side}; give at least {side**2}"):
+    with pytest.raises(UsageError, match=f"samples {side} x {side} by default; give at least {side**2}"):
         deployed(bundle, tmp_path / "models", max_pixels=side**2 - 1, **given)
     assert not (tmp_path / "models").exists()
     assert deployed(bundle, tmp_path / "models", max_pixels=side**2, **given).is_dir()
