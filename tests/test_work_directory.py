@@ -119,3 +119,13 @@ def test_stages_one_at_a_time_make_the_bundle_and_say_what_is_next(run: Run) -> 
     assert len(plan.segments) == 2
     for line in ("dyexport verify b", "dyexport sample b", "dyexport bench b", "rm -r w"):
         assert line in out
+
+
+def test_the_table_of_a_plan_fits(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    model = ("--model", "sit-digits", "--budget", "0.5", "--random-weights")
+    code, out, err = run("plan", *model, "--work", "w")
+    assert code == 0, err
+    assert max(map(len, out.splitlines())) <= 60
+    assert "…" not in out
+    assert [line.split()[0] for line in out.splitlines() if line.strip()[:1].isdigit()] == ["1", "2", "4", "8", "16"]

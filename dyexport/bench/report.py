@@ -19,10 +19,10 @@ Rows = list[tuple[str, ...]]
 
 
 def as_table(title: str, header: Sequence[str], rows: Rows) -> Table:
-    """First column left, the others right, as numbers want to stand."""
+    """Return a table with the first column left-aligned and the others right-aligned. Narrow terminals fold cells."""
     table = Table(title=title, title_justify="left")
     for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left")
+        table.add_column(name, justify="right" if index else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.console import Console
 
 from dyexport.commands import options
 from dyexport.commands.results import headroom_lines, next_lines, plan_costs, trainable_lines
@@ -78,7 +79,12 @@ def build_bundle(settings: BuildSettings, json: bool, without: frozenset[str] = 
         "recipe": settings.effective_recipe(),
         "stages": run.stage_report,
     }
-    emit(payload, as_json=json, human=lambda console: console.print(pairs(_build_lines(payload)), *next_lines(payload)))
+
+    def show(console: Console) -> None:
+        console.print(pairs(_build_lines(payload)))
+        console.print(next_lines(payload), markup=False, soft_wrap=True)
+
+    emit(payload, as_json=json, human=show)
 
 
 def _build_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:

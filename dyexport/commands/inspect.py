@@ -13,6 +13,9 @@ from dyexport.commands.given import Given
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit
 from dyexport.errors import UsageError
 
+CELLS = 64  # of the heat map, in columns of a terminal
+LABELS = 8  # columns of the block numbers
+
 EXAMPLES = (
     "dyexport inspect sit-digits-0.5",
     "dyexport inspect sit-digits-0.5 --png widths.png",
@@ -47,7 +50,8 @@ def inspect(
             save_png(draw_image(opened), png)
 
     def show(console: Console) -> None:
-        heat_map = draw_text(opened, ascii_only=console.options.ascii_only)
+        cells = max(min(console.width - LABELS, CELLS), 1)
+        heat_map = draw_text(opened, cells, ascii_only=console.options.ascii_only)
         console.print(inspect_table(opened), "", heat_map, sep="\n")
 
     emit(inspect_payload(opened), as_json=json, human=show)

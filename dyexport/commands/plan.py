@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from dyexport.commands import options
@@ -69,12 +70,15 @@ def _predictions(costs: Mapping[str, PlanCost]) -> dict[str, dict[str, Any]]:
 
 def _plan_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return FLOPs as shares of the dense model's, and sizes of weights."""
-    table = Table("engines", title="FLOPs of dense, and size of weights", title_justify="left")
-    for header in ("lambda", "network", "executed", "disk", "resident", "shared"):
-        table.add_column(header, justify="right")
+    table = Table(
+        title="FLOPs relative to dense, and size of weights", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
+    for header in ("engines", "lambda", "network", "executed", "disk", "resident"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.caption, table.caption_justify = "Engines that share weights are resident with the size on disk.", "left"
     for row in rows:
         ratios = (f"{row[name]:.3f}" for name in ("flops_ratio", "network_flops_ratio", "executed_flops_ratio"))
-        sizes = (format_bytes(row[name]) for name in ("disk_bytes", "resident_bytes", "disk_bytes"))
+        sizes = (format_bytes(row[name]) for name in ("disk_bytes", "resident_bytes"))
         table.add_row(str(row["engines"]), *ratios, *sizes)
     return table
 

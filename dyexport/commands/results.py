@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-from rich.text import Text
 
 from dyexport.console import format_bytes
 
@@ -37,15 +36,12 @@ def trainable_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     return (("trained", f"{count:,.0f} parameters ({100 * share:.2f} % of full fine-tuning's)"),)
 
 
-def next_lines(payload: Mapping[str, Any]) -> Sequence[Text]:
+def next_lines(payload: Mapping[str, Any]) -> str:
     """Return the commands to run after a build, and the size of its work directory with how to remove it."""
-    bundle, work = shlex.quote(payload["bundle"]), shlex.quote(payload["work"])
-    commands = "\n".join(f"  dyexport {name} {bundle}" for name in ("verify", "sample", "bench"))
+    bundle, work = shlex.quote(payload["bundle"]), os.path.relpath(payload["work"])
+    commands = "".join(f"\n  dyexport {name} {bundle}" for name in ("verify", "sample", "bench"))
     return (
-        Text(f"\nNext:\n{commands}", overflow="fold"),
-        Text(
-            f"{payload['work']} ({format_bytes(payload['work_bytes'])}) holds finished stages for the next build. "
-            f"To remove it: rm -r {work}",
-            overflow="fold",
-        ),
+        f"\nNext:{commands}\n\n"
+        f"{work} ({format_bytes(payload['work_bytes'])}) holds the finished stages, for other builds of this model.\n"
+        f"To remove it: rm -r {shlex.quote(work)}"
     )

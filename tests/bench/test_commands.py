@@ -134,6 +134,14 @@ def test_inspect_shows_and_writes_the_heat_map(run: Any, ddpm: TinyBundle, tmp_p
     assert Image.open(tmp_path / "w.png").width > 100
 
 
+def test_the_heat_map_fits_a_narrow_terminal(run: Any, ddpm: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    lines = run("inspect", ddpm.root)[1].splitlines()
+    maps = [line for line in lines if line[:7].strip().isdigit()]
+    assert len(maps) >= 2 * len(ddpm.plan.segments[0].heads)
+    assert {len(line) for line in maps} == {50}
+
+
 def test_inspect_json_is_complete(run: Any, ddpm: TinyBundle) -> None:
     found = json.loads(run("inspect", ddpm.root, "--json")[1])
     assert [s["gates"] for s in found["segments"]] == [s.gate_size for s in ddpm.plan.segments]
