@@ -33,8 +33,8 @@ def merge_error(model: DynamicTransformer, inputs: NoisedInputs, segment: Segmen
     """Measure the squared error of a merged segment's output, relative to its squared norm, at random t."""
     merged = segment.model_copy(update={"merged": True})
     random, squared_error, squared_norm = np.random.default_rng(seed), 0.0, 0.0
-    for draw in range(SAMPLES):
-        arguments = inputs.at(float(np.float32(random.uniform(segment.start, segment.end))), draw)
+    for repeat in range(SAMPLES):
+        arguments = inputs.at(float(np.float32(random.uniform(segment.start, segment.end))), repeat)
         exact = model(arguments).sample.double()
         with merged_gates(model, merged):
             squared_error += float((model(arguments).sample - exact).square().sum())

@@ -1,4 +1,4 @@
-"""Layers whose activations overflow fp16, found before a bundle is built that samples black images."""
+"""Layers whose activations overflow fp16, detected before a bundle is built."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def measure_tokens(
     *,
     tokens: int | None = None,
     points: int = 32,
-    draws: int = 2,
+    repeats: int = 2,
     progress: Progress = no_progress,
 ) -> TokenStats:
     """Measure quantiles of the kept-token count per block over calibration inputs at ``points`` timesteps.
@@ -32,7 +32,7 @@ def measure_tokens(
     """
     grid = trajectory_points(inputs.preset.timestep_range, points)
     tokens = tokens or inputs.preset.tokens
-    chunks = [_counts(model, inputs, chunk, draws) for chunk in inputs.chunks(grid.tolist(), progress)]
+    chunks = [_counts(model, inputs, chunk, repeats) for chunk in inputs.chunks(grid.tolist(), progress)]
     counts = np.concatenate(chunks) * (tokens / inputs.preset.tokens)  # (T, B, L)
     quantiles = np.quantile(counts, LEVELS, axis=1, method="higher")  # (Q, T, L)
     return TokenStats(
@@ -44,8 +44,8 @@ def measure_tokens(
     )
 
 
-def _counts(model: DynamicTransformer, inputs: NoisedInputs, timesteps: Sequence[float], draws: int) -> np.ndarray:
-    """Count the kept tokens of every sample: (T, draws * B, L)."""
-    kept = [model(inputs.over(timesteps, draw, model.device)).tokens.sum(dim=-1) for draw in range(draws)]
-    parts = [counts.unflatten(0, (len(timesteps), -1)) for counts in kept]  # draws x (T, B, L)
+def _counts(model: DynamicTransformer, inputs: NoisedInputs, timesteps: Sequence[float], repeats: int) -> np.ndarray:
+    """Count the kept tokens of every sample: (T, repeats * B, L)."""
+    kept = [model(inputs.over(timesteps, repeat, model.device)).tokens.sum(dim=-1) for repeat in range(repeats)]
+    parts = [counts.unflatten(0, (len(timesteps), -1)) for counts in kept]  # repeats x (T, B, L)
     return torch.cat(parts, dim=1).cpu().numpy().astype(np.float64)

@@ -1,4 +1,4 @@
-"""diffusers' ``BasicTransformerBlock``, of which DiT, SiT and Latte are made: gates, units, initialization."""
+"""diffusers' ``BasicTransformerBlock``, the block of several backbones: gates, units, initialization."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ LORA_TARGETS = (
 
 
 def attach_gates(block: BasicTransformerBlock, gates: BlockGates, *, mlp_norm: nn.Module) -> None:
-    """Gate self-attention and the MLP; ``mlp_norm`` is the norm before the MLP, whose input token routers read."""
+    """Gate self-attention and the MLP; token routers read the input of ``mlp_norm``, the norm before the MLP."""
     on_input(block.attn1.to_out[0], gates.heads)
     on_output(block.ff.net[0].proj, gates.groups)
-    watch_input(mlp_norm, gates.route)  # the raw residual after attention, (R, N, C)
+    watch_input(mlp_norm, gates.route)  # the residual after attention, (R, N, C)
     on_output(block.ff, gates.tokens)
 
 
@@ -48,7 +48,7 @@ def permute_block(block: BasicTransformerBlock, heads: Tensor, groups: Tensor) -
 
 
 def xavier_linears(backbone: nn.Module, patch: nn.Conv2d) -> None:
-    """Xavier weights and no bias for every Linear and for the patch embedding, which is one too."""
+    """Initialize every Linear, and the patch embedding as one, with Xavier weights and zero bias."""
     for module in backbone.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

@@ -16,7 +16,7 @@ def best_device() -> str:
 
 @contextmanager
 def bf16_products(device: torch.device, *, enabled: bool) -> Iterator[None]:
-    """Run products in bf16 inside the context, whatever the dtype of the weights."""
+    """Run products in bf16 inside the context, for weights of any dtype."""
     with warnings.catch_warnings(), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # RMSNorm then is slower
         yield

@@ -173,7 +173,7 @@ class DynamicTransformer(nn.Module):
         if self.table is not None:
             return self._table_gates(self.table, timestep)
         if noise is not None and self.router == "ordered":
-            noise = _one_draw(noise)
+            noise = _shared_noise(noise)
         heads, groups = self.width_logits(timestep)
         return _force_first(hard_gate(heads[..., 1:], noise)), _force_first(hard_gate(groups[..., 1:], noise))
 
@@ -226,8 +226,8 @@ class DynamicTransformer(nn.Module):
             gates.open(run)
 
 
-def _one_draw(noise: GateNoise) -> GateNoise:
-    """One draw for all units of a block, which share a score: with noise, too, the first ones are on."""
+def _shared_noise(noise: GateNoise) -> GateNoise:
+    """Sample one value for all units of a block, which share a score: the first ones stay on under noise."""
     return lambda shape: noise(torch.Size((*shape[:-1], 1)))
 
 

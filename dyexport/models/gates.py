@@ -26,7 +26,7 @@ def hard_gate(logits: Tensor, noise: GateNoise | None = None) -> Tensor:
     """Return 1 where the logit is positive, else 0, with the gradient of sigmoid((logit + noise) / tau).
 
     Gumbel-sigmoid with a hard straight-through estimator (section 3.4): the difference of two Gumbel
-    variables is logistic. Decided in fp32, whatever the network's precision.
+    variables is logistic. Decided in fp32 at every precision of the network.
     """
     logits = logits.float()
     if noise is not None:
@@ -81,7 +81,7 @@ class WidthRouter(nn.Linear, ABC):
 
     @torch.no_grad()
     def open(self) -> None:
-        """Initialize as published: every gate on, whatever the input."""
+        """Initialize as published: every gate on for every input."""
         nn.init.trunc_normal_(self.weight, std=0.02)
         nn.init.constant_(self.bias, WIDTH_BIAS)
 
@@ -152,14 +152,14 @@ class BlockRouter(nn.Module):
 
     @torch.no_grad()
     def open(self) -> None:
-        """Initialize as published: every gate on, whatever the input."""
+        """Initialize as published: every gate on for every input."""
         self.heads.open()
         self.groups.open()
         if self.tokens is not None:
             nn.init.constant_(self.tokens.last.bias, TOKEN_BIAS)
 
     def run_all_tokens(self) -> None:
-        """Keep every token, whatever was trained."""
+        """Keep every token, overwriting what was trained."""
         if self.tokens is not None:
             nn.init.zeros_(self.tokens.last.weight)
             nn.init.constant_(self.tokens.last.bias, TOKEN_BIAS)

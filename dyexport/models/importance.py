@@ -58,8 +58,8 @@ def _at(
 ) -> tuple[Tensor, Tensor]:
     """Estimate importance at each timestep: (T, L, H), (T, L, G)."""
     totals = [torch.zeros(len(timesteps), model.depth, units) for units in (model.heads, model.groups)]
-    for draw in range(probes):
-        gradients = _probe(model, inputs.over(timesteps, draw, model.device), draw)
+    for probe in range(probes):
+        gradients = _probe(model, inputs.over(timesteps, probe, model.device), probe)
         for total, gradient in zip(totals, gradients, strict=True):
             total += gradient.square().unflatten(0, (len(timesteps), -1)).mean(dim=1) / probes
     return totals[0], totals[1]

@@ -1,4 +1,4 @@
-"""Network inputs at a given t: noised latents as a sampler would call the network with."""
+"""Network inputs at a given t: latents with as much noise as a sampler's."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ class NoisedInputs:
     seed: int = 0
     clean: Batch | None = None
 
-    def at(self, t: float, draw: int = 0, device: torch.device | str = "cpu") -> Inputs:
-        """Return one batch at ``t``; every ``draw`` is another sample."""
-        return self.over((t,), draw, device)
+    def at(self, t: float, repeat: int = 0, device: torch.device | str = "cpu") -> Inputs:
+        """Return one batch at ``t``; every ``repeat`` is another random batch."""
+        return self.over((t,), repeat, device)
 
-    def over(self, timesteps: Sequence[float], draw: int = 0, device: torch.device | str = "cpu") -> Inputs:
+    def over(self, timesteps: Sequence[float], repeat: int = 0, device: torch.device | str = "cpu") -> Inputs:
         """Return samples at every t as one batch, ``batch_size`` of each."""
-        drawn = [self._draw(t, draw) for t in timesteps]
-        conditions = {name: torch.cat([batch.conditions[name] for batch in drawn]) for name in drawn[0].conditions}
+        batches = [self._sample(t, repeat) for t in timesteps]
+        conditions = {name: torch.cat([batch.conditions[name] for batch in batches]) for name in batches[0].conditions}
         timestep = torch.tensor(timesteps, dtype=torch.float32).repeat_interleave(self.batch_size)  # (T * B,)
-        noised = torch.cat([batch.latents for batch in drawn])  # (T * B, ...)
+        noised = torch.cat([batch.latents for batch in batches])  # (T * B, ...)
         inputs = get_conditioning(self.preset).inputs(noised, timestep, conditions)
         return {name: tensor.to(device) for name, tensor in inputs.items()}
 
@@ -66,8 +66,8 @@ class NoisedInputs:
             yield tuple(timesteps[start : start + self.per_pass])
         progress(len(timesteps), len(timesteps))
 
-    def _draw(self, t: float, draw: int) -> Batch:
-        generator = seeded_generator(self.seed, round(t * 1e6), draw)
+    def _sample(self, t: float, repeat: int) -> Batch:
+        generator = seeded_generator(self.seed, round(t * 1e6), repeat)
         if self.clean is None:
             conditions = get_conditioning(self.preset).random(self.batch_size, generator)
             return Batch(torch.randn(self.batch_size, *self.preset.latent_shape, generator=generator), conditions)

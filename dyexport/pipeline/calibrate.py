@@ -93,7 +93,7 @@ def _measure(
             inputs,
             tokens=preset.tokens,
             points=effort.tokens,
-            draws=effort.token_draws,
+            repeats=effort.token_draws,
             progress=phases("tokens"),
         )
     (out / WIDTHS).parent.mkdir()

@@ -113,7 +113,7 @@ def test_budget_is_met_as_run(backbone: str) -> None:
         kept = (gates.mean(-1) for gates in (output.heads, output.groups, output.tokens))
         ratios.append(flops.flops_ratio(*kept).mean())
     assert float(torch.stack(ratios).mean()) == pytest.approx(0.6, abs=0.02)
-    stats = measure_tokens(model, inputs, points=4, draws=1)
+    stats = measure_tokens(model, inputs, points=4, repeats=1)
     assert (stats.tokens, stats.mean.shape) == (preset.tokens, (4, preset.depth))
 
 

@@ -45,7 +45,7 @@ def test_slim_networks_equal_the_masked_model(backbone: str, path: str) -> None:
     """On every token path, at random t, one network or four."""
     model, preset = shared_tiny_model(backbone), tiny_preset(backbone)
     cutter, inputs = Cutter(model, preset), NoisedInputs(preset=preset, batch_size=2)
-    widths, stats = read_widths(model, preset.timestep_range), measure_tokens(model, inputs, points=32, draws=8)
+    widths, stats = read_widths(model, preset.timestep_range), measure_tokens(model, inputs, points=32, repeats=8)
     for engines in (1, 4):
         settings = PlanSettings(engines=engines, token_path=path, capacity_margin=0.2)
         segments = make_segments(widths, stats, FlopsModel.of_preset(preset), settings)
@@ -75,7 +75,7 @@ def test_no_token_kept_is_no_special_case(backbone: str, path: str) -> None:
         assert router.tokens is not None
         router.tokens.last.bias.fill_(-1e4)
     inputs, t = NoisedInputs(preset=preset, batch_size=2), t_at(backbone, MIDDLE)
-    widths, stats = read_widths(model, preset.timestep_range), measure_tokens(model, inputs, points=4, draws=1)
+    widths, stats = read_widths(model, preset.timestep_range), measure_tokens(model, inputs, points=4, repeats=1)
     settings = PlanSettings(engines=1, token_path=path)
     (segment,) = make_segments(widths, stats, FlopsModel.of_preset(preset), settings)
     cutter, reference = Cutter(model, preset), model(inputs.at(t))
@@ -103,7 +103,7 @@ def test_low_rank_paths_are_exact_at_every_t(backbone: str, variant: Variant) ->
     preset = tiny_preset(backbone)
     model = random_dynamic(preset, td_lora=LoraSpec(rank=2, experts=3, alpha=3, variant=variant))
     cutter, inputs = Cutter(model, preset), NoisedInputs(preset=preset, batch_size=2)
-    widths, stats = read_widths(model, preset.timestep_range), measure_tokens(model, inputs, points=8, draws=2)
+    widths, stats = read_widths(model, preset.timestep_range), measure_tokens(model, inputs, points=8, repeats=2)
     for segment in make_segments(widths, stats, FlopsModel.of_preset(preset), PlanSettings(engines=2)):
         slim = cutter.load(segment)
         for share in (EARLY, LATE):

@@ -82,7 +82,7 @@ def test_predicted_ratio_is_the_ratio_run() -> None:
     model, preset = shared_tiny_model(), tiny_preset()
     inputs = NoisedInputs(preset=preset, batch_size=8)
     points = trajectory_points(preset.timestep_range, 64)
-    stats = measure_tokens(model, inputs, points=64, draws=1)
+    stats = measure_tokens(model, inputs, points=64, repeats=1)
     table = read_widths(model, preset.timestep_range)
     flops = FlopsModel.of_preset(preset)
     predicted = flops_ratio(table, stats.mean_fraction(points), points, flops)

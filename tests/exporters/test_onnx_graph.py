@@ -35,7 +35,7 @@ WIDTHS = read_widths(MODEL, PRESET.timestep_range)
 
 @pytest.fixture(scope="module")
 def stats():
-    return measure_tokens(MODEL, INPUTS, points=32, draws=8)
+    return measure_tokens(MODEL, INPUTS, points=32, repeats=8)
 
 
 def one_segment(stats, path: str) -> Segment:

@@ -14,7 +14,7 @@ from dyexport.models.conditions import Column, Conditions
 
 @dataclass(frozen=True)
 class ClassLabels:
-    """``class_labels`` (B,); label ``classes`` means no class."""
+    """``class_labels`` (B,); label ``classes`` is the null class."""
 
     preset: DiTPreset
 

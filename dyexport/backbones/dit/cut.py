@@ -1,4 +1,4 @@
-"""DiT and SiT: where the weights of the slim networks come from."""
+"""Recipes of the slim DiT and SiT."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ TOKEN_ROUTER = "routers.{block}.tokens.{layer}.{kind}"
 
 
 def slice_network(context: SliceContext, segment: Segment) -> Slice:
+    """Cut the network of a segment."""
     spec, config = context.spec, context.spec.config
     group_size = 4 * channels_of(config) // context.groups
     module = on_meta(context, SlimDiT, config, segment, group_size=group_size, td_lora=spec.td_lora)
@@ -57,6 +58,7 @@ def slice_network(context: SliceContext, segment: Segment) -> Slice:
 
 
 def slice_conditioning(context: SliceContext) -> Slice:
+    """Cut the conditioning network."""
     config = context.spec.config
     td_lora = context.spec.td_lora
     module = on_meta(context, DiTConditioning, config, td_lora=td_lora)
@@ -79,6 +81,7 @@ def slice_conditioning(context: SliceContext) -> Slice:
 
 
 def tables(config: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Compute the position table and the frequencies of the timestep embedding."""
     return {POSITION: _position_table(config), FREQUENCIES: sinusoid_frequencies(config.get(FREQ_SHIFT, 1))}
 
 
@@ -94,7 +97,7 @@ def _position_table(config: Mapping[str, Any]) -> Tensor:
 def block_recipes(
     context: SliceContext, segment: Segment, index: int, weights: Mapping[str, Tensor], *, stock: str
 ) -> dict[str, Recipe]:
-    """A ``SlimBlock``'s weights; ``stock`` is the name of the ``BasicTransformerBlock`` it is cut from."""
+    """Return the recipes of a ``SlimBlock``, cut from the ``BasicTransformerBlock`` named ``stock``."""
     config, td_lora = context.spec.config, context.spec.td_lora
     head_dim, group_size = config["attention_head_dim"], 4 * channels_of(config) // context.groups
     recipes = _linears(segment, index, weights, stock, head_dim, group_size)

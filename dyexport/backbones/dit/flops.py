@@ -9,7 +9,7 @@ from dyexport.flops import Config, FlopsModel
 
 
 def count(config: Config, tokens: int, text_tokens: int) -> FlopsModel:
-    """DiT blocks: attention 4 C^2 N + 2 N^2 C, MLP 8 C^2 N (arXiv 2410.03456 section 3.5)."""
+    """Count DiT blocks: attention 4 C^2 N + 2 N^2 C, MLP 8 C^2 N (arXiv 2410.03456 section 3.5)."""
     channels = channels_of(config)
     patch = config["patch_size"] ** 2
     embedders = 256 * channels + channels**2

@@ -1,4 +1,4 @@
-"""DiT and SiT: diffusers' ``DiTTransformer2DModel``, seen through the backbone adapter."""
+"""Adapter of DiT and SiT: diffusers' ``DiTTransformer2DModel``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dyexport.models.gates import BlockGates, TokenRouter, fp32_linear
 
 
 class DiTTokenRouter(TokenRouter):
-    """Linear -> ReLU -> Linear on the residual after attention, as published."""
+    """Token router as published: Linear -> ReLU -> Linear on the residual after attention."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class DiTTokenRouter(TokenRouter):
         return self.outer
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Residual (B, N, C) -> logits (B, N)."""
+        """Compute residual (B, N, C) -> logits (B, N)."""
         (residual,) = inputs
         return fp32_linear(self.outer, F.relu(fp32_linear(self.inner, residual))).squeeze(-1)
 
@@ -43,19 +43,19 @@ class DiTAdapter:
     stock = DiTTransformer2DModel
 
     def build(self, config: Mapping[str, Any]) -> DiTTransformer2DModel:
-        ours = {name: config[name] for name in (FREQ_SHIFT, STORED_POSITIONS) if name in config}
-        backbone = DiTTransformer2DModel(**{name: value for name, value in config.items() if name not in ours})
-        backbone.register_to_config(**ours)
+        extra = {name: config[name] for name in (FREQ_SHIFT, STORED_POSITIONS) if name in config}
+        backbone = DiTTransformer2DModel(**{name: value for name, value in config.items() if name not in extra})
+        backbone.register_to_config(**extra)
         shared = backbone.transformer_blocks[0].norm1.emb
-        shared.time_proj.downscale_freq_shift = ours.get(FREQ_SHIFT, 1)
+        shared.time_proj.downscale_freq_shift = extra.get(FREQ_SHIFT, 1)
         for block in backbone.transformer_blocks:
             block.norm1.emb = shared
-        if ours.get(STORED_POSITIONS):
+        if extra.get(STORED_POSITIONS):
             backbone.pos_embed.register_buffer("pos_embed", backbone.pos_embed.pos_embed, persistent=True)
         return backbone
 
     def initialize(self, backbone: DiTTransformer2DModel) -> None:
-        """DiT section 3.2: Xavier linears, N(0, 0.02) embedders, zero modulation and output (adaLN-Zero)."""
+        """Initialize as DiT section 3.2: Xavier linears, N(0, 0.02) embedders, zero modulation and output."""
         xavier_linears(backbone, backbone.pos_embed.proj)
         for block in backbone.transformer_blocks:
             embedder = block.norm1.emb
@@ -67,7 +67,7 @@ class DiTAdapter:
             nn.init.zeros_(layer.weight)
 
     def share_embedders(self, backbone: DiTTransformer2DModel) -> None:
-        """DiT has one timestep and label embedder; diffusers stores a copy of it in every block."""
+        """Make the timestep and label embedder, which diffusers copies into every block, one module."""
         shared = backbone.transformer_blocks[0].norm1.emb
         reference = shared.state_dict()
         for index, block in enumerate(backbone.transformer_blocks):

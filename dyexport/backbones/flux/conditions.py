@@ -15,7 +15,7 @@ from dyexport.models.conditions import Column, Conditions
 
 @dataclass(frozen=True)
 class Prompts:
-    """FLUX: embedded prompts (B, T, C_text) and pooled ones (B, C_pooled); positions and guidance are added."""
+    """Embedded prompts (B, T, C_text) and pooled prompts (B, C_pooled). ``inputs`` adds positions and guidance."""
 
     preset: FluxPreset
     unconditional: ClassVar[str | None] = None  # guidance is embedded
@@ -40,7 +40,7 @@ class Prompts:
         }
 
     def drop(self, conditions: Conditions, rows: Tensor) -> Conditions:
-        """A guidance-distilled model has no unconditional branch to train."""
+        """Return the conditions unchanged: a guidance-distilled model has no unconditional branch to train."""
         return conditions
 
     def inputs(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Inputs:
@@ -59,7 +59,7 @@ class Prompts:
 
 
 def grid_positions(side: int, device: torch.device) -> Tensor:
-    """Positions of the tokens of a square picture: (side * side, 3), the first axis unused."""
+    """Compute the positions of a square picture's tokens: (side * side, 3), the first axis unused."""
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float().to(device)
 

@@ -1,4 +1,4 @@
-"""FLUX: where the weights of the slim networks come from."""
+"""Recipes of the slim FLUX."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ MLP_RATIO = 4
 
 
 def slice_network(context: SliceContext, segment: Segment) -> Slice:
+    """Cut the network of a segment."""
     config = context.spec.config
     module = on_meta(
         context,
@@ -56,7 +57,7 @@ def slice_network(context: SliceContext, segment: Segment) -> Slice:
     weights = module.state_dict()
     recipes = copies(module, sources)
     for index in range(segment.depth):
-        recipes |= _Cut(context, segment, index, weights).recipes()
+        recipes |= _Cut(context, segment, index, weights).all()
         if (paths := lora_paths(context.spec.td_lora, segment)) is not None:
             recipes |= _paths(PathCut(paths, index, weights), segment, config, _group_size(context))
     assert recipes.keys() == weights.keys()
@@ -84,6 +85,7 @@ def _inputs(context: SliceContext) -> tuple[TensorSpec, ...]:
 
 
 def slice_conditioning(context: SliceContext) -> Slice:
+    """Cut the conditioning network."""
     config, td_lora = context.spec.config, context.spec.td_lora
     settings: dict[str, Any] = {"token_routers": context.token_routers, "td_lora": td_lora}
     module = on_meta(context, FluxConditioning, config, **settings)
@@ -129,11 +131,12 @@ def _router_names(index: int) -> Iterator[tuple[str, str]]:
 
 
 def tables(config: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Compute the frequencies of the rotary and of the timestep embedding."""
     return {ROTARY: _rotary(config), FREQUENCIES: sinusoid_frequencies()}
 
 
 def _rotary(config: Mapping[str, Any]) -> Tensor:
-    """Angle per unit of position, of each pair of channels: theta ** (-2 j / d) on an axis of d channels: (D / 2,)."""
+    """Compute the angle per unit of position, theta ** (-2 j / d) on an axis of d channels: (D / 2,)."""
     axes = [torch.arange(0, size, 2, dtype=torch.float64) / size for size in config["axes_dims_rope"]]
     return torch.cat([THETA**-exponent for exponent in axes]).float()
 
@@ -152,18 +155,18 @@ class _Cut:
         self.group_size = _group_size(context)
         self.index, self.weights = index, weights
         self.heads, self.groups = segment.heads[index], segment.groups[index]
-        self.found: dict[str, Recipe] = {}
+        self.recipes: dict[str, Recipe] = {}
 
-    def recipes(self) -> dict[str, Recipe]:
+    def all(self) -> dict[str, Recipe]:
         if self.index < self.doubles:
             self.double(f"transformer_blocks.{self.index}")
         else:
             self.single(f"single_transformer_blocks.{self.index - self.doubles}")
-        return self.found
+        return self.recipes
 
     def add(self, name: str, kind: str, *sources: str, **settings: Any) -> None:
         name = f"blocks.{self.index}.{name}"
-        self.found[name] = recipe_for(self.weights[name], kind, sources, **settings)
+        self.recipes[name] = recipe_for(self.weights[name], kind, sources, **settings)
 
     def double(self, stock: str) -> None:
         attention = f"{stock}.attn"
@@ -204,7 +207,7 @@ class _Cut:
 
 
 def _paths(cut: PathCut, segment: Segment, config: Mapping[str, Any], group_size: int) -> dict[str, Recipe]:
-    """Low-rank paths of one block; a norm scales the query, so a path does not."""
+    """Return the recipes of one block's low-rank paths. Norms scale the query, so paths do not."""
     heads: dict[str, Any] = {"units": segment.heads[cut.index], "unit_size": config["attention_head_dim"]}
     groups: dict[str, Any] = {"units": segment.groups[cut.index], "unit_size": group_size}
 

@@ -9,9 +9,9 @@ from dyexport.flops import Config, FlopsModel
 
 
 def count(config: Config, tokens: int, text_tokens: int) -> FlopsModel:
-    """FLUX blocks, attention over image and text together; skipped image tokens miss the MLP.
+    """Count FLUX blocks: attention over image and text together; skipped image tokens miss the MLP.
 
-    A single block has one projection for attention and MLP, so there they miss their row of it too.
+    A single block has one output projection for attention and MLP, so skipped tokens miss their rows of it too.
     """
     channels = channels_of(config)
     rows = tokens + text_tokens
@@ -30,7 +30,7 @@ def count(config: Config, tokens: int, text_tokens: int) -> FlopsModel:
 
 
 def _flux_static(config: Config, channels: int, tokens: int, text_tokens: int) -> float:
-    """Embedders, modulation, final layer."""
+    """Count embedders, modulation and the final layer."""
     sinusoidal = 2 if config["guidance_embeds"] else 1  # timestep, and guidance
     vectors = sinusoidal * (256 * channels + channels**2) + config["pooled_projection_dim"] * channels + channels**2
     latents = tokens * channels * config["in_channels"]

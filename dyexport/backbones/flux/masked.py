@@ -1,4 +1,4 @@
-"""FLUX: diffusers' ``FluxTransformer2DModel``, seen through the backbone adapter."""
+"""Adapter of FLUX: diffusers' ``FluxTransformer2DModel``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dyexport.models.gates import BlockGates, Fp32Linear, TokenRouter, fp32_line
 from dyexport.models.hooks import on_input, on_output, permute_inputs, permute_outputs, unit_channels
 
 BLOCK_INPUTS = ("hidden_states", "encoder_hidden_states", "temb")
-TIMESTEP_SCALE = 1000.0  # the network is called with sigma in 0..1 and embeds a thousand times that
+TIMESTEP_SCALE = 1000.0  # the network is called with sigma in [0, 1] and embeds it times this
 SINGLE_TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out")
 DOUBLE_TARGETS = (
     *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
@@ -26,10 +26,10 @@ DOUBLE_TARGETS = (
 
 
 class FluxTokenRouter(TokenRouter):
-    """Linear on image token plus mean text token, each normalized and modulated by the conditioning.
+    """Token router as published for DyFLUX: a Linear on each image token plus the mean text token.
 
-    As published for DyFLUX: one affine LayerNorm for image and text, shift and scale of each from the
-    conditioning that the block's own modulation sees (timestep, guidance and pooled text).
+    Both are normalized by one affine LayerNorm, then modulated by a shift and a scale each, from the conditioning
+    that the block's modulation reads (timestep, guidance and pooled text).
     """
 
     def __init__(self, channels: int) -> None:
@@ -43,7 +43,7 @@ class FluxTokenRouter(TokenRouter):
         return self.router
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Image (B, N, C), text (B, T, C), conditioning (B, C) -> logits (B, N)."""
+        """Compute image (B, N, C), text (B, T, C), conditioning (B, C) -> logits (B, N)."""
         image, text, conditioning = inputs
         modulation = self.linear_t(F.silu(conditioning.float()))[:, None]  # (B, 1, 4C)
         shift, scale, text_shift, text_scale = modulation.chunk(4, dim=-1)
@@ -59,9 +59,9 @@ class FluxTokenRouter(TokenRouter):
 class FluxAdapter:
     """Backbone adapter for ``FluxTransformer2DModel``.
 
-    In a double block a head goes for image and text together, and so does an MLP group of the two
-    MLPs; skipped image tokens miss theirs. In a single block attention and MLP share ``proj_out``:
-    skipped image tokens miss all of it, so their attention update too. Text always runs.
+    In a double block image and text share the gates of heads and of the groups of their two MLPs. Skipped image
+    tokens miss the MLP. In a single block attention and MLP share ``proj_out``: skipped image tokens miss all of
+    it, including their attention update. Text is never skipped.
     """
 
     stock = FluxTransformer2DModel
@@ -70,7 +70,7 @@ class FluxAdapter:
         return FluxTransformer2DModel(**config)
 
     def initialize(self, backbone: FluxTransformer2DModel) -> None:
-        """As DiT: Xavier linears, zero modulation and output (adaLN-Zero)."""
+        """Initialize like DiT: Xavier linears, zero modulation and output (adaLN-Zero)."""
         for module in backbone.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -82,7 +82,7 @@ class FluxAdapter:
             nn.init.zeros_(layer.weight)
 
     def share_embedders(self, backbone: FluxTransformer2DModel) -> None:
-        """FLUX has one embedder to begin with."""
+        """Do nothing: FLUX has one embedder."""
 
     def run(self, backbone: FluxTransformer2DModel, inputs: Inputs) -> Tensor:
         sample: Tensor = backbone(**inputs).sample  # (B, N, C_out)
@@ -104,7 +104,7 @@ class FluxAdapter:
         return SINGLE_TARGETS if isinstance(block, FluxSingleTransformerBlock) else DOUBLE_TARGETS
 
     def timestep_embedding(self, backbone: FluxTransformer2DModel, timestep: Tensor) -> Tensor:
-        """Without guidance and pooled text, which blocks see too: widths must be a function of t."""
+        """Embed t without guidance and pooled text, which blocks read in addition: widths are a function of t."""
         embedder = backbone.time_text_embed
         sinusoid = embedder.time_proj(timestep * TIMESTEP_SCALE)  # (B, 256)
         dtype = embedder.timestep_embedder.linear_1.weight.dtype
@@ -126,7 +126,7 @@ class FluxAdapter:
 
 
 def _permute_double(layer: FluxTransformerBlock, rows: Tensor, groups: Tensor) -> None:
-    """The rest of a double block; ``rows`` (C,) are the channels of its heads."""
+    """Permute the rest of a double block; ``rows`` (C,) are the channels of its heads."""
     attention = layer.attn
     for linear in (attention.add_q_proj, attention.add_k_proj, attention.add_v_proj):
         permute_outputs(linear, rows)
@@ -159,13 +159,13 @@ def _attach_single(block: FluxSingleTransformerBlock, gates: BlockGates) -> None
 
 
 def _block_inputs(positional: tuple[Any, ...], named: Mapping[str, Any]) -> list[Tensor]:
-    """Image, text and conditioning of a block, which diffusers calls by name, but by position when it recomputes."""
-    given = dict(zip(BLOCK_INPUTS, positional, strict=False)) | dict(named)
-    return [given[name] for name in BLOCK_INPUTS]
+    """Return image, text and conditioning of a block, passed by name, or by position when diffusers recomputes."""
+    inputs = dict(zip(BLOCK_INPUTS, positional, strict=False)) | dict(named)
+    return [inputs[name] for name in BLOCK_INPUTS]
 
 
 class _SingleReader:
-    """What a single block's token router reads: its raw inputs."""
+    """Inputs of a single block's token router: those of the block."""
 
     def __init__(self, gates: BlockGates) -> None:
         self.gates = gates
@@ -175,10 +175,10 @@ class _SingleReader:
 
 
 class _DoubleReader:
-    """What a double block's token router reads: image and text after attention.
+    """Inputs of a double block's token router: image and text after attention.
 
-    The stock block runs the image MLP before it has added attention to the text, so that sum is
-    gathered here from its parts as they come by.
+    The stock block runs the image MLP before it adds attention to the text, so that hooks collect the terms of
+    that sum.
     """
 
     def __init__(self, gates: BlockGates) -> None:

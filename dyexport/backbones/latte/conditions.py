@@ -16,7 +16,7 @@ from dyexport.models.conditions import Column, Conditions
 
 @dataclass(frozen=True)
 class Captions:
-    """Latte: embedded prompts (B, T, C_text)."""
+    """Embedded prompts (B, T, C_text)."""
 
     preset: LattePreset
     unconditional: ClassVar[str | None] = ""
@@ -35,7 +35,7 @@ class Captions:
         return {"encoder_hidden_states": torch.randn(shape, generator=generator)}
 
     def drop(self, conditions: Conditions, rows: Tensor) -> Conditions:
-        """No condition is the empty prompt, which a text encoder embeds: data has some samples that are made for it."""
+        """Return the conditions unchanged: the null condition is the embedded empty prompt, which data contains."""
         return conditions
 
     def inputs(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Inputs:

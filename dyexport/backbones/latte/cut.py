@@ -1,4 +1,4 @@
-"""Latte: where the weights of the slim networks come from."""
+"""Recipes of the slim Latte."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ THETA = 10000
 
 
 def slice_network(context: SliceContext, segment: Segment) -> Slice:
+    """Cut the network of a segment."""
     config, td_lora = context.spec.config, context.spec.td_lora
     group_size = 4 * channels_of(config) // context.groups
     module = on_meta(context, SlimLatte, config, segment, group_size=group_size, td_lora=td_lora)
@@ -63,7 +64,7 @@ def slice_network(context: SliceContext, segment: Segment) -> Slice:
 
 
 def _inputs(spec: ModelSpec) -> tuple[TensorSpec, ...]:
-    """Frames are whole patches; samples share the modulation, which follows from t alone."""
+    """Describe the inputs. Frames are whole patches; samples share the modulation, a function of t alone."""
     config, patch = spec.config, spec.config["patch_size"]
     shapes: dict[str, tuple[int | str, ...]] = {
         "hidden_states": ("batch", config["in_channels"], "frames", f"{patch}*height", f"{patch}*width"),
@@ -74,6 +75,7 @@ def _inputs(spec: ModelSpec) -> tuple[TensorSpec, ...]:
 
 
 def slice_conditioning(context: SliceContext) -> Slice:
+    """Cut the conditioning network."""
     config, td_lora = context.spec.config, context.spec.td_lora
     module = on_meta(context, LatteConditioning, config, td_lora=td_lora)
     sources = {
@@ -89,6 +91,7 @@ def slice_conditioning(context: SliceContext) -> Slice:
 
 
 def tables(config: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Compute the frequencies of positions and of the timestep embedding."""
     channels = channels_of(config)
     return {
         SPATIAL: _positions(channels // 4),
@@ -98,12 +101,12 @@ def tables(config: Mapping[str, Any]) -> Mapping[str, Tensor]:
 
 
 def _positions(count: int) -> Tensor:
-    """Frequencies of diffusers' ``get_1d_sincos_pos_embed_from_grid``: (count,)."""
+    """Compute the frequencies of diffusers' ``get_1d_sincos_pos_embed_from_grid``: (count,)."""
     return (1 / THETA ** (torch.arange(count, dtype=torch.float64) / count)).float()
 
 
 def _block(context: SliceContext, segment: Segment, index: int, weights: Mapping[str, Tensor]) -> dict[str, Recipe]:
-    """Spatial blocks have even numbers, temporal ones odd."""
+    """Return the recipes of a block. Spatial blocks have even indices, temporal ones odd."""
     pair, temporal = divmod(index, 2)
     stock, slim = f"{'temporal_' if temporal else ''}transformer_blocks.{pair}", f"blocks.{index}"
     recipes = block_recipes(context, segment, index, weights, stock=stock)
@@ -115,13 +118,13 @@ def _block(context: SliceContext, segment: Segment, index: int, weights: Mapping
 
 
 def _to_text(config: Mapping[str, Any], slim: str, stock: str, weights: Mapping[str, Tensor]) -> dict[str, Recipe]:
-    """Attention to the text, whole."""
+    """Return the recipes of attention to the text, at full width."""
     linears = {"key": "to_k", "value": "to_v", "out": "to_out.0"}
-    sources = {
-        k: v for part, theirs in linears.items() for k, v in linear_names(f"{slim}.{part}", f"{stock}.{theirs}").items()
-    }
+    sources: dict[str, str] = {}
+    for layer, dense in linears.items():
+        sources |= linear_names(f"{slim}.{layer}", f"{stock}.{dense}")
     recipes = {name: recipe_for(weights[name], "copy", (source,)) for name, source in sources.items()}
-    every, size = tuple(range(config["num_attention_heads"])), config["attention_head_dim"]
+    heads, size = tuple(range(config["num_attention_heads"])), config["attention_head_dim"]
     for name, source in linear_names(f"{slim}.query", f"{stock}.to_q").items():
-        recipes[name] = recipe_for(weights[name], "rows", (source,), units=every, unit_size=size, scale=size**-0.5)
+        recipes[name] = recipe_for(weights[name], "rows", (source,), units=heads, unit_size=size, scale=size**-0.5)
     return recipes

@@ -9,10 +9,10 @@ from dyexport.flops import Config, FlopsModel
 
 
 def count(config: Config, tokens: int, text_tokens: int) -> FlopsModel:
-    """DiT blocks, every frame by itself and every patch by itself in turn. ``tokens`` are those of all frames.
+    """Count DiT blocks that attend within each frame and along each patch in turn. ``tokens`` are of all frames.
 
-    Attention to the text is static: no gate touches it. Its keys and values are counted once a sample; the
-    stock module makes them anew for each frame.
+    Attention to the text is static: no gate touches it. Its keys and values are counted once per sample; the
+    stock module computes them again for each frame.
     """
     channels = channels_of(config)
     frames, pairs = config["video_length"], config["num_layers"]

@@ -1,4 +1,4 @@
-"""Latte: diffusers' ``LatteTransformer3DModel``, seen through the backbone adapter."""
+"""Adapter of Latte: diffusers' ``LatteTransformer3DModel``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from dyexport.models.gates import BlockGates
 class LatteAdapter:
     """Backbone adapter for ``LatteTransformer3DModel`` (Latte, arXiv 2401.03048, its text-to-video model).
 
-    Blocks alternate: a spatial one sees every frame as a row of patches, a temporal one every patch as a
-    row of frames. Both have the gates of a DiT block. Attention to the text, which spatial blocks have
-    besides, is static: it is not in the paper's lambda, and is a thirteenth of what a pair multiplies. Token
-    routers read the residual after it, so a skipped token has seen the text.
+    Blocks alternate: a spatial block reads every frame as a row of patches, a temporal one every patch as a
+    row of frames. Both have the gates of a DiT block. Attention to the text, which spatial blocks have in
+    addition, is static: it is not in the paper's lambda, and a thirteenth of the FLOPs of a pair of blocks. Token
+    routers read the residual after it, so skipped tokens have read the text.
     """
 
     stock = LatteTransformer3DModel
@@ -31,7 +31,7 @@ class LatteAdapter:
         return LatteTransformer3DModel(**config)
 
     def initialize(self, backbone: LatteTransformer3DModel) -> None:
-        """As PixArt (arXiv 2310.00426), whose adaLN-single Latte has: no attention to the text, and no output, yet."""
+        """Initialize like PixArt (arXiv 2310.00426), whose adaLN-single Latte has: zero text attention and output."""
         xavier_linears(backbone, backbone.pos_embed.proj)
         embedder, caption = backbone.adaln_single.emb.timestep_embedder, backbone.caption_projection
         for layer in (embedder, caption):
@@ -43,7 +43,7 @@ class LatteAdapter:
             nn.init.zeros_(layer.weight)
 
     def share_embedders(self, backbone: LatteTransformer3DModel) -> None:
-        """Latte has one embedder to begin with."""
+        """Do nothing: Latte has one embedder."""
 
     def run(self, backbone: LatteTransformer3DModel, inputs: Inputs) -> Tensor:
         sample: Tensor = backbone(**inputs).sample  # (B, C_out, F, H, W)

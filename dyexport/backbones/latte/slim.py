@@ -27,7 +27,7 @@ from dyexport.slicing.slim_lora import lora_paths
 
 
 class Grid(NamedTuple):
-    """How the tokens of a video lie."""
+    """Numbers of frames, rows and columns of a video's tokens."""
 
     frames: int
     height: int
@@ -35,7 +35,7 @@ class Grid(NamedTuple):
 
     @property
     def patches(self) -> int:
-        """Tokens of a frame, N."""
+        """Number of tokens in a frame, N."""
         return self.height * self.width
 
 
@@ -93,7 +93,7 @@ class TemporalBlock(LatteBlock):
 
 
 class TextAttention(nn.Module):
-    """Attention of every token to the text, at full width whatever the segment."""
+    """Attention of every token to the text, at full width in every segment."""
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class TextAttention(nn.Module):
         self.out = SlimLinear(channels, channels)
 
     def forward(self, hidden: Tensor, text: Tensor) -> Tensor:
-        """(B, M, C), (B, T, C) -> (B, M, C)."""
+        """Compute (B, M, C), (B, T, C) -> (B, M, C)."""
         query = self.split(self.query, hidden)  # (B, H, M, D)
         key, value = self.split(self.key, text), self.split(self.value, text)  # (B, H, T, D)
         mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)  # (B, H, M, D)
@@ -119,7 +119,7 @@ class TextAttention(nn.Module):
 
 
 class Caption(nn.Module):
-    """The text encoder's output made as wide as the network."""
+    """MLP that projects the text encoder's output to the network's channels."""
 
     def __init__(self, inputs: int, channels: int) -> None:
         super().__init__()
@@ -127,36 +127,36 @@ class Caption(nn.Module):
         self.outer = nn.Linear(channels, channels)
 
     def forward(self, text: Tensor) -> Tensor:
-        """(B, T, J) -> (B, T, C)."""
+        """Compute (B, T, J) -> (B, T, C)."""
         rows: Tensor = self.outer(F.gelu(self.inner(text.flatten(0, 1)), approximate="tanh"))  # (B * T, C)
         return rows.view(*text.shape[:2], -1)
 
 
 class Positions(nn.Module):
-    """Sinusoids of place and of time: those of diffusers at any size of a frame, for any number of frames."""
+    """Sinusoidal embeddings of place and time, equal to diffusers' for frames of any size and number."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         channels = channels_of(config)
         side = config["sample_size"] // config["patch_size"]
-        # Coordinates span the square of training, whatever the size of a frame.
+        # Coordinates span the square of training, for frames of any size.
         self.span = side / max(config["sample_size"] // 64, 1)
         self.spatial = nn.Parameter(torch.empty(channels // 4, dtype=torch.float32))
         self.temporal = nn.Parameter(torch.empty(channels // 2, dtype=torch.float32))
 
     def of_patches(self, grid: Grid) -> Tensor:
-        """(N, C): the column in the first half of the channels, the row in the second."""
+        """Compute the embeddings of places (N, C): columns in the first half of the channels, rows in the second."""
         columns, rows = self._sinusoids(grid.width).unsqueeze(0), self._sinusoids(grid.height).unsqueeze(1)
         size = (grid.height, grid.width, columns.shape[2])
         return torch.cat([columns.expand(size), rows.expand(size)], dim=2).flatten(0, 1)
 
     def _sinusoids(self, size: int) -> Tensor:
-        """Of one axis: (S, C / 2)."""
+        """Compute the sinusoids of one axis: (S, C / 2)."""
         places = self._count(size, self.spatial) * self.span / size  # (S,)
         return _sines_first(places, self.spatial)
 
     def of_frames(self, frames: int) -> Tensor:
-        """(F, C); nothing where there is one frame, a picture."""
+        """Compute the embeddings of frames (F, C): zero for a single frame, a picture."""
         index = self._count(frames, self.temporal)  # (F,)
         several = index.amax(0).clamp(max=1)
         return several * _sines_first(index, self.temporal)
@@ -167,7 +167,7 @@ class Positions(nn.Module):
 
 
 def _sines_first(places: Tensor, frequencies: Tensor) -> Tensor:
-    """(S,), (K,) -> (S, 2 K)."""
+    """Compute (S,), (K,) -> (S, 2 K)."""
     angles = places.unsqueeze(1) * frequencies  # (S, K)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -203,9 +203,10 @@ class SlimLatte(nn.Module):
         width_gate: Tensor | None = None,
         slots: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Latents (B, C_in, F, H, W), text (B, T, J), modulation (1, M), gates (W,), slots (S,).
+        """Compute latents (B, C_in, F, H, W), text (B, T, J), modulation (1, M) -> sample (B, C_out, F, H, W).
 
-        Returns sample (B, C_out, F, H, W) and, where R token routers have limited room, what they wanted (B, R).
+        ``width_gate`` is (W,), ``slots`` (S,). Also returns the kept tokens (B, R) of the R blocks whose capacity is
+        limited, if there are any.
         """
         hidden, grid = self.embed(hidden_states)  # (B, F * N, C)
         text = self.caption(encoder_hidden_states.to(hidden.dtype))  # (B, T, C)
@@ -223,7 +224,7 @@ class SlimLatte(nn.Module):
         return (sample, torch.stack(counts, dim=1)) if counts else (sample,)
 
     def embed(self, latents: Tensor) -> tuple[Tensor, Grid]:
-        """Patches in their places: (B, C_in, F, H, W) -> (B, F * N, C)."""
+        """Embed patches and their places: (B, C_in, F, H, W) -> (B, F * N, C)."""
         batch, _, frames = latents.shape[:3]
         patches = self.patch(latents.transpose(1, 2).flatten(0, 1))  # (B * F, C, h, w)
         grid = Grid(frames, patches.shape[2], patches.shape[3])
@@ -231,12 +232,12 @@ class SlimLatte(nn.Module):
         return hidden.reshape(batch, frames * grid.patches, -1).to(self.final.weight.dtype), grid
 
     def in_time(self, hidden: Tensor, grid: Grid) -> Tensor:
-        """Frames in their places: (B, F * N, C) -> (B, F * N, C)."""
+        """Add the embeddings of frames: (B, F * N, C) -> (B, F * N, C)."""
         places = self.positions.of_frames(grid.frames).to(hidden.dtype).unsqueeze(1)  # (F, 1, C)
         return (hidden.view(-1, grid.frames, grid.patches, hidden.shape[2]) + places).view(hidden.shape)
 
     def unpatchify(self, normed: Tensor, grid: Grid) -> Tensor:
-        """Final layer: (B, F * N, C) -> (B, C_out, F, H, W)."""
+        """Run the final layer: (B, F * N, C) -> (B, C_out, F, H, W)."""
         size, channels = self.patch_size, self.out_channels
         patches = self.final(normed.flatten(0, 1)).float()  # (B * F * N, P * P * C_out)
         patches = patches.view(-1, grid.frames, grid.height, grid.width, size, size, channels)

@@ -54,7 +54,7 @@ def slice_network(context: SliceContext, segment: Segment) -> Slice:
     weights = module.state_dict()
     recipes = copies(module, sources)
     for index in range(segment.depth):
-        recipes |= _Cut(segment, index, weights, head_dim=config["attention_head_dim"], group_size=group_size).recipes()
+        recipes |= _Cut(segment, index, weights, head_dim=config["attention_head_dim"], group_size=group_size).all()
         if (paths := lora_paths(td_lora, segment)) is not None:
             recipes |= _paths(PathCut(paths, index, weights), segment, config["attention_head_dim"], group_size)
     assert recipes.keys() == weights.keys()
@@ -118,16 +118,16 @@ class _Cut:
         self.routed, self.last = segment.token_paths[index] != "all", index == segment.depth - 1
         self.of_heads: dict[str, Any] = {"units": segment.heads[index], "unit_size": head_dim}
         self.of_groups: dict[str, Any] = {"units": segment.groups[index], "unit_size": group_size}
-        self.found: dict[str, Recipe] = {}
+        self.recipes: dict[str, Recipe] = {}
 
-    def recipes(self) -> dict[str, Recipe]:
+    def all(self) -> dict[str, Recipe]:
         for stream in STREAMS:
             self.stream(stream, f"transformer_blocks.{self.index}")
         if self.routed:
             for slim, layer in (("router_in", "inner"), ("router_out", "outer")):
                 for name, source in linear_names(slim, f"routers.{self.index}.tokens.{layer}").items():
                     self.add(name, "copy", source)
-        return self.found
+        return self.recipes
 
     def stream(self, slim: str, stock: str) -> None:
         *qkv, query_norm, key_norm, out, mlp = STREAMS[slim]
@@ -150,7 +150,7 @@ class _Cut:
 
     def add(self, name: str, kind: str, *sources: str, **settings: Any) -> None:
         name = f"blocks.{self.index}.{name}"
-        self.found[name] = recipe_for(self.weights[name], kind, sources, **settings)
+        self.recipes[name] = recipe_for(self.weights[name], kind, sources, **settings)
 
 
 def _paths(cut: PathCut, segment: Segment, head_dim: int, group_size: int) -> dict[str, Recipe]:
