@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from dyexport.bundle.manifest import ModelSpec
+    from dyexport.bundle.reader import Bundle
     from dyexport.runtime.transformer import BundleTransformer
 
 DEFAULT_CLASSES = 10
@@ -61,7 +62,7 @@ class Samples:
 
 
 def sample(
-    transformer: BundleTransformer | str | Path,
+    transformer: BundleTransformer | Bundle | str | Path,
     *,
     labels: Sequence[int] | torch.Tensor | None = None,
     prompts: str | Sequence[str] | None = None,
@@ -79,7 +80,8 @@ def sample(
 ) -> Samples:
     """Sample one picture, or one video, for each label or prompt.
 
-    ``transformer`` is what ``dyexport.load`` returns, or anything that it takes. Class-conditional models take
+    ``transformer`` is what ``dyexport.load`` returns, or a bundle, which is loaded for this call: its path, its hub
+    id, or a ``Bundle``. Class-conditional models take
     ``labels`` (default: the first ten classes) and ``scheduler``; text-to-image and text-to-video models take
     ``prompts``, or ``prompt_embeds``, a safetensors file of embedded prompts. ``steps`` and the ``guidance`` scale
     default to the model's; 1 is no guidance. The same ``seed`` gives the same noise on every device; with one seed for
@@ -117,9 +119,11 @@ def sample(
         "pipeline": pipeline,
         "vae": vae,
     }
+    from dyexport.bundle.reader import Bundle
     from dyexport.runtime.loading import load
 
-    opened = load(transformer) if isinstance(transformer, (str, Path)) else transformer
+    source = transformer.root if isinstance(transformer, Bundle) else transformer
+    opened = load(source) if isinstance(source, (str, Path)) else source
     with closing(opened) if opened is not transformer else nullcontext():
         for name, because in useless_arguments(opened.spec).items():
             if arguments[name] is not None:

@@ -38,11 +38,14 @@ def test_the_example_of_its_docstring_runs(
     assert Image.open("digits.png").size[0] > 100
 
 
-def test_a_path_and_what_load_returns_are_the_same(sit_tiny: Bundle) -> None:
+def test_a_path_a_bundle_and_what_load_returns_are_the_same(sit_tiny: Bundle) -> None:
     loaded = dyexport.load(sit_tiny.root)
-    ours, paths = (dyexport.sample(source, labels=[1, 2], steps=2, seed=3) for source in (loaded, sit_tiny.root))
-    torch.testing.assert_close(ours.values, paths.values, rtol=0, atol=0)
-    assert torch.equal(dyexport.sample(loaded, labels=[1, 2], steps=2, seed=3).values, ours.values)  # it stays open
+    first, *others = (
+        dyexport.sample(source, labels=[1, 2], steps=2, seed=3).values
+        for source in (loaded, sit_tiny, sit_tiny.root, str(sit_tiny.root), loaded)  # which stays open
+    )
+    for values in others:
+        torch.testing.assert_close(values, first, rtol=0, atol=0)
     loaded.close()
 
 
