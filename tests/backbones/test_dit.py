@@ -56,6 +56,6 @@ def test_modulation_is_that_of_the_stock_model(backbone: str) -> None:
 
 def test_bindings() -> None:
     slice_ = slice_conditioning(Cutter(shared_tiny_model(), tiny_preset()).context)
-    found = [(spec.name, spec.dtype, spec.shape) for spec in slice_.inputs]
-    assert found == [("timestep", "float32", ("rows",)), ("class_labels", "int64", ("rows",))]
+    inputs = [(spec.name, spec.dtype, spec.shape) for spec in slice_.inputs]
+    assert inputs == [("timestep", "float32", ("rows",)), ("class_labels", "int64", ("rows",))]
     assert slice_.outputs == ("modulation",)

@@ -1,4 +1,4 @@
-"""Overflow in fp16 is found by name before anything is exported."""
+"""Overflow in fp16 is reported by name before anything is exported."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def test_scores_are_scaled_products_of_queries_and_keys() -> None:
     for name in ("to_q", "to_k"):
         layer = getattr(model.backbone.transformer_blocks[0].attn1, name)
         layer.register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: output}))
-    found = measure_magnitudes(model, INPUTS, [0.5])["transformer_blocks.0.scores"]
+    magnitude = measure_magnitudes(model, INPUTS, [0.5])["transformer_blocks.0.scores"]
     query, key = (seen[name].unflatten(-1, (TINY.heads, -1)).transpose(1, 2) for name in ("to_q", "to_k"))
     scores = query @ key.transpose(2, 3) / query.shape[-1] ** 0.5
-    assert found == pytest.approx(float(scores.abs().max()), rel=1e-5)
+    assert magnitude == pytest.approx(float(scores.abs().max()), rel=1e-5)
 
 
 def test_a_build_stops_before_it_writes_an_overflowing_graph(tmp_path: Path) -> None:

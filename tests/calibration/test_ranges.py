@@ -25,10 +25,10 @@ def test_ranges_are_the_largest_of_what_is_read() -> None:
     model = random_dynamic(TINY)
     seen: list[torch.Tensor] = []
     handle = model.backbone.get_submodule(FC2.module).register_forward_pre_hook(lambda _, read: seen.append(read[0]))
-    found = measure_ranges(model.backbone, model, INPUTS, (0.2, 0.8), (FC1, FC2))
+    ranges = measure_ranges(model.backbone, model, INPUTS, (0.2, 0.8), (FC1, FC2))
     handle.remove()
-    assert found[FC2] == float(torch.cat(seen).abs().max())
-    assert found[FC1] != found[FC2]
+    assert ranges[FC2] == float(torch.cat(seen).abs().max())
+    assert ranges[FC1] != ranges[FC2]
     assert not model.backbone.get_submodule(FC1.module)._forward_pre_hooks
 
 
@@ -43,9 +43,9 @@ def test_a_linear_of_flux_has_a_range_for_each_part_that_it_reads() -> None:
     ]
     seen: list[torch.Tensor] = []
     linear.register_forward_pre_hook(lambda _, read: seen.append(read[0].flatten(0, 1)))
-    found = measure_ranges(model.backbone, model, NoisedInputs(preset=preset, batch_size=1), (0.5,), parts)
+    ranges = measure_ranges(model.backbone, model, NoisedInputs(preset=preset, batch_size=1), (0.5,), parts)
     whole = torch.cat(seen).abs().amax(0)
-    assert [found[part] for part in parts] == [float(whole[:channels].max()), float(whole[channels:].max())]
+    assert [ranges[part] for part in parts] == [float(whole[:channels].max()), float(whole[channels:].max())]
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def test_fake_quantized_linears_read_rounded_weights_and_inputs(quantization: Qu
     linear = model.backbone.get_submodule(FC2.module)
     read, largest = torch.randn(5, linear.in_features), 2.0  # some of it is beyond
     with fake_quantized(model.backbone, {FC2: largest}, quantization):
-        found = linear(read)
+        output = linear(read)
     if quantization == "int8":
         rounded = (read * 127 / largest).round().clamp(-127, 127) * largest / 127
         steps = linear.weight.abs().amax(1, keepdim=True) / 127
@@ -64,8 +64,8 @@ def test_fake_quantized_linears_read_rounded_weights_and_inputs(quantization: Qu
         rounded = (read * 448 / largest).clamp(-448, 448).to(torch.float8_e4m3fn).float() * largest / 448
         steps = linear.weight.abs().amax(1, keepdim=True) / 448
         weight = (linear.weight / steps).to(torch.float8_e4m3fn).float() * steps
-    torch.testing.assert_close(found, rounded @ weight.T + linear.bias, atol=1e-5, rtol=1e-5)
-    assert (found - linear(read)).abs().max() > 1e-3, "and outside it is the linear again"
+    torch.testing.assert_close(output, rounded @ weight.T + linear.bias, atol=1e-5, rtol=1e-5)
+    assert (output - linear(read)).abs().max() > 1e-3, "and outside it is the linear again"
 
 
 def segment(start: float, end: float) -> Segment:

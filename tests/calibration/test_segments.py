@@ -87,9 +87,9 @@ def test_slots_hold_the_largest_count_seen(path: str) -> None:
     for segment in make_segments(table, stats, FLOPS, settings):
         for t in np.linspace(segment.start, segment.end - 1e-6, 50):
             extra = segment.slots(stats, t) if path == "dynamic" else 0
-            room = np.array(segment.capacities) + extra
-            assert (room >= stats.highest(t, t)).all()
-            assert (room <= stats.tokens).all()
+            capacity = np.array(segment.capacities) + extra
+            assert (capacity >= stats.highest(t, t)).all()
+            assert (capacity <= stats.tokens).all()
         if path == "dynamic":
             widest = np.array(segment.capacities) + segment.slot_buckets[-1]
             assert (widest <= stats.tokens).all()

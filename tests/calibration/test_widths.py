@@ -21,7 +21,7 @@ from tests.pipeline.tiny import tiny_settings
 
 
 def ratio_as_run(model: DynamicTransformer, inputs: NoisedInputs, points: int = 64) -> float:
-    """Lambda from the gates of real forward passes, by the paper's formula and nothing of ours but the gates."""
+    """Lambda from the gates of real forward passes, by the paper's formula and nothing of the package but the gates."""
     preset = inputs.preset
     channels, tokens = preset.hidden_size, preset.tokens
     attention = 4 * channels**2 * tokens + 2 * tokens**2 * channels

@@ -46,10 +46,10 @@ def test_untrained_it_changes_nothing(preset: Preset, variant: str) -> None:
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_it_is_the_backbone_with_changed_weights(preset: Preset, variant: str) -> None:
-    """Hooked beside the linears, at the gates of one t, it is W + scale * sum_i g_i B_i A_i written out."""
+    """Hooked to the linears, at the gates of one t, it is W + scale * sum_i g_i B_i A_i written out."""
     model = random_dynamic(preset, td_lora=spec(variant))
     inputs = NoisedInputs(preset=preset, batch_size=2).at(0.3 * preset.timestep_range[1])
-    truth, untouched = model.forward_dense(inputs), copy.deepcopy(model.backbone)
+    expected, untouched = model.forward_dense(inputs), copy.deepcopy(model.backbone)
     embedding = model.adapter.timestep_embedding(model.backbone, inputs["timestep"])
     gates = model.td_lora.gates_at(embedding)[0]  # (L, E)
     torch.testing.assert_close(gates.sum(-1), torch.ones(model.depth))
@@ -58,10 +58,10 @@ def test_it_is_the_backbone_with_changed_weights(preset: Preset, variant: str) -
         for name, linear in model.lora_linears(block).items():
             linear.weight += written_out(lora.layer(name), mixed)
             torch.nn.init.zeros_(lora.layer(name).up)
-    torch.testing.assert_close(model.forward_dense(inputs), truth, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.forward_dense(inputs), expected, atol=1e-5, rtol=1e-5)
     assert (untouched.proj_out_2.weight if preset.backbone == "dit" else untouched.proj_out.weight).std() > 0
     model.backbone.load_state_dict(untouched.state_dict())
-    assert (model.forward_dense(inputs) - truth).abs().max() > 1e-3  # the updates are not nothing
+    assert (model.forward_dense(inputs) - expected).abs().max() > 1e-3  # the updates differ from zero
 
 
 def written_out(layer: LowRank, gates: torch.Tensor) -> torch.Tensor:
@@ -127,11 +127,11 @@ def test_parameters_are_those_of_the_formula(variant: str) -> None:
 def test_specifications() -> None:
     assert parse_lora(None) is None
     assert parse_lora("rank=16") == LoraSpec(rank=16, experts=4, alpha=16)
-    found = parse_lora("rank=8, experts=2,variant=inverse,alpha=4")
-    assert found == LoraSpec(rank=8, experts=2, variant="inverse", alpha=4)
-    assert found is not None
-    assert found.scale == 0.5
-    assert found.bias == "none"
+    spec = parse_lora("rank=8, experts=2,variant=inverse,alpha=4")
+    assert spec == LoraSpec(rank=8, experts=2, variant="inverse", alpha=4)
+    assert spec is not None
+    assert spec.scale == 0.5
+    assert spec.bias == "none"
     assert parse_lora("rank=8,experts=2,bias=all") == LoraSpec(rank=8, experts=2, alpha=8, bias="all")
 
 

@@ -89,8 +89,8 @@ def test_a_checkpoint_brings_ordered_routers_back(tmp_path: Path) -> None:
     loaded, _ = load_dynamic(tmp_path)
     assert loaded.router == "ordered"
     t = torch.tensor(random_timesteps(preset, 16))
-    for theirs, ours in zip(loaded.width_logits(t), model.width_logits(t), strict=True):
-        assert torch.equal(theirs, ours)
+    for one, other in zip(loaded.width_logits(t), model.width_logits(t), strict=True):
+        assert torch.equal(one, other)
 
 
 @torch.no_grad()

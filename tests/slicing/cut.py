@@ -96,13 +96,13 @@ def routed_inputs(segment: Segment, widths: WidthTable, stats: TokenStats, t: fl
     return routed
 
 
-def fits(segment: Segment, wanted: torch.Tensor, slots: int) -> bool:
-    """Whether the tokens (B, L) that routers want have room."""
+def fits(segment: Segment, kept: torch.Tensor, slots: int) -> bool:
+    """Return whether the tokens (B, L) that routers keep fit into the capacities."""
     limited = list(segment.limited_blocks)
-    room = torch.tensor(segment.capacities)[limited] + torch.tensor(
+    capacity = torch.tensor(segment.capacities)[limited] + torch.tensor(
         [slots if segment.token_paths[block] == "dynamic" else 0 for block in limited]
     )
-    return not bool((wanted[:, limited] > room).any())
+    return not bool((kept[:, limited] > capacity).any())
 
 
 def assert_kept(segment: Segment, kept: list[torch.Tensor], tokens: torch.Tensor) -> None:

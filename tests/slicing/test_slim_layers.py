@@ -61,12 +61,12 @@ def masked(keep: Tensor) -> Tensor:
 @given(scores=router_scores(), spare=st.integers(0, 6))
 def test_every_path_equals_masking(path: Any, use_topk: bool, scores: Tensor, spare: int) -> None:
     keep = scores > 0
-    wanted = int(keep.sum(1).max())
-    branch, room = Branch(), min(max(wanted + spare, 1), scores.shape[1])
-    selection = select_tokens(path, scores, room, use_topk=use_topk)
+    most = int(keep.sum(1).max())
+    branch, capacity = Branch(), min(max(most + spare, 1), scores.shape[1])
+    selection = select_tokens(path, scores, capacity, use_topk=use_topk)
     update = run_selected(selection, branch, *branch_inputs(scores.numel()))
     torch.testing.assert_close(update, masked(keep))
-    rows = {"masked": scores.numel(), "compact": int(keep.sum())}.get(path, len(scores) * room)
+    rows = {"masked": scores.numel(), "compact": int(keep.sum())}.get(path, len(scores) * capacity)
     assert branch.rows == rows, "no more is computed than the path is for"
     if path in LIMITED:
         assert selection.kept is not None
@@ -76,23 +76,23 @@ def test_every_path_equals_masking(path: Any, use_topk: bool, scores: Tensor, sp
 
 
 @pytest.mark.parametrize("path", LIMITED)
-@given(scores=router_scores(), room=st.integers(1, 6))
-def test_too_little_room_is_for_the_tokens_the_router_wants_most(path: Any, scores: Tensor, room: int) -> None:
-    room = min(room, scores.shape[1])
-    lowest = scores.sort(dim=1, descending=True).values[:, room - 1 : room]  # (B, 1)
-    selection = select_tokens(path, scores, room)
+@given(scores=router_scores(), capacity=st.integers(1, 6))
+def test_a_small_capacity_goes_to_the_highest_scores(path: Any, scores: Tensor, capacity: int) -> None:
+    capacity = min(capacity, scores.shape[1])
+    lowest = scores.sort(dim=1, descending=True).values[:, capacity - 1 : capacity]  # (B, 1)
+    selection = select_tokens(path, scores, capacity)
     update = run_selected(selection, Branch(), *branch_inputs(scores.numel()))
     torch.testing.assert_close(update, masked((scores >= lowest) & (scores > 0)))
     assert selection.kept is not None
-    assert torch.equal(selection.kept, (scores > 0).sum(1)), "what was wanted, not what ran"
+    assert torch.equal(selection.kept, (scores > 0).sum(1)), "what the router keeps, not what ran"
 
 
-@given(scores=router_scores(), room=st.integers(1, 6))
-def test_too_little_room_is_for_the_first_tokens_where_none_is_sorted(scores: Tensor, room: int) -> None:
-    keep, room = scores > 0, min(room, scores.shape[1])
-    selection = select_tokens("capacity", scores, room, use_topk=False)
+@given(scores=router_scores(), capacity=st.integers(1, 6))
+def test_a_small_capacity_without_topk_goes_to_the_first_tokens(scores: Tensor, capacity: int) -> None:
+    keep, capacity = scores > 0, min(capacity, scores.shape[1])
+    selection = select_tokens("capacity", scores, capacity, use_topk=False)
     update = run_selected(selection, Branch(), *branch_inputs(scores.numel()))
-    torch.testing.assert_close(update, masked(keep & (keep.cumsum(1) <= room)))
+    torch.testing.assert_close(update, masked(keep & (keep.cumsum(1) <= capacity)))
     assert selection.kept is not None
     assert torch.equal(selection.kept, keep.sum(1))
 
@@ -122,8 +122,8 @@ def test_gates_lie_block_by_block_heads_first() -> None:
         capacities=(4,) * 3,
     )
     gates = split_gates(segment, torch.arange(float(segment.gate_size)))
-    found = [[part if part is None else part.tolist() for part in block[:2]] for block in gates]
-    assert found == [[[0, 1], [2]], [None, [3, 4]], [[5, 6, 7], None]]
+    split = [[part if part is None else part.tolist() for part in block[:2]] for block in gates]
+    assert split == [[[0, 1], [2]], [None, [3, 4]], [[5, 6, 7], None]]
 
 
 def test_a_gate_scales_the_channels_of_its_unit() -> None:
@@ -137,8 +137,8 @@ def test_modulated_norm_is_layer_norm_with_an_affine_of_its_own() -> None:
     hidden, shift, scale = torch.randn(2, 4, 8), torch.randn(2, 1, 8), torch.randn(2, 1, 8)
     modulation = FinalModulation(shift, scale)
     for sample in range(2):
-        wanted = F.layer_norm(hidden[sample], (8,), scale[sample, 0], shift[sample, 0], eps=1e-6)
-        torch.testing.assert_close(modulated_norm(hidden, modulation)[sample], wanted)
+        expected = F.layer_norm(hidden[sample], (8,), scale[sample, 0], shift[sample, 0], eps=1e-6)
+        torch.testing.assert_close(modulated_norm(hidden, modulation)[sample], expected)
 
 
 def test_scales_start_from_one() -> None:
