@@ -42,12 +42,19 @@ from tests.factories import tiny_preset
 from tests.slicing.cut import Cutter
 from tests.slicing.test_quantizing import PRESETS
 
-TINY = {"dit": "dit-digits", "sit": "sit-digits", "latte": "latte-tiny", "flux": "flux-tiny"}
+TINY = {
+    "dit": "dit-digits",
+    "sit": "sit-digits",
+    "latte": "latte-tiny",
+    "flux": "flux-tiny",
+    "qwen_image": "qwen-image-tiny",
+}
 CASES = [
     ("sit", "fp32", "dynamic"),
     ("dit", "fp16", "dynamic"),
     ("dit", "bf16", "capacity"),
     ("flux", "fp32", "dynamic"),
+    ("qwen_image", "bf16", "dynamic"),
 ]
 REST = [
     (backbone, precision, path)

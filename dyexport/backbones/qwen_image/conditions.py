@@ -59,6 +59,7 @@ class Prompts:
             "hidden_states": latents,  # (B, N, C)
             "timestep": timestep,
             **conditions,
+            "encoder_hidden_states_mask": conditions["encoder_hidden_states_mask"].ne(0).float(),  # (B, T)
             "img_shapes": torch.tensor([1, side, side], device=latents.device),  # (3,)
         }
 
