@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
@@ -17,6 +18,8 @@ from diffusers import (
     FluxTransformer2DModel,
     LattePipeline,
     LatteTransformer3DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
 )
 
 from dyexport.backbones.base import Preset
@@ -72,6 +75,33 @@ def save_dit_pipeline(directory: Path, preset: Preset) -> Path:
         scheduler=DDIMScheduler(clip_sample=False),
     )
     pipe.save_pretrained(directory)
+    return directory
+
+
+def save_qwen_image_pipeline(directory: Path) -> Path:
+    """With random weights of the sizes that ``qwen-image-tiny`` takes."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+    words = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
+    tokenizer = Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    rotary = {"rope_theta": 10000.0, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 256}
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": len(words)}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "out_hidden_size": 64}
+    config = Qwen2_5_VLConfig(text_config={**sizes, **heads, **rotary}, vision_config=vision)
+    preset = get_preset("qwen-image-tiny")
+    pipe = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**preset.sampling.scheduler),
+        vae=AutoencoderKLQwenImage(
+            base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.1] * 4, latents_std=[0.9] * 4
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config),
+        tokenizer=tokenizer,
+        transformer=QwenImageTransformer2DModel(**preset.transformer_config()),
+    )
+    with torch.no_grad():
+        pipe.save_pretrained(directory)
     return directory
 
 

@@ -7,7 +7,12 @@ import pytest
 
 from tests.factories import tiny_preset
 from tests.pipeline.tiny import build, tiny_settings
-from tests.pipeline.tiny_pipeline import save_dit_pipeline, save_latte_pipeline, save_pipeline
+from tests.pipeline.tiny_pipeline import (
+    save_dit_pipeline,
+    save_latte_pipeline,
+    save_pipeline,
+    save_qwen_image_pipeline,
+)
 from tests.runtime.bundles import TinyBundle, write_bundle
 
 
@@ -55,3 +60,10 @@ def latte(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     root = tmp_path_factory.mktemp("latte")
     bundle = build(tiny_settings(root, model="latte-tiny", engines=2)).root
     return Saved(bundle=bundle, pipeline=save_latte_pipeline(root / "pipeline"))
+
+
+@pytest.fixture(scope="session")
+def qwenimage(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    root = tmp_path_factory.mktemp("qwen-image")
+    bundle = build(tiny_settings(root, model="qwen-image-tiny", engines=2)).root
+    return Saved(bundle=bundle, pipeline=save_qwen_image_pipeline(root / "pipeline"))

@@ -28,6 +28,8 @@ class Masked(torch.nn.Module):
     def forward(self, hidden_states: torch.Tensor, *, return_dict: bool = True, **inputs: Any) -> Any:
         given = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         given = {name: value.float() if value.is_floating_point() else value for name, value in given.items()}
+        if "img_shapes" in inputs:  # one picture for each sample, all of one shape
+            given["img_shapes"] = torch.tensor(inputs["img_shapes"][0][0])
         if "class_labels" in given:
             given["class_labels"] = given["class_labels"].clamp(max=self.config.num_embeds_ada_norm)
         sample = self.model({"hidden_states": hidden_states.float(), **given}).sample.to(hidden_states.dtype)

@@ -18,6 +18,9 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     LattePipeline,
+    QwenImageImg2ImgPipeline,
+    QwenImageInpaintPipeline,
+    QwenImagePipeline,
 )
 
 import dyexport
@@ -34,6 +37,7 @@ def image(seed: int) -> torch.Tensor:
 
 SIZE = {"height": 64, "width": 64}
 FLUX = {"prompt": "a cat", **SIZE, "num_inference_steps": 2, "output_type": "pt"}
+QWEN = {"prompt": "a cat", "negative_prompt": " ", **SIZE, "num_inference_steps": 3, "output_type": "pt"}
 CALLS: dict[type[DiffusionPipeline], Callable[[], dict[str, Any]]] = {
     FluxPipeline: lambda: FLUX,
     FluxImg2ImgPipeline: lambda: {**FLUX, "num_inference_steps": 3, "image": image(0), "strength": 0.7},
@@ -49,8 +53,11 @@ CALLS: dict[type[DiffusionPipeline], Callable[[], dict[str, Any]]] = {
         "guidance_scale": 3.0,
         "output_type": "pt",
     },
+    QwenImagePipeline: lambda: {**QWEN, "prompt": ["a cat", "a large dog"], "negative_prompt": [" ", "not a dog"]},
+    QwenImageImg2ImgPipeline: lambda: {**QWEN, "image": image(0), "strength": 0.7},
+    QwenImageInpaintPipeline: lambda: {**QWEN, "image": image(0), "mask_image": image(1)[:, :1].round()},
 }
-BASES = {"flux": FluxPipeline, "dit": DiTPipeline, "latte": LattePipeline}
+BASES = {"flux": FluxPipeline, "dit": DiTPipeline, "latte": LattePipeline, "qwenimage": QwenImagePipeline}
 
 
 def backbone_of(kind: type[DiffusionPipeline]) -> str:
@@ -120,7 +127,8 @@ def test_a_pipeline_is_cast_as_a_whole(saved: Saved, kind: type[DiffusionPipelin
     pipe = open_base(saved, kind, torch.float32)
     drawn = draw(pipe.to(torch.bfloat16))
     assert pipe.transformer.dtype == torch.bfloat16
-    np.testing.assert_allclose(drawn, draw(open_base(saved, kind, torch.bfloat16)), atol=1e-6)
+    opened = open_base(saved, kind, torch.bfloat16).to(torch.bfloat16)  # casts tables of text encoders, as above
+    np.testing.assert_allclose(drawn, draw(opened), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", BASES.values(), ids=lambda kind: kind.__name__, indirect=True)
