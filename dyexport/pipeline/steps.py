@@ -34,7 +34,7 @@ from dyexport.training.data import LatentSource
 from dyexport.training.finetuning import finetune
 from dyexport.training.prompts import embed_prompts, kept_prompts, read_prompts
 from dyexport.training.synthetic import generate
-from dyexport.training.trainer import Progress, train_static
+from dyexport.training.trainer import TrainingProgress, train_static
 
 RANKING_POINTS = 8
 SHARDS, PROMPTS = "shards", "prompts.safetensors"  # of synthetic data under way
@@ -59,7 +59,7 @@ def make_static(
     source: Path | None,
     data: LatentSource | None,
     scratch: Path,
-    progress: Progress,
+    progress: TrainingProgress,
     out: Path,
 ) -> None:
     """The static model as a diffusers directory: links to ``source``, or trained on ``data``, or random."""
@@ -82,7 +82,7 @@ def train_on(
     pace: Schedule,
     source: LatentSource,
     scratch: Path,
-    progress: Progress,
+    progress: TrainingProgress,
 ) -> None:
     """Plain training, in place."""
     config = TrainConfig(**asdict(pace), seed=settings.seed)
@@ -90,7 +90,7 @@ def train_on(
 
 
 def make_control(
-    settings: BuildSettings, static: Path, source: LatentSource, scratch: Path, progress: Progress, out: Path
+    settings: BuildSettings, static: Path, source: LatentSource, scratch: Path, progress: TrainingProgress, out: Path
 ) -> None:
     """The static model trained plainly for as long as the dynamic one is fine-tuned."""
     backbone = load_static(str(static), settings.preset)
@@ -153,7 +153,12 @@ def calibration_inputs(settings: BuildSettings, source: LatentSource | None) -> 
 
 
 def make_dynamic(
-    settings: BuildSettings, static: Path, source: LatentSource | None, scratch: Path, progress: Progress, out: Path
+    settings: BuildSettings,
+    static: Path,
+    source: LatentSource | None,
+    scratch: Path,
+    progress: TrainingProgress,
+    out: Path,
 ) -> None:
     """The dynamic checkpoint: given, random, or the static model with routers attached (and trained)."""
     preset = settings.preset
@@ -171,7 +176,7 @@ def make_dynamic(
 
 
 def _finetuned(
-    settings: BuildSettings, static: Path, source: LatentSource, scratch: Path, progress: Progress
+    settings: BuildSettings, static: Path, source: LatentSource, scratch: Path, progress: TrainingProgress
 ) -> DynamicTransformer:
     """The static model, its most important units first, trained under the budget."""
     assert settings.budget is not None

@@ -16,11 +16,11 @@ SHARDED = {
 
 
 def check_accelerate(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise ``UsageError`` for what would be done by half: gradients accumulated, weights in shards."""
+    """Raise ``UsageError`` for gradient accumulation and sharded weights, which training does not support."""
     if (steps := environment.get(ACCUMULATION, "1").strip()) != "1":
         raise UsageError(
             f"{ACCUMULATION} is {steps} (gradient_accumulation_steps in accelerate's configuration), and a step of "
-            "training here is one whole batch; set it to 1, and use more processes where a batch does not fit"
+            "training here is one whole batch; set it to 1, and use more processes if a batch does not fit"
         )
     for variable, kind in SHARDED.items():
         if environment.get(variable, "").strip().lower() in ("1", "true", "yes", "on", "y", "t"):

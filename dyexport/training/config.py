@@ -1,4 +1,4 @@
-"""How a run trains. Defaults are the published ones (arXiv 2410.03456, appendix A) unless a comment says otherwise."""
+"""Settings of training runs, with the published defaults (arXiv 2410.03456, appendix A) where there are any."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dyexport.models.gates import WIDTH_BIAS
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Plain diffusion training, of a static backbone; ``batch_size`` is global, over all processes."""
+    """Diffusion training of a static backbone; ``batch_size`` is global, over all processes."""
 
     steps: int
     batch_size: int = 256
@@ -33,11 +33,11 @@ class TrainConfig:
         _require(self.seed >= 0, "seed", self.seed, "0 or more")
 
     def rate_scale(self, step: int) -> float:
-        """What learning rates are multiplied by at a step."""
+        """Return the factor of the learning rates at a step."""
         return min((self.steps - step) / max(self.lr_decay * self.steps, 1), 1.0)
 
     def digest(self) -> str:
-        """Identifies everything here that decides the weights trained."""
+        """Hash every setting that affects the trained weights."""
         values = {name: value for name, value in asdict(self).items() if name != "checkpoint_every"}
         return hashlib.sha256(json.dumps([type(self).__name__, values], sort_keys=True).encode()).hexdigest()
 
@@ -46,13 +46,13 @@ class TrainConfig:
 class FinetuneConfig(TrainConfig):
     """DyDiT fine-tuning: the FLOPs ratio (lambda) falls from 1 to ``budget``.
 
-    ``warmup``, ``complete``, ``anneal`` and ``settle`` are shares of the run: over the first ``warmup`` of it
-    lambda falls, for the first ``complete`` the complete model is trained too, and over ``anneal``, which ends
-    where the last ``settle`` begins, gate noise fades to zero, so that the network still has time to learn with
-    the gates that will run.
-    With ``distill`` the complete model is trained until the gates settle and the dynamic path learns its
-    predictions; from then on all weights are the dynamic path's, which learns from the data and from what the
-    complete model was. Not in the paper, and twice the forward passes, but worth it in runs of thousands of steps.
+    warmup    share of the run, at its start, over which lambda falls
+    complete  share of the run, at its start, that trains the dense model too
+    anneal    share of the run over which gate noise falls to zero; it ends where ``settle`` begins
+    settle    share of the run, at its end, in which the gates are those that will run
+    distill   train the dense model until the gates settle, and the dynamic path on its predictions; after that train
+              the dynamic path on the data and on a frozen copy of the dense model. Not in the paper. It doubles the
+              forward passes, and pays off in runs of thousands of steps.
     """
 
     budget: float = 0.5
@@ -70,26 +70,26 @@ class FinetuneConfig(TrainConfig):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1], a share of the run")
 
     def target(self, step: int) -> float:
-        """Lambda at a step: 1 at the start, ``budget`` once warm."""
+        """Return lambda at a step: 1 at the start, ``budget`` after the warm-up."""
         progress = min(step / max(self.warmup * self.steps, 1), 1.0)
         return 1.0 + progress * (self.budget - 1.0)
 
     def noise_scale(self, step: int) -> float:
-        """Gate noise at a step: 1, then down to 0 where the gates settle."""
+        """Return the scale of gate noise at a step: 1, falling to 0 where the gates settle."""
         remaining = ((1 - self.settle) * self.steps - 1 - step) / max(self.anneal * self.steps, 1)
         return min(max(remaining, 0.0), 1.0)
 
     @property
     def complete_steps(self) -> int:
-        """Steps that train the complete model too."""
+        """Steps that train the dense model too."""
         return round((1 - self.settle if self.distill else self.complete) * self.steps)
 
     @property
     def router_learning_rate(self) -> float:
-        """Fast enough that a gate can travel from its initial logit to zero and back while lambda falls.
+        """Learning rate at which a gate can move from its initial logit to zero and back while lambda falls.
 
-        At 1e-4 Adam moves a router's bias of +15 by 15 in 150,000 steps, the published length; a run
-        of a thousand steps would never close a gate.
+        At 1e-4 Adam moves a router's bias of +15 by 15 in 150,000 steps, the published length. In a run of a thousand
+        steps no gate would close.
         """
         return max(self.learning_rate, 2 * WIDTH_BIAS / max(self.warmup * self.steps, 1))
 

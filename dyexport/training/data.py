@@ -1,4 +1,4 @@
-"""Where training latents come from. Sources are indexed: which samples a step sees is a function of the step alone."""
+"""Sources of training latents, by index, so that the samples of a step depend on the step alone."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ class LatentSource(Protocol):
 
     @property
     def name(self) -> str:
-        """Identifies the data between runs."""
+        """Name that is the same for the same data in every run."""
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: Tensor) -> Batch:
-        """The samples at (B,) indices."""
+        """Return the samples at indices (B,)."""
 
     def check_finite(self) -> None:
-        """Raise ``DataError`` for a value that no model can learn from."""
+        """Raise ``DataError`` for a value that is not finite."""
 
 
 def open_source(spec: str, preset: Preset) -> LatentSource:
-    """``digits``, or a directory of safetensors files with ``latents`` and what the model is conditioned on.
+    """Open ``digits``, or a directory of safetensors files with ``latents`` and conditions, such as synthetic data.
 
-    Synthetic data is such a directory too (``dyexport.training.synthetic``). Raises ``DataError``.
+    Raises ``DataError``.
     """
     if spec != "digits":
         return ShardDirectory(Path(spec), preset)
@@ -86,7 +86,7 @@ def _shard_files(directory: Path) -> list[Path]:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """Why a file cannot be read: safetensors calls one missing that may not be."""
+    """Return why a file cannot be read: safetensors reports any such file as missing."""
     try:
         path.open("rb").close()
     except OSError as refused:
@@ -95,11 +95,11 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 class ShardDirectory:
-    """A directory of safetensors shards, memory-mapped; only the rows asked for are read.
+    """A directory of safetensors shards, memory-mapped: only the rows of a batch are read.
 
-    Each shard holds ``latents`` (n, *latent_shape), any float type, and the columns of the model's
-    conditioning, such as ``labels`` (n,). Shapes and labels are checked when opened, finiteness when
-    read; raises ``DataError`` naming the file.
+    Each shard holds ``latents`` (n, *latent_shape) of any float type and the columns of the model's conditioning, such
+    as ``labels`` (n,). Shapes and labels are checked when opened, finiteness when read. Raises ``DataError`` naming the
+    file.
     """
 
     def __init__(self, directory: Path, preset: Preset) -> None:
@@ -115,7 +115,7 @@ class ShardDirectory:
 
     @cached_property
     def name(self) -> str:
-        """Identifies the shards by their contents."""
+        """Names and hashes of the shards."""
         return " ".join(f"{shard.path.name}:{sha256_of(shard.path)}" for shard in self.shards)
 
     def __len__(self) -> int:
@@ -129,13 +129,13 @@ class ShardDirectory:
         return Batch(values.pop("latents"), values)
 
     def check_finite(self) -> None:
-        """Read everything once: a value that is not finite is found now, not after hours. Raises ``DataError``."""
+        """Read everything, to find a value that is not finite before training. Raises ``DataError``."""
         for shard in self.shards:
             columns = " ".join(column.name for column in shard.columns)
             once(f"finite {sha256_of(shard.path)} {columns}", shard.check_finite)
 
     def _check_alike(self, columns: tuple[Column, ...]) -> None:
-        """Rows of different shards go into one batch."""
+        """Raise ``DataError`` for shards whose rows cannot share a batch."""
         first = self.shards[0]
         for shard in self.shards[1:]:
             for name in (column.name for column in columns):
@@ -169,9 +169,9 @@ class _Shard:
         return tuple(self.values[name].get_shape())
 
     def _check(self, column: Column) -> None:
-        shape, wanted = self.shape(column.name), (len(self), *column.shape)
-        if len(shape) != len(wanted) or any(w is not None and s != w for s, w in zip(shape, wanted, strict=True)):
-            sizes = ", ".join("any" if size is None else str(size) for size in wanted)
+        shape, expected = self.shape(column.name), (len(self), *column.shape)
+        if len(shape) != len(expected) or any(w not in (None, s) for s, w in zip(shape, expected, strict=True)):
+            sizes = ", ".join("any" if size is None else str(size) for size in expected)
             raise DataError(f"{self.path}: {column.name} are {shape}; {self.model} takes ({sizes})")
         if 0 in shape:
             raise DataError(f"{self.path}: {column.name} are {shape}, which holds nothing; remove that file")
@@ -190,7 +190,7 @@ class _Shard:
             )
 
     def check_finite(self) -> None:
-        """Read it all, in pieces."""
+        """Read the shard in pieces. Raises ``DataError`` naming the first value that is not finite."""
         for start in range(0, len(self), ROWS):
             for column in (column for column in self.columns if column.classes is None):
                 values = self.values[column.name][start : start + ROWS].float()
@@ -199,7 +199,7 @@ class _Shard:
                     raise DataError(_not_finite(self.path, column.name, start + row))
 
     def row(self, index: int) -> dict[str, Tensor]:
-        """One sample, by argument: (1, ...) each."""
+        """Return one sample by the network's arguments, each (1, ...)."""
         return {column.argument: self._value(column, index) for column in self.columns}
 
     def _value(self, column: Column, index: int) -> Tensor:

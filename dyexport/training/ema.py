@@ -11,8 +11,7 @@ from torch import Tensor
 class Ema:
     """Averages of named parameters, in fp32.
 
-    The decay rises as (1 + step) / (10 + step) up to ``decay``, so that a short run does not end on
-    the average of its beginning.
+    The decay rises as (1 + step) / (10 + step) up to ``decay``, so that early weights do not dominate a short run.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
@@ -22,13 +21,13 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the parameters as they are after ``step`` (0, 1, ...)."""
+        """Average in the parameters after ``step`` (0, 1, ...)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         values = [value.detach().float() for value in self.parameters.values()]
         torch._foreach_lerp_(list(self.averages.values()), values, 1 - decay)
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Overwrite the parameters by their averages."""
+        """Overwrite the parameters with their averages."""
         for name, value in self.parameters.items():
             value.copy_(self.averages[name])

@@ -14,14 +14,14 @@ from dyexport.backbones.base import Preset
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.training.config import FinetuneConfig
 from dyexport.training.data import LatentSource
-from dyexport.training.draws import LogisticNoise, Share, step_generator
 from dyexport.training.losses import DynamicLosses, Losses, NoisyBatch, flops_penalty, flops_ratio
+from dyexport.training.randomness import LogisticNoise, Share, step_generator
 from dyexport.training.state import SavedState
 from dyexport.training.teacher import Teacher
-from dyexport.training.trainer import Progress, Trainer, TrainResult
+from dyexport.training.trainer import Trainer, TrainingProgress, TrainResult
 
 MEASURED_SAMPLES = 512
-TEACHER = "teacher."  # before names of its weights in a saved state
+TEACHER = "teacher."  # prefix of its weights in a saved state
 
 
 def finetune(
@@ -31,20 +31,20 @@ def finetune(
     config: FinetuneConfig,
     *,
     work_dir: Path,
-    progress: Progress | None = None,
+    progress: TrainingProgress | None = None,
 ) -> TrainResult:
     """Fine-tune a dynamic model in place until its FLOPs ratio meets the budget (arXiv 2410.03456 section 3.5)."""
     return DynamicTrainer(model, preset, source, config, work_dir=work_dir, progress=progress).train()
 
 
 class DynamicTrainer(Trainer[FinetuneConfig]):
-    """Fine-tunes a ``DynamicTransformer``: diffusion loss, complete-model loss and FLOPs penalty."""
+    """Trainer of a ``DynamicTransformer``: diffusion loss, loss of the dense model and FLOPs penalty."""
 
     model: DynamicTransformer
-    teacher: Teacher | None = None  # with ``distill``, from where the complete model is no longer trained
+    teacher: Teacher | None = None  # with ``distill``, once the dense model is no longer trained
 
     def loss_module(self) -> nn.Module:
-        return DynamicLosses(self.model, self.draws.objective, self.flops, distill=self.config.distill)
+        return DynamicLosses(self.model, self.batches.objective, self.flops, distill=self.config.distill)
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         groups: list[dict[str, Any]] = [
@@ -79,18 +79,18 @@ class DynamicTrainer(Trainer[FinetuneConfig]):
         return {name: value.clone() for name, value in self.ema.averages.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        taught = {} if self.teacher is None else self.teacher.weights
-        return {**super().tensors(), **{f"{TEACHER}{name}": value for name, value in taught.items()}}
+        frozen = {} if self.teacher is None else self.teacher.weights
+        return {**super().tensors(), **{f"{TEACHER}{name}": value for name, value in frozen.items()}}
 
     def finish(self) -> TrainResult:
         return replace(super().finish(), flops_ratio=self.measured_ratio())
 
     @torch.no_grad()
     def measured_ratio(self) -> float:
-        """Lambda under hard gates, over noisy batches that no step has seen."""
-        draws = replace(self.draws, share=Share())
-        batches = math.ceil(MEASURED_SAMPLES / self.config.batch_size)
+        """Measure lambda under hard gates, on noisy batches that training has not used."""
+        global_batches = replace(self.batches, share=Share())
+        count = math.ceil(MEASURED_SAMPLES / self.config.batch_size)
         ratios = []
-        for step in range(self.config.steps, self.config.steps + batches):
-            ratios.append(flops_ratio(self.model(draws.at(step).inputs), self.flops).mean())
+        for step in range(self.config.steps, self.config.steps + count):
+            ratios.append(flops_ratio(self.model(global_batches.at(step).inputs), self.flops).mean())
         return float(torch.stack(ratios).mean())

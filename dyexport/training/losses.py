@@ -1,4 +1,4 @@
-"""What is minimised: diffusion losses (DDPM, flow matching) and the FLOPs penalty."""
+"""Losses: diffusion (DDPM, flow matching), distillation and the FLOPs penalty."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from dyexport.noise_schedule import DDPM_BETAS, DDPM_STEPS
 from dyexport.training.teacher import Teacher
 
 FLOPS_WEIGHT = 2.0  # arXiv 2410.03456 eq. 7
-TAUGHT_SHARE = 0.5  # of the teacher in the dynamic path's loss; the rest is the data's
+TEACHER_SHARE = 0.5  # weight of the teacher in the dynamic path's loss; the rest is the weight of the data
 
 
 class Noised(NamedTuple):
-    """Data with noise mixed in, and what the network should say of it."""
+    """Noised data, and the prediction that the network should make."""
 
     latents: Tensor  # (B, *latent_shape)
     timestep: Tensor  # (B,), as the network is called
@@ -31,7 +31,7 @@ class Noised(NamedTuple):
 
 
 class NoisyBatch(NamedTuple):
-    """All arguments of the network, and the latents among them with their target."""
+    """Inputs of the network, and their latents with the target."""
 
     inputs: Inputs
     noised: Noised
@@ -41,18 +41,18 @@ class Losses(NamedTuple):
     """Means over the samples of this process; scalars that carry gradients."""
 
     diffusion: Tensor
-    complete: Tensor | None  # None once the complete model is no longer trained
+    complete: Tensor | None  # of the dense model; None once it is no longer trained
     flops_ratio: Tensor | None  # None for a static model
 
 
 class DiffusionObjective(Protocol):
-    """How data and noise are mixed, and how far off a prediction is."""
+    """The mix of data and noise, and the loss of a prediction."""
 
     def noisy(self, clean: Tensor, noise: Tensor, uniform: Tensor) -> Noised:
-        """Mix (B, *latent_shape) data with noise at the timesteps that ``uniform`` (B,), in [0, 1], stands for."""
+        """Mix data (B, *latent_shape) with noise; ``uniform`` (B,) in [0, 1] gives the timesteps."""
 
     def loss(self, prediction: Tensor, batch: Noised) -> Tensor:
-        """Loss of each sample, from the network's raw output: (B,)."""
+        """Return the loss of each sample from the network's output: (B,)."""
 
 
 def get_objective(name: Objective) -> DiffusionObjective:
@@ -87,9 +87,8 @@ class SigmaFlowObjective:
 class DdpmObjective:
     """Noise prediction over 1000 linear steps (DiT, arXiv 2212.09748 section 3.1).
 
-    A network with 2C output channels also learns the variance, through the variational bound on the
-    frozen mean (improved DDPM, arXiv 2102.09672 section 3.1); there and here the bound is in bits per
-    dimension and weighs 1.
+    A network with 2C output channels also learns the variance, through the variational bound on the frozen mean
+    (improved DDPM, arXiv 2102.09672 section 3.1). The bound is in bits per dimension and has weight 1.
     """
 
     def __init__(self) -> None:
@@ -109,20 +108,20 @@ class DdpmObjective:
         return loss
 
     def variational_bound(self, noise: Tensor, variance: Tensor, batch: Noised) -> Tensor:
-        """KL from the true posterior to the predicted step, in bits per dimension: (B,).
+        """Return the KL divergence from the true posterior to the predicted step, in bits per dimension: (B,).
 
-        At t = 0, where there is no posterior, it is the code length of the data. ``variance`` in
-        [-1, 1] interpolates, in log space, between the least and the largest possible.
+        At t = 0, which has no posterior, it is the code length of the data. ``variance`` in [-1, 1] interpolates
+        between the least and the largest possible variance, in log space.
         """
-        each = (-1, *(1,) * (noise.ndim - 1))  # (B, 1, ...)
-        posterior = _Posterior(*(row.view(each) for row in self.posterior.to(noise.device)[:, batch.timestep]))
+        per_sample = (-1, *(1,) * (noise.ndim - 1))  # (B, 1, ...)
+        posterior = _Posterior(*(row.view(per_sample) for row in self.posterior.to(noise.device)[:, batch.timestep]))
         predicted = (batch.latents - posterior.noise_scale * noise) / posterior.signal_scale  # x_0, (B, C, ...)
         mean = posterior.mean(predicted, batch.latents)
         share = (variance + 1) / 2
         log_variance = share * posterior.log_beta + (1 - share) * posterior.log_variance  # (B, C, ...)
         kl = _gaussian_kl(posterior.mean(batch.clean, batch.latents), posterior.log_variance, mean, log_variance)
         code = _code_length(batch.clean, mean, log_variance)
-        first = (batch.timestep == 0).view(each)
+        first = (batch.timestep == 0).view(per_sample)
         return torch.where(first, code, kl).flatten(1).mean(1) / math.log(2)
 
 
@@ -141,7 +140,7 @@ class _Posterior(NamedTuple):
 
 
 def _posterior_table() -> Tensor:
-    """Fields of ``_Posterior`` for every timestep: (6, 1000)."""
+    """Return the fields of ``_Posterior`` at every timestep: (6, 1000)."""
     beta = torch.linspace(*DDPM_BETAS, DDPM_STEPS, dtype=torch.float64)  # (1000,)
     signal = torch.cumprod(1 - beta, dim=0)
     before = F.pad(signal[:-1], (1, 0), value=1.0)
@@ -154,14 +153,14 @@ def _posterior_table() -> Tensor:
 
 
 def _gaussian_kl(mean: Tensor, log_variance: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N(mean, ...) || N(mean2, ...)) in nats, per element."""
+    """Return KL(N(mean, ...) || N(mean2, ...)) in nats, per element."""
     spread = torch.exp(log_variance - log_variance2)
     distance = (mean - mean2).square() * torch.exp(-log_variance2)
     return 0.5 * (log_variance2 - log_variance + spread + distance - 1)
 
 
 def _code_length(clean: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Nats to code 8-bit data in [-1, 1] under a Gaussian, per element (Ho et al. 2020, eq. 13)."""
+    """Return the nats that code 8-bit data in [-1, 1] under a Gaussian, per element (arXiv 2006.11239, eq. 13)."""
     scale = torch.exp(-0.5 * log_variance)
     upper = torch.special.ndtr((clean - mean + 1 / 255) * scale).masked_fill(clean > 0.999, 1.0)
     lower = torch.special.ndtr((clean - mean - 1 / 255) * scale).masked_fill(clean < -0.999, 0.0)
@@ -169,22 +168,22 @@ def _code_length(clean: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def flops_ratio(output: DynamicOutput, flops: FlopsModel) -> Tensor:
-    """Lambda of each sample under the gates that will run, with straight-through gradients: (B,)."""
+    """Return lambda of each sample under hard gates, with straight-through gradients: (B,)."""
     return flops.flops_ratio(output.heads.mean(-1), output.groups.mean(-1), output.tokens.mean(-1))
 
 
 def flops_penalty(local: Tensor, overall: Tensor, target: float) -> Tensor:
-    """2 (ratio - lambda)^2 of the global batch, from this process's mean ratio and the detached global one.
+    """Return 2 (ratio - lambda)^2 of the global batch (arXiv 2410.03456 eq. 7).
 
-    Gradients are averaged over processes, so multiplying the local ratio by the global error gives
-    the gradient of the global penalty; squaring each process's own error would not.
+    ``local`` is this process's mean ratio, ``overall`` the global one. Gradients are averaged over processes, so the
+    local ratio times the global error has the gradient of the global penalty; the square of the local error has not.
     """
     error = overall.detach() - target
     return FLOPS_WEIGHT * (error.square() + 2 * error * (local - local.detach()))
 
 
 class StaticLosses(nn.Module):
-    """The loss of a stock backbone, as one forward pass."""
+    """Loss of a stock backbone, as one forward pass."""
 
     def __init__(self, model: nn.Module, adapter: Adapter, objective: DiffusionObjective) -> None:
         super().__init__()
@@ -198,11 +197,11 @@ class StaticLosses(nn.Module):
 
 
 class DynamicLosses(nn.Module):
-    """All losses of a dynamic model as one forward pass, so that DistributedDataParallel sees one.
+    """Losses of a dynamic model as one forward pass, as DistributedDataParallel needs.
 
-    With ``distill`` the dynamic path learns what the complete model, trained beside it on the same weights,
-    predicts (in-place distillation, arXiv 1903.05134): a target without the noise that the data's has.
-    A teacher, where there is one, takes the complete model's place, and the data counts again.
+    With ``distill`` the target of the dynamic path is the prediction of the dense model, which shares its weights and
+    is trained at the same time (in-place distillation, arXiv 1903.05134); it has less noise than the data. A teacher
+    replaces the dense model, and the data is part of the target again.
     """
 
     def __init__(
@@ -220,8 +219,8 @@ class DynamicLosses(nn.Module):
         output: DynamicOutput = self.model(batch.inputs, noise=noise)
         ratio = flops_ratio(output, self.flops).mean()
         if teacher is not None:
-            taught = _distance(output.sample, teacher.predict(batch.inputs))
-            return Losses(torch.lerp(self._data(output.sample, batch), taught, TAUGHT_SHARE), None, ratio)
+            distilled = _distance(output.sample, teacher.predict(batch.inputs))
+            return Losses(torch.lerp(self._data(output.sample, batch), distilled, TEACHER_SHARE), None, ratio)
         if not complete:
             return Losses(self._data(output.sample, batch), None, ratio)
         whole = self.model.forward_dense(batch.inputs)
@@ -233,5 +232,5 @@ class DynamicLosses(nn.Module):
 
 
 def _distance(sample: Tensor, target: Tensor) -> Tensor:
-    """Mean squared, over everything: ()."""
+    """Return the mean squared distance over all elements: ()."""
     return (sample.float() - target.float()).square().mean()

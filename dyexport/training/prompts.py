@@ -33,7 +33,7 @@ EMBEDDED_AT_ONCE = 8
 
 
 def read_prompts(file: Path | None) -> tuple[str, ...]:
-    """One prompt a line; without a file, 300 of everyday subjects in many styles. Raises ``DataError``."""
+    """Read one prompt per line; without a file return 300 built-in prompts. Raises ``DataError``."""
     if file is None:
         return tuple(f"{subject}, {setting}" for subject, setting in product(SUBJECTS, SETTINGS))
     try:

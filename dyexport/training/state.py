@@ -1,4 +1,4 @@
-"""A run's state on disk: one safetensors file, replaced atomically, never pickled."""
+"""State of a training run on disk: one safetensors file, replaced atomically and never pickled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dyexport.errors import CheckpointError
 from dyexport.files import replacing
 
-ORIGIN = "origin"  # entry of a file's metadata: identifies what its tensors were made from
+ORIGIN = "origin"  # entry of a file's metadata: a hash of everything that its tensors were made from
 
 
 class SavedState(NamedTuple):
@@ -24,7 +24,7 @@ class SavedState(NamedTuple):
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file so that a kill at any moment leaves the old one or the new one. Raises ``StorageError``."""
+    """Write a safetensors file atomically. Raises ``StorageError``."""
     with replacing(path) as partial:
         save_file({name: value.detach().contiguous() for name, value in tensors.items()}, partial, dict(metadata))
 
@@ -43,7 +43,7 @@ def save_state(path: Path, state: SavedState, run: str) -> None:
 
 
 def load_state(path: Path, run: str) -> SavedState | None:
-    """The state saved by the same run, or None where there is none; raises ``CheckpointError`` on damage."""
+    """Load the state that the same run saved; None if there is none. Raises ``CheckpointError`` for a damaged file."""
     if not path.exists():
         return None
     try:
@@ -58,7 +58,7 @@ def load_state(path: Path, run: str) -> SavedState | None:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
-    """Identifies a model's weights."""
+    """Hash a model's weights."""
     digest = hashlib.sha256()
     for name, value in model.named_parameters():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

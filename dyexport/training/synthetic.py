@@ -17,13 +17,13 @@ from dyexport.backbones.base import Preset
 from dyexport.models.conditions import Conditions
 from dyexport.noise_schedule import make_scheduler
 from dyexport.training.data import ShardDirectory
-from dyexport.training.draws import step_generator
+from dyexport.training.randomness import step_generator
 from dyexport.training.state import ORIGIN, fingerprint, origin_of, write_tensors
 from dyexport.training.synthetic_config import SyntheticConfig
 
 SHARD_SAMPLES = 64
 
-Progress = Callable[[int, int, str], None]
+SamplingProgress = Callable[[int, int, str], None]
 """Called with denoising steps done, steps in total, and a text with the number of samples done."""
 
 
@@ -32,7 +32,7 @@ def generate(
     preset: Preset,
     config: SyntheticConfig,
     directory: Path,
-    progress: Progress | None = None,
+    progress: SamplingProgress | None = None,
     *,
     prompts: Conditions | None = None,
 ) -> ShardDirectory:
@@ -63,7 +63,7 @@ def generate(
     return ShardDirectory(directory, preset)
 
 
-def _advance(progress: Progress | None, shards: int, of: int, config: SyntheticConfig, step: int) -> None:
+def _advance(progress: SamplingProgress | None, shards: int, of: int, config: SyntheticConfig, step: int) -> None:
     """Report finished shards, and the steps of the next one."""
     if progress is not None:
         assert config.steps is not None

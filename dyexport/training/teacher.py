@@ -1,4 +1,4 @@
-"""What teaches the dynamic path once its gates have settled: the complete model, as it was until then."""
+"""The distillation target once the gates have settled: a frozen copy of the dense model's averaged weights."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from dyexport.models.dynamic import DynamicTransformer
 
 
 class Teacher:
-    """The complete model under frozen weights; ``weights`` are the trained ones, by their names in the model."""
+    """The dense model under frozen ``weights``, named as in the model."""
 
     def __init__(self, model: DynamicTransformer, weights: Mapping[str, Tensor]) -> None:
         self.weights = weights
-        self._complete = _Complete(model)
+        self._dense = _Dense(model)
 
     @torch.no_grad()
     def predict(self, inputs: Inputs) -> Tensor:
-        """What the model's ``complete`` was when the weights were its own."""
-        # Tying would swap the embedder once for each block that shares it, and leave the last swap behind.
+        """Return the model's ``forward_dense`` under the frozen weights: (B, ...)."""
+        # Tied weights would be swapped once for each block that shares the embedder, and the last swap not undone.
         weights = {f"model.{name}": value for name, value in self.weights.items()}
-        prediction: Tensor = functional_call(self._complete, weights, (inputs,), tie_weights=False)
+        prediction: Tensor = functional_call(self._dense, weights, (inputs,), tie_weights=False)
         return prediction
 
 
-class _Complete(nn.Module):
-    """``complete`` as a forward pass, which is what can be called with other weights."""
+class _Dense(nn.Module):
+    """``forward_dense`` as the forward of a module, which ``functional_call`` needs."""
 
     def __init__(self, model: DynamicTransformer) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A training run: named steps, on one process or, under ``accelerate launch``, on several."""
+"""The training loop, on one process or, under ``accelerate launch``, on several."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from dyexport.flops import FlopsModel
 from dyexport.training.accelerating import check_accelerate
 from dyexport.training.config import TrainConfig
 from dyexport.training.data import LatentSource
-from dyexport.training.draws import BatchDraws, Share
 from dyexport.training.ema import Ema
 from dyexport.training.losses import (
     Losses,
@@ -28,18 +27,19 @@ from dyexport.training.losses import (
     StaticLosses,
     get_objective,
 )
+from dyexport.training.randomness import NoisyBatches, Share
 from dyexport.training.state import SavedState, fingerprint, load_state, save_state
 
 LOG_EVERY = 10  # steps; reading losses waits for the device
 
-Progress = Callable[[int, int, Mapping[str, float]], None]
-"""Called with steps done, steps in all, and the metrics that were read last."""
+TrainingProgress = Callable[[int, int, Mapping[str, float]], None]
+"""Called with steps done, steps in total, and the latest metrics that were read."""
 
 Config = TypeVar("Config", bound=TrainConfig)
 
 
 class HistoryPoint(NamedTuple):
-    """Global means at one step; NaN where a loss is not trained."""
+    """Losses at one step, averaged over all processes; NaN for a loss that is not trained."""
 
     step: int
     diffusion: float
@@ -47,13 +47,13 @@ class HistoryPoint(NamedTuple):
     flops_ratio: float
 
     def metrics(self) -> dict[str, float]:
-        """What applies at this step, by name."""
+        """Return the metrics of this step by name."""
         return {name: value for name, value in self._asdict().items() if name != "step" and not math.isnan(value)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """``flops_ratio`` is lambda as run, with the averaged weights the model now holds; None for a static model."""
+    """Result of a run. ``flops_ratio`` is lambda of the averaged weights under hard gates; None for a static model."""
 
     steps: int
     history: tuple[HistoryPoint, ...] = field(repr=False)
@@ -67,17 +67,18 @@ def train_static(
     config: TrainConfig,
     *,
     work_dir: Path,
-    progress: Progress | None = None,
+    progress: TrainingProgress | None = None,
 ) -> TrainResult:
-    """Train a stock backbone in place: from scratch, or as the control that a dynamic model is compared with."""
+    """Train a stock backbone in place: from scratch, or as the control of a dynamic model."""
     get_adapter(preset.backbone).share_embedders(backbone)
     return Trainer(backbone, preset, source, config, work_dir=work_dir, progress=progress).train()
 
 
 class Trainer(Generic[Config]):
-    """Trains ``model`` in place, resumes where a killed run of the same settings stopped, ends on averaged weights.
+    """Trains ``model`` in place. A killed run of the same settings resumes; the result has averaged weights.
 
-    A subclass overrides ``losses``, what a step computes, ``total``, what it minimises, and what a run goes on from.
+    A subclass overrides ``losses`` and ``total``, the loss that is minimized, and ``tensors`` and ``restore``, the
+    state that a resumed run needs.
     """
 
     def __init__(
@@ -88,19 +89,19 @@ class Trainer(Generic[Config]):
         config: Config,
         *,
         work_dir: Path,
-        progress: Progress | None = None,
+        progress: TrainingProgress | None = None,
     ) -> None:
         check_accelerate()
         self.accelerator = Accelerator()
         self.share = Share(index=self.accelerator.process_index, count=self.accelerator.num_processes)
         _check_shapes(source, config, self.share)
-        self.model = model.eval()  # in train mode diffusers drops labels by dice of its own; nothing else differs
+        self.model = model.eval()  # in train mode diffusers drops labels at random, which is all that differs
         self.adapter = get_adapter(preset.backbone)
         self.config = config
         self.progress = progress
         self.path = work_dir / "training-state.safetensors"
         self.run = _run_digest(config, preset, source, model)
-        self.draws = BatchDraws(
+        self.batches = NoisyBatches(
             source=source,
             objective=get_objective(preset.objective),
             conditioning=get_conditioning(preset),
@@ -120,19 +121,19 @@ class Trainer(Generic[Config]):
         self._unread: list[Tensor] = []  # metrics of the latest steps, still on the device
 
     def train(self) -> TrainResult:
-        self.draws.source.check_finite()
+        self.batches.source.check_finite()
         self.resume()
-        self._tell()
+        self._report()
         while self.step < self.config.steps:
-            losses = self.losses(self.draws.at(self.step))
+            losses = self.losses(self.batches.at(self.step))
             self.update(self.total(losses))
             self.record(losses)
-            self._tell()
+            self._report()
             self.checkpoint()
         return self.finish()
 
     def loss_module(self) -> nn.Module:
-        return StaticLosses(self.model, self.adapter, self.draws.objective)
+        return StaticLosses(self.model, self.adapter, self.batches.objective)
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, weight_decay=0, fused=True)
@@ -155,7 +156,7 @@ class Trainer(Generic[Config]):
         self.step += 1
 
     def record(self, losses: Losses) -> None:
-        """Note the metrics; they leave the device every ``LOG_EVERY`` steps, since reading them waits for it."""
+        """Keep the metrics on the device; they are read every ``LOG_EVERY`` steps, since reading synchronizes."""
         absent = torch.full_like(losses.diffusion, torch.nan)
         values = [absent if value is None else value for value in losses]
         self._unread.append(torch.stack(values).detach())  # (3,)
@@ -172,8 +173,8 @@ class Trainer(Generic[Config]):
         for point in self.history[-len(rows) :]:
             self._check_finite(point)
 
-    def _tell(self) -> None:
-        """Report every step, which may take minutes, with the metrics that were read last."""
+    def _report(self) -> None:
+        """Report every step, which may take minutes, with the latest metrics that were read."""
         if self.progress is not None and self.accelerator.is_main_process:
             self.progress(self.step, self.config.steps, self.history[-1].metrics() if self.history else {})
 
@@ -208,7 +209,7 @@ class Trainer(Generic[Config]):
             self.optimizer.state[parameter] = moments
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a run goes on from."""
+        """Return the state that a resumed run needs."""
         tensors = {"history": torch.tensor(self.history, dtype=torch.float64)}
         for name, parameter in self.parameters.items():
             tensors[f"model.{name}"] = parameter
@@ -232,6 +233,6 @@ def _check_shapes(source: LatentSource, config: TrainConfig, share: Share) -> No
 
 
 def _run_digest(config: TrainConfig, preset: Preset, source: LatentSource, model: nn.Module) -> str:
-    """Identifies a run: what it trains, how, and on what."""
+    """Hash the model, the settings and the data of a run."""
     parts = (config.digest(), preset.name, source.name, str(len(source)), fingerprint(model))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

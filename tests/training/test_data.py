@@ -12,7 +12,7 @@ from dyexport.errors import DataError, MissingDependencyError
 from dyexport.presets import get_preset
 from dyexport.training.config import TrainConfig
 from dyexport.training.data import digits, open_source
-from dyexport.training.draws import step_generator
+from dyexport.training.randomness import step_generator
 from dyexport.training.trainer import train_static
 from tests.training.helpers import SIT, backbone
 
@@ -43,7 +43,7 @@ def test_digits_need_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_digits_do_not_fit_an_imagenet_model() -> None:
-    with pytest.raises(DataError, match=r"dit-s-2 takes \(4, 32, 32\); use dit-digits"):
+    with pytest.raises(DataError, match=r"dit-s-2 takes \(4, 32, 32\); use --model dit-digits"):
         open_source("digits", get_preset("dit-s-2"))
 
 

@@ -66,7 +66,7 @@ def test_complete_model_is_trained_for_its_share_of_steps_only(tmp_path: Path) -
 def test_distilled_the_dynamic_path_learns_what_the_complete_model_predicts(tmp_path: Path) -> None:
     run = trainer(tmp_path, replace(DYNAMIC, distill=True, complete=0.0, settle=0.0))
     run.step = DYNAMIC.steps - 1  # noise is annealed to zero
-    batch = run.draws.at(run.step)
+    batch = run.batches.at(run.step)
     whole = run.losses(batch)
     assert whole.complete is not None
     assert whole.diffusion.item() < 1e-9  # every gate is open: nothing to learn
@@ -83,13 +83,13 @@ def test_once_gates_settle_the_complete_model_of_before_teaches_and_the_data_cou
     run.train()
     settled = [point.step for point in run.history if math.isnan(point.complete)]
     assert settled == list(range(12, 20))
-    batch = run.draws.at(run.step)
+    batch = run.batches.at(run.step)
     assert run.teacher is not None
     taught = run.teacher.predict(batch.inputs)
     now = run.model.forward_dense(batch.inputs)
     assert (taught - now).abs().max() > 1e-4  # the model has moved on, its teacher has not
     output = run.model(batch.inputs).sample
-    apart, data = (output - taught).square().mean(), run.draws.objective.loss(output, batch.noised).mean()
+    apart, data = (output - taught).square().mean(), run.batches.objective.loss(output, batch.noised).mean()
     assert torch.allclose(run.losses(batch).diffusion, (apart + data) / 2)
     assert torch.equal(run.model.forward_dense(batch.inputs), now)
     names = dict(run.model.named_parameters(remove_duplicate=False))
@@ -99,8 +99,8 @@ def test_once_gates_settle_the_complete_model_of_before_teaches_and_the_data_cou
 def test_the_teacher_is_the_average_of_the_complete_model(tmp_path: Path) -> None:
     run = trainer(tmp_path, DISTILLED)
     while run.step < DISTILLED.complete_steps:
-        run.update(run.total(run.losses(run.draws.at(run.step))))
-    batch = run.draws.at(run.step)
+        run.update(run.total(run.losses(run.batches.at(run.step))))
+    batch = run.batches.at(run.step)
     run.losses(batch)
     assert run.teacher is not None
     taught = run.teacher.predict(batch.inputs)
@@ -114,10 +114,10 @@ def test_without_noise_the_gates_trained_are_the_gates_run(tmp_path: Path) -> No
     with torch.no_grad():
         for router in run.model.routers:
             router.shift(-15.0, tokens=True)  # logits near zero, where noise would decide
-    batch = run.draws.at(run.step)
+    batch = run.batches.at(run.step)
     trained = run.losses(batch)
     evaluated = run.model(batch.inputs)
-    assert torch.equal(trained.diffusion, run.draws.objective.loss(evaluated.sample, batch.noised).mean())
+    assert torch.equal(trained.diffusion, run.batches.objective.loss(evaluated.sample, batch.noised).mean())
     run.step = 0
     assert not torch.equal(run.losses(batch).diffusion, trained.diffusion)
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
 from dyexport.models.dynamic import DynamicOutput
-from dyexport.training.draws import TIMESTEP_BINS, stratified_uniform
 from dyexport.training.losses import DdpmObjective, FlowObjective, flops_penalty, flops_ratio
+from dyexport.training.randomness import TIMESTEP_BINS, stratified_uniform
 from tests.factories import uniform_flops
 
 

@@ -15,9 +15,9 @@ import torch
 from dyexport.errors import CheckpointError, DataError, DyexportError
 from dyexport.training.config import TrainConfig
 from dyexport.training.data import MemorySource
-from dyexport.training.draws import Share
 from dyexport.training.ema import Ema
 from dyexport.training.losses import NoisyBatch
+from dyexport.training.randomness import Share
 from dyexport.training.trainer import Trainer, train_static
 from tests.training.helpers import DIT, DYNAMIC, SIT, backbone, blobs, same, trainer, weights
 
@@ -182,9 +182,9 @@ def test_labels_are_dropped_at_the_configured_rate_and_never_by_diffusers(tmp_pa
     run = Trainer(
         backbone(SIT), SIT, blobs(SIT), replace(STATIC, batch_size=2000, label_dropout=0.3), work_dir=tmp_path
     )
-    labels = run.draws.at(0).inputs["class_labels"]
+    labels = run.batches.at(0).inputs["class_labels"]
     assert float((labels == SIT.classes).double().mean()) == pytest.approx(0.3, abs=0.04)
-    kept = replace(run.draws, dropout=0.0)
+    kept = replace(run.batches, dropout=0.0)
     batch = kept.at(0)
     assert int(batch.inputs["class_labels"].max()) < SIT.classes
     torch.manual_seed(0)
@@ -194,7 +194,7 @@ def test_labels_are_dropped_at_the_configured_rate_and_never_by_diffusers(tmp_pa
 
 
 def test_processes_share_a_batch_without_overlap_and_each_covers_all_timesteps(tmp_path: Path) -> None:
-    draws = trainer(tmp_path).draws
+    draws = trainer(tmp_path).batches
     parts = [replace(draws, share=Share(index=index, count=2)).at(5) for index in range(2)]
     whole: NoisyBatch = draws.at(5)
     for name, values in whole.inputs.items():

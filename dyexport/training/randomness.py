@@ -1,7 +1,6 @@
-"""Randomness as a pure function of (seed, step): drawn for the global batch, sliced per process.
+"""Random numbers as a pure function of (seed, step), made for the global batch and sliced per process.
 
-So a run on two processes sees the numbers a run on one sees, and a resumed run those of a run that
-was never stopped.
+So they do not depend on the number of processes, and a resumed run sees the same numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ TIMESTEP_BINS = 4
 
 
 def step_generator(seed: int, step: int, stream: Stream, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator; streams and steps are independent of each other."""
+    """Return a new generator; different streams and steps are independent."""
     return seeded_generator(seed, step, _STREAMS.index(stream), device=device)
 
 
 def stratified_uniform(count: int, generator: torch.Generator) -> Tensor:
-    """Uniform numbers spread evenly over four bins, in turn, so that every slice is spread too: (B,)."""
+    """Return uniform numbers (B,) that cycle through four equal bins, so that every slice covers [0, 1] evenly."""
     bins = torch.arange(count) % TIMESTEP_BINS
     return (bins + torch.rand(count, generator=generator)) / TIMESTEP_BINS  # (B,)
 
@@ -41,12 +40,12 @@ class Share:
     count: int = 1
 
     def of(self, values: Tensor) -> Tensor:
-        """This process's rows: (B, ...) -> (B / count, ...)."""
+        """Return this process's rows: (B, ...) -> (B / count, ...)."""
         return values.chunk(self.count)[self.index]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchDraws:
+class NoisyBatches:
     """The noisy batch of every step; ``batch_size`` is global."""
 
     source: LatentSource
@@ -59,7 +58,7 @@ class BatchDraws:
     device: torch.device
 
     def at(self, step: int) -> NoisyBatch:
-        """This process's share of the batch of one step."""
+        """Return this process's share of the batch of one step."""
         data = step_generator(self.seed, step, "data")
         indices = self.share.of(torch.randint(len(self.source), (self.batch_size,), generator=data))
         uniform = self.share.of(stratified_uniform(self.batch_size, data))
@@ -77,7 +76,7 @@ class BatchDraws:
 
 
 class LogisticNoise:
-    """Gate noise of one step (the difference of two Gumbel variables), block by block as gates ask for it."""
+    """Gate noise of one step, the difference of two Gumbel variables; called once per block."""
 
     def __init__(self, generator: torch.Generator, share: Share, scale: float) -> None:
         self.generator = generator
