@@ -88,8 +88,8 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.fixture
-def shown_bundles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Make the bundles and the VAE that the Python page names, those of DiT-XL/2 in small."""
+def small_dit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Make the bundle and the VAE of DiT-XL/2 that the Python page names, in small."""
     from diffusers import AutoencoderKL
 
     from dyexport.presets import PRESETS
@@ -98,20 +98,20 @@ def shown_bundles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     small = replace(PRESETS["dit-xl-2"], layers=2, hidden_size=48, heads=4, sample_size=8)
     monkeypatch.setitem(PRESETS, small.name, small)
-    for model in ("sit-digits", small.name):
-        settings = tiny_settings(tmp_path / "work" / model, model=model, engines=2, baseline=True)
-        build(replace(settings, out=tmp_path / f"{model}-0.5"))
+    settings = tiny_settings(tmp_path / "work" / small.name, model=small.name, engines=2)
+    build(replace(settings, out=tmp_path / f"{small.name}-0.5"))
     layers = {"block_out_channels": (4, 4, 4, 4), "norm_num_groups": 1, "layers_per_block": 1}
     types = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     AutoencoderKL(**layers, **types).save_pretrained("stabilityai/sd-vae-ft-ema")
 
 
-@pytest.mark.usefixtures("shown_bundles")
+@pytest.mark.usefixtures("small_dit")
 def test_the_python_page_runs() -> None:
     page = ROOT / "docs" / "python.md"
     names: dict[str, Any] = {}
     for block in fenced(page.read_text(encoding="utf-8"), "python"):
         exec(compile(block, page.name, "exec"), names)
+    assert names["values"].shape == (2, 1, 8, 8)
     assert names["velocity"].shape == (2, 1, 8, 8)
     assert names["image"].size == (64, 64)
-    assert set(names["paths"]) == {"segment-00", "segment-01", "conditioning", "dense"}
+    assert set(names["paths"]) == {*(f"segment-{k:02d}" for k in range(4)), "conditioning", "dense"}
