@@ -26,10 +26,9 @@ from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import Denoiser, sample
 from dyexport.verification.verify import VerifyReport, VerifySettings, verify_bundle
 
-DRAWING = SamplingConfig(samples=1800, steps=25)
+SAMPLING = SamplingConfig()
 BENCH = BenchSettings(batch=64, compiled=False)  # small batches of so small a model time the calls, not the network
 PICTURE_ROWS = 6
-PICTURE_GUIDANCE = 1.5
 
 
 def demo_settings(out: Path) -> BuildSettings:
@@ -59,7 +58,7 @@ def run_demo(
     settings: BuildSettings,
     listener: BuildListener,
     *,
-    drawing: SamplingConfig = DRAWING,
+    sampling: SamplingConfig = SAMPLING,
     bench: BenchSettings = BENCH,
 ) -> DemoReport:
     """Build, verify, time, score and draw. The build resumes; the rest is measured anew each time."""
@@ -73,9 +72,9 @@ def run_demo(
         timed = compare(bundle, bench, advance)
     with _stage(listener, "eval") as advance:
         judge = Evaluator(load_digits("train"))
-        scored = evaluate(bundle, None, judge, load_digits("held-out"), drawing, [settings.seed], advance)
+        scored = evaluate(bundle, None, judge, load_digits("held-out"), sampling, [settings.seed], advance)
     with _stage(listener, "pictures"):
-        pictures, widths = draw(bundle, settings.out.parent, drawing.steps)
+        pictures, widths = draw(bundle, settings.out.parent, sampling.steps)
     return _report(bundle, pictures, widths, verified, timed, scored, perf_counter() - begin)
 
 
@@ -87,7 +86,7 @@ def _stage(listener: BuildListener, name: str) -> Iterator[Progress]:
     listener.finished(name, perf_counter() - begin, reused=False)
 
 
-def draw(bundle: Bundle, folder: Path, steps: int) -> tuple[Path, Path]:
+def draw(bundle: Bundle, folder: Path, steps: int | None) -> tuple[Path, Path]:
     """Digits of the dense and the dynamic model from the same noise, and the width heat map."""
     loaded = load(bundle.root, check_hashes=False)
     models: dict[str, Denoiser] = {
@@ -98,7 +97,7 @@ def draw(bundle: Bundle, folder: Path, steps: int) -> tuple[Path, Path]:
     labels = [*range(spec.classes)] * PICTURE_ROWS
     images = {}
     for name, model in models.items():
-        drawn = sample(model, spec, labels, steps=steps, guidance_scale=PICTURE_GUIDANCE)  # (B, 1, 8, 8)
+        drawn = sample(model, spec, labels, steps=steps)  # (B, 1, 8, 8)
         images[name] = grid(drawn.numpy(), spec.classes, zoom=zoom_for(spec.latent_shape[1]) // 2)
     loaded.close()
     pictures, widths = folder / "digits.png", folder / "widths.png"

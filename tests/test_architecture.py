@@ -75,7 +75,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving": {"arguments", "errors", "files", "bundle", "engines", "progress", "runtime"}
     | {"backbones", "backbones.preset"}
     | RUN_ROLES,
-    "bench": {"arguments", "digits", "errors", "files", "bundle", "engines", "progress", "runtime"},
+    "bench": {
+        "arguments",
+        "digits",
+        "errors",
+        "files",
+        "bundle",
+        "engines",
+        "progress",
+        "runtime",
+        "backbones",
+        "backbones.preset",
+    },
     **{role: CONTRACTS | BUILD_ROLES | {"models", "slicing"} for role in BUILD_ROLES},
     **{role: {"errors", "bundle", "runtime", "backbones", "backbones.preset"} for role in RUN_ROLES},
     "pipeline": EITHER_SIDE,

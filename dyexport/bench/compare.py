@@ -42,7 +42,7 @@ class _Measured:
 
 
 def compare(bundle: Bundle, settings: BenchSettings, progress: Progress | None = None) -> BenchReport:
-    """Time everything; raises ``BundleError`` for a bundle without its dense graph."""
+    """Time everything. Raises ``BundleError`` for a bundle without its dense graph."""
     with _threads(settings.threads), torch.inference_mode():
         return _report(bundle, settings, _measure(bundle, settings, progress))
 
@@ -73,7 +73,7 @@ def _variants(
     stock = stock_transformer(spec)
     variants = {
         "dense": module_variant(dense, inputs, "cpu"),
-        "conditioning": conditioning_variant(loaded, settings.batch, settings.steps),
+        "conditioning": conditioning_variant(loaded, settings.batch, settings.steps_for(loaded.spec)),
     }
     variants |= {f"segment {i}": run for i, run in enumerate(segment_variants(loaded, bundle, settings.batch))}
     if settings.compiled and (compiled := compiled_variant(stock, inputs, "cpu")) is not None:
@@ -82,7 +82,7 @@ def _variants(
 
 
 def _report(bundle: Bundle, settings: BenchSettings, measured: _Measured) -> BenchReport:
-    plan, seconds = bundle.manifest.plan, with_conditioning(measured.seconds, settings.steps)
+    plan, seconds = bundle.manifest.plan, with_conditioning(measured.seconds, settings.steps_for(bundle.manifest.model))
     segments = _segment_times(plan, bundle, seconds)
     dynamic = over_trajectory([s.share for s in segments], [s.seconds for s in segments])
     speedup = seconds["dense"] / dynamic
@@ -93,7 +93,7 @@ def _report(bundle: Bundle, settings: BenchSettings, measured: _Measured) -> Ben
         target=settings.target,
         batch=settings.batch,
         threads=torch.get_num_threads(),
-        steps=settings.steps,
+        steps=settings.steps_for(bundle.manifest.model),
         flops_ratio=plan.flops_ratio,
         network_flops_ratio=plan.network_flops_ratio,
         executed_flops_ratio=plan.executed_flops_ratio,
@@ -187,7 +187,8 @@ def _trajectory_speedup(dense: BundleTransformer, loaded: BundleTransformer, set
 
 def _sampling_loop(transformer: BundleTransformer, settings: BenchSettings, seed: int) -> None:
     """The network's calls of one trajectory, from noise to data."""
-    spec, steps = transformer.spec, settings.steps
+    spec = transformer.spec
+    steps = settings.steps_for(spec)
     noise, data = spec.noise_to_data
     inputs = example_inputs(spec, settings.batch, noise, seed)
     for share in ((step + 0.5) / steps for step in range(steps)):

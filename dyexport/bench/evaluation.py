@@ -20,29 +20,29 @@ from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import Denoiser, sample
 from dyexport.runtime.transformer import stock_class
 
-CHUNK = 300  # pictures drawn at a time
+CHUNK = 300  # largest batch
 
 
 def draw_digits(
-    transformer: Denoiser, spec: ModelSpec, drawing: SamplingConfig, seed: int, progress: Progress | None = None
+    transformer: Denoiser, spec: ModelSpec, config: SamplingConfig, seed: int, progress: Progress | None = None
 ) -> Digits:
     """Sample a model of the digits. Raises ``UsageError`` for a model of anything else."""
     check_digits(spec)
-    labels = np.arange(drawing.samples) % spec.classes
+    labels = np.arange(config.samples) % spec.classes
     pictures = []
-    for start in range(0, drawing.samples, CHUNK):
+    for start in range(0, config.samples, CHUNK):
         if progress is not None:
-            progress(start, drawing.samples)
-        drawn = sample(
+            progress(start, config.samples)
+        pixels = sample(
             transformer,
             spec,
             labels[start : start + CHUNK].tolist(),
-            steps=drawing.steps,
-            guidance_scale=drawing.guidance,
-            scheduler=drawing.scheduler,
+            steps=config.steps,
+            guidance_scale=config.guidance,
+            scheduler=config.scheduler,
             seed=seed * 100_003 + start,
         )  # (B, 1, 8, 8)
-        pictures.append(drawn.cpu().numpy())
+        pictures.append(pixels.cpu().numpy())
     return Digits(np.concatenate(pictures), labels)
 
 
@@ -75,7 +75,7 @@ def evaluate(
     control: Path | None,
     judge: Evaluator,
     held_out: Digits,
-    drawing: SamplingConfig,
+    config: SamplingConfig,
     seeds: Sequence[int],
     progress: Progress | None = None,
 ) -> EvalReport:
@@ -88,10 +88,10 @@ def evaluate(
     if control is not None:
         models["control"] = _load_control(bundle.manifest.model, control)
     models["dynamic"] = loaded
-    scores = score_models(models, bundle.manifest.model, judge, drawing, seeds, progress)
+    scores = score_models(models, bundle.manifest.model, judge, config, seeds, progress)
     loaded.close()
     dense.close()
-    return _report(bundle, drawing, scores, frechet_real=judge.frechet(held_out.pictures))
+    return _report(bundle, config, scores, frechet_real=judge.frechet(held_out.pictures))
 
 
 def _load_control(spec: ModelSpec, directory: Path) -> Any:
@@ -105,29 +105,29 @@ def score_models(
     models: Mapping[str, Denoiser],
     spec: ModelSpec,
     judge: Evaluator,
-    drawing: SamplingConfig,
+    config: SamplingConfig,
     seeds: Sequence[int],
     progress: Progress | None = None,
 ) -> dict[str, tuple[Score, ...]]:
     runs = [(name, seed) for name in models for seed in seeds]
-    total = len(runs) * drawing.samples
+    total = len(runs) * config.samples
     scores: dict[str, list[Score]] = {name: [] for name in models}
     for index, (name, seed) in enumerate(runs):
-        part = _offset(progress, index * drawing.samples, total)
-        scores[name].append(judge.score(draw_digits(models[name], spec, drawing, seed, part), seed))
+        part = _offset(progress, index * config.samples, total)
+        scores[name].append(judge.score(draw_digits(models[name], spec, config, seed, part), seed))
     return {name: tuple(found) for name, found in scores.items()}
 
 
 def _report(
-    bundle: Bundle, drawing: SamplingConfig, scores: dict[str, tuple[Score, ...]], *, frechet_real: float
+    bundle: Bundle, config: SamplingConfig, scores: dict[str, tuple[Score, ...]], *, frechet_real: float
 ) -> EvalReport:
     manifest = bundle.manifest
     control = scores.get("control")
     return EvalReport(
         model=manifest.model.name,
-        samples=drawing.samples,
-        steps=drawing.steps,
-        guidance=drawing.guidance,
+        samples=config.samples,
+        steps=config.steps_for(manifest.model),
+        guidance=config.guidance,
         flops_ratio=manifest.plan.flops_ratio,
         network_flops_ratio=manifest.plan.network_flops_ratio,
         frechet_dense=mean_frechet(scores["dense"]),

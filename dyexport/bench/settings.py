@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dyexport.arguments import STEPS, check_guidance, check_memory, check_steps, whole_number
+from dyexport.backbones import sampling_defaults
 from dyexport.digits import samples_digits
 from dyexport.errors import UsageError
 
@@ -18,16 +19,19 @@ MOST_SAMPLES = 100_000
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings:
-    """``batch`` 2 is one picture under classifier-free guidance. ``memory`` bounds the bundle's weights, not dense's.
+    """Settings of a benchmark.
 
-    ``compiled`` also times ``torch.compile``, whose compilation takes a minute or more; ``trajectory``
-    whole sampling loops of ``steps``.
+    memory      most bytes of the bundle's weights; the dense network is not bounded
+    batch       2 is one picture under classifier-free guidance
+    steps       denoising steps of a trajectory; None: the model's default
+    compiled    also time ``torch.compile``, which compiles for a minute or more
+    trajectory  also time whole sampling loops
     """
 
     target: str = "onnx"
     memory: int | None = None
     batch: int = 2
-    steps: int = 50
+    steps: int | None = None
     threads: int | None = None
     share_weights: bool = False
     compiled: bool = True
@@ -41,24 +45,36 @@ class BenchSettings:
         if self.memory is not None:
             check_memory(self.memory)
 
+    def steps_for(self, spec: ModelSpec) -> int:
+        """Return the denoising steps of a trajectory of a model."""
+        return self.steps or sampling_defaults(spec).steps
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How samples are drawn: ``samples`` pictures, every class equally often."""
+    """Sampling of an evaluation: ``samples`` pictures, with the same number of each class.
+
+    ``steps`` None is the model's default. Guidance is off by default, as Frechet distances are published.
+    """
 
     samples: int = 1800
-    steps: int = 50
+    steps: int | None = None
     guidance: float = 1.0
     scheduler: str | None = None
 
     def __post_init__(self) -> None:
         cure = f"a distance needs at least 2, and is of up to {MOST_SAMPLES}"
         whole_number("--samples", self.samples, least=2, most=MOST_SAMPLES, cure=cure)
-        check_steps(self.steps, "--steps")
+        if self.steps is not None:
+            check_steps(self.steps, "--steps")
         check_guidance(self.guidance, "--guidance")
+
+    def steps_for(self, spec: ModelSpec) -> int:
+        """Return the denoising steps of a model."""
+        return self.steps or sampling_defaults(spec).steps
 
 
 def check_digits(spec: ModelSpec) -> None:
-    """Raises ``UsageError`` for a model of anything but digits."""
+    """Raise ``UsageError`` for a model of anything but digits."""
     if not samples_digits(spec):
         raise UsageError(f"{spec.name} does not draw digits, and there is nothing here to score its pictures by")

@@ -25,7 +25,7 @@ def bench(
     batch: Annotated[
         int, typer.Option(help="Batch size of a call; guided sampling of one picture has 2.", metavar="N")
     ] = 2,
-    steps: options.StepsOption = 50,
+    steps: options.StepsOption = None,
     rounds: Annotated[
         int,
         typer.Option(help="Rounds of alternating blocks, each of 1 warm-up call and 4 timed ones.", metavar="N"),

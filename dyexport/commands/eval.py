@@ -29,7 +29,7 @@ def eval(
         int, typer.Option(help="Samples of each model, equally many of every class.", metavar="N")
     ] = 1800,
     seeds: Annotated[int, typer.Option(help="Number of seeds; each repeats the samples.", metavar="N")] = 1,
-    steps: options.StepsOption = 50,
+    steps: options.StepsOption = None,
     guidance: Annotated[
         float, typer.Option(help="Guidance scale; 1 scores the model without guidance.", metavar="SCALE")
     ] = 1.0,

@@ -207,7 +207,7 @@ StreamWeightsOption = Annotated[
 # Options of commands that read a bundle.
 
 BundleArgument = Annotated[Path, typer.Argument(help="Bundle directory.", metavar="BUNDLE", show_default=False)]
-StepsOption = Annotated[int, typer.Option(help="Denoising steps.", metavar="N")]
+StepsOption = Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's.", metavar="N")]
 _SCHEDULERS = "Sampler. Default: ddim, or euler for flow matching."
 SchedulerOption = Annotated[SchedulerChoice | None, typer.Option(help=_SCHEDULERS)]
 LabelSchedulerOption = Annotated[

@@ -45,4 +45,4 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoReport:
     settings = demo_settings(tmp_path_factory.mktemp("bench") / "demo")
     settings = replace(settings, train_steps=2, finetune_steps=12, engines=2)
     bench = BenchSettings(rounds=1, steps=2, compiled=False, threads=1)
-    return run_demo(settings, StageLines(), drawing=SamplingConfig(samples=20, steps=2), bench=bench)
+    return run_demo(settings, StageLines(), sampling=SamplingConfig(samples=20, steps=2), bench=bench)

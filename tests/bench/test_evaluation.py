@@ -52,8 +52,8 @@ def test_seeds_differ_and_repeat(real: Digits) -> None:
     def noise(**inputs: Any) -> SimpleNamespace:
         return SimpleNamespace(sample=torch.zeros_like(inputs["hidden_states"]))
 
-    drawing = SamplingConfig(samples=10, steps=1)
-    first, again, other = (draw_digits(noise, spec(), drawing, seed).pictures for seed in (0, 0, 1))
+    sampling = SamplingConfig(samples=10, steps=1)
+    first, again, other = (draw_digits(noise, spec(), sampling, seed).pictures for seed in (0, 0, 1))
     assert (first == again).all()
     assert not (first == other).all()
 
@@ -61,8 +61,8 @@ def test_seeds_differ_and_repeat(real: Digits) -> None:
 def test_scores_by_model_and_seed(real: Digits) -> None:
     models = {"good": Painter(real), "bad": Painter(real, blur=0.7)}
     seen: list[tuple[int, int]] = []
-    drawing = SamplingConfig(samples=40, steps=2)
-    scores = score_models(models, spec(), Evaluator(real), drawing, [0, 1], lambda *call: seen.append(call))
+    sampling = SamplingConfig(samples=40, steps=2)
+    scores = score_models(models, spec(), Evaluator(real), sampling, [0, 1], lambda *call: seen.append(call))
     assert [score.seed for score in scores["good"]] == [0, 1]
     assert mean_frechet(scores["good"]) < mean_frechet(scores["bad"])
     assert mean_accuracy(scores["good"]) > 0.9
