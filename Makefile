@@ -1,26 +1,32 @@
-# Everything a person or CI needs: `make demo` runs the main job, `make test` checks the code. Both set up .venv first.
+# Everything a person or CI needs; each target sets up .venv first.
+#   make demo   trains, builds and samples a small model
+#   make check  lint, types and the tests that build nothing
+#   make test   everything that a machine without a GPU can test
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := time -p $(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
+SHELL := /bin/bash
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo test lint unit plans format wheel-check clean
+.PHONY: setup demo check test lint plans format wheel-check clean
 
 setup: $(INSTALLED)
 
 demo: setup
 	$(BIN)/dyexport demo -o out/demo
 
-test: lint unit
+check: lint
+	$(PYTEST) -m "not build and not gpu and not slow"
+
+test: lint
+	$(PYTEST)
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	.ci/typecheck
-
-unit: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 plans: setup  # every TensorRT-RTX plan the tests know, FLUX's full width among them: 10 minutes, 6 GB
 	$(BIN)/python -m pytest -m "tensorrt and slow" tests/exporters

@@ -40,7 +40,8 @@ from dyexport.lora import parse_lora
 from dyexport.pipeline.build import build_bundle, make_static_model, opened, train_control
 from dyexport.pipeline.file_records import digest_of
 from dyexport.pipeline.run import Run
-from dyexport.pipeline.settings import FROM_SCRATCH, BuildSettings
+from dyexport.pipeline.settings import BuildSettings
+from dyexport.presets import get_preset
 from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import Denoiser, guided
 from dyexport.slicing.slicer import spec_of
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=0.5)
     parser.add_argument("--models", nargs="+", default=[STATIC, CONTROL, FULL], help="or what --td-lora takes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the fine-tuning runs")
-    parser.add_argument("--train-steps", type=int, default=FROM_SCRATCH.steps, help="of the static model")
+    parser.add_argument("--train-steps", type=int, help="of the static model; default: its recipe's")
     parser.add_argument("--finetune-steps", type=int)
     parser.add_argument("--engines", type=int, default=4, help="that a dynamic model is drawn with")
     parser.add_argument("--samples", type=int, default=5400, help="pictures in a draw")
@@ -80,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=50, help="of sampling")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    schedule = get_preset(options.model).recipe.from_scratch
+    if options.train_steps is None and schedule is not None:
+        options.train_steps = schedule.steps
     protocol = Protocol(drawing=SamplingConfig(samples=options.samples, steps=options.steps), draws=options.draws)
     static = BuildSettings(
         model=options.model,

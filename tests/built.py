@@ -21,7 +21,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sit_tiny(shared_folder: Path) -> Bundle:
     """``sit-tiny`` in three engines and the dense network, with random weights. Not to be written to."""
-    from tests.pipeline.tiny import build, tiny_settings
+    from tests.pipeline.tiny import build, tiny_settings  # here, for it imports torch
 
     with (shared_folder / "sit-tiny.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

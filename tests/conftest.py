@@ -18,7 +18,7 @@ os.environ["DYEXPORT_CACHE"] = _CACHE.name
 # Tests run in two processes, and their tensors are small: more threads only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-pytest_plugins = ["tests.built"]
+pytest_plugins = ["tests.built", "tests.lanes"]
 
 settings.register_profile("dyexport", deadline=None)
 settings.load_profile("dyexport")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dyexport.bundle.reader import Bundle
+from dyexport.errors import missing_extras
 from dyexport.pipeline.build import build_bundle, opened
 from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
@@ -26,6 +27,7 @@ class _Reporter(NullListener):
         self._progress(stage, done, total)
 
 
+@missing_extras()
 def build(
     model: str | None = None,
     *,

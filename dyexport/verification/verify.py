@@ -26,7 +26,7 @@ from dyexport.bundle.manifest import Manifest, ModelSpec, Precision, Quantizatio
 from dyexport.bundle.reader import Bundle
 from dyexport.checkpoints.dynamic import load_dynamic
 from dyexport.checkpoints.streaming import must_stream
-from dyexport.errors import BundleError, UsageError
+from dyexport.errors import BundleError, UsageError, missing_extras
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.pipeline.file_records import describe, digest_of
 from dyexport.presets import preset_of
@@ -138,6 +138,7 @@ class Comparison(NamedTuple):
     quantization_ratio: float | None = None
 
 
+@missing_extras()
 def verify(
     bundle: Bundle | str | Path,
     *,

@@ -1,0 +1,48 @@
+"""The quick lane leaves out what builds, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from dyexport.pipeline.build import opened
+from tests.lanes import builds
+from tests.manifests import forge
+from tests.pipeline.tiny import build, hashes, tiny_settings
+
+
+def calls_it() -> object:
+    return opened
+
+
+def calls_a_helper() -> object:
+    return build
+
+
+def calls_in_a_lambda() -> object:
+    return lambda: build
+
+
+def calls_itself() -> object:
+    return calls_itself, calls_a_helper
+
+
+def only_prepares() -> object:
+    return tiny_settings, hashes, forge, pytest
+
+
+@pytest.mark.parametrize("function", [opened, build, calls_it, calls_a_helper, calls_in_a_lambda, calls_itself])
+def test_what_can_reach_a_builder_builds(function: object) -> None:
+    assert builds(function)
+
+
+def test_what_names_none_does_not() -> None:
+    assert not builds(only_prepares)
+
+
+def test_only_the_lane_of_builds_has_the_shared_bundle(request: pytest.FixtureRequest) -> None:
+    for item in request.session.items:
+        if {"sit_tiny", "tensorrt", "triton"} & {
+            *getattr(item, "fixturenames", ()),
+            *(m.name for m in item.iter_markers()),
+        }:
+            assert item.get_closest_marker("build") is not None, item.nodeid
