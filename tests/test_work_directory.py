@@ -94,11 +94,11 @@ def test_a_directory_without_settings_is_refused(run: Run, command: str, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_model_both_ways_to_name_it_are_said(run: Run) -> None:
+def test_without_a_model_the_ways_to_name_it_are_listed(run: Run) -> None:
     code, _, err = run("build", "--budget", "0.5")
     assert (code, err) == (
         2,
-        "dyexport: no model is named; give --model, or the --work directory of an earlier build\n",
+        "dyexport: no model is named; give --model, --checkpoint, or the --work directory of an earlier build\n",
     )
 
 

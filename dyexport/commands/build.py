@@ -42,7 +42,7 @@ def build(
     work: options.WorkOption = None,
     compute_capability: options.ComputeCapabilityOption = None,
     profile: options.ProfileOption = None,
-    stream_weights: options.StreamWeightsOption = False,
+    stream_weights: options.StreamWeightsOption = None,
     router: options.RouterOption = None,
     synthetic: options.SyntheticOption = None,
     token_path: options.TokenPathOption = None,

@@ -27,7 +27,7 @@ def export(
     out: options.OutOption = None,
     compute_capability: options.ComputeCapabilityOption = None,
     profile: options.ProfileOption = None,
-    stream_weights: options.StreamWeightsOption = False,
+    stream_weights: options.StreamWeightsOption = None,
     token_path: options.TokenPathOption = None,
     baseline: options.BaselineOption = None,
     memory: options.BuildMemoryOption = None,

@@ -200,8 +200,12 @@ ProfileOption = Annotated[
     ),
 ]
 StreamWeightsOption = Annotated[
-    bool,
-    _flag(TENSORRT, "Keep weights that do not fit on the GPU in host memory.", "--stream-weights"),
+    bool | None,
+    _flag(
+        TENSORRT,
+        "Keep weights that do not fit on the GPU in host memory. Default: no.",
+        "--stream-weights/--no-stream-weights",
+    ),
 ]
 
 # Options of commands that read a bundle.
