@@ -40,7 +40,7 @@ PromptColumns = Mapping[str, tuple[int | None, ...]]
 
 Objective = Literal["ddpm", "flow", "flow-sigma"]
 RouterKind = Literal["free", "ordered"]
-"""Whether the units of a block that are on at a timestep may be any, or are always the first ones."""
+"""Which units of a block may be on at a timestep: any (``free``), or the first ones (``ordered``)."""
 
 
 def channels_of(config: Mapping[str, Any]) -> int:
@@ -113,7 +113,7 @@ class Preset(ABC):
     @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, ...]:
-        """Of one sample."""
+        """Shape of one sample's latents."""
 
     @property
     @abstractmethod
@@ -180,75 +180,75 @@ class Preset(ABC):
         return self
 
     def for_noise(self) -> Self:
-        """What noise is drawn for: a smaller picture where the backbone takes any, for widths do not depend on it."""
+        """Return a smaller variant for calibration on noise, since widths do not depend on the resolution."""
         return self
 
 
 class Adapter(Protocol):
-    """Everything architecture-specific on the build side, as functions of a stock diffusers module."""
+    """The build side's access to a stock diffusers module."""
 
     stock: type[nn.Module]
     """The diffusers class; its arguments are the entries of a checkpoint's configuration."""
 
     def build(self, config: Mapping[str, Any]) -> nn.Module:
-        """A stock module of that configuration, shared embedders shared, with torch's default initialization."""
+        """Make a stock module with torch's default initialization; blocks that share an embedder share one module."""
 
     def initialize(self, backbone: Any) -> None:
         """Overwrite the weights with the published initialization for training from scratch."""
 
     def share_embedders(self, backbone: Any) -> None:
-        """Make what blocks share in the architecture one module; raises ``CheckpointError`` where copies differ."""
+        """Make embedders that blocks share one module. Raises ``CheckpointError`` if their copies differ."""
 
     def run(self, backbone: Any, inputs: Inputs) -> Tensor:
-        """The stock module's output, shaped as its latents or with more channels: (B, ...)."""
+        """Return the stock module's output, shaped as its latents or with more channels: (B, ...)."""
 
     def blocks(self, backbone: Any) -> list[nn.Module]:
-        """Every block that has gates, in order of execution."""
+        """Return the blocks that have gates, in order of execution."""
 
     def token_router(self, channels: int) -> TokenRouter:
-        """A new token router of one block, with torch's default initialization."""
+        """Make the token router of one block, with torch's default initialization."""
 
     def attach(self, block: Any, gates: BlockGates) -> None:
-        """Hook a block's gates into the stock block; each multiplies, so that slicing there is exact."""
+        """Hook a block's gates into the stock block. Each gate multiplies, so slicing at a gate is exact."""
 
     def lora_targets(self, block: Any) -> tuple[str, ...]:
-        """The linears of a block's attention and MLP, by their names in it: what TD-LoRA updates."""
+        """Return the names of a block's attention and MLP linears, which TD-LoRA updates."""
 
     def timestep_embedding(self, backbone: Any, timestep: Tensor) -> Tensor:
-        """What width routers see, a function of t alone: (B,) -> (B, C)."""
+        """Return the input of the width routers, a function of t alone: (B,) -> (B, C)."""
 
     def permute_units(self, backbone: Any, block: int, heads: Tensor, groups: Tensor) -> None:
         """Reorder heads (H,) and MLP groups (G,) of a block in place; the function computed is unchanged."""
 
 
 class Conditioning(Protocol):
-    """A kind of condition: what it looks like, and how it joins latents and t."""
+    """Conditions of a backbone: class labels or embedded prompts."""
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """What data files hold beside latents."""
+        """Tensors of data files other than latents."""
 
     def random(self, count: int, generator: torch.Generator) -> Conditions:
-        """Conditions of nothing in particular, for a network that is fed noise."""
+        """Make random conditions for ``count`` samples of noise."""
 
     def drop(self, conditions: Conditions, rows: Tensor) -> Conditions:
-        """Training for classifier-free guidance: no condition in the rows (B,) that are True."""
+        """Drop the conditions of the rows (B,) that are True, as training for classifier-free guidance needs."""
 
     def inputs(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Inputs:
-        """All arguments of the stock module."""
+        """Return all arguments of the stock module."""
 
 
 class Slicer(Protocol):
-    """What a backbone's module in this folder provides."""
+    """The functions of ``cut``."""
 
     def slice_network(self, context: SliceContext, segment: Segment) -> Slice:
-        """What runs at each step of a segment."""
+        """Cut the network that runs at each step of a segment."""
 
     def slice_conditioning(self, context: SliceContext) -> Slice:
-        """What depends on t, labels or text alone, and runs once for all steps: ``modulation`` (rows, M)."""
+        """Cut the conditioning network, run once for all steps: t and conditions to ``modulation`` (rows, M)."""
 
     def tables(self, config: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """Constants of the network that no checkpoint stores."""
+        """Return the constants of the network that no checkpoint stores."""
 
 
 class PromptConditioning(Conditioning, Protocol):

@@ -1,4 +1,4 @@
-"""What conditions the network at each t, computed for many timesteps in one product."""
+"""Modulation of the network at each t, computed for many timesteps in one run."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from dyexport.runtime.inputs import for_engine
 if TYPE_CHECKING:
     import torch
 
-MEMORY = 512 * 2**20  # bytes of modulation that are kept
-TRAJECTORIES = 2  # at a time: guidance in two calls alternates between prompt and negative prompt
+MEMORY = 512 * 2**20  # bytes of cached modulation
+TRAJECTORIES = 2  # cached: guidance in two calls alternates between prompt and negative prompt
 
 
 class _Seen(NamedTuple):
-    """A caller's tensor, and how often it had been changed in place when it was seen."""
+    """A caller's tensor, and its version when it was seen; changes in place count versions."""
 
     tensor: torch.Tensor
     version: int
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _Seen | None:
-        """None where a change would go unnoticed: NumPy may share memory on the CPU, inference mode counts nothing."""
+        """Return None if a change could go unnoticed: NumPy shares CPU memory, inference mode counts no versions."""
         return None if tensor.is_cpu or tensor.is_inference() else cls(tensor, tensor._version)
 
     def is_same(self, tensor: torch.Tensor) -> bool:
-        """Return whether it is that tensor, or a view of all of it, unchanged. Reads nothing from the device."""
+        """Return True for the same tensor, or a view of all of it, unchanged. Does not read from the device."""
         return (
             tensor.untyped_storage()._cdata == self.tensor.untyped_storage()._cdata
             and (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -41,9 +41,9 @@ class _Seen(NamedTuple):
 
 @dataclass(kw_only=True, eq=False)  # tensors have no truth value to compare by
 class _Trajectory:
-    """One set of conditions, the timesteps asked for under it in order, and the rows that are ready.
+    """One set of conditions, the timesteps that were requested for it, in order, and the rows computed so far.
 
-    ``conditions`` are copies of what the caller gave last, ``given``.
+    ``conditions`` are copies of the caller's tensors, ``given``.
     """
 
     conditions: Tensors
@@ -53,11 +53,11 @@ class _Trajectory:
 
     @property
     def batch(self) -> int:
-        """Rows for each timestep: one that all samples share, where t is all there is."""
+        """Rows per timestep: one that all samples share if there are no conditions but t."""
         return len(next(iter(self.conditions.values()))) if self.conditions else 1
 
     def has(self, conditions: Tensors) -> bool:
-        """Return whether these are its conditions. Reads them from the device only if they may have changed."""
+        """Return True for the same conditions. Reads them from the device only if they may have changed."""
         same = self.conditions.keys() == conditions.keys() and all(map(self._has, conditions, conditions.values()))
         if same:
             self.given = _seen(conditions)
@@ -74,13 +74,12 @@ class _Trajectory:
 
 
 class Conditioner:
-    """Rows of ``modulation`` by t, for the conditions (labels, text) of the trajectory under way.
+    """Cache of ``modulation`` rows by t, for the conditions (labels, text) of the current trajectories.
 
-    The conditioning network's weights are read once per product, however many timesteps it is for, and
-    pipelines repeat their timesteps from one picture to the next. So when new conditions begin at a t
-    that was seen before, the rows of the timesteps that followed it then are computed with it. Without
-    conditions there is one trajectory, whose rows serve every picture. With ``resident`` False the engine
-    is parked after each product.
+    The conditioning network reads its weights once per run, for any number of timesteps, and pipelines repeat their
+    timesteps from one sample to the next. So when a trajectory with new conditions starts at a known t, the rows of the
+    timesteps that followed it in the last trajectory are computed in the same run. Without conditions all samples share
+    one trajectory. With ``resident`` False the engine is parked after each run.
     """
 
     def __init__(
@@ -88,16 +87,16 @@ class Conditioner:
     ) -> None:
         self.engine = engine
         self.device = device
-        self.seconds = 0.0  # in the engine, so far
+        self.seconds = 0.0  # in the engine, in total
         self._resident = resident
         self._memory = memory // TRAJECTORIES
-        self._under_way: list[_Trajectory] = []  # the one used last at the end
-        self._expected: list[float] = []  # timesteps of a trajectory before
+        self._current: list[_Trajectory] = []  # most recently used last
+        self._expected: list[float] = []  # timesteps of the last trajectory
 
     def at(self, t: float, conditions: Tensors) -> torch.Tensor:
-        """``modulation`` for conditions whose first dimension is the batch: (B, M), (1, M) without conditions.
+        """Return ``modulation`` (B, M) for conditions (B, ...), or (1, M) without conditions.
 
-        They may be on any device, in any floating-point dtype.
+        Conditions may be on any device, in any floating-point dtype.
         """
         trajectory = self._find(conditions)
         if t not in trajectory.rows:
@@ -106,25 +105,25 @@ class Conditioner:
         return trajectory.rows[t]
 
     def _find(self, conditions: Tensors) -> _Trajectory:
-        found = next((each for each in self._under_way if each.has(conditions)), None)
-        if found is None:
-            found = self._begin(conditions)
+        trajectory = next((known for known in self._current if known.has(conditions)), None)
+        if trajectory is None:
+            trajectory = self._begin(conditions)
         else:
-            self._under_way.remove(found)
-        self._under_way.append(found)
-        return found
+            self._current.remove(trajectory)
+        self._current.append(trajectory)
+        return trajectory
 
     def _begin(self, conditions: Tensors) -> _Trajectory:
-        """New conditions take the place of those used longest ago, and their timesteps as what to expect."""
-        full = len(self._under_way) == TRAJECTORIES
-        before = self._under_way.pop(0) if full else next(reversed(self._under_way), None)
-        if before is not None and len(before.seen) > 1:
-            self._expected = list(before.seen)
+        """Start a trajectory: evict the least recently used one, and expect its timesteps again."""
+        full = len(self._current) == TRAJECTORIES
+        last = self._current.pop(0) if full else next(reversed(self._current), None)
+        if last is not None and len(last.seen) > 1:
+            self._expected = list(last.seen)
         copies = {name: tensor.clone() for name, tensor in conditions.items()}
         return _Trajectory(conditions=copies, given=_seen(conditions))
 
     def _following(self, trajectory: _Trajectory, t: float) -> list[float]:
-        """``t`` and the timesteps expected after it, as many as may be kept."""
+        """Return ``t`` and the timesteps expected after it, as many as the cache holds."""
         after = self._expected[self._expected.index(t) :] if t in self._expected else [t]
         return after[: max(self._memory // self._row_bytes(trajectory.batch), 1)]
 
@@ -145,14 +144,14 @@ class Conditioner:
             self.engine.park()
 
     def _row_bytes(self, batch: int) -> int:
-        """Bytes of one timestep's rows."""
+        """Return the bytes of one timestep's rows."""
         output = self.engine.io.outputs[0]
         return batch * prod(size for size in output.shape if isinstance(size, int)) * 4
 
     def close(self) -> None:
-        """Free the engine and the rows."""
+        """Free the engine and the cached rows."""
         self.engine.close()
-        self._under_way.clear()
+        self._current.clear()
 
 
 def _seen(conditions: Tensors) -> dict[str, _Seen | None]:

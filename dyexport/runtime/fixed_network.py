@@ -1,4 +1,4 @@
-"""Refusals of what cannot be done to a network whose layers are inside engines."""
+"""Methods of diffusers models that a network whose layers are inside engines refuses."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ REFUSED: Mapping[str, tuple[str, ...]] = {
     ),
     "build a bundle of the weights, then open it with dyexport.load": ("load_state_dict",),
 }
-SWITCHES: Mapping[str, str] = {  # refused when they turn on what is never on
+SWITCHES: Mapping[str, str] = {  # refused only when they turn something on
     "_set_gradient_checkpointing": TRAIN,
     "set_use_memory_efficient_attention_xformers": BUILT,
     "set_use_npu_flash_attention": BUILT,
@@ -60,9 +60,9 @@ SWITCHES: Mapping[str, str] = {  # refused when they turn on what is never on
 
 
 class FixedNetwork:
-    """Mixin before a diffusers model, whose methods on layers would find none, fail obscurely or do nothing.
+    """Mixin before a diffusers model, whose methods on layers would fail obscurely or do nothing.
 
-    Each raises ``EngineMismatchError``; what turns off what is off already does nothing.
+    Each raises ``EngineMismatchError``. Turning off what is already off does nothing.
     """
 
     def train(self, mode: bool = True) -> Any:
@@ -104,7 +104,7 @@ def _switch(name: str, cure: str) -> Callable[..., None]:
 
 
 def _module(network: FixedNetwork) -> torch.nn.Module:
-    assert isinstance(network, torch.nn.Module), "the mixin stands before one"
+    assert isinstance(network, torch.nn.Module), "the mixin is for modules"
     return network
 
 

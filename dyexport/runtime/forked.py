@@ -7,10 +7,10 @@ import sys
 
 
 def skip_exit_handlers_of_parent() -> None:
-    """Let this process, a fork, end with the status it exits with, before exit handlers of the parent's libraries run.
+    """Let this forked process exit before the exit handlers of the parent's libraries run, with its own status.
 
-    That of ONNX Runtime 1.32 waits for a thread that only the parent has. Python has run its own handlers and flushed
-    its streams by then. Does nothing in a C library without ``on_exit`` (glibc has it).
+    The handler of ONNX Runtime 1.32 waits for a thread that only the parent has. By then Python has run its own
+    handlers and flushed its streams. Does nothing in a C library without ``on_exit`` (glibc has it).
     """
     libc = ctypes.CDLL(None)
     if "onnxruntime" in sys.modules and hasattr(libc, "on_exit"):

@@ -23,10 +23,10 @@ def find_bundle(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The absolute path of a bundle's directory, downloaded where ``source`` is no directory but a hub id.
+    """Return the absolute path of a bundle's directory; a ``source`` that is a hub id is downloaded.
 
-    Raises ``UsageError`` for what is no path, and ``BundleError`` where it cannot be downloaded, or is a file or a
-    saved pipeline.
+    Raises ``UsageError`` for anything but a path, and ``BundleError`` for a file, a saved pipeline, and a repository
+    that cannot be downloaded.
     """
     path = _checked(source)
     if os.path.exists(path) or not HUB_ID.fullmatch(path):

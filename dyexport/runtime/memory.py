@@ -1,4 +1,4 @@
-"""How many engines stay resident in a given amount of memory. A pure function."""
+"""Placement of engines in a given amount of memory. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from dyexport.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class WeightBytes:
-    """Weights of a bundle, by the bytes they take while active.
+    """Bytes of a bundle's weights while they are active.
 
-    ``together`` is what all engines and their conditioning take at once: less than the sum, where they share.
-    ``streamable`` says whether an engine runs with a part of its weights left in host memory.
+    engines       of each engine
+    conditioning  of the conditioning engine
+    together      of all engines and their conditioning; less than the sum if they share weights
+    streamable    whether an engine can run with a part of its weights in host memory
     """
 
     engines: tuple[int, ...]
@@ -24,9 +26,10 @@ class WeightBytes:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """``max_resident`` None keeps every engine and the conditioning; ``streaming_budget`` None all of their weights.
+    """Number of engines that stay resident, and bytes of the weights that each keeps on the device.
 
-    With a number, conditioning leaves as soon as it has run.
+    ``max_resident`` None keeps all engines and the conditioning; below that, the conditioning is parked after each run.
+    ``streaming_budget`` None keeps all weights.
     """
 
     max_resident: int | None = None
@@ -34,18 +37,18 @@ class Placement:
 
 
 def place(weights: WeightBytes, memory: int) -> Placement:
-    """The fastest placement that never holds more than ``memory`` bytes of weights.
+    """Return the fastest placement that never holds more than ``memory`` bytes of weights.
 
-    In this order: everything; as many engines as fit whichever they are, beside the conditioning; one engine whose
-    weights are streamed. Raises ``UsageError`` where not even that fits.
+    In this order: everything; the conditioning and as many engines as always fit; one engine whose weights are
+    streamed. Raises ``UsageError`` if none of these fits.
     """
     if weights.together <= memory:
         return Placement()
-    room = memory - weights.conditioning
-    if (count := _fitting(weights.engines, room)) > 0:
+    available = memory - weights.conditioning
+    if (count := _fitting(weights.engines, available)) > 0:
         return Placement(max_resident=count)
-    if weights.streamable and room > 0:
-        return Placement(max_resident=1, streaming_budget=room)
+    if weights.streamable and available > 0:
+        return Placement(max_resident=1, streaming_budget=available)
     needed = weights.conditioning + (1 if weights.streamable else max(weights.engines))
     raise UsageError(
         f"memory of {memory} bytes holds no engine of this bundle; one and its conditioning take {needed}, "
@@ -53,11 +56,11 @@ def place(weights: WeightBytes, memory: int) -> Placement:
     )
 
 
-def _fitting(engines: Sequence[int], room: int) -> int:
-    """The most engines of which any selection fits."""
+def _fitting(engines: Sequence[int], available: int) -> int:
+    """Return the largest count of engines of which every selection fits."""
     taken = 0
     for count, size in enumerate(sorted(engines, reverse=True)):
         taken += size
-        if taken > room:
+        if taken > available:
             return count
     return len(engines)

@@ -1,4 +1,4 @@
-"""How often a token router wanted more tokens than its block had room for."""
+"""Count of tokens that routers kept beyond the capacity of their blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Overflow:
-    """``routed`` counts steps x blocks x samples, ``over`` those past their capacity by ``dropped`` tokens in all."""
+    """Overflow of token capacities since the bundle was loaded.
+
+    routed   routings: steps x blocks x samples
+    over     routings that kept more tokens than the block's capacity
+    dropped  tokens beyond the capacity, in total
+    """
 
     routed: int = 0
     over: int = 0
@@ -19,11 +24,12 @@ class Overflow:
 
     @property
     def rate(self) -> float:
+        """Share of routings over their capacity, in [0, 1]."""
         return self.over / self.routed if self.routed else 0.0
 
 
 class OverflowCounter:
-    """Adds up on the device; the host reads the sums when it is asked for them."""
+    """Sums on the device, which the host reads on request only."""
 
     def __init__(self) -> None:
         self._routed = 0
@@ -31,7 +37,7 @@ class OverflowCounter:
         self._dropped: torch.Tensor | int = 0
 
     def add(self, kept: torch.Tensor, limits: torch.Tensor) -> None:
-        """Tokens that R routers wanted, (B, R) int64, against tokens there is room for, (R,) int64."""
+        """Add the tokens that R routers kept (B, R), int64, given the capacities of their blocks (R,), int64."""
         excess = (kept - limits).clamp(min=0)  # (B, R)
         self._routed += kept.numel()
         self._over = self._over + (excess > 0).sum()

@@ -1,4 +1,4 @@
-"""A bundle written as diffusers writes a model: its files, a configuration, and a model card."""
+"""Save a bundle in the layout of a diffusers model: its files, a configuration and a model card."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dyexport.bundle.reader import MANIFEST, Bundle, files_of, manifest_text
 from dyexport.errors import StorageError
 from dyexport.files import replacing, storage_errors
 
-CONFIG = "config.json"  # what diffusers and the hub know a model by
+CONFIG = "config.json"  # by which diffusers and the hub recognize a model
 CARD = "README.md"
 
 
 def save_bundle(bundle: Bundle, directory: Path, config: str) -> None:
-    """Copy a bundle; ``directory`` may hold an earlier one, which is replaced as a whole, or nothing.
+    """Copy a bundle to a directory; an earlier bundle there is replaced atomically.
 
-    Raises ``StorageError`` for a directory that holds anything else, and ``BundleError`` for a bundle that was changed
+    Raises ``StorageError`` for a directory that holds anything else, and ``BundleError`` for a bundle that has changed
     since it was opened.
     """
     if directory.resolve() == bundle.root:

@@ -176,7 +176,7 @@ def test_memory_is_bounded(rows: int) -> None:
     conditioner, engine = make(memory)
     for label in (3, 4, 5):
         walk(conditioner, label, label)
-        held = sum(row.nbytes for each in conditioner._under_way for row in each.rows.values())
+        held = sum(row.nbytes for each in conditioner._current for row in each.rows.values())
         assert held <= memory
     assert max(len(asked) for asked in engine.asked) == min(rows, len(STEPS))
 
