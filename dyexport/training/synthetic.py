@@ -84,9 +84,11 @@ def _conditions(preset: Preset, rows: Tensor, prompts: Conditions | None, seed: 
     """Return the conditions of samples ``rows`` (B,)."""
     if preset.classes:
         return {"class_labels": rows % preset.classes}
-    if prompts is None:
-        return get_conditioning(preset).random(len(rows), step_generator(seed, int(rows[0]), "data"))
-    return {name: values[rows % len(values)] for name, values in prompts.items()}
+    conditioning = get_conditioning(preset)
+    given = {name: values[rows % len(values)] for name, values in (prompts or {}).items()}
+    if given.keys() == {column.argument for column in conditioning.columns}:
+        return given
+    return {**conditioning.random(len(rows), step_generator(seed, int(rows[0]), "data")), **given}
 
 
 def _unconditional(preset: Preset, conditions: Conditions, prompts: Conditions | None) -> Conditions | None:

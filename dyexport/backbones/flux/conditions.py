@@ -12,10 +12,15 @@ from dyexport.backbones.base import Inputs
 from dyexport.backbones.flux.preset import FluxPreset
 from dyexport.models.conditions import Column, Conditions
 
+CONTEXT = "context"  # a masked picture and its mask, or a control picture, as packed latents
+
 
 @dataclass(frozen=True)
 class Prompts:
-    """Embedded prompts (B, T, C_text) and pooled prompts (B, C_pooled). ``inputs`` adds positions and guidance."""
+    """Embedded prompts (B, T, C_text) and pooled prompts (B, C_pooled). ``inputs`` adds positions and guidance.
+
+    A model that edits pictures has a context (B, N, C_context) too, whose channels follow those of the latents.
+    """
 
     preset: FluxPreset
     unconditional: ClassVar[str | None] = None  # guidance is embedded
@@ -27,17 +32,23 @@ class Prompts:
 
     @property
     def columns(self) -> tuple[Column, ...]:
+        preset = self.preset
+        context = Column(CONTEXT, CONTEXT, (preset.tokens, preset.context_channels))
         return (
-            Column("prompt_embeds", "encoder_hidden_states", (None, self.preset.joint_size)),
-            Column("pooled_prompt_embeds", "pooled_projections", (self.preset.pooled_size,)),
+            Column("prompt_embeds", "encoder_hidden_states", (None, preset.joint_size)),
+            Column("pooled_prompt_embeds", "pooled_projections", (preset.pooled_size,)),
+            *((context,) if preset.context_channels else ()),
         )
 
     def random(self, count: int, generator: torch.Generator) -> Conditions:
         preset = self.preset
-        return {
+        conditions = {
             "encoder_hidden_states": torch.randn(count, preset.text_tokens, preset.joint_size, generator=generator),
             "pooled_projections": torch.randn(count, preset.pooled_size, generator=generator),
         }
+        if preset.context_channels:
+            conditions[CONTEXT] = torch.randn(count, preset.tokens, preset.context_channels, generator=generator)
+        return conditions
 
     def drop(self, conditions: Conditions, rows: Tensor) -> Conditions:
         """Return the conditions unchanged: a guidance-distilled model has no unconditional branch to train."""
@@ -46,10 +57,12 @@ class Prompts:
     def inputs(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Inputs:
         device = latents.device
         text_tokens = conditions["encoder_hidden_states"].shape[1]
+        arguments = {name: values for name, values in conditions.items() if name != CONTEXT}
+        context = [conditions[CONTEXT]] if CONTEXT in conditions else []  # (B, N, C_context)
         inputs = {
-            "hidden_states": latents,  # (B, N, C)
+            "hidden_states": torch.cat([latents, *context], dim=2),  # (B, N, C_in)
             "timestep": timestep,
-            **conditions,
+            **arguments,
             "img_ids": grid_positions(self.preset.side, device),  # (N, 3)
             "txt_ids": torch.zeros(text_tokens, 3, device=device),  # (T, 3)
         }

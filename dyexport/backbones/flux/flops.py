@@ -33,7 +33,7 @@ def _flux_static(config: Config, channels: int, tokens: int, text_tokens: int) -
     """Count embedders, modulation and the final layer."""
     sinusoidal = 2 if config["guidance_embeds"] else 1  # timestep, and guidance
     vectors = sinusoidal * (256 * channels + channels**2) + config["pooled_projection_dim"] * channels + channels**2
-    latents = tokens * channels * config["in_channels"]
+    latents = tokens * channels * (config["in_channels"] + (config.get("out_channels") or config["in_channels"]))
     text = text_tokens * channels * config["joint_attention_dim"]
     modulation = (12 * config["num_layers"] + 3 * config["num_single_layers"] + 2) * channels**2
-    return float(vectors + 2 * latents + text + modulation)
+    return float(vectors + latents + text + modulation)

@@ -133,9 +133,12 @@ class FluxPreset(Preset):
     def sampling_of(cls, config: Mapping[str, Any]) -> SamplingDefaults:
         """Return the defaults of diffusers' pipeline, and for models without embedded guidance those of schnell."""
         distilled = bool(config["guidance_embeds"])
+        out_channels = config.get("out_channels") or config["in_channels"]
+        fills = config["in_channels"] > 2 * out_channels  # the context is a masked picture and its mask
+        steps, guidance = (50, 30.0) if fills else (28, 3.5)
         return SamplingDefaults(
-            steps=28 if distilled else 4,
-            guidance=3.5 if distilled else None,
+            steps=steps if distilled else 4,
+            guidance=guidance if distilled else None,
             scheduler={"use_dynamic_shifting": distilled},
         )
 
@@ -176,6 +179,27 @@ PRESETS: tuple[Preset, ...] = (
         double_blocks=8,
         hub_id="Freepik/flux.1-lite-8B",
         about="FLUX.1-lite 8B, guidance-distilled",
+        recipe=_RECIPE,
+    ),
+    FluxPreset(
+        name="flux-kontext",
+        hub_id="black-forest-labs/FLUX.1-Kontext-dev",
+        about="FLUX.1-Kontext-dev, edits pictures",
+        recipe=_RECIPE,
+    ),
+    FluxPreset(
+        name="flux-krea",
+        hub_id="black-forest-labs/FLUX.1-Krea-dev",
+        about="FLUX.1-Krea-dev, guidance-distilled",
+        recipe=_RECIPE,
+    ),
+    FluxPreset(
+        name="flux-fill",
+        in_channels=384,
+        context_channels=320,
+        guidance=30.0,
+        hub_id="black-forest-labs/FLUX.1-Fill-dev",
+        about="FLUX.1-Fill-dev, fills masked parts of pictures",
         recipe=_RECIPE,
     ),
     FluxPreset(
