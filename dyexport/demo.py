@@ -24,7 +24,8 @@ from dyexport.pipeline.settings import BuildSettings
 from dyexport.progress import Progress
 from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import Denoiser, sample
-from dyexport.verification.verify import VerifyReport, VerifySettings, verify_bundle
+from dyexport.verification.report import VerifyReport
+from dyexport.verification.verify import VerifySettings, verify_bundle
 
 SAMPLING = SamplingConfig()
 BENCH = BenchSettings(batch=64, compiled=False)  # small batches of so small a model time the calls, not the network
@@ -32,13 +33,13 @@ PICTURE_ROWS = 6
 
 
 def demo_settings(out: Path) -> BuildSettings:
-    """What ``dyexport build`` would be told; every default is build's own."""
+    """Return the settings of ``dyexport build`` with its defaults."""
     return BuildSettings(model="sit-digits", budget=0.5, out=out / "bundle", work=out / "work")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoReport:
-    """Paths, and everything that was measured. ``max_abs_error`` is against masked torch, in fp32."""
+    """Paths and measurements; ``max_abs_error`` is the difference from the masked torch model in fp32."""
 
     bundle: str
     pictures: str
@@ -61,7 +62,7 @@ def run_demo(
     sampling: SamplingConfig = SAMPLING,
     bench: BenchSettings = BENCH,
 ) -> DemoReport:
-    """Build, verify, time, score and draw. The build resumes; the rest is measured anew each time."""
+    """Build, verify, time, score and sample. The build resumes; the rest is measured each time."""
     begin = perf_counter()
     with opened(settings, listener) as run:
         build_bundle(run)
@@ -71,8 +72,8 @@ def run_demo(
     with _stage(listener, "bench") as advance:
         timed = compare(bundle, bench, advance)
     with _stage(listener, "eval") as advance:
-        judge = Evaluator(load_digits("train"))
-        scored = evaluate(bundle, None, judge, load_digits("held-out"), sampling, [settings.seed], advance)
+        evaluator = Evaluator(load_digits("train"))
+        scored = evaluate(bundle, None, evaluator, load_digits("held-out"), sampling, [settings.seed], advance)
     with _stage(listener, "pictures"):
         pictures, widths = draw(bundle, settings.out.parent, sampling.steps)
     return _report(bundle, pictures, widths, verified, timed, scored, perf_counter() - begin)
@@ -87,7 +88,7 @@ def _stage(listener: BuildListener, name: str) -> Iterator[Progress]:
 
 
 def draw(bundle: Bundle, folder: Path, steps: int | None) -> tuple[Path, Path]:
-    """Digits of the dense and the dynamic model from the same noise, and the width heat map."""
+    """Save samples of the dense and the dynamic model from the same noise, and the heat map of widths."""
     loaded = load(bundle.root, check_hashes=False)
     models: dict[str, Denoiser] = {
         "dense": load(bundle.root, check_hashes=False, dense=True),

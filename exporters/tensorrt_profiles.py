@@ -59,7 +59,7 @@ def plan_request(
 
 
 def parse_profiles(texts: tuple[str, ...]) -> tuple[dict[str, Profile], ...]:
-    """``batch=1:2:8,image_tokens=1024:4096:4096``, one optimisation profile each. Raises ``UsageError``."""
+    """Parse optimization profiles such as ``batch=1:2:8,image_tokens=1024:4096:4096``. Raises ``UsageError``."""
     return tuple(dict(_parse_one(part) for part in text.split(",")) for text in texts)
 
 
@@ -73,21 +73,21 @@ def _parse_one(part: str) -> tuple[str, Profile]:
 def profiles_for(
     spec: ModelSpec, segment: Segment | None, given: tuple[Mapping[str, Profile], ...]
 ) -> tuple[dict[str, Profile], ...]:
-    """One optimisation profile for each one given, or one; sizes that are not given are the model's usual ones.
+    """Complete optimization profiles with the model's default sizes; without any, return one of defaults.
 
     Raises ``UsageError`` for a dimension that this model does not have.
     """
-    usual = _usual(spec, segment)
+    default = _default_sizes(spec, segment)
     for profiles in given:
-        if unknown := [name for name in profiles if name not in _usual(spec, None) and name not in usual]:
-            raise UsageError(f"--profile names {unknown[0]!r}; {spec.name} has {', '.join(usual)}")
-    return tuple(usual | {k: v for k, v in profiles.items() if k in usual} for profiles in given or ({},))
+        if unknown := [name for name in profiles if name not in _default_sizes(spec, None) and name not in default]:
+            raise UsageError(f"--profile names {unknown[0]!r}; {spec.name} has {', '.join(default)}")
+    return tuple(default | {k: v for k, v in profiles.items() if k in default} for profiles in given or ({},))
 
 
 def largest_topk(spec: ModelSpec, segment: Segment | None, profiles: Sequence[Mapping[str, Profile]]) -> int:
     """Most tokens that a block of the segment may sort; blocks with room for more than TensorRT can sort do not.
 
-    Where text is sorted too, a profile may allow more of it than is usual.
+    Where text is sorted too, a profile may allow more of it than the default.
     """
     if segment is None:
         return 0
@@ -95,16 +95,16 @@ def largest_topk(spec: ModelSpec, segment: Segment | None, profiles: Sequence[Ma
     text = max((sizes["text_tokens"].max for sizes in profiles if "text_tokens" in sizes), default=0)
     largest = 0
     for block in segment.limited_blocks:
-        usual, most = (spec.text_tokens, text) if sorts_text(spec, block) else (0, 0)
-        if segment.max_capacity(block) + usual <= LARGEST_TOPK:
+        default, most = (spec.text_tokens, text) if sorts_text(spec, block) else (0, 0)
+        if segment.max_capacity(block) + default <= LARGEST_TOPK:
             largest = max(largest, segment.max_capacity(block) + most)
     return largest
 
 
-def _usual(spec: ModelSpec, segment: Segment | None) -> dict[str, Profile]:
+def _default_sizes(spec: ModelSpec, segment: Segment | None) -> dict[str, Profile]:
     rows = Profile(min=1, opt=BATCH.opt * STEPS.opt, max=BATCH.max * STEPS.max)
-    usual = {"batch": BATCH, "rows": rows, **get_engine_sizes(spec.backbone).free_sizes(spec, segment)}
+    default = {"batch": BATCH, "rows": rows, **get_engine_sizes(spec.backbone).free_sizes(spec, segment)}
     if segment is not None and segment.slot_buckets:
         buckets = segment.slot_buckets
-        usual["slots"] = Profile(min=buckets[0], opt=buckets[len(buckets) // 2], max=buckets[-1])
-    return usual
+        default["slots"] = Profile(min=buckets[0], opt=buckets[len(buckets) // 2], max=buckets[-1])
+    return default

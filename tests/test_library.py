@@ -70,6 +70,16 @@ def test_a_build_reports_its_progress_and_keeps_its_stages(tmp_path: Path) -> No
     assert reports == []
 
 
+def test_the_recipe_of_a_build_is_what_it_does(tmp_path: Path) -> None:
+    places = {"out": tmp_path / "b", "work": tmp_path / "w", "budget": 0.5}
+    large = dyexport.BuildSettings(model="flux", **places).effective_recipe()
+    assert (large["finetune"]["steps"], large["td_lora"]["rank"], large["data"]) == (10_000, 16, "synthetic")
+    assert (large["precision"], large["needs_gpu"]) == ("bf16", True)
+    untrained = dyexport.BuildSettings(model="flux", finetune_steps=0, precision="fp32", **places).effective_recipe()
+    assert (untrained["finetune"], untrained["td_lora"], untrained["data"]) == (None, None, None)
+    assert (untrained["precision"], untrained["calibration_precision"]) == ("fp32", "fp32")
+
+
 def test_settings_that_do_not_exist_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unknown setting 'engine'; did you mean 'engines'"):
         dyexport.build("sit-digits", budget=0.5, out=tmp_path / "b", engine=2)

@@ -89,6 +89,19 @@ def stage_lines() -> Iterator[StageLines]:
         raise Interrupted("interrupted; the same command goes on after the last finished stage") from error
 
 
+def recipe_line(recipe: Mapping[str, Any]) -> str:
+    """Describe in one line the choices that a build makes, where its options and the model's recipe leave them."""
+    parts = [f"routers {recipe['routers']}"]
+    if (scratch := recipe["from_scratch"]) is not None:
+        parts.append(f"the static model trained for {scratch['steps']} steps of {scratch['batch_size']}")
+    if (schedule := recipe["finetune"]) is not None:
+        lora = "" if recipe["td_lora"] is None else f", TD-LoRA of rank {recipe['td_lora']['rank']}"
+        parts.append(f"fine-tuned for {schedule['steps']} steps of {schedule['batch_size']}{lora}")
+    parts.append(f"data {recipe['data'] or 'noise'}")
+    parts.append(f"stored in {recipe['precision']}, calibrated in {recipe['calibration_precision']}")
+    return f"recipe: {'; '.join(parts)}"
+
+
 @contextmanager
 def building(settings: BuildSettings, without: frozenset[str] = frozenset()) -> Iterator[Run]:
     """Open a build. Stages in ``without`` must have been done before; they are not run."""
@@ -98,5 +111,6 @@ def building(settings: BuildSettings, without: frozenset[str] = frozenset()) -> 
 
         if not without and (note := check_training(settings)):
             stderr().print(note, soft_wrap=True)
+        stderr().print(recipe_line(settings.effective_recipe()), soft_wrap=True, markup=False)
         with opened(settings, lines, without=without) as run:
             yield run

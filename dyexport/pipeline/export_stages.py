@@ -77,8 +77,8 @@ def segment_plan(run: Run, model: CalibratedModel) -> SegmentPlan:
     def make(out: Path) -> None:
         plan = priced_plan(settings, model, settings.engines)
         if merges(settings, model):
-            drawn = steps.calibration_inputs(settings, model.data.source)
-            segments, errors = calibrate.merge_lora(settings, model.path, plan.segments, drawn)
+            noised = steps.calibration_inputs(settings, model.data.source)
+            segments, errors = calibrate.merge_lora(settings, model.path, plan.segments, noised)
             plan = plan_of(segments, *model.tables).model_copy(update={"merge_errors": errors})
         out.write_text(plan.model_dump_json(indent=1), encoding="utf-8")
 
@@ -146,9 +146,9 @@ def quantization_ranges(run: Run, model: CalibratedModel, plan: SegmentPlan) -> 
     }
 
     def make(out: Path) -> None:
-        drawn = steps.calibration_inputs(settings, model.data.source)
+        noised = steps.calibration_inputs(settings, model.data.source)
         progress = run.progress("ranges")
-        calibrate.make_ranges(settings, model.static.path, model.path, plan, model.tables, drawn, progress, out)
+        calibrate.make_ranges(settings, model.static.path, model.path, plan, model.tables, noised, progress, out)
 
     return run.stage("ranges", "ranges.json", inputs, make)
 
@@ -254,6 +254,6 @@ def plan_stage(
             return
         from dyexport.exporters.tensorrt_plan import build_plan
 
-        pool.call(stage, build_plan, graph.path, request, out, timings, progress=run.progress(stage))
+        pool.submit(stage, build_plan, graph.path, request, out, timings, progress=run.progress(stage))
 
     return Stage(name=stage, output=f"{ENGINES}/{target}/{network.name}", inputs=inputs, make=make)

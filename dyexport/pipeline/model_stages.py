@@ -132,9 +132,9 @@ def calibrated_model(run: Run, static: Outcome, dynamic: Outcome, data: Data) ->
         inputs["products"] = "bf16"
 
     def make(out: Path) -> None:
-        drawn = steps.calibration_inputs(settings, data.source)
+        noised = steps.calibration_inputs(settings, data.source)
         phases = partial(run.progress, "calibrate")
-        calibrate.make_calibrated(settings, static.path, dynamic.path, drawn, phases, out)
+        calibrate.make_calibrated(settings, static.path, dynamic.path, noised, phases, out)
 
     return run.stage("calibrate", "calibrated", inputs, make, chosen=calibrated_settings(settings))
 
@@ -150,8 +150,8 @@ def fp16_headroom(run: Run, calibrated: Outcome, data: Data) -> dict[str, float]
     inputs = {"calibrated": calibrated.digest, "data": data.digest, "seed": settings.seed}
 
     def make(out: Path) -> None:
-        drawn = steps.calibration_inputs(settings, data.source)
-        calibrate.make_magnitudes(settings, calibrated.path, drawn, run.progress("precision"), out)
+        noised = steps.calibration_inputs(settings, data.source)
+        calibrate.make_magnitudes(settings, calibrated.path, noised, run.progress("precision"), out)
 
     outcome = run.stage("precision", "magnitudes.json", inputs, make)
     return {"fp16_headroom": headroom(calibrate.read_metrics(outcome.path))}

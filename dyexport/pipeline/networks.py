@@ -1,4 +1,4 @@
-"""The networks that a plan exports, what identifies them, and what a plan costs."""
+"""The networks of a plan, and the cost of a plan."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from dyexport.slicing.slicer import (
     slice_segment,
 )
 
-STATIC_PREFIX = "static."  # before names of the static model's weights, where they are not the dynamic one's
+STATIC_PREFIX = "static."  # prefix of the static model's weights that differ from the dynamic one's
 
 OwnDense = Literal["nothing", "biases", "everything"]
-"""What the dense network has of its own, because training moved it in the dynamic model."""
+"""Weights that only the dense network has, because training changed them in the dynamic model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """One graph to export; ``segment`` is what it serves, None for a conditioning network."""
+    """One graph to export; ``segment`` is the segment that it runs, None for a conditioning network."""
 
     name: str
     segment: Segment | None
@@ -54,10 +54,10 @@ def cut_networks(
     baseline: bool,
     own_dense: OwnDense,
 ) -> list[Network]:
-    """One per segment, their conditioning, and with ``baseline`` the dense network.
+    """Cut one network for each segment, their conditioning network and, with ``baseline``, the dense network.
 
-    What ``own_dense`` says is read under ``STATIC_PREFIX`` + name, and the dense network then has a conditioning
-    network of its own; the latter also beside TD-LoRA, which leaves the dense weights as they were.
+    The weights that ``own_dense`` names are read under ``STATIC_PREFIX`` + name. The dense network then has a separate
+    conditioning network, and also if there is a TD-LoRA, which does not change the dense weights.
     """
     networks = [
         Network(name=segment_name(index), segment=segment, slice=slice_segment(context, segment))
@@ -82,7 +82,7 @@ def _dense_networks(context: SliceContext, order: UnitOrder, own: OwnDense) -> l
 
 
 def _static(piece: Slice, own: OwnDense) -> Slice:
-    """The same network, with what the static model has of its own read from there."""
+    """Return the network with the weights that ``own`` names read from the static model."""
     recipes = {
         name: replace(recipe, sources=tuple(_source(source, own) for source in recipe.sources))
         for name, recipe in piece.recipes.items()
@@ -95,22 +95,22 @@ def _source(name: str, own: OwnDense) -> str:
     return f"{STATIC_PREFIX}{name}" if static else name
 
 
-def store_reader(spec: ModelSpec, mine: Read, static: Mapping[str, Tensor]) -> Read:
-    """Reads the dynamic model's weights and, under names with ``STATIC_PREFIX``, the static model's.
+def store_reader(spec: ModelSpec, dynamic: Read, static: Mapping[str, Tensor]) -> Read:
+    """Return a reader of the dynamic model's weights and, under ``STATIC_PREFIX``, of the static model's.
 
-    Where biases alone are the static model's, their units must stand in the order of the dynamic model's weights.
+    If only biases are the static model's, their units must be in the order of the dynamic model's weights.
     """
-    theirs = dense_reader(static, spec)
-    return lambda name: theirs(name[len(STATIC_PREFIX) :]) if name.startswith(STATIC_PREFIX) else mine(name)
+    read_static = dense_reader(static, spec)
+    return lambda name: read_static(name[len(STATIC_PREFIX) :]) if name.startswith(STATIC_PREFIX) else dynamic(name)
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as a JSON value."""
+    """Return a recipe as a JSON value."""
     return {**asdict(recipe), "dtype": str(recipe.dtype)}
 
 
 def plan_for(spec: ModelSpec, widths: WidthTable, stats: TokenStats | None, settings: PlanSettings) -> SegmentPlan:
-    """Segments for K engines, and what they cost."""
+    """Choose the segments of K engines and price them."""
     return plan_of(make_segments(widths, stats, _flops_of(spec), settings), spec, widths, stats)
 
 
@@ -121,7 +121,7 @@ def _flops_of(spec: ModelSpec) -> FlopsModel:
 def plan_of(
     segments: tuple[Segment, ...], spec: ModelSpec, widths: WidthTable, stats: TokenStats | None
 ) -> SegmentPlan:
-    """FLOPs and bytes of segments; ``resident_bytes`` counts a copy of its weights for each engine."""
+    """Price segments in FLOPs and bytes; ``resident_bytes`` counts a copy of the weights for each engine."""
     flops = _flops_of(spec)
     context = SliceContext.of(spec, widths, stats)
     slices = [slice_segment(context, segment) for segment in segments] + [slice_conditioning(context)]

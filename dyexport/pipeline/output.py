@@ -1,4 +1,4 @@
-"""The folder that a build writes: whose it is, who writes it, and how a new bundle takes the place of an old one."""
+"""The folder that a build writes: ownership of its files, locking, and atomic replacement."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOCK = f"{PARTIAL}lock"
 
 
 def check_ours(out: Path) -> None:
-    """Raise ``UsageError`` for what is neither a bundle, nor what a stopped build left of one, nor an empty folder."""
+    """Raise ``UsageError`` unless ``out`` is a bundle, an empty folder, missing, or left over by a stopped build."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -31,9 +31,9 @@ def check_ours(out: Path) -> None:
 
 @contextmanager
 def locked_output(out: Path) -> Iterator[None]:
-    """Hold a folder that is to be written; raises ``StorageError`` while another process does.
+    """Lock a folder for writing, and remove what a killed build left in it.
 
-    Clears up after a build that was killed while it held it.
+    Raises ``StorageError`` while another process holds it.
     """
     place = Path(os.path.realpath(out))
     inside = place.is_dir() and not _renamable(place)
@@ -46,13 +46,13 @@ def locked_output(out: Path) -> Iterator[None]:
                 clear_partials(place)
             yield
         finally:
-            with suppress(OSError):  # one that stays is taken over
+            with suppress(OSError):  # a lock file that stays is reused
                 lock.unlink()
 
 
 @contextmanager
 def held(lock: Path, refusal: str) -> Iterator[None]:
-    """Hold a lock file; raises ``StorageError`` with ``refusal`` while another process does."""
+    """Lock a file. Raises ``StorageError`` with the message ``refusal`` while another process holds it."""
     while True:
         with storage_errors(lock.parent):
             file = lock.open("w")
@@ -69,28 +69,27 @@ def held(lock: Path, refusal: str) -> Iterator[None]:
 
 @contextmanager
 def staged(out: Path, records: Mapping[str, FileRecord]) -> Iterator[Path]:
-    """Yield a folder to write a whole bundle into, of files ``records``, which then takes the place of ``out``.
+    """Yield a folder to write a bundle of files ``records`` into, which then replaces ``out``.
 
-    It does so in one step, so that there is a whole bundle at every moment, and the disk holds both for a while. What
-    was not written by dyexport stays. A folder that cannot be renamed, because a file system is mounted there,
-    or in which this process was started (its shell would find itself nowhere), is changed folder by folder: for
-    milliseconds it holds parts of both bundles.
+    The replacement is one step, so that there is a whole bundle at every moment; the disk holds both for a while. Files
+    that dyexport did not write stay. A folder that cannot be renamed, because a file system is mounted there, or that
+    is the current directory of this process, is replaced entry by entry: for milliseconds it holds parts of both.
     """
     place = Path(os.path.realpath(out))
-    ours = (files_of(place) or set()) | (files_of(place / STAGING) or set())
-    _check_room(place, ours, records)
+    own = (files_of(place) or set()) | (files_of(place / STAGING) or set())
+    _check_conflicts(place, own, records)
     if not place.is_dir() or (_renamable(place) and not Path.cwd().is_relative_to(place)):
         with replacing(place) as staging:
             staging.mkdir()
             yield staging
-            _keep(place, staging, ours)
+            _keep(place, staging, own)
         return
     staging = place / STAGING
     remove(staging)
     try:
         staging.mkdir()
         yield staging
-        _keep(place, staging, ours)
+        _keep(place, staging, own)
         sync(staging)
     except BaseException:
         remove(staging)
@@ -100,7 +99,7 @@ def staged(out: Path, records: Mapping[str, FileRecord]) -> Iterator[Path]:
 
 
 def _renamable(folder: Path) -> bool:
-    """Not where a file system is mounted, or where the parent is read-only."""
+    """Return whether a folder can be renamed: no file system is mounted there, and its parent is writable."""
     mounted = any(os.fsencode(line.split()[4]) == _escaped(folder) for line in _mounts())
     return not mounted and os.access(folder.parent, os.W_OK | os.X_OK)
 
@@ -113,42 +112,44 @@ def _mounts() -> list[str]:
 
 
 def _escaped(folder: Path) -> bytes:
-    """A path as the kernel lists it."""
+    """Return a path as the kernel escapes it."""
     return os.fsencode(folder).replace(b"\\", rb"\134").replace(b" ", rb"\040").replace(b"\t", rb"\011")
 
 
-def _check_room(out: Path, ours: Collection[str], records: Mapping[str, FileRecord]) -> None:
-    """Raise ``StorageError`` where a file of somebody else has a name that the bundle needs."""
-    for name in _foreign(out, ours):
+def _check_conflicts(out: Path, own: Collection[str], records: Mapping[str, FileRecord]) -> None:
+    """Raise ``StorageError`` if a file that dyexport did not write has a name that the bundle needs."""
+    for name in _foreign(out, own):
         path = out / name
         same = name in records and path.is_file() and sha256_of(path) == records[name].sha256
         if not same and any(_excludes(path, name, new) for new in (MANIFEST, *records)):
-            raise StorageError(f"{path} was not written by dyexport and is in the bundle's way; move it, then repeat")
+            raise StorageError(
+                f"{path} was not written by dyexport, and the bundle needs a file of that name; move it, then repeat"
+            )
 
 
 def _excludes(path: Path, name: str, new: str) -> bool:
-    """Return whether ``path``, which is ``name`` in its folder, rules out a file ``new``."""
+    """Return whether ``path``, called ``name`` in its folder, excludes a file ``new``."""
     folder = path.is_dir() and not path.is_symlink()
     return name == new or name.startswith(f"{new}/") or (new.startswith(f"{name}/") and not folder)
 
 
-def _foreign(folder: Path, ours: Collection[str] = (), below: str = "") -> Iterator[str]:
-    """Names of files, links and empty folders in ``folder`` that are not ``ours``."""
+def _foreign(folder: Path, own: Collection[str] = (), below: str = "") -> Iterator[str]:
+    """Yield names of files, links and empty folders in ``folder`` that are not ``own``."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name) if folder.is_dir() else ():
         name = below + entry.name
-        if name in ours or (not below and name.startswith(PARTIAL)):
+        if name in own or (not below and name.startswith(PARTIAL)):
             continue
         if not entry.is_dir(follow_symlinks=False):
             yield name
         elif any(os.scandir(entry)):
-            yield from _foreign(Path(entry), ours, f"{name}/")
+            yield from _foreign(Path(entry), own, f"{name}/")
         else:
             yield name
 
 
-def _keep(out: Path, staging: Path, ours: Collection[str]) -> None:
-    """Give what is not ours a second name in the folder that will be ``out``."""
-    for name in _foreign(out, ours):
+def _keep(out: Path, staging: Path, own: Collection[str]) -> None:
+    """Link files that dyexport did not write into the folder that will be ``out``."""
+    for name in _foreign(out, own):
         old, new = out / name, staging / name
         if os.path.lexists(new):
             continue
@@ -162,7 +163,7 @@ def _keep(out: Path, staging: Path, ours: Collection[str]) -> None:
 
 
 def _change_contents(out: Path, staging: Path) -> None:
-    """Let what is in two folders change places, the manifest last."""
+    """Replace the entries of ``out`` by those of ``staging``, the manifest last."""
     new = {entry.name for entry in staging.iterdir()}
     for name in new - {MANIFEST}:
         put(staging / name, out / name)

@@ -1,7 +1,7 @@
-"""The settings that each model of a work directory was made with; models of other settings are kept next to it.
+"""Settings that identify each model of a work directory. Models of other settings are kept next to it.
 
-A model takes hours, so none is replaced because another was asked for. What is exported takes minutes, and the bundle
-has it: of that the latest is kept, which bounds what a work directory takes to one model for each choice of settings.
+A model takes hours, so a build with other settings does not replace it. Exported files take minutes, and the bundle has
+them: only the latest are kept, so a work directory grows by one model for each choice of settings.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def model_key(settings: BuildSettings) -> dict[str, Any]:
 
 
 def static_settings(settings: BuildSettings) -> dict[str, Any]:
-    """Settings of the static model."""
+    """Return the settings of the static model."""
     chosen: dict[str, Any] = {**model_key(settings), "checkpoint": settings.checkpoint}
     chosen |= {"loras": [[str(lora.file), lora.scale] for lora in settings.loras]}
     if settings.random_weights or settings.from_scratch:
@@ -31,7 +31,7 @@ def static_settings(settings: BuildSettings) -> dict[str, Any]:
 
 
 def data_settings(settings: BuildSettings) -> dict[str, Any]:
-    """Settings of training and calibration data."""
+    """Return the settings of training and calibration data."""
     if settings.data_source != "synthetic":
         return {"data": settings.data_source}
     prompts = None if settings.prompts is None else str(settings.prompts)
@@ -39,13 +39,13 @@ def data_settings(settings: BuildSettings) -> dict[str, Any]:
 
 
 def control_settings(settings: BuildSettings) -> dict[str, Any]:
-    """Settings of the static model that is trained as long as the dynamic one."""
+    """Return the settings of the static model that is trained for as long as the dynamic one."""
     steps = settings.finetune_schedule.steps
     return static_settings(settings) | data_settings(settings) | {"seed": settings.seed, "finetune_steps": steps}
 
 
 def dynamic_settings(settings: BuildSettings) -> dict[str, Any]:
-    """Settings of the dynamic model."""
+    """Return the settings of the dynamic model before calibration."""
     lora = None if settings.lora is None else settings.lora.model_dump()
     chosen: dict[str, Any] = {"seed": settings.seed, "routers": settings.routers, "router": settings.router}
     chosen["td_lora"] = lora
@@ -55,5 +55,5 @@ def dynamic_settings(settings: BuildSettings) -> dict[str, Any]:
 
 
 def calibrated_settings(settings: BuildSettings) -> dict[str, Any]:
-    """Settings of the dynamic model on budget."""
+    """Return the settings of the calibrated model."""
     return dynamic_settings(settings) | {"budget": settings.budget, "in_bf16": settings.calibrates_in_bf16}

@@ -1,4 +1,4 @@
-"""What each stage does: functions from settings and earlier outputs to files. Nothing here knows of the ledger."""
+"""The work of stages up to the dynamic model, as functions from settings and files to files; no ledger."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CALIBRATION_SAMPLES = 512  # latents that calibration draws from
 
 
 def checkpoint_source(settings: BuildSettings) -> Path | None:
-    """The directory the static weights come from, downloaded if need be; None where they are made here."""
+    """Return the directory of the static weights, downloading them if need be; None if they are made here."""
     if settings.random_weights or settings.from_scratch:
         return None
     source = settings.checkpoint or settings.preset.hub_id
@@ -62,7 +62,7 @@ def make_static(
     progress: TrainingProgress,
     out: Path,
 ) -> None:
-    """The static model as a diffusers directory: links to ``source``, or trained on ``data``, or random."""
+    """Write the static model as a diffusers directory: links to ``source``, or trained on ``data``, or random."""
     preset = settings.preset
     if source is not None:
         adopt_static(str(source), preset, out, settings.loras, lambda done, total: progress(done, total, {}))
@@ -79,20 +79,20 @@ def make_static(
 def train_on(
     backbone: nn.Module,
     settings: BuildSettings,
-    pace: Schedule,
+    schedule: Schedule,
     source: LatentSource,
     scratch: Path,
     progress: TrainingProgress,
 ) -> None:
-    """Plain training, in place."""
-    config = TrainConfig(**asdict(pace), seed=settings.seed)
+    """Train a static model in place."""
+    config = TrainConfig(**asdict(schedule), seed=settings.seed)
     train_static(backbone, settings.preset, source, config, work_dir=scratch, progress=progress)
 
 
 def make_control(
     settings: BuildSettings, static: Path, source: LatentSource, scratch: Path, progress: TrainingProgress, out: Path
 ) -> None:
-    """The static model trained plainly for as long as the dynamic one is fine-tuned."""
+    """Write the static model, trained for as long as the dynamic one is fine-tuned."""
     backbone = load_static(str(static), settings.preset)
     train_on(backbone, settings, settings.finetune_schedule, source, scratch, progress)
     save_static(backbone, out)
@@ -107,9 +107,9 @@ def make_synthetic(
     progress: Callable[..., None],
     out: Path,
 ) -> None:
-    """Latents that the static model samples, for prompts embedded by the pipeline that its checkpoint came from.
+    """Sample latents from the static model, for prompts that the pipeline of its checkpoint embeds.
 
-    ``prompts`` identifies the embedded ones. Finished shards are kept in ``scratch``, and a stopped run goes on there.
+    ``prompts`` identifies the embeddings. Finished shards are kept in ``scratch``, where a stopped run resumes.
     """
     preset, shards, embedded = settings.preset, scratch / SHARDS, None
     shards.mkdir(parents=True, exist_ok=True)
@@ -120,15 +120,15 @@ def make_synthetic(
     backbone = load_static(str(static), preset).to(best_device())
     generate(backbone, preset, settings.sampling, shards, progress, prompts=embedded)
     out.mkdir()
-    for shard in sorted(shards.iterdir()):  # until the stage is recorded, a kill may take the second name, not the file
+    for shard in sorted(shards.iterdir()):  # links, so that a kill before the stage is recorded loses no shard
         if not hard_linked(shard, out / shard.name):
             shutil.copyfile(shard, out / shard.name)
 
 
 def text_encoders(settings: BuildSettings, source: Path | None) -> str | None:
-    """Where prompts are embedded: beside the transformer ``source``, else on the hub; None for random embeddings.
+    """Return where the text encoders are: next to the transformer ``source``, or a hub id; None if there are none.
 
-    Those are for models whose prompts mean nothing: random weights, and models of classes, which have none.
+    Models of classes have no prompts, and those with random weights get random embeddings.
     """
     preset = settings.preset
     if preset.classes or settings.random_weights:
@@ -144,7 +144,7 @@ def text_encoders(settings: BuildSettings, source: Path | None) -> str | None:
 
 
 def calibration_inputs(settings: BuildSettings, source: LatentSource | None) -> NoisedInputs:
-    """Noised training latents where there are any, else noise."""
+    """Return calibration inputs: noised training latents if there are any, else noise."""
     batch = settings.recipe.calibration.samples
     if source is None:
         return NoisedInputs(preset=settings.preset.for_noise(), batch_size=batch, seed=settings.seed)
@@ -160,7 +160,7 @@ def make_dynamic(
     progress: TrainingProgress,
     out: Path,
 ) -> None:
-    """The dynamic checkpoint: given, random, or the static model with routers attached (and trained)."""
+    """Write the dynamic checkpoint: given, random, or the static model with new routers, trained or not."""
     preset = settings.preset
     if settings.routers == "given":
         save_dynamic(load_given(Path(str(settings.checkpoint)), preset, stream=True), out, preset, backbone=static)
@@ -178,7 +178,7 @@ def make_dynamic(
 def _finetuned(
     settings: BuildSettings, static: Path, source: LatentSource, scratch: Path, progress: TrainingProgress
 ) -> DynamicTransformer:
-    """The static model, its most important units first, trained under the budget."""
+    """Return the static model with its most important units first, trained under the budget."""
     assert settings.budget is not None
     preset = settings.preset
     model = attach_routers(load_static(str(static), preset), settings)
@@ -196,7 +196,7 @@ def _finetuned(
 
 
 def attach_routers(backbone: nn.Module, settings: BuildSettings) -> DynamicTransformer:
-    """A static model with new routers, every gate open; tokens are routed only if that will be trained."""
+    """Attach new routers, with every gate open. There are token routers only if they will be trained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = _untrained(settings, backbone)

@@ -1,6 +1,7 @@
-"""Plans made side by side, each in a process of its own, since TensorRT-RTX's builder keeps to one core.
+"""A pool of processes that build plans at the same time, since TensorRT-RTX's builder uses one core.
 
-As a script: such a process. It ends with the build that started it, however that ends.
+As a script, this module is such a process. It ends with the build that started it, even if that is killed. The first
+error ends all processes at once, which ``ProcessPoolExecutor`` cannot do: it waits for running calls.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from typing import Any, TypeVar
 from dyexport.errors import DyexportError, EngineBuildError
 from dyexport.progress import Progress
 
-# Peaks seen: 0.54 GB for hardly any weights, 0.65 GB for 43 MB of them, 5.1 GB for 1.1 GB.
-BASE = 1_000_000_000  # bytes that a builder takes whatever it builds
-TIMES = 4  # and for each byte of weights
+# Measured peaks: 0.54 GB for almost no weights, 0.65 GB for 43 MB of them, 5.1 GB for 1.1 GB.
+BASE = 1_000_000_000  # bytes of memory that every builder takes
+TIMES = 4  # bytes more for each byte of weights
 PR_SET_PDEATHSIG = 1
 
 Result = TypeVar("Result")
 
 
 def max_workers(weights: Sequence[int], memory: int | None) -> int:
-    """Builds at a time, given the bytes of weights that each reads: as cores and ``memory`` allow, or what is free."""
+    """Return how many builds of so many bytes of weights fit into the cores and ``memory`` (default: what is free)."""
     import psutil
 
     free = psutil.virtual_memory().available if memory is None else memory
@@ -38,7 +39,7 @@ def max_workers(weights: Sequence[int], memory: int | None) -> int:
 
 
 class WorkerPool:
-    """``count`` jobs at a time, whose ``call`` runs in a process; or one after another, right here."""
+    """A pool that runs ``count`` jobs at a time, each ``submit`` in a process; with one, all in this process."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -47,7 +48,7 @@ class WorkerPool:
         self._stopped = False
 
     def run(self, jobs: Sequence[Callable[[], Result]]) -> list[Result]:
-        """What the jobs return. The first error, or Ctrl-C, ends the others and is raised."""
+        """Run jobs and return their results. The first error, or Ctrl-C, ends the others and is raised."""
         if self.count == 1:
             return [job() for job in jobs]
         with ThreadPoolExecutor(self.count) as pool:
@@ -61,10 +62,10 @@ class WorkerPool:
                 raise
         return [future.result() for future in futures]
 
-    def call(self, what: str, function: Callable[..., object], *arguments: Any, progress: Progress) -> None:
-        """``function(*arguments, progress=...)``, a function of a module. Raises what it raises.
+    def submit(self, what: str, function: Callable[..., object], *arguments: Any, progress: Progress) -> None:
+        """Call ``function(*arguments, progress=...)``, a function of a module, in a process, and wait for it.
 
-        ``EngineBuildError``, naming ``what``, where its process dies.
+        Raises what it raises, and ``EngineBuildError`` naming ``what`` if its process dies.
         """
         if self.count == 1:
             function(*arguments, progress=progress)
@@ -74,7 +75,7 @@ class WorkerPool:
             assert process.stdin is not None
             with suppress(BrokenPipeError), process.stdin:
                 pickle.dump((os.getpid(), function, arguments), process.stdin)
-            _follow(process, what, progress)
+            _relay(process, what, progress)
         finally:
             process.kill()
             process.wait()
@@ -101,15 +102,15 @@ class WorkerPool:
                 process.kill()
 
 
-def _follow(process: subprocess.Popen[bytes], what: str, progress: Progress) -> None:
-    """Pass on what a process replies, to the end."""
+def _relay(process: subprocess.Popen[bytes], what: str, progress: Progress) -> None:
+    """Pass on the progress that a process reports, until it is done. Raises what it raised."""
     assert process.stdout is not None
     with process.stdout as replies:
         while True:
             try:
                 kind, *values = pickle.load(replies)
             except EOFError:
-                raise EngineBuildError(_death(what, process.wait())) from None
+                raise EngineBuildError(_exit_message(what, process.wait())) from None
             if kind == "failed":
                 raise values[0]
             if kind == "done":
@@ -117,19 +118,19 @@ def _follow(process: subprocess.Popen[bytes], what: str, progress: Progress) -> 
             progress(*values)
 
 
-def _death(what: str, code: int) -> str:
+def _exit_message(what: str, code: int) -> str:
     if code == -signal.SIGKILL:
         return f"the process building {what} was killed, as happens where memory runs out; give --memory less"
     return f"the process building {what} ended with exit code {code}; build again with --memory 0, one at a time"
 
 
 def _serve() -> None:
-    """Call one function, and reply on what was stdout: libraries that print do so on stderr."""
+    """Call one function and report on what was stdout; what libraries print goes to stderr."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent, function, arguments = pickle.load(sys.stdin.buffer)
-    if os.getppid() != parent:  # it died before the line above
+    if os.getppid() != parent:  # it died before PR_SET_PDEATHSIG was set
         return
 
     def reply(*message: object) -> None:

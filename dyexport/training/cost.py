@@ -76,7 +76,7 @@ def count_trainable(run: FinetuningRun) -> dict[str, float]:
 def estimate(run: FinetuningRun, *, processes: int = 1, precision: str = "no") -> TrainingCost:
     """Estimate a run from its sizes, to within 50 %. Masks save nothing in training, so every pass is dense.
 
-    ``processes`` share a batch, each with a GPU of its own; ``precision`` is accelerate's mixed precision.
+    ``processes`` share a batch, one GPU each; ``precision`` is accelerate's mixed precision.
     """
     preset, schedule, synthetic = run.preset, run.schedule, run.synthetic
     forward = 2 * FlopsModel.of_preset(preset).dense  # a multiply-add is two operations

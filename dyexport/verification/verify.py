@@ -11,18 +11,15 @@ to that model relative to the error of quantization: near 0 in a shallow network
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dyexport.arguments import check_seed, whole_number
-from dyexport.bundle.manifest import Manifest, ModelSpec, Precision, Quantization
+from dyexport.bundle.manifest import Manifest
 from dyexport.bundle.reader import Bundle
 from dyexport.checkpoints.dynamic import load_dynamic
 from dyexport.checkpoints.streaming import must_stream
@@ -34,11 +31,9 @@ from dyexport.progress import Progress, no_progress
 from dyexport.runtime.loading import load
 from dyexport.runtime.routing import route
 from dyexport.runtime.transformer import BundleTransformer
-from dyexport.verification.layers import LayerReport, compare_layers
+from dyexport.verification.layers import compare_layers
 from dyexport.verification.reference_model import ReferenceModel, near_threshold
-
-TOLERANCES: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}  # largest absolute; then relative
-QUANTIZED = 2.0  # distance to the fake-quantized model over what quantization costs; 1.4 if the two were unrelated
+from dyexport.verification.report import Comparison, VerifyReport, summarize
 
 MOST_TIMESTEPS = 100_000
 MOST_TOLERANCE = 100.0
@@ -65,77 +60,6 @@ class VerifySettings:
         check_seed(self.seed, "--seed")
         if self.tolerance is not None and not 0 < self.tolerance <= MOST_TOLERANCE:
             raise UsageError(f"--tolerance is {self.tolerance}; give a number above 0, up to {MOST_TOLERANCE:g}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SegmentErrors:
-    """Errors of one segment; None if nothing could be compared, or an output was not finite."""
-
-    segment: int
-    start: float
-    end: float
-    compared: int
-    overflow: int
-    max_abs_error: float | None
-    relative_error: float | None
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class VerifyReport:
-    """Result of a comparison.
-
-    Inputs at ``timesteps`` were compared; ``overflow`` of them kept more tokens than a capacity holds and are left out
-    of the error. ``redrawn`` more had a token so near its threshold that fp32 does not decide. ``tolerance`` is of
-    ``max_abs_error`` in fp32, of ``relative_error`` in half precision, and of ``quantization_ratio`` in eight bits,
-    where the other two are the error of quantization. All ``gates`` of the width table were compared with the routers;
-    ``wrong_gates`` differ.
-    """
-
-    target: str
-    timesteps: int
-    overflow: int
-    overflow_share: float
-    redrawn: int
-    gates: int
-    wrong_gates: int
-    precision: Precision
-    quantization: Quantization | None
-    tolerance: float
-    max_abs_error: float | None
-    relative_error: float | None
-    quantization_ratio: float | None
-    segments: tuple[SegmentErrors, ...]
-    layers: LayerReport | None = None
-
-    @property
-    def error(self) -> float | None:
-        """The error that is compared with ``tolerance``."""
-        if self.quantization is not None:
-            return self.quantization_ratio
-        return self.max_abs_error if self.precision == "fp32" else self.relative_error
-
-    @property
-    def passed(self) -> bool:
-        error = self.error
-        drifts = self.layers is not None and self.layers.first_drift is not None
-        return error is not None and error <= self.tolerance and self.wrong_gates == 0 and not drifts
-
-    def __repr__(self) -> str:
-        error = "no finite error" if self.error is None else f"error {self.error:.1e}"
-        result = "passed" if self.passed else "failed"
-        return f"VerifyReport({result}: {error} of at most {self.tolerance:g} at {self.timesteps} timesteps)"
-
-    def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "error": self.error, "passed": self.passed}
-
-
-class Comparison(NamedTuple):
-    """Errors at one timestep; None if tokens overflowed."""
-
-    segment: int
-    error: float | None = None
-    relative: float | None = None
-    quantization_ratio: float | None = None
 
 
 @missing_extras()
@@ -181,7 +105,7 @@ def verify_bundle(
 ) -> VerifyReport:
     """Compare a bundle with its reference, by default the one that it was built from.
 
-    Raises ``BundleError`` where there is no reference, or not the one the bundle was cut from, and ``UsageError`` for
+    Raises ``BundleError`` without the reference that the bundle was cut from, and ``UsageError`` for
     layers of a quantized bundle and for a model without a smaller size.
     """
     bundle = Bundle.open(path)
@@ -202,7 +126,16 @@ def verify_bundle(
             progress(len(comparisons), settings.timesteps)
     finally:
         transformer.close()
-    report = _report(bundle.manifest, settings, comparisons, reference_model.redrawn, *check_gates(bundle, model))
+    gates, wrong_gates = check_gates(bundle, model)
+    report = summarize(
+        bundle.manifest,
+        settings.target,
+        settings.tolerance,
+        comparisons,
+        redrawn=reference_model.redrawn,
+        gates=gates,
+        wrong_gates=wrong_gates,
+    )
     if not settings.layers:
         return report
     return replace(report, layers=compare_layers(bundle, reference, reference_model, report.tolerance))
@@ -234,8 +167,8 @@ def sample_timesteps(manifest: Manifest, settings: VerifySettings) -> list[float
     whole = manifest.model.timestep_range
     spans = spans if len(spans) <= settings.timesteps else []
     spans += [whole] * (settings.timesteps - len(spans))
-    drawn = [float(np.float32(random.uniform(*span))) for span in spans]
-    return [min(t, float(np.nextafter(np.float32(whole[1]), np.float32(0)))) for t in drawn]
+    timesteps = [float(np.float32(random.uniform(*span))) for span in spans]
+    return [min(t, float(np.nextafter(np.float32(whole[1]), np.float32(0)))) for t in timesteps]
 
 
 def _compare(bundle: Bundle, reference_model: ReferenceModel, transformer: BundleTransformer, t: float) -> Comparison:
@@ -275,51 +208,3 @@ def check_gates(bundle: Bundle, model: DynamicTransformer) -> tuple[int, int]:
         for stored, computed, either in zip((table.heads, table.groups), (heads, groups), doubtful, strict=True)
     )
     return heads.numel() + groups.numel(), wrong
-
-
-def _report(
-    manifest: Manifest, settings: VerifySettings, comparisons: list[Comparison], redrawn: int, gates: int, wrong: int
-) -> VerifyReport:
-    segments = tuple(_per_segment(manifest, comparisons))
-    overflow = sum(segment.overflow for segment in segments)
-    return VerifyReport(
-        target=settings.target,
-        timesteps=len(comparisons),
-        overflow=overflow,
-        overflow_share=overflow / len(comparisons),
-        redrawn=redrawn,
-        gates=gates,
-        wrong_gates=wrong,
-        precision=manifest.model.precision,
-        quantization=manifest.model.quantization,
-        tolerance=settings.tolerance or _tolerance(manifest.model),
-        max_abs_error=_worst(comparison.error for comparison in comparisons),
-        relative_error=_worst(comparison.relative for comparison in comparisons),
-        quantization_ratio=_worst(comparison.quantization_ratio for comparison in comparisons),
-        segments=segments,
-    )
-
-
-def _tolerance(spec: ModelSpec) -> float:
-    return TOLERANCES[spec.precision] if spec.quantization is None else QUANTIZED
-
-
-def _per_segment(manifest: Manifest, comparisons: list[Comparison]) -> Iterator[SegmentErrors]:
-    for index, segment in enumerate(manifest.plan.segments):
-        of_segment = [comparison for comparison in comparisons if comparison.segment == index]
-        overflow = sum(comparison.error is None for comparison in of_segment)
-        yield SegmentErrors(
-            segment=index,
-            start=segment.start,
-            end=segment.end,
-            compared=len(of_segment) - overflow,
-            overflow=overflow,
-            max_abs_error=_worst(comparison.error for comparison in of_segment),
-            relative_error=_worst(comparison.relative for comparison in of_segment),
-        )
-
-
-def _worst(values: Iterable[float | None]) -> float | None:
-    """Return the largest error; None if there is none, or it is not finite."""
-    errors = [error for error in values if error is not None]
-    return max(errors) if errors and all(math.isfinite(error) for error in errors) else None

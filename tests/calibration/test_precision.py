@@ -19,7 +19,8 @@ from dyexport.pipeline.build import opened, price_plans
 from dyexport.pipeline.ledger import NullListener
 from dyexport.presets import get_preset
 from dyexport.runtime.loading import load
-from dyexport.verification.verify import TOLERANCES, VerifySettings, verify_bundle
+from dyexport.verification.report import TOLERANCES
+from dyexport.verification.verify import VerifySettings, verify_bundle
 from tests.pipeline.tiny import TINY, build, tiny_settings
 
 INPUTS = NoisedInputs(preset=TINY, batch_size=2)

@@ -87,7 +87,7 @@ def test_what_stands_in_the_way_is_not_overwritten(root: Path, out: Path, way: s
     mine.write_text("mine")
     before = hashes(out)
     files = {name: Source(root / name, record) for name, record in manifest.files.items()}
-    with pytest.raises(StorageError, match="was not written by dyexport and is in the bundle's way"):
+    with pytest.raises(StorageError, match="was not written by dyexport, and the bundle needs a file of that name"):
         assemble(out, manifest, files)
     assert hashes(out) == before
     Bundle.open(out)

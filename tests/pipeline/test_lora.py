@@ -31,7 +31,8 @@ from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import PRESETS
 from dyexport.runtime.loading import load
 from dyexport.training.synthetic import SyntheticConfig, generate
-from dyexport.verification.verify import TOLERANCES, VerifySettings, find_reference, verify_bundle
+from dyexport.verification.report import TOLERANCES
+from dyexport.verification.verify import VerifySettings, find_reference, verify_bundle
 from tests.pipeline.tiny import TINY, build, hashes, tiny_settings
 
 SPEC = LoraSpec(rank=2, experts=3, alpha=4)
@@ -153,8 +154,8 @@ def test_their_biases_can_be_trained_too(model: str, tmp_path: Path, monkeypatch
     save_static(backbone, tmp_path / "stock")
     generate(backbone, preset, SyntheticConfig(samples=4, steps=1), tmp_path / "data", lambda *_: None)
     sources = {"checkpoint": str(tmp_path / "stock"), "data": str(tmp_path / "data")}
-    settings = tiny_settings(tmp_path, random_weights=False, baseline=True, finetune_steps=3, td_lora=spec, **sources)
-    bundle = build(replace(settings, model=model))
+    given = {"model": model, "random_weights": False, "baseline": True, "finetune_steps": 3, "td_lora": spec, **sources}
+    bundle = build(tiny_settings(tmp_path, **given))
     assert verify_bundle(bundle.root, VerifySettings(timesteps=6)).passed
     tuned = load_static(str(find_reference(bundle)), preset)
     inputs = NoisedInputs(preset=preset, batch_size=2).at(0.6 * preset.timestep_range[1])
@@ -341,13 +342,14 @@ def test_one_for_the_conditioning_of_flux_reaches_the_engines(tmp_path: Path) ->
     lora = LoraFile(file=tmp_path / "peft/adapter_model.safetensors")
     settings = tiny_settings(
         tmp_path,
+        model=preset.name,
         random_weights=False,
         checkpoint=str(tmp_path / "stock"),
         finetune_steps=0,
         baseline=True,
         loras=(lora,),
     )
-    bundle = build(replace(settings, model=preset.name))
+    bundle = build(settings)
     truth, stock = (
         get_adapter(preset.backbone).run(model, inputs)
         for model in (adapted.merge_and_unload(), random_backbone(preset))

@@ -57,9 +57,9 @@ def die(*, progress: Progress) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def sleep_side_by_side(*pids: str) -> None:
-    crew = WorkerPool(2)
-    crew.run([partial(crew.call, "it", sleep, Path(pid), progress=quiet) for pid in pids])
+def sleep_together(*pids: str) -> None:
+    pool = WorkerPool(2)
+    pool.run([partial(pool.submit, "it", sleep, Path(pid), progress=quiet) for pid in pids])
 
 
 def quiet(done: int, total: int) -> None: ...
@@ -74,39 +74,39 @@ def gone(pid: Path) -> bool:
 
 
 def test_two_run_at_once_and_tell_how_far_they_are(tmp_path: Path) -> None:
-    crew, a, b = WorkerPool(2), tmp_path / "a", tmp_path / "b"
+    pool, a, b = WorkerPool(2), tmp_path / "a", tmp_path / "b"
     seen: list[tuple[str, int, int]] = []
     jobs = [
-        partial(crew.call, "a", meet, a, b, progress=lambda *at: seen.append(("a", *at))),
-        partial(crew.call, "b", meet, b, a, progress=lambda *at: seen.append(("b", *at))),
+        partial(pool.submit, "a", meet, a, b, progress=lambda *at: seen.append(("a", *at))),
+        partial(pool.submit, "b", meet, b, a, progress=lambda *at: seen.append(("b", *at))),
     ]
-    crew.run(jobs)
+    pool.run(jobs)
     assert sorted(seen) == [("a", 1, 2), ("a", 2, 2), ("b", 1, 2), ("b", 2, 2)]
 
 
 def test_an_error_ends_the_others(tmp_path: Path) -> None:
-    crew, slow, never = WorkerPool(2), tmp_path / "slow", tmp_path / "never"
+    pool, slow, never = WorkerPool(2), tmp_path / "slow", tmp_path / "never"
     jobs = [
-        partial(crew.call, "slow", sleep, slow, progress=quiet),
-        partial(crew.call, "bad", refuse, slow, progress=quiet),
-        partial(crew.call, "never", touch, never, progress=quiet),
+        partial(pool.submit, "slow", sleep, slow, progress=quiet),
+        partial(pool.submit, "bad", refuse, slow, progress=quiet),
+        partial(pool.submit, "never", touch, never, progress=quiet),
     ]
     with pytest.raises(EngineBuildError, match=r"^the builder refuses it; ask for less$"):
-        crew.run(jobs)
+        pool.run(jobs)
     assert gone(slow)
     assert not never.exists()
 
 
 def test_a_process_that_dies_is_named() -> None:
-    crew = WorkerPool(2)
+    pool = WorkerPool(2)
     with pytest.raises(EngineBuildError, match=r"the process building this plan was killed, .* --memory less"):
-        crew.call("this plan", die, progress=quiet)
+        pool.submit("this plan", die, progress=quiet)
 
 
 def test_one_at_a_time_takes_no_process(tmp_path: Path) -> None:
     for count, here in ((1, True), (2, False)):
-        crew = WorkerPool(count)
-        crew.run([partial(crew.call, "it", touch, tmp_path / "pid", progress=quiet)])
+        pool = WorkerPool(count)
+        pool.run([partial(pool.submit, "it", touch, tmp_path / "pid", progress=quiet)])
         assert ((tmp_path / "pid").read_text() == str(os.getpid())) == here
 
 
@@ -114,7 +114,7 @@ def test_one_at_a_time_takes_no_process(tmp_path: Path) -> None:
 def test_nothing_outlives_a_build(tmp_path: Path, way: signal.Signals) -> None:
     pids = [tmp_path / "a", tmp_path / "b"]
     script = (
-        "import signal, sys; from tests.pipeline.test_workers import sleep_side_by_side as s;"
+        "import signal, sys; from tests.pipeline.test_workers import sleep_together as s;"
         "signal.signal(signal.SIGINT, signal.default_int_handler);"  # background jobs of shells ignore it
         "s(*sys.argv[1:])"
     )

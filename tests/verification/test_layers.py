@@ -24,7 +24,8 @@ from dyexport.slicing.recipes import Recipe
 from dyexport.slicing.slicer import SliceContext
 from dyexport.verification.activations import match_activations
 from dyexport.verification.layers import LayerErrors
-from dyexport.verification.verify import VerifyReport, VerifySettings, verify_bundle
+from dyexport.verification.report import VerifyReport
+from dyexport.verification.verify import VerifySettings, verify_bundle
 from tests.pipeline.tiny import tamper
 from tests.verification.test_verify import overwrite
 
