@@ -247,13 +247,6 @@ class ModelSpec(Frozen):
     td_lora: LoraSpec | None = None  # whose gates the conditioning network computes
     hub_id: str | None = None  # repository that the model came from, with its text encoders and VAE
 
-    @model_validator(mode="after")
-    def _labels(self) -> ModelSpec:
-        configured = self.config.get("num_embeds_ada_norm", self.classes)
-        if self.classes and configured != self.classes:
-            raise ValueError(f"classes is {self.classes}, and {configured!r} in the model's configuration")
-        return self
-
     @property
     def number_formats(self) -> str:
         """For people: ``fp16, linear layers in int8``."""

@@ -80,7 +80,9 @@ def load(
     )
     if (backbone := bundle.manifest.model.backbone) not in BACKBONES:
         raise BundleError(f"this dyexport runs {', '.join(BACKBONES)}, not {backbone!r}; upgrade dyexport")
-    return get_stand_in(backbone)(
+    stand_in = get_stand_in(backbone)
+    stand_in.check_spec(bundle.manifest.model)
+    return stand_in(
         bundle,
         partial(_start, bundle, opened, options, placement, dense),
         reopen,

@@ -159,6 +159,10 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
         self._begin()
 
     @classmethod
+    def check_spec(cls, spec: ModelSpec) -> None:
+        """Raise ``BundleError`` for a model whose specification contradicts its configuration."""
+
+    @classmethod
     def example_inputs(cls, spec: ModelSpec, batch: int, t: float, seed: int = 0) -> dict[str, torch.Tensor]:
         """Make noise and random conditions at one t, as the stock module's arguments."""
         raise NotImplementedError

@@ -257,7 +257,6 @@ def _engine(**values: Any) -> Change:
         (_segment(end=0.9), "the plan covers"),
         (lambda m: m["model"].update(timestep_range=[0.0, 2.0]), "the plan covers"),
         (lambda m: (m["model"].update(timestep_range=[0.0, 2.0]), _segment(end=2.0)(m)), "the width table covers"),
-        (lambda m: m["model"].update(classes=3), "classes is 3, and 2 in the model's configuration"),
         (lambda m: m["model"].update(tokens=0), "greater than 0"),
         (lambda m: m["model"].update(latent_shape=[1, 0, 2]), "greater than 0"),
         (lambda m: m["model"].update(quantization="int8"), f"names no {RANGES}"),

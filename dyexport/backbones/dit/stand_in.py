@@ -9,7 +9,7 @@ from diffusers import DiTTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from dyexport.bundle.manifest import ModelSpec
-from dyexport.errors import EngineMismatchError
+from dyexport.errors import BundleError, EngineMismatchError
 from dyexport.runtime.inputs import check_attention_kwargs, described, floating
 from dyexport.runtime.transformer import NOT_COMPILED, BundleTransformer, random_rows
 
@@ -43,6 +43,14 @@ class DiTBundle(BundleTransformer, DiTTransformer2DModel):
         latents = floating("hidden_states", hidden_states, "batch", "channels", "height", "width")
         sample = self.denoise(timestep, {"hidden_states": latents}, {"class_labels": labels})
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    @classmethod
+    def check_spec(cls, spec: ModelSpec) -> None:
+        configured = spec.config.get("num_embeds_ada_norm", spec.classes)
+        if configured != spec.classes:
+            raise BundleError(
+                f"{spec.name} has {spec.classes} classes and {configured!r} in its configuration; build it again"
+            )
 
     @classmethod
     def example_inputs(cls, spec: ModelSpec, batch: int, t: float, seed: int = 0) -> dict[str, torch.Tensor]:
