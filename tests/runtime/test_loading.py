@@ -122,7 +122,7 @@ def test_signature_is_that_of_the_diffusers_transformer(ddpm: TinyBundle) -> Non
 
 def test_classes_that_the_configuration_contradicts_are_refused(own: Path) -> None:
     written = write_bundle(own)
-    engines = list(read_manifest(own).engines)
+    engines = list(read_manifest(own / MANIFEST).engines)
     write_manifest(own, written.spec.model_copy(update={"classes": 3}), written.plan, engines)
     with pytest.raises(BundleError, match=f"tiny has 3 classes and {CLASSES} in its configuration"):
         load(own)
