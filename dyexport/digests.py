@@ -30,14 +30,14 @@ CREATE TABLE IF NOT EXISTS facts
 
 
 class _Seen(NamedTuple):
-    """A file as it was at one moment; ``settled`` where any change since then would show in its times."""
+    """The state of a file; ``settled`` if any later change is sure to change its times."""
 
     name: str
     settled: bool
 
 
 def sha256_of(path: Path) -> str:
-    """Contents of a file; read once per (device, inode, size, mtime_ns, ctime_ns), remembered in the user's cache."""
+    """Hash a file; cached for the user by (device, inode, size, mtime_ns, ctime_ns)."""
     before = _see(path)
     if (known := recall(before.name)) is not None:
         return known
@@ -48,7 +48,7 @@ def sha256_of(path: Path) -> str:
 
 
 def remember(path: Path, sha256: str) -> None:
-    """Remember a file whose contents are known, because this process just moved it or gave it another name."""
+    """Record the hash of a file that this process has just moved or linked."""
     _remember(path, _see(path), sha256)
 
 
@@ -58,7 +58,7 @@ def _remember(path: Path, before: _Seen, sha256: str) -> None:
 
 
 def _see(path: Path) -> _Seen:
-    """Wait until a large file that was just written has settled."""
+    """Return the state of a file; waits for a large file that was just written to settle."""
     found, now = path.stat(), time.time_ns()
     grain = TICK if found.st_ctime_ns % 1_000_000_000 else COARSE
     age = now - found.st_ctime_ns
@@ -70,14 +70,14 @@ def _see(path: Path) -> _Seen:
 
 
 def once(fact: str, check: Callable[[], None]) -> None:
-    """Check what does not change, such as the contents of a file of some digest, unless it passed before."""
+    """Run a check whose result cannot change, such as one of a file with some digest, unless it passed before."""
     if recall(fact) is None:
         check()
         note(fact, "passed")
 
 
 def recall(name: str) -> str | None:
-    """Return what was noted under a name; None without a note, or with a cache that cannot be read."""
+    """Return the value noted under a name; None without one, or if the cache cannot be read."""
     with suppress(sqlite3.Error, OSError), closing(_connect()) as store:
         found = store.execute("SELECT value, seal FROM facts WHERE name = ?", (name,)).fetchone()
         return found[0] if found is not None and found[1] == _seal(name, found[0]) else None
@@ -85,7 +85,7 @@ def recall(name: str) -> str | None:
 
 
 def note(name: str, value: str) -> None:
-    """Keep a fact for every later process of this user. A cache that cannot be written is left alone."""
+    """Store a value for later processes of this user; a cache that cannot be written is ignored."""
     try:
         with closing(_connect()) as store, store:
             row = (name, value, _seal(name, value))

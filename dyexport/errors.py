@@ -24,7 +24,7 @@ from contextlib import contextmanager
 
 
 def reason(error: BaseException) -> str:
-    """The first line of a vendor's message; the name of the exception where it has none."""
+    """Return the first line of a vendor's message, or the name of an exception without one."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -49,7 +49,7 @@ class CheckpointError(DyexportError):
 
 
 class DataError(DyexportError):
-    """Training or calibration data cannot be found or read."""
+    """Training or calibration data is missing or cannot be read."""
 
 
 class ExportError(DyexportError):
@@ -61,7 +61,7 @@ class EngineBuildError(DyexportError):
 
 
 class EngineMismatchError(DyexportError):
-    """An engine, or the inputs given to it, do not fit this machine, version or shape."""
+    """An engine or its inputs do not fit this machine, version or shape."""
 
 
 class SamplingError(DyexportError):

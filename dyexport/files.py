@@ -1,4 +1,4 @@
-"""Writing so that a kill or a full disk leaves what was there before, and says so in one sentence."""
+"""Atomic writes: a kill or a full disk leaves the previous contents."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ def replacing(path: Path, *, follow_symlinks: bool = True) -> Iterator[Path]:
 def check_replaceable(path: Path) -> None:
     """Raise ``StorageError`` for what cannot be replaced as a whole: a device, a pipe, a socket, the root."""
     if not path.name:
-        raise StorageError(f"cannot write {path}: it is no name of a file or folder; give one")
+        raise StorageError(f"cannot write {path}: it does not name a file or folder; give a name")
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise StorageError(f"cannot write {path}: it is a device or a pipe; give the name of a file")
 
 
 def check_file(path: Path) -> None:
-    """Find out now, not after it was drawn, that a file cannot be written under a name."""
+    """Raise ``StorageError`` early if a file cannot be written under a name."""
     with storage_errors(path):
         place = Path(os.path.realpath(path))
         check_replaceable(place)
@@ -87,7 +87,7 @@ def put(partial: Path, place: Path) -> None:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Let two names change places, in one step; whether the kernel and the file system can."""
+    """Exchange two names in one step; return False if the kernel or the file system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:  # an old C library
@@ -106,7 +106,7 @@ def _aside(place: Path) -> Path:
 
 
 def clear_partials(place: Path) -> None:
-    """Clean up after killed processes: bring back a folder put aside, remove what was written of ``place``."""
+    """Clean up after killed processes: restore a folder that was set aside, remove partial files of ``place``."""
     old = _aside(place)
     if old.exists():
         if place.exists():
@@ -114,13 +114,13 @@ def clear_partials(place: Path) -> None:
         else:
             old.rename(place)
     for entry in list(place.parent.iterdir()) if place.parent.is_dir() else ():
-        found = re.fullmatch(rf"{re.escape(PARTIAL)}(?:(\d+)-\d+-)?{re.escape(place.name)}", entry.name)
-        if found and entry not in _in_use and not _runs(int(found[1] or 0)):
+        match = re.fullmatch(rf"{re.escape(PARTIAL)}(?:(\d+)-\d+-)?{re.escape(place.name)}", entry.name)
+        if match and entry not in _in_use and not _runs(int(match[1] or 0)):
             remove(entry)
 
 
 def _runs(process: int) -> bool:
-    """Return whether another process of this number runs; ours is known by what is in use."""
+    """Tell whether another process has this number; this process knows its own files by ``_in_use``."""
     if process in (0, os.getpid()):
         return False
     try:
@@ -133,14 +133,14 @@ def _runs(process: int) -> bool:
 
 
 def user_cache() -> Path:
-    """The user's folder for what can be found out again: ``DYEXPORT_CACHE``, or one below ``XDG_CACHE_HOME``."""
+    """Return the user's cache folder: ``DYEXPORT_CACHE``, or one in ``XDG_CACHE_HOME``."""
     if own := os.environ.get("DYEXPORT_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dyexport"
 
 
 def check_writable(path: Path) -> None:
-    """Find out now, not after hours, that a directory cannot be made or written."""
+    """Raise ``StorageError`` early if a directory cannot be made or written."""
     nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     try:
         TemporaryDirectory(dir=nearest, prefix=PARTIAL).cleanup()
@@ -150,7 +150,7 @@ def check_writable(path: Path) -> None:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what the file system says into one ``StorageError``."""
+    """Turn errors of the file system into one ``StorageError``."""
     try:
         yield
     except OSError as error:
@@ -179,7 +179,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a directory and all in it, to the disk. What a link leads to is not ours."""
+    """Flush a file, or a directory and everything in it, to the disk; links are not followed."""
     if path.is_symlink() or not (path.is_file() or path.is_dir()):
         return
     for child in path.iterdir() if path.is_dir() else ():
@@ -188,7 +188,7 @@ def sync(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """A file's bytes, or a directory's entries."""
+    """Flush a file's bytes, or a directory's entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -197,7 +197,7 @@ def flush(path: Path) -> None:
 
 
 def hard_linked(source: Path, target: Path) -> bool:
-    """Give a file, or a link, a second name; whether the file system can."""
+    """Give a file or a link a second name; return False if the file system cannot."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError as error:

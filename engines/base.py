@@ -1,4 +1,4 @@
-"""The engine contract. Implementations stand beside this file, one per backend."""
+"""The engine contract. Implementations are in this folder, one file per backend."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ Tensors = Mapping[str, "torch.Tensor"]
 
 @dataclass(frozen=True, kw_only=True)
 class EngineIO:
+    """Inputs and outputs of an engine."""
+
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
     def check(self, inputs: Tensors) -> dict[str, int]:
-        """The size of every symbol in ``inputs``.
+        """Return the size of every symbol in ``inputs``.
 
-        Raises ``EngineMismatchError`` unless names, dtypes and shapes fit, symbols being equal wherever they recur.
+        Raises ``EngineMismatchError`` unless names, dtypes and shapes match; a symbol has one size wherever it occurs.
         """
         expected = {spec.name for spec in self.inputs}
         if expected != set(inputs):
-            raise EngineMismatchError(f"engine takes {sorted(expected)}, was given {sorted(inputs)}")
+            raise EngineMismatchError(f"engine takes {sorted(expected)}, got {sorted(inputs)}")
         symbols: dict[str, int] = {}
         for spec in self.inputs:
             _check_tensor(spec, inputs[spec.name], symbols)
         return symbols
 
     def output_shapes(self, symbols: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-        """Shapes of the outputs, so that they can be allocated before a run."""
+        """Return the shapes of the outputs, so that they can be allocated before a run."""
         sizes = {
             spec.name: [symbols.get(size) if isinstance(size, str) else size for size in spec.shape]
             for spec in self.outputs
@@ -63,7 +65,7 @@ def _check_tensor(spec: TensorSpec, tensor: torch.Tensor, symbols: dict[str, int
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSpan:
-    """A run of bytes in a file that an engine reads its weights from."""
+    """A range of bytes in a file that an engine reads weights from."""
 
     path: Path
     offset: int
@@ -85,30 +87,30 @@ class Engine(ABC):
     @property
     @abstractmethod
     def weights(self) -> tuple[WeightSpan, ...]:
-        """Where the weights lie; may be read before ``activate``."""
+        """Ranges of files that hold the weights; may be read before ``activate``."""
 
     @property
     @abstractmethod
     def shares_weights(self) -> bool:
-        """Whether weights are used in place, in the mapped file, so that engines over one file hold them once."""
+        """True if weights are used in place, in the mapped file, so that engines over one file hold them once."""
 
     @property
     @abstractmethod
     def active(self) -> bool:
-        """Whether weights and workspace are resident."""
+        """True while weights and workspace are in memory."""
 
     @abstractmethod
     def activate(self) -> None:
-        """Load weights and make ready to run. Idempotent."""
+        """Load the weights and prepare to run. Idempotent."""
 
     @abstractmethod
     def run(self, inputs: Tensors) -> dict[str, torch.Tensor]:
         """Execute once. Raises ``EngineMismatchError`` for inputs that do not fit ``io``."""
 
     def park(self) -> None:
-        """Make room for another engine: the weights go, and ``active`` is False.
+        """Free the weights, to make room for another engine; ``active`` is then False.
 
-        Where the backend can, what makes the next ``activate`` quick stays, until ``close``. Idempotent.
+        A backend may keep what speeds up the next ``activate``, until ``close``. Idempotent.
         """
         self.close()
 

@@ -1,4 +1,4 @@
-"""An engine without a backend, for tests of what drives engines."""
+"""An engine without a backend, for tests of code that drives engines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class FakeEngine(Engine):
-    """Runs a Python function and counts what is asked of it."""
+    """A Python function as an engine, which counts calls."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class FakeEngine(Engine):
 
     @property
     def parked(self) -> bool:
-        """Whether something is left for ``close`` to free, though not the weights."""
+        """True if ``close`` has something left to free, though not the weights."""
         return self._parked
 
     def activate(self) -> None:

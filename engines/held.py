@@ -1,4 +1,4 @@
-"""Engines are activated long after their bundle was opened. Their files must be those of that moment all the same."""
+"""Engines that refuse to run once the files of their bundle have changed since it was opened."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 class HeldEngine(Engine):
-    """An engine of a bundle. Raises ``BundleError`` where the bundle has changed since it was opened.
+    """An engine of a bundle, which raises ``BundleError`` if the bundle has changed since it was opened.
 
-    All of its files are looked at around each activation, and after each run those that weights may be mapped from.
+    All files of the bundle are checked around each activation. Files that weights may be mapped from are checked after
+    each run as well.
     """
 
     def __init__(self, engine: Engine, bundle: Bundle) -> None:

@@ -1,4 +1,4 @@
-"""Check that a bundle's engine files are those of the networks that its manifest says they are."""
+"""Checks that the engine files of a bundle are those of the networks that its manifest names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FROM_GRAPHS = ("tensorrt", "tensorrt-rtx")  # targets whose plans know the graph
 
 
 def check_networks(bundle: Bundle, target: str) -> None:
-    """Hold the engines of a target against the manifest; reads no weights.
+    """Compare the engines of a target with the manifest, without reading weights.
 
     Raises ``BundleError`` for a graph that was made for another network, segment or model, for a plan that was built
     from another graph than the bundle's, and for weights that are not in the bundle.
@@ -34,11 +34,11 @@ def check_networks(bundle: Bundle, target: str) -> None:
 
 
 def _check_graph(bundle: Bundle, network: str, path: Path) -> None:
-    found = {entry.key: entry.value for entry in read_graph(path).metadata_props}
+    labels = {entry.key: entry.value for entry in read_graph(path).metadata_props}
     expected = labels_for(network, bundle.manifest.model, bundle.manifest.plan)
-    if (name := found.get(NETWORK)) != network:
+    if (name := labels.get(NETWORK)) != network:
         raise BundleError(f"{path} is of {name!r}, and the manifest has it as {network!r}; build the bundle again")
-    if not expected.items() <= found.items():
+    if not expected.items() <= labels.items():
         raise BundleError(f"{path} was made for another model or segment than the manifest's; build the bundle again")
 
 

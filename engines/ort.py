@@ -1,4 +1,4 @@
-"""ONNX Runtime, on the CPU or on CUDA. The weights stay in the file beside the graph."""
+"""ONNX Runtime on the CPU or on CUDA. The weights are read from the file next to the graph."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class OrtEngine(Engine):
             self._session = self._start(ort, model)
 
     def _start(self, ort: Any, model: Message) -> Any:
-        """A session on this engine's execution provider."""
+        """Start a session on this engine's execution provider."""
         providers = providers_for(self.device, ort.get_available_providers())
         return ort.InferenceSession(model.SerializeToString(), self._options(ort), providers=providers)
 
@@ -78,7 +78,7 @@ class OrtEngine(Engine):
         options.add_session_config_entry("session.x64quantprecision", "1")  # else int8 may saturate without VNNI
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
         if self.shares_weights:
-            # Without prepacking the weights stay file pages; an arena of its own would hold activations per session.
+            # Prepacking would copy the weights; an arena per session would hold activations once per session.
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.add_session_config_entry("session.use_env_allocators", "1")
             _register_shared_arena()
@@ -108,7 +108,7 @@ class OrtEngine(Engine):
         return torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self.device)
 
     def _location(self, name: str, tensor: torch.Tensor) -> dict[str, Any]:
-        """What binds a tensor in place: nothing is copied on its way in or out."""
+        """Return the arguments that bind a tensor in place, without a copy."""
         if tensor.device.type != self._device_type:
             raise EngineMismatchError(f"{name} is on {tensor.device}, the engine on {self.device}")
         return {
@@ -120,7 +120,7 @@ class OrtEngine(Engine):
         }
 
     def _synchronize(self) -> None:
-        """ONNX Runtime works on a stream of its own, which does not wait for torch's."""
+        """Wait for torch's stream, because ONNX Runtime runs on another one."""
         if self._device_type == "cuda":
             import torch
 
@@ -132,7 +132,7 @@ def has_cuda() -> bool:
 
 
 def providers_for(device: str, available: Sequence[str]) -> Providers:
-    """Execution providers for ``cpu``, ``cuda`` or ``cuda:N``; CUDA falls back to the CPU operator by operator."""
+    """Return execution providers for ``cpu``, ``cuda`` or ``cuda:N``, where CUDA falls back to the CPU by operator."""
     kind, _, index = device.partition(":")
     if kind == "cpu":
         return ["CPUExecutionProvider"]
@@ -144,7 +144,7 @@ def providers_for(device: str, available: Sequence[str]) -> Providers:
 
 
 def _check_kernels(model: Message, path: Path) -> None:
-    """Raises ``EngineMismatchError`` for a graph in bf16, of which ONNX Runtime's own error names one node."""
+    """Raise ``EngineMismatchError`` for a graph in bf16; ONNX Runtime's own error names one node only."""
     if any(tensor.data_type == BFLOAT16 for tensor in model.graph.initializer):
         raise EngineMismatchError(
             f"{path} is in bf16, for which ONNX Runtime has no CPU kernels; "
@@ -163,23 +163,27 @@ def load_onnxruntime() -> Any:
 
 @cache
 def _register_shared_arena() -> None:
-    """Once in a process: the allocator that sessions with ``use_env_allocators`` share."""
+    """Register the arena that sessions with ``use_env_allocators`` share.
+
+    It belongs to ONNX Runtime's environment, lives as long as the process, and cannot be unregistered. Sessions of
+    other code use it only if they ask for it with the same setting.
+    """
     ort = load_onnxruntime()
     kind = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(kind, None)
 
 
 @cache
-def _their_errors() -> tuple[type[Exception], ...]:
+def _onnxruntime_errors() -> tuple[type[Exception], ...]:
     values = vars(load_onnxruntime().capi.onnxruntime_pybind11_state).values()
-    theirs = [value for value in values if isinstance(value, type) and issubclass(value, Exception)]
-    return (*theirs, RuntimeError, ValueError)
+    errors = [value for value in values if isinstance(value, type) and issubclass(value, Exception)]
+    return (*errors, RuntimeError, ValueError)
 
 
 @contextmanager
 def vendor_errors(mapped: type[DyexportError], what: str) -> Iterator[None]:
-    """Everything ONNX Runtime raises becomes ``mapped``."""
+    """Turn everything that ONNX Runtime raises into ``mapped``."""
     try:
         yield
-    except _their_errors() as error:
+    except _onnxruntime_errors() as error:
         raise mapped(f"{what}: {reason(error)}") from error

@@ -1,7 +1,7 @@
 """ONNX graphs on TensorRT-RTX, through ONNX Runtime's plug-in provider. Untested on a GPU.
 
 The provider compiles a graph for the GPU it runs on, which takes seconds to minutes; the result is kept in the user's
-cache folder and used the next time. A bundle needs no plans for it.
+cache folder and reused. A bundle needs no plans for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONTEXT = "context.onnx"
 
 
 class OrtRtxEngine(OrtEngine):
-    """Runs one ONNX graph on TensorRT-RTX.
+    """One ONNX graph on TensorRT-RTX.
 
     ``streaming_budget`` bounds the bytes of weights that stay on the device.
     """
@@ -66,10 +66,10 @@ class _FasterError(Exception):
 
 @contextmanager
 def filling(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes ``out`` when all went well, unless another process was faster."""
+    """Yield a folder to write into; it becomes ``out`` on success, unless another process was faster."""
     try:
         with suppress(_FasterError), replacing(out) as partial:
-            partial.mkdir(mode=0o700)  # a compiled graph is code: nobody else may write here
+            partial.mkdir(mode=0o700)  # a compiled graph is code: no other user may write here
             yield partial
             if out.is_dir():
                 raise _FasterError
@@ -78,17 +78,20 @@ def filling(out: Path) -> Iterator[Path]:
 
 
 def provider_settings(streaming_budget: int | None) -> dict[str, str]:
-    """Options of the provider. Not its CUDA graphs: they hold the addresses of one run, and every run has its own."""
+    """Return options of the provider, without CUDA graphs, which would fix the addresses of one run."""
     return {} if streaming_budget is None else {"nv_weight_streaming_budget": f"{streaming_budget}B"}
 
 
 def context_entries(path: Path) -> dict[str, str]:
-    """Session settings that write the compiled graph to ``path``, its engine in a file beside it."""
+    """Return session settings that write the compiled graph to ``path``, its engine in a file next to it."""
     return {"ep.context_enable": "1", "ep.context_file_path": str(path), "ep.context_embed_mode": "0"}
 
 
 def context_key(graph: bytes, weights: tuple[WeightSpan, ...], circumstances: dict[str, str]) -> str:
-    """A name for a compiled graph that changes with all it was made from. Weights are told apart as ``make`` does."""
+    """Return a name that changes with everything a compiled graph was made from.
+
+    Weight files are identified by path, size and time of modification.
+    """
     digest = hashlib.sha256(graph)
     for path in sorted({span.path.resolve() for span in weights}):
         facts = path.stat()
@@ -109,7 +112,7 @@ def _metadata(device: Any) -> dict[str, str]:
 
 
 def incompatibility() -> str | None:
-    """Why the provider cannot run here, with the cure; None where it can."""
+    """Explain why the provider cannot run here and what to do; None if it can."""
     try:
         rtx_devices()
     except (EngineMismatchError, MissingDependencyError) as error:
@@ -118,7 +121,7 @@ def incompatibility() -> str | None:
 
 
 def rtx_devices() -> list[Any]:
-    """GPUs of the provider. Raises ``EngineMismatchError`` without any, ``MissingDependencyError`` without it."""
+    """Return the provider's GPUs. Raises ``EngineMismatchError`` without one, ``MissingDependencyError`` without it."""
     name = _registered()
     devices = [device for device in load_onnxruntime().get_ep_devices() if device.ep_name == name]
     if not devices:
@@ -131,7 +134,7 @@ def rtx_devices() -> list[Any]:
 
 @cache
 def _registered() -> str:
-    """The provider's name, once ONNX Runtime has its library."""
+    """Register the provider's library with ONNX Runtime, once; return its name."""
     ort = load_onnxruntime()
     try:
         import onnxruntime_ep_nv_tensorrt_rtx as provider
@@ -149,5 +152,5 @@ def _registered() -> str:
 
 
 def _cause(error: Exception) -> str:
-    """The last part of a vendor's chain of reasons."""
+    """Return the last part of a vendor's chain of reasons."""
     return reason(error).rpartition("with error: ")[2]

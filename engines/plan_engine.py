@@ -1,4 +1,4 @@
-"""What an engine knows of a file that was built for one GPU, from the description beside it and without that GPU."""
+"""Base of engines over files that were built for one GPU, whose description can be read without that GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dyexport.engines.tensorrt_fit import plan_info
 
 
 class PlanEngine(Engine):
-    """``path`` is the built file, which holds its own weights."""
+    """An engine over a built file at ``path`` that includes its weights."""
 
     path: Path
 

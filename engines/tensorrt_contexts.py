@@ -1,7 +1,7 @@
-"""Running TensorRT contexts on a GPU: memory they take turns in, and one captured graph for each shape.
+"""TensorRT contexts on a GPU: the memory that they share, and one captured graph for each shape.
 
-TensorRT's rule is one context for each captured graph: a graph remembers the context's shapes and addresses. So
-every set of input shapes has a context, static inputs and a graph of its own, and all of them one block of memory.
+TensorRT's rule is one context for each captured graph: a graph fixes the context's shapes and addresses. So
+every set of input shapes has its own context, static inputs and graph. All of them share one block of memory.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from dyexport.errors import EngineMismatchError
 if TYPE_CHECKING:
     import torch
 
-ALIGNMENT = 256  # bytes, of the memory that a context is given
+ALIGNMENT = 256  # bytes, of the memory of a context
 
 
 class Member(Protocol):
-    """What takes turns in a workspace."""
+    """A user of a workspace."""
 
     @property
     def activation_bytes(self) -> int:
-        """Device memory that it needs while it runs; may have to load a plan to tell."""
+        """Device memory needed during a run; may have to load a plan to find out."""
 
 
 class Workspace:
-    """One block of activation memory and one stream, which the engines of a bundle share.
+    """One block of activation memory and one stream, shared by the engines of a bundle.
 
     The block is as large as the largest engine needs, and is allocated once, when the first of them is activated: a
     captured graph holds its address. ``turn`` orders a run between the caller's work before and after it.
@@ -45,16 +45,16 @@ class Workspace:
         self._members.append(member)
 
     def enter(self, member: Member) -> None:
-        """From here until it leaves, a member may be given the block. The first to enter asks all for their sizes."""
+        """Let a member use the block until it leaves. The first to enter allocates it for the largest member."""
         import torch
 
         self._users.add(id(member))
         if self._block is None:
-            largest = max(each.activation_bytes for each in self._members)
+            largest = max(member.activation_bytes for member in self._members)
             self._block = torch.empty(largest + ALIGNMENT, dtype=torch.uint8, device=self.device)
 
     def leave(self, member: Member) -> None:
-        """The block goes with its last user."""
+        """Free the block after its last user."""
         self._users.discard(id(member))
         if not self._users:
             self._block = None
@@ -68,14 +68,14 @@ class Workspace:
 
     @cached_property
     def stream(self) -> torch.cuda.Stream:
-        """Where engines run. Never the default stream, on which TensorRT would synchronise the device at every run."""
+        """Stream of the runs; on the default stream, TensorRT would synchronize the device at every run."""
         import torch
 
         return torch.cuda.Stream(self.device)
 
     @cached_property
     def loading(self) -> torch.cuda.Stream:
-        """Where weights are copied to the device, beside what runs."""
+        """Stream that copies weights to the device during runs."""
         import torch
 
         return torch.cuda.Stream(self.device)
@@ -92,7 +92,7 @@ class Workspace:
 
 
 def shape_key(inputs: Tensors) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """What distinguishes runs that need contexts of their own."""
+    """Return a key for runs that can share a context."""
     return tuple(sorted((name, tuple(tensor.shape)) for name, tensor in inputs.items()))
 
 
@@ -124,7 +124,7 @@ class ShapedContext:
         self._outputs: dict[str, torch.Tensor] = {}
 
     def run(self, inputs: Tensors, shapes: Mapping[str, tuple[int, ...]], stream: torch.cuda.Stream) -> Tensors:
-        """Enqueue on ``stream``, which is current. The outputs are the caller's."""
+        """Enqueue on ``stream``, which is current. The caller owns the outputs."""
         if not self._prepared:
             return self._first(inputs, shapes, stream)
         if self._graph is None and self._capturable(stream):
@@ -137,7 +137,7 @@ class ShapedContext:
         return {name: tensor.clone() for name, tensor in self._outputs.items()}
 
     def forget_graph(self) -> None:
-        """Weights that are loaded again may lie elsewhere."""
+        """Drop the graph, because weights that are loaded again may have other addresses."""
         self._graph = None
         self._inputs, self._outputs = {}, {}
 
@@ -164,7 +164,7 @@ class ShapedContext:
     def _capture(
         self, inputs: Tensors, shapes: Mapping[str, tuple[int, ...]], stream: torch.cuda.Stream
     ) -> torch.cuda.CUDAGraph:
-        """One run as a graph, from inputs to outputs that stay where they are."""
+        """Capture one run as a graph, from inputs to outputs at fixed addresses."""
         import torch
 
         self._inputs = {name: tensor.detach().contiguous().clone() for name, tensor in inputs.items()}

@@ -1,4 +1,4 @@
-"""Whether a TensorRT plan fits a machine and a shape. What can be told without a device is told without one."""
+"""Checks that a TensorRT plan fits a machine and a shape; most need no device."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dyexport.tensorrt_api import BuildLog, load_api
 
 
 def plan_info(path: Path) -> PlanInfo:
-    """The description that stands beside a plan. Raises ``EngineMismatchError``."""
+    """Read the description next to a plan. Raises ``EngineMismatchError``."""
     return PlanInfo.read(path.with_name(INFO))
 
 
 def incompatibility(path: Path) -> str | None:
-    """Why a plan cannot run here, with the cure; None where it can."""
+    """Explain why a plan cannot run here and what to do; None if it can."""
     import torch
 
     info = plan_info(path)
@@ -32,7 +32,7 @@ def incompatibility(path: Path) -> str | None:
 
 
 def version_mismatch(info: PlanInfo, version: str, capability: str) -> str | None:
-    """What does not fit between a plan and a machine with this TensorRT and this GPU; None where all does."""
+    """Explain why a plan does not match this TensorRT version and GPU; None if it does."""
     if info.version != version:
         return f"built by {info.flavour} {info.version}, and {version} is installed; build the bundle again here"
     if info.compute_capabilities and capability not in info.compute_capabilities:
@@ -42,7 +42,7 @@ def version_mismatch(info: PlanInfo, version: str, capability: str) -> str | Non
 
 
 def _refusal(trt: Any, path: Path) -> str | None:
-    """What TensorRT itself holds against a plan, by its header; classic TensorRT tells only when it loads one."""
+    """Ask TensorRT to validate the plan's header; classic TensorRT validates a plan only when it loads it."""
     if not hasattr(trt, "Runtime"):  # Torch-TensorRT
         return None
     runtime = trt.Runtime(BuildLog(trt).logger)
@@ -58,7 +58,7 @@ def _refusal(trt: Any, path: Path) -> str | None:
 
 
 def choose_profile(profiles: tuple[Mapping[str, Profile], ...], symbols: Mapping[str, int]) -> int:
-    """The profile that holds these sizes and was built nearest to them. Raises ``EngineMismatchError``."""
+    """Return the profile that includes these sizes, with the nearest optimum. Raises ``EngineMismatchError``."""
     fitting = [index for index, profile in enumerate(profiles) if _holds(profile, symbols)]
     if not fitting:
         sizes = ", ".join(f"{name} = {size}" for name, size in symbols.items())
@@ -74,6 +74,6 @@ def _holds(profile: Mapping[str, Profile], symbols: Mapping[str, int]) -> bool:
 
 
 def _own(symbols: Mapping[str, int]) -> dict[str, int]:
-    """Sizes by the name of a profile: ``2*height`` counts as half as much ``height``."""
+    """Return sizes by the name of a profile: ``2*height`` of 8 is ``height`` of 4."""
     split = {symbol: symbol.rpartition("*") for symbol in symbols}
     return {name: symbols[symbol] // int(factor or 1) for symbol, (factor, _, name) in split.items()}

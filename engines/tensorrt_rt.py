@@ -25,11 +25,11 @@ SHAPES = 8  # sets of input shapes that an engine keeps a context for
 
 
 class TensorRtEngine(PlanEngine):
-    """Runs one plan. ``path`` is ``engine.plan``; its description stands beside it.
+    """One plan. ``path`` is ``engine.plan``; its description is next to it.
 
-    Engines of one ``workspace`` run one after another, in its memory and on its stream. Where TensorRT can take
-    the weights out of a plan, ``park`` does, and ``activate`` copies them back on a stream of its own, beside
-    whatever runs; elsewhere ``park`` closes. ``streaming_budget`` bounds the bytes of weights that stay on the
+    Engines of one ``workspace`` run one after another, in its memory and on its stream. If TensorRT can unload the
+    weights of a plan, ``park`` does so, and ``activate`` copies them back on another stream while other engines run;
+    otherwise ``park`` closes the engine. ``streaming_budget`` bounds the bytes of weights that stay on the
     device, for plans whose weights can be streamed.
     """
 
@@ -50,7 +50,7 @@ class TensorRtEngine(PlanEngine):
 
     @cached_property
     def activation_bytes(self) -> int:
-        """What the workspace must hold for it. Deserialises the plan; if that loads it whole, closes it again."""
+        """Activation memory in bytes. Deserializes the plan, and closes it again if that loads the weights."""
         fresh = self._session is None
         size = self._opened().activation_bytes
         if fresh and not self._opened().deferred:
@@ -125,7 +125,7 @@ class TensorRtEngine(PlanEngine):
             self._active = False
 
     def _finish(self) -> None:
-        """Wait until the device is done with this engine, whatever else it is doing."""
+        """Wait until the device has finished this engine's work."""
         for event in (self._loaded, self._done):
             if event is not None:
                 event.synchronize()

@@ -1,6 +1,6 @@
-"""A deserialised TensorRT plan: contexts are made from it, and on TensorRT-RTX its weights come and go.
+"""A deserialized TensorRT plan, which makes contexts; on TensorRT-RTX its weights can be unloaded.
 
-TensorRT-RTX can deserialise a plan without its weights, load them on a stream and unload them again; contexts
+TensorRT-RTX can deserialize a plan without its weights, load them on a stream and unload them again; contexts
 stay valid. (Its weights manager does the same for plans built without weights, which takes a GPU to build.) It
 does not do so for plans whose weights can be streamed. Classic TensorRT loads a plan whole.
 """
@@ -29,13 +29,13 @@ class Session:
         self._log = BuildLog(self._trt)
         self._runtime = self._trt.Runtime(self._log.logger)
         self.deferred = not info.streamable and hasattr(self._runtime, "defer_weights_loading")
-        self._engine = self._deserialise()
+        self._engine = self._deserialize()
         if info.streamable and streaming_budget is not None:
             self._engine.weight_streaming_budget_v2 = min(streaming_budget, self._engine.streamable_weights_size)
         self._config = runtime_config(self._trt, self._engine)
         self._reader: Any = None
 
-    def _deserialise(self) -> Any:
+    def _deserialize(self) -> Any:
         if self.deferred:
             self._runtime.defer_weights_loading = True
         with self._path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
@@ -78,20 +78,20 @@ class Session:
 
 
 def runtime_config(trt: Any, engine: Any) -> Any:
-    """How TensorRT-RTX compiles kernels when a context is made; None on classic TensorRT, which has none to compile."""
-    specialisation = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
-    if specialisation is None:
+    """Return how TensorRT-RTX compiles kernels of a context; None on classic TensorRT, which compiles none."""
+    specialization = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+    if specialization is None:
         return None
     config = engine.create_runtime_config()
     config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
     # Kernels compiled in the background would come too late for a captured graph, which keeps the fallback.
-    config.dynamic_shapes_kernel_specialization_strategy = specialisation.EAGER
+    config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
     config.set_runtime_cache(config.create_runtime_cache())  # contexts of one engine compile once
     return config
 
 
 class PlanFile:
-    """A plan as TensorRT reads it: in chunks, and from the end with a positive offset."""
+    """A file reader as TensorRT expects: reads in chunks, and offsets from the end are positive."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb")
@@ -106,7 +106,7 @@ class PlanFile:
 
 
 def stream_reader(trt: Any, plan: PlanFile) -> Any:
-    """TensorRT's view of it, which cannot be made without NVIDIA's driver."""
+    """Make TensorRT's reader of a plan; needs NVIDIA's driver."""
 
     class Reader(trt.IStreamReaderV2):  # type: ignore[misc, name-defined, unused-ignore]
         def __init__(self) -> None:

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class TorchTensorRtEngine(PlanEngine):
-    """Runs one program; its description stands beside it.
+    """One program; its description is next to it.
 
-    The file is code, and loading it runs it: bundles are opened for it with their hashes checked.
+    The file is code, which runs as it is loaded, so its bundle is always opened with hashes checked.
     """
 
     def __init__(self, path: Path, *, device: str = "cuda") -> None:
@@ -47,7 +47,7 @@ class TorchTensorRtEngine(PlanEngine):
     def run(self, inputs: Tensors) -> dict[str, torch.Tensor]:
         import torch
 
-        choose_profile(self.info.profiles, self.io.check(inputs))  # or it would run, slowly, in torch
+        choose_profile(self.info.profiles, self.io.check(inputs))  # other sizes would run slowly in torch
         self.activate()
         with torch.no_grad(), torch.cuda.device(self.device):
             outputs = self._module(*(inputs[spec.name] for spec in self.io.inputs))

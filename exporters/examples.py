@@ -1,4 +1,4 @@
-"""What a slim module is traced with: an input of each, and which of their sizes stay free."""
+"""Example inputs that a slim module is traced with, and their dynamic sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def example_sizes(slice_: Slice) -> dict[str, int]:
 
 
 def _factor(symbol: str) -> int:
-    """What sizes of a symbol are multiples of: 2 for ``2*height``."""
+    """Return the factor of a symbol's sizes: 2 for ``2*height``."""
     factor, star, _ = symbol.partition("*")
     return int(factor) if star else 1
 

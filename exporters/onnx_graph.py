@@ -8,7 +8,8 @@ from __future__ import annotations
 import ast
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -56,10 +57,25 @@ STORE = "weights.bin"
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 
+@contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Log nothing but errors of these loggers, for a while."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@quiet("torch.onnx", "onnx_ir")
 def export_onnx(
     slice_: Slice, layout: StoreLayout, path: Path, labels: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Write the graph of a slice to ``path``; its weights are those of ``layout``, in ``weights.bin`` beside it.
+    """Write the graph of a slice to ``path``; its weights are those of ``layout``, in ``weights.bin`` next to it.
 
     Inputs and outputs are the slice's, symbols staying symbols; ``labels`` are its metadata. Raises ``ExportError``.
     """
@@ -73,8 +89,6 @@ def export_onnx(
 
 
 def _export(slice_: Slice, name: str) -> ir.Model:
-    for chatter in ("torch.onnx", "onnx_ir"):
-        logging.getLogger(chatter).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -96,7 +110,8 @@ def _translate(slice_: Slice) -> ir.Model:
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,  # as torch.onnx does: a guard would exclude a size of 1
         )
-        # Every operator of a slim network has an ONNX form; taking them apart would trace the network twice more.
+        # Every operator of a slim network has an ONNX form; taking them apart would trace the network twice more. The
+        # attribute is of this program alone.
         traced.run_decompositions = lambda table: traced
         program = torch.onnx.export(
             traced,
@@ -213,7 +228,7 @@ def _module_of(scopes: str) -> str:
 def check_onnx(path: Path) -> None:
     """``onnx.checker`` on the file and its place in the store. Raises ``ExportError``.
 
-    The checker wants the store beside the graph, and no link to it; an empty file of its length does. It does not ask
+    The checker wants the store next to the graph, and no link to it; an empty file of its length does. It does not ask
     whether weights lie within the store.
     """
     try:
@@ -231,6 +246,6 @@ def check_onnx(path: Path) -> None:
 
 
 def _end(tensor: onnx.TensorProto) -> int:
-    """Where a tensor ends in the store; 0 if it lies in the graph."""
+    """Return the offset at which a tensor ends in the store; 0 if it is in the graph."""
     place = ExternalDataInfo(tensor) if tensor.external_data else None
     return 0 if place is None else (place.offset or 0) + (place.length or 0)

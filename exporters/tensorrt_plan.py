@@ -29,9 +29,9 @@ Profiles = Mapping[str, Profile]
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """What to build. ``compute_capabilities`` such as 8.9, for RTX; none means all that its builder knows.
+    """A plan to build. ``compute_capabilities`` are such as 8.9, for RTX; none means all that its builder knows.
 
-    ``profiles``, one optimisation profile each, name every symbol of ``inputs``. ``largest_topk`` is the most
+    ``profiles``, one optimization profile each, name every symbol of ``inputs``. ``largest_topk`` is the most
     tokens that a block may be asked to keep. With ``stream_weights``, those that do not fit on the device may stay in
     host memory.
     """
@@ -90,9 +90,9 @@ def build_plan(
 
 
 def _parse(api: Api, builder: Any, log: BuildLog, graph: Path) -> tuple[Any, Any]:
-    """The network, and the parser that holds its weights."""
+    """Return the network, and the parser that owns its weights."""
     trt = api.trt
-    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # RTX knows no other network
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # all networks of RTX are
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, log.logger)
     if not parser.parse_from_file(str(graph)):
@@ -119,7 +119,7 @@ def _configure(api: Api, builder: Any, network: Any, request: PlanRequest, progr
 
 
 def _profile(builder: Any, network: Any, inputs: tuple[TensorSpec, ...], profiles: Profiles) -> Any:
-    """One optimisation profile. Raises ``EngineBuildError`` for a symbol without sizes."""
+    """Make one optimization profile. Raises ``EngineBuildError`` for a symbol without sizes."""
     taken = {network.get_input(index).name for index in range(network.num_inputs)}  # a folded input is gone
     profile = builder.create_optimization_profile()
     for spec in inputs:
@@ -130,7 +130,7 @@ def _profile(builder: Any, network: Any, inputs: tuple[TensorSpec, ...], profile
 
 
 def size_range(size: int | str, spec: TensorSpec, profiles: Profiles) -> Profile:
-    """Of one dimension of an input. Raises ``EngineBuildError`` for a symbol without sizes."""
+    """Return the sizes of one dimension of an input. Raises ``EngineBuildError`` for a symbol without sizes."""
     if isinstance(size, int):
         return Profile(min=size, opt=size, max=size)
     factor, _, symbol = size.rpartition("*")

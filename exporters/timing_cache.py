@@ -1,4 +1,4 @@
-"""What TensorRT measured of its kernels, kept from one plan and one build to the next."""
+"""TensorRT's timing cache of kernels, kept across plans and builds."""
 
 from __future__ import annotations
 

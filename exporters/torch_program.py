@@ -1,6 +1,6 @@
-"""Slim modules compiled by Torch-TensorRT, as exported programs. Untested on a GPU: no machine of this project has one.
+"""Slim modules compiled by Torch-TensorRT, as exported programs. Untested on a GPU.
 
-What TensorRT does not take stays with torch inside the same program. A program is compiled with its weights in it,
+What TensorRT does not support stays with torch inside the same program. A program is compiled with its weights in it,
 from the module itself and not from its ONNX graph; up to ``export_program`` everything needs no GPU.
 """
 
@@ -26,7 +26,7 @@ from dyexport.tensorrt_api import load_api
 
 
 class InOrder(nn.Module):
-    """A module of named inputs, called with them in a given order: names do not survive Torch-TensorRT."""
+    """A module of named inputs, called with them in a fixed order: names do not survive Torch-TensorRT."""
 
     def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -109,14 +109,14 @@ def compiled_input(torch_tensorrt: Any, spec: TensorSpec, profiles: Profiles) ->
     """Torch-TensorRT's name for an input and its sizes."""
     dtype = getattr(torch, spec.dtype)
     ranges = [size_range(size, spec, profiles) for size in spec.shape]
-    low, usual, high = (tuple(getattr(each, end) for each in ranges) for end in ("min", "opt", "max"))
+    low, best, high = (tuple(getattr(size, end) for size in ranges) for end in ("min", "opt", "max"))
     if low == high:
-        return torch_tensorrt.Input(shape=usual, dtype=dtype)
-    return torch_tensorrt.Input(min_shape=low, opt_shape=usual, max_shape=high, dtype=dtype)
+        return torch_tensorrt.Input(shape=best, dtype=dtype)
+    return torch_tensorrt.Input(min_shape=low, opt_shape=best, max_shape=high, dtype=dtype)
 
 
 def outputs_of(program: torch.export.ExportedProgram, slice_: Slice) -> tuple[TensorSpec, ...]:
-    """Free sizes by the names of the inputs'."""
+    """Describe the outputs; free sizes have the names of the inputs' symbols."""
     named = {str(size): symbol for symbol, size in _symbols(program, slice_).items()}
     (last,) = program.graph.find_nodes(op="output")
     values = [node.meta["val"] for node in last.args[0]]
@@ -131,7 +131,7 @@ def outputs_of(program: torch.export.ExportedProgram, slice_: Slice) -> tuple[Te
 
 
 def _symbols(program: torch.export.ExportedProgram, slice_: Slice) -> dict[str, Any]:
-    """What torch calls each symbol of the inputs."""
+    """Return torch's size for each symbol of the inputs."""
     nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
     values = [nodes[name].meta["val"] for name in program.graph_signature.user_inputs]
     return {

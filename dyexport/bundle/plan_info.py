@@ -1,4 +1,4 @@
-"""What is known of a TensorRT plan without a GPU: how it was built, for what, and of what graph."""
+"""Description of a TensorRT plan that can be read without a GPU: how it was built, for what, from which graph."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Profile(BaseModel):
 
     @classmethod
     def parse(cls, text: str) -> Profile:
-        """``1:2:8``, or ``4`` for all three. Raises ``UsageError``."""
+        """Parse ``1:2:8``, or ``4`` for all three. Raises ``UsageError``."""
         parts = text.split(":")
         try:
-            low, usual, high = (int(part) for part in (parts * 3 if len(parts) == 1 else parts))
-            return cls(min=low, opt=usual, max=high)
+            low, best, high = (int(part) for part in (parts * 3 if len(parts) == 1 else parts))
+            return cls(min=low, opt=best, max=high)
         except ValueError as error:
             raise UsageError(f"{text!r} is not MIN:OPT:MAX, three rising numbers from 1 on, such as 1:2:8") from error
 
@@ -56,7 +56,7 @@ class Profile(BaseModel):
 
 
 class PlanInfo(BaseModel):
-    """Stands beside the plan. ``profiles`` are by symbol; ``precision`` is the graph's, which TensorRT keeps to.
+    """Contents of ``plan.json``, next to a plan. ``profiles`` are by symbol; ``precision`` is the graph's.
 
     ``compute_capabilities`` are what the plan runs on (``8.6``); none means all that its builder knows.
     ``streamable``: its weights can be streamed from host memory, as many as do not fit on the device.
@@ -78,7 +78,7 @@ class PlanInfo(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> PlanInfo:
-        """Raises ``EngineMismatchError`` for a file that is not such a description."""
+        """Read a description. Raises ``EngineMismatchError`` for a file that is not one."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:

@@ -1,4 +1,4 @@
-"""What calibration measures and the runtime looks up: widths and token counts as functions of t.
+"""Tables that calibration measures and the runtime reads: widths and token counts as functions of t.
 
 Arrays only (numpy and safetensors), so both sides of a bundle can read them without torch.
 """
@@ -114,7 +114,7 @@ def _longest_first(widths: WidthTable, masks: np.ndarray) -> tuple[tuple[int, ..
 
 @dataclass(frozen=True, kw_only=True)
 class TokenStats:
-    """How many tokens each block's MLP keeps, measured on calibration inputs (SDT, section 3.3).
+    """Numbers of tokens that each block's MLP keeps, measured on calibration inputs (SDT, section 3.3).
 
     grid    (T,) float64: timesteps that were measured
     levels  (Q,) float64: quantile levels over samples, ascending; the last is 1.0 (the maximum)
@@ -159,7 +159,7 @@ class TokenStats:
         return self.counts[self.bracket(start, end), :, -1].max(axis=0)
 
     def mean_fraction(self, points: Sequence[float] | FloatArray) -> FloatArray:
-        """Mean kept share of each block at the given timesteps, interpolated: (P, L)."""
+        """Return the interpolated mean kept share of each block at ``points``: (P, L)."""
         columns = [np.interp(points, self.grid, self.mean[:, block]) for block in range(self.mean.shape[1])]
         return np.stack(columns, axis=1) / self.tokens
 

@@ -1,4 +1,4 @@
-"""How the inputs and outputs of a network are described, on both sides of a bundle."""
+"""Description of the inputs and outputs of a network."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """Name, dtype (``float32``, ``int64``, ...) and shape of a binding.
+    """The name, dtype (``float32``, ``int64``, ...) and shape of a binding.
 
-    A symbol is a dimension free at run time; ``2*height`` is one that is always even.
+    A string in ``shape`` names a dynamic dimension; ``2*height`` is one that is always even.
     """
 
     name: str
