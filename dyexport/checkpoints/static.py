@@ -23,6 +23,7 @@ from dyexport.backbones.base import Preset
 from dyexport.backbones.dit.preset import DiTPreset
 from dyexport.backbones.flux.preset import FluxPreset
 from dyexport.checkpoints import published
+from dyexport.checkpoints.foreign import check_format, converted, dequantized
 from dyexport.checkpoints.locate import CONFIG, find_checkpoint
 from dyexport.checkpoints.stored_weights import (
     WEIGHTS,
@@ -35,7 +36,7 @@ from dyexport.checkpoints.stored_weights import (
     write_weights,
 )
 from dyexport.checkpoints.streaming import stream_backbone
-from dyexport.checkpoints.structure import read_config
+from dyexport.checkpoints.structure import read_config, stored_config
 from dyexport.checkpoints.user_lora import MergedWeights, UserLora
 from dyexport.errors import CheckpointError
 from dyexport.lora import LoraFile
@@ -66,8 +67,9 @@ def open_checkpoint(source: str, preset: Preset, advance: Progress | None = None
     Raises ``CheckpointError`` naming what is missing, unknown, of another shape or not finite.
     """
     path = find_checkpoint(source)
+    check_format(path, stored_config(path)[0])
     files = StoredWeights(path)
-    stored = without_prefix(files)
+    stored = without_prefix(dequantized(files))
     foreign = published.is_published(stored)
     if foreign and not isinstance(preset, DiTPreset):
         raise CheckpointError(
@@ -85,7 +87,8 @@ def open_checkpoint(source: str, preset: Preset, advance: Progress | None = None
         check_weights(stored, {name: tensor for name, (_, tensor) in names.items()}, path, preset.name, advance)
         found = View({ours: (stored, name) for name, (ours, _) in names.items()})
     else:
-        check_weights(stored, target, path, preset.name, advance)
+        found = converted(stored, target, preset.stock, preset.hidden_size)
+        check_weights(found, target, path, preset.name, advance)
     _check_copies(found, preset, config, path)
     weights = View({name: (found, name) for name in found if not name.startswith("routers.")})
     routers = View({name.removeprefix("routers."): (found, name) for name in found if name.startswith("routers.")})
