@@ -135,7 +135,16 @@ def test_merging_is_measured_and_then_exact(tmp_path: Path) -> None:
     assert not path.manifest.plan.merge_errors
 
 
-@pytest.mark.parametrize(("model", "tolerance"), [("flux-tiny", None), ("flux-tiny", 1.0), ("latte-tiny", None)])
+@pytest.mark.parametrize(
+    ("model", "tolerance"),
+    [
+        ("flux-tiny", None),
+        ("flux-tiny", 1.0),
+        ("latte-tiny", None),
+        ("qwen-image-tiny", None),
+        ("qwen-image-tiny", 1.0),
+    ],
+)
 def test_other_backbones_too(model: str, tolerance: float | None, tmp_path: Path) -> None:
     settings = replace(tiny_settings(tmp_path, td_lora=SPEC), model=model, merge_tolerance=tolerance)
     bundle = build(settings)
