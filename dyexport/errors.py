@@ -83,7 +83,7 @@ class MissingDependencyError(DyexportError):
         super().__init__(f"{library} is not installed; run: pip install 'dyexport[{extra}]'")
 
 
-EXTRAS = dict.fromkeys(("accelerate", "onnx", "onnx_ir", "onnxscript", "peft", "polygraphy"), "build") | {
+EXTRAS = dict.fromkeys(("accelerate", "onnx", "onnx_ir", "onnxscript", "peft"), "build") | {
     "onnxruntime": "cpu",
     "transformers": "prompts",
 }
