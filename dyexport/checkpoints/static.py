@@ -126,6 +126,7 @@ def _check_copies(weights: Mapping[str, Tensor], preset: Preset, config: Mapping
 
 def has_routers(file: Path) -> bool:
     """Whether a single file brings routers, as published DyDiT does; reads names only."""
+    check_format(file, None)
     return published.has_routers(without_prefix(StoredWeights(file)))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dyexport.backbones.flux.preset import FluxPreset
 from dyexport.checkpoints.foreign import converted
-from dyexport.checkpoints.static import load_static, save_static
+from dyexport.checkpoints.static import has_routers, load_static, save_static
 from dyexport.errors import CheckpointError
 from dyexport.models.random_weights import random_backbone
 from dyexport.presets import get_preset
@@ -122,9 +122,11 @@ def test_quantized_directories_are_refused_even_in_fp32(method: str, tmp_path: P
 
 
 def test_gguf_is_refused_with_its_conversion(tmp_path: Path) -> None:
-    (tmp_path / "flux.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match=r"flux\.gguf is in GGUF; load it with diffusers' from_single_file"):
-        load_static(str(tmp_path / "flux.gguf"), FLUX)
+    file = tmp_path / "flux.gguf"
+    file.write_bytes(b"GGUF")
+    for read in (lambda: load_static(str(file), FLUX), lambda: has_routers(file)):
+        with pytest.raises(CheckpointError, match=r"flux\.gguf is in GGUF; load it with diffusers' from_single_file"):
+            read()
 
 
 def test_a_file_that_lacks_a_layer_names_what_is_missing(tmp_path: Path) -> None:
