@@ -25,7 +25,8 @@ from dyexport.progress import Progress
 from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import Denoiser, sample
 from dyexport.verification.report import VerifyReport
-from dyexport.verification.verify import VerifySettings, verify_bundle
+from dyexport.verification.settings import VerifySettings
+from dyexport.verification.verify import verify_bundle
 
 SAMPLING = SamplingConfig()
 BENCH = BenchSettings(batch=64, compiled=False)  # small batches of so small a model time the calls, not the network

@@ -55,12 +55,16 @@ def verify(
     debug: DebugOption = False,
 ) -> None:
     """Compare a bundle with the masked torch model that it was cut from, at random timesteps."""
-    from dyexport.verification.verify import VerifySettings, verify_bundle
+    from dyexport.bundle.reader import Bundle
+    from dyexport.verification.settings import VerifySettings
 
     settings = VerifySettings(
         timesteps=timesteps, tolerance=tolerance, target=target, seed=seed, layers=layers, small=small
     )
+    Bundle.open(bundle, check_hashes=False)  # refuses anything else before torch is imported
     with chatter_on_stderr(), progress_bar("verifying") as advance:
+        from dyexport.verification.verify import verify_bundle
+
         report = verify_bundle(bundle, settings, reference=reference, progress=advance)
     payload = report.as_json()
     emit(payload, as_json=json, human=lambda console: console.print(pairs(_verify_lines(payload))))

@@ -20,7 +20,8 @@ from dyexport.pipeline.ledger import NullListener
 from dyexport.presets import get_preset
 from dyexport.runtime.loading import load
 from dyexport.verification.report import TOLERANCES
-from dyexport.verification.verify import VerifySettings, verify_bundle
+from dyexport.verification.settings import VerifySettings
+from dyexport.verification.verify import verify_bundle
 from tests.pipeline.tiny import TINY, build, tiny_settings
 
 INPUTS = NoisedInputs(preset=TINY, batch_size=2)

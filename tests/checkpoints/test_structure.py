@@ -21,7 +21,8 @@ from dyexport.models.random_weights import random_backbone
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import PRESETS, get_preset, preset_of
 from dyexport.slicing.slicer import spec_of
-from dyexport.verification.verify import VerifySettings, verify_bundle
+from dyexport.verification.settings import VerifySettings
+from dyexport.verification.verify import verify_bundle
 from tests.pipeline.tiny import build
 
 STOCK = {"dit": DiTTransformer2DModel, "flux": FluxTransformer2DModel, "latte": LatteTransformer3DModel}

@@ -25,7 +25,8 @@ from dyexport.errors import CheckpointError, DataError, DyexportError, EngineMis
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.runtime.loading import load
 from dyexport.runtime.prompts import Prompts, sample_prompts
-from dyexport.verification.verify import VerifySettings, find_reference, verify_bundle
+from dyexport.verification.settings import VerifySettings
+from dyexport.verification.verify import find_reference, verify_bundle
 from tests.pipeline.tiny import build, tiny_settings
 from tests.pipeline.tiny_pipeline import save_pipeline
 from tests.verification.test_layers import assert_every_layer_agrees

@@ -28,7 +28,8 @@ from dyexport.presets import PRESETS
 from dyexport.runtime.loading import load
 from dyexport.runtime.prompts import Prompts, sample_prompts
 from dyexport.runtime.transformer import example_inputs, stock_transformer
-from dyexport.verification.verify import VerifySettings, find_reference, verify_bundle
+from dyexport.verification.settings import VerifySettings
+from dyexport.verification.verify import find_reference, verify_bundle
 from tests.pipeline.tiny import build
 from tests.pipeline.tiny_pipeline import save_latte_pipeline
 from tests.verification.test_layers import assert_every_layer_agrees

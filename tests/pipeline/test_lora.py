@@ -32,7 +32,8 @@ from dyexport.presets import PRESETS
 from dyexport.runtime.loading import load
 from dyexport.training.synthetic import SyntheticConfig, generate
 from dyexport.verification.report import TOLERANCES
-from dyexport.verification.verify import VerifySettings, find_reference, verify_bundle
+from dyexport.verification.settings import VerifySettings
+from dyexport.verification.verify import find_reference, verify_bundle
 from tests.pipeline.tiny import TINY, build, hashes, tiny_settings
 
 SPEC = LoraSpec(rank=2, experts=3, alpha=4)

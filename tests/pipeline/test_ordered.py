@@ -6,7 +6,8 @@ from pathlib import Path
 
 from dyexport.bundle.reader import Bundle
 from dyexport.exporters.onnx_graph import STORE
-from dyexport.verification.verify import VerifySettings, verify_bundle
+from dyexport.verification.settings import VerifySettings
+from dyexport.verification.verify import verify_bundle
 from tests.pipeline.tiny import build, tiny_settings
 
 

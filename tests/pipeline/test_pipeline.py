@@ -23,7 +23,8 @@ from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.output import locked_output
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.runtime.loading import load
-from dyexport.verification.verify import VerifySettings, verify_bundle
+from dyexport.verification.settings import VerifySettings
+from dyexport.verification.verify import verify_bundle
 from tests.pipeline.tiny import TINY, build, hashes, tiny_settings
 
 

@@ -26,7 +26,8 @@ from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.runtime.loading import load
 from dyexport.runtime.transformer import example_inputs
-from dyexport.verification.verify import VerifySettings, verify_bundle
+from dyexport.verification.settings import VerifySettings
+from dyexport.verification.verify import verify_bundle
 from tests.pipeline.tiny import TINY, build, redone, tiny_settings
 
 NETWORKS = ("segment-00", "segment-01", "conditioning")

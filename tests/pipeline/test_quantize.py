@@ -25,7 +25,8 @@ from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.networks import Network
 from dyexport.pipeline.run import Run
 from dyexport.verification.report import QUANTIZED
-from dyexport.verification.verify import VerifySettings, verify_bundle
+from dyexport.verification.settings import VerifySettings
+from dyexport.verification.verify import verify_bundle
 from tests.pipeline.tiny import build, tamper, tiny_settings
 
 SETTINGS = VerifySettings(timesteps=8)

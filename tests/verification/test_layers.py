@@ -25,7 +25,8 @@ from dyexport.slicing.slicer import SliceContext
 from dyexport.verification.activations import match_activations
 from dyexport.verification.layers import LayerErrors
 from dyexport.verification.report import VerifyReport
-from dyexport.verification.verify import VerifySettings, verify_bundle
+from dyexport.verification.settings import VerifySettings
+from dyexport.verification.verify import verify_bundle
 from tests.pipeline.tiny import tamper
 from tests.verification.test_verify import overwrite
 

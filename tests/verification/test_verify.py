@@ -21,7 +21,8 @@ from dyexport.pipeline.networks import cut_networks
 from dyexport.slicing.recipes import Recipe, lay_out
 from dyexport.slicing.slicer import SliceContext
 from dyexport.verification.reference_model import ReferenceModel, near_threshold
-from dyexport.verification.verify import VerifySettings, find_reference, sample_timesteps, verify_bundle
+from dyexport.verification.settings import VerifySettings
+from dyexport.verification.verify import find_reference, sample_timesteps, verify_bundle
 from tests.manifests import forge, relabel
 from tests.pipeline.tiny import tamper
 
