@@ -133,8 +133,8 @@ class FluxPreset(Preset):
     def sampling_of(cls, config: Mapping[str, Any]) -> SamplingDefaults:
         """Return the defaults of diffusers' pipeline, and for models without embedded guidance those of schnell."""
         distilled = bool(config["guidance_embeds"])
-        out_channels = config.get("out_channels") or config["in_channels"]
-        fills = config["in_channels"] > 2 * out_channels  # the context is a masked picture and its mask
+        in_channels = config.get("in_channels", DEFAULTS["in_channels"])
+        fills = in_channels > 2 * (config.get("out_channels") or in_channels)  # with a masked picture and its mask
         steps, guidance = (50, 30.0) if fills else (28, 3.5)
         return SamplingDefaults(
             steps=steps if distilled else 4,
