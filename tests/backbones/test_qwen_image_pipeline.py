@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,12 @@ from dyexport.models.random_weights import random_backbone
 from dyexport.presets import PRESETS
 from dyexport.runtime.loading import load
 from dyexport.runtime.prompts import Prompts, sample_prompts
-from dyexport.training.draws import step_generator
+from dyexport.serving.config import ServedModelConfig
+from dyexport.serving.requests import Request
+from dyexport.serving.samplers import open_sampler
+from dyexport.serving.triton_repository import Deployment, deploy
 from dyexport.training.prompts import embed_prompts
+from dyexport.training.randomness import step_generator
 from dyexport.training.synthetic import SyntheticConfig, generate
 from tests.pipeline.tiny import build, tiny_settings
 from tests.pipeline.tiny_pipeline import save_qwen_image_pipeline
@@ -107,6 +112,21 @@ def test_prompts_of_different_lengths_are_sampled_in_one_batch(built: Bundle, pi
         np.testing.assert_allclose(together[row : row + 1], alone, atol=0.02)  # in bf16 between the steps
     plain = sample_prompts(transformer, Prompts(texts=texts, seed=(0, 1), guidance=1.0, **settings)).values
     assert not np.allclose(together, plain, atol=0.02)
+
+
+def test_a_server_samples_pictures_from_prompts(built: Bundle, pipeline: Path, tmp_path: Path) -> None:
+    deployment = Deployment(bundle=built.root, repository=tmp_path, name="qwen", pipeline=str(pipeline), max_batch=2)
+    sampler = open_sampler(deploy(deployment) / "1", ServedModelConfig(pipeline="pipeline"), "cpu")
+    defaults = sampler.parser.defaults
+    assert (defaults.steps, defaults.guidance, defaults.height) == (50, 4.0, 1024)
+    settings = replace(defaults, steps=2, height=64, width=64)
+    requests = [
+        Request(labels_or_prompts=(text,), seeds=(seed,), settings=settings)
+        for seed, text in enumerate(("a cat", "a very large dog"))
+    ]
+    pictures = sampler.sample(requests, lambda: None)
+    assert (pictures.shape, pictures.dtype) == ((2, 64, 64, 3), np.uint8)
+    assert np.abs(pictures[1:].astype(int) - sampler.sample(requests[1:], lambda: None)).max() <= 5  # bf16 latents
 
 
 def test_guidance_needs_negative_prompts(built: Bundle, tmp_path: Path) -> None:
