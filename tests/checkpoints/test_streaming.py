@@ -20,7 +20,7 @@ from dyexport.presets import get_preset
 from tests.factories import tiny_preset
 
 
-@pytest.fixture(params=["dit", "flux-tiny", "latte-tiny"])
+@pytest.fixture(params=["dit", "flux-tiny", "latte-tiny", "qwen-image-tiny"])
 def preset(request: pytest.FixtureRequest) -> Preset:
     if request.param != "dit":
         return get_preset(request.param)
