@@ -38,7 +38,7 @@ CONTRACTS = {
     "tensorrt_api",
 }
 BUILD_ROLES = {"backbones.basic_transformer_block", "backbones.conditions", "backbones.cut", "backbones.flops"} | {
-    f"backbones.{role}" for role in ("masked", "slim", "slim_conditioning", "slim_layers")
+    f"backbones.{role}" for role in ("masked", "published", "slim", "slim_conditioning", "slim_layers")
 }
 RUN_ROLES = {"backbones.pipeline", "backbones.stand_in"}
 BUILD_SIDE = {"models", "checkpoints", "slicing", "calibration", "exporters", "training"} | BUILD_ROLES
@@ -193,7 +193,7 @@ def test_imports_go_one_way(path: Path) -> None:
     assert violations(unit, path.read_text()) == []
 
 
-RUN_EXTRAS = {"cpu", "demo", "prompts", "rtx", "tensorrt", "triton", "video"}
+RUN_EXTRAS = {"cpu", "demo", "gguf", "prompts", "rtx", "tensorrt", "triton", "video"}
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "google": "protobuf",
@@ -326,8 +326,6 @@ MAY_NAME_A_MODEL = {
     "bundle/reader.py": ("FLUX.1",),  # the size of its manifest
     "checkpoints/lora_files.py": ("",),
     "checkpoints/lora_translation.py": ("",),
-    "checkpoints/published.py": ("",),
-    "checkpoints/static.py": ("",),
     "demo.py": ("sit-digits",),  # the demo's model
     "flops.py": ("DiT table 1",),  # of the paper
     "pipeline/api.py": ("Bundle(",),  # what its example prints
@@ -380,6 +378,7 @@ def test_other_words_are_allowed(line: str) -> None:
 ROLES = {
     "preset": ("PRESETS",),
     "masked": ("ADAPTER",),
+    "published": ("DIALECTS",),
     "conditions": ("Conditioning",),
     "cut": ("slice_network", "slice_conditioning", "tables"),
     "slim": (),

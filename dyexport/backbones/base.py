@@ -4,6 +4,7 @@
 |-------------------|----------------------------|----------------------------------------------|
 | ``preset``        | ``Preset``s, ``PRESETS``   | both sides                                   |
 | ``masked``        | ``ADAPTER``, an ``Adapter``| the masked model, importance, checkpoints    |
+| ``published``     | ``DIALECTS``               | checkpoints with other names than diffusers' |
 | ``conditions``    | ``Conditioning``           | training, calibration, synthetic data        |
 | ``cut``, ``slim`` | the functions of ``Slicer``| slicing and export                           |
 | ``flops``         | ``count``                  | budgets, plans                               |
@@ -15,7 +16,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
@@ -219,6 +220,37 @@ class Adapter(Protocol):
 
     def permute_units(self, backbone: Any, block: int, heads: Tensor, groups: Tensor) -> None:
         """Reorder heads (H,) and MLP groups (G,) of a block in place; the function computed is unchanged."""
+
+
+class Part(NamedTuple):
+    """Rows of a tensor in a file: those from ``start`` to ``stop`` where all of them are ``of``; by default all."""
+
+    name: str
+    start: int = 0
+    stop: int = 1
+    of: int = 1
+
+
+class Dialect(ABC):
+    """Names under which other code than diffusers stores a backbone's weights."""
+
+    description: ClassVar[str]
+    """Whose names they are, for messages."""
+
+    numerics: Mapping[str, Any] = MappingProxyType({})
+    """Configuration entries of what that code computes differently."""
+
+    @abstractmethod
+    def matches(self, names: Collection[str]) -> bool:
+        """Return whether a file has these names."""
+
+    @abstractmethod
+    def structure(self, weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Return the diffusers configuration that shapes tell; None where they do not tell enough."""
+
+    @abstractmethod
+    def places(self, target: Collection[str], preset: Preset) -> dict[str, tuple[Part, ...]]:
+        """Return the parts of a file, joined along the rows, of which each tensor of ``target`` consists."""
 
 
 class Conditioning(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +76,16 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, not the names and values of a configuration")
     return content
+
+
+def check_not_quantized(config: Mapping[str, Any], file: Path) -> None:
+    """Raise ``CheckpointError`` for a directory whose configuration says that a library has quantized it."""
+    if not config.get("quantization_config"):
+        return
+    settings = config["quantization_config"]
+    method = settings.get("quant_method", "a library") if isinstance(settings, Mapping) else "a library"
+    kind = config.get("_class_name", "AutoModel")
+    raise CheckpointError(
+        f"{file}: the weights are quantized by {str(method)[:40]}; convert them with diffusers: "
+        f"{kind}.from_pretrained(DIR).dequantize().save_pretrained(NEW)"
+    )

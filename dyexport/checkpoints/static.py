@@ -1,7 +1,7 @@
 """Stock models from and to disk: diffusers directories, single files, published files.
 
-The truth for a published DiT, SiT or DyDiT file is the published code, whose function two entries of
-``config.json`` keep: ``freq_shift`` and ``stored_positions``.
+The reference for a file with the names of other code is that code. Where it computes something else than
+diffusers, entries of ``config.json`` say so (``Dialect.numerics``).
 
 Weights are read one tensor at a time, in the dtype they are stored in. What is taken as it is stays where it
 is: the directories that a build makes of it hold links.
@@ -18,25 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dyexport.backbones import get_adapter
-from dyexport.backbones.base import Preset
-from dyexport.backbones.dit.preset import DiTPreset
-from dyexport.backbones.flux.preset import FluxPreset
-from dyexport.checkpoints import published
-from dyexport.checkpoints.foreign import check_format, converted, dequantized
+from dyexport.backbones import get_adapter, part
+from dyexport.backbones.base import Part, Preset
+from dyexport.checkpoints.dialects import find_dialect, has_router_names, plain_weights
 from dyexport.checkpoints.locate import CONFIG, find_checkpoint
 from dyexport.checkpoints.stored_weights import (
     WEIGHTS,
+    Rows,
     StoredWeights,
     View,
     check_weights,
     link_weights,
-    without_prefix,
     write_shards,
     write_weights,
 )
 from dyexport.checkpoints.streaming import stream_backbone
-from dyexport.checkpoints.structure import read_config, stored_config
+from dyexport.checkpoints.structure import read_config
 from dyexport.checkpoints.user_lora import MergedWeights, UserLora
 from dyexport.errors import CheckpointError
 from dyexport.lora import LoraFile
@@ -67,33 +64,42 @@ def open_checkpoint(source: str, preset: Preset, advance: Progress | None = None
     Raises ``CheckpointError`` naming what is missing, unknown, of another shape or not finite.
     """
     path = find_checkpoint(source)
-    check_format(path, stored_config(path)[0])
     files = StoredWeights(path)
-    stored = without_prefix(dequantized(files))
-    foreign = published.is_published(stored)
-    if foreign and not isinstance(preset, DiTPreset):
+    stored = plain_weights(files)
+    dialect = find_dialect(stored)
+    if dialect is not None and dialect not in part(preset.backbone, "published").DIALECTS:
         raise CheckpointError(
-            f"{path} has the names of the published DiT and SiT code, and {preset.name} takes a diffusers directory; "
+            f"{path} has the names of {dialect.description}, and {preset.name} takes a diffusers directory; "
             "give that, or the --model this checkpoint was made for"
         )
-    config = {**preset.transformer_config(), **published.CONFIG} if foreign else read_config(path, preset)
-    target = _target(preset, config, routers=published.has_routers(stored))
-    found: Mapping[str, Tensor] = stored
-    if foreign:
-        check_weights(stored, published.expected(target, preset.depth), path, preset.name, advance)
-        found = published.translate(stored, target, preset.depth)
-    elif isinstance(preset, FluxPreset) and published.has_routers(stored):
-        names = published.dyflux_correspondence(target, preset.double_blocks)
-        check_weights(stored, {name: tensor for name, (_, tensor) in names.items()}, path, preset.name, advance)
-        found = View({ours: (stored, name) for name, (ours, _) in names.items()})
+    if dialect is not None and dialect.numerics:
+        config = {**preset.transformer_config(), **dialect.numerics}
     else:
-        found = converted(stored, target, preset.stock, preset.hidden_size)
-        check_weights(found, target, path, preset.name, advance)
+        config = read_config(path, preset)
+    target = _target(preset, config, routers=has_router_names(stored))
+    found = stored
+    if dialect is not None:
+        places = dialect.places(target, preset)
+        check_weights(stored, _stored_shapes(places, target), path, preset.name, advance)
+        found = Rows(stored, places)
+    else:
+        check_weights(stored, target, path, preset.name, advance)
     _check_copies(found, preset, config, path)
     weights = View({name: (found, name) for name in found if not name.startswith("routers.")})
     routers = View({name.removeprefix("routers."): (found, name) for name in found if name.startswith("routers.")})
     stock = found is files and files.in_safetensors
     return Checkpoint(path=path, config=config, weights=weights, routers=routers, stock=stock)
+
+
+def _stored_shapes(places: Mapping[str, tuple[Part, ...]], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return names and shapes in a file whose rows make up ``target``, without memory."""
+    shapes: dict[str, Tensor] = {}
+    for name, parts in places.items():
+        rows, *columns = target[name].shape
+        for piece in parts:
+            stored_rows = rows // len(parts) // (piece.stop - piece.start) * piece.of
+            shapes[piece.name] = torch.empty(stored_rows, *columns, device="meta")
+    return shapes
 
 
 def meta_backbone(preset: Preset, config: Mapping[str, Any]) -> nn.Module:
@@ -122,12 +128,6 @@ def _check_copies(weights: Mapping[str, Tensor], preset: Preset, config: Mapping
             raise CheckpointError(
                 f"{source}: {name} differs from {original}; dyexport needs one embedder for all blocks, as in DiT"
             )
-
-
-def has_routers(file: Path) -> bool:
-    """Whether a single file brings routers, as published DyDiT does; reads names only."""
-    check_format(file, None)
-    return published.has_routers(without_prefix(StoredWeights(file)))
 
 
 def load_static(source: str, preset: Preset, *, stream: bool = False) -> nn.Module:

@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dyexport.backbones.base import Part
+from dyexport.checkpoints.quantized import GGUF, GgufWeights
 from dyexport.digests import once, sha256_of
 from dyexport.errors import CheckpointError
 from dyexport.progress import Progress
@@ -44,32 +46,34 @@ class StoredWeights(Mapping[str, Tensor]):
     def __init__(self, source: Path) -> None:
         """``source`` is a diffusers directory or a single file; reads names only."""
         self._homes: dict[str, Path] = {}  # of tensors in safetensors
-        self._mapped: dict[str, Tensor] = {}  # of PyTorch files
+        self._loaded: Mapping[str, Tensor] = {}  # of PyTorch and GGUF files
         for file in weight_files(source) if source.is_dir() else [source]:
             if file.suffix == SAFETENSORS:
                 self._homes |= dict.fromkeys(_names(file), file)
             elif file.suffix in PICKLES:
-                self._mapped |= _unwrap(file, _load_pickle(file))
+                self._loaded = {**self._loaded, **_unwrap(file, _load_pickle(file))}
+            elif file.suffix == GGUF:
+                self._loaded = GgufWeights(file)
             else:
-                kinds = ", ".join((SAFETENSORS, *PICKLES))
+                kinds = ", ".join((SAFETENSORS, *PICKLES, GGUF))
                 raise CheckpointError(f"{file} is of no known kind; pass a {kinds} or a directory")
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._mapped[name] if name in self._mapped else _tensor(self._homes[name], name)
+        return self._loaded[name] if name in self._loaded else _tensor(self._homes[name], name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._homes or name in self._mapped
+        return name in self._homes or name in self._loaded
 
     def __iter__(self) -> Iterator[str]:
         yield from self._homes
-        yield from self._mapped
+        yield from self._loaded
 
     def __len__(self) -> int:
-        return len(self._homes) + len(self._mapped)
+        return len(self._homes) + len(self._loaded)
 
     @property
     def in_safetensors(self) -> bool:
-        return not self._mapped
+        return not self._loaded
 
 
 class View(Mapping[str, Tensor]):
@@ -81,6 +85,33 @@ class View(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         weights, own = self._places[name]
         return weights[own]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+class Rows(Mapping[str, Tensor]):
+    """Tensors made of rows of others: ``places`` says for each of which parts of ``weights``. Read lazily."""
+
+    def __init__(self, weights: Mapping[str, Tensor], places: Mapping[str, tuple[Part, ...]]) -> None:
+        self._weights, self._places = weights, places
+
+    def __getitem__(self, name: str) -> Tensor:
+        parts = [self._rows(part) for part in self._places[name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _rows(self, part: Part) -> Tensor:
+        tensor = self._weights[part.name]
+        if part.of == 1:
+            return tensor
+        unit = len(tensor) // part.of
+        return tensor[part.start * unit : part.stop * unit]
 
     def __contains__(self, name: object) -> bool:
         return name in self._places

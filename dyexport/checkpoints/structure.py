@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dyexport.backbones.base import Preset
-from dyexport.checkpoints.locate import CONFIG, TRANSFORMER, find_checkpoint, find_local, read_json
+from dyexport.checkpoints.locate import CONFIG, TRANSFORMER, check_not_quantized, find_checkpoint, find_local, read_json
 from dyexport.errors import CheckpointError, UsageError
 from dyexport.presets import CLASS_NAME, PRESETS, get_preset, preset_class, preset_from_config, stored_preset
 
@@ -72,6 +72,10 @@ def read_dynamic_preset(directory: Path) -> Preset:
 
 def _static(checkpoint: str, path: Path, named: Preset | None) -> Preset:
     config, home = stored_config(path)
+    if config is None:
+        from dyexport.checkpoints.dialects import structure_of  # imports torch
+
+        config, home = structure_of(path), path
     if config is None:
         if named is None:
             raise CheckpointError(f"{path} does not say which model it is; give --model, or {PUBLISHED_SIZES}")
@@ -143,6 +147,7 @@ def stored_config(path: Path) -> tuple[dict[str, Any] | None, Path]:
     config = read_json(file)
     if path.is_file() and CLASS_NAME not in config:  # of something else that lies there
         return None, file
+    check_not_quantized(config, file)
     return config, file
 
 

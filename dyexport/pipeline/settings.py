@@ -258,7 +258,7 @@ def _has_routers(checkpoint: Path) -> bool:
             return (checkpoint / "dynamic.json").is_file()
     except OSError as error:
         raise CheckpointError(f"cannot read {str(checkpoint)[:SHOWN]!r}: {error.strerror}; give another") from error
-    from dyexport.checkpoints.static import has_routers
+    from dyexport.checkpoints.dialects import has_routers
 
     return has_routers(checkpoint)
 

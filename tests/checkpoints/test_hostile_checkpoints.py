@@ -17,9 +17,10 @@ import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, LatteTransformer3DModel
 from safetensors.torch import load_file, save_file
 
+from dyexport.checkpoints.dialects import has_routers
 from dyexport.checkpoints.dynamic import load_dynamic, save_dynamic
 from dyexport.checkpoints.locate import find_checkpoint
-from dyexport.checkpoints.static import WEIGHTS, has_routers, load_static, save_static
+from dyexport.checkpoints.static import WEIGHTS, load_static, save_static
 from dyexport.checkpoints.structure import read_config
 from dyexport.errors import CheckpointError
 from dyexport.models.random_weights import random_backbone

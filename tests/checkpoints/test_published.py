@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dyexport.backbones.base import Preset
+from dyexport.checkpoints.dialects import has_routers
 from dyexport.checkpoints.dynamic import load_dynamic, load_given, open_widths, save_dynamic
-from dyexport.checkpoints.static import has_routers, load_static, save_static
+from dyexport.checkpoints.static import load_static, save_static
 from dyexport.errors import CheckpointError
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs

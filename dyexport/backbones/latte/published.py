@@ -1,0 +1,7 @@
+"""Files with other names than diffusers': none is read for this backbone."""
+
+from __future__ import annotations
+
+from dyexport.backbones.base import Dialect
+
+DIALECTS: tuple[Dialect, ...] = ()
