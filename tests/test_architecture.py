@@ -324,8 +324,6 @@ CLASS_NAME = re.compile(rf"(?:{NAMES.title()}|DiT|SiT)(?=[A-Z])")
 PAPER_OR_USAGE = re.compile(r"arXiv|--model [\w-]+|\bdyexport [a-z]+ |>>> ")
 MAY_NAME_A_MODEL = {
     "bundle/reader.py": ("FLUX.1",),  # the size of its manifest
-    "checkpoints/lora_files.py": ("",),
-    "checkpoints/lora_translation.py": ("",),
     "demo.py": ("sit-digits",),  # the demo's model
     "flops.py": ("DiT table 1",),  # of the paper
     "pipeline/api.py": ("Bundle(",),  # what its example prints
@@ -378,7 +376,7 @@ def test_other_words_are_allowed(line: str) -> None:
 ROLES = {
     "preset": ("PRESETS",),
     "masked": ("ADAPTER",),
-    "published": ("DIALECTS",),
+    "published": ("DIALECTS", "LORA_LOADER"),
     "conditions": ("Conditioning",),
     "cut": ("slice_network", "slice_conditioning", "tables"),
     "slim": (),

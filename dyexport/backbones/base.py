@@ -4,7 +4,7 @@
 |-------------------|----------------------------|----------------------------------------------|
 | ``preset``        | ``Preset``s, ``PRESETS``   | both sides                                   |
 | ``masked``        | ``ADAPTER``, an ``Adapter``| the masked model, importance, checkpoints    |
-| ``published``     | ``DIALECTS``               | checkpoints with other names than diffusers' |
+| ``published``     | ``DIALECTS``, ``LORA_LOADER`` | checkpoints with other names than diffusers' |
 | ``conditions``    | ``Conditioning``           | training, calibration, synthetic data        |
 | ``cut``, ``slim`` | the functions of ``Slicer``| slicing and export                           |
 | ``flops``         | ``count``                  | budgets, plans                               |

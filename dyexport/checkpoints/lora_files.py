@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dyexport import backbones
 from dyexport.backbones.base import Preset
-from dyexport.backbones.flux.preset import FluxPreset
 from dyexport.checkpoints.lora_config import configured, read_config
 from dyexport.checkpoints.lora_translation import foreign_name, translate
 from dyexport.checkpoints.stored_weights import SAFETENSORS, StoredWeights, listed
@@ -88,11 +88,12 @@ def read_lora(file: Path, preset: Preset, stock: nn.Module) -> tuple[dict[str, F
     config = read_config(file)
     factors = {name: _factors(file, parts, config) for name, parts in found.items()}
     foreign = {name: factors.pop(name) for name in found if name not in modules}
-    if foreign and not isinstance(preset, FluxPreset):
+    loader: str | None = backbones.part(preset.backbone, "published").LORA_LOADER
+    if foreign and loader is None:
         key = found[next(iter(foreign))].key
         raise CheckpointError(f"{file}: {key} is of no layer of {preset.name}; give a LoRA made for this model")
     _check_peft(file, [found[name] for name in factors], config)
-    return _joined(file, factors, _translated(file, foreign)), text
+    return _joined(file, factors, _translated(file, foreign, str(loader))), text
 
 
 def _by_module(file: Path, tensors: Mapping[str, Tensor], modules: set[str]) -> dict[str, _Found]:
@@ -191,7 +192,7 @@ def _check_peft(file: Path, found: list[_Found], config: LoraConfig | None) -> N
         )
 
 
-def _translated(file: Path, foreign: Mapping[str, Factors]) -> dict[str, Factors]:
+def _translated(file: Path, foreign: Mapping[str, Factors], loader: str) -> dict[str, Factors]:
     """By diffusers' names."""
     translated: dict[str, Factors] = {}
     for name, factors in foreign.items():
@@ -199,7 +200,7 @@ def _translated(file: Path, foreign: Mapping[str, Factors]) -> dict[str, Factors
             held = ", ".join(sorted(factors.tensors))
             raise CheckpointError(f"{file}: {factors.key} is of {held}; by such names only A and B can be merged")
         parts: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in translate(file, factors.key, name, factors.tensors).items():
+        for key, tensor in translate(loader, file, factors.key, name, factors.tensors).items():
             module, part = _split(file, PREFIX.sub("", key, count=1))
             parts.setdefault(module, {})[part] = tensor
         split = {module: _split_off(tensors, factors) for module, tensors in parts.items()}

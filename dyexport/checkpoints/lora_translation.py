@@ -1,4 +1,4 @@
-"""Foreign names of FLUX's layers (Black Forest Labs', kohya's, XLabs'), translated by diffusers.
+"""Names of layers by other trainers (kohya's, XLabs', the published code's), translated by diffusers.
 
 One module at a time: converters drop keys that they do not know, and what comes of several is not told apart. Alphas
 stay out of it: converters round them to the factors' dtype, and forget those of the final layer.
@@ -24,18 +24,21 @@ def foreign_name(name: str) -> str:
     return name if XLABS in name else "lora_unet_" + name.replace(".", "_")
 
 
-def translate(file: Path, key: str, name: str, factors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The factors of a foreign module by diffusers' keys; those of a fused layer are split. ``key`` is for errors."""
-    from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
+def translate(loader: str, file: Path, key: str, name: str, factors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the factors of a module by diffusers' keys; those of a fused layer are split.
+
+    ``loader`` is the class of diffusers that knows the names, ``key`` is for errors. Raises ``CheckpointError``.
+    """
+    from diffusers.loaders import lora_pipeline
 
     parts = XLABS_PARTS if XLABS in name else KOHYA_PARTS
     try:
-        found: dict[str, Tensor] = FluxLoraLoaderMixin.lora_state_dict(
+        found: dict[str, Tensor] = getattr(lora_pipeline, loader).lora_state_dict(
             {f"{name}.{parts[part]}": tensor for part, tensor in factors.items()}
         )
     except Exception as error:  # converters assert, look up and index
         why = shorten(f"{type(error).__name__} {error}", 200)
-        raise CheckpointError(f"{file}: {key} is of no layer of FLUX that diffusers knows ({why})") from error
+        raise CheckpointError(f"{file}: {key} is of no layer that diffusers knows ({why})") from error
     if not found:
-        raise CheckpointError(f"{file}: {key} is of no layer of FLUX that diffusers knows; give one by its names")
+        raise CheckpointError(f"{file}: {key} is of no layer that diffusers knows; give one by its names")
     return found

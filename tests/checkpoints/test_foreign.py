@@ -96,7 +96,5 @@ def test_a_file_that_lacks_a_layer_names_what_is_missing(tmp_path: Path) -> None
     del file["double_blocks.1.img_mlp.0.weight"]
     save_file(file, tmp_path / "flux.safetensors")
     assert load_file(tmp_path / "flux.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"lacks double_blocks\.1\.img_mlp\.0\.weight;"
-    ):
+    with pytest.raises(CheckpointError, match=r"lacks double_blocks\.1\.img_mlp\.0\.weight;"):
         load_static(str(tmp_path / "flux.safetensors"), FLUX)

@@ -91,3 +91,5 @@ def _block(block: int, kind: str) -> dict[str, Part]:
 
 
 DIALECTS: tuple[Dialect, ...] = (PublishedDiT(),)
+LORA_LOADER: str | None = None
+"""Class of diffusers that translates names of LoRA layers."""

@@ -143,3 +143,5 @@ class DyFlux(Dialect):
 
 
 DIALECTS: tuple[Dialect, ...] = (BlackForestLabs(), DyFlux())
+LORA_LOADER: str | None = "FluxLoraLoaderMixin"
+"""Class of diffusers that translates names of LoRA layers."""

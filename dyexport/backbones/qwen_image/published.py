@@ -5,3 +5,5 @@ from __future__ import annotations
 from dyexport.backbones.base import Dialect
 
 DIALECTS: tuple[Dialect, ...] = ()
+LORA_LOADER: str | None = None
+"""Class of diffusers that translates names of LoRA layers."""
