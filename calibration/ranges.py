@@ -86,7 +86,7 @@ def fake_quantized(backbone: nn.Module, ranges: Ranges, quantization: Quantizati
 
 
 class _FakeQuantize(TorchFunctionMode):
-    """Replaces the operands of ``F.linear``: a streamed module has its weights only while it runs."""
+    """Replacement of the operands of ``F.linear``: a streamed module has its weights only while it runs."""
 
     def __init__(self, ranges: Ranges, quantization: Quantization) -> None:
         super().__init__()

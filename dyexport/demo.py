@@ -10,7 +10,7 @@ from time import perf_counter
 
 from dyexport.bench.compare import compare
 from dyexport.bench.evaluation import EvalReport, evaluate
-from dyexport.bench.heatmap import draw_image
+from dyexport.bench.heatmap import render_image
 from dyexport.bench.latency import BenchReport
 from dyexport.bench.pictures import grid, save_png, side_by_side, zoom_for
 from dyexport.bench.quality import Evaluator
@@ -104,7 +104,7 @@ def draw(bundle: Bundle, folder: Path, steps: int | None) -> tuple[Path, Path]:
     loaded.close()
     pictures, widths = folder / "digits.png", folder / "widths.png"
     save_png(side_by_side(images), pictures)
-    save_png(draw_image(bundle), widths)
+    save_png(render_image(bundle), widths)
     return pictures, widths
 
 

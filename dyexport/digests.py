@@ -1,4 +1,4 @@
-"""SHA-256 of files, each read once: the user's cache remembers it for as long as the file is not touched.
+"""SHA-256 of files, cached per user until a file changes.
 
 A file is known by its device, inode, size, and times of modification and of change. The last cannot be set back by
 ``touch``, so a file that was tampered with is read again. A cache that cannot be read or written costs time only.
@@ -59,14 +59,14 @@ def _remember(path: Path, before: _Seen, sha256: str) -> None:
 
 def _see(path: Path) -> _Seen:
     """Return the state of a file; waits for a large file that was just written to settle."""
-    found, now = path.stat(), time.time_ns()
-    grain = TICK if found.st_ctime_ns % 1_000_000_000 else COARSE
-    age = now - found.st_ctime_ns
-    if found.st_size >= LARGE and grain == TICK and 0 <= age <= grain:
+    status, now = path.stat(), time.time_ns()
+    grain = TICK if status.st_ctime_ns % 1_000_000_000 else COARSE
+    age = now - status.st_ctime_ns
+    if status.st_size >= LARGE and grain == TICK and 0 <= age <= grain:
         time.sleep((grain - age) / 1e9)
-        found, now = path.stat(), time.time_ns()
-    facts = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    return _Seen("file " + " ".join(map(str, facts)), now - found.st_ctime_ns > grain)
+        status, now = path.stat(), time.time_ns()
+    facts = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return _Seen("file " + " ".join(map(str, facts)), now - status.st_ctime_ns > grain)
 
 
 def once(fact: str, check: Callable[[], None]) -> None:
@@ -79,8 +79,8 @@ def once(fact: str, check: Callable[[], None]) -> None:
 def recall(name: str) -> str | None:
     """Return the value noted under a name; None without one, or if the cache cannot be read."""
     with suppress(sqlite3.Error, OSError), closing(_connect()) as store:
-        found = store.execute("SELECT value, seal FROM facts WHERE name = ?", (name,)).fetchone()
-        return found[0] if found is not None and found[1] == _seal(name, found[0]) else None
+        row = store.execute("SELECT value, seal FROM facts WHERE name = ?", (name,)).fetchone()
+        return row[0] if row is not None and row[1] == _seal(name, row[0]) else None
     return None
 
 

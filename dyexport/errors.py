@@ -1,4 +1,4 @@
-"""Every error dyexport raises on purpose.
+"""Errors that dyexport raises on purpose.
 
     DyexportError
     ├── UsageError          a value the caller passed is out of range or unknown

@@ -1,4 +1,4 @@
-"""The part of TensorRT's Python API that classic TensorRT and TensorRT-RTX share, by flavour; and Torch-TensorRT's."""
+"""TensorRT's Python API by flavour: the part that classic TensorRT and TensorRT-RTX share, and Torch-TensorRT's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RTX_LIBRARIES = ("libcudart.so*", "libtensorrt_rtx.so*", "libtensorrt_onnxparser
 
 @dataclass(frozen=True, kw_only=True)
 class Api:
-    """``trt`` is the module. ``measures`` says whether its builder times kernels on the GPU that it builds for.
+    """API of one flavour: ``trt`` is the module; ``measures`` is True if its builder times kernels on the GPU.
 
     TensorRT-RTX does not: it chooses kernels when a plan is loaded, and its timing cache is a stub.
     """
@@ -33,7 +33,7 @@ class Api:
         return str(self.trt.__version__)
 
     def capability(self, text: str) -> Any:
-        """``8.6`` as the builder calls it. Raises ``EngineBuildError`` for one it does not build for."""
+        """Return the builder's constant for ``8.6``. Raises ``EngineBuildError`` if it does not support that GPU."""
         known = getattr(self.trt, "ComputeCapability", None)
         name = f"SM{text.replace('.', '')}"
         if known is None or not hasattr(known, name):
@@ -45,7 +45,7 @@ class Api:
 
 @cache
 def load_api(flavour: Flavour) -> Api:
-    """Raises ``MissingDependencyError`` where it is not installed, ``EngineBuildError`` where its GPU is absent."""
+    """Import a flavour. Raises ``MissingDependencyError``, or ``EngineBuildError`` without its GPU."""
     return _LOADERS[flavour]()
 
 
@@ -91,7 +91,7 @@ _LOADERS: dict[Flavour, Callable[[], Api]] = {
 
 
 class BuildLog:
-    """Keeps what the builder says; its last errors explain a failure."""
+    """Recorder of the builder's messages; its last errors explain a failure."""
 
     def __init__(self, trt: Any) -> None:
         self.errors: list[str] = []

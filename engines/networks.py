@@ -14,7 +14,7 @@ from dyexport.engines.tensorrt_fit import plan_info
 from dyexport.errors import BundleError
 
 GRAPHS = "onnx"
-FROM_GRAPHS = ("tensorrt", "tensorrt-rtx")  # targets whose plans know the graph that they were built from
+FROM_GRAPHS = ("tensorrt", "tensorrt-rtx")  # targets whose plans record the hash of their graph
 
 
 def check_networks(bundle: Bundle, target: str) -> None:

@@ -27,7 +27,7 @@ def read_graph(path: Path) -> Message:
 
 
 def graph_io(model: Message, path: Path) -> EngineIO:
-    """Bindings of a graph. Raises ``EngineBuildError`` where they are not tensors with names."""
+    """Return the bindings of a graph. Raises ``EngineBuildError`` unless they are named tensors."""
     initialized = {tensor.name for tensor in model.graph.initializer}
     try:
         inputs = tuple(tensor_spec(value) for value in model.graph.input if value.name not in initialized)
@@ -40,9 +40,9 @@ def graph_io(model: Message, path: Path) -> EngineIO:
 
 
 def graph_weights(model: Message, path: Path) -> tuple[WeightSpan, ...]:
-    """Bytes of every tensor that is stored outside the graph's own file.
+    """Return the byte ranges of every tensor that is stored outside the file of the graph.
 
-    Raises ``EngineBuildError`` where they are outside the graph's folder or not a range of bytes.
+    Raises ``EngineBuildError`` if they are outside the graph's folder or not a range of bytes.
     """
     spans = {_span(tensor, path) for tensor in _external_tensors(model)}
     return tuple(sorted(spans, key=lambda span: (span.path, span.offset)))
@@ -69,7 +69,7 @@ def _external_tensors(model: Message) -> Iterator[Message]:
 
 
 def _tensors(graph: Message) -> Iterator[Message]:
-    """Initializers, and tensors among the attributes of nodes, at any depth. ``graph`` may be a ``FunctionProto``."""
+    """Yield initializers, and tensors among attributes of nodes, at any depth; also of a ``FunctionProto``."""
     yield from getattr(graph, "initializer", ())
     for sparse in getattr(graph, "sparse_initializer", ()):
         yield from (sparse.values, sparse.indices)

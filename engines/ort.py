@@ -22,7 +22,7 @@ ELEMENT_TYPES = {name: number for number, name in DTYPES.items()}
 
 
 class OrtEngine(Engine):
-    """One ONNX graph in ONNX Runtime, on as many threads as torch has.
+    """Engine over one ONNX graph in ONNX Runtime, on as many threads as torch has.
 
     ``share_weights`` leaves the weights in the mapped file: engines over one file hold them once, and share one
     arena of activations. Without it, ONNX Runtime copies the weights into the layout that its kernels prefer.
@@ -57,7 +57,7 @@ class OrtEngine(Engine):
             return
         ort = load_onnxruntime()
         model = read_graph(self.path)
-        graph_weights(model, self.path)  # refuses weights outside the bundle before anything reads them
+        graph_weights(model, self.path)  # rejects weights outside the bundle before they are read
         if self._device_type == "cpu":
             _check_kernels(model, self.path)
         self._folder = resolve_weights(model, self.path)
@@ -132,7 +132,7 @@ def has_cuda() -> bool:
 
 
 def providers_for(device: str, available: Sequence[str]) -> Providers:
-    """Return execution providers for ``cpu``, ``cuda`` or ``cuda:N``, where CUDA falls back to the CPU by operator."""
+    """Return execution providers for ``cpu``, ``cuda`` or ``cuda:N``, falling back from CUDA to the CPU by operator."""
     kind, _, index = device.partition(":")
     if kind == "cpu":
         return ["CPUExecutionProvider"]

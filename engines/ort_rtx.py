@@ -23,7 +23,7 @@ CONTEXT = "context.onnx"
 
 
 class OrtRtxEngine(OrtEngine):
-    """One ONNX graph on TensorRT-RTX.
+    """Engine over one ONNX graph on TensorRT-RTX.
 
     ``streaming_budget`` bounds the bytes of weights that stay on the device.
     """
@@ -61,7 +61,7 @@ def compiled_graphs() -> Path:
 
 
 class _FasterError(Exception):
-    """Another process has compiled the same graph."""
+    """Signal that another process has compiled the same graph."""
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def _registered() -> str:
     name = str(provider.get_ep_name())
     try:
         ort.register_execution_provider_library(name, provider.get_library_path())
-    except Exception as error:  # whatever the provider meets as it is loaded
+    except Exception as error:  # loading the library may raise anything
         raise EngineMismatchError(
             f"ONNX Runtime cannot load its TensorRT-RTX provider ({_cause(error)}); "
             "install NVIDIA's driver, or load the bundle with target='onnx'"

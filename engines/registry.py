@@ -107,7 +107,7 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "onnx-rtx": _onnx_rtx,
     "torch-tensorrt": _torch_tensorrt,
     "tensorrt": _tensorrt,
-    "tensorrt-rtx": partial(_tensorrt, "onnx-rtx"),  # whose provider is the same builder
+    "tensorrt-rtx": partial(_tensorrt, "onnx-rtx"),  # its provider uses the same builder
 }
 
 

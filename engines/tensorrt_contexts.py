@@ -1,4 +1,4 @@
-"""TensorRT contexts on a GPU: the memory that they share, and one captured graph for each shape.
+"""TensorRT contexts on a GPU, the memory that they share, and one captured graph per shape.
 
 TensorRT's rule is one context for each captured graph: a graph fixes the context's shapes and addresses. So
 every set of input shapes has its own context, static inputs and graph. All of them share one block of memory.
@@ -25,7 +25,7 @@ class Member(Protocol):
 
     @property
     def activation_bytes(self) -> int:
-        """Device memory needed during a run; may have to load a plan to find out."""
+        """Return the device memory needed during a run; may load a plan."""
 
 
 class Workspace:
@@ -170,9 +170,9 @@ class ShapedContext:
         self._inputs = {name: tensor.detach().contiguous().clone() for name, tensor in inputs.items()}
         self._outputs = self._allocate(shapes)
         self._bind({**self._inputs, **self._outputs})
-        self._execute(stream)  # TensorRT wants a run at new addresses before the one that is captured
+        self._execute(stream)  # TensorRT requires an uncaptured run at new addresses first
         graph = torch.cuda.CUDAGraph()
-        # Meanwhile another thread may be loading the next engine's weights, which is no part of the graph.
+        # Another thread may be loading the weights of the next engine, which is not part of the graph.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._execute(stream)
         return graph

@@ -1,7 +1,7 @@
 """TensorRT plans on an NVIDIA GPU, classic and RTX. Untested on a GPU: no machine of this project has one.
 
 Everything up to ``activate`` needs no device: bindings, sizes and whether a plan fits a machine follow from
-its description. Inputs and outputs are torch tensors bound where they lie.
+its description. Inputs and outputs are torch tensors, bound in place.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SHAPES = 8  # sets of input shapes that an engine keeps a context for
 
 
 class TensorRtEngine(PlanEngine):
-    """One plan. ``path`` is ``engine.plan``; its description is next to it.
+    """Engine over one plan. ``path`` is ``engine.plan``; its description is next to it.
 
     Engines of one ``workspace`` run one after another, in its memory and on its stream. If TensorRT can unload the
     weights of a plan, ``park`` does so, and ``activate`` copies them back on another stream while other engines run;
@@ -39,9 +39,9 @@ class TensorRtEngine(PlanEngine):
         self._streaming_budget = streaming_budget
         self._session: Session | None = None
         self._active = False
-        self._contexts: OrderedDict[Any, ShapedContext] = OrderedDict()  # the one used last at the end
-        self._loaded: torch.cuda.Event | None = None  # the weights are there
-        self._done: torch.cuda.Event | None = None  # the last run is over
+        self._contexts: OrderedDict[Any, ShapedContext] = OrderedDict()  # least recently used first
+        self._loaded: torch.cuda.Event | None = None  # recorded when the weights are loaded
+        self._done: torch.cuda.Event | None = None  # recorded after the last run
         workspace.join(self)
 
     @property
@@ -58,7 +58,7 @@ class TensorRtEngine(PlanEngine):
         return size
 
     def activate(self) -> None:
-        """Raises ``EngineMismatchError`` for another GPU or version, ``MissingDependencyError`` without a runtime."""
+        """Load the plan. Raises ``EngineMismatchError`` for another GPU or version, or ``MissingDependencyError``."""
         if self._active:
             return
         import torch
@@ -109,7 +109,7 @@ class TensorRtEngine(PlanEngine):
                 profile=profile,
                 io=self.io,
                 bindings=session.bindings,
-                capture=self._streaming_budget is None,  # streamed weights are copied by more than the graph
+                capture=self._streaming_budget is None,  # a captured graph does not include copies of streamed weights
             )
         self._contexts.move_to_end(key)
         return self._contexts[key]

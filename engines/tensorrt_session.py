@@ -55,10 +55,10 @@ class Session:
         return int(self._engine.device_memory_size_v2)
 
     def load_weights(self, stream: torch.cuda.Stream) -> None:
-        """Begin to copy deferred weights; what is enqueued on ``stream`` from now on finds them there."""
+        """Begin to copy deferred weights; work that is enqueued on ``stream`` later can use them."""
         self._reader = stream_reader(
             self._trt, PlanFile(self._path)
-        )  # kept, for TensorRT reads from it as the stream proceeds
+        )  # kept alive: TensorRT reads from it asynchronously
         if not self._engine.load_weights_async(self._reader, stream.cuda_stream):
             raise self._log.failure(f"TensorRT cannot load the weights of {self._path}")
 
@@ -69,7 +69,7 @@ class Session:
             raise self._log.failure(f"TensorRT cannot unload the weights of {self._path}")
 
     def context(self) -> Any:
-        """A new context without memory for activations."""
+        """Make a context without memory for activations."""
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._engine.create_execution_context(strategy if self._config is None else self._config)
         if context is None:
@@ -100,7 +100,7 @@ class PlanFile:
         return self._file.read(min(count, CHUNK))
 
     def seek(self, offset: int, where: str) -> bool:
-        """``where`` is ``SET``, ``CUR`` or ``END``, as TensorRT names them."""
+        """Move to an offset; ``where`` is TensorRT's ``SET``, ``CUR`` or ``END``."""
         self._file.seek(-offset if where == "END" else offset, ("SET", "CUR", "END").index(where))
         return True
 

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class TorchTensorRtEngine(PlanEngine):
-    """One program; its description is next to it.
+    """Engine over one program, whose description is next to it.
 
-    The file is code, which runs as it is loaded, so its bundle is always opened with hashes checked.
+    Loading the file runs code from it, so its bundle is always opened with hashes checked.
     """
 
     def __init__(self, path: Path, *, device: str = "cuda") -> None:
@@ -31,7 +31,7 @@ class TorchTensorRtEngine(PlanEngine):
         return self._module is not None
 
     def activate(self) -> None:
-        """Raises ``EngineMismatchError`` for a program of another GPU or version."""
+        """Load the program. Raises ``EngineMismatchError`` for one of another GPU or version."""
         if self._module is not None:
             return
         import torch
@@ -41,7 +41,7 @@ class TorchTensorRtEngine(PlanEngine):
         try:
             with torch.cuda.device(self.device):
                 self._module = load_api(self.info.flavour).trt.load(str(self.path)).module()
-        except Exception as error:  # of many libraries
+        except Exception as error:  # raised by many libraries
             raise EngineBuildError(f"Torch-TensorRT cannot load {self.path}: {error}") from error
 
     def run(self, inputs: Tensors) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from dyexport.slicing.slicer import Slice
 
 
 def example_sizes(slice_: Slice) -> dict[str, int]:
-    """A size for every symbol, no two alike, none of them 0 or 1, which the exporter would take for constants."""
+    """Return a distinct size for every symbol. None is 0 or 1, which the exporter would specialize."""
     symbols = dict.fromkeys(size for spec in slice_.inputs for size in spec.shape if isinstance(size, str))
     plain = {
         symbol: max(slice_.limits.get(symbol, 0), slice_.floors.get(symbol, 0) + 2 + index)
@@ -31,13 +31,13 @@ def _factor(symbol: str) -> int:
 
 
 def example_inputs(slice_: Slice, sizes: Mapping[str, int], device: str = "meta") -> dict[str, Tensor]:
-    """By name; without values on the meta device, elsewhere zeros."""
+    """Return zeros for every input, by name; on the meta device they have no values."""
     shapes = {s.name: [sizes[size] if isinstance(size, str) else size for size in s.shape] for s in slice_.inputs}
     return {s.name: torch.zeros(shapes[s.name], dtype=getattr(torch, s.dtype), device=device) for s in slice_.inputs}
 
 
 def dynamic_shapes(slice_: Slice) -> dict[str, dict[int, Any]]:
-    """For ``torch.export``: the dimensions of every input that are free, equal symbols being one."""
+    """Return the dynamic dimensions of every input for ``torch.export``; equal symbols share one ``Dim``."""
     symbols = dict.fromkeys(size for spec in slice_.inputs for size in spec.shape if isinstance(size, str))
     dims = {symbol: _dimension(symbol, slice_) for symbol in symbols}
     return {

@@ -1,4 +1,4 @@
-"""Slim modules to ONNX graphs whose weights are references into the store.
+"""Export slim modules to ONNX graphs whose weights are references into the store.
 
 Modules are exported from the meta device: no weight is ever in memory here, whatever the model's size.
 """
@@ -41,7 +41,7 @@ ONNX_DTYPES = {
     torch.int8: ir.DataType.INT8,
     torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
 }
-REWRITES = (  # those of onnxscript that find something here; one of the others compares each node with every other
+REWRITES = (  # the rules of onnxscript that apply here; running all takes quadratic time
     rules.collapse_slice_rule,
     rules.cast_constant_of_shape_rule,
     rules.cast_constant_of_shape_without_value_rule,
@@ -59,7 +59,7 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 
 @contextmanager
 def quiet(*names: str) -> Iterator[None]:
-    """Log nothing but errors of these loggers, for a while."""
+    """Silence everything below an error of these loggers inside the context."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
@@ -75,9 +75,10 @@ def quiet(*names: str) -> Iterator[None]:
 def export_onnx(
     slice_: Slice, layout: StoreLayout, path: Path, labels: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Write the graph of a slice to ``path``; its weights are those of ``layout``, in ``weights.bin`` next to it.
+    """Write the graph of a slice to ``path``; weights refer to ``weights.bin`` next to it, laid out by ``layout``.
 
-    Inputs and outputs are the slice's, symbols staying symbols; ``labels`` are its metadata. Raises ``ExportError``.
+    Inputs and outputs have the names and symbolic sizes of the slice. ``labels`` are stored as metadata.
+    Raises ``ExportError``.
     """
     model = _export(slice_, path.stem)
     _optimize(model, slice_)
@@ -93,12 +94,12 @@ def _export(slice_: Slice, name: str) -> ir.Model:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _translate(slice_)
-    except Exception as error:  # the exporter wraps whatever went wrong in types of its own
+    except Exception as error:  # the exporter wraps all errors in private types
         raise ExportError(f"torch cannot export {name}: {error}") from error
 
 
 def _translate(slice_: Slice) -> ir.Model:
-    """Trace once, then turn operators into nodes as they are."""
+    """Trace the module once, and translate its operators without decomposition."""
     shapes = dynamic_shapes(slice_)
     # With symbolic sizes, filling the cache of fake tensors takes longer than it saves.
     with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
@@ -110,8 +111,8 @@ def _translate(slice_: Slice) -> ir.Model:
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,  # as torch.onnx does: a guard would exclude a size of 1
         )
-        # Every operator of a slim network has an ONNX form; taking them apart would trace the network twice more. The
-        # attribute is of this program alone.
+        # Every operator of a slim network has an ONNX form, and decomposition would trace the network twice more. The
+        # override affects this program only.
         traced.run_decompositions = lambda table: traced
         program = torch.onnx.export(
             traced,
@@ -138,9 +139,9 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Translate attention to standard nodes: the form that ONNX Runtime and TensorRT fuse; opset 20 has no other.
+    """Translate attention to standard nodes, in the form that ONNX Runtime and TensorRT fuse.
 
-    A mask is of floating point: it is added to the logits.
+    Opset 20 has no attention operator. ``attn_mask`` holds floats that are added to the logits.
     """
     if is_causal or enable_gqa or scale != 1.0:
         raise ExportError("only attention with the scale folded into its query weights is exported")
@@ -151,7 +152,7 @@ def attention(
 
 
 def cast(value: Any, dtype: int, non_blocking: bool = False, copy: bool = False, memory_format: Any = None) -> Any:
-    """``Tensor.to(dtype)``, which torch.onnx knows by the name of one of its parts only."""
+    """Translate ``Tensor.to(dtype)``, for which torch.onnx knows only the decomposed operator."""
     return op.Cast(value, to=dtype)
 
 
@@ -162,13 +163,13 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 
 
 def _optimize(model: ir.Model, slice_: Slice) -> None:
-    """Fold shapes and constants. Weights take no part: they have no values yet."""
+    """Fold shapes and constants. Weights are not folded: they have no values yet."""
     for name in slice_.recipes:
         if name in model.graph.initializers:
             model.graph.initializers[name].const_value = None
     onnxscript.optimizer.inline(model)
-    passes.CommonSubexpressionEliminationPass()(model)  # a rewrite of two alike would name two shapes the same
-    for _ in range(2):  # what rewriting leaves can be folded again
+    passes.CommonSubexpressionEliminationPass()(model)  # rewriting equal nodes would give two shapes the same name
+    for _ in range(2):  # rewriting makes more constants to fold
         onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
         rewriter.rewrite(model, REWRITES)
     ir.passes.Sequential(
@@ -185,7 +186,7 @@ def refer_to_store(model: ir.Model, slice_: Slice, layout: StoreLayout) -> None:
     for name, value in model.graph.initializers.items():
         recipe = slice_.recipes.get(name)
         if recipe is None:
-            constant = value.const_value  # a norm without weights gets a vector of ones
+            constant = value.const_value  # such as the ones of a norm without weights
             if constant is None or (constant.nbytes > 4096 and len(constant.shape) > 1):
                 raise ExportError(f"the exporter made a constant {name!r} that is not a weight of the model")
             continue
@@ -203,9 +204,9 @@ def refer_to_store(model: ir.Model, slice_: Slice, layout: StoreLayout) -> None:
 
 
 def strip_metadata(model: ir.Model) -> None:
-    """Remove what the exporter notes about the source code: paths and stack traces, which differ by machine.
+    """Remove paths and stack traces of the source code, which differ by machine.
 
-    What stays is the name of the module that a node came from.
+    Nodes keep the name of the module that they were exported from.
     """
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
@@ -220,16 +221,15 @@ def strip_metadata(model: ir.Model) -> None:
 
 
 def _module_of(scopes: str) -> str:
-    """``"['', 'blocks.0', 'blocks.0.fc1', 'linear']"`` is of ``blocks.0.fc1``; the last name is the operation's."""
+    """Return the module in a list of scopes: ``"['', 'blocks.0', 'blocks.0.fc1', 'linear']"`` -> ``blocks.0.fc1``."""
     names = [name for name in ast.literal_eval(scopes) if name] if scopes else []
     return names[-2] if len(names) > 1 else ""
 
 
 def check_onnx(path: Path) -> None:
-    """``onnx.checker`` on the file and its place in the store. Raises ``ExportError``.
+    """Check a graph with ``onnx.checker``, and that its weights lie within the store. Raises ``ExportError``.
 
-    The checker wants the store next to the graph, and no link to it; an empty file of its length does. It does not ask
-    whether weights lie within the store.
+    The checker requires the store next to the graph and rejects links, so it gets a sparse file of the same length.
     """
     try:
         length = (path.parent / STORE).stat().st_size

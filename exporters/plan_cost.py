@@ -1,4 +1,4 @@
-"""Estimates of what TensorRT plans take: bytes from the weights, seconds from plans that were built before."""
+"""Cost estimates of TensorRT plans: bytes from the weights, build seconds from earlier plans."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Explicit quantization: Q/DQ nodes in the one form that TensorRT and ONNX Runtime both fuse with a matrix product.
+"""Insert explicit Q/DQ nodes, in the form that both TensorRT and ONNX Runtime fuse with a matrix product.
 
     x -> QuantizeLinear -> DequantizeLinear -> Gemm -> Add <- bias
          codes in the weight store -> DequantizeLinear ^
 
-Scales are of the type that the product computes in, as strongly typed networks want it. ONNX Runtime makes a ``QGemm``
-only of products without a float bias and with zero points, which are all 0.
+Scales have the dtype of the product, as strongly typed networks require. ONNX Runtime fuses a ``QGemm`` only if there
+is no float bias and there are zero points; all zero points are 0.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ CODES: Mapping[Quantization, ir.DataType] = {"int8": ir.DataType.INT8, "fp8": ir
 
 
 def insert_qdq(model: ir.Model, slice_: Slice) -> None:
-    """Before: every quantized weight is read as floats by one ``Gemm``. After: as codes, what it multiplies quantized.
+    """Replace the float weight of every quantized ``Gemm`` by codes, and quantize its input.
 
-    Raises ``ExportError`` for a weight that is read in another way, or whose input has no range.
+    Raises ``ExportError`` for a weight that anything else than one ``Gemm`` reads, or whose input has no range.
     """
     for name, recipe in slice_.recipes.items():
         if recipe.quantization is not None and not recipe.scales:
@@ -62,7 +62,7 @@ def _quantize_input(gemm: ir.Node, scale: float, codes: ir.DataType) -> None:
 
 
 def _dequantize_weight(gemm: ir.Node, codes: ir.DataType, *, axis: int) -> None:
-    """The weight keeps its name; the scales of its output channels, which lie along ``axis``, stand beside it."""
+    """Read the weight as codes of the same name, with a new initializer for the scales of outputs along ``axis``."""
     weight = _input(gemm, 1)
     floats, name = _type_of(weight), SCALE.format(weight=weight.name)
     assert weight.shape is not None
@@ -105,7 +105,7 @@ def _graph_of(node: ir.Node) -> ir.Graph:
 
 
 def _constant(gemm: ir.Node, name: str, value: float | list[int], dtype: ir.DataType) -> ir.Value:
-    """Nodes share none: ONNX Runtime gives each a copy of the same name as it turns signed codes into unsigned ones."""
+    """Add a constant for one node only: ONNX Runtime would make two copies of a shared one, of the same name."""
     tensor = ir.Tensor(np.array(value, dtype.numpy()), dtype=dtype, name=name)
     constant = ir.Value(name=name, type=ir.TensorType(dtype), shape=tensor.shape, const_value=tensor)
     _graph_of(gemm).initializers.add(constant)
@@ -115,7 +115,7 @@ def _constant(gemm: ir.Node, name: str, value: float | list[int], dtype: ir.Data
 def _insert(
     gemm: ir.Node, op_type: str, inputs: Sequence[ir.Value], dtype: ir.DataType, axis: int | None = None
 ) -> ir.Value:
-    """A node before the product, of the same module; its output is shaped as its first input."""
+    """Insert a node before the product, in the same module. Its output has the shape of its first input."""
     node = ir.node(op_type, inputs, {} if axis is None else {"axis": axis})
     node.metadata_props.update(gemm.metadata_props)
     node.outputs[0].type, node.outputs[0].shape = ir.TensorType(dtype), inputs[0].shape

@@ -1,7 +1,7 @@
-"""ONNX graphs to TensorRT plans, classic or RTX, with profiles for every dimension that is free at run time.
+"""Build TensorRT plans, classic or RTX, from ONNX graphs, with profiles for every dynamic dimension.
 
-The graph is the file that ONNX Runtime runs and that ``verify`` checks; networks are strongly typed, so a
-plan computes in the graph's own precision.
+The graph is the file that ONNX Runtime runs and that ``verify`` checks. Networks are strongly typed: a plan computes
+in the precision of its graph.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Profiles = Mapping[str, Profile]
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """A plan to build. ``compute_capabilities`` are such as 8.9, for RTX; none means all that its builder knows.
+    """A plan to build. ``compute_capabilities`` are such as 8.9, for RTX; none means all that its builder supports.
 
     ``profiles``, one optimization profile each, name every symbol of ``inputs``. ``largest_topk`` is the most
     tokens that a block may be asked to keep. With ``stream_weights``, those that do not fit on the device may stay in
@@ -50,7 +50,7 @@ def build_plan(
 ) -> PlanInfo:
     """Write the plan of a graph and its description into the directory ``out``; ``timings`` is a cache of kernels.
 
-    Raises ``EngineBuildError`` naming the node, the dimension or the builder's own reason, and
+    Raises ``EngineBuildError`` that names the node, the dimension or the builder's reason, and
     ``MissingDependencyError`` where the flavour is not installed.
     """
     model = onnx.load(graph, load_external_data=False)
@@ -67,7 +67,7 @@ def build_plan(
     config = _configure(api, builder, network, request, progress)
     with kept_timings(api, config, timings):
         plan = builder.build_serialized_network(network, config)
-    del parser  # until here it owned the weights that the network refers to
+    del parser  # it owns the weights that the network refers to, so it must live until here
     if plan is None:
         raise log.failure(f"{request.flavour} cannot build {graph.name}")
     out.mkdir()

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from dyexport.slicing.slicer import Slice
 
 BATCH = Profile(min=1, opt=2, max=8)  # 2 is one picture under guidance
-STEPS = Profile(min=1, opt=50, max=100)  # that the conditioning network computes at once
+STEPS = Profile(min=1, opt=50, max=100)  # rows of the conditioning network in one run
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorrtSettings:
     """User settings of TensorRT plans; the defaults suit every model.
 
-    ``compute_capabilities`` such as '8.9' are the GPUs that TensorRT-RTX plans are built for; none: all that it knows.
+    ``compute_capabilities`` such as '8.9' are the GPUs that TensorRT-RTX plans are built for; none: all of them.
     ``profiles`` are optimization profiles such as 'batch=1:2:8,image_tokens=1024:4096:4096'. With ``stream_weights``,
     weights that do not fit on the GPU may stay in host memory.
     """
@@ -71,23 +71,23 @@ def _parse_one(part: str) -> tuple[str, Profile]:
 
 
 def profiles_for(
-    spec: ModelSpec, segment: Segment | None, given: tuple[Mapping[str, Profile], ...]
+    spec: ModelSpec, segment: Segment | None, requested: tuple[Mapping[str, Profile], ...]
 ) -> tuple[dict[str, Profile], ...]:
     """Complete optimization profiles with the model's default sizes; without any, return one of defaults.
 
     Raises ``UsageError`` for a dimension that this model does not have.
     """
     default = _default_sizes(spec, segment)
-    for profiles in given:
+    for profiles in requested:
         if unknown := [name for name in profiles if name not in _default_sizes(spec, None) and name not in default]:
             raise UsageError(f"--profile names {unknown[0]!r}; {spec.name} has {', '.join(default)}")
-    return tuple(default | {k: v for k, v in profiles.items() if k in default} for profiles in given or ({},))
+    return tuple(default | {k: v for k, v in profiles.items() if k in default} for profiles in requested or ({},))
 
 
 def largest_topk(spec: ModelSpec, segment: Segment | None, profiles: Sequence[Mapping[str, Profile]]) -> int:
-    """Most tokens that a block of the segment may sort; blocks with room for more than TensorRT can sort do not.
+    """Return the most tokens that a block of the segment may sort; blocks with more than TensorRT can sort do not.
 
-    Where text is sorted too, a profile may allow more of it than the default.
+    If text is sorted too, a profile may allow more of it than the default.
     """
     if segment is None:
         return 0

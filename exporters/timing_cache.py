@@ -16,10 +16,10 @@ DIGEST = hashlib.sha256().digest_size  # bytes before the cache itself
 
 @contextmanager
 def kept_timings(api: Api, config: Any, path: Path | None) -> Iterator[None]:
-    """Build inside: from what ``path`` holds, and with what was measured written to it.
+    """Load the timing cache of ``config`` from ``path``, and write it back after a build inside the context.
 
-    A cache that is damaged, or that the builder refuses as another GPU's or version's, is left alone; kernels are
-    then measured again. Without a ``path``, or for a flavour that measures nothing, nothing is done.
+    A cache that is damaged, or is of another GPU or version, is ignored; kernels are then measured again. Does
+    nothing without a ``path``, or for a flavour that measures nothing.
     """
     if path is None or not api.measures:
         yield
@@ -31,7 +31,7 @@ def kept_timings(api: Api, config: Any, path: Path | None) -> Iterator[None]:
 
 
 def read_timings(path: Path) -> bytes:
-    """Nothing where there is no file, or not the one that was written."""
+    """Read a cache; return no bytes if the file is missing or damaged."""
     stored = path.read_bytes() if path.is_file() else b""
     content = stored[DIGEST:]
     return content if hashlib.sha256(content).digest() == stored[:DIGEST] else b""

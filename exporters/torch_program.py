@@ -1,7 +1,7 @@
-"""Slim modules compiled by Torch-TensorRT, as exported programs. Untested on a GPU.
+"""Compile slim modules with Torch-TensorRT to exported programs. Untested on a GPU.
 
-What TensorRT does not support stays with torch inside the same program. A program is compiled with its weights in it,
-from the module itself and not from its ONNX graph; up to ``export_program`` everything needs no GPU.
+Operators that TensorRT does not support run in torch inside the same program. A program includes its weights, and is
+compiled from the module instead of its ONNX graph. Everything up to ``export_program`` works without a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dyexport.tensorrt_api import load_api
 
 
 class InOrder(nn.Module):
-    """A module of named inputs, called with them in a fixed order: names do not survive Torch-TensorRT."""
+    """Wrapper that passes positional inputs by name: Torch-TensorRT does not keep names."""
 
     def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -40,8 +40,8 @@ class InOrder(nn.Module):
 def build_program(slice_: Slice, layout: StoreLayout, store: Path, request: PlanRequest, out: Path) -> PlanInfo:
     """Write the program of a network and its description into the directory ``out``.
 
-    Raises ``MissingDependencyError`` without Torch-TensorRT, ``EngineBuildError`` without a GPU or for what it
-    cannot meet.
+    Raises ``MissingDependencyError`` without Torch-TensorRT, ``EngineBuildError`` without a GPU or for a request
+    that it cannot meet.
     """
     api = load_api(request.flavour)
     if len(request.profiles) != 1 or request.compute_capabilities:
@@ -54,8 +54,8 @@ def build_program(slice_: Slice, layout: StoreLayout, store: Path, request: Plan
     try:
         compiled = api.trt.dynamo.compile(program, arg_inputs=inputs, use_explicit_typing=True)
         out.mkdir()
-        api.trt.save(compiled, str(out / PROGRAM), retrace=False)  # its graph knows its free sizes already
-    except Exception as error:  # of many libraries
+        api.trt.save(compiled, str(out / PROGRAM), retrace=False)  # its graph has the dynamic sizes
+    except Exception as error:  # raised by many libraries
         raise EngineBuildError(f"Torch-TensorRT cannot compile the network: {error}") from error
     info = PlanInfo(
         flavour=request.flavour,
@@ -76,7 +76,7 @@ def build_program(slice_: Slice, layout: StoreLayout, store: Path, request: Plan
 def export_program(
     slice_: Slice, layout: StoreLayout, store: Path, *, device: str = "cpu"
 ) -> torch.export.ExportedProgram:
-    """The network with its weights; inputs in the slice's order, symbols staying free. Raises ``ExportError``."""
+    """Export the network with its weights; inputs in the order of the slice, dynamic sizes. Raises ``ExportError``."""
     names = tuple(spec.name for spec in slice_.inputs)
     module = InOrder(load_stored(slice_, layout, store), names).to(device).eval()
     inputs, shapes = example_inputs(slice_, example_sizes(slice_), device), dynamic_shapes(slice_)
@@ -88,12 +88,12 @@ def export_program(
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,  # a guard would exclude a size of 1
         )
-    except Exception as error:  # its tracer raises what it likes
+    except Exception as error:  # the tracer raises many types
         raise ExportError(f"torch cannot export the network: {error}") from error
 
 
 def load_stored(slice_: Slice, layout: StoreLayout, store: Path) -> nn.Module:
-    """The slim module, its weights being views of the mapped store."""
+    """Return the slim module with weights that are views of the memory-mapped store."""
     mapped = torch.from_file(str(store), shared=False, size=store.stat().st_size, dtype=torch.uint8)  # (bytes,)
     module = copy.deepcopy(slice_.module)
     weights = {name: _view(mapped, recipe, layout.offsets[recipe]) for name, recipe in slice_.recipes.items()}
@@ -106,7 +106,7 @@ def _view(mapped: Tensor, recipe: Recipe, offset: int) -> Tensor:
 
 
 def compiled_input(torch_tensorrt: Any, spec: TensorSpec, profiles: Profiles) -> Any:
-    """Torch-TensorRT's name for an input and its sizes."""
+    """Describe an input and its sizes for Torch-TensorRT."""
     dtype = getattr(torch, spec.dtype)
     ranges = [size_range(size, spec, profiles) for size in spec.shape]
     low, best, high = (tuple(getattr(size, end) for size in ranges) for end in ("min", "opt", "max"))

@@ -78,7 +78,7 @@ BUILD = ["build", "--model", "dit-s-2", "--random-weights"]
         ([*BUILD, "--budget", "0.5", "--target", "onnx,paper"], "unknown target 'paper'"),
         ([*BUILD, "--budget", "0.5", "--checkpoint", "x"], "exclude each other"),
         (["build", "--budget", "0.5"], "--model"),
-        ([*BUILD, "--colour", "red"], "--colour"),
+        ([*BUILD, "--color", "red"], "--color"),
         ([*BUILD, "--budget", "0.5", "-o", "/"], "-o is /; give the name of a directory"),
         ([*BUILD, "--budget", "0.5", "--seed", str(2**64)], f"--seed is {2**64}"),
         ([*BUILD, "--budget", "0.5", "--seed", "-1"], "--seed is -1"),

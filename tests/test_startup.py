@@ -50,7 +50,7 @@ def run(*arguments: str, cwd: Path) -> tuple[int, str, bool]:
         ("build --model sit-digits --budget 0.5 --target paper", 2),
         ("build --model sit-digits --budget 0.5 --precision fp23", 2),
         ("build --model sit-digits --budget 0.5 --td-lora rank=-1", 2),
-        ("build --model sit-digits --budget 0.5 --colour red", 2),
+        ("build --model sit-digits --budget 0.5 --color red", 2),
         ("finetune --work nowhere", 2),
         ("export", 2),
         ("sample nowhere --guidance nan", 2),

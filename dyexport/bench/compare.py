@@ -1,4 +1,4 @@
-"""``dyexport bench``: a bundle against its dense graph and the dense diffusers module, all in one run."""
+"""Compare a bundle with its dense graph and the dense diffusers module, all timed in one run (``dyexport bench``)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _Measured:
 
 
 def compare(bundle: Bundle, settings: BenchSettings, progress: Progress | None = None) -> BenchReport:
-    """Time everything. Raises ``BundleError`` for a bundle without its dense graph."""
+    """Measure latency, overhead and memory. Raises ``BundleError`` for a bundle without its dense graph."""
     with _threads(settings.threads), torch.inference_mode():
         return _report(bundle, settings, _measure(bundle, settings, progress))
 
@@ -101,7 +101,7 @@ def _report(bundle: Bundle, settings: BenchSettings, measured: _Measured) -> Ben
         speedup_vs_dense=speedup,
         speedup_vs_torch_compile=None if compiled is None else compiled / dynamic,
         speedup_vs_eager=seconds["eager"] / dynamic,
-        realised=speedup * plan.network_flops_ratio,
+        realized=speedup * plan.network_flops_ratio,
         switch_overhead=measured.switch_overhead,
         trajectory_speedup=measured.trajectory_speedup,
         others=measured.others,
@@ -112,11 +112,11 @@ def _report(bundle: Bundle, settings: BenchSettings, measured: _Measured) -> Ben
 
 
 def with_conditioning(seconds: Mapping[str, float], steps: int) -> dict[str, float]:
-    """Seconds of a step: to what runs at each step, its share of what runs once for all of them is added."""
+    """Return seconds per step. The conditioning network runs once; each step gets an equal share of its time."""
     once = seconds["conditioning"] / steps
     shared = {name for name in seconds if name == "dense" or name.startswith("segment")}
-    each = {name: value + once if name in shared else value for name, value in seconds.items()}
-    return {**each, "conditioning": once}
+    per_step = {name: value + once if name in shared else value for name, value in seconds.items()}
+    return {**per_step, "conditioning": once}
 
 
 def _added_bytes(bundle: Bundle, settings: BenchSettings, *, dense: bool) -> int | None:
@@ -160,10 +160,10 @@ def _kept_tokens(bundle: Bundle, segment: Segment) -> float:
 
 
 def switch_overhead(loaded: BundleTransformer, settings: BenchSettings) -> float:
-    """Share of a step spent outside the engines, in a sampling loop whose engines are all resident.
+    """Measure the share of a step spent outside the engines, in a sampling loop whose engines are all resident.
 
-    Routing, switching and moving tensors, everything that a single engine would not need, is in it.
-    The median over a few loops, after one that activates the engines.
+    It includes everything that a single engine would not need: routing, switching and moving tensors. It is the
+    median over a few loops, after one loop that activates the engines.
     """
     shares = []
     for seed in range(OVERHEAD_LOOPS + 1):
@@ -176,7 +176,7 @@ def switch_overhead(loaded: BundleTransformer, settings: BenchSettings) -> float
 
 
 def _trajectory_speedup(dense: BundleTransformer, loaded: BundleTransformer, settings: BenchSettings) -> float:
-    seeds = count()  # no two loops draw the same pictures, so each computes its conditioning
+    seeds = count()  # a new seed for every loop, so that none finds its conditioning in a cache
     loops = {
         "dense": lambda: _sampling_loop(dense, settings, next(seeds)),
         "dynamic": lambda: _sampling_loop(loaded, settings, next(seeds)),
@@ -186,7 +186,7 @@ def _trajectory_speedup(dense: BundleTransformer, loaded: BundleTransformer, set
 
 
 def _sampling_loop(transformer: BundleTransformer, settings: BenchSettings, seed: int) -> None:
-    """The network's calls of one trajectory, from noise to data."""
+    """Call the network along one trajectory, from noise to data."""
     spec = transformer.spec
     steps = settings.steps_for(spec)
     noise, data = spec.noise_to_data
@@ -198,7 +198,7 @@ def _sampling_loop(transformer: BundleTransformer, settings: BenchSettings, seed
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """torch's threads, which ONNX Runtime's engines copy."""
+    """Set torch's number of threads inside the context; ONNX Runtime engines use the same number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -1,4 +1,4 @@
-"""``dyexport eval``: pictures of a bundle, its dense graph and the control, drawn alike and judged alike."""
+"""Score a bundle, its dense graph and the control model with the same sampling and metrics (``dyexport eval``)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from dyexport.runtime.transformer import stock_class
 CHUNK = 300  # largest batch
 
 
-def draw_digits(
+def sample_digits(
     transformer: Denoiser, spec: ModelSpec, config: SamplingConfig, seed: int, progress: Progress | None = None
 ) -> Digits:
-    """Sample a model of the digits. Raises ``UsageError`` for a model of anything else."""
+    """Sample a digits model. Raises ``UsageError`` for any other model."""
     check_digits(spec)
     labels = np.arange(config.samples) % spec.classes
     pictures = []
@@ -48,10 +48,10 @@ def draw_digits(
 
 @dataclass(frozen=True, kw_only=True)
 class EvalReport:
-    """What ``dyexport eval`` found: means over seeds, and each seed's scores by model.
+    """Results of ``dyexport eval``: means over seeds, and the scores of each seed by model.
 
-    ``frechet_control`` is the static model trained as long as the dynamic one; None where there is none.
-    ``class_accuracy`` is the dynamic model's; ``frechet_real`` what held-out real digits score.
+    ``frechet_control`` is of the static model that was trained as long as the dynamic one, or None without one.
+    ``class_accuracy`` is of the dynamic model, ``frechet_real`` of held-out real digits.
     """
 
     model: str
@@ -73,7 +73,7 @@ class EvalReport:
 def evaluate(
     bundle: Bundle,
     control: Path | None,
-    judge: Evaluator,
+    evaluator: Evaluator,
     held_out: Digits,
     config: SamplingConfig,
     seeds: Sequence[int],
@@ -81,17 +81,17 @@ def evaluate(
 ) -> EvalReport:
     """Score each model with each seed; equal seeds start from equal noise.
 
-    ``control`` is a diffusers directory. Raises ``UsageError`` for a model of anything but digits.
+    ``control`` is a diffusers directory. Raises ``UsageError`` for any other model than digits.
     """
     loaded, dense = (load(bundle.root, check_hashes=False, dense=dense) for dense in (False, True))
     models: dict[str, Denoiser] = {"dense": dense}
     if control is not None:
         models["control"] = _load_control(bundle.manifest.model, control)
     models["dynamic"] = loaded
-    scores = score_models(models, bundle.manifest.model, judge, config, seeds, progress)
+    scores = score_models(models, bundle.manifest.model, evaluator, config, seeds, progress)
     loaded.close()
     dense.close()
-    return _report(bundle, config, scores, frechet_real=judge.frechet(held_out.pictures))
+    return _report(bundle, config, scores, frechet_real=evaluator.frechet(held_out.pictures))
 
 
 def _load_control(spec: ModelSpec, directory: Path) -> Any:
@@ -104,7 +104,7 @@ def _load_control(spec: ModelSpec, directory: Path) -> Any:
 def score_models(
     models: Mapping[str, Denoiser],
     spec: ModelSpec,
-    judge: Evaluator,
+    evaluator: Evaluator,
     config: SamplingConfig,
     seeds: Sequence[int],
     progress: Progress | None = None,
@@ -114,8 +114,8 @@ def score_models(
     scores: dict[str, list[Score]] = {name: [] for name in models}
     for index, (name, seed) in enumerate(runs):
         part = _offset(progress, index * config.samples, total)
-        scores[name].append(judge.score(draw_digits(models[name], spec, config, seed, part), seed))
-    return {name: tuple(found) for name, found in scores.items()}
+        scores[name].append(evaluator.score(sample_digits(models[name], spec, config, seed, part), seed))
+    return {name: tuple(values) for name, values in scores.items()}
 
 
 def _report(

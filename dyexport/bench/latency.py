@@ -1,4 +1,4 @@
-"""Timing that holds still on a shared machine, and what a bundle's times add up to."""
+"""Latency measurements that are robust on a shared machine, and their summary for a bundle."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ import numpy as np
 from dyexport.errors import UsageError
 from dyexport.progress import Progress
 
-PERCENTILE = 25  # what a shared machine does to a run only ever makes it longer
+PERCENTILE = 25  # a low one: other processes only ever make a call longer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """Each variant runs ``warmup + timed`` times in a row, then the next one; all of it ``rounds`` times.
+    """Order of timed calls: ``warmup + timed`` calls of one variant, then of the next; all of it ``rounds`` times.
 
-    Blocks, because a single run would pay for the caches that the variant before it emptied; in turn,
-    because minutes later the machine is a different one.
+    Several calls in a row keep caches warm. Rounds spread changes of the machine's load over all variants.
     """
 
     rounds: int = 10
@@ -38,9 +37,9 @@ def time_variants(
     clock: Callable[[], float] = perf_counter,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Seconds of one call of each variant: the 25th percentile of all its timed calls.
+    """Return seconds per call of each variant: the 25th percentile of its timed calls.
 
-    Only ratios between variants of one call of this function mean anything.
+    Compare only variants of the same call of this function: the load of the machine changes between calls.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     total = blocks.rounds * len(variants)
@@ -65,9 +64,10 @@ def _block(variant: Callable[[], object], blocks: Blocks, clock: Callable[[], fl
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentTime:
-    """One engine: the share of the trajectory it serves, mean shares of the units it has and the tokens it keeps.
+    """Measurements of one engine.
 
-    ``seconds`` of one call at the middle of its interval.
+    ``share`` is its share of the trajectory; ``heads``, ``groups`` and ``tokens`` are mean kept shares.
+    ``seconds`` is the time of one call at the middle of its interval.
     """
 
     start: float
@@ -82,17 +82,17 @@ class SegmentTime:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
-    """What ``dyexport bench`` found. Times and ratios come from one run of ``time_variants``.
+    """Results of ``dyexport bench``. Times and ratios come from one run of ``time_variants``.
 
     flops_ratio           lambda: attention and MLP as gated, averaged over t; network_flops_ratio: static layers too
-    executed_flops_ratio  what the graphs really run: unions of units, token capacities, routers
+    executed_flops_ratio  as the graphs run: unions of units, token capacities, routers
     seconds               of one call: dense graph, dynamic (averaged over the trajectory), torch.compile, eager
-    realised              speedup_vs_dense x network_flops_ratio: 1 where every saved FLOP saves its time
+    realized              speedup_vs_dense x network_flops_ratio: 1 if time falls as much as FLOPs do
     switch_overhead       share of a sampling step not spent inside an engine, all engines being resident
-    resident_bytes        what the bundle with all its engines adds to a fresh process (proportional set size), weights
-                          and activations; dense_bytes: what the dense graph adds. None where the system does not tell
-    others                share of the CPU time that other processes took meanwhile; torch suffers most from it
-    trajectory_speedup    whole sampling loops, dense over dynamic; None unless asked for
+    resident_bytes        memory that the bundle with all engines adds to a fresh process (proportional set size),
+                          weights and activations; dense_bytes: of the dense graph. None if the system cannot tell
+    others                share of CPU time used by other processes meanwhile; torch suffers most from it
+    trajectory_speedup    of whole sampling loops; None unless requested
     """
 
     model: str
@@ -107,7 +107,7 @@ class BenchReport:
     speedup_vs_dense: float
     speedup_vs_torch_compile: float | None
     speedup_vs_eager: float
-    realised: float
+    realized: float
     switch_overhead: float
     others: float | None
     trajectory_speedup: float | None
@@ -117,5 +117,5 @@ class BenchReport:
 
 
 def over_trajectory(shares: Sequence[float], seconds: Sequence[float]) -> float:
-    """Mean seconds of a call when every t is equally likely."""
+    """Average the seconds of a call, every t being equally likely."""
     return float(np.dot(shares, seconds) / np.sum(shares))

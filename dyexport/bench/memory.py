@@ -1,4 +1,4 @@
-"""What a bundle and its dense graph add to a process, each measured in a process of its own."""
+"""Memory that a bundle or its dense graph adds to a process, each measured in a fresh process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dyexport.errors import DyexportError
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryProbe:
-    """``dense``: the dense graph; otherwise the bundle with its engines resident, as many as ``memory`` holds."""
+    """Settings of one measurement: the dense graph, or the bundle with as many engines as fit into ``memory``."""
 
     bundle: str
     target: str
@@ -24,21 +24,21 @@ class MemoryProbe:
 
 
 def added_bytes(probe: MemoryProbe) -> int | None:
-    """Growth of the proportional set size by running each engine once; None where the system does not tell.
+    """Return the growth of the proportional set size by running each engine once; None if the system cannot tell.
 
-    A fresh process, because in this one freed memory, shared pages and other engines would blur it.
+    Measured in a fresh process: freed memory, shared pages and other engines of this one would distort it.
     """
     command = [sys.executable, "-m", "dyexport.bench.memory", json.dumps(asdict(probe))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise DyexportError(f"measuring memory failed with exit code {done.returncode}: {last[0]}")
-    found: int | None = json.loads(done.stdout.splitlines()[-1])
-    return found
+    growth: int | None = json.loads(done.stdout.splitlines()[-1])
+    return growth
 
 
 def _measure(probe: MemoryProbe) -> int | None:
-    """``added_bytes`` of this process."""
+    """Measure ``added_bytes`` in this process."""
     import torch
 
     import dyexport.runtime.loading as pipeline

@@ -1,4 +1,4 @@
-"""Pictures as files: grids of samples, two models side by side."""
+"""Write pictures: grids of samples, and models side by side."""
 
 from __future__ import annotations
 
@@ -35,35 +35,35 @@ def grid(pictures: Array, columns: int, *, zoom: int = 1) -> Image.Image:
 
 
 def side_by_side(images: dict[str, Image.Image]) -> Image.Image:
-    """Images next to each other under their names."""
+    """Place images next to each other, each under its name."""
     space = 4 * GAP
     width = sum(image.width for image in images.values()) + space * (len(images) - 1)
     sheet = Image.new("RGB", (width, HEADER + max(image.height for image in images.values())), "white")
-    pen, left = ImageDraw.Draw(sheet), 0
+    canvas, left = ImageDraw.Draw(sheet), 0
     for name, image in images.items():
-        pen.text((left + GAP, GAP), name, fill="black")
+        canvas.text((left + GAP, GAP), name, fill="black")
         sheet.paste(image, (left, HEADER))
         left += image.width + space
     return sheet
 
 
 def zoom_for(height: int) -> int:
-    """How much to enlarge pictures that are too small to look at."""
+    """Return the factor by which to enlarge pictures of this height to about 64 pixels; at least 1."""
     return max(64 // height, 1)
 
 
-def save_sample(drawn: torch.Tensor, path: Path, *, pixels: bool) -> None:
+def save_sample(samples: torch.Tensor, path: Path, *, pixels: bool) -> None:
     """Write pixels (B, C, H, W) as a picture, or latents as safetensors."""
     if pixels:
-        save_png(grid(drawn.cpu().numpy(), min(len(drawn), COLUMNS), zoom=zoom_for(drawn.shape[-2])), path)
+        save_png(grid(samples.cpu().numpy(), min(len(samples), COLUMNS), zoom=zoom_for(samples.shape[-2])), path)
         return
     from safetensors.torch import save_file
 
     with replacing(path) as partial:
-        save_file({"latents": drawn.contiguous().cpu()}, partial)
+        save_file({"latents": samples.contiguous().cpu()}, partial)
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Write the file whole or not at all."""
+    """Write a PNG file atomically."""
     with replacing(path) as partial:
         image.save(partial, format="PNG")

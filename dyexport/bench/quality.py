@@ -1,9 +1,9 @@
-"""How good generated digits are: Frechet distance and class accuracy, by a classifier trained on the real ones.
+"""Quality of generated digits: Frechet distance and class accuracy, by a classifier trained on real digits.
 
 The classifier is a multilayer perceptron on the training split (80 %) of scikit-learn's digits, always
 with the same seed; its features are the 64 activations before the last layer. Distances are to the
-features of that same split, as FID's on ImageNet are to its training set; ``frechet_real``, the
-distance of the held-out 20 %, says what real digits would score.
+features of that same split, as FID's on ImageNet are to its training set. ``frechet_real``, the
+distance of the held-out 20 %, is the score of real digits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Array = np.ndarray
 
 
 class DigitClassifier:
-    """Tells digits apart, and says by which features."""
+    """Classifier of digits, and the features that it uses."""
 
     def __init__(self, digits: Digits) -> None:
         try:
@@ -33,14 +33,14 @@ class DigitClassifier:
         self._network.fit(_flat(digits.pictures), digits.labels)
 
     def features(self, pictures: Array) -> Array:
-        """Activations before the last layer: (n, 1, 8, 8) -> (n, 64)."""
+        """Compute the activations before the last layer: (n, 1, 8, 8) -> (n, 64)."""
         values = _flat(pictures)
         for weight, bias in zip(self._network.coefs_[:-1], self._network.intercepts_[:-1], strict=True):
             values = np.maximum(values @ weight + bias, 0)
         return values
 
     def accuracy(self, digits: Digits) -> float:
-        """Share of pictures taken for the class that they should show."""
+        """Return the share of pictures that are classified as their label."""
         return float(np.mean(self._network.predict(_flat(digits.pictures)) == digits.labels))
 
 
@@ -49,14 +49,14 @@ def _flat(pictures: Array) -> Array:
 
 
 def frechet_distance(left: Array, right: Array) -> float:
-    """Between Gaussians fitted to two sets of features (n, d), (m, d) (arXiv 1706.08500)."""
+    """Compare Gaussians fitted to two sets of features (n, d), (m, d) (arXiv 1706.08500)."""
     means = (left.mean(axis=0), right.mean(axis=0))
     covariances = (np.cov(left, rowvar=False), np.cov(right, rowvar=False))
     return gaussian_frechet(means, covariances)
 
 
 def gaussian_frechet(means: tuple[Array, Array], covariances: tuple[Array, Array]) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), for means (d,) and covariances (d, d).
+    """Compute |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) for means (d,) and covariances (d, d).
 
     The trace of that root is the nuclear norm of C1^(1/2) C2^(1/2): real, and stable where features
     are constant or outnumber the samples.
@@ -81,7 +81,7 @@ class Score:
 
 
 class Evaluator:
-    """Scores pictures against real digits: ``train`` makes the classifier and the reference."""
+    """Scores of pictures against real digits; ``train`` trains the classifier and is the reference."""
 
     def __init__(self, train: Digits) -> None:
         self.classifier = DigitClassifier(train)

@@ -1,4 +1,4 @@
-"""Tables for people: what was measured, as rich tables in the terminal and markdown in files."""
+"""Tables of measurements: rich tables for the terminal, markdown for files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def bench_rows(report: BenchReport) -> Rows:
         ("speed-up over torch.compile", _times(report.speedup_vs_torch_compile, "not timed")),
         ("speed-up over eager torch", f"{report.speedup_vs_eager:.2f}x"),
         ("speed-up of whole sampling loops", _times(report.trajectory_speedup, "not timed")),
-        ("realised (speed-up x whole-network ratio)", f"{report.realised:.2f}"),
+        ("realized (speed-up x whole-network ratio)", f"{report.realized:.2f}"),
         (f"switching, share of {report.steps} steps", f"{report.switch_overhead:.2%}"),
         ("CPU time taken by other processes", "unknown" if report.others is None else f"{report.others:.0%}"),
         ("resident, all engines", megabytes(report.resident_bytes)),
@@ -74,7 +74,7 @@ def bench_tables(report: BenchReport) -> list[Table]:
 
 
 def eval_rows(report: EvalReport) -> Rows:
-    """Each model's mean over seeds, and its seeds."""
+    """Return one row per model: means over seeds, and the score of each seed."""
     rows: Rows = [
         (
             name,
@@ -96,7 +96,7 @@ def eval_table(report: EvalReport) -> Table:
 
 
 def inspect_table(bundle: Bundle) -> Table:
-    """One row per segment: what is physically in its engine."""
+    """Return a table with one row per segment: the units and tokens in its engine."""
     manifest = bundle.manifest
     units = (bundle.widths.heads[0].size, bundle.widths.groups[0].size)
     rows = [(str(i), *_segment_row(bundle, segment, units)) for i, segment in enumerate(manifest.plan.segments)]
@@ -110,7 +110,7 @@ def inspect_table(bundle: Bundle) -> Table:
 
 
 def inspect_payload(bundle: Bundle) -> dict[str, Any]:
-    """The same, and more exactly, for ``--json``."""
+    """Return the contents of ``inspect --json``: those of ``inspect_table`` in full."""
     manifest = bundle.manifest
     plan = manifest.plan
     on = {"heads": bundle.widths.heads.mean(axis=-1), "groups": bundle.widths.groups.mean(axis=-1)}

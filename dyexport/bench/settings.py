@@ -75,6 +75,6 @@ class SamplingConfig:
 
 
 def check_digits(spec: ModelSpec) -> None:
-    """Raise ``UsageError`` for a model of anything but digits."""
+    """Raise ``UsageError`` for any other model than digits."""
     if not samples_digits(spec):
-        raise UsageError(f"{spec.name} does not draw digits, and there is nothing here to score its pictures by")
+        raise UsageError(f"{spec.name} is not a digits model; eval can score digits only")

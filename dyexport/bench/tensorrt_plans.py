@@ -1,4 +1,4 @@
-"""What ``dyexport inspect --engine`` shows of a TensorRT plan; needs neither a GPU nor TensorRT."""
+"""Description of a TensorRT plan for ``dyexport inspect --engine``; needs neither a GPU nor TensorRT."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dyexport.errors import UsageError
 
 
 def plan_of(bundle: Bundle, target: str, network: str) -> PlanInfo:
-    """The description of one network's plan. Raises ``EngineMismatchError`` or ``UsageError`` where there is none."""
+    """Read the description of one network's plan. Raises ``EngineMismatchError`` or ``UsageError`` without one."""
     paths = bundle.engine_paths(target)
     if network not in paths or not paths[network].with_name(INFO).is_file():
         raise UsageError(f"{bundle.root} has no {target} plan of {network!r}; it has {', '.join(paths)} for {target}")
@@ -18,7 +18,7 @@ def plan_of(bundle: Bundle, target: str, network: str) -> PlanInfo:
 
 
 def plan_lines(info: PlanInfo) -> tuple[Table, str]:
-    """A table of what it was built for, and its layers as they were before TensorRT fused them."""
+    """Return a table of what a plan was built for, and a list of its layers before fusion."""
     table = Table(show_header=False, box=None)
     table.add_row("flavour", f"{info.flavour} {info.version}, {info.precision}")
     table.add_row("compute capabilities", ", ".join(info.compute_capabilities) or "all that its builder knows")

@@ -1,1 +1,1 @@
-"""What is on disk: a bundle, its manifest, its tables and tensors. Imports no torch."""
+"""Files of a bundle: manifest, segment plan, tables and tensors. Imports no torch."""

@@ -58,8 +58,8 @@ class Profile(BaseModel):
 class PlanInfo(BaseModel):
     """Contents of ``plan.json``, next to a plan. ``profiles`` are by symbol; ``precision`` is the graph's.
 
-    ``compute_capabilities`` are what the plan runs on (``8.6``); none means all that its builder knows.
-    ``streamable``: its weights can be streamed from host memory, as many as do not fit on the device.
+    ``compute_capabilities`` are the GPUs that the plan runs on (``8.6``); none means all that its builder supports.
+    ``streamable`` plans can stream the weights that do not fit on the device from host memory.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -21,10 +21,10 @@ FloatArray = np.ndarray
 
 @dataclass(frozen=True, kw_only=True)
 class WidthTable:
-    """Which heads and MLP groups are on, as a step function of t (TDW, arXiv 2410.03456 section 3.2).
+    """Heads and MLP groups that are on, as a step function of t (TDW, arXiv 2410.03456 section 3.2).
 
     Row i holds on the half-open interval [grid[i], grid[i + 1]); the last row holds up to ``end``.
-    Rows are split exactly where a router changes its mind, so the table equals the router at every
+    Rows are split exactly where a router's decision changes, so the table equals the router at every
     t, not only on a grid. No block is ever without a head or without a group.
 
     grid    (T,) float64, ascending, in units of the value the transformer is called with
@@ -57,11 +57,11 @@ class WidthTable:
         return float(self.grid[0])
 
     def rows(self, start: float, end: float) -> slice:
-        """The rows that hold anywhere in [start, end)."""
+        """Return the rows that hold anywhere in [start, end)."""
         return slice(self.row(start), int(np.searchsorted(self.grid, end)))
 
     def row(self, t: float) -> int:
-        """Index of the row that holds at ``t``; ``t == end`` belongs to the last row."""
+        """Return the index of the row that holds at ``t``; ``t == end`` belongs to the last row."""
         if not self.start <= t <= self.end:
             raise EngineMismatchError(
                 f"timestep {t:g} is outside [{self.start:g}, {self.end:g}], the range this model was built for"
@@ -69,12 +69,12 @@ class WidthTable:
         return int(np.searchsorted(self.grid, t, side="right")) - 1
 
     def measure(self) -> FloatArray:
-        """Share of the t range that each row holds for: (T,), sums to 1."""
+        """Return the share of the range of t that each row holds for: (T,), summing to 1."""
         widths = np.diff(np.append(self.grid, self.end))
         return widths / widths.sum()
 
     def compressed(self) -> WidthTable:
-        """The same function of t without rows that repeat the one before."""
+        """Return the same function of t without repeated rows."""
         changes = [True]
         for i in range(1, len(self.grid)):
             same = np.array_equal(self.heads[i], self.heads[i - 1]) and np.array_equal(
@@ -96,14 +96,14 @@ class WidthTable:
 
 @dataclass(frozen=True, kw_only=True)
 class UnitOrder:
-    """The order in which units stand in the weights, per block: dense indices, longest on first."""
+    """Storage order of units per block: dense indices, those that are on longest first."""
 
     heads: tuple[tuple[int, ...], ...]
     groups: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, widths: WidthTable) -> UnitOrder:
-        """Units that are on longest first, so that the unions of segments tend to be prefixes."""
+        """Order units by how long they are on, so that the unions of segments tend to be prefixes."""
         return cls(heads=_longest_first(widths, widths.heads), groups=_longest_first(widths, widths.groups))
 
 
@@ -120,7 +120,7 @@ class TokenStats:
     levels  (Q,) float64: quantile levels over samples, ascending; the last is 1.0 (the maximum)
     counts  (T, L, Q) float64: kept tokens of one sample
     mean    (T, L) float64
-    tokens  N, what a static model keeps
+    tokens  N, the tokens of a static model
     """
 
     grid: FloatArray
@@ -149,7 +149,7 @@ class TokenStats:
         return bool(((counts >= 0) & (counts <= self.tokens * (1 + 1e-9))).all())  # counts may have been scaled
 
     def bracket(self, start: float, end: float) -> slice:
-        """Grid rows inside [start, end] plus the neighbour on each side."""
+        """Return the grid rows inside [start, end] and the neighbor on each side."""
         low = max(int(np.searchsorted(self.grid, start, side="right")) - 1, 0)
         high = min(int(np.searchsorted(self.grid, end, side="left")), len(self.grid) - 1)
         return slice(low, high + 1)
@@ -177,8 +177,8 @@ class TokenStats:
 def _check_arrays(table: str, dimensions: int, dtype: type[np.generic], **arrays: np.ndarray) -> None:
     for name, array in arrays.items():
         if array.ndim != dimensions or array.dtype != dtype:
-            wanted = f"{dimensions} dimensions of {dtype.__name__}"
-            raise BundleError(f"{table}: {name} must have {wanted}, has {array.ndim} of {array.dtype}")
+            expected = f"{dimensions} dimensions of {dtype.__name__}"
+            raise BundleError(f"{table}: {name} must have {expected}, has {array.ndim} of {array.dtype}")
         if not np.isfinite(array).all():
             raise BundleError(f"{table}: {name} has a value that is not finite")
 

@@ -39,9 +39,9 @@ def test_dynamic_time_is_the_mean_over_the_trajectory(report: BenchReport) -> No
     assert report.speedup_vs_eager == pytest.approx(report.seconds["eager"] / mean)
 
 
-def test_realised_is_speedup_times_network_ratio(report: BenchReport, built: Bundle) -> None:
+def test_realized_is_speedup_times_network_ratio(report: BenchReport, built: Bundle) -> None:
     assert report.network_flops_ratio == built.manifest.plan.network_flops_ratio
-    assert report.realised == pytest.approx(report.speedup_vs_dense * report.network_flops_ratio)
+    assert report.realized == pytest.approx(report.speedup_vs_dense * report.network_flops_ratio)
 
 
 def test_segments_tell_what_is_in_their_engines(report: BenchReport, built: Bundle) -> None:
@@ -65,7 +65,7 @@ def test_json_has_what_is_promised(report: BenchReport) -> None:
         "network_flops_ratio",
         "speedup_vs_dense",
         "speedup_vs_torch_compile",
-        "realised",
+        "realized",
         "switch_overhead",
         "resident_bytes",
         "dense_bytes",
@@ -75,7 +75,7 @@ def test_json_has_what_is_promised(report: BenchReport) -> None:
 
 def test_tables_show_the_numbers(report: BenchReport) -> None:
     text = rendered(*bench_tables(report))
-    for value in (f"{report.speedup_vs_dense:.2f}x", f"{report.realised:.2f}", f"{report.network_flops_ratio:.3f}"):
+    for value in (f"{report.speedup_vs_dense:.2f}x", f"{report.realized:.2f}", f"{report.network_flops_ratio:.3f}"):
         assert value in text
 
 

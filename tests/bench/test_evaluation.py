@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dyexport.bench.evaluation import draw_digits, mean_accuracy, mean_frechet, score_models
+from dyexport.bench.evaluation import mean_accuracy, mean_frechet, sample_digits, score_models
 from dyexport.bench.quality import Evaluator
 from dyexport.bench.settings import SamplingConfig
 from dyexport.bundle.manifest import ModelSpec
@@ -43,9 +43,9 @@ class Painter:
 
 
 def test_a_model_that_draws_its_label_is_right(real: Digits) -> None:
-    drawn = draw_digits(Painter(real), spec(), SamplingConfig(samples=20, steps=4), seed=0)
-    assert drawn.labels.tolist() == [*range(10)] * 2
-    assert torch.allclose(torch.from_numpy(drawn.pictures[:10]), Painter(real).pictures, atol=1e-4)
+    sampled = sample_digits(Painter(real), spec(), SamplingConfig(samples=20, steps=4), seed=0)
+    assert sampled.labels.tolist() == [*range(10)] * 2
+    assert torch.allclose(torch.from_numpy(sampled.pictures[:10]), Painter(real).pictures, atol=1e-4)
 
 
 def test_seeds_differ_and_repeat(real: Digits) -> None:
@@ -53,7 +53,7 @@ def test_seeds_differ_and_repeat(real: Digits) -> None:
         return SimpleNamespace(sample=torch.zeros_like(inputs["hidden_states"]))
 
     sampling = SamplingConfig(samples=10, steps=1)
-    first, again, other = (draw_digits(noise, spec(), sampling, seed).pictures for seed in (0, 0, 1))
+    first, again, other = (sample_digits(noise, spec(), sampling, seed).pictures for seed in (0, 0, 1))
     assert (first == again).all()
     assert not (first == other).all()
 
@@ -72,7 +72,7 @@ def test_scores_by_model_and_seed(real: Digits) -> None:
 @pytest.mark.parametrize("name", ["dit-s-2", "flux", "latte"])
 def test_other_models_cannot_be_scored(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} does not draw digits"):
-        draw_digits(lambda **_: None, spec(name), SamplingConfig(), 0)
+        sample_digits(lambda **_: None, spec(name), SamplingConfig(), 0)
 
 
 def test_one_sample_has_no_distance() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dyexport.bench.heatmap import RAMP, SHADES, cells, colour, draw_image, draw_text, heat_maps, segment_of
+from dyexport.bench.heatmap import RAMP, SHADES, cells, color, heat_maps, render_image, render_text, segment_of
 from dyexport.bench.pictures import GAP, grid, save_png, side_by_side
 from dyexport.bench.report import inspect_table
 from dyexport.bundle.reader import Bundle
@@ -27,7 +27,7 @@ def test_grid_places_pictures_row_by_row() -> None:
         assert (pixels[y : y + 4, x : x + 5] == round(float(picture.max()) * 255)).all()
 
 
-def test_grid_keeps_colours_and_zooms_without_blur() -> None:
+def test_grid_keeps_colors_and_zooms_without_blur() -> None:
     red = np.zeros((1, 3, 2, 2))
     red[:, 0] = 2.0  # out of range: clipped
     image = grid(red, 1, zoom=3)
@@ -68,8 +68,8 @@ def test_time_runs_from_noise_to_data(ddpm: TinyBundle, flow: TinyBundle) -> Non
     assert segment_of(Bundle.open(ddpm.root), 4) == [1, 1, 0, 0]
 
 
-def test_terminal_map_has_a_row_for_each_block_and_no_need_of_colours(flow: TinyBundle) -> None:
-    lines = rendered(draw_text(Bundle.open(flow.root), 30)).splitlines()
+def test_terminal_map_has_a_row_for_each_block_and_no_need_of_colors(flow: TinyBundle) -> None:
+    lines = rendered(render_text(Bundle.open(flow.root), 30)).splitlines()
     depth = ddpm_depth(flow)
     blocks = [line for line in lines if line.strip().split(" ")[0].isdigit() and line[-1] in SHADES]
     assert len(blocks) == 3 * depth
@@ -81,16 +81,16 @@ def ddpm_depth(bundle: TinyBundle) -> int:
 
 
 def test_ramp_ends_are_off_and_on() -> None:
-    assert colour(0.0) == RAMP[0]
-    assert colour(1.0) == RAMP[-1]
+    assert color(0.0) == RAMP[0]
+    assert color(1.0) == RAMP[-1]
 
 
-def test_image_has_the_colour_of_each_cell(flow: TinyBundle) -> None:
+def test_image_has_the_color_of_each_cell(flow: TinyBundle) -> None:
     bundle = Bundle.open(flow.root)
-    pixels = np.array(draw_image(bundle, 24))
+    pixels = np.array(render_image(bundle, 24))
     shown = {tuple(pixel) for pixel in pixels.reshape(-1, 3)}
     for heat_map in heat_maps(bundle, 24):
-        assert {colour(float(value)) for value in heat_map.values.flat} <= shown
+        assert {color(float(value)) for value in heat_map.values.flat} <= shown
 
 
 def test_summary_names_what_each_engine_has(ddpm: TinyBundle) -> None:
@@ -105,7 +105,7 @@ def test_a_picture_replaces_nothing_but_a_file(path: str, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")
     Path("link").symlink_to("pipe")
-    with pytest.raises(StorageError, match=r"give the name of a file|give one"):
+    with pytest.raises(StorageError, match=r"give the name of a file|give a name"):
         save_png(Image.new("L", (2, 2)), Path(path))
     assert Path("pipe").is_fifo()
     assert sorted(found.name for found in tmp_path.iterdir()) == ["link", "pipe"]

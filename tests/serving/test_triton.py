@@ -88,7 +88,7 @@ def drawn(server: Server, model: str, output: str = "image", **values: Any) -> n
 
 
 def expected(bundle: TinyBundle, labels: list[int], seeds: list[int], **settings: Any) -> np.ndarray:
-    """What ``sample`` draws, in 8 bits, colours last."""
+    """Return the pixels of ``sample`` in 8 bits, colors last."""
     pixels = sample(load(bundle.root), bundle.spec, labels, seed=seeds, **{"steps": STEPS, **settings})
     return eight_bits(pixels)
 

@@ -94,7 +94,7 @@ def test_parameters_come_back_from_the_configuration(tiny: TinyBundle, tmp_path:
         ("max_steps", "100000000000000000000"),
         ("max_prompt", "0"),
         ("share_weights", "x"),
-        ("colour", "red"),
+        ("color", "red"),
     ],
 )
 def test_an_edited_parameter_that_is_wrong_is_named(name: str, value: str) -> None:
