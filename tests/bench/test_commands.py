@@ -186,4 +186,4 @@ def test_a_control_of_another_build_is_refused(run: Any, demo: DemoReport, built
 def test_eval_of_anything_but_digits_is_refused(run: Any, built: Any) -> None:
     code, _, stderr = run("eval", built.root)
     assert code == 2
-    assert "does not draw digits" in stderr
+    assert "is not a digits model" in stderr

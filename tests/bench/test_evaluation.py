@@ -71,7 +71,7 @@ def test_scores_by_model_and_seed(real: Digits) -> None:
 
 @pytest.mark.parametrize("name", ["dit-s-2", "flux", "latte"])
 def test_other_models_cannot_be_scored(name: str) -> None:
-    with pytest.raises(UsageError, match=f"{name} does not draw digits"):
+    with pytest.raises(UsageError, match=f"{name} is not a digits model"):
         sample_digits(lambda **_: None, spec(name), SamplingConfig(), 0)
 
 

@@ -191,7 +191,7 @@ def test_debug_is_an_option_and_not_a_word(run: Run, prompted: TinyBundle) -> No
 def test_eval_of_a_model_of_prompts_says_that_it_draws_no_digits(run: Run, prompted: TinyBundle) -> None:
     code, out, err = run("eval", prompted.root)
     assert (code, out) == (2, "")
-    assert err.startswith("dyexport: flux-schnell does not draw digits")
+    assert err.startswith("dyexport: flux-schnell is not a digits model")
 
 
 def test_a_terminal_that_knows_ascii_alone_is_written_to(
