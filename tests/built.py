@@ -1,14 +1,36 @@
-"""A small bundle that many tests read: built by the first that asks, for every test process."""
+"""Small bundles that many tests read: built by the first that asks, for every test process."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dyexport.bundle.reader import Bundle
+from dyexport.bundle.reader import MANIFEST, Bundle
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Create ``folder`` and keep other processes of this run out of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def built_once(folder: Path, **settings: Any) -> Bundle:
+    """Open ``bundle`` in ``folder``, and build it where that has not been done. It is not to be written to."""
+    from tests.pipeline.tiny import build, tiny_settings  # here, because they import torch
+
+    with in_turn(folder):
+        if (folder / "bundle" / MANIFEST).exists():
+            return Bundle.open(folder / "bundle")
+        return build(tiny_settings(folder, **settings))
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +42,23 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sit_tiny(shared_folder: Path) -> Bundle:
-    """``sit-tiny`` in three engines and the dense network, with random weights. Not to be written to."""
-    from tests.pipeline.tiny import build, tiny_settings  # here, for it imports torch
+    """``sit-tiny`` in three engines and the dense network, with random weights."""
+    return built_once(shared_folder / "sit-tiny", engines=3, baseline=True)
 
-    with (shared_folder / "sit-tiny.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return build(tiny_settings(shared_folder / "sit-tiny", engines=3, baseline=True))
+
+@pytest.fixture(scope="session")
+def flux_tiny(shared_folder: Path) -> Bundle:
+    """``flux-tiny`` in two engines, with random weights."""
+    return built_once(shared_folder / "flux-tiny", model="flux-tiny", engines=2)
+
+
+@pytest.fixture(scope="session")
+def latte_tiny(shared_folder: Path) -> Bundle:
+    """``latte-tiny`` in two engines, with random weights."""
+    return built_once(shared_folder / "latte-tiny", model="latte-tiny", engines=2)
+
+
+@pytest.fixture(scope="session")
+def qwen_image_tiny(shared_folder: Path) -> Bundle:
+    """``qwen-image-tiny`` in two engines, with random weights."""
+    return built_once(shared_folder / "qwen-image-tiny", model="qwen-image-tiny", engines=2)

@@ -1,4 +1,4 @@
-"""Two lanes of tests: those that build bundles or plans or start servers, marked ``build``, and the rest."""
+"""Two lanes of tests: those that train, export, build or start servers, marked ``build``, and the rest."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ from typing import Any
 
 import pytest
 
+import dyexport
+
 BUILDERS = {
     ("dyexport.pipeline.build", "build_bundle"),
     ("dyexport.pipeline.build", "opened"),
     ("dyexport.pipeline.api", "build"),
+    ("dyexport.demo", "run_demo"),
+    ("tests.built", "built_once"),
+    ("dyexport.training.finetuning", "finetune"),
+    ("dyexport.training.trainer", "train_static"),
+    ("dyexport.exporters.onnx_graph", "export_onnx"),
+    ("dyexport.exporters.torch_program", "build_program"),
+    ("dyexport.exporters.torch_program", "export_program"),
     ("dyexport.exporters.tensorrt_plan", "build_plan"),
 }
-"""Functions of the package that take seconds; a test that can reach one belongs to the lane of builds."""
-BUILT_FIXTURES = {"sit_tiny"}
-"""Fixtures that import a builder as they run."""
+"""Functions that take seconds; a test that can reach one belongs to the lane of builds."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
@@ -34,10 +41,17 @@ def _marked(item: pytest.Item) -> bool:
 def _reaches(item: pytest.Item, reached: dict[Any, bool]) -> bool:
     if not isinstance(item, pytest.Function):
         return False
-    if BUILT_FIXTURES & set(item.fixturenames):
-        return True
-    fixtures = (fixture for fixtures in item._fixtureinfo.name2fixturedefs.values() for fixture in fixtures)
-    return builds(item.function, reached) or any(builds(fixture.func, reached) for fixture in fixtures)
+    return builds(item.function, reached) or any(builds(fixture.func, reached) for fixture in _fixtures(item))
+
+
+def _fixtures(item: pytest.Function) -> Iterator[pytest.FixtureDef[Any]]:
+    """Yield the fixtures that a test names, and those whose names are parameters, for ``request.getfixturevalue``."""
+    for fixtures in item._fixtureinfo.name2fixturedefs.values():
+        yield from fixtures
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    for name in parameters if "request" in item.fixturenames else ():
+        if isinstance(name, str):
+            yield from item.session._fixturemanager.getfixturedefs(name, item) or ()
 
 
 def builds(function: Any, reached: dict[Any, bool] | None = None) -> bool:
@@ -55,8 +69,10 @@ def builds(function: Any, reached: dict[Any, bool] | None = None) -> bool:
 
 
 def _named(function: FunctionType) -> Iterator[Any]:
-    """Yield what the names in a function's code stand for: globals only."""
+    """Yield what the names in a function's code stand for: globals, and the library's ``build``."""
     for code in _codes(function.__code__):
+        if "build" in code.co_names and any(function.__globals__.get(name) is dyexport for name in code.co_names):
+            yield dyexport.build
         for name in code.co_names:
             if name in function.__globals__:
                 yield function.__globals__[name]

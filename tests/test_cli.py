@@ -181,6 +181,7 @@ def test_tables_fit_and_cut_no_name(run: Run, monkeypatch: pytest.MonkeyPatch, c
     assert [first for first in firsts if first] == names
 
 
+@pytest.mark.build
 def test_json_is_one_object_and_a_second_build_reuses_everything(tmp_path: Path) -> None:
     processes = [tiny(tmp_path, "--json", "-o", "bundle")]
     first_out, first_err = processes[0].communicate()
@@ -204,6 +205,7 @@ def limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 
 
+@pytest.mark.build
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     process = tiny(tmp_path, "-o", "bundle", preexec_fn=limit_file_size)
     out, err = process.communicate()
@@ -215,6 +217,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert list(tmp_path.rglob(".partial*")) == []
 
 
+@pytest.mark.build
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits it ignored
     try:
@@ -222,6 +225,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGINT, heard)
     assert process.stderr is not None
+    assert process.stderr.readline().startswith("recipe: ")
     assert process.stderr.readline().startswith("static: done")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
@@ -257,10 +261,13 @@ main()
     assert done.stderr == "dyexport: interrupted; repeat the command to go on\n"
 
 
+@pytest.mark.build
 def test_one_build_at_a_time(tmp_path: Path) -> None:
     with locked(tmp_path / "bundle.work"):
         process = tiny(tmp_path, "-o", "bundle")
         _, err = process.communicate()
     assert process.returncode == 1
-    assert err.startswith("dyexport: another build is using")
+    recipe, refused = err.splitlines()
+    assert recipe.startswith("recipe: ")
+    assert refused.startswith("dyexport: another build is using")
     assert list(tmp_path.iterdir()) == []

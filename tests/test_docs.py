@@ -105,6 +105,7 @@ def small_dit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     AutoencoderKL(**layers, **types).save_pretrained("stabilityai/sd-vae-ft-ema")
 
 
+@pytest.mark.build
 @pytest.mark.usefixtures("small_dit")
 def test_the_python_page_runs() -> None:
     page = ROOT / "docs" / "python.md"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+import dyexport
 from dyexport.pipeline.build import opened
+from tests.built import built_once
 from tests.lanes import builds
 from tests.manifests import forge
 from tests.pipeline.tiny import build, hashes, tiny_settings
@@ -22,15 +24,35 @@ def calls_in_a_lambda() -> object:
     return lambda: build
 
 
+def calls_the_library() -> object:
+    return dyexport.build
+
+
+def opens_a_shared_bundle() -> object:
+    return built_once
+
+
 def calls_itself() -> object:
     return calls_itself, calls_a_helper
 
 
 def only_prepares() -> object:
-    return tiny_settings, hashes, forge, pytest
+    return dyexport.verify, tiny_settings, hashes, forge, pytest
 
 
-@pytest.mark.parametrize("function", [opened, build, calls_it, calls_a_helper, calls_in_a_lambda, calls_itself])
+@pytest.mark.parametrize(
+    "function",
+    [
+        opened,
+        build,
+        calls_it,
+        calls_a_helper,
+        calls_in_a_lambda,
+        calls_the_library,
+        opens_a_shared_bundle,
+        calls_itself,
+    ],
+)
 def test_what_can_reach_a_builder_builds(function: object) -> None:
     assert builds(function)
 
@@ -39,9 +61,19 @@ def test_what_names_none_does_not() -> None:
     assert not builds(only_prepares)
 
 
-def test_only_the_lane_of_builds_has_the_shared_bundle(request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("name", ["sit_tiny"])
+def test_a_bundle_that_is_asked_for_by_name_counts(name: str, request: pytest.FixtureRequest) -> None:
+    assert request.node.get_closest_marker("build") is not None
+
+
+@pytest.mark.parametrize("name", ["shared_folder"])
+def test_other_fixtures_that_are_asked_for_by_name_do_not(name: str, request: pytest.FixtureRequest) -> None:
+    assert request.node.get_closest_marker("build") is None
+
+
+def test_only_the_lane_of_builds_has_the_shared_bundles(request: pytest.FixtureRequest) -> None:
     for item in request.session.items:
-        if {"sit_tiny", "tensorrt", "triton"} & {
+        if {"sit_tiny", "flux_tiny", "latte_tiny", "qwen_image_tiny", "tensorrt", "triton"} & {
             *getattr(item, "fixturenames", ()),
             *(m.name for m in item.iter_markers()),
         }:

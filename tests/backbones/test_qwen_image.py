@@ -26,7 +26,6 @@ from dyexport.slicing.slicer import slice_conditioning, slice_segment
 from dyexport.verification.verify import find_reference
 from tests.exporters.networks import half_width, slice_context
 from tests.factories import shared_tiny_model
-from tests.pipeline.tiny import build, tiny_settings
 from tests.slicing.cut import Cutter
 
 PRESET = PRESETS["qwen-image-tiny"]
@@ -49,8 +48,8 @@ PUBLISHED = {
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return build(tiny_settings(tmp_path_factory.mktemp("qwen"), model=PRESET.name, engines=2))
+def built(qwen_image_tiny: Bundle) -> Bundle:
+    return qwen_image_tiny
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,6 @@ from dyexport.serving.triton_repository import Deployment, deploy
 from dyexport.training.prompts import embed_prompts
 from dyexport.training.randomness import step_generator
 from dyexport.training.synthetic import SyntheticConfig, generate
-from tests.pipeline.tiny import build, tiny_settings
 from tests.pipeline.tiny_pipeline import save_qwen_image_pipeline
 from tests.runtime.masked import Masked
 
@@ -36,8 +35,8 @@ PRESET = PRESETS["qwen-image-tiny"]
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return build(tiny_settings(tmp_path_factory.mktemp("qwen"), model=PRESET.name, engines=2))
+def built(qwen_image_tiny: Bundle) -> Bundle:
+    return qwen_image_tiny
 
 
 @pytest.fixture(scope="module")

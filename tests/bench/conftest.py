@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,7 @@ from dyexport.bench.settings import BenchSettings, SamplingConfig
 from dyexport.bundle.reader import Bundle
 from dyexport.console import StageLines
 from dyexport.demo import DemoReport, demo_settings, run_demo
-from dyexport.pipeline.build import build_bundle
-from dyexport.pipeline.run import Run
-from dyexport.pipeline.settings import BuildSettings
+from tests.built import built_once, in_turn
 from tests.factories import tiny_preset
 from tests.runtime.bundles import TinyBundle, write_bundle
 
@@ -28,21 +27,20 @@ def ddpm(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def built(shared_folder: Path) -> Bundle:
     """A bundle that the pipeline built, of a tiny SiT with random weights."""
-    root: Path = tmp_path_factory.mktemp("bench") / "built"
-    preset = tiny_preset("sit")
-    settings = BuildSettings(
-        model=preset, out=root, work=root.with_suffix(".work"), budget=0.5, random_weights=True, engines=2
-    )
-    build_bundle(Run(settings, StageLines()))
-    return Bundle.open(root)
+    return built_once(shared_folder / "bench-sit", model=tiny_preset("sit"), engines=2, baseline=True)
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoReport:
+def demo(shared_folder: Path) -> DemoReport:
     """The demo, all of it, but hardly trained."""
-    settings = demo_settings(tmp_path_factory.mktemp("bench") / "demo")
-    settings = replace(settings, train_steps=2, finetune_steps=12, engines=2)
-    bench = BenchSettings(rounds=1, steps=2, compiled=False, threads=1)
-    return run_demo(settings, StageLines(), sampling=SamplingConfig(samples=20, steps=2), bench=bench)
+    folder = shared_folder / "demo"
+    with in_turn(folder):
+        if (kept := folder / "report.json").exists():
+            return DemoReport(**json.loads(kept.read_text()))
+        settings = replace(demo_settings(folder), train_steps=2, finetune_steps=12, engines=2)
+        bench = BenchSettings(rounds=1, steps=2, compiled=False, threads=1)
+        report = run_demo(settings, StageLines(), sampling=SamplingConfig(samples=20, steps=2), bench=bench)
+        kept.write_text(json.dumps(asdict(report)))
+        return report

@@ -178,7 +178,7 @@ def test_eval_compares_with_a_control_trained_as_long(run: Any, demo: DemoReport
 
 
 def test_a_control_of_another_build_is_refused(run: Any, demo: DemoReport, built: Any) -> None:
-    code, _, stderr = run("eval", demo.bundle, "--control", "--work", built.root.with_suffix(".work"))
+    code, _, stderr = run("eval", demo.bundle, "--control", "--work", built.root.with_name("work"))
     assert code == 1
     assert "is not the one of" in stderr
 

@@ -96,7 +96,7 @@ def test_dense_graph_is_the_dense_network(built: Bundle) -> None:
     """The baseline equals the stock module with the same weights, so the comparison is with the right thing."""
     from diffusers import DiTTransformer2DModel
 
-    static = DiTTransformer2DModel.from_pretrained(built.root.with_suffix(".work") / "static").eval()
+    static = DiTTransformer2DModel.from_pretrained(built.root.with_name("work") / "static").eval()
     inputs = example_inputs(built.manifest.model, 3, 0.3)
     with torch.no_grad():
         expected = static(**inputs).sample

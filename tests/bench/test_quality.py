@@ -50,10 +50,12 @@ def judge() -> Evaluator:
     return Evaluator(real("train"))
 
 
+@pytest.mark.build
 def test_judge_knows_digits_it_was_not_trained_on(judge: Evaluator) -> None:
     assert judge.classifier.accuracy(real("held-out")) > 0.97
 
 
+@pytest.mark.build
 def test_judge_is_the_same_every_time(judge: Evaluator) -> None:
     assert Evaluator(real("train")).frechet(real("held-out").pictures) == judge.frechet(real("held-out").pictures)
 

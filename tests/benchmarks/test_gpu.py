@@ -58,6 +58,7 @@ def test_networks_are_compiled_and_captured(text: str, tmp_path: Path) -> None:
     assert "failure" not in record, record
 
 
+@pytest.mark.build
 @pytest.mark.skipif(torch.cuda.is_available(), reason="TensorRT may run there")
 def test_a_section_that_fails_is_a_line_and_the_rest_goes_on(tmp_path: Path) -> None:
     case = "sit-digits:all:2:1"

@@ -78,8 +78,8 @@ def test_a_streamed_model_is_saved_with_its_routers(preset: Preset, saved: Path,
     model, _ = load_dynamic(saved, stream=True)
     save_dynamic(model, tmp_path / "copy", preset, backbone=saved)
     assert (tmp_path / "copy" / "diffusion_pytorch_model.safetensors").is_symlink()
-    expected = load_dynamic(saved)[0].state_dict()
-    assert all(torch.equal(load_dynamic(tmp_path / "copy")[0].state_dict()[n], t) for n, t in expected.items())
+    expected, found = load_dynamic(saved)[0].state_dict(), load_dynamic(tmp_path / "copy")[0].state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_what_must_be_streamed() -> None:

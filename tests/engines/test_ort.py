@@ -155,6 +155,7 @@ print((pss() - before) / (size * size * 4))
 """
 
 
+@pytest.mark.build
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the system does not tell resident bytes")
 def test_sessions_over_one_file_hold_its_weights_once(tmp_path: Path) -> None:
     def copies(mode: str) -> float:

@@ -28,6 +28,7 @@ def leftovers(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.name.startswith(PARTIAL)]
 
 
+@pytest.mark.build
 @pytest.mark.parametrize(("fault", "inside"), [("full", False), ("interrupt", False), ("kill", False), ("kill", True)])
 def test_a_bundle_is_put_together_whatever_write_fails(root: Path, tmp_path: Path, fault: Fault, inside: bool) -> None:
     """Each time from the same start, and once more without a fault. One that we are ``inside`` is not exchanged."""

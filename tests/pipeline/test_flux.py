@@ -27,15 +27,14 @@ from dyexport.runtime.loading import load
 from dyexport.runtime.prompts import Prompts, sample_prompts
 from dyexport.verification.settings import VerifySettings
 from dyexport.verification.verify import find_reference, verify_bundle
-from tests.pipeline.tiny import build, tiny_settings
+from tests.pipeline.tiny import build
 from tests.pipeline.tiny_pipeline import save_pipeline
 from tests.verification.test_layers import assert_every_layer_agrees
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    root = tmp_path_factory.mktemp("flux")
-    return build(tiny_settings(root, model="flux-tiny", engines=2))
+def built(flux_tiny: Bundle) -> Bundle:
+    return flux_tiny
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,7 @@ def interrupt(root: Path, delay: float, arguments: tuple[str, ...]) -> dict[str,
     return stages(stderr)
 
 
+@pytest.mark.build
 @pytest.mark.parametrize(
     ("kills", "arguments"),
     [

@@ -40,8 +40,8 @@ PAIR = replace(TINY, name="latte-pair", pairs=1, hidden_size=64)
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return build(settings(tmp_path_factory.mktemp("latte"), TINY, engines=2, baseline=False))
+def built(latte_tiny: Bundle) -> Bundle:
+    return latte_tiny
 
 
 @pytest.fixture(scope="module")

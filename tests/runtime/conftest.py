@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from dyexport.bundle.reader import Bundle
+from tests.built import built_once
 from tests.factories import tiny_preset
-from tests.pipeline.tiny import build, tiny_settings
 from tests.pipeline.tiny_pipeline import (
     save_dit_pipeline,
     save_latte_pipeline,
@@ -41,29 +42,23 @@ class Saved:
 
 
 @pytest.fixture(scope="session")
-def dit(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+def dit(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     preset = tiny_preset("dit")
-    root = tmp_path_factory.mktemp("dit")
-    bundle = build(tiny_settings(root, model=preset, engines=2)).root
-    return Saved(bundle=bundle, pipeline=save_dit_pipeline(root / "pipeline", preset))
+    bundle = built_once(shared_folder / "dit-tiny", model=preset, engines=2).root
+    return Saved(bundle=bundle, pipeline=save_dit_pipeline(tmp_path_factory.mktemp("dit") / "pipeline", preset))
 
 
 @pytest.fixture(scope="session")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    root = tmp_path_factory.mktemp("flux")
-    bundle = build(tiny_settings(root, model="flux-tiny", engines=2)).root
-    return Saved(bundle=bundle, pipeline=save_pipeline(root / "pipeline"))
+def flux(flux_tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return Saved(bundle=flux_tiny.root, pipeline=save_pipeline(tmp_path_factory.mktemp("flux") / "pipeline"))
 
 
 @pytest.fixture(scope="session")
-def latte(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    root = tmp_path_factory.mktemp("latte")
-    bundle = build(tiny_settings(root, model="latte-tiny", engines=2)).root
-    return Saved(bundle=bundle, pipeline=save_latte_pipeline(root / "pipeline"))
+def latte(latte_tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return Saved(bundle=latte_tiny.root, pipeline=save_latte_pipeline(tmp_path_factory.mktemp("latte") / "pipeline"))
 
 
 @pytest.fixture(scope="session")
-def qwenimage(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    root = tmp_path_factory.mktemp("qwen-image")
-    bundle = build(tiny_settings(root, model="qwen-image-tiny", engines=2)).root
-    return Saved(bundle=bundle, pipeline=save_qwen_image_pipeline(root / "pipeline"))
+def qwenimage(qwen_image_tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    pipeline = save_qwen_image_pipeline(tmp_path_factory.mktemp("qwen-image") / "pipeline")
+    return Saved(bundle=qwen_image_tiny.root, pipeline=pipeline)

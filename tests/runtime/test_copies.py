@@ -176,6 +176,7 @@ def test_a_copy_is_never_of_another_bundle(own: Path) -> None:
             duplicate()
 
 
+@pytest.mark.build
 def test_another_process_takes_it_as_an_argument(ddpm: TinyBundle) -> None:
     transformer = load(ddpm.root)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

@@ -30,6 +30,7 @@ sys.exit(os.waitstatus_to_exitcode(status) % 256)
 """
 
 
+@pytest.mark.build
 @pytest.mark.parametrize(
     "steps",
     [(), ("child_draws",), ("parent_closes",), ("parent_closes", "child_draws")],

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dyexport.bundle.reader import Bundle
 from dyexport.errors import DyexportError
 from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import sample
@@ -16,7 +17,6 @@ from dyexport.serving.config import ServedModelConfig
 from dyexport.serving.requests import Request, Settings
 from dyexport.serving.samplers import Sampler, open_sampler
 from dyexport.serving.triton_repository import Deployment, deploy
-from tests.pipeline.tiny import build, tiny_settings
 from tests.pipeline.tiny_pipeline import save_latte_pipeline
 from tests.runtime.bundles import TinyBundle, write_bundle
 
@@ -74,11 +74,10 @@ def test_a_server_runs_its_target_or_nothing(latents: TinyBundle, tmp_path: Path
         open_sampler(folder, ServedModelConfig(target="onnx-rtx"), "cpu").sample(REQUESTS, lambda: None)
 
 
-def test_a_video_for_each_prompt(tmp_path: Path) -> None:
-    bundle = build(tiny_settings(tmp_path, model="latte-tiny"))
+def test_a_video_for_each_prompt(latte_tiny: Bundle, tmp_path: Path) -> None:
     pipeline = str(save_latte_pipeline(tmp_path / "pipeline"))
     deployment = Deployment(
-        bundle=bundle.root, repository=tmp_path / "models", name="latte", pipeline=pipeline, max_batch=2
+        bundle=latte_tiny.root, repository=tmp_path / "models", name="latte", pipeline=pipeline, max_batch=2
     )
     model = deploy(deployment)
     assert not (model / "1/pipeline/transformer").exists()

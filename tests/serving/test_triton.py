@@ -20,7 +20,6 @@ from dyexport.runtime.prompts import open_pipeline
 from dyexport.runtime.sampling import open_vae, sample
 from dyexport.serving.triton_repository import Deployment, deploy
 from tests.engines.tiny import CHANNELS, CLASSES, SIZE
-from tests.pipeline.tiny import build, tiny_settings
 from tests.pipeline.tiny_pipeline import save_pipeline
 from tests.runtime.bundles import TinyBundle, write_bundle
 from tests.serving.server import Server, inputs
@@ -41,7 +40,7 @@ class Models(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+def models(flux_tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Models:
     root = tmp_path_factory.mktemp("models")
     vae = AutoencoderKL(latent_channels=CHANNELS, block_out_channels=(32,), norm_num_groups=8)
     vae.save_pretrained(root / "vae")
@@ -49,7 +48,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         ddpm=write_bundle(root / "ddpm"),
         flow=write_bundle(root / "flow", objective="flow"),
         latents=write_bundle(root / "latents", pixels=False),
-        flux=build(tiny_settings(root, model="flux-tiny", engines=2)),
+        flux=flux_tiny,
         vae=root / "vae",
         pipeline=save_pipeline(root / "pipeline"),
     )

@@ -233,6 +233,7 @@ def limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 
 
+@pytest.mark.build
 def test_a_full_disk_leaves_what_was_there(tiny: TinyBundle, tmp_path: Path) -> None:
     before = hashes(deployed(tiny, tmp_path, name="bundle"))
     command = [sys.executable, "-m", "dyexport", "deploy", "triton", str(tiny.root), str(tmp_path)]

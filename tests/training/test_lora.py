@@ -49,6 +49,7 @@ def test_routers_and_updates_move_and_of_the_backbone_only_biases_do(tmp_path: P
     assert moved == expected
 
 
+@pytest.mark.build
 def test_the_updates_learn_the_complete_model(tmp_path: Path) -> None:
     """With every gate open they are all that can lower the complete model's loss."""
     config = replace(CONFIG, steps=150, budget=1.0, complete=1.0, learning_rate=3e-2)
@@ -82,6 +83,7 @@ run.train()
 """
 
 
+@pytest.mark.build
 def test_a_killed_run_ends_in_the_same_weights(tmp_path: Path) -> None:
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed")], cwd=ROOT, env=os.environ)
     assert killed.returncode == -signal.SIGKILL

@@ -27,6 +27,7 @@ def run(work_dir: Path) -> list[list[float]]:
     return [[point.diffusion, point.flops_ratio] for point in result.history]
 
 
+@pytest.mark.build
 def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     # On CPUs accelerate starts several processes only by the launcher it has for several GPUs.
     options = ["--num_processes=2", "--num_machines=1", "--main_process_port=0"]

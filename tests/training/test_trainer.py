@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 STATIC = TrainConfig(steps=60, batch_size=16, learning_rate=5e-3)
 
 
+@pytest.mark.build
 @pytest.mark.parametrize("preset", [SIT, DIT], ids=["flow", "ddpm"])
 def test_static_training_learns(preset: object, tmp_path: Path) -> None:
     preset = SIT if preset is SIT else DIT
@@ -111,6 +112,7 @@ run.train()
 """
 
 
+@pytest.mark.build
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     undisturbed = trainer(tmp_path / "undisturbed")
     expected = undisturbed.train()
@@ -130,6 +132,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
     assert not list((tmp_path / "killed").glob(".*"))
 
 
+@pytest.mark.build
 def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     first = trainer(tmp_path)
     first.train()
