@@ -120,6 +120,7 @@ def test_any_flipped_bit_is_found(root: Path, name: str) -> None:
     Bundle.open(root)
 
 
+@pytest.mark.build
 def test_any_flipped_bit_of_the_manifest_is_found(root: Path) -> None:
     """Every bit of a short manifest: none is read as something else, whether it still parses or not."""
     content = (root / MANIFEST).read_bytes()

@@ -29,6 +29,8 @@ from dyexport.runtime.transformer import BundleTransformer
 from tests.runtime.conftest import Saved
 from tests.runtime.masked import Masked
 
+pytestmark = pytest.mark.build  # its bundles are asked for by names that are computed
+
 
 @cache
 def image(seed: int) -> torch.Tensor:
