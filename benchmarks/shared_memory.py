@@ -19,7 +19,7 @@ from typing import Any
 
 from dyexport.bench.memory import MemoryProbe, added_bytes
 from dyexport.bench.report import Rows, as_markdown
-from dyexport.bundle.manifest import Segment
+from dyexport.bundle.plan import Segment
 from dyexport.bundle.reader import Bundle
 from dyexport.console import StageLines, chatter_on_stderr, format_bytes
 from dyexport.files import write_atomically

@@ -12,8 +12,12 @@ from pydantic import ValidationError
 from torch import nn
 
 from dyexport.backbones.base import Inputs
-from dyexport.bundle.manifest import DENSE, Frozen, ModelSpec, SegmentPlan, segment_name
-from dyexport.bundle.reader import RANGES, Bundle
+from dyexport.bundle.manifest import DENSE
+from dyexport.bundle.manifest_file import RANGES
+from dyexport.bundle.plan import SegmentPlan, segment_name
+from dyexport.bundle.reader import Bundle
+from dyexport.bundle.records import Frozen
+from dyexport.bundle.spec import ModelSpec
 from dyexport.bundle.tables import TokenStats, WidthTable
 from dyexport.calibration.ranges import fake_quantized, measure_ranges, quantization_error
 from dyexport.errors import BundleError

@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from dyexport.backbones.base import Inputs
-from dyexport.bundle.manifest import Quantization, Segment
+from dyexport.bundle.plan import Segment
+from dyexport.bundle.spec import Quantization
 from dyexport.calibration.merging import SAMPLES
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs

@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 
 from dyexport.arguments import whole_number
-from dyexport.bundle.manifest import Segment, SegmentPlan, TokenPath
+from dyexport.bundle.plan import Segment, SegmentPlan, TokenPath
 from dyexport.bundle.tables import TokenStats, UnitOrder, WidthTable
 from dyexport.errors import UsageError
 from dyexport.flops import FlopsModel

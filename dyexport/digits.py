@@ -11,7 +11,7 @@ from dyexport.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from dyexport.backbones.base import Preset
-    from dyexport.bundle.manifest import ModelSpec
+    from dyexport.bundle.spec import ModelSpec
 
 Split = Literal["train", "held-out"]
 

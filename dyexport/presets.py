@@ -14,7 +14,7 @@ from dyexport.backbones.base import Preset
 from dyexport.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    from dyexport.bundle.manifest import ModelSpec
+    from dyexport.bundle.spec import ModelSpec
 
 CLASS_NAME = "_class_name"  # entry of every config that diffusers writes
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from dyexport.bundle.manifest import ModelSpec
     from dyexport.bundle.reader import Bundle
+    from dyexport.bundle.spec import ModelSpec
     from dyexport.runtime.transformer import BundleTransformer
 
 DEFAULT_CLASSES = 10

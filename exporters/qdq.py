@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from dyexport.bundle.manifest import Quantization
+from dyexport.bundle.spec import Quantization
 from dyexport.errors import ExportError
 from dyexport.slicing.quantizing import SCALE
 from dyexport.slicing.recipes import Recipe, scale_of

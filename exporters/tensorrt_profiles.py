@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dyexport.backbones import get_engine_sizes
-from dyexport.bundle.manifest import ModelSpec, Segment
+from dyexport.bundle.plan import Segment
 from dyexport.bundle.plan_info import LARGEST_TOPK, Flavour, Profile
+from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import UsageError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from dyexport.backbones.base import Preset
 from dyexport.backbones.dit.preset import DiTPreset
 from dyexport.backbones.latte.preset import LattePreset
-from dyexport.bundle.manifest import ModelSpec
+from dyexport.bundle.spec import ModelSpec
 from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.random_weights import random_dynamic

@@ -11,7 +11,7 @@ import onnx
 
 from dyexport.bundle.graph_labels import labels_for
 from dyexport.bundle.manifest import FileRecord
-from dyexport.bundle.reader import MANIFEST, manifest_text, read_manifest, seal
+from dyexport.bundle.manifest_file import MANIFEST, manifest_text, read_manifest, seal
 from dyexport.digests import sha256_of
 
 Content = dict[str, Any]

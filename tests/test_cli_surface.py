@@ -87,7 +87,7 @@ def test_help_has_three_examples_that_parse(command: str) -> None:
 
 
 def test_choices_are_those_of_the_library() -> None:
-    from dyexport.bundle.manifest import TokenPath
+    from dyexport.bundle.plan import TokenPath
 
     assert set(get_args(SchedulerChoice)) == {*DDPM_SCHEDULERS, *FLOW_SCHEDULERS}
     assert set(get_args(TokenPathChoice)) == {"auto", *get_args(TokenPath)} - {"all"}

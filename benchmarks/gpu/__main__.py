@@ -19,7 +19,7 @@ from benchmarks.gpu.report import Results, circumstances
 from benchmarks.gpu.timing import Timing
 from benchmarks.gpu.with_engines import SECTIONS as ENGINE_SECTIONS
 from benchmarks.gpu.with_torch import time_case
-from dyexport.bundle.manifest import Precision
+from dyexport.bundle.spec import Precision
 
 Section = Callable[[Case, Timing, int], dict[str, Any]]
 

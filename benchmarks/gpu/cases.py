@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dyexport.backbones.base import Preset
 from dyexport.backbones.flux.preset import FluxPreset
-from dyexport.bundle.manifest import ModelSpec, Precision, Segment, SegmentPlan
+from dyexport.bundle.plan import Segment, SegmentPlan
+from dyexport.bundle.spec import ModelSpec, Precision
 from dyexport.bundle.tables import TokenStats, UnitOrder, WidthTable
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.calibration.segments import PlanSettings, make_segments, price_plan

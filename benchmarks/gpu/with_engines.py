@@ -15,7 +15,7 @@ from benchmarks.gpu.cases import Case
 from benchmarks.gpu.summary import summarise
 from benchmarks.gpu.timing import Run, Timing, require_finite
 from benchmarks.gpu.with_torch import network_inputs
-from dyexport.bundle.manifest import Segment
+from dyexport.bundle.plan import Segment
 from dyexport.bundle.plan_info import ENGINE, Flavour, Profile
 from dyexport.engines.base import Engine
 from dyexport.engines.registry import EngineOptions, get_backend, make_engines

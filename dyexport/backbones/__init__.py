@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         SamplingPipeline,
         Slicer,
     )
-    from dyexport.bundle.manifest import ModelSpec
+    from dyexport.bundle.spec import ModelSpec
     from dyexport.runtime.transformer import BundleTransformer
 
 BACKBONES = ("dit", "sit", "flux", "latte", "qwen_image")

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from dyexport.bundle.manifest import ModelSpec, Segment
+    from dyexport.bundle.plan import Segment
     from dyexport.bundle.plan_info import Profile
+    from dyexport.bundle.spec import ModelSpec
     from dyexport.models.conditions import Column, Conditions
     from dyexport.models.gates import BlockGates, TokenRouter
     from dyexport.slicing.slicer import Slice, SliceContext

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dyexport.bundle.manifest import Precision
+from dyexport.bundle.spec import Precision
 from dyexport.lora import LoraSpec
 
 

@@ -23,7 +23,7 @@ from dyexport.bench.variants import (
     module_variant,
     segment_variants,
 )
-from dyexport.bundle.manifest import Segment, SegmentPlan
+from dyexport.bundle.plan import Segment, SegmentPlan
 from dyexport.bundle.reader import Bundle
 from dyexport.progress import Progress
 from dyexport.runtime.loading import load

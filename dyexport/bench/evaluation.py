@@ -11,8 +11,8 @@ import numpy as np
 
 from dyexport.bench.quality import Evaluator, Score, mean_accuracy, mean_frechet
 from dyexport.bench.settings import SamplingConfig, check_digits
-from dyexport.bundle.manifest import ModelSpec
 from dyexport.bundle.reader import Bundle
+from dyexport.bundle.spec import ModelSpec
 from dyexport.digits import Digits
 from dyexport.errors import CheckpointError
 from dyexport.progress import Progress

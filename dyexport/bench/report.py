@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from dyexport.bench.quality import mean_accuracy, mean_frechet
-from dyexport.bundle.manifest import Segment
+from dyexport.bundle.plan import Segment
 from dyexport.bundle.reader import Bundle
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from dyexport.digits import samples_digits
 from dyexport.errors import UsageError
 
 if TYPE_CHECKING:
-    from dyexport.bundle.manifest import ModelSpec
+    from dyexport.bundle.spec import ModelSpec
 
 MOST = {"batch": 4096, "steps": STEPS, "threads": 1024, "rounds": 100_000}
 MOST_SAMPLES = 100_000

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-from dyexport.bundle.manifest import ModelSpec, SegmentPlan, segment_name
+from dyexport.bundle.plan import SegmentPlan, segment_name
+from dyexport.bundle.spec import ModelSpec
 
 NETWORK = "dyexport/network"
 IDENTITY = "dyexport/sha256"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dyexport.backbones import get_adapter
 from dyexport.backbones.base import Preset, RouterKind
-from dyexport.bundle.manifest import Frozen, first_problem
+from dyexport.bundle.records import Frozen, first_problem
 from dyexport.bundle.tables import WidthTable
 from dyexport.checkpoints.locate import CONFIG
 from dyexport.checkpoints.static import (

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from dyexport.backbones.base import RouterKind
-from dyexport.bundle.manifest import Precision, Quantization
+from dyexport.bundle.spec import Precision, Quantization
 
 MODEL, BUDGET, TRAINING, ENGINES = "Model", "Budget", "Training", "Engines"
 OUTPUT, TENSORRT, ADVANCED = "Output", "TensorRT", "Advanced"

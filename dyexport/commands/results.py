@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dyexport.console import format_bytes
 
 if TYPE_CHECKING:
-    from dyexport.bundle.manifest import SegmentPlan
+    from dyexport.bundle.plan import SegmentPlan
 
 NARROW = 4.0  # times below the limit of fp16
 

@@ -15,7 +15,7 @@ from dyexport.errors import UsageError
 from dyexport.files import check_file
 
 if TYPE_CHECKING:
-    from dyexport.bundle.manifest import ModelSpec
+    from dyexport.bundle.spec import ModelSpec
 
 EXAMPLES = (
     "dyexport sample sit-digits-0.5 --labels 0-9 -o digits.png",

@@ -10,15 +10,10 @@ from time import perf_counter
 from typing import NamedTuple
 
 from dyexport import __version__
-from dyexport.bundle.manifest import (
-    SCHEMA_VERSION,
-    EngineRecord,
-    FileRecord,
-    Manifest,
-    Reference,
-    SegmentPlan,
-)
-from dyexport.bundle.reader import MANIFEST, RANGES, TOKENS, WIDTHS, Bundle, manifest_text
+from dyexport.bundle.manifest import SCHEMA_VERSION, EngineRecord, FileRecord, Manifest, Reference
+from dyexport.bundle.manifest_file import MANIFEST, RANGES, TOKENS, WIDTHS, manifest_text
+from dyexport.bundle.plan import SegmentPlan
+from dyexport.bundle.reader import Bundle
 from dyexport.calibration.quantization import Ranges
 from dyexport.digests import remember
 from dyexport.errors import BundleError, StorageError

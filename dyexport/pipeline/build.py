@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from dyexport.bundle.manifest import Manifest, SegmentPlan
+from dyexport.bundle.manifest import Manifest
+from dyexport.bundle.plan import SegmentPlan
 from dyexport.exporters.plan_cost import PlanCost, estimate_plans
 from dyexport.files import check_writable
 from dyexport.pipeline import export_stages, model_stages, steps

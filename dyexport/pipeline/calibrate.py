@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dyexport.backbones.base import Preset
-from dyexport.bundle.manifest import ModelSpec, Precision, Quantization, Segment, SegmentPlan
-from dyexport.bundle.reader import TOKENS, WIDTHS
+from dyexport.bundle.manifest_file import TOKENS, WIDTHS
+from dyexport.bundle.plan import Segment, SegmentPlan
+from dyexport.bundle.spec import ModelSpec, Precision, Quantization
 from dyexport.bundle.tables import TokenStats, WidthTable
 from dyexport.calibration.merging import merge_segments
 from dyexport.calibration.precision import measure_magnitudes

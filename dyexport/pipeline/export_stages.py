@@ -12,7 +12,8 @@ import torch
 
 from dyexport import __version__
 from dyexport.bundle.graph_labels import labels_for
-from dyexport.bundle.manifest import ModelSpec, SegmentPlan
+from dyexport.bundle.plan import SegmentPlan
+from dyexport.bundle.spec import ModelSpec
 from dyexport.calibration.quantization import Ranges, Tables
 from dyexport.calibration.segments import PlanSettings
 from dyexport.errors import UsageError

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 
 from pydantic import Field, ValidationError
 
-from dyexport.bundle.manifest import FileRecord, Frozen
+from dyexport.bundle.manifest import FileRecord
+from dyexport.bundle.records import Frozen
 from dyexport.digests import remember
 from dyexport.errors import UsageError
 from dyexport.files import replacing, storage_errors, write_atomically

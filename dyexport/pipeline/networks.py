@@ -8,15 +8,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from dyexport.bundle.manifest import (
-    CONDITIONING,
-    DENSE,
-    DENSE_CONDITIONING,
-    ModelSpec,
-    Segment,
-    SegmentPlan,
-    segment_name,
-)
+from dyexport.bundle.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING
+from dyexport.bundle.plan import Segment, SegmentPlan, segment_name
+from dyexport.bundle.spec import ModelSpec
 from dyexport.bundle.tables import TokenStats, UnitOrder, WidthTable
 from dyexport.calibration.segments import PlanSettings, make_segments, price_plan
 from dyexport.flops import FlopsModel

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dyexport.bundle.manifest import FileRecord
-from dyexport.bundle.reader import MANIFEST, files_of
+from dyexport.bundle.manifest_file import MANIFEST, files_of
 from dyexport.digests import sha256_of
 from dyexport.errors import StorageError, UsageError
 from dyexport.files import PARTIAL, clear_partials, flush, hard_linked, put, remove, replacing, storage_errors, sync

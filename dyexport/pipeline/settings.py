@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dyexport.backbones.base import Preset, RouterKind
 from dyexport.backbones.recipe import Recipe, Schedule
-from dyexport.bundle.manifest import Precision, Quantization
+from dyexport.bundle.spec import Precision, Quantization
 from dyexport.checkpoints.structure import resolve_preset
 from dyexport.errors import BudgetError, CheckpointError, UsageError
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings

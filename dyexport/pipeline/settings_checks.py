@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from dyexport.arguments import check_memory, check_seed, whole_number
 from dyexport.backbones.base import RouterKind
-from dyexport.bundle.manifest import Precision, Quantization
 from dyexport.bundle.plan_info import OLDEST_FP8
+from dyexport.bundle.spec import Precision, Quantization
 from dyexport.calibration.segments import PlanSettings
 from dyexport.errors import BudgetError, UsageError
 from dyexport.pipeline.output import check_ours

@@ -14,7 +14,8 @@ import torch
 
 from dyexport.arguments import check_memory, shown, whole_number
 from dyexport.backbones import BACKBONES, get_stand_in
-from dyexport.bundle.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING, segment_name
+from dyexport.bundle.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING
+from dyexport.bundle.plan import segment_name
 from dyexport.bundle.reader import Bundle
 from dyexport.engines.held import HeldEngine
 from dyexport.engines.networks import check_networks

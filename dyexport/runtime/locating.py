@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dyexport.arguments import shown
-from dyexport.bundle.reader import MANIFEST
+from dyexport.bundle.manifest_file import MANIFEST
 from dyexport.errors import BundleError, UsageError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

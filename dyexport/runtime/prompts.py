@@ -11,7 +11,7 @@ import torch
 from dyexport.arguments import PIXELS, SAMPLES, check_guidance, check_pixels, check_side, check_steps
 from dyexport.backbones import get_pipeline
 from dyexport.backbones.base import PromptColumns, PromptPipeline
-from dyexport.bundle.manifest import ModelSpec
+from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import CheckpointError, DataError, MissingDependencyError, UsageError
 from dyexport.progress import Progress
 from dyexport.runtime.sampling import check_finite, noise_of, open_vae

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from dyexport.bundle.manifest import Segment, SegmentPlan
+from dyexport.bundle.plan import Segment, SegmentPlan
 from dyexport.bundle.tables import FloatArray, TokenStats, WidthTable
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.engines.base import Engine, EngineIO, Tensors

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dyexport.arguments import SAMPLES, check_guidance, check_seed, check_steps, shown
 from dyexport.backbones import get_pipeline
-from dyexport.bundle.manifest import ModelSpec
+from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import CheckpointError, SamplingError, UsageError
 from dyexport.progress import Progress, no_progress
 

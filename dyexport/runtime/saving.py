@@ -7,7 +7,8 @@ from pathlib import Path
 
 from dyexport.backbones import get_pipeline
 from dyexport.bundle.manifest import Manifest
-from dyexport.bundle.reader import MANIFEST, Bundle, files_of, manifest_text
+from dyexport.bundle.manifest_file import MANIFEST, files_of, manifest_text
+from dyexport.bundle.reader import Bundle
 from dyexport.errors import StorageError
 from dyexport.files import replacing, storage_errors
 

@@ -17,8 +17,9 @@ from diffusers import ConfigMixin, ModelMixin
 from pydantic import ByteSize
 
 from dyexport.backbones import get_stand_in
-from dyexport.bundle.manifest import ModelSpec
-from dyexport.bundle.reader import Bundle, manifest_text
+from dyexport.bundle.manifest_file import manifest_text
+from dyexport.bundle.reader import Bundle
+from dyexport.bundle.spec import ModelSpec
 from dyexport.engines.base import Tensors
 from dyexport.engines.switching import SwitchingEngine
 from dyexport.errors import BundleError, UsageError

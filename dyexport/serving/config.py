@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from pydantic import Field, PositiveInt, ValidationError
 
 from dyexport.arguments import PIXELS, STEPS
-from dyexport.bundle.manifest import Frozen, ModelSpec, first_problem
+from dyexport.bundle.records import Frozen, first_problem
+from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import UsageError
 from dyexport.serving.limits import Limits
 

@@ -23,8 +23,9 @@ from pathlib import Path
 from dyexport.arguments import PIXELS, STEPS, shown, whole_number
 from dyexport.backbones import get_pipeline, sampling_defaults
 from dyexport.backbones.base import VAE_SCALE, PromptPipeline
-from dyexport.bundle.manifest import ModelSpec
-from dyexport.bundle.reader import MANIFEST, Bundle
+from dyexport.bundle.manifest_file import MANIFEST
+from dyexport.bundle.reader import Bundle
+from dyexport.bundle.spec import ModelSpec
 from dyexport.engines.networks import check_networks
 from dyexport.engines.registry import get_backend
 from dyexport.errors import MissingDependencyError, UsageError

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dyexport.backbones import get_adapter
 from dyexport.backbones.base import Adapter
-from dyexport.bundle.manifest import ModelSpec, Segment
+from dyexport.bundle.plan import Segment
+from dyexport.bundle.spec import ModelSpec
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.slicing.recipes import Read, Recipe
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
-from dyexport.bundle.manifest import Quantization
+from dyexport.bundle.spec import Quantization
 from dyexport.slicing.linears import BlockLinear
 from dyexport.slicing.recipes import Recipe
 

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dyexport.bundle.manifest import Quantization
+from dyexport.bundle.spec import Quantization
 
 ALIGNMENT = 4096  # bytes; so that every tensor can be mapped as whole pages
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from dyexport.backbones import get_slicer
 from dyexport.backbones.base import Preset
-from dyexport.bundle.manifest import ModelSpec, Precision, Quantization, Segment, TokenPath
+from dyexport.bundle.plan import Segment, TokenPath
+from dyexport.bundle.spec import ModelSpec, Precision, Quantization
 from dyexport.bundle.tables import TokenStats, UnitOrder, WidthTable
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.lora import LoraSpec

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dyexport.backbones.base import channels_of
-from dyexport.bundle.manifest import Segment, TokenPath
+from dyexport.bundle.plan import Segment, TokenPath
 from dyexport.bundle.plan_info import LARGEST_TOPK
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from dyexport.bundle.manifest import Manifest, ModelSpec, Precision, Quantization
+from dyexport.bundle.manifest import Manifest
+from dyexport.bundle.spec import ModelSpec, Precision, Quantization
 from dyexport.verification.layers import LayerReport
 
 TOLERANCES: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}  # largest absolute; then relative

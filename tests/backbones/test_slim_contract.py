@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dyexport.backbones import BACKBONES
 from dyexport.backbones.base import Inputs
-from dyexport.bundle.manifest import Segment
+from dyexport.bundle.plan import Segment
 from dyexport.calibration.segments import PlanSettings, make_segments
 from dyexport.calibration.tokens import measure_tokens
 from dyexport.calibration.widths import read_widths

@@ -18,7 +18,8 @@ from dyexport.bench.report import bench_tables
 from dyexport.bench.settings import BenchSettings
 from dyexport.bench.variants import compiled_variant, conditioning_variant
 from dyexport.bundle.manifest import DENSE
-from dyexport.bundle.reader import MANIFEST, Bundle, manifest_text
+from dyexport.bundle.manifest_file import MANIFEST, manifest_text
+from dyexport.bundle.reader import Bundle
 from dyexport.engines.fake import FakeEngine
 from dyexport.errors import BundleError, DyexportError, UsageError
 from dyexport.runtime.loading import load

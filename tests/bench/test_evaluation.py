@@ -11,7 +11,7 @@ import torch
 from dyexport.bench.evaluation import mean_accuracy, mean_frechet, sample_digits, score_models
 from dyexport.bench.quality import Evaluator
 from dyexport.bench.settings import SamplingConfig
-from dyexport.bundle.manifest import ModelSpec
+from dyexport.bundle.spec import ModelSpec
 from dyexport.digits import Digits
 from dyexport.errors import UsageError
 from dyexport.presets import get_preset

@@ -21,12 +21,11 @@ from dyexport.bundle.manifest import (
     EngineRecord,
     FileRecord,
     Manifest,
-    ModelSpec,
-    Segment,
-    SegmentPlan,
-    segment_name,
 )
-from dyexport.bundle.reader import MANIFEST, RANGES, TOKENS, WEIGHTS, WIDTHS, Bundle, seal
+from dyexport.bundle.manifest_file import MANIFEST, RANGES, TOKENS, WEIGHTS, WIDTHS, seal
+from dyexport.bundle.plan import Segment, SegmentPlan, segment_name
+from dyexport.bundle.reader import Bundle
+from dyexport.bundle.spec import ModelSpec
 from dyexport.bundle.tables import WidthTable
 from dyexport.digests import sha256_of
 from dyexport.errors import BundleError, EngineMismatchError

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dyexport.bundle.manifest import Quantization, Segment
+from dyexport.bundle.plan import Segment
+from dyexport.bundle.spec import Quantization
 from dyexport.calibration.ranges import fake_quantized, measure_ranges, quantization_error
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dyexport.bundle.manifest import Segment
+from dyexport.bundle.plan import Segment
 from dyexport.bundle.tables import TokenStats, WidthTable
 from dyexport.calibration.segments import PlanSettings, make_segments, price_plan
 from dyexport.errors import UsageError

@@ -11,9 +11,11 @@ from typing import Any
 import onnx
 import pytest
 
-from dyexport.bundle.manifest import CONDITIONING, DENSE_CONDITIONING, EngineRecord, segment_name
+from dyexport.bundle.manifest import CONDITIONING, DENSE_CONDITIONING, EngineRecord
+from dyexport.bundle.manifest_file import MANIFEST, read_manifest
+from dyexport.bundle.plan import segment_name
 from dyexport.bundle.plan_info import ENGINE, INFO
-from dyexport.bundle.reader import MANIFEST, Bundle, read_manifest
+from dyexport.bundle.reader import Bundle
 from dyexport.engines.networks import check_networks
 from dyexport.errors import BundleError, DyexportError, EngineBuildError
 from tests.engines.test_tensorrt_rt import info

@@ -14,7 +14,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-from dyexport.bundle.manifest import Segment
+from dyexport.bundle.plan import Segment
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.engines.base import EngineIO, Tensors
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from dyexport.backbones.base import Preset
 from dyexport.backbones.flux.preset import FluxPreset
-from dyexport.bundle.manifest import Precision, Segment, TokenPath
+from dyexport.bundle.plan import Segment, TokenPath
 from dyexport.bundle.plan_info import PlanInfo
+from dyexport.bundle.spec import Precision
 from dyexport.bundle.tables import UnitOrder
 from dyexport.exporters.onnx_graph import STORE, export_onnx
 from dyexport.exporters.tensorrt_plan import PlanRequest, build_plan

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from dyexport.bundle.manifest import Segment
+from dyexport.bundle.plan import Segment
 from dyexport.bundle.tables import UnitOrder
 from dyexport.calibration.segments import PlanSettings, make_segments
 from dyexport.calibration.tokens import measure_tokens

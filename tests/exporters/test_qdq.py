@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from dyexport.bundle.manifest import Quantization
+from dyexport.bundle.spec import Quantization
 from dyexport.errors import ExportError
 from dyexport.exporters.onnx_graph import MODULE, STORE, check_onnx, export_onnx
 from dyexport.exporters.weight_store import write_store

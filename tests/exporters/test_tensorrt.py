@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from dyexport.backbones.base import Preset
-from dyexport.bundle.manifest import Precision, Quantization, TokenPath
+from dyexport.bundle.plan import TokenPath
 from dyexport.bundle.plan_info import ENGINE, INFO, PlanInfo
+from dyexport.bundle.spec import Precision, Quantization
 from dyexport.bundle.tables import UnitOrder
 from dyexport.calibration.widths import read_widths
 from dyexport.digests import sha256_of

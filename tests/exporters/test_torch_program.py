@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dyexport.bundle.manifest import TokenPath
+from dyexport.bundle.plan import TokenPath
 from dyexport.bundle.plan_info import Profile
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.exporters.onnx_graph import STORE

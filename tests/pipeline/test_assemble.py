@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dyexport.bundle.manifest import Manifest
-from dyexport.bundle.reader import MANIFEST, WIDTHS, Bundle
+from dyexport.bundle.manifest_file import MANIFEST, WIDTHS
+from dyexport.bundle.reader import Bundle
 from dyexport.errors import StorageError, UsageError
 from dyexport.pipeline.assemble import Source, assemble
 from dyexport.pipeline.file_records import describe

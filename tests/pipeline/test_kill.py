@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from dyexport.bundle.reader import MANIFEST, Bundle
+from dyexport.bundle.manifest_file import MANIFEST
+from dyexport.bundle.reader import Bundle
 from dyexport.errors import BundleError
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from tests.pipeline.tiny import hashes, redone, tiny_settings

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from dyexport.bundle.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING
-from dyexport.bundle.reader import MANIFEST, Bundle
+from dyexport.bundle.manifest_file import MANIFEST
+from dyexport.bundle.reader import Bundle
 from dyexport.checkpoints.dynamic import load_dynamic
 from dyexport.checkpoints.static import load_static, save_static
 from dyexport.errors import BudgetError, CheckpointError, DyexportError, StorageError, UsageError

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from dyexport.bundle.manifest import CONDITIONING, segment_name
+from dyexport.bundle.manifest import CONDITIONING
+from dyexport.bundle.plan import segment_name
 from dyexport.bundle.plan_info import ENGINE, INFO, PlanInfo
 from dyexport.bundle.reader import Bundle
 from dyexport.cli import main

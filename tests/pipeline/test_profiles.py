@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from dyexport.bundle.manifest import ModelSpec
 from dyexport.bundle.plan_info import Profile
+from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import UsageError
 from dyexport.exporters.tensorrt_profiles import (
     TensorrtSettings,

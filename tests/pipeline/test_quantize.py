@@ -13,8 +13,11 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from dyexport.bundle.manifest import CONDITIONING, DENSE_CONDITIONING, Quantization, segment_name
-from dyexport.bundle.reader import RANGES, Bundle
+from dyexport.bundle.manifest import CONDITIONING, DENSE_CONDITIONING
+from dyexport.bundle.manifest_file import RANGES
+from dyexport.bundle.plan import segment_name
+from dyexport.bundle.reader import Bundle
+from dyexport.bundle.spec import Quantization
 from dyexport.calibration.quantization import Ranges
 from dyexport.cli import main
 from dyexport.errors import BundleError, UsageError

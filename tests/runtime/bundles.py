@@ -12,20 +12,10 @@ import numpy as np
 import torch
 
 from dyexport.bundle.graph_labels import labels_for
-from dyexport.bundle.manifest import (
-    CONDITIONING,
-    DENSE,
-    SCHEMA_VERSION,
-    EngineRecord,
-    FileRecord,
-    Manifest,
-    ModelSpec,
-    Segment,
-    SegmentPlan,
-    TokenPath,
-    segment_name,
-)
-from dyexport.bundle.reader import MANIFEST, TOKENS, WIDTHS, manifest_text
+from dyexport.bundle.manifest import CONDITIONING, DENSE, SCHEMA_VERSION, EngineRecord, FileRecord, Manifest
+from dyexport.bundle.manifest_file import MANIFEST, TOKENS, WIDTHS, manifest_text
+from dyexport.bundle.plan import Segment, SegmentPlan, TokenPath, segment_name
+from dyexport.bundle.spec import ModelSpec
 from dyexport.bundle.tables import TokenStats, WidthTable
 from dyexport.digests import sha256_of
 from dyexport.runtime.routing import route

@@ -8,7 +8,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.autoencoders.vae import DecoderOutput
 
 from dyexport.backbones import get_pipeline
-from dyexport.bundle.manifest import ModelSpec
+from dyexport.bundle.spec import ModelSpec
 from dyexport.runtime.transformer import offloading_placeholder
 
 

@@ -15,7 +15,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 import dyexport
 from dyexport.bundle.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING, EngineRecord
-from dyexport.bundle.reader import MANIFEST, read_manifest
+from dyexport.bundle.manifest_file import MANIFEST, read_manifest
 from dyexport.bundle.tables import WidthTable
 from dyexport.engines.fake import FakeEngine
 from dyexport.errors import BundleError, EngineMismatchError, UsageError

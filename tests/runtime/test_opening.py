@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dyexport.backbones.dit.stand_in import DiTBundle
-from dyexport.bundle.reader import MANIFEST, WEIGHTS, WIDTHS
+from dyexport.bundle.manifest_file import MANIFEST, WEIGHTS, WIDTHS
 from dyexport.errors import BundleError, UsageError
 from dyexport.runtime.loading import BundleTransformer, load
 from tests.pipeline.tiny import build, tamper, tiny_settings

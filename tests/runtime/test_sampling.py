@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel, DPMSolverMultistepScheduler
 
 from dyexport.backbones import sampling_defaults
-from dyexport.bundle.manifest import ModelSpec
+from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import DyexportError, UsageError
 from dyexport.noise_schedule import make_scheduler
 from dyexport.runtime.loading import load

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from dyexport.bundle.manifest import EngineRecord
-from dyexport.bundle.reader import WEIGHTS, WIDTHS, Bundle
+from dyexport.bundle.manifest_file import WEIGHTS, WIDTHS
+from dyexport.bundle.reader import Bundle
 from dyexport.cli import main
 from dyexport.errors import BundleError, EngineMismatchError, UsageError
 from dyexport.runtime.loading import load

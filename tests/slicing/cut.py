@@ -8,7 +8,8 @@ from functools import cached_property
 import torch
 
 from dyexport.backbones.base import Inputs, Preset
-from dyexport.bundle.manifest import ModelSpec, Precision, Quantization, Segment
+from dyexport.bundle.plan import Segment
+from dyexport.bundle.spec import ModelSpec, Precision, Quantization
 from dyexport.bundle.tables import TokenStats, WidthTable
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.slicing import slicer

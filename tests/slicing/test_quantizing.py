@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dyexport.backbones.base import Preset
-from dyexport.bundle.manifest import Quantization, Segment
+from dyexport.bundle.plan import Segment
+from dyexport.bundle.spec import Quantization
 from dyexport.presets import get_preset
 from dyexport.slicing.quantizing import SCALE, linear_inputs, quantized_recipes
 from dyexport.slicing.recipes import QMAX, Recipe, lay_out, materialize

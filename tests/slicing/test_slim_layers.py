@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dyexport.bundle.manifest import Segment
+from dyexport.bundle.plan import Segment
 from dyexport.slicing.linears import TransposedLinear
 from dyexport.slicing.modulation import BlockModulation, FinalModulation, modulated_norm
 from dyexport.slicing.slim_layers import (

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dyexport.bundle.manifest import segment_name
+from dyexport.bundle.plan import segment_name
 from dyexport.bundle.reader import Bundle
 from dyexport.cli import main
 from dyexport.exporters.operator_gate import MODULE

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from dyexport.bundle.manifest import CONDITIONING, segment_name
-from dyexport.bundle.reader import WIDTHS, Bundle
+from dyexport.bundle.manifest import CONDITIONING
+from dyexport.bundle.manifest_file import WIDTHS
+from dyexport.bundle.plan import segment_name
+from dyexport.bundle.reader import Bundle
 from dyexport.checkpoints.dynamic import load_dynamic
 from dyexport.errors import BundleError, UsageError
 from dyexport.exporters.onnx_graph import STORE

@@ -12,7 +12,7 @@ from dyexport.backbones.base import channels_of
 from dyexport.backbones.dit.preset import FREQ_SHIFT
 from dyexport.backbones.dit.slim import SlimDiT
 from dyexport.backbones.dit.slim_conditioning import DiTConditioning, DiTLayout
-from dyexport.bundle.manifest import Segment
+from dyexport.bundle.plan import Segment
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.slicing.cut_lora import PathCut, router_names
 from dyexport.slicing.modulation import sinusoid_frequencies

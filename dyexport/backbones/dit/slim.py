@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dyexport.backbones.base import channels_of
 from dyexport.backbones.dit.slim_conditioning import DiTLayout
-from dyexport.bundle.manifest import Segment
+from dyexport.bundle.plan import Segment
 from dyexport.lora import LoraSpec
 from dyexport.slicing.linears import QkvLinear, SlimLinear, TransposedLinear
 from dyexport.slicing.modulation import BlockModulation, Modulation, gated_update, modulated_norm

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from dyexport.bundle.manifest import ModelSpec
+from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import BundleError, EngineMismatchError
 from dyexport.runtime.inputs import check_attention_kwargs, described, floating
 from dyexport.runtime.transformer import NOT_COMPILED, BundleTransformer, random_rows

@@ -11,7 +11,7 @@ from torch import Tensor
 from dyexport.backbones.base import channels_of
 from dyexport.backbones.flux.slim import SlimFlux
 from dyexport.backbones.flux.slim_conditioning import FluxConditioning, FluxLayout, depth_of
-from dyexport.bundle.manifest import Segment
+from dyexport.bundle.plan import Segment
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.slicing.cut_lora import PathCut, router_names
 from dyexport.slicing.modulation import sinusoid_frequencies

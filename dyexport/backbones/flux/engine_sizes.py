@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dyexport.bundle.manifest import ModelSpec, Segment
+from dyexport.bundle.plan import Segment
 from dyexport.bundle.plan_info import SMALLEST, Profile
+from dyexport.bundle.spec import ModelSpec
 
 
 def free_sizes(spec: ModelSpec, segment: Segment | None) -> dict[str, Profile]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dyexport.backbones.base import channels_of
 from dyexport.backbones.flux.slim_conditioning import DoubleModulation, FluxLayout, RouterWeights
 from dyexport.backbones.flux.slim_layers import FeedForward, Projection, Rotary, attend
-from dyexport.bundle.manifest import Segment
+from dyexport.bundle.plan import Segment
 from dyexport.lora import LoraSpec
 from dyexport.slicing.linears import SlimLinear, TransposedLinear
 from dyexport.slicing.modulation import Modulation, gated_update, modulated_norm

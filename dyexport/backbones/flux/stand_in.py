@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from dyexport.bundle.manifest import ModelSpec
+from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import EngineMismatchError
 from dyexport.runtime.inputs import check_absent, check_attention_kwargs, described, float_values, floating
 from dyexport.runtime.transformer import NOT_COMPILED, BundleTransformer, random_rows

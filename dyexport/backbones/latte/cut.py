@@ -12,7 +12,8 @@ from dyexport.backbones.base import channels_of
 from dyexport.backbones.dit.cut import block_recipes
 from dyexport.backbones.latte.slim import SlimLatte
 from dyexport.backbones.latte.slim_conditioning import LatteConditioning, LatteLayout, depth_of
-from dyexport.bundle.manifest import ModelSpec, Segment
+from dyexport.bundle.plan import Segment
+from dyexport.bundle.spec import ModelSpec
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.slicing.cut_lora import router_names
 from dyexport.slicing.modulation import sinusoid_frequencies

@@ -8,7 +8,7 @@ import torch
 
 from dyexport.backbones.base import PromptColumns, PromptPipeline
 from dyexport.backbones.latte.preset import LattePreset
-from dyexport.bundle.manifest import ModelSpec
+from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import UsageError
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dyexport.backbones.base import channels_of
 from dyexport.backbones.dit.slim import SlimBlock
 from dyexport.backbones.latte.slim_conditioning import LatteLayout
-from dyexport.bundle.manifest import Segment
+from dyexport.bundle.plan import Segment
 from dyexport.lora import LoraSpec
 from dyexport.slicing.linears import SlimLinear
 from dyexport.slicing.modulation import BlockModulation, gated_update, modulated_norm

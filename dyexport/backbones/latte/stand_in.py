@@ -9,7 +9,7 @@ import torch
 from diffusers import LatteTransformer3DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from dyexport.bundle.manifest import ModelSpec
+from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import EngineMismatchError
 from dyexport.runtime.inputs import (
     check_absent,

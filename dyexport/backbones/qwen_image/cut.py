@@ -11,7 +11,8 @@ from torch import Tensor
 from dyexport.backbones.base import channels_of
 from dyexport.backbones.qwen_image.slim import SlimQwenImage
 from dyexport.backbones.qwen_image.slim_conditioning import QwenImageConditioning, QwenImageLayout
-from dyexport.bundle.manifest import ModelSpec, Segment
+from dyexport.bundle.plan import Segment
+from dyexport.bundle.spec import ModelSpec
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.slicing.cut_lora import PathCut, router_names
 from dyexport.slicing.modulation import sinusoid_frequencies

@@ -8,7 +8,7 @@ import torch
 
 from dyexport.backbones.base import PromptColumns, PromptPipeline
 from dyexport.backbones.qwen_image.preset import UNCONDITIONAL, QwenImagePreset
-from dyexport.bundle.manifest import ModelSpec
+from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import UsageError
 
 SIDE = 128  # latents; diffusers writes it into its pipeline

@@ -17,7 +17,7 @@ from dyexport.backbones.flux.slim import project
 from dyexport.backbones.flux.slim_conditioning import DoubleModulation
 from dyexport.backbones.flux.slim_layers import FeedForward, Projection, Rotary, rms_norm
 from dyexport.backbones.qwen_image.slim_conditioning import QwenImageLayout
-from dyexport.bundle.manifest import Segment
+from dyexport.bundle.plan import Segment
 from dyexport.lora import LoraSpec
 from dyexport.slicing.linears import TransposedLinear
 from dyexport.slicing.modulation import gated_update, modulated_norm

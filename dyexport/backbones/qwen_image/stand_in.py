@@ -10,7 +10,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from dyexport.bundle.manifest import ModelSpec
+from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import EngineMismatchError
 from dyexport.runtime.inputs import check_absent, check_attention_kwargs, described, floating
 from dyexport.runtime.transformer import NOT_COMPILED, BundleTransformer, random_rows
