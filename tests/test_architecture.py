@@ -323,7 +323,6 @@ BACKBONE_NAME = re.compile(rf"(?<![a-z])(?:{NAMES})(?![a-z])", re.IGNORECASE)
 CLASS_NAME = re.compile(rf"(?:{NAMES.title()}|DiT|SiT)(?=[A-Z])")
 PAPER_OR_USAGE = re.compile(r"arXiv|--model [\w-]+|\bdyexport [a-z]+ |>>> ")
 MAY_NAME_A_MODEL = {
-    "bundle/reader.py": ("FLUX.1",),  # the size of its manifest
     "demo.py": ("sit-digits",),  # the demo's model
     "flops.py": ("DiT table 1",),  # of the paper
     "pipeline/api.py": ("Bundle(",),  # what its example prints

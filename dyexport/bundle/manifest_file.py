@@ -20,7 +20,7 @@ WIDTHS = "calibration/widths.safetensors"
 TOKENS = "calibration/tokens.safetensors"
 RANGES = "calibration/ranges.json"
 SEALED = re.compile(rb'\{\n "sha256": "(?P<sha256>[0-9a-f]{64})",(?P<body>.*)', re.DOTALL)
-LARGEST_MANIFEST = 2**26  # bytes; 64 engines of FLUX.1 take four million
+LARGEST_MANIFEST = 2**26  # bytes; 64 engines of a 12-billion-parameter model take four million
 
 
 def manifest_text(manifest: Manifest) -> bytes:
