@@ -21,10 +21,12 @@ from typing import Any
 import pytest
 import torch
 
+from dyexport.bundle.reader import Bundle
 from dyexport.engines.fake import FakeEngine
 from dyexport.errors import BundleError
 from dyexport.runtime.loading import load
-from tests.runtime.bundles import TinyBundle, predict, write_bundle
+from tests.runtime.bundles import write_bundle
+from tests.runtime.calls import midpoints, predict
 
 
 def exit_code_of_fork(work: Callable[[], object], seconds: float = 60.0) -> int | None:
@@ -80,34 +82,31 @@ def assert_draws(transformer: Any, wanted: dict[float, torch.Tensor]) -> None:
         torch.testing.assert_close(predict(transformer, t), sample, atol=1e-6, rtol=0)
 
 
-TIMES = (900.0, 500.0, 100.0)
-
-
 @pytest.fixture
-def wanted(ddpm: TinyBundle) -> dict[float, torch.Tensor]:
-    transformer = load(ddpm.root)
-    return {t: predict(transformer, t) for t in TIMES}
+def wanted(sit_tiny: Bundle) -> dict[float, torch.Tensor]:
+    transformer = load(sit_tiny.root)
+    return {t: predict(transformer, t) for t in midpoints(sit_tiny)}
 
 
-def test_a_fork_of_a_process_that_has_drawn_draws(ddpm: TinyBundle, wanted: dict[float, torch.Tensor]) -> None:
-    transformer = load(ddpm.root)
+def test_a_fork_of_a_process_that_has_drawn_draws(sit_tiny: Bundle, wanted: dict[float, torch.Tensor]) -> None:
+    transformer = load(sit_tiny.root)
     assert_draws(transformer, wanted)
     assert exit_code_of_fork(lambda: assert_draws(transformer, wanted)) == 0
     assert_draws(transformer, wanted)
 
 
-def test_a_fork_while_an_engine_is_made_ready_draws(ddpm: TinyBundle, wanted: dict[float, torch.Tensor]) -> None:
-    transformer = load(ddpm.root)
+def test_a_fork_while_an_engine_is_made_ready_draws(sit_tiny: Bundle, wanted: dict[float, torch.Tensor]) -> None:
+    transformer = load(sit_tiny.root)
     first, second, third = transformer.engine.engines
     transformer.engine.engines = (first, stuck := Stuck(second), third)
-    predict(transformer, 900.0)
+    predict(transformer, min(wanted))
     with caught_in(stuck):
         assert exit_code_of_fork(lambda: assert_draws(transformer, wanted)) == 0
     assert_draws(transformer, wanted)
 
 
-def test_a_fork_while_another_thread_draws_draws(ddpm: TinyBundle, wanted: dict[float, torch.Tensor]) -> None:
-    transformer = load(ddpm.root)
+def test_a_fork_while_another_thread_draws_draws(sit_tiny: Bundle, wanted: dict[float, torch.Tensor]) -> None:
+    transformer = load(sit_tiny.root)
     transformer.conditioner.engine = stuck = Stuck(transformer.conditioner.engine)
     with caught_in(stuck, Thread(target=predict, args=(transformer,))):
         assert exit_code_of_fork(lambda: assert_draws(transformer, wanted)) == 0
@@ -116,8 +115,8 @@ def test_a_fork_while_another_thread_draws_draws(ddpm: TinyBundle, wanted: dict[
     assert_draws(transformer, wanted)
 
 
-def test_a_fork_of_a_fork_draws(ddpm: TinyBundle, wanted: dict[float, torch.Tensor]) -> None:
-    transformer = load(ddpm.root)
+def test_a_fork_of_a_fork_draws(sit_tiny: Bundle, wanted: dict[float, torch.Tensor]) -> None:
+    transformer = load(sit_tiny.root)
 
     def draw_and_fork() -> None:
         assert_draws(transformer, wanted)
@@ -145,8 +144,8 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
-def test_a_copy_has_engines_of_its_own(ddpm: TinyBundle, duplicate: Callable[[Any], Any]) -> None:
-    transformer = load(ddpm.root, max_resident=2)
+def test_a_copy_has_engines_of_its_own(sit_tiny: Bundle, duplicate: Callable[[Any], Any]) -> None:
+    transformer = load(sit_tiny.root, max_resident=2)
     before = predict(transformer)
     again = duplicate(transformer.to(torch.bfloat16))
     assert type(again) is type(transformer)
@@ -157,16 +156,16 @@ def test_a_copy_has_engines_of_its_own(ddpm: TinyBundle, duplicate: Callable[[An
     assert not again.training
 
 
-def test_a_copy_is_opened_as_the_original_was(ddpm: TinyBundle) -> None:
-    dense = load(ddpm.root, dense=True, share_weights=True)
+def test_a_copy_is_opened_as_the_original_was(sit_tiny: Bundle) -> None:
+    dense = load(sit_tiny.root, dense=True, share_weights=True)
     again = copy.deepcopy(dense)
     assert torch.equal(predict(again), predict(dense))
     assert again.engine.shares_weights
-    assert not torch.equal(predict(again), predict(load(ddpm.root)))
+    assert not torch.equal(predict(again), predict(load(sit_tiny.root)))
 
 
-def test_a_copy_is_never_of_another_bundle(own: Path) -> None:
-    write_bundle(own)
+def test_a_copy_is_never_of_another_bundle(sit_tiny: Bundle, own: Path) -> None:
+    shutil.copytree(sit_tiny.root, own)
     transformer = load(own)
     pickled = pickle.dumps(transformer)
     shutil.rmtree(own)
@@ -176,18 +175,17 @@ def test_a_copy_is_never_of_another_bundle(own: Path) -> None:
             duplicate()
 
 
-@pytest.mark.build
-def test_another_process_takes_it_as_an_argument(ddpm: TinyBundle) -> None:
-    transformer = load(ddpm.root)
+def test_another_process_takes_it_as_an_argument(sit_tiny: Bundle) -> None:
+    transformer = load(sit_tiny.root)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         there = pool.submit(predict, transformer).result()
     torch.testing.assert_close(there, predict(transformer), atol=1e-6, rtol=0)
 
 
 def test_a_relative_path_is_resolved_when_it_is_loaded(
-    own: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    sit_tiny: Bundle, own: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_bundle(own)
+    shutil.copytree(sit_tiny.root, own)
     monkeypatch.chdir(own.parent)
     transformer = load(own.name)
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from tests.runtime.bundles import TinyBundle
+from dyexport.bundle.reader import Bundle
 
 LEAVE = """
 import os, signal, sys
 from dyexport import load
-from tests.runtime.bundles import predict
+from tests.runtime.calls import predict
 
 transformer = load(sys.argv[1])
 predict(transformer)
@@ -30,13 +30,12 @@ sys.exit(os.waitstatus_to_exitcode(status) % 256)
 """
 
 
-@pytest.mark.build
 @pytest.mark.parametrize(
     "steps",
     [(), ("child_draws",), ("parent_closes",), ("parent_closes", "child_draws")],
     ids=lambda steps: " ".join(steps) or "neither",
 )
-def test_a_fork_of_a_process_that_has_drawn_leaves_with_its_status(ddpm: TinyBundle, steps: tuple[str, ...]) -> None:
-    command = [sys.executable, "-c", LEAVE, str(ddpm.root), *steps]
+def test_a_fork_of_a_process_that_has_drawn_leaves_with_its_status(sit_tiny: Bundle, steps: tuple[str, ...]) -> None:
+    command = [sys.executable, "-c", LEAVE, str(sit_tiny.root), *steps]
     process = subprocess.run(command, capture_output=True, text=True)
     assert (process.returncode, process.stdout) == (3, "all that it wrote"), process.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dyexport
+from dyexport.bundle.reader import Bundle
 from dyexport.errors import UsageError
 from dyexport.runtime.memory import Placement, WeightBytes, place
-from tests.runtime.bundles import make_inputs, write_bundle
+from tests.runtime.calls import midpoints, predict
 
 GIB = 2**30
 
@@ -67,26 +67,23 @@ def test_never_more_than_allowed(engines: list[int], conditioning: int, memory: 
     assert all(sum(some) + conditioning <= memory for some in combinations(held, found.max_resident))
 
 
-def test_a_bundle_runs_within_its_memory(tmp_path: Path) -> None:
+def test_a_bundle_runs_within_its_memory(sit_tiny: Bundle) -> None:
     """Two of three engines at a time, and the same output as with all of them."""
-    bundle = write_bundle(tmp_path / "bundle")
-    whole = dyexport.load(bundle.root)
-    runs = [make_inputs(2, t) for t in (900.0, 500.0, 100.0)]
-    wanted = [whole(**inputs).sample for inputs in runs]
+    whole = dyexport.load(sit_tiny.root)
+    wanted = {t: predict(whole, t) for t in midpoints(sit_tiny)}
     sizes = sorted(engine.weight_bytes for engine in whole.residency.engines)
     limit = whole.residency.weight_bytes - sizes[0]
-    tight = dyexport.load(bundle.root, memory=limit)
-    for inputs, sample in zip(runs, wanted, strict=True):
-        torch.testing.assert_close(tight(**inputs).sample, sample)
+    tight = dyexport.load(sit_tiny.root, memory=limit)
+    for t, sample in wanted.items():
+        torch.testing.assert_close(predict(tight, t), sample)
         tight.engine._settle()
         assert tight.residency.weight_bytes <= limit
     assert sum(engine.active for engine in tight.residency.engines) == 2
-    assert dyexport.load(bundle.root, memory="1GiB").engine.max_resident == 3
+    assert dyexport.load(sit_tiny.root, memory="1GiB").engine.max_resident == 3
 
 
-def test_memory_and_max_resident_exclude_each_other(tmp_path: Path) -> None:
-    bundle = write_bundle(tmp_path / "bundle")
+def test_memory_and_max_resident_exclude_each_other(sit_tiny: Bundle) -> None:
     with pytest.raises(UsageError, match="max_resident is 2 and memory '1GiB'"):
-        dyexport.load(bundle.root, memory="1GiB", max_resident=2)
+        dyexport.load(sit_tiny.root, memory="1GiB", max_resident=2)
     with pytest.raises(UsageError, match="'a lot'"):
-        dyexport.load(bundle.root, memory="a lot")
+        dyexport.load(sit_tiny.root, memory="a lot")

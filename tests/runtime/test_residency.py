@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dyexport.bundle.reader import Bundle
 from dyexport.engines.base import WeightSpan
 from dyexport.engines.registry import EngineOptions, make_engines
 from dyexport.engines.switching import EngineChoice, SwitchingEngine
 from dyexport.runtime.conditioning import Conditioner
 from dyexport.runtime.residency import Residency, device_bytes, distinct_bytes, measure, process_bytes
-from tests.runtime.bundles import write_bundle
 
 spans = st.builds(
     WeightSpan,
@@ -47,13 +47,12 @@ def test_device_bytes_see_what_torch_allocates() -> None:
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_shared_weights_count_once(tmp_path: Path, shared: bool) -> None:
+def test_shared_weights_count_once(sit_tiny: Bundle, shared: bool) -> None:
     """Two engines over one graph: the same bytes, mapped once or copied twice."""
-    bundle = write_bundle(tmp_path / "bundle", segments=2)
-    first, second = (bundle.root / f"graphs/segment-{index:02}.onnx" for index in range(2))
+    first, second = (sit_tiny.root / f"graphs/segment-{index:02}.onnx" for index in range(2))
     options = EngineOptions(share_weights=shared)
     *engines, conditioning = make_engines(
-        "onnx", [first, first, second, bundle.root / "graphs/conditioning.onnx"], options
+        "onnx", [first, first, second, sit_tiny.root / "graphs/conditioning.onnx"], options
     )
     switching = SwitchingEngine(engines, lambda inputs: EngineChoice(engine=0, inputs={}))
     for engine in engines[:2]:
@@ -69,12 +68,11 @@ def test_shared_weights_count_once(tmp_path: Path, shared: bool) -> None:
     assert conditioned.weight_bytes == residency.weight_bytes + distinct_bytes(conditioner.engine.weights)
 
 
-def test_conditioning_runs_inside_an_engine(tmp_path: Path) -> None:
-    bundle = write_bundle(tmp_path / "bundle")
-    paths = [bundle.root / f"graphs/{name}.onnx" for name in ("segment-00", "conditioning")]
+def test_conditioning_runs_inside_an_engine(sit_tiny: Bundle) -> None:
+    paths = [sit_tiny.root / f"graphs/{name}.onnx" for name in ("segment-00", "conditioning")]
     engine, conditioning = make_engines("onnx", paths)
     conditioner = Conditioner(conditioning)
-    conditioner.at(5.0, {"class_labels": torch.tensor([1])})
+    conditioner.at(0.5, {"class_labels": torch.tensor([1])})
     residency = measure(
         SwitchingEngine([engine], lambda _: EngineChoice(engine=0, inputs={})), conditioner, step_seconds=9.0
     )
