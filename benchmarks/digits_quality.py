@@ -1,8 +1,8 @@
 """Does width that follows t cost quality? Digits at lambda 0.5 against the static model trained as long.
 
 One static model is trained from scratch; from it, for each seed, the *control* is trained on, a dynamic model is
-fine-tuned on the same batches (``full``), and so, where ``--models`` asks for them, are models with TD-LoRA. All are
-judged alike: by the Frechet distance to the training digits, over several draws from the same noise for every model
+fine-tuned on the same batches (``full``), and so are models with TD-LoRA if ``--models`` lists them. All are
+evaluated in the same way: by the Frechet distance to the training digits, over several evaluations from the same noise for every model
 (with thousands of pictures the noise alone moves a model's score by as much as a seed does), and by the loss on
 training and on held-out digits, the same noise and timesteps for every model, which is far quieter.
 
@@ -56,13 +56,13 @@ GOAL = 1.1  # TD-LoRA's Frechet distance over full fine-tuning's
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How every model is judged."""
+    """Evaluation of every model. The field names are keys of published results."""
 
     drawing: SamplingConfig
     draws: int
 
     def key(self, model: Any) -> str:
-        """Identifies a model's score."""
+        """Return a key of a model's score."""
         return digest_of([model, asdict(self.drawing), self.draws, LOSS_TIMESTEPS])
 
 
@@ -75,16 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the fine-tuning runs")
     parser.add_argument("--train-steps", type=int, help="of the static model; default: its recipe's")
     parser.add_argument("--finetune-steps", type=int)
-    parser.add_argument("--engines", type=int, default=4, help="that a dynamic model is drawn with")
-    parser.add_argument("--samples", type=int, default=5400, help="pictures in a draw")
-    parser.add_argument("--draws", type=int, default=3, help="of every model, each from noise of its own")
+    parser.add_argument("--engines", type=int, default=4, help="of a dynamic model when it is sampled")
+    parser.add_argument("--samples", type=int, default=5400, help="pictures per evaluation")
+    parser.add_argument("--repeats", type=int, default=3, help="evaluations of every model, each from different noise")
     parser.add_argument("--steps", type=int, default=50, help="of sampling")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     schedule = get_preset(options.model).recipe.from_scratch
     if options.train_steps is None and schedule is not None:
         options.train_steps = schedule.steps
-    protocol = Protocol(drawing=SamplingConfig(samples=options.samples, steps=options.steps), draws=options.draws)
+    protocol = Protocol(drawing=SamplingConfig(samples=options.samples, steps=options.steps), draws=options.repeats)
     static = BuildSettings(
         model=options.model,
         budget=options.budget,
@@ -134,7 +134,7 @@ def tuned_from(checkpoint: Path, static: BuildSettings, name: str, seed: int) ->
 
 
 def score_run(settings: BuildSettings, name: str, protocol: Protocol) -> dict[str, Any]:
-    """Train and judge one model; what was judged before is read back."""
+    """Train and evaluate one model; earlier evaluations are read back."""
     with chatter_on_stderr(), StageLines() as lines:
         with opened(settings, lines) as run:
             trained, transformer, facts = trained_model(run, name)
@@ -226,7 +226,7 @@ def markdown(whole: Mapping[str, Any]) -> str:
             )
         )
     return (
-        f"{whole['model']}, {whole['draws']} draws of {whole['drawing']['samples']} samples, "
+        f"{whole['model']}, {whole['draws']} x {whole['drawing']['samples']} samples, "
         f"{whole['drawing']['steps']} steps, no guidance; Frechet distance to the training digits, on which held-out "
         f"real digits score {whole['frechet_real']:.3f}.\n"
         f"The static model was trained for {whole['train_steps']} steps, all others for {whole['finetune_steps']} more "

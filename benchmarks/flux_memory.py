@@ -14,7 +14,7 @@ which the system takes back when it wants to (VmHWM); and anonymous memory alone
 A depth of n means n double and 2 n single blocks; 19 is FLUX.1-dev, and below 4 a model is no longer calibrated as
 large ones are. The disk holds the checkpoint and the store, in which four engines of ordered widths share their bytes
 and those of free widths (--router free) share little. All but the results is deleted. Writes
-benchmarks/results/flux_memory_ordered.json and .md, after each depth anew.
+benchmarks/results/flux_memory_ordered.json and .md, rewritten after each depth.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Watch(NullListener):
         self.anonymous = 0
 
     def started(self, stage: str, why: str) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         self.anonymous = 0
 
     def finished(self, stage: str, seconds: float, *, reused: bool) -> None:
@@ -137,7 +137,7 @@ def memory(kind: str) -> int:
 
 
 def build(depth: int, work: Path, router: RouterKind, threads: int) -> None:
-    """In a process of its own: prints what it took as JSON."""
+    """Measure in a fresh process, and print the results as JSON."""
     torch.set_num_threads(threads)
     preset, watch = flux(depth), Watch()
     settings = BuildSettings(

@@ -1,4 +1,4 @@
-"""Four engines at different widths beside the dense one: what each adds to a process, with copies and from one store.
+"""Four engines at different widths next to the dense one: what each adds to a process, with copies and from one store.
 
 Ordered routers, so that every engine's weights are the first part of the widest one's. Each figure is the
 growth of the proportional set size of a fresh process that loads a bundle's engines and runs each once.

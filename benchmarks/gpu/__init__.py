@@ -6,7 +6,7 @@
 
 Sections: ``torch`` (torch.compile under CUDA graphs, in bf16), ``onnxruntime`` (its CUDA provider), ``tensorrt-rtx``
 and ``tensorrt`` (plans). A section or case that fails is one line of the table and the rest goes on. A case is
-MODEL:TOKENS:BATCH[:ENGINES]; MODEL is a preset, FLUX's with a number of blocks if wanted (``flux/4+8``); TOKENS is
+MODEL:TOKENS:BATCH[:ENGINES]; MODEL is a preset, FLUX's with a number of blocks if needed (``flux/4+8``); TOKENS is
 ``all`` (width only) or ``capacity``. Widths follow t as those of trained routers do, shifted to the budget.
 
 Everything compared is timed in one run, in alternating blocks. What conditions the slim networks runs once for all

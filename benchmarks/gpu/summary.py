@@ -12,7 +12,7 @@ from dyexport.bench.latency import over_trajectory
 DENSE = ("dense", "diffusers")  # static models that are compiled as the slim ones are: the faster one is the measure
 
 
-def summarise(case: Case, seconds: Mapping[str, float], steps: int) -> dict[str, Any]:
+def summarize(case: Case, seconds: Mapping[str, float], steps: int) -> dict[str, Any]:
     """``seconds`` of one call of ``conditioning``, of every ``segment i`` and of at least one dense model."""
     each = with_conditioning(seconds, steps)
     measure = min((name for name in DENSE if name in each), key=each.__getitem__)

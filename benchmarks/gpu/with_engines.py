@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.cases import Case
-from benchmarks.gpu.summary import summarise
+from benchmarks.gpu.summary import summarize
 from benchmarks.gpu.timing import Run, Timing, require_finite
 from benchmarks.gpu.with_torch import network_inputs
 from dyexport.bundle.plan import Segment
@@ -106,7 +106,7 @@ def _timed(case: Case, engines: dict[str, Engine], timing: Timing, steps: int) -
         require_finite(engine.run(inputs).values())
         runs[name] = partial(engine.run, inputs)
     try:
-        return summarise(case, timing.seconds(runs), steps)
+        return summarize(case, timing.seconds(runs), steps)
     finally:
         for engine in engines.values():
             engine.close()

@@ -1,4 +1,4 @@
-"""Slim and dense under torch.compile and CUDA graphs, beside diffusers' own module."""
+"""Slim and dense under torch.compile and CUDA graphs, next to diffusers' own module."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.cases import Case, fill, random_inputs, weight_bytes
-from benchmarks.gpu.summary import summarise
+from benchmarks.gpu.summary import summarize
 from benchmarks.gpu.timing import Run, Timing
 from dyexport.backbones import get_adapter
 from dyexport.errors import DyexportError
@@ -35,7 +35,7 @@ def time_case(case: Case, timing: Timing, steps: int) -> dict[str, Any]:
             network_inputs(case, name, timing.device, steps),
         )
         runs[name] = timing.ready(module, given)
-    return {**summarise(case, timing.seconds(runs), steps), "left_out": sorted(sizes.keys() - set(chosen))}
+    return {**summarize(case, timing.seconds(runs), steps), "left_out": sorted(sizes.keys() - set(chosen))}
 
 
 def stock_module(case: Case) -> nn.Module:
@@ -61,7 +61,7 @@ def network_inputs(case: Case, name: str, device: str, steps: int) -> dict[str, 
 
 
 def fitting(sizes: Mapping[str, int], stock: int, free: int | None) -> list[str]:
-    """The networks to load beside diffusers' module: all, or all but the dense one, which that one stands in for."""
+    """The networks to load next to diffusers' module: all, or all but the dense one, which that one stands in for."""
     if free is None or stock + sum(sizes.values()) <= ROOM * free:
         return list(sizes)
     slim = {name: size for name, size in sizes.items() if name != "dense"}

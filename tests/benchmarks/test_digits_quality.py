@@ -15,7 +15,7 @@ from dyexport.training.data import digits
 from tests.pipeline.tiny import TINY
 
 MODELS = ("static", "control", "rank=1,experts=2,bias=all")
-SHORT = "--train-steps 3 --finetune-steps 3 --samples 20 --draws 2 --steps 2 --seeds 0 --engines 1"
+SHORT = "--train-steps 3 --finetune-steps 3 --samples 20 --repeats 2 --steps 2 --seeds 0 --engines 1"
 
 
 def run(folder: Path, *arguments: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.gpu.__main__ import CASES, main
 from benchmarks.gpu.cases import CaseName, fill, make_case
-from benchmarks.gpu.summary import summarise
+from benchmarks.gpu.summary import summarize
 from benchmarks.gpu.timing import require_finite
 from benchmarks.gpu.with_torch import fitting, network_inputs, stock_module
 from dyexport.errors import DyexportError, UsageError
@@ -106,7 +106,7 @@ def test_realised_is_one_where_every_flop_saved_is_time_saved() -> None:
     case = make_case(CaseName.parse("dit-digits:all:2:2"), 0.5)
     shares = [case.executed_ratio(segment) for segment in case.segments]
     seconds = {"dense": 1.0, "diffusers": 1.5, "eager": 3.0, "conditioning": 0.0}
-    record = summarise(case, {**seconds, **{f"segment {i}": share for i, share in enumerate(shares)}}, steps=50)
+    record = summarize(case, {**seconds, **{f"segment {i}": share for i, share in enumerate(shares)}}, steps=50)
     assert record["measure"] == "dense", "the faster of the compiled static models"
     assert [engine["realised"] for engine in record["engines"]] == pytest.approx([1.0, 1.0])
     assert record["realised_of_executed"] == pytest.approx(1.0)
