@@ -2,9 +2,9 @@
 
 One static model is trained from scratch; from it, for each seed, the *control* is trained on, a dynamic model is
 fine-tuned on the same batches (``full``), and so are models with TD-LoRA if ``--models`` lists them. All are
-evaluated in the same way: by the Frechet distance to the training digits, over several evaluations from the same noise for every model
-(with thousands of pictures the noise alone moves a model's score by as much as a seed does), and by the loss on
-training and on held-out digits, the same noise and timesteps for every model, which is far quieter.
+evaluated in the same way: by the Frechet distance to the training digits, over several evaluations from the same
+noise for every model (with thousands of pictures the noise alone moves a model's score by as much as a seed does),
+and by the loss on training and on held-out digits, the same noise and timesteps for every model, which is far quieter.
 
     python benchmarks/digits_quality.py --train-steps 10000 --models static control full rank=1,experts=4
 
