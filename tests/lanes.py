@@ -49,9 +49,15 @@ def _fixtures(item: pytest.Function) -> Iterator[pytest.FixtureDef[Any]]:
     for fixtures in item._fixtureinfo.name2fixturedefs.values():
         yield from fixtures
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    for name in parameters if "request" in item.fixturenames else ():
-        if isinstance(name, str):
-            yield from item.session._fixturemanager.getfixturedefs(name, item) or ()
+    names = [name for name in parameters if isinstance(name, str)] if "request" in item.fixturenames else []
+    followed: set[str] = set()
+    while names:
+        name = names.pop()
+        if name not in followed:
+            followed.add(name)
+            for fixture in item.session._fixturemanager.getfixturedefs(name, item) or ():
+                yield fixture
+                names += fixture.argnames
 
 
 def builds(function: Any, reached: dict[Any, bool] | None = None) -> bool:
