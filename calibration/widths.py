@@ -192,7 +192,7 @@ def choose_widths(
     timesteps. Raises ``BudgetError``.
     """
     points = trajectory_points(inputs.preset.timestep_range, count)
-    heads, groups = unit_importance(model, inputs, points.tolist(), probes)  # (T, L, H), (T, L, G)
+    heads, groups = unit_importance(model, inputs, points.tolist(), probes, progress)  # (T, L, H), (T, L, G)
     nested = model.router == "ordered"
     scores = (
         _scores(heads, flops.head_cost / model.heads, nested=nested),

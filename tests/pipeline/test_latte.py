@@ -133,11 +133,11 @@ def test_one_bundle_serves_videos_and_pictures_of_any_size(
 
 
 def test_frames_and_sides_are_symbols_of_the_graph(loaded: LatteBundle) -> None:
-    latents, text, modulation = (spec.shape for spec in loaded.engine.io.inputs[:3])
+    latents, text, modulation = (spec.shape for spec in loaded.engine.engines[0].io.inputs[:3])
     assert latents == ("batch", 4, "frames", "2*height", "2*width")
     assert text == ("batch", "text_tokens", 32)
     assert modulation == (1, 8 * 128)
-    assert loaded.engine.io.outputs[0].shape == ("batch", 8, "frames", "2*height", "2*width")
+    assert loaded.engine.engines[0].io.outputs[0].shape == ("batch", 8, "frames", "2*height", "2*width")
 
 
 def test_the_prompt_matters(loaded: LatteBundle) -> None:
@@ -260,7 +260,7 @@ def test_guidance_needs_an_unconditional_prompt(loaded: LatteBundle, tmp_path: P
 
 
 def test_other_numbers_of_frames_are_refused(loaded: LatteBundle, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--frames is 3; latte-tiny draws 4, or 1"):
+    with pytest.raises(UsageError, match="--frames is 3; latte-tiny makes 4, or 1"):
         sample_prompts(loaded, Prompts(embedded=tmp_path / "x", frames=3))
 
 

@@ -204,7 +204,7 @@ def static_checkpoint(directory: Path) -> Path:
         ("dit-s-2", r"num_attention_heads is 8, dit-s-2 has 6"),
     ],
 )
-def test_a_checkpoint_of_another_architecture_is_named(tmp_path: Path, model: str, message: str) -> None:
+def test_a_checkpoint_of_other_sizes_is_built_with_a_warning(tmp_path: Path, model: str, message: str) -> None:
     checkpoint = static_checkpoint(tmp_path / "static")
     settings = BuildSettings(
         model=model,
@@ -214,9 +214,10 @@ def test_a_checkpoint_of_another_architecture_is_named(tmp_path: Path, model: st
         checkpoint=str(checkpoint),
         finetune_steps=0,
     )
-    with pytest.raises(CheckpointError, match=message):
-        build(settings)
-    assert [path.name for path in tmp_path.iterdir()] == ["static"]
+    with pytest.warns(UserWarning, match=rf"{message}; the model is built as static"):
+        bundle = build(settings)
+    assert bundle.manifest.model.name == "static"
+    assert bundle.manifest.model.config["num_attention_heads"] == 8
 
 
 def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
