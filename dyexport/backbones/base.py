@@ -52,11 +52,11 @@ def channels_of(config: Mapping[str, Any]) -> int:
 
 
 Guidance = Literal["classifier-free", "embedded"]
-"""How a guidance scale acts: it weighs two predictions, or the network takes it as an input (guidance-distilled)."""
+"""Effect of a guidance scale: it weighs two predictions, or the network takes it as an input (guidance-distilled)."""
 
 
 class SamplingDefaults(NamedTuple):
-    """How a model is sampled unless the caller says otherwise.
+    """Default settings of sampling.
 
     steps      denoising steps
     guidance   guidance scale; None: the model takes none
@@ -88,7 +88,7 @@ class Preset(ABC):
     guidance_kind: ClassVar[Guidance] = "classifier-free"
 
     rescales_guidance: ClassVar[bool] = False
-    """Whether its pipeline scales a guided prediction back to the norm of the conditional one, token by token."""
+    """True if its pipeline scales a guided prediction back to the norm of the conditional one, token by token."""
 
     name: str
     backbone: str
@@ -96,7 +96,7 @@ class Preset(ABC):
     heads: int
     in_channels: int
     classes: int = 0  # class labels; label `classes` is the null class. 0: not conditioned on classes
-    text_tokens: int = 0  # of a usual prompt
+    text_tokens: int = 0  # of a prompt, by default
     pixel_space: bool = False  # latents are pixels in [-1, 1]; there is no VAE
     engines: int = 4  # K, unless a build says otherwise: more where weights are so few that a copy for each is nothing
     hub_id: str | None = None
@@ -170,7 +170,7 @@ class Preset(ABC):
 
     @property
     def sampling(self) -> SamplingDefaults:
-        """How this model is sampled by default: in Python, on the command line, by a server, for synthetic data."""
+        """Default settings of sampling: in Python, on the command line, in a server, for synthetic data."""
         return self.sampling_of(self.transformer_config())
 
     def with_guidance(self, scale: float | None) -> Self:
@@ -311,7 +311,7 @@ VAE_SCALE = 8  # pixels on a side of a latent, unless a VAE says otherwise
 
 
 class SamplingPipeline(ABC):
-    """How a bundle of one backbone is sampled: from class labels or from prompts."""
+    """Sampling from a bundle of one backbone, by class labels or by prompts."""
 
     takes: ClassVar[Literal["labels", "prompts"]]
     task: ClassVar[str | None] = None
@@ -349,7 +349,7 @@ class PromptPipeline(SamplingPipeline):
     vae: ClassVar[str] = "AutoencoderKL"
     """Class of its VAE in diffusers."""
     batches: ClassVar[bool] = True
-    """Whether a sample is the same in a batch as alone."""
+    """True if a sample is the same in a batch as alone."""
 
     def home(self, spec: ModelSpec) -> str | None:
         """Return the hub repository with the text encoders and the VAE of a model that came from one."""

@@ -80,8 +80,8 @@ def _stored_config(file: Path) -> Mapping[str, Any]:
     try:
         with safe_open(file, framework="pt") as stored:
             text = (stored.metadata() or {}).get(METADATA)
-        for beside in lora_sources(file)[1:] if text is None else ():
-            text = beside.read_text(encoding="utf-8")
+        for neighbor in lora_sources(file)[1:] if text is None else ():
+            text = neighbor.read_text(encoding="utf-8")
         values = dict(json.loads(text or "{}"))
     except (OSError, SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"the configuration of {file} cannot be read: {error}") from error

@@ -1,7 +1,7 @@
 """Names of layers by other trainers (kohya's, XLabs', the published code's), translated by diffusers.
 
-One module at a time: converters drop keys that they do not know, and what comes of several is not told apart. Alphas
-stay out of it: converters round them to the factors' dtype, and forget those of the final layer.
+One module at a time: converters drop keys that they do not know, and the results of several modules cannot be
+told apart. Alphas are not translated: converters round them to the factors' dtype, and forget those of the final layer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KOHYA_PARTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.we
 
 
 def foreign_name(name: str) -> str:
-    """The name by which diffusers' converters know a layer: dotted for XLabs, kohya's for the rest."""
+    """Return the name by which diffusers' converters know a layer: dotted for XLabs, kohya's for the rest."""
     return name if XLABS in name else "lora_unet_" + name.replace(".", "_")
 
 

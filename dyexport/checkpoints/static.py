@@ -45,7 +45,7 @@ ORDER = "order.safetensors"  # of a fine-tuned model's units, by their places in
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What was found, checked tensor by tensor; none of its weights is in memory.
+    """Checkpoint whose tensors were checked one by one; none of its weights is in memory.
 
     ``weights`` are the stock module's, ``routers`` a dynamic model's, where a single file brings them. With
     ``stock`` the files hold just the weights, by diffusers' names, so that they can be taken as they are.
@@ -103,7 +103,7 @@ def _stored_shapes(places: Mapping[str, tuple[Part, ...]], target: Mapping[str, 
 
 
 def meta_backbone(preset: Preset, config: Mapping[str, Any]) -> nn.Module:
-    """The stock module, without memory."""
+    """Make the stock module on the meta device."""
     with torch.device("meta"):
         return get_adapter(preset.backbone).build(config)
 
@@ -131,7 +131,7 @@ def _check_copies(weights: Mapping[str, Tensor], preset: Preset, config: Mapping
 
 
 def load_static(source: str, preset: Preset, *, stream: bool = False) -> nn.Module:
-    """A stock backbone in fp32 with the checkpoint's weights; routers in a published file are left out.
+    """Load a stock backbone in fp32 with the checkpoint's weights; routers in a published file are left out.
 
     With ``stream`` the weights stay on disk and each is read when its layer runs. Raises ``CheckpointError``.
     """
@@ -139,7 +139,7 @@ def load_static(source: str, preset: Preset, *, stream: bool = False) -> nn.Modu
 
 
 def load_backbone(checkpoint: Checkpoint, preset: Preset, *, stream: bool) -> nn.Module:
-    """A stock backbone with what a checkpoint was found to hold."""
+    """Make a stock backbone with the weights of a checkpoint."""
     adapter = get_adapter(preset.backbone)
     if stream:
         return stream_backbone(adapter, checkpoint.config, checkpoint.weights).eval()

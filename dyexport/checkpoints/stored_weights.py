@@ -230,7 +230,7 @@ def _is_index(file: Path) -> bool:
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index names; each must lie beside it."""
+    """Return the files that an index names; each must lie next to it."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         shards = [index.with_name(name) for name in names]  # refuses names with a folder in them

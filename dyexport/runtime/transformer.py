@@ -245,7 +245,7 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
 
     @property
     def overflow(self) -> Overflow:
-        """How often a block's router kept more tokens than the block's capacity."""
+        """Count of calls in which a block's router kept more tokens than the block's capacity."""
         with self._lock:
             return self._overflow.read()
 
