@@ -35,6 +35,10 @@ class Samples:
     pixels: bool
     settings: Mapping[str, Any]
 
+    def __repr__(self) -> str:
+        unit = "pixels" if self.pixels else "latents"
+        return f"Samples({unit} {tuple(self.values.shape)}, {dict(self.settings)})"
+
     def images(self) -> list[Image]:
         """Return PIL images: one for each sample, or one for each frame of all videos.
 
@@ -81,11 +85,10 @@ def sample(
     """Sample one picture, or one video, for each label or prompt.
 
     ``transformer`` is what ``dyexport.load`` returns, or a bundle, which is loaded for this call: its path, its hub
-    id, or a ``Bundle``. Class-conditional models take
-    ``labels`` (default: the first ten classes) and ``scheduler``; text-to-image and text-to-video models take
-    ``prompts``, or ``prompt_embeds``, a safetensors file of embedded prompts. ``steps`` and the ``guidance`` scale
-    default to the model's; 1 is no guidance. The same ``seed`` gives the same noise on every device; with one seed for
-    each sample, a sample does not depend on the others of its batch.
+    id, or a ``Bundle``. Class-conditional models take ``labels`` (default: the first ten classes) and ``scheduler``;
+    text-to-image and text-to-video models take ``prompts``, or ``prompt_embeds``, a safetensors file of embedded
+    prompts. ``steps`` and the ``guidance`` scale default to the model's; 1 is no guidance. The same ``seed`` gives the
+    same noise on every device; with one seed for each sample, a sample does not depend on the others of its batch.
 
     ``height`` and ``width`` are pixels, ``frames`` the length of videos. ``pipeline``, a directory or hub id, has text
     encoders and VAE; the default is the model's published one. ``vae``, a directory or hub id of an ``AutoencoderKL``,

@@ -77,6 +77,7 @@ BUILD = ["build", "--model", "dit-s-2", "--random-weights"]
         ([*BUILD, "--budget", "0.5", "--engines", "few"], "--engines is 'few'; give a whole number"),
         ([*BUILD, "--budget", "0.5", "--target", "onnx,paper"], "unknown target 'paper'"),
         ([*BUILD, "--budget", "0.5", "--checkpoint", "x"], "exclude each other"),
+        (["build", "--random-weights", "--checkpoint", "x"], "--random-weights reads no checkpoint"),
         (["build", "--budget", "0.5"], "--model"),
         ([*BUILD, "--color", "red"], "--color"),
         ([*BUILD, "--budget", "0.5", "-o", "/"], "-o is /; give the name of a directory"),
@@ -135,7 +136,8 @@ def test_bad_usage_is_one_sentence_and_exit_code_2(
             ["build", "--model", "dit-s-2", "-b", "0.5", "--checkpoint", "./gone", "--finetune-steps", "0"],
             "./gone does not exist",
         ),
-        (["build", "--model", "dit-digits", "-b", "0.5", "--data", "gone"], "gone holds no .safetensors files"),
+        (["build", "-b", "0.5", "--checkpoint", "gone/", "--finetune-steps", "0"], "gone/ does not exist"),
+        (["build", "--model", "dit-digits", "-b", "0.5", "--data", "gone"], "gone is no directory"),
     ],
 )
 def test_failures_are_one_sentence_and_exit_code_1(

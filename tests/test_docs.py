@@ -82,6 +82,15 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor[1:] in anchors(linked.read_text(encoding="utf-8")), f"{target} has no {anchor}"
 
 
+def test_architecture_names_what_exists() -> None:
+    table = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([a-z_]+(?:/[a-z_]+)?\.py)` `(\w+)`", table)
+    assert len(named) > 15
+    for module, name in named:
+        text = (ROOT / "dyexport" / module).read_text(encoding="utf-8")
+        assert re.search(rf"^(?:def|class) {name}\b", text, re.MULTILINE), f"{module} has no {name}"
+
+
 def anchors(text: str) -> set[str]:
     """Return the anchors that GitHub makes of a page's headings."""
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in HEADING.findall(text)}

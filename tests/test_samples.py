@@ -38,6 +38,11 @@ def test_the_example_of_its_docstring_runs(
     assert Image.open("digits.png").size[0] > 100
 
 
+def test_samples_are_shown_by_their_shape() -> None:
+    samples = Samples(values=torch.zeros(2, 1, 8, 8), pixels=True, settings={"labels": [3, 7]})
+    assert repr(samples) == "Samples(pixels (2, 1, 8, 8), {'labels': [3, 7]})"
+
+
 def test_a_path_a_bundle_and_what_load_returns_are_the_same(sit_tiny: Bundle) -> None:
     loaded = dyexport.load(sit_tiny.root)
     first, *others = (

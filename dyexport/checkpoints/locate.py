@@ -41,7 +41,7 @@ def find_local(source: str) -> Path | None:
 
 def is_hub_id(source: str) -> bool:
     """Return whether a source that is no path can be a repository of the hub."""
-    return not source.startswith((".", "/", "~")) and source.count("/") == 1
+    return not source.startswith((".", "/", "~")) and not source.endswith("/") and source.count("/") == 1
 
 
 def _find_local(path: Path) -> Path | None:

@@ -186,6 +186,8 @@ class BuildSettings:
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
                 raise UsageError(f"unknown setting {name!r}; {hint}")
         model, checkpoint = values.get("model"), None if values.get("random_weights") else values.get("checkpoint")
+        if model is None and values.get("random_weights") and values.get("checkpoint"):
+            raise UsageError("--random-weights reads no checkpoint; give --model instead of --checkpoint")
         if model is None and checkpoint is None:
             raise UsageError(
                 "no model is named; give --model, --checkpoint, or the --work directory of an earlier build"

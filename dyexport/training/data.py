@@ -105,9 +105,8 @@ class ShardDirectory:
     def __init__(self, directory: Path, preset: Preset) -> None:
         paths = _shard_files(directory)
         if not paths:
-            raise DataError(
-                f"{directory} holds no .safetensors files; give a directory of latents, or 'digits' or 'synthetic'"
-            )
+            problem = "holds no .safetensors files" if directory.is_dir() else "is no directory"
+            raise DataError(f"{directory} {problem}; give a directory of latents, or 'digits' or 'synthetic'")
         columns = (Column("latents", "latents", preset.latent_shape), *get_conditioning(preset).columns)
         self.shards = [_Shard(path, preset.name, columns) for path in paths]
         self.starts = torch.tensor([0, *(len(shard) for shard in self.shards)]).cumsum(0)  # (S + 1,)
