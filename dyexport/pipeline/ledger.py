@@ -268,15 +268,17 @@ def locked(work: Path) -> Iterator[None]:
     """Lock the work directory. Raises ``StorageError`` while another process holds it.
 
     Stages replace files that have the names of their outputs, so a directory of anything else is refused with
-    ``UsageError``. If no stage was made, no directory is left behind.
+    ``UsageError``. If no stage was made, no directory is left behind, unless it recorded settings before: a build that
+    was stopped in its first stage resumes by them.
     """
     with storage_errors(work):
         work.mkdir(parents=True, exist_ok=True)
         if any(work.iterdir()) and not (work / LOCK).is_file() and not _read_page(work).stages:
             raise UsageError(f"--work {work} is not empty and not of a build; give another one")
     with held(work / LOCK, f"another build is using {work}; wait for it, or give another --work"):
+        resumable = (work / SETTINGS).is_file()
         try:
             yield
         finally:
-            if {path.name for path in work.iterdir()} <= {LOCK, SETTINGS}:
+            if not resumable and {path.name for path in work.iterdir()} <= {LOCK, SETTINGS}:
                 shutil.rmtree(work)

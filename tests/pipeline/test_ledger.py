@@ -10,7 +10,8 @@ import pytest
 from dyexport.errors import StorageError, UsageError
 from dyexport.files import check_writable
 from dyexport.pipeline.file_records import digest_of
-from dyexport.pipeline.ledger import LEDGER, Ledger, Outcome, Stage, locked
+from dyexport.pipeline.ledger import LEDGER, LOCK, Ledger, Outcome, Stage, locked
+from dyexport.pipeline.settings import SETTINGS
 
 
 class Log:
@@ -252,3 +253,13 @@ def test_unwritable_places_are_found_before_the_work(tmp_path: Path) -> None:
 def test_digests_do_not_depend_on_order() -> None:
     assert digest_of({"a": 1, "b": [1, 2]}) == digest_of({"b": [1, 2], "a": 1})
     assert digest_of({"a": 1}) != digest_of({"a": 2})
+
+
+def test_settings_of_a_build_that_was_killed_in_its_first_stage_are_kept(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / LOCK).touch()
+    (work / SETTINGS).write_text("{}", encoding="utf-8")
+    with pytest.raises(ValueError, match="bad"), locked(work):
+        raise ValueError("bad")
+    assert (work / SETTINGS).is_file()
