@@ -106,8 +106,10 @@ def test_nan_names_its_file_and_row(tmp_path: Path) -> None:
 
 
 def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no \.safetensors files"):
+    with pytest.raises(DataError, match=r"nowhere is no directory; give a directory of latents"):
         open_source(str(tmp_path / "nowhere"), SIT)
+    with pytest.raises(DataError, match=r"holds no \.safetensors files"):
+        open_source(str(tmp_path), SIT)
     path = shard(tmp_path)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"cannot read .*a\.safetensors"):
