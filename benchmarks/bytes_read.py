@@ -20,9 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dyexport.pipeline.build import build_bundle, opened
-from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.runtime.loading import load
+from dyexport.stages.ledger import NullListener
 
 
 def main() -> None:

@@ -38,13 +38,13 @@ from dyexport.digits import load_digits
 from dyexport.files import write_atomically
 from dyexport.lora import parse_lora
 from dyexport.pipeline.build import build_bundle, make_static_model, opened, train_control
-from dyexport.pipeline.file_records import digest_of
 from dyexport.pipeline.run import Run
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import get_preset
 from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import Denoiser, guided
 from dyexport.slicing.slicer import spec_of
+from dyexport.stages.file_records import digest_of
 from dyexport.training.data import Split, digits
 from dyexport.training.losses import get_objective
 

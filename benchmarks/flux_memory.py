@@ -44,9 +44,9 @@ from dyexport.bench.report import Rows, as_markdown
 from dyexport.console import format_bytes
 from dyexport.files import write_atomically
 from dyexport.pipeline.build import build_bundle, opened
-from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import PRESETS
+from dyexport.stages.ledger import NullListener
 
 RESULTS = Path(__file__).parent / "results"
 SHARD = 4 * 2**30

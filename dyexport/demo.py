@@ -19,11 +19,11 @@ from dyexport.bundle.reader import Bundle
 from dyexport.digits import load_digits
 from dyexport.errors import DyexportError
 from dyexport.pipeline.build import build_bundle, opened
-from dyexport.pipeline.ledger import BuildListener
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.progress import Progress
 from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import Denoiser, sample
+from dyexport.stages.ledger import BuildListener
 from dyexport.verification.report import VerifyReport
 from dyexport.verification.settings import VerifySettings
 from dyexport.verification.verify import verify_bundle

@@ -10,7 +10,7 @@
     ├── EngineMismatchError an engine or its inputs do not fit this machine, version or shape
     ├── SamplingError       sampling gave numbers that are not finite
     ├── BundleError         a bundle is damaged, tampered with, or of a newer schema
-    ├── StorageError        a file cannot be written: the disk is full, read-only, or in use by another build
+    ├── StorageError        a file cannot be written: the disk is full, read-only, or in use by another process
     └── MissingDependencyError   an optional library is absent; the message says how to install it
 
 Messages are one sentence that names the offending value and the cure. Vendor errors are mapped
@@ -73,7 +73,7 @@ class BundleError(DyexportError):
 
 
 class StorageError(DyexportError):
-    """A file or directory cannot be written, or another build is writing it."""
+    """A file or directory cannot be written, or another process is writing it."""
 
 
 class MissingDependencyError(DyexportError):

@@ -35,6 +35,7 @@ CONTRACTS = {
     "noise_schedule",
     "presets",
     "progress",
+    "stages",
     "tensorrt_api",
 }
 BUILD_ROLES = {"backbones.basic_transformer_block", "backbones.conditions", "backbones.cut", "backbones.flops"} | {
@@ -45,6 +46,7 @@ BUILD_SIDE = {"models", "checkpoints", "slicing", "calibration", "exporters", "t
 RUN_SIDE = {"engines", "runtime", "serving", "bench"} | RUN_ROLES
 EITHER_SIDE = CONTRACTS | BUILD_SIDE | RUN_SIDE
 PIPELINE = {"pipeline", "verification"}
+FROM_BUNDLES = {"compilation"}
 
 # What each unit of the package may import: a module or folder right below dyexport/, and of a backbone each role.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -62,6 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "presets": {"errors", "backbones", "backbones.preset"},
     "lora": {"arguments", "errors"},
     "bundle": {"errors", "digests", "lora"},
+    "stages": {"errors", "files", "digests", "bundle", "progress"},
     "tensorrt_api": {"errors", "bundle"},
     "models": CONTRACTS | BUILD_ROLES,
     "checkpoints": CONTRACTS | BUILD_ROLES | {"models"},
@@ -89,13 +92,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     **{role: CONTRACTS | BUILD_ROLES | {"models", "slicing"} for role in BUILD_ROLES},
     **{role: {"errors", "bundle", "runtime", "backbones", "backbones.preset"} for role in RUN_ROLES},
-    "pipeline": EITHER_SIDE,
-    "verification": EITHER_SIDE | {"pipeline"},
+    "compilation": CONTRACTS | {"engines", "exporters", "slicing"},
+    "pipeline": EITHER_SIDE | FROM_BUNDLES,
+    "verification": EITHER_SIDE | FROM_BUNDLES | {"pipeline"},
     "demo": EITHER_SIDE | PIPELINE,
     "samples": {"arguments", "errors", "progress", "backbones", "backbones.preset", "bundle", "runtime", "bench"},
     "progress": set(),
     "console": {"errors", "progress"},
-    "commands": EITHER_SIDE | PIPELINE | {"demo", "samples", "console", "progress"},
+    "commands": EITHER_SIDE | PIPELINE | FROM_BUNDLES | {"demo", "samples", "console", "progress"},
     "cli": {"errors", "console", "commands"},
     "__main__": {"cli"},
     "__init__": {
@@ -105,6 +109,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "samples",
         "backbones",
         "backbones.stand_in",
+        "compilation",
         "pipeline",
         "verification",
     },

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from dyexport.cli import main
-from dyexport.pipeline.ledger import locked
+from dyexport.pipeline.work_directory import locked
 from dyexport.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]

@@ -27,7 +27,7 @@ def model_names() -> list[str]:
 
 def target_names() -> list[str]:
     """Return what completion offers for ``--target`` of ``build``."""
-    from dyexport.pipeline.targets import TARGETS
+    from dyexport.bundle.targets import TARGETS
 
     return [*TARGETS]
 

@@ -17,7 +17,7 @@ EXAMPLES = (
 
 def targets(json: JsonOption = False, debug: DebugOption = False) -> None:
     """List the engine formats that --target of a build takes, and what each was tested on."""
-    from dyexport.pipeline.targets import TARGETS
+    from dyexport.bundle.targets import TARGETS
 
     shown = ("about", "proof", "quantized")
     rows = [{"name": name, **{field: getattr(target, field) for field in shown}} for name, target in TARGETS.items()]

@@ -9,9 +9,9 @@ from typing import Any
 from dyexport.bundle.reader import Bundle
 from dyexport.errors import missing_extras
 from dyexport.pipeline.build import build_bundle, opened
-from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.pipeline.steps import check_training
+from dyexport.stages.ledger import NullListener
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of a stage, how much of it is done, and of how much."""

@@ -14,17 +14,17 @@ from dyexport.bundle.manifest import SCHEMA_VERSION, EngineRecord, FileRecord, M
 from dyexport.bundle.manifest_file import MANIFEST, RANGES, TOKENS, WIDTHS, manifest_text
 from dyexport.bundle.plan import SegmentPlan
 from dyexport.bundle.reader import Bundle
+from dyexport.bundle.targets import ONNX, TARGETS
 from dyexport.calibration.quantization import Ranges
 from dyexport.digests import remember
 from dyexport.errors import BundleError, StorageError
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.files import hard_linked, remove, replacing, storage_errors
 from dyexport.pipeline.export_stages import ENGINES, GRAPHS, CalibratedModel
-from dyexport.pipeline.file_records import describe, digest_of
-from dyexport.pipeline.ledger import Outcome
 from dyexport.pipeline.output import STAGING, staged
 from dyexport.pipeline.run import Run
-from dyexport.pipeline.targets import ONNX, TARGETS
+from dyexport.stages.file_records import describe, digest_of
+from dyexport.stages.ledger import Outcome
 
 
 class Source(NamedTuple):

@@ -9,19 +9,20 @@ from dataclasses import dataclass, replace
 
 from dyexport.bundle.manifest import Manifest
 from dyexport.bundle.plan import SegmentPlan
+from dyexport.bundle.targets import plan_targets
 from dyexport.exporters.plan_cost import PlanCost, estimate_plans
 from dyexport.files import check_writable
 from dyexport.pipeline import export_stages, model_stages, steps
 from dyexport.pipeline.assemble import assemble_bundle
 from dyexport.pipeline.calibrate import METRICS, read_calibrated, read_metrics
 from dyexport.pipeline.export_stages import CalibratedModel
-from dyexport.pipeline.ledger import BuildListener, NullListener, Outcome, locked
 from dyexport.pipeline.model_stages import Data
-from dyexport.pipeline.output import locked_output
 from dyexport.pipeline.run import Run
 from dyexport.pipeline.settings import BuildSettings
-from dyexport.pipeline.targets import plan_targets
+from dyexport.pipeline.work_directory import locked
 from dyexport.slicing.recipes import lay_out
+from dyexport.stages.ledger import BuildListener, NullListener, Outcome
+from dyexport.stages.locking import locked_output
 from dyexport.training.processes import find_process_group
 
 

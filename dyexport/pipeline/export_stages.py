@@ -14,6 +14,7 @@ from dyexport import __version__
 from dyexport.bundle.graph_labels import labels_for
 from dyexport.bundle.plan import SegmentPlan
 from dyexport.bundle.spec import ModelSpec
+from dyexport.bundle.targets import ONNX, TARGETS
 from dyexport.calibration.quantization import Ranges, Tables
 from dyexport.calibration.segments import PlanSettings
 from dyexport.errors import UsageError
@@ -21,8 +22,6 @@ from dyexport.exporters.onnx_graph import STORE, check_onnx, export_onnx
 from dyexport.exporters.tensorrt_profiles import plan_request
 from dyexport.exporters.weight_store import write_store
 from dyexport.pipeline import calibrate, steps
-from dyexport.pipeline.file_records import digest_of, digest_of_spans
-from dyexport.pipeline.ledger import Outcome, Stage
 from dyexport.pipeline.model_stages import Data
 from dyexport.pipeline.networks import (
     Network,
@@ -35,10 +34,11 @@ from dyexport.pipeline.networks import (
 )
 from dyexport.pipeline.run import Run
 from dyexport.pipeline.settings import BuildSettings
-from dyexport.pipeline.targets import ONNX, TARGETS
-from dyexport.pipeline.workers import WorkerPool, max_workers
 from dyexport.slicing.recipes import StoreLayout
 from dyexport.slicing.slicer import SliceContext
+from dyexport.stages.file_records import digest_of, digest_of_spans
+from dyexport.stages.ledger import Outcome, Stage
+from dyexport.stages.workers import WorkerPool, max_workers
 from dyexport.tensorrt_api import Api, load_api
 
 GRAPHS = "graphs"

@@ -14,8 +14,6 @@ from dyexport.checkpoints.locate import CONFIG
 from dyexport.digests import sha256_of
 from dyexport.lora import LoraFile, lora_sources
 from dyexport.pipeline import calibrate, steps
-from dyexport.pipeline.file_records import describe, digest_of
-from dyexport.pipeline.ledger import Outcome
 from dyexport.pipeline.run import Run
 from dyexport.pipeline.settings import SYNTHETIC
 from dyexport.pipeline.stage_settings import (
@@ -26,6 +24,8 @@ from dyexport.pipeline.stage_settings import (
     model_key,
     static_settings,
 )
+from dyexport.stages.file_records import describe, digest_of
+from dyexport.stages.ledger import Outcome
 from dyexport.training.data import LatentSource, open_source
 from dyexport.training.prompts import read_prompts
 

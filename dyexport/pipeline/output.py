@@ -1,22 +1,21 @@
-"""The folder that a build writes: ownership of its files, locking, and atomic replacement."""
+"""The folder that a build writes: ownership of its files, and atomic replacement."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from dyexport.bundle.manifest import FileRecord
 from dyexport.bundle.manifest_file import MANIFEST, files_of
 from dyexport.digests import sha256_of
 from dyexport.errors import StorageError, UsageError
-from dyexport.files import PARTIAL, clear_partials, flush, hard_linked, put, remove, replacing, storage_errors, sync
+from dyexport.files import PARTIAL, flush, hard_linked, put, remove, replacing, sync
+from dyexport.stages.locking import renamable
 
 STAGING = f"{PARTIAL}bundle"  # inside a folder that cannot be renamed
-LOCK = f"{PARTIAL}lock"
 
 
 def check_ours(out: Path) -> None:
@@ -30,44 +29,6 @@ def check_ours(out: Path) -> None:
 
 
 @contextmanager
-def locked_output(out: Path) -> Iterator[None]:
-    """Lock a folder for writing, and remove what a killed build left in it.
-
-    Raises ``StorageError`` while another process holds it.
-    """
-    place = Path(os.path.realpath(out))
-    inside = place.is_dir() and not _renamable(place)
-    lock = place / LOCK if inside else place.with_name(f"{LOCK}-{place.name}")
-    with storage_errors(out):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-    with held(lock, f"another build is writing {out}; wait for it, or give another -o"):
-        try:
-            with storage_errors(out):
-                clear_partials(place)
-            yield
-        finally:
-            with suppress(OSError):  # a lock file that stays is reused
-                lock.unlink()
-
-
-@contextmanager
-def held(lock: Path, refusal: str) -> Iterator[None]:
-    """Lock a file. Raises ``StorageError`` with the message ``refusal`` while another process holds it."""
-    while True:
-        with storage_errors(lock.parent):
-            file = lock.open("w")
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StorageError(refusal) from error
-            if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                continue  # its last holder removed it
-            yield
-            return
-
-
-@contextmanager
 def staged(out: Path, records: Mapping[str, FileRecord]) -> Iterator[Path]:
     """Yield a folder to write a bundle of files ``records`` into, which then replaces ``out``.
 
@@ -78,7 +39,7 @@ def staged(out: Path, records: Mapping[str, FileRecord]) -> Iterator[Path]:
     place = Path(os.path.realpath(out))
     own = (files_of(place) or set()) | (files_of(place / STAGING) or set())
     _check_conflicts(place, own, records)
-    if not place.is_dir() or (_renamable(place) and not Path.cwd().is_relative_to(place)):
+    if not place.is_dir() or (renamable(place) and not Path.cwd().is_relative_to(place)):
         with replacing(place) as staging:
             staging.mkdir()
             yield staging
@@ -96,24 +57,6 @@ def staged(out: Path, records: Mapping[str, FileRecord]) -> Iterator[Path]:
         raise
     _change_contents(place, staging)
     remove(staging)
-
-
-def _renamable(folder: Path) -> bool:
-    """Return whether a folder can be renamed: no file system is mounted there, and its parent is writable."""
-    mounted = any(os.fsencode(line.split()[4]) == _escaped(folder) for line in _mounts())
-    return not mounted and os.access(folder.parent, os.W_OK | os.X_OK)
-
-
-def _mounts() -> list[str]:
-    try:
-        return Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
-    except OSError:
-        return []
-
-
-def _escaped(folder: Path) -> bytes:
-    """Return a path as the kernel escapes it."""
-    return os.fsencode(folder).replace(b"\\", rb"\134").replace(b" ", rb"\040").replace(b"\t", rb"\011")
 
 
 def _check_conflicts(out: Path, own: Collection[str], records: Mapping[str, FileRecord]) -> None:

@@ -10,10 +10,9 @@ from typing import Any
 
 from dyexport.digests import sha256_of
 from dyexport.files import remove
-from dyexport.pipeline.ledger import BuildListener, Ledger, Outcome, Stage, settings_key
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.progress import Progress
-from dyexport.training.processes import ProcessGroup, SingleProcess
+from dyexport.stages.ledger import BuildListener, Ledger, Outcome, ProcessGroup, SingleProcess, Stage, settings_key
 
 
 class Run:

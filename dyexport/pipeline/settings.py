@@ -17,13 +17,13 @@ from pydantic import TypeAdapter, ValidationError
 from dyexport.backbones.base import Preset, RouterKind
 from dyexport.backbones.recipe import Recipe, Schedule
 from dyexport.bundle.spec import Precision, Quantization
+from dyexport.bundle.targets import ONNX, TARGETS
 from dyexport.checkpoints.structure import resolve_preset
 from dyexport.errors import BudgetError, CheckpointError, UsageError
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from dyexport.files import write_atomically
 from dyexport.lora import LoraFile, LoraSpec
 from dyexport.pipeline.settings_checks import SHOWN, check
-from dyexport.pipeline.targets import ONNX, TARGETS
 from dyexport.presets import Model
 from dyexport.training.synthetic_config import SyntheticConfig
 

@@ -11,10 +11,10 @@ from dyexport.arguments import check_memory, check_seed, whole_number
 from dyexport.backbones.base import RouterKind
 from dyexport.bundle.plan_info import OLDEST_FP8
 from dyexport.bundle.spec import Precision, Quantization
+from dyexport.bundle.targets import TARGETS, plan_targets
 from dyexport.calibration.segments import PlanSettings
 from dyexport.errors import BudgetError, UsageError
 from dyexport.pipeline.output import check_ours
-from dyexport.pipeline.targets import TARGETS, plan_targets
 
 if TYPE_CHECKING:
     from dyexport.lora import LoraFile

@@ -4,27 +4,11 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
+
+from dyexport.stages.ledger import ProcessGroup, SingleProcess
 
 PATIENCE = timedelta(days=2)  # the others wait while the main process samples data
-
-
-class ProcessGroup(Protocol):
-    """The processes of a run; ``is_main_process`` is true in one of them, which alone writes to the work directory."""
-
-    is_main_process: bool
-
-    def broadcast(self, value: str) -> str:
-        """Wait for all processes, and return the main process's value in each."""
-
-
-class SingleProcess:
-    """A run in one process."""
-
-    is_main_process = True
-
-    def broadcast(self, value: str) -> str:
-        return value
 
 
 class AccelerateProcesses:

@@ -24,12 +24,12 @@ from dyexport.checkpoints.dynamic import load_dynamic
 from dyexport.checkpoints.streaming import must_stream
 from dyexport.errors import BundleError, UsageError, missing_extras
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.pipeline.file_records import describe, digest_of
 from dyexport.presets import preset_of
 from dyexport.progress import Progress, no_progress
 from dyexport.runtime.loading import load
 from dyexport.runtime.routing import route
 from dyexport.runtime.transformer import BundleTransformer
+from dyexport.stages.file_records import describe, digest_of
 from dyexport.verification.layers import compare_layers
 from dyexport.verification.reference_model import ReferenceModel, near_threshold
 from dyexport.verification.report import Comparison, VerifyReport, summarize

@@ -16,9 +16,9 @@ from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
 from dyexport.pipeline.build import opened, price_plans
-from dyexport.pipeline.ledger import NullListener
 from dyexport.presets import get_preset
 from dyexport.runtime.loading import load
+from dyexport.stages.ledger import NullListener
 from dyexport.verification.report import TOLERANCES
 from dyexport.verification.settings import VerifySettings
 from dyexport.verification.verify import verify_bundle

@@ -15,7 +15,7 @@ from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 from dyexport.pipeline.build import calibrate_model, opened, price_plans
-from dyexport.pipeline.ledger import NullListener
+from dyexport.stages.ledger import NullListener
 from tests.factories import random_timesteps, shared_tiny_model, tiny_model, tiny_preset
 from tests.pipeline.tiny import tiny_settings
 

@@ -13,8 +13,9 @@ from dyexport.bundle.manifest_file import MANIFEST, WIDTHS
 from dyexport.bundle.reader import Bundle
 from dyexport.errors import StorageError, UsageError
 from dyexport.pipeline.assemble import Source, assemble
-from dyexport.pipeline.file_records import describe
-from dyexport.pipeline.output import STAGING, check_ours, locked_output
+from dyexport.pipeline.output import STAGING, check_ours
+from dyexport.stages.file_records import describe
+from dyexport.stages.locking import locked_output
 from tests.bundle.test_reader import GRAPH, manifest_of, root
 from tests.pipeline.tiny import hashes
 
@@ -227,10 +228,10 @@ def test_nothing_but_a_bundle_is_taken_for_one(root: Path, out: Path) -> None:
 
 def test_one_build_at_a_time_writes_a_bundle(out: Path) -> None:
     with locked_output(out):
-        with pytest.raises(StorageError, match="another build is writing"), locked_output(out):
+        with pytest.raises(StorageError, match="another build or compile is writing"), locked_output(out):
             pass
         out.mkdir()
-        with pytest.raises(StorageError, match="another build is writing"), locked_output(out):
+        with pytest.raises(StorageError, match="another build or compile is writing"), locked_output(out):
             pass
     with locked_output(out):
         pass

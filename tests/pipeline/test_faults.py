@@ -14,7 +14,7 @@ from dyexport.bundle.reader import Bundle
 from dyexport.files import PARTIAL, remove
 from dyexport.pipeline.assemble import assemble
 from dyexport.pipeline.build import build_bundle, opened
-from dyexport.pipeline.output import locked_output
+from dyexport.stages.locking import locked_output
 from tests.bundle.test_reader import GRAPH, root
 from tests.pipeline.faults import Fault, Writes, each_write
 from tests.pipeline.test_assemble import moving, parts

@@ -25,11 +25,11 @@ from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone
 from dyexport.pipeline.build import calibrate_model, finetune_model, make_static_model, opened, price_plans
 from dyexport.pipeline.export_stages import planned_networks, segment_plan
-from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.networks import STATIC_PREFIX
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import PRESETS
 from dyexport.runtime.loading import load
+from dyexport.stages.ledger import NullListener
 from dyexport.training.synthetic import SyntheticConfig, generate
 from dyexport.verification.report import TOLERANCES
 from dyexport.verification.settings import VerifySettings

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from dyexport.cli import app
 from dyexport.errors import UsageError
 from dyexport.pipeline.build import calibrate_model, finetune_model, opened, price_plans
-from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
+from dyexport.stages.ledger import NullListener
 from dyexport.verification.settings import VerifySettings
 from dyexport.verification.verify import verify_bundle
 from tests.pipeline.tiny import TINY, build, hashes, redone, tiny_settings

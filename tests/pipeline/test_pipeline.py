@@ -20,10 +20,10 @@ from dyexport.checkpoints.static import load_static, save_static
 from dyexport.errors import BudgetError, CheckpointError, DyexportError, StorageError, UsageError
 from dyexport.models.random_weights import random_backbone
 from dyexport.pipeline.build import build_bundle, calibrate_model, opened, price_plans, train_control
-from dyexport.pipeline.ledger import NullListener
-from dyexport.pipeline.output import locked_output
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.runtime.loading import load
+from dyexport.stages.ledger import NullListener
+from dyexport.stages.locking import locked_output
 from dyexport.verification.settings import VerifySettings
 from dyexport.verification.verify import verify_bundle
 from tests.pipeline.tiny import TINY, build, hashes, tiny_settings
@@ -81,7 +81,7 @@ def test_damage_to_a_stage_is_repaired(settings: BuildSettings, victim: str) -> 
 
 def test_a_bundle_is_refused_at_once_while_another_build_writes_it(settings: BuildSettings) -> None:
     with locked_output(settings.out), opened(settings, NullListener()) as run:
-        with pytest.raises(StorageError, match="another build is writing"):
+        with pytest.raises(StorageError, match="another build or compile is writing"):
             build_bundle(run)
         assert run.ledger.outcomes == {}
 

@@ -22,11 +22,11 @@ from dyexport.engines.tensorrt_fit import version_mismatch
 from dyexport.errors import BundleError, EngineBuildError, EngineMismatchError, MissingDependencyError, UsageError
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from dyexport.pipeline.build import build_bundle, opened, price_plans
-from dyexport.pipeline.file_records import digest_of_spans
-from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.runtime.loading import load
 from dyexport.runtime.transformer import example_inputs
+from dyexport.stages.file_records import digest_of_spans
+from dyexport.stages.ledger import NullListener
 from dyexport.verification.settings import VerifySettings
 from dyexport.verification.verify import verify_bundle
 from tests.pipeline.tiny import TINY, build, redone, tiny_settings

@@ -12,7 +12,7 @@ import torch
 
 from dyexport.checkpoints.dynamic import load_dynamic
 from dyexport.pipeline.build import finetune_model, opened
-from dyexport.pipeline.ledger import NullListener
+from dyexport.stages.ledger import NullListener
 from tests.pipeline.tiny import tiny_settings
 
 ROOT = Path(__file__).parents[2]

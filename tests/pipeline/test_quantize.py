@@ -24,9 +24,9 @@ from dyexport.errors import BundleError, UsageError
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.pipeline.build import calibrate_model, opened, price_plans
 from dyexport.pipeline.export_stages import planned_networks, quantization_ranges, segment_plan
-from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.networks import Network
 from dyexport.pipeline.run import Run
+from dyexport.stages.ledger import NullListener
 from dyexport.verification.report import QUANTIZED
 from dyexport.verification.settings import VerifySettings
 from dyexport.verification.verify import verify_bundle

@@ -14,9 +14,9 @@ from dyexport.checkpoints.dynamic import save_dynamic
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.models.random_weights import random_backbone, random_dynamic
 from dyexport.pipeline.build import build_bundle, calibrate_model, opened
-from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import PRESETS, get_preset
+from dyexport.stages.ledger import NullListener
 from dyexport.verification.settings import VerifySettings
 from dyexport.verification.verify import verify_bundle
 from tests.pipeline.tiny import build

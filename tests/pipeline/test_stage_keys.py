@@ -16,8 +16,8 @@ from dyexport.checkpoints.static import save_static
 from dyexport.checkpoints.stored_weights import WEIGHTS
 from dyexport.models.random_weights import random_backbone
 from dyexport.pipeline.build import calibrate_model, opened
-from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
+from dyexport.stages.ledger import NullListener
 from tests.pipeline.tiny import TINY, tiny_settings
 
 

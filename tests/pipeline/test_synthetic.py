@@ -17,8 +17,8 @@ from dyexport.checkpoints.static import WEIGHTS, save_static
 from dyexport.errors import UsageError
 from dyexport.models.random_weights import random_backbone
 from dyexport.pipeline.build import build_bundle, finetune_model, make_static_model, opened
-from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
+from dyexport.stages.ledger import NullListener
 from dyexport.training.prompts import kept_prompts
 from dyexport.training.synthetic import SHARD_SAMPLES
 from dyexport.training.synthetic_config import SyntheticConfig, parse_synthetic

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from dyexport.errors import EngineBuildError
-from dyexport.pipeline.ledger import Ledger, NullListener, Stage
-from dyexport.pipeline.workers import BASE, TIMES, WorkerPool, max_workers
 from dyexport.progress import Progress
+from dyexport.stages.ledger import Ledger, NullListener, Stage
+from dyexport.stages.workers import BASE, TIMES, WorkerPool, max_workers
 
 ROOT = Path(__file__).parents[2]
 CORES = len(os.sched_getaffinity(0))

@@ -9,9 +9,9 @@ from typing import Any
 
 from dyexport.bundle.reader import Bundle
 from dyexport.pipeline.build import build_bundle, opened
-from dyexport.pipeline.ledger import NullListener
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import get_preset
+from dyexport.stages.ledger import NullListener
 from tests.manifests import forge
 
 TINY = get_preset("sit-tiny")

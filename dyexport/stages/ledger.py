@@ -7,9 +7,7 @@ next to its output, syncs, renames and is then recorded, so a kill at any moment
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,16 +21,30 @@ from dyexport.bundle.manifest import FileRecord
 from dyexport.bundle.records import Frozen
 from dyexport.digests import remember
 from dyexport.errors import UsageError
-from dyexport.files import replacing, storage_errors, write_atomically
-from dyexport.pipeline.file_records import damage, describe, digest_of
-from dyexport.pipeline.output import held
-from dyexport.pipeline.settings import SETTINGS
-from dyexport.training.processes import ProcessGroup, SingleProcess
+from dyexport.files import replacing, write_atomically
+from dyexport.stages.file_records import damage, describe, digest_of
 
 LEDGER = "ledger.json"
 NOT_DONE = "not done yet"
 KEY_LENGTH = 8  # of a digest of settings, in the name of what they made
-LOCK = ".dyexport.lock"  # also what a work directory is known by
+
+
+class ProcessGroup(Protocol):
+    """The processes of a run; ``is_main_process`` is true in one of them, which alone writes to the work directory."""
+
+    is_main_process: bool
+
+    def broadcast(self, value: str) -> str:
+        """Wait for all processes, and return the main process's value in each."""
+
+
+class SingleProcess:
+    """A run in one process."""
+
+    is_main_process = True
+
+    def broadcast(self, value: str) -> str:
+        return value
 
 
 class BuildListener(Protocol):
@@ -261,24 +273,3 @@ def _help(stage: Stage) -> None:
     """Take part in making a shared stage; the output of this process is not kept."""
     with TemporaryDirectory() as directory:
         stage.make(Path(directory) / Path(stage.output).name)
-
-
-@contextmanager
-def locked(work: Path) -> Iterator[None]:
-    """Lock the work directory. Raises ``StorageError`` while another process holds it.
-
-    Stages replace files that have the names of their outputs, so a directory of anything else is refused with
-    ``UsageError``. If no stage was made, no directory is left behind, unless it recorded settings before: a build that
-    was stopped in its first stage resumes by them.
-    """
-    with storage_errors(work):
-        work.mkdir(parents=True, exist_ok=True)
-        if any(work.iterdir()) and not (work / LOCK).is_file() and not _read_page(work).stages:
-            raise UsageError(f"--work {work} is not empty and not of a build; give another one")
-    with held(work / LOCK, f"another build is using {work}; wait for it, or give another --work"):
-        resumable = (work / SETTINGS).is_file()
-        try:
-            yield
-        finally:
-            if not resumable and {path.name for path in work.iterdir()} <= {LOCK, SETTINGS}:
-                shutil.rmtree(work)

@@ -87,7 +87,7 @@ class WorkerPool:
             if self._stopped:
                 raise EngineBuildError("the build was stopped; run it again to go on")
             process = subprocess.Popen(
-                [sys.executable, "-m", "dyexport.pipeline.workers"],
+                [sys.executable, "-m", "dyexport.stages.workers"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 process_group=0,  # Ctrl-C is for the build, which ends its processes
