@@ -30,8 +30,8 @@ from dyexport.errors import ExportError
 from dyexport.exporters.examples import dynamic_shapes, example_inputs, example_sizes
 from dyexport.exporters.operator_gate import MODULE
 from dyexport.exporters.qdq import insert_qdq
-from dyexport.slicing.recipes import StoreLayout
 from dyexport.slicing.slicer import Slice
+from dyexport.slicing.store_layout import StoreLayout
 
 OPSET = 20
 ONNX_DTYPES = {

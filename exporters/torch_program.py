@@ -20,8 +20,9 @@ from dyexport.digests import sha256_of
 from dyexport.errors import EngineBuildError, ExportError
 from dyexport.exporters.examples import dynamic_shapes, example_inputs, example_sizes
 from dyexport.exporters.tensorrt_plan import PlanRequest, Profiles, size_range
-from dyexport.slicing.recipes import Recipe, StoreLayout
+from dyexport.slicing.recipes import Recipe
 from dyexport.slicing.slicer import Slice
+from dyexport.slicing.store_layout import StoreLayout
 from dyexport.tensorrt_api import load_api
 
 

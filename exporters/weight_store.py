@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from dyexport.progress import Progress
-from dyexport.slicing.recipes import Read, StoreLayout, materialize
+from dyexport.slicing.recipes import Read, materialize
+from dyexport.slicing.store_layout import StoreLayout
 
 
 def write_store(layout: StoreLayout, read: Read, path: Path, progress: Progress | None = None) -> None:

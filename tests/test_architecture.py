@@ -135,11 +135,15 @@ def package_files() -> list[Path]:
     return sorted(path for folder in folders for path in folder.rglob("*.py"))
 
 
+SHARED = ("base", "calibration_effort", "recipe")
+"""Modules that all backbones share."""
+
+
 def unit_of(path: Path) -> str:
     parts = path.relative_to(ROOT / "dyexport").with_suffix("").parts
     if parts[0] != "backbones":
         return parts[0]
-    return "backbones" if parts[-1] in ("__init__", "base", "recipe") else f"backbones.{parts[-1]}"
+    return "backbones" if parts[-1] in ("__init__", *SHARED) else f"backbones.{parts[-1]}"
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -180,7 +184,7 @@ def imported_units(source: str) -> Iterator[tuple[int, str]]:
 
 def imported_role(parts: list[str]) -> str:
     """The unit of what is imported from ``dyexport.backbones``: a role of a backbone, or a contract."""
-    if not parts or parts[0] in ("base", "recipe"):
+    if not parts or parts[0] in SHARED:
         return "backbones"
     role = next((f"backbones.{part}" for part in parts if f"backbones.{part}" in MAY_IMPORT), "backbones")
     return REGISTRY.get(parts[0], role)

@@ -25,7 +25,7 @@ from dyexport.errors import EngineMismatchError
 from dyexport.exporters.onnx_graph import STORE, export_onnx
 from dyexport.exporters.tensorrt_plan import PlanRequest, build_plan
 from dyexport.exporters.tensorrt_profiles import largest_topk, profiles_for
-from dyexport.slicing.recipes import StoreLayout, lay_out
+from dyexport.slicing.store_layout import StoreLayout, lay_out
 from dyexport.tensorrt_api import load_api
 
 

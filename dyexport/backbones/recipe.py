@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from dyexport.backbones.calibration_effort import DEFAULT_EFFORT, SPARSE, CalibrationEffort
 from dyexport.bundle.spec import Precision
 from dyexport.lora import LoraSpec
 
@@ -23,28 +24,6 @@ class Schedule:
     ema_decay: float
     lr_decay: float = 0.0
 
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationEffort:
-    """Numbers of timesteps and of samples at each that calibration evaluates.
-
-    ``samples`` are used at each timestep; ``importance``, ``compared`` and ``tokens`` are numbers of timesteps that
-    rank units, compare with the static model, and count tokens. ``probes`` are backward passes for each sample,
-    ``token_draws`` batches at each timestep, and ``ranges`` timesteps in each segment for quantization.
-    """
-
-    samples: int
-    importance: int
-    probes: int
-    compared: int
-    tokens: int
-    token_draws: int
-    ranges: int
-
-
-THOROUGH = CalibrationEffort(samples=16, importance=32, probes=4, compared=16, tokens=32, token_draws=2, ranges=8)
-DEFAULT_EFFORT = replace(THOROUGH, samples=2)
-SPARSE = CalibrationEffort(samples=1, importance=8, probes=1, compared=4, tokens=8, token_draws=1, ranges=2)
 
 PUBLISHED = Schedule(steps=150_000, batch_size=256, learning_rate=1e-4, ema_decay=0.9999)
 """Fine-tuning of DyDiT (arXiv 2410.03456, appendix A)."""

@@ -20,7 +20,7 @@ from dyexport.pipeline.model_stages import Data
 from dyexport.pipeline.run import Run
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.pipeline.work_directory import locked
-from dyexport.slicing.recipes import lay_out
+from dyexport.slicing.store_layout import lay_out
 from dyexport.stages.ledger import BuildListener, NullListener, Outcome
 from dyexport.stages.locking import locked_output
 from dyexport.training.processes import find_process_group

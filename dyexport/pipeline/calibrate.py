@@ -1,4 +1,7 @@
-"""Calibration of a dynamic model, and readers of what it wrote."""
+"""Calibration of a dynamic model, and readers of what it wrote.
+
+How many samples and timesteps it takes: ``backbones/calibration_effort.py``; a model's recipe chooses among those.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dyexport.backbones.base import Preset
+from dyexport.backbones.calibration_effort import TRAJECTORY_POINTS
 from dyexport.bundle.manifest_file import TOKENS, WIDTHS
 from dyexport.bundle.plan import Segment, SegmentPlan
 from dyexport.bundle.spec import ModelSpec, Precision, Quantization
@@ -46,7 +50,6 @@ from dyexport.slicing.recipes import Read
 from dyexport.slicing.slicer import dense_reader, spec_of
 
 METRICS = "metrics.json"
-TRAJECTORY_POINTS = 512  # more than a table has rows
 
 
 def make_calibrated(

@@ -34,8 +34,8 @@ from dyexport.pipeline.networks import (
 )
 from dyexport.pipeline.run import Run
 from dyexport.pipeline.settings import BuildSettings
-from dyexport.slicing.recipes import StoreLayout
 from dyexport.slicing.slicer import SliceContext
+from dyexport.slicing.store_layout import StoreLayout
 from dyexport.stages.file_records import digest_of, digest_of_spans
 from dyexport.stages.ledger import Outcome, Stage
 from dyexport.stages.workers import WorkerPool, max_workers

@@ -15,7 +15,7 @@ from dyexport.bundle.tables import TokenStats, UnitOrder, WidthTable
 from dyexport.calibration.segments import PlanSettings, make_segments, price_plan
 from dyexport.flops import FlopsModel
 from dyexport.models.hooks import BIAS
-from dyexport.slicing.recipes import Read, Recipe, lay_out
+from dyexport.slicing.recipes import Read, Recipe
 from dyexport.slicing.slicer import (
     Slice,
     SliceContext,
@@ -24,6 +24,7 @@ from dyexport.slicing.slicer import (
     slice_conditioning,
     slice_segment,
 )
+from dyexport.slicing.store_layout import lay_out
 
 STATIC_PREFIX = "static."  # prefix of the static model's weights that differ from the dynamic one's
 

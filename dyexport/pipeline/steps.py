@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dyexport.backbones import get_adapter
+from dyexport.backbones.calibration_effort import CALIBRATION_SAMPLES
 from dyexport.backbones.recipe import Schedule
 from dyexport.calibration.widths import (
     trajectory_points,
@@ -38,7 +39,6 @@ from dyexport.training.trainer import TrainingProgress, train_static
 
 RANKING_POINTS = 8
 SHARDS, PROMPTS = "shards", "prompts.safetensors"  # of synthetic data under way
-CALIBRATION_SAMPLES = 512  # latents that calibration draws from
 
 
 def checkpoint_source(settings: BuildSettings) -> Path | None:

@@ -1,15 +1,13 @@
-"""Recipes that make a slim network's tensors from dense ones, and their layout in the weight store.
+"""Recipes that make a slim network's tensors from dense ones.
 
 A recipe names the tensors to read and the units to keep. Nothing is read until ``materialize``, so graphs of
 networks larger than memory can be planned and exported first, and their weights streamed later. Tensors that
-shrink with width are stored unit by unit: the first n units of a longer tensor are a contiguous run of its bytes.
-Segments whose units are a prefix of another's thus share storage.
+shrink with width are made unit by unit: the first n units of a longer tensor are a contiguous run of its bytes.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -18,8 +16,6 @@ import torch
 from torch import Tensor
 
 from dyexport.bundle.spec import Quantization
-
-ALIGNMENT = 4096  # bytes; so that every tensor can be mapped as whole pages
 
 CODES: Mapping[Quantization, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 QMAX: Mapping[Quantization, float] = {"int8": 127.0, "fp8": 448.0}  # symmetric: -128 is not used
@@ -147,34 +143,3 @@ _MAKERS: Mapping[str, Callable[[Recipe, list[Tensor]], Tensor]] = {
     "qkv": _qkv,
     "norm": _norm,
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreLayout:
-    """Layout of all recipes in one file: ``offsets`` in bytes. Recipes that are not ``owners`` are prefixes of one."""
-
-    offsets: Mapping[Recipe, int]
-    owners: tuple[Recipe, ...]
-    nbytes: int
-
-
-def lay_out(recipes: Iterable[Recipe]) -> StoreLayout:
-    """Assign offsets; a recipe whose units are a prefix of another's shares its bytes."""
-    families: dict[tuple[object, ...], list[Recipe]] = defaultdict(list)
-    for recipe in dict.fromkeys(recipes):
-        families[recipe.family].append(recipe)
-    offsets: dict[Recipe, int] = {}
-    owners: list[Recipe] = []
-    end = 0
-    for family in families.values():
-        placed: list[Recipe] = []
-        for recipe in sorted(family, key=lambda r: len(r.units), reverse=True):
-            owner = next((o for o in placed if o.units[: len(recipe.units)] == recipe.units), None)
-            if owner is not None:
-                offsets[recipe] = offsets[owner]
-                continue
-            placed.append(recipe)
-            owners.append(recipe)
-            offsets[recipe] = end
-            end += -(-recipe.nbytes // ALIGNMENT) * ALIGNMENT
-    return StoreLayout(offsets=offsets, owners=tuple(owners), nbytes=end)

@@ -21,8 +21,8 @@ from dyexport.errors import CheckpointError, EngineMismatchError
 from dyexport.exporters.onnx_graph import export_onnx
 from dyexport.presets import PRESETS, preset_from_config
 from dyexport.runtime.loading import load
-from dyexport.slicing.recipes import lay_out
 from dyexport.slicing.slicer import slice_conditioning, slice_segment
+from dyexport.slicing.store_layout import lay_out
 from dyexport.verification.verify import find_reference
 from tests.exporters.networks import half_width, slice_context
 from tests.factories import shared_tiny_model

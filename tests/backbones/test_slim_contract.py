@@ -28,9 +28,9 @@ from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
 from dyexport.slicing.merging import merging_reader, updated_names
 from dyexport.slicing.quantizing import linear_inputs, quantizable_weights
-from dyexport.slicing.recipes import lay_out
 from dyexport.slicing.slicer import Slice, slice_conditioning
 from dyexport.slicing.slim_lora import LowRankPath
+from dyexport.slicing.store_layout import lay_out
 from tests.backbones.tiny import CLOSE, EARLY, LATE, MIDDLE, noised, t_at
 from tests.factories import random_timesteps, shared_tiny_model, tiny_model, tiny_preset
 from tests.slicing.cut import Cutter, assert_kept, fits, routed_inputs

@@ -15,8 +15,8 @@ from dyexport.bundle.tables import UnitOrder
 from dyexport.exporters.onnx_graph import STORE, export_onnx
 from dyexport.exporters.tensorrt_plan import PlanRequest, build_plan
 from dyexport.exporters.tensorrt_profiles import largest_topk, profiles_for
-from dyexport.slicing.recipes import lay_out
 from dyexport.slicing.slicer import Slice, SliceContext, dense_segment, slice_segment, spec_of
+from dyexport.slicing.store_layout import lay_out
 
 ONE_BLOCK_EACH = FluxPreset(name="flux-1-1", double_blocks=1, single_blocks=1)  # FLUX.1-dev at full width
 

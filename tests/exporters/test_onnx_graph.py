@@ -20,8 +20,8 @@ from dyexport.exporters.onnx_graph import STORE, check_onnx, export_onnx
 from dyexport.exporters.weight_store import write_store
 from dyexport.flops import FlopsModel
 from dyexport.models.inputs import NoisedInputs
-from dyexport.slicing.recipes import lay_out
 from dyexport.slicing.slicer import Slice, dense_segment, slice_conditioning
+from dyexport.slicing.store_layout import lay_out
 from tests.exporters.networks import ONE_BLOCK_EACH, dense_network
 from tests.factories import random_timesteps, shared_tiny_model, tiny_preset
 from tests.slicing.cut import Cutter, assert_kept, fits, routed_inputs

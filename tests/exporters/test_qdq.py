@@ -15,8 +15,8 @@ from dyexport.exporters.onnx_graph import MODULE, STORE, check_onnx, export_onnx
 from dyexport.exporters.weight_store import write_store
 from dyexport.models.random_weights import random_dynamic
 from dyexport.slicing.quantizing import linear_inputs
-from dyexport.slicing.recipes import lay_out
 from dyexport.slicing.slicer import Slice, dense_reader, spec_of
+from dyexport.slicing.store_layout import lay_out
 from tests.slicing.test_quantizing import PRESETS, first_units
 
 CODES = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}

@@ -27,8 +27,8 @@ from dyexport.exporters.weight_store import write_store
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
 from dyexport.presets import get_preset
-from dyexport.slicing.recipes import lay_out
 from dyexport.slicing.slicer import dense_segment, slice_conditioning, slice_segment
+from dyexport.slicing.store_layout import lay_out
 from dyexport.tensorrt_api import BuildLog, load_api
 from tests.exporters.networks import (
     ONE_BLOCK_EACH,

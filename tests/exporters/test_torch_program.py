@@ -14,8 +14,8 @@ from dyexport.bundle.tensors import TensorSpec
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.exporters.torch_program import compiled_input, export_program, outputs_of
 from dyexport.exporters.weight_store import write_store
-from dyexport.slicing.recipes import lay_out
 from dyexport.slicing.slicer import Slice, slice_conditioning
+from dyexport.slicing.store_layout import lay_out
 from tests.exporters.networks import half_width
 from tests.factories import shared_tiny_model, tiny_preset
 from tests.slicing.cut import Cutter

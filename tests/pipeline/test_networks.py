@@ -10,8 +10,8 @@ from dyexport.bundle.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING
 from dyexport.calibration.segments import PlanSettings
 from dyexport.calibration.widths import read_widths
 from dyexport.pipeline.networks import STATIC_PREFIX, Network, OwnDense, cut_networks, plan_for
-from dyexport.slicing.recipes import lay_out
 from dyexport.slicing.slicer import SliceContext
+from dyexport.slicing.store_layout import lay_out
 from tests.factories import shared_tiny_model, spec_of, tiny_preset
 
 PRESET = tiny_preset()

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dyexport.backbones.base import Preset
-from dyexport.backbones.recipe import DEFAULT_EFFORT, SPARSE, THOROUGH, CalibrationEffort, recipe_for
+from dyexport.backbones.calibration_effort import DEFAULT_EFFORT, SPARSE, THOROUGH, CalibrationEffort
+from dyexport.backbones.recipe import recipe_for
 from dyexport.errors import BudgetError, DyexportError, UsageError
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from dyexport.lora import LoraFile, LoraSpec, parse_lora_file

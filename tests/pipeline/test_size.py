@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dyexport.backbones.recipe import LOW_RANK_FINETUNING, SPARSE
+from dyexport.backbones.calibration_effort import SPARSE
+from dyexport.backbones.recipe import LOW_RANK_FINETUNING
 from dyexport.checkpoints.dynamic import save_dynamic
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.models.random_weights import random_backbone, random_dynamic

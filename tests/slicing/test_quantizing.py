@@ -14,8 +14,9 @@ from dyexport.bundle.plan import Segment
 from dyexport.bundle.spec import Quantization
 from dyexport.presets import get_preset
 from dyexport.slicing.quantizing import SCALE, linear_inputs, quantized_recipes
-from dyexport.slicing.recipes import QMAX, Recipe, lay_out, materialize
+from dyexport.slicing.recipes import QMAX, Recipe, materialize
 from dyexport.slicing.slicer import Slice, SliceContext, slice_segment, spec_of
+from dyexport.slicing.store_layout import lay_out
 from tests.pipeline.tiny import TINY
 
 KINDS: list[Quantization] = ["int8", "fp8"]

@@ -12,8 +12,9 @@ from dyexport.bundle.tables import UnitOrder
 from dyexport.calibration.segments import PlanSettings, make_segments
 from dyexport.calibration.widths import read_widths
 from dyexport.flops import FlopsModel
-from dyexport.slicing.recipes import Recipe, lay_out, materialize
+from dyexport.slicing.recipes import Recipe, materialize
 from dyexport.slicing.slicer import dense_segment
+from dyexport.slicing.store_layout import lay_out
 from tests.factories import shared_tiny_model, tiny_preset
 from tests.slicing.cut import Cutter
 

@@ -13,8 +13,8 @@ from dyexport.calibration.widths import read_widths
 from dyexport.flops import FlopsModel
 from dyexport.lora import LoraSpec, Variant
 from dyexport.models.random_weights import random_dynamic
-from dyexport.slicing.recipes import lay_out
 from dyexport.slicing.slicer import slice_conditioning
+from dyexport.slicing.store_layout import lay_out
 from tests.factories import random_timesteps, tiny_preset
 from tests.slicing.cut import Cutter
 

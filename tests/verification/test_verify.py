@@ -20,8 +20,9 @@ from dyexport.checkpoints.dynamic import load_dynamic
 from dyexport.errors import BundleError, UsageError
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.pipeline.networks import cut_networks
-from dyexport.slicing.recipes import Recipe, lay_out
+from dyexport.slicing.recipes import Recipe
 from dyexport.slicing.slicer import SliceContext
+from dyexport.slicing.store_layout import lay_out
 from dyexport.verification.reference_model import ReferenceModel, near_threshold
 from dyexport.verification.settings import VerifySettings
 from dyexport.verification.verify import find_reference, sample_timesteps, verify_bundle

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from dyexport.backbones.base import Objective, Preset, SamplingDefaults
-from dyexport.backbones.recipe import THOROUGH, Recipe, Schedule
+from dyexport.backbones.calibration_effort import THOROUGH
+from dyexport.backbones.recipe import Recipe, Schedule
 from dyexport.backbones.stored_config import MOST_LAYERS, StoredConfig
 
 FREQ_SHIFT = "freq_shift"  # config entry: the timestep's frequency i is 10000 ** (-i / (128 - shift)); diffusers has 1

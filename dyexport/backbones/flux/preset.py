@@ -8,7 +8,8 @@ from math import isqrt
 from typing import Any, ClassVar, Literal, Self
 
 from dyexport.backbones.base import Guidance, Objective, Preset, SamplingDefaults
-from dyexport.backbones.recipe import LOW_RANK_FINETUNING, SPARSE
+from dyexport.backbones.calibration_effort import SPARSE
+from dyexport.backbones.recipe import LOW_RANK_FINETUNING
 from dyexport.backbones.stored_config import MOST_LAYERS, StoredConfig
 
 DEFAULTS: Mapping[str, Any] = {

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 from dyexport.backbones.base import Objective, Preset, SamplingDefaults
-from dyexport.backbones.recipe import FULL_FINETUNING, SPARSE
+from dyexport.backbones.calibration_effort import SPARSE
+from dyexport.backbones.recipe import FULL_FINETUNING
 from dyexport.backbones.stored_config import MOST_LAYERS, StoredConfig
 
 DEFAULTS: Mapping[str, Any] = {
