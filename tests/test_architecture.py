@@ -135,7 +135,7 @@ def package_files() -> list[Path]:
     return sorted(path for folder in folders for path in folder.rglob("*.py"))
 
 
-SHARED = ("base", "calibration_effort", "recipe")
+SHARED = ("base", "calibration_effort", "dialect", "recipe", "sampling")
 """Modules that all backbones share."""
 
 

@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING
 from dyexport.errors import UsageError
 
 if TYPE_CHECKING:
-    from dyexport.backbones.base import (
-        Adapter,
-        Conditioning,
-        EngineSizes,
-        Preset,
-        SamplingDefaults,
-        SamplingPipeline,
-        Slicer,
-    )
+    from dyexport.backbones.base import Adapter, Conditioning, EngineSizes, Preset, SamplingDefaults, Slicer
+    from dyexport.backbones.sampling import SamplingPipeline
     from dyexport.bundle.spec import ModelSpec
     from dyexport.runtime.transformer import BundleTransformer
 

@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 
 Inputs = Mapping[str, "Tensor"]
 """Arguments of one forward pass, by the names of the stock module: ``hidden_states``, ``timestep``, and so on."""
-
-PromptColumns = Mapping[str, tuple[int | None, ...]]
-"""Tensors of a file of embedded prompts, and their shapes after the first dimension; None: any length."""
 
 Objective = Literal["ddpm", "flow", "flow-sigma"]
 RouterKind = Literal["free", "ordered"]
@@ -223,37 +220,6 @@ class Adapter(Protocol):
         """Reorder heads (H,) and MLP groups (G,) of a block in place; the function computed is unchanged."""
 
 
-class Part(NamedTuple):
-    """Rows of a tensor in a file: those from ``start`` to ``stop`` where all of them are ``of``; by default all."""
-
-    name: str
-    start: int = 0
-    stop: int = 1
-    of: int = 1
-
-
-class Dialect(ABC):
-    """Names under which other code than diffusers stores a backbone's weights."""
-
-    description: ClassVar[str]
-    """Whose names they are, for messages."""
-
-    numerics: Mapping[str, Any] = MappingProxyType({})
-    """Configuration entries of what that code computes differently."""
-
-    @abstractmethod
-    def matches(self, names: Collection[str]) -> bool:
-        """Return whether a file has these names."""
-
-    @abstractmethod
-    def structure(self, weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return the diffusers configuration that shapes tell; None where they do not tell enough."""
-
-    @abstractmethod
-    def places(self, target: Collection[str], preset: Preset) -> dict[str, tuple[Part, ...]]:
-        """Return the parts of a file, joined along the rows, of which each tensor of ``target`` consists."""
-
-
 class Conditioning(Protocol):
     """Conditions of a backbone: class labels or embedded prompts."""
 
@@ -305,79 +271,3 @@ class EngineSizes(Protocol):
 
     def sorts_text(self, spec: ModelSpec, block: int) -> bool:
         """Return True if a block's top-k sorts its text tokens together with the tokens that a router may skip."""
-
-
-VAE_SCALE = 8  # pixels on a side of a latent, unless a VAE says otherwise
-
-
-class SamplingPipeline(ABC):
-    """Sampling from a bundle of one backbone, by class labels or by prompts."""
-
-    takes: ClassVar[Literal["labels", "prompts"]]
-    task: ClassVar[str | None] = None
-    """``pipeline_tag`` of a model card on the Hugging Face hub."""
-    max_batch: ClassVar[int] = 8
-    """Largest batch of a server by default."""
-
-    def defaults(self, spec: ModelSpec) -> SamplingDefaults:
-        """Return the model's sampling defaults."""
-        from dyexport.backbones import sampling_defaults
-
-        return sampling_defaults(spec)
-
-    def scheduler(self, spec: ModelSpec, name: str | None = None) -> Any:
-        """Return a diffusers scheduler, by default that of the model's own pipeline. Raises ``UsageError``."""
-        from dyexport.noise_schedule import make_scheduler
-
-        return make_scheduler(spec, name, **self.defaults(spec).scheduler)
-
-
-class LabelPipeline(SamplingPipeline):
-    """Sampling from class labels, by the loops of ``dyexport.runtime.sampling``."""
-
-    takes = "labels"
-
-
-class PromptPipeline(SamplingPipeline):
-    """Sampling from prompts, by the model's pipeline in diffusers."""
-
-    takes = "prompts"
-    name: ClassVar[str]
-    """The pipeline's class in diffusers."""
-    text_parts: ClassVar[tuple[str, ...]]
-    """Its components that embed text."""
-    vae: ClassVar[str] = "AutoencoderKL"
-    """Class of its VAE in diffusers."""
-    batches: ClassVar[bool] = True
-    """True if a sample is the same in a batch as alone."""
-
-    def home(self, spec: ModelSpec) -> str | None:
-        """Return the hub repository with the text encoders and the VAE of a model that came from one."""
-        from dyexport.backbones import known_preset
-
-        preset = known_preset(spec)
-        return spec.hub_id or (None if preset is None else preset.hub_id)
-
-    @abstractmethod
-    def columns(self, spec: ModelSpec, *, guided: bool) -> PromptColumns:
-        """Return the shapes of embedded prompts, by argument of the pipeline.
-
-        ``guided``: with those of the unconditional prediction.
-        """
-
-    @abstractmethod
-    def side(self, spec: ModelSpec, scale: int) -> int:
-        """Return the default side of a picture in pixels; one latent of the VAE is ``scale`` pixels on a side."""
-
-    @abstractmethod
-    def arguments(
-        self, spec: ModelSpec, *, frames: int | None, guidance: float | None, embedded: bool
-    ) -> dict[str, Any]:
-        """Return the arguments of the pipeline that not all pipelines have, its guidance scale among them.
-
-        ``embedded``: prompts are given as embeddings. Raises ``UsageError``.
-        """
-
-    @abstractmethod
-    def samples(self, output: Any) -> torch.Tensor:
-        """Return the pixels or latents of what the pipeline returns."""

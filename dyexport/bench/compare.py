@@ -27,7 +27,8 @@ from dyexport.bundle.plan import Segment, SegmentPlan
 from dyexport.bundle.reader import Bundle
 from dyexport.progress import Progress
 from dyexport.runtime.loading import load
-from dyexport.runtime.transformer import BundleTransformer, example_inputs, stock_transformer
+from dyexport.runtime.stock import example_inputs, stock_transformer
+from dyexport.runtime.transformer import BundleTransformer
 
 OVERHEAD_LOOPS = 3
 LOOP_BLOCKS = Blocks(rounds=3, timed=1)

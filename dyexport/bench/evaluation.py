@@ -18,7 +18,7 @@ from dyexport.errors import CheckpointError
 from dyexport.progress import Progress
 from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import Denoiser, sample
-from dyexport.runtime.transformer import stock_class
+from dyexport.runtime.stock import stock_class
 
 CHUNK = 300  # largest batch
 

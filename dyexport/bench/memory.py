@@ -45,7 +45,7 @@ def _measure(probe: MemoryProbe) -> int | None:
     from dyexport.bench.variants import module_variant, segment_variants
     from dyexport.bundle.reader import Bundle
     from dyexport.runtime.residency import process_bytes
-    from dyexport.runtime.transformer import example_inputs
+    from dyexport.runtime.stock import example_inputs
 
     torch.set_num_threads(probe.threads)
     bundle = Bundle.open(probe.bundle, check_hashes=False)  # the caller has checked them

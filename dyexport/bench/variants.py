@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from dyexport.bundle.reader import Bundle
-from dyexport.runtime.transformer import BundleTransformer, example_inputs
+from dyexport.runtime.stock import example_inputs
+from dyexport.runtime.transformer import BundleTransformer
 
 Variant = Callable[[], object]
 

@@ -1,9 +1,14 @@
-"""Dynamic checkpoints: models with routers, from and to disk.
+"""Reading and writing of dynamic checkpoints: models with routers.
 
-A dynamic checkpoint is a diffusers directory (it loads as the stock, complete model) with three more
-files: ``dynamic.json``, ``routers.safetensors`` and, for a model without trained routers,
-``widths.safetensors``. Of a model trained by TD-LoRA the directory has the backbone, frozen but for
-its biases where those were trained, and a file ``td_lora.safetensors`` the updates.
+A dynamic checkpoint is a diffusers directory, which diffusers loads as the complete stock model. It has more files:
+
+    dynamic.json           the preset and the shape of the routers
+    routers.safetensors    weights of the routers
+    widths.safetensors     widths over t, for a model without trained routers
+    td_lora.safetensors    updates of a model that was trained by TD-LoRA
+    order.safetensors      order of heads and groups after ranking
+
+A backbone trained by TD-LoRA has its original weights, except for biases where those were trained.
 """
 
 from __future__ import annotations
@@ -34,9 +39,11 @@ from dyexport.checkpoints.static import (
     read_order,
     save_static,
 )
-from dyexport.checkpoints.stored_weights import StoredWeights, View, check_weights, link_weights, write_weights
+from dyexport.checkpoints.stored_weights import StoredWeights, View
 from dyexport.checkpoints.streaming import meta_parameters, stored_state, stream_routers
 from dyexport.checkpoints.structure import DYNAMIC, read_config
+from dyexport.checkpoints.weight_checks import check_weights
+from dyexport.checkpoints.weight_files import link_weights, write_weights
 from dyexport.errors import BundleError, CheckpointError, UsageError
 from dyexport.lora import LoraSpec
 from dyexport.models.dynamic import DynamicTransformer
@@ -45,14 +52,14 @@ from dyexport.models.hooks import BIAS
 from dyexport.presets import stored_fields, stored_preset
 
 TD_LORA = "td_lora.safetensors"
-PARTS = {"routers": "routers.safetensors", "td_lora": TD_LORA}  # of the dynamic model, by attribute
+PARTS = {"routers": "routers.safetensors", "td_lora": TD_LORA}  # file of each part, by attribute of the dynamic model
 TABLE = "widths.safetensors"
 
 
 class DynamicSpec(Frozen):
-    """``dynamic.json``: the preset that routers were made for, and what they route.
+    """Contents of ``dynamic.json``: the preset, and the shape of the routers.
 
-    ``model`` has the fields of a preset that is not known by its name.
+    ``model`` has the fields of a preset that dyexport does not know by name.
     """
 
     preset: str
@@ -68,13 +75,12 @@ class DynamicSpec(Frozen):
         """Make the spec of a preset's model."""
         return cls(preset=preset.name, model=stored_fields(preset), **routing)
 
-    @property
-    def made_for(self) -> Preset:
-        """The preset; raises ``CheckpointError`` and ``UsageError``."""
+    def get_preset(self) -> Preset:
+        """Return the preset. Raises ``CheckpointError`` and ``UsageError``."""
         return stored_preset(self.preset, self.model)
 
     def attach(self, backbone: nn.Module, preset: Preset) -> DynamicTransformer:
-        """A dynamic model around a stock one, with new routers."""
+        """Make a dynamic model of a stock one, with new routers."""
         return DynamicTransformer(
             backbone,
             get_adapter(preset.backbone),
@@ -86,12 +92,15 @@ class DynamicSpec(Frozen):
         )
 
 
-def load_given(source: Path, preset: Preset, *, stream: bool = False) -> DynamicTransformer:
-    """A model with its own routers: a dynamic checkpoint, or a published DyDiT file."""
+def load_with_routers(source: Path, preset: Preset, *, stream: bool = False) -> DynamicTransformer:
+    """Load a model that comes with routers: a dynamic checkpoint, or a published DyDiT file.
+
+    With ``stream`` the weights stay on disk. Raises ``CheckpointError``.
+    """
     if source.is_dir():
-        model, found = load_dynamic(source, stream=stream)
-        if found != preset:
-            raise CheckpointError(f"{source} is a checkpoint of {found.name}, not of {preset.name}; leave --model out")
+        model, stored = load_dynamic(source, stream=stream)
+        if stored != preset:
+            raise CheckpointError(f"{source} is a checkpoint of {stored.name}, not of {preset.name}; leave --model out")
         return model
     checkpoint = open_checkpoint(str(source), preset)
     spec = DynamicSpec.of(preset, heads=preset.heads, groups=preset.heads, tokens=True)
@@ -106,7 +115,7 @@ def load_given(source: Path, preset: Preset, *, stream: bool = False) -> Dynamic
 def _dynamic(
     backbone: nn.Module, preset: Preset, spec: DynamicSpec, parts: Mapping[str, Mapping[str, Tensor]], stream: bool
 ) -> DynamicTransformer:
-    """The model with the weights of its ``parts``."""
+    """Make a dynamic model and fill its ``parts`` with their weights."""
     with meta_parameters(stream):
         model = spec.attach(backbone, preset)
     if stream:
@@ -120,7 +129,7 @@ def _dynamic(
 
 @torch.no_grad()
 def open_widths(model: DynamicTransformer, preset: Preset) -> None:
-    """For a file with token routers alone: every unit on at every t, until a budget chooses some."""
+    """Set every head and group on at every t, for a file that has token routers only. A budget may narrow it later."""
     for router in model.block_routers:
         for linear in (router.heads, router.groups):
             nn.init.zeros_(linear.weight)
@@ -131,9 +140,9 @@ def open_widths(model: DynamicTransformer, preset: Preset) -> None:
 
 
 def load_dynamic(directory: Path, *, stream: bool = False) -> tuple[DynamicTransformer, Preset]:
-    """Read a dynamic checkpoint; raises ``CheckpointError`` naming what does not fit."""
+    """Load a dynamic checkpoint and its preset. Raises ``CheckpointError`` naming what does not fit."""
     spec = read_spec(directory)
-    preset = spec.made_for
+    preset = spec.get_preset()
     backbone: Any = load_static(str(directory), preset, stream=stream)
     with torch.device("meta"):
         expected = spec.attach(meta_backbone(preset, backbone.config), preset).parts()
@@ -160,10 +169,10 @@ def _read_table(file: Path, model: DynamicTransformer) -> WidthTable:
 
 
 def read_spec(directory: Path) -> DynamicSpec:
-    """What a dynamic checkpoint says of itself; its preset is known."""
+    """Read ``dynamic.json`` and check that it fits its preset. Raises ``CheckpointError``."""
     try:
         spec = DynamicSpec.model_validate_json((directory / DYNAMIC).read_bytes())
-        preset = spec.made_for
+        preset = spec.get_preset()
     except ValidationError as error:
         raise CheckpointError(f"{directory / DYNAMIC} is of no dynamic checkpoint: {first_problem(error)}") from error
     except (OSError, CheckpointError, UsageError) as error:
@@ -177,7 +186,7 @@ def read_spec(directory: Path) -> DynamicSpec:
 
 
 def dynamic_weights(directory: Path) -> Mapping[str, Tensor]:
-    """All of a dynamic checkpoint by the names that slices read; each tensor is read when asked for."""
+    """Return all tensors of a dynamic checkpoint, by the names that slices read. Each is read lazily."""
     stored = {
         f"{name}.": StoredWeights(directory / file) for name, file in PARTS.items() if (directory / file).is_file()
     }
@@ -187,8 +196,11 @@ def dynamic_weights(directory: Path) -> Mapping[str, Tensor]:
 
 @torch.no_grad()
 def ranked_biases(static: Path, directory: Path) -> dict[str, Tensor]:
-    """A static model's biases, by name, with units in the order of a dynamic checkpoint that was made from it."""
-    preset = read_spec(directory).made_for
+    """Return a static model's biases by name, reordered as in a dynamic checkpoint that was made from it.
+
+    ``static`` and ``directory`` are diffusers directories; ranking reorders heads and groups.
+    """
+    preset = read_spec(directory).get_preset()
     backbone, adapter = meta_backbone(preset, read_config(static, preset)), get_adapter(preset.backbone)
     stored = StoredWeights(static)
     biases = [name for name in backbone.state_dict() if name.endswith(BIAS)]
@@ -202,7 +214,10 @@ def ranked_biases(static: Path, directory: Path) -> dict[str, Tensor]:
 
 
 def save_dynamic(model: DynamicTransformer, directory: Path, preset: Preset, *, backbone: Path | None = None) -> None:
-    """Write a dynamic checkpoint. ``backbone`` is a diffusers directory that has the model's backbone already."""
+    """Write a dynamic checkpoint.
+
+    ``backbone`` is a diffusers directory that already has the model's backbone; the checkpoint links to it.
+    """
     if backbone is None:
         save_static(model.backbone, directory)
     else:

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies, and what its configuration says. Imports no torch."""
+"""Finding of a checkpoint, locally or on the hub, and reading of its configuration. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from dyexport.errors import CheckpointError
 
 CONFIG = "config.json"
 TRANSFORMER = "transformer"  # folder of a pipeline
-SHOWN = 200  # characters of what a library says
-WHOLE = (f"{TRANSFORMER}/*", CONFIG, "diffusion_pytorch_model*")
+SHOWN = 200  # characters of a library's message that an error shows
+CHECKPOINT_FILES = (f"{TRANSFORMER}/*", CONFIG, "diffusion_pytorch_model*")
 
 
-def find_checkpoint(source: str, patterns: Sequence[str] = WHOLE) -> Path:
-    """Find the file, or the directory that holds ``config.json``: a local path, or a hub id that is downloaded.
+def find_checkpoint(source: str, patterns: Sequence[str] = CHECKPOINT_FILES) -> Path:
+    """Find the file, or the directory with ``config.json``, of a local path or of a hub id, which is downloaded.
 
-    Of a hub repository only files that match ``patterns`` are downloaded. Raises ``CheckpointError``.
+    Only files of a hub repository that match ``patterns`` are downloaded. Raises ``CheckpointError``.
     """
-    if (found := find_local(source)) is not None:
-        return found
+    if (path := find_local(source)) is not None:
+        return path
     if not is_hub_id(source):
         raise CheckpointError(
             f"{source} does not exist; pass a diffusers directory, a file, a hub id, or --random-weights"
@@ -33,7 +33,7 @@ def find_local(source: str) -> Path | None:
     """Find a checkpoint on this machine. Raises ``CheckpointError`` for a directory without ``config.json``."""
     try:
         return _find_local(Path(source))
-    except OSError as error:  # a name that no file can have, or a folder that may not be read
+    except OSError as error:  # an invalid file name, or no permission to read a folder
         raise CheckpointError(
             f"cannot read {source[:SHOWN]!r}: {error.strerror}; give a directory or a file"
         ) from error
@@ -68,7 +68,7 @@ def _download(hub_id: str, patterns: Sequence[str]) -> Path:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object; raises ``CheckpointError`` for anything else."""
+    """Read a JSON object. Raises ``CheckpointError`` for anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -79,7 +79,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_not_quantized(config: Mapping[str, Any], file: Path) -> None:
-    """Raise ``CheckpointError`` for a directory whose configuration says that a library has quantized it."""
+    """Raise ``CheckpointError`` for a configuration of weights that a library has quantized."""
     if not config.get("quantization_config"):
         return
     settings = config["quantization_config"]

@@ -1,4 +1,4 @@
-"""The configuration that peft keeps for a LoRA, in the file's header (diffusers) or in a separate file (peft)."""
+"""The configuration that peft stores with a LoRA, in the file's header (diffusers) or in a separate file (peft)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from dyexport.lora import lora_sources
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-METADATA = "lora_adapter_metadata"  # diffusers' entry of the header
-KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")  # initializations that leave the base as it is
-VARIANT = "is_lora_variant"  # newer peft's mark of an option that changes what a layer computes
+METADATA = "lora_adapter_metadata"  # diffusers' entry in the header
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")  # initializations that do not change base weights
+VARIANT = "is_lora_variant"  # metadata of options of newer peft that change what a layer computes
 REFUSED = (
     *("layer_replication", "target_parameters", "modules_to_save", "trainable_token_indices"),
     *("use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config"),
@@ -28,7 +28,10 @@ REFUSED = (
 
 
 def read_config(file: Path) -> LoraConfig | None:
-    """Read the configuration with peft, None without one; refuse by name what cannot be merged."""
+    """Read the configuration with peft; None where a LoRA has none.
+
+    Raises ``CheckpointError`` naming an option that cannot be merged.
+    """
     from peft import LoraConfig
 
     values = _stored_config(file)
@@ -36,10 +39,10 @@ def read_config(file: Path) -> LoraConfig | None:
         return None
     if (kind := values.get("peft_type", "LORA")) != "LORA":
         raise CheckpointError(f"{file} is a {kind}; only a LoRA can be merged")
-    if (start := values.get("init_lora_weights", True)) not in KEEPS_BASE:
+    if (initialization := values.get("init_lora_weights", True)) not in KEEPS_BASE:
         raise CheckpointError(
-            f"{file}: its initialization {start!r} moves the base weights; save it again as a plain LoRA, with peft's "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            f"{file}: its initialization {initialization!r} moves the base weights; save it again as a plain LoRA, "
+            "with peft's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     known = {option.name: bool(option.metadata.get(VARIANT)) for option in fields(LoraConfig)}
     refused = [name for name in values if name != "use_dora" and (name in REFUSED or known.get(name, True))]
@@ -47,16 +50,16 @@ def read_config(file: Path) -> LoraConfig | None:
         raise CheckpointError(f"{file}: its configuration has {used[0]}, which cannot be merged; train without it")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about options of training
+            warnings.simplefilter("ignore")  # they concern training
             return LoraConfig(**{name: value for name, value in values.items() if name in known})
     except (TypeError, ValueError, ImportError) as error:
         raise CheckpointError(f"{file}: peft cannot read its configuration: {error}") from error
 
 
-def configured(config: LoraConfig, module: str) -> dict[str, Any] | None:
-    """A module's options by peft's own matching of names and patterns; None where it is no target.
+def module_options(config: LoraConfig, module: str) -> dict[str, Any] | None:
+    """Return a module's options, matched by peft's rules for names and patterns; None where it is no target.
 
-    Raises ``ValueError`` and others for patterns and alphas that are none.
+    Raises ``ValueError`` for an alpha that is not finite, and what peft and ``re`` raise for invalid patterns.
     """
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils.other import get_pattern_key
@@ -76,7 +79,7 @@ def configured(config: LoraConfig, module: str) -> dict[str, Any] | None:
 
 
 def _stored_config(file: Path) -> Mapping[str, Any]:
-    """The header's, else that of the file which peft writes next to the weights; without diffusers' prefix."""
+    """Read the entries in the header, else in the file next to the weights, without diffusers' prefix."""
     try:
         with safe_open(file, framework="pt") as stored:
             text = (stored.metadata() or {}).get(METADATA)

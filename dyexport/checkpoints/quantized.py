@@ -1,4 +1,4 @@
-"""Weights in eight bits or fewer as plain ones: fp8 of PyTorch and ComfyUI, and GGUF. Each is dequantized when read."""
+"""Dequantization of weights in eight bits or fewer, when they are read: fp8 of PyTorch and ComfyUI, and GGUF."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from dyexport.errors import CheckpointError, MissingDependencyError
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-SCALES = (".scale_weight", ".weight_scale")  # of ComfyUI, one number for a tensor: weight = codes * scale
-UNUSED = (".scale_input", ".input_scale", "scaled_fp8")  # of activations, and what marks such a file
+SCALES = (".scale_weight", ".weight_scale")  # suffixes of ComfyUI, one number per tensor: weight = codes * scale
+UNUSED = (".scale_input", ".input_scale", "scaled_fp8")  # scales of activations, and the mark of such a file
 GGUF = ".gguf"
 
 
 class Dequantized(Mapping[str, Tensor]):
-    """Weights of which those in fp8 are read as bf16, multiplied by their scale where the file has one."""
+    """Weights with fp8 tensors read as bf16, multiplied by their scale where the file has one."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self._weights = weights
@@ -52,12 +52,12 @@ class Dequantized(Mapping[str, Tensor]):
 
 
 def dequantized(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return weights as they are, or dequantized if any is in fp8."""
+    """Return the same weights, or dequantized ones if any is in fp8."""
     return Dequantized(weights) if any(tensor.dtype in FP8 for tensor in weights.values()) else weights
 
 
 class GgufWeights(Mapping[str, Tensor]):
-    """Tensors of a GGUF file by their names there, in the shapes of PyTorch, dequantized to fp32 by ``gguf``."""
+    """Tensors of a GGUF file by their names in it, in PyTorch's shapes, dequantized to fp32 by ``gguf``."""
 
     def __init__(self, file: Path) -> None:
         try:

@@ -1,10 +1,10 @@
-"""Stock models from and to disk: diffusers directories, single files, published files.
+"""Reading and writing of stock models: diffusers directories, single files, published files.
 
-The reference for a file with the names of other code is that code. Where it computes something else than
-diffusers, entries of ``config.json`` say so (``Dialect.numerics``).
+A file with the names of other code must give the results of that code. Where they differ from diffusers',
+``Dialect.numerics`` has the configuration entries that make up for it.
 
-Weights are read one tensor at a time, in the dtype they are stored in. What is taken as it is stays where it
-is: the directories that a build makes of it hold links.
+Weights are read one tensor at a time, in the dtype they are stored in. Weights that need no change are not copied:
+a build links to them.
 """
 
 from __future__ import annotations
@@ -19,36 +19,31 @@ import torch
 from torch import Tensor, nn
 
 from dyexport.backbones import get_adapter, part
-from dyexport.backbones.base import Part, Preset
+from dyexport.backbones.base import Preset
+from dyexport.backbones.dialect import Part
 from dyexport.checkpoints.dialects import find_dialect, has_router_names, plain_weights
 from dyexport.checkpoints.locate import CONFIG, find_checkpoint
-from dyexport.checkpoints.stored_weights import (
-    WEIGHTS,
-    Rows,
-    StoredWeights,
-    View,
-    check_weights,
-    link_weights,
-    write_shards,
-    write_weights,
-)
+from dyexport.checkpoints.stored_weights import Rows, StoredWeights, View
 from dyexport.checkpoints.streaming import stream_backbone
 from dyexport.checkpoints.structure import read_config
 from dyexport.checkpoints.user_lora import MergedWeights, UserLora
+from dyexport.checkpoints.weight_checks import check_weights
+from dyexport.checkpoints.weight_files import WEIGHTS, link_weights, write_shards, write_weights
 from dyexport.errors import CheckpointError
 from dyexport.lora import LoraFile
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.progress import Progress
 
-ORDER = "order.safetensors"  # of a fine-tuned model's units, by their places in the model it was made from
+ORDER = "order.safetensors"  # position of each head and group of a fine-tuned model in the model it was made from
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Checkpoint whose tensors were checked one by one; none of its weights is in memory.
+    """Checkpoint whose tensors have been checked. None of its weights is in memory.
 
-    ``weights`` are the stock module's, ``routers`` a dynamic model's, where a single file brings them. With
-    ``stock`` the files hold just the weights, by diffusers' names, so that they can be taken as they are.
+    weights  tensors of the stock module
+    routers  tensors of a dynamic model's routers; empty unless a single file contains them
+    stock    True if the files hold only the weights, in safetensors and by diffusers' names, and can be linked to
     """
 
     path: Path
@@ -59,9 +54,10 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str, preset: Preset, advance: Progress | None = None) -> Checkpoint:
-    """Find and check; ``advance`` gets tensors checked, of how many.
+    """Find and check a checkpoint.
 
-    Raises ``CheckpointError`` naming what is missing, unknown, of another shape or not finite.
+    ``advance`` is called with the number of tensors checked and their total. Raises ``CheckpointError`` naming a
+    tensor that is missing, unknown, of another shape or not finite.
     """
     path = find_checkpoint(source)
     files = StoredWeights(path)
@@ -77,22 +73,22 @@ def open_checkpoint(source: str, preset: Preset, advance: Progress | None = None
     else:
         config = read_config(path, preset)
     target = _target(preset, config, routers=has_router_names(stored))
-    found = stored
+    tensors = stored
     if dialect is not None:
         places = dialect.places(target, preset)
         check_weights(stored, _stored_shapes(places, target), path, preset.name, advance)
-        found = Rows(stored, places)
+        tensors = Rows(stored, places)
     else:
         check_weights(stored, target, path, preset.name, advance)
-    _check_copies(found, preset, config, path)
-    weights = View({name: (found, name) for name in found if not name.startswith("routers.")})
-    routers = View({name.removeprefix("routers."): (found, name) for name in found if name.startswith("routers.")})
-    stock = found is files and files.in_safetensors
+    _check_copies(tensors, preset, config, path)
+    weights = View({name: (tensors, name) for name in tensors if not name.startswith("routers.")})
+    routers = View({name.removeprefix("routers."): (tensors, name) for name in tensors if name.startswith("routers.")})
+    stock = tensors is files and files.in_safetensors
     return Checkpoint(path=path, config=config, weights=weights, routers=routers, stock=stock)
 
 
 def _stored_shapes(places: Mapping[str, tuple[Part, ...]], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return names and shapes in a file whose rows make up ``target``, without memory."""
+    """Return the tensors that a file must have to fill ``target``, on the meta device."""
     shapes: dict[str, Tensor] = {}
     for name, parts in places.items():
         rows, *columns = target[name].shape
@@ -109,7 +105,7 @@ def meta_backbone(preset: Preset, config: Mapping[str, Any]) -> nn.Module:
 
 
 def _target(preset: Preset, config: Mapping[str, Any], *, routers: bool) -> dict[str, Tensor]:
-    """Names and shapes of the model to fill, without memory."""
+    """Return the tensors of the model to fill, on the meta device."""
     backbone = meta_backbone(preset, config)
     if not routers:
         return dict(backbone.state_dict())
@@ -119,7 +115,10 @@ def _target(preset: Preset, config: Mapping[str, Any], *, routers: bool) -> dict
 
 
 def _check_copies(weights: Mapping[str, Tensor], preset: Preset, config: Mapping[str, Any], source: Path | str) -> None:
-    """Keys that name one shared tensor of the module must hold equal values in the file."""
+    """Check that a file has equal values under all names of a tensor that the module shares.
+
+    Raises ``CheckpointError``.
+    """
     first: dict[int, str] = {}
     tensors = meta_backbone(preset, config).state_dict(keep_vars=True)
     for name, tensor in tensors.items():
@@ -131,9 +130,9 @@ def _check_copies(weights: Mapping[str, Tensor], preset: Preset, config: Mapping
 
 
 def load_static(source: str, preset: Preset, *, stream: bool = False) -> nn.Module:
-    """Load a stock backbone in fp32 with the checkpoint's weights; routers in a published file are left out.
+    """Load a stock backbone in fp32; routers in a published file are ignored.
 
-    With ``stream`` the weights stay on disk and each is read when its layer runs. Raises ``CheckpointError``.
+    With ``stream`` the weights stay on disk, and each is read when its layer runs. Raises ``CheckpointError``.
     """
     return load_backbone(open_checkpoint(source, preset), preset, stream=stream)
 
@@ -150,7 +149,7 @@ def load_backbone(checkpoint: Checkpoint, preset: Preset, *, stream: bool) -> nn
 
 @torch.no_grad()
 def fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy ``weights`` into a module, in its own dtype, one tensor at a time; streamed ones have no place for it."""
+    """Copy ``weights`` into a module, in the module's dtype, one tensor at a time. Streamed tensors are skipped."""
     for name, tensor in module.state_dict().items():
         if name in weights and not tensor.is_meta:
             tensor.copy_(weights[name])
@@ -159,7 +158,11 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def adopt_static(
     source: str, preset: Preset, directory: Path, loras: Sequence[LoraFile] = (), advance: Progress | None = None
 ) -> None:
-    """Make ``directory`` a diffusers directory of a checkpoint: of links to it, unless it must be changed."""
+    """Make ``directory`` a diffusers directory with a checkpoint's weights.
+
+    It links to the checkpoint's files; with LoRAs, or where names or dtypes differ, it has files with new weights.
+    ``advance`` is that of ``open_checkpoint``. Raises ``CheckpointError``.
+    """
     checkpoint = open_checkpoint(source, preset, advance)
     _write_config(meta_backbone(preset, checkpoint.config), directory)
     if loras:
@@ -171,7 +174,11 @@ def adopt_static(
 
 
 def _with_loras(checkpoint: Checkpoint, preset: Preset, loras: Sequence[LoraFile]) -> Mapping[str, Tensor]:
-    """A LoRA's channels are in the order of the published model; those of a fine-tuned one may not be."""
+    """Merge LoRAs into a checkpoint's weights.
+
+    A LoRA expects heads and groups in the order of the published model. A fine-tuned model may have another order,
+    and is put into the published order for the merge.
+    """
     stock = meta_backbone(preset, checkpoint.config)
     opened = [UserLora(lora, preset, stock) for lora in loras]
     names = " and ".join(str(lora.file) for lora in loras)
@@ -190,7 +197,7 @@ def _with_loras(checkpoint: Checkpoint, preset: Preset, loras: Sequence[LoraFile
 
 
 def read_order(file: Path, preset: Preset) -> dict[str, Tensor]:
-    """Read the places of units before ranking: ``heads`` (L, H), ``groups`` (L, G). Raises ``CheckpointError``."""
+    """Read the positions of units before ranking: ``heads`` (L, H), ``groups`` (L, G). Raises ``CheckpointError``."""
     stored = StoredWeights(file)
     for name in ("heads", "groups"):
         units = stored[name] if name in stored else torch.zeros(0)
@@ -209,7 +216,7 @@ def _reorder(backbone: nn.Module, preset: Preset, order: Mapping[str, Tensor]) -
 
 
 def save_static(backbone: nn.Module, directory: Path) -> None:
-    """Write a stock module as a diffusers directory, shared tensors written out per block as diffusers does."""
+    """Write a stock module as a diffusers directory. As in diffusers, each block gets a copy of shared tensors."""
     _write_config(backbone, directory)
     write_weights(backbone.state_dict(), directory / WEIGHTS)
 

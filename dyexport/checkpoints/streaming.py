@@ -1,7 +1,7 @@
-"""Models larger than memory: a layer's weights are read for its forward pass and dropped after it.
+"""Models larger than memory: a layer's weights are read for its forward pass and freed after it.
 
-What is computed is what the model in memory computes, to the bit. A backward pass recomputes block by block, so
-that it, too, holds one block's weights at a time.
+Results are equal to those of the model in memory, bit by bit. A backward pass recomputes block by block, and has one
+block's weights in memory at a time.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from dyexport.backbones.base import Adapter
 from dyexport.models.gates import BlockRouter, Fp32Linear
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
-SHARE = 0.6  # of the memory that is free, for weights; the rest is for activations and everybody else
+SHARE = 0.6  # of the free memory, for weights; the rest is for activations and other processes
 
 
 def must_stream(parameters: int, memory: int | None = None) -> bool:
-    """Whether so many fp32 weights are too many for ``memory`` bytes, or for what is free now."""
+    """Return whether a number of fp32 weights does not fit in ``memory`` bytes, by default in the memory free now."""
     import psutil
 
     room = SHARE * psutil.virtual_memory().available if memory is None else memory
@@ -35,7 +35,7 @@ def must_stream(parameters: int, memory: int | None = None) -> bool:
 
 
 def stream_backbone(adapter: Adapter, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
-    """A stock module in fp32 whose weights stay where they are; buffers are in memory."""
+    """Make a stock module in fp32 whose weights stay on disk, and its buffers in memory."""
     _return_freed_memory()
     with init_empty_weights(include_buffers=False):
         backbone: Any = adapter.build(config)
@@ -49,18 +49,18 @@ def stream_backbone(adapter: Adapter, config: Mapping[str, Any], weights: Mappin
 
 
 def _return_freed_memory() -> None:
-    """Have glibc give freed tensors back at once: in its heap, what layers leave between them grows with depth."""
+    """Let glibc return freed tensors to the system at once. Otherwise its heap fragments, and grows with the depth."""
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def meta_parameters(stream: bool) -> AbstractContextManager[None]:
-    """Modules made inside have parameters without memory, if they are to be streamed."""
+    """Return a context in which new modules have parameters without memory, if they are to be streamed."""
     return init_empty_weights(include_buffers=False) if stream else nullcontext()
 
 
 def stream_routers(routers: Sequence[BlockRouter], weights: Mapping[str, Tensor]) -> None:
-    """Stream the large layers of routers on the meta device; the small ones, which calibration moves, get memory."""
+    """Stream the large layers of routers on the meta device, and allocate the small ones, which calibration changes."""
     for index, router in enumerate(routers):
         named = {f"{index}.{name}": module for name, module in router.named_modules()}
         large = {name: module for name, module in named.items() if isinstance(module, Fp32Linear)}
@@ -70,12 +70,12 @@ def stream_routers(routers: Sequence[BlockRouter], weights: Mapping[str, Tensor]
 
 
 def _stream(modules: Iterable[tuple[str, nn.Module]], weights: Mapping[str, Tensor]) -> None:
-    """Read the own weights of ``modules``, which are given by name, when they run, and drop them after."""
+    """Hook named modules so that each reads its weights from ``weights`` when it runs, and frees them after."""
     for name, module in modules:
-        own = list(module.parameters(recurse=False))
-        if not own:
+        parameters = list(module.parameters(recurse=False))
+        if not parameters:
             continue
-        for parameter in own:
+        for parameter in parameters:
             parameter.requires_grad_(False)
         prefix = f"{name}." if name else ""
         hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=PrefixedDataset(weights, prefix))
@@ -83,10 +83,10 @@ def _stream(modules: Iterable[tuple[str, nn.Module]], weights: Mapping[str, Tens
 
 
 def stored_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict, streamed tensors as they lie on disk."""
+    """Return the state dict, with streamed tensors read from disk."""
     state = dict(module.state_dict())
     for name, child in module.named_modules():
         if (hook := getattr(child, "_hf_hook", None)) is not None:
             prefix = f"{name}." if name else ""
-            state |= {f"{prefix}{own}": hook.weights_map[own] for own, _ in child.named_parameters(recurse=False)}
+            state |= {f"{prefix}{leaf}": hook.weights_map[leaf] for leaf, _ in child.named_parameters(recurse=False)}
     return state

@@ -1,4 +1,4 @@
-"""Which model a checkpoint is of: a preset from what its files say. Imports no torch for directories."""
+"""Identification of a checkpoint's model: a preset from its files. Imports no torch for directories."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from dyexport.checkpoints.locate import CONFIG, TRANSFORMER, check_not_quantized
 from dyexport.errors import CheckpointError, UsageError
 from dyexport.presets import CLASS_NAME, PRESETS, get_preset, preset_class, preset_from_config, stored_preset
 
-DYNAMIC = "dynamic.json"  # of a dynamic checkpoint, next to config.json
+DYNAMIC = "dynamic.json"  # next to config.json in a dynamic checkpoint
 PUBLISHED_SIZES = "a diffusers directory, whose config.json says what the model is"
 
 
 def resolve_preset(model: str | Preset | None, checkpoint: str | None = None) -> Preset:
-    """Return the preset that a model's name and a checkpoint stand for; either may be left out.
+    """Return the preset of a model's name and a checkpoint, either of which may be left out.
 
-    A checkpoint's own structure goes before that of a named model, which then says only what no configuration does,
-    such as the number of text tokens; a warning says so. A model made this way is named after the checkpoint.
+    Where both have a structure, the checkpoint's is used, with a warning. The named model then gives only values that
+    no configuration has, such as the number of text tokens, and the preset is named after the checkpoint.
     Raises ``UsageError`` and ``CheckpointError``.
     """
     named = get_preset(model) if isinstance(model, str) else model
@@ -41,7 +41,7 @@ def resolve_preset(model: str | Preset | None, checkpoint: str | None = None) ->
 
 
 def _find(checkpoint: str, named: Preset | None) -> Path | None:
-    """Find what says the structure; None where a named model is enough, until weights are needed."""
+    """Find the files with the structure; None where the named model is enough until weights are needed."""
     if named is not None and checkpoint == named.hub_id:
         return None
     try:
@@ -53,12 +53,12 @@ def _find(checkpoint: str, named: Preset | None) -> Path | None:
 
 
 def _dynamic(path: Path, named: Preset | None) -> Preset:
-    found = read_dynamic_preset(path)
-    if named is not None and named != found:
+    stored = read_dynamic_preset(path)
+    if named is not None and named != stored:
         raise CheckpointError(
-            f"{path} is a checkpoint of {found.name}, not of {named.name}; leave --model out, or give {found.name}"
+            f"{path} is a checkpoint of {stored.name}, not of {named.name}; leave --model out, or give {stored.name}"
         )
-    return found
+    return stored
 
 
 def read_dynamic_preset(directory: Path) -> Preset:
@@ -71,11 +71,11 @@ def read_dynamic_preset(directory: Path) -> Preset:
 
 
 def _static(checkpoint: str, path: Path, named: Preset | None) -> Preset:
-    config, home = stored_config(path)
+    config, file = stored_config(path)
     if config is None:
         from dyexport.checkpoints.dialects import structure_of  # imports torch
 
-        config, home = structure_of(path), path
+        config, file = structure_of(path), path
     if config is None:
         if named is None:
             raise CheckpointError(f"{path} does not say which model it is; give --model, or {PUBLISHED_SIZES}")
@@ -83,48 +83,48 @@ def _static(checkpoint: str, path: Path, named: Preset | None) -> Preset:
     if named is None:
         known = next((preset for preset in PRESETS.values() if preset.hub_id == checkpoint), None)
         if known is None:
-            return _hosted(_made(config, home, _name(checkpoint, path)), checkpoint, path)
+            return _with_hub_id(_new_preset(config, file, _name(checkpoint, path)), checkpoint)
         named = known
-    return _adapted(checkpoint, path, named, config, home)
+    return _adapted(checkpoint, path, named, config, file)
 
 
-def _made(config: Mapping[str, Any], home: Path, name: str) -> Preset:
+def _new_preset(config: Mapping[str, Any], file: Path, name: str) -> Preset:
     try:
         preset = preset_from_config(config, name)
     except CheckpointError as error:
-        raise CheckpointError(f"{home}: {error}") from error
+        raise CheckpointError(f"{file}: {error}") from error
     return preset if PRESETS.get(name, preset) == preset else replace(preset, name=f"{name}-custom")
 
 
-def _adapted(checkpoint: str, path: Path, named: Preset, config: Mapping[str, Any], home: Path) -> Preset:
+def _adapted(checkpoint: str, path: Path, named: Preset, config: Mapping[str, Any], file: Path) -> Preset:
     """Return a named preset with the structure of a checkpoint."""
     if CLASS_NAME in config and (kind := config[CLASS_NAME]) != named.stock:
-        preset_class_of(config, home)
+        preset_class_of(config, file)
         raise UsageError(
             f"{checkpoint} holds a {kind}, and {named.name} is a {named.stock}; give another --model, or leave it out"
         )
     try:
-        found = named.with_config(config)
+        adapted = named.with_config(config)
     except CheckpointError as error:
-        raise CheckpointError(f"{home}: {error}") from error
-    if found is named:
+        raise CheckpointError(f"{file}: {error}") from error
+    if adapted is named:
         return named
     name = _name(checkpoint, path)
-    found = _hosted(replace(found, name=f"{name}-custom" if name in PRESETS else name), checkpoint, path)
-    warnings.warn(f"{home}: {difference(config, named)}; the model is built as {found.name}", stacklevel=2)
-    return found
+    adapted = _with_hub_id(replace(adapted, name=f"{name}-custom" if name in PRESETS else name), checkpoint)
+    warnings.warn(f"{file}: {difference(config, named)}; the model is built as {adapted.name}", stacklevel=2)
+    return adapted
 
 
-def preset_class_of(config: Mapping[str, Any], home: Path) -> type[Preset]:
-    """Return the class of presets for a configuration; an error names its file."""
+def preset_class_of(config: Mapping[str, Any], file: Path) -> type[Preset]:
+    """Return the class of presets for the configuration in ``file``. Raises ``CheckpointError`` naming the file."""
     try:
         return preset_class(config.get(CLASS_NAME))
     except CheckpointError as error:
-        raise CheckpointError(f"{home}: {error}") from error
+        raise CheckpointError(f"{file}: {error}") from error
 
 
-def _hosted(preset: Preset, checkpoint: str, path: Path) -> Preset:
-    """Return the preset with the hub repository that it came from, where it came from one."""
+def _with_hub_id(preset: Preset, checkpoint: str) -> Preset:
+    """Return the preset with the hub repository that the checkpoint came from, if any."""
     return preset if find_local(checkpoint) is not None else replace(preset, hub_id=checkpoint)
 
 
@@ -133,33 +133,33 @@ def _name(checkpoint: str, path: Path) -> str:
     if find_local(checkpoint) is None:
         name = checkpoint.rpartition("/")[2]
     else:
-        place = path.resolve()
-        place = place.parent if place.name == TRANSFORMER else place
-        name = place.stem if path.is_file() else place.name
+        resolved = path.resolve()
+        resolved = resolved.parent if resolved.name == TRANSFORMER else resolved
+        name = resolved.stem if path.is_file() else resolved.name
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 
 
 def stored_config(path: Path) -> tuple[dict[str, Any] | None, Path]:
-    """Return the configuration of a checkpoint and its file; that of a single file may lie next to it."""
+    """Return the configuration of a checkpoint and the file it is in, which for a single file lies next to it."""
     file = (path if path.is_dir() else path.parent) / CONFIG
     if path.is_file() and not file.is_file():
         return None, file
     config = read_json(file)
-    if path.is_file() and CLASS_NAME not in config:  # of something else that lies there
+    if path.is_file() and CLASS_NAME not in config:  # a configuration of something else
         return None, file
     check_not_quantized(config, file)
     return config, file
 
 
 def read_config(path: Path, preset: Preset) -> dict[str, Any]:
-    """Return the arguments of the stock class: the preset's sizes with what else the checkpoint's configuration says.
+    """Return the arguments of the stock class: the preset's sizes, and the checkpoint's settings of numerics.
 
     Raises ``CheckpointError`` for a checkpoint of another structure.
     """
-    own = preset.transformer_config()
+    sizes = preset.transformer_config()
     config, file = stored_config(path)
     if config is None:
-        return own
+        return sizes
     if config.get(CLASS_NAME, preset.stock) != preset.stock:
         raise CheckpointError(
             f"{file}: {CLASS_NAME} is {str(config[CLASS_NAME])[:80]!r}, {preset.name} is a {preset.stock}"
@@ -167,14 +167,14 @@ def read_config(path: Path, preset: Preset) -> dict[str, Any]:
     try:
         if preset.with_config(config) is not preset:
             raise CheckpointError(f"{difference(config, preset)}; choose the --model this checkpoint was made for")
-        return {**own, **preset.numerics(config)}
+        return {**sizes, **preset.numerics(config)}
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from error
 
 
 def difference(config: Mapping[str, Any], preset: Preset) -> str:
     """Describe the first size in which a configuration differs from a preset."""
-    theirs, own = preset.with_config(config).transformer_config(), preset.transformer_config()
-    name = next(name for name in {**own, **theirs} if theirs.get(name) != own.get(name))
-    value = json.dumps(theirs.get(name)) if name in config else f"{theirs.get(name)} where it is not given"
-    return f"{name} is {value}, {preset.name} has {own.get(name)}"
+    stored, expected = preset.with_config(config).transformer_config(), preset.transformer_config()
+    name = next(name for name in {**expected, **stored} if stored.get(name) != expected.get(name))
+    value = json.dumps(stored.get(name)) if name in config else f"{stored.get(name)} where it is not given"
+    return f"{name} is {value}, {preset.name} has {expected.get(name)}"

@@ -1,7 +1,6 @@
-"""Users' LoRAs, merged into a stock transformer tensor by tensor.
+"""LoRAs of users, merged into a stock transformer tensor by tensor.
 
-peft merges, in its own layers: one at a time, around the weights of one module, so that a 12-billion-parameter
-transformer need not be in memory.
+peft merges one module at a time, so that a transformer of 12 billion parameters need not be in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from dyexport.backbones.base import Preset
 from dyexport.checkpoints.lora_files import BIAS, Factors, read_lora
-from dyexport.checkpoints.stored_weights import listed
+from dyexport.checkpoints.weight_files import listed
 from dyexport.errors import CheckpointError
 from dyexport.lora import LoraFile
 
@@ -27,7 +26,10 @@ class UserLora:
     """One LoRA, checked against the stock module, which may be on the meta device."""
 
     def __init__(self, lora: LoraFile, preset: Preset, stock: nn.Module) -> None:
-        """Raises ``CheckpointError`` for what is not a LoRA of this transformer; warns of what it has for others."""
+        """Read and check a LoRA; warn of factors for text encoders, which are not merged.
+
+        Raises ``CheckpointError`` for a file that is not a LoRA of this transformer.
+        """
         self.file, self.scale = lora.file, lora.scale
         self._stock = stock
         self._factors, left_out = read_lora(lora.file, preset, stock)
@@ -46,7 +48,7 @@ class UserLora:
         return module in self._factors and (leaf == "weight" or BIAS in self._factors[module].tensors)
 
     def merged(self, module: str, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Weights of a module, by their names in it, with the LoRA in them."""
+        """Return the weights of a module with the LoRA merged into them, by their names in the module."""
         from peft import set_peft_model_state_dict
 
         base = copy.deepcopy(self._stock.get_submodule(module))
@@ -62,7 +64,7 @@ class UserLora:
         return dict(layer.get_base_layer().state_dict())
 
     def _check(self, module: str, factors: Factors, model: str) -> None:
-        """Let peft make the layer, without memory, and see whether the file has what the layer needs."""
+        """Check that the file has the factors of peft's layer for a module. Raises ``CheckpointError``."""
         from peft import get_peft_model_state_dict
 
         base = copy.deepcopy(self._stock.get_submodule(module)).to("meta")
@@ -88,9 +90,9 @@ class UserLora:
 
 
 class MergedWeights(Mapping[str, Tensor]):
-    """Weights with LoRAs in them, each made when it is asked for, and in its own dtype.
+    """Weights with LoRAs merged into them, lazily, in the dtypes of the original weights.
 
-    Every LoRA is merged into the original weight, and the changes are added up: their order does not matter.
+    Each LoRA is merged into the original weight, and the changes are summed, so the order of LoRAs does not matter.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], loras: Sequence[UserLora]) -> None:
@@ -127,11 +129,11 @@ class MergedWeights(Mapping[str, Tensor]):
 
 
 def _with_layer(base: nn.Module, factors: Factors) -> nn.ModuleDict:
-    """A model of peft's layer around a module, alone, with new factors."""
+    """Make a model of one layer: peft's LoRA layer around a module, with new factors."""
     from peft import LoraConfig, inject_adapter_in_model
 
     holder = nn.ModuleDict({LAYER: base})
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")  # about what is checked here
+        warnings.simplefilter("ignore")  # they concern what is checked here
         inject_adapter_in_model(LoraConfig(target_modules=[LAYER], **factors.options), holder)
     return holder

@@ -17,7 +17,7 @@ from dyexport.backbones.recipe import Schedule
 from dyexport.calibration.widths import (
     trajectory_points,
 )
-from dyexport.checkpoints.dynamic import load_given, save_dynamic
+from dyexport.checkpoints.dynamic import load_with_routers, save_dynamic
 from dyexport.checkpoints.locate import find_checkpoint
 from dyexport.checkpoints.static import adopt_static, load_static, save_static
 from dyexport.errors import CheckpointError
@@ -163,7 +163,8 @@ def make_dynamic(
     """Write the dynamic checkpoint: given, random, or the static model with new routers, trained or not."""
     preset = settings.preset
     if settings.routers == "given":
-        save_dynamic(load_given(Path(str(settings.checkpoint)), preset, stream=True), out, preset, backbone=static)
+        model = load_with_routers(Path(str(settings.checkpoint)), preset, stream=True)
+        save_dynamic(model, out, preset, backbone=static)
     elif settings.routers == "random":
         model = random_dynamic(preset, seed=settings.seed, router=settings.router, td_lora=settings.lora)
         save_dynamic(model, out, preset, backbone=static)

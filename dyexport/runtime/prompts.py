@@ -10,7 +10,7 @@ import torch
 
 from dyexport.arguments import PIXELS, SAMPLES, check_guidance, check_pixels, check_side, check_steps
 from dyexport.backbones import get_pipeline
-from dyexport.backbones.base import PromptColumns, PromptPipeline
+from dyexport.backbones.sampling import PromptColumns, PromptPipeline
 from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import CheckpointError, DataError, MissingDependencyError, UsageError
 from dyexport.progress import Progress

@@ -16,7 +16,6 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from pydantic import ByteSize
 
-from dyexport.backbones import get_stand_in
 from dyexport.bundle.manifest_file import manifest_text
 from dyexport.bundle.reader import Bundle
 from dyexport.bundle.spec import ModelSpec
@@ -24,6 +23,7 @@ from dyexport.engines.base import Tensors
 from dyexport.engines.switching import SwitchingEngine
 from dyexport.errors import BundleError, UsageError
 from dyexport.runtime.conditioning import Conditioner
+from dyexport.runtime.diffusers_options import WEIGHT_OPTIONS, check_options, one_device
 from dyexport.runtime.fixed_network import FixedNetwork
 from dyexport.runtime.forked import skip_exit_handlers_of_parent
 from dyexport.runtime.inputs import check_no_gradients, for_engine, one_batch
@@ -32,24 +32,7 @@ from dyexport.runtime.overflow import Overflow, OverflowCounter
 from dyexport.runtime.residency import Residency, measure, weight_bytes
 from dyexport.runtime.routing import MODULATION, RouteCache, shared_timestep
 from dyexport.runtime.saving import save_bundle
-
-WEIGHT_OPTIONS = frozenset(  # of diffusers, on reading and writing weight files; a bundle ignores them
-    {
-        "disable_mmap",
-        "low_cpu_mem_usage",
-        "max_memory",
-        "max_shard_size",
-        "offload_folder",
-        "offload_state_dict",
-        "output_loading_info",
-        "safe_serialization",
-        "save_function",
-        "use_flashpack",
-        "use_safetensors",
-        "variant",
-    }
-)
-
+from dyexport.runtime.stock import EqualsStock
 
 # Dynamo would find nothing to compile, and recompile for each clock reading. diffusers has already imported it.
 NOT_COMPILED = torch.compiler.disable(reason="the layers of a bundle are inside engines")
@@ -60,51 +43,12 @@ def offloading_placeholder(dtype: torch.dtype = torch.float32) -> torch.nn.Param
     return torch.nn.Parameter(torch.empty(0, dtype=dtype, device="cpu"), requires_grad=False)
 
 
-def example_inputs(spec: ModelSpec, batch: int, t: float, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Make noise and random conditions as the stock module's arguments: the same tensors for the same arguments."""
-    return get_stand_in(spec.backbone).example_inputs(spec, batch, t, seed)
-
-
-def stock_class(spec: ModelSpec) -> Any:
-    """Return the diffusers class of a bundle's model."""
-    stock = get_stand_in(spec.backbone).stock
-    assert stock is not None, "a backbone's class names it"
-    return stock
-
-
-def stock_transformer(spec: ModelSpec) -> torch.nn.Module:
-    """Make diffusers' own module at the bundle's size, with random weights, on which no timing depends."""
-    module: torch.nn.Module = stock_class(spec)(**spec.config).eval()
-    return module
-
-
-def random_rows(batch: int, seed: int) -> Callable[..., torch.Tensor]:
-    """Return a function that makes normal noise (batch, *shape): the same tensors for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    return lambda *shape: torch.randn(batch, *shape, generator=generator)
-
-
 class Running(NamedTuple):
     """State of one process: engines, and the threads that activate them."""
 
     engine: SwitchingEngine
     conditioner: Conditioner
     routes: RouteCache
-
-
-class EqualsStock(type):
-    """Metaclass of stand-ins, each of which is equal to the diffusers class that it stands in for.
-
-    A subclass is not enough: ``from_pipe`` of a pipeline keeps a component only if its type is equal to the annotated
-    one. Hashes differ, so that tables keyed by class hold both.
-    """
-
-    stock: type[torch.nn.Module] | None
-
-    def __eq__(cls, other: object) -> bool:
-        return cls is other or (cls.stock is not None and cls.stock is other)
-
-    __hash__ = type.__hash__
 
 
 class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsStock):
@@ -266,7 +210,7 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
 
         An earlier bundle there is replaced. Raises ``StorageError`` for a directory that holds anything else.
         """
-        _check_options(options, WEIGHT_OPTIONS)
+        check_options(options, WEIGHT_OPTIONS)
         if push_to_hub:
             raise UsageError("push_to_hub=True saves nothing; call push_to_hub(repo_id), which saves and uploads")
         if is_main_process:
@@ -303,9 +247,9 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
             local_files_only=local_files_only,
         )
         options = {name: value for name, value in options.items() if name not in WEIGHT_OPTIONS}
-        _check_options(options, frozenset(inspect.signature(load).parameters))
+        check_options(options, frozenset(inspect.signature(load).parameters))
         if device_map is not None:
-            options["device"] = _one_device(device_map)
+            options["device"] = one_device(device_map)
         loaded = load(path, dtype=dtype or torch_dtype or torch.float32, **options)
         if not isinstance(loaded, cls):
             raise BundleError(f"{path} is a bundle of {loaded.spec.backbone}; open it with dyexport.load")
@@ -342,21 +286,3 @@ def _defaults(stock: type[torch.nn.Module] | None) -> dict[str, Any]:
     assert stock is not None, "a backbone's class names it"
     parameters = list(inspect.signature(stock.__init__).parameters.values())
     return {parameter.name: parameter.default for parameter in parameters[1:]}  # the first is self
-
-
-def _check_options(options: dict[str, Any], known: frozenset[str]) -> None:
-    if unknown := sorted(options.keys() - known):
-        raise UsageError(f"{unknown[0]} is no option of a bundle; leave it out")
-
-
-def _one_device(device_map: Any) -> str:
-    """Return the device of a map such as ``cuda`` or ``{"": 0}``. Raises ``UsageError`` for several devices."""
-    place = device_map
-    if isinstance(device_map, dict):
-        places = list(device_map.values())
-        place = places[0] if len(places) == 1 else None
-    if isinstance(place, int):
-        return f"cuda:{place}"
-    if not isinstance(place, (str, torch.device)):
-        raise UsageError(f"device_map is {device_map!r}; a bundle runs on one device, such as 'cuda:0'")
-    return str(place)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from dyexport.arguments import PIXELS, STEPS, shown, whole_number
 from dyexport.backbones import get_pipeline, sampling_defaults
-from dyexport.backbones.base import VAE_SCALE, PromptPipeline
+from dyexport.backbones.sampling import VAE_SCALE, PromptPipeline
 from dyexport.bundle.manifest_file import MANIFEST
 from dyexport.bundle.reader import Bundle
 from dyexport.bundle.spec import ModelSpec

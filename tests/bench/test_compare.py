@@ -23,7 +23,7 @@ from dyexport.bundle.reader import Bundle
 from dyexport.engines.fake import FakeEngine
 from dyexport.errors import BundleError, DyexportError, UsageError
 from dyexport.runtime.loading import load
-from dyexport.runtime.transformer import example_inputs, stock_transformer
+from dyexport.runtime.stock import example_inputs, stock_transformer
 from tests.bench.text import rendered
 
 

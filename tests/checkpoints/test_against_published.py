@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dyexport.backbones.base import Inputs, Preset
 from dyexport.backbones.flux.preset import FluxPreset
-from dyexport.checkpoints.dynamic import load_given
+from dyexport.checkpoints.dynamic import load_with_routers
 from dyexport.checkpoints.static import load_static
 from dyexport.models.inputs import NoisedInputs
 from dyexport.presets import get_preset
@@ -77,7 +77,7 @@ def published(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Publis
 
 @torch.no_grad()
 def test_the_masked_model(published: Published) -> None:
-    model = load_given(published.file, published.preset)
+    model = load_with_routers(published.file, published.preset)
     published.compare("masked model", lambda arguments: model(arguments).sample)
     output = model(NoisedInputs(preset=published.preset, batch_size=2).at(0.5))
     for gates in output[1:4]:
@@ -116,7 +116,7 @@ def test_flux(tmp_path: Path) -> None:
     with published_code(Path(CHECKOUT), DYFLUX) as code:
         published = random_dyflux(code, preset)
         torch.save({"module": published.state_dict(), "step": 7}, tmp_path / "dyflux.pt")
-        model = load_given(tmp_path / "dyflux.pt", preset)
+        model = load_with_routers(tmp_path / "dyflux.pt", preset)
         bundle = built(tmp_path, preset, tmp_path / "dyflux.pt")
         for t in random_timesteps(preset, 24):
             inputs = NoisedInputs(preset=preset, batch_size=2).at(t)

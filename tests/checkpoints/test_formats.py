@@ -12,7 +12,7 @@ from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpo
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dyexport.backbones.base import Part
+from dyexport.backbones.dialect import Part
 from dyexport.backbones.dit.preset import DiTPreset
 from dyexport.backbones.flux.preset import FluxPreset
 from dyexport.backbones.flux.published import BlackForestLabs

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dyexport.backbones.base import Preset
 from dyexport.checkpoints.dialects import has_routers
-from dyexport.checkpoints.dynamic import load_dynamic, load_given, open_widths, save_dynamic
+from dyexport.checkpoints.dynamic import load_dynamic, load_with_routers, open_widths, save_dynamic
 from dyexport.checkpoints.static import load_static, save_static
 from dyexport.errors import CheckpointError
 from dyexport.models.dynamic import DynamicTransformer
@@ -56,10 +56,10 @@ def test_a_static_file_computes_what_the_published_code_does(preset: Preset, tmp
 @torch.no_grad()
 def test_a_dydit_file_brings_its_routers(preset: Preset, tmp_path: Path) -> None:
     state = random_state(preset, routers=True)
-    given = load_given(saved(state, tmp_path), preset)
+    given = load_with_routers(saved(state, tmp_path), preset)
     save_dynamic(given, tmp_path / "copy", preset)
     kept = []
-    for model in (given, load_dynamic(tmp_path / "copy")[0], load_given(tmp_path / "copy", preset)):
+    for model in (given, load_dynamic(tmp_path / "copy")[0], load_with_routers(tmp_path / "copy", preset)):
         for t in random_timesteps(preset, 8):
             arguments = inputs_at(preset, t)
             output = model(arguments)
@@ -160,7 +160,7 @@ def broken(state: State, change: str) -> State:
 def test_what_does_not_fit_is_named_as_in_the_file(change: str, message: str, tmp_path: Path) -> None:
     file = saved(broken(random_state(tiny_preset(), routers=True), change), tmp_path)
     with pytest.raises(CheckpointError, match=message):
-        load_given(file, tiny_preset())
+        load_with_routers(file, tiny_preset())
 
 
 class Hostile:
@@ -215,7 +215,7 @@ def test_a_dyflux_file_brings_its_token_routers(tmp_path: Path) -> None:
     preset = get_preset("flux-tiny")
     model, state = dyflux_state()
     open_widths(model, preset)
-    given = load_given(saved({"module": state, "step": 1}, tmp_path), preset)
+    given = load_with_routers(saved({"module": state, "step": 1}, tmp_path), preset)
     inputs = NoisedInputs(preset=preset, batch_size=2).at(0.5)
     wanted, found = model(inputs), given(inputs)
     assert torch.equal(found.sample, wanted.sample)
@@ -231,4 +231,4 @@ def test_an_incomplete_dyflux_file_is_named(tmp_path: Path) -> None:
     _, state = dyflux_state()
     del state["single_transformer_blocks.1.token_selection.router.weight"]
     with pytest.raises(CheckpointError, match=r"lacks single_transformer_blocks\.1\.token_selection\.router\.weight"):
-        load_given(saved({"module": state}, tmp_path), get_preset("flux-tiny"))
+        load_with_routers(saved({"module": state}, tmp_path), get_preset("flux-tiny"))

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from dyexport.backbones.base import Preset
 from dyexport.checkpoints.dynamic import save_dynamic
 from dyexport.checkpoints.static import adopt_static, load_static, save_static
-from dyexport.checkpoints.stored_weights import WEIGHTS, StoredWeights, link_weights, write_shards
+from dyexport.checkpoints.stored_weights import StoredWeights
+from dyexport.checkpoints.weight_files import WEIGHTS, link_weights, write_shards
 from dyexport.errors import CheckpointError
 from dyexport.lora import LoraFile
 from dyexport.models.dynamic import DynamicTransformer

@@ -27,7 +27,7 @@ from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import PRESETS
 from dyexport.runtime.loading import load
 from dyexport.runtime.prompts import Prompts, sample_prompts
-from dyexport.runtime.transformer import example_inputs, stock_transformer
+from dyexport.runtime.stock import example_inputs, stock_transformer
 from dyexport.verification.settings import VerifySettings
 from dyexport.verification.verify import find_reference, verify_bundle
 from tests.pipeline.tiny import build

@@ -24,7 +24,7 @@ from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from dyexport.pipeline.build import build_bundle, opened, price_plans
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.runtime.loading import load
-from dyexport.runtime.transformer import example_inputs
+from dyexport.runtime.stock import example_inputs
 from dyexport.stages.file_records import digest_of_spans
 from dyexport.stages.ledger import NullListener
 from dyexport.verification.settings import VerifySettings

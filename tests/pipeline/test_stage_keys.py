@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from dyexport.checkpoints.static import save_static
-from dyexport.checkpoints.stored_weights import WEIGHTS
+from dyexport.checkpoints.weight_files import WEIGHTS
 from dyexport.models.random_weights import random_backbone
 from dyexport.pipeline.build import calibrate_model, opened
 from dyexport.pipeline.settings import BuildSettings

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dyexport.bundle.reader import Bundle
-from dyexport.runtime.transformer import example_inputs
+from dyexport.runtime.stock import example_inputs
 
 
 def predict(transformer: Any, t: float | None = None) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from dyexport.errors import EngineMismatchError
 from dyexport.runtime.loading import load
-from dyexport.runtime.transformer import example_inputs
+from dyexport.runtime.stock import example_inputs
 from tests.runtime.bundles import TinyBundle
 from tests.runtime.conftest import Saved
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from dyexport.backbones.base import LabelPipeline
+from dyexport.backbones.sampling import LabelPipeline
 
 PIPELINE = LabelPipeline()

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dyexport.backbones.base import Dialect, Part, Preset
+from dyexport.backbones.base import Preset
+from dyexport.backbones.dialect import Dialect, Part
 from dyexport.backbones.dit.preset import FREQ_SHIFT, PRESETS, STORED_POSITIONS, DiTPreset
 
 TRUNK = {

@@ -11,7 +11,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import BundleError, EngineMismatchError
 from dyexport.runtime.inputs import check_attention_kwargs, described, floating
-from dyexport.runtime.transformer import NOT_COMPILED, BundleTransformer, random_rows
+from dyexport.runtime.stock import random_rows
+from dyexport.runtime.transformer import NOT_COMPILED, BundleTransformer
 
 PIPELINE_NULL_CLASS = 1000  # "no class" of diffusers' DiTPipeline, however many classes the model has
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from dyexport.backbones.base import PromptColumns, PromptPipeline
 from dyexport.backbones.flux.preset import FluxPreset
+from dyexport.backbones.sampling import PromptColumns, PromptPipeline
 from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import UsageError
 

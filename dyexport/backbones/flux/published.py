@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dyexport.backbones.base import Dialect, Part, Preset
+from dyexport.backbones.base import Preset
+from dyexport.backbones.dialect import Dialect, Part
 from dyexport.backbones.flux.preset import FluxPreset
 
 ROUTER = re.compile(r"routers\.(?P<block>\d+)\.(?P<kind>heads|groups|tokens)\.(?P<layer>.+)")

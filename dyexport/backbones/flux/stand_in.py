@@ -12,7 +12,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import EngineMismatchError
 from dyexport.runtime.inputs import check_absent, check_attention_kwargs, described, float_values, floating
-from dyexport.runtime.transformer import NOT_COMPILED, BundleTransformer, random_rows
+from dyexport.runtime.stock import random_rows
+from dyexport.runtime.transformer import NOT_COMPILED, BundleTransformer
 
 LARGEST_GUIDANCE = 1e35  # it is embedded as a thousand times itself, in fp32
 

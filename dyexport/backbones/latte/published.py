@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dyexport.backbones.base import Dialect
+from dyexport.backbones.dialect import Dialect
 
 DIALECTS: tuple[Dialect, ...] = ()
 LORA_LOADER: str | None = None

@@ -15,7 +15,8 @@ from dyexport.runtime.inputs import (
     check_absent,
     floating,
 )
-from dyexport.runtime.transformer import NOT_COMPILED, BundleTransformer, random_rows
+from dyexport.runtime.stock import random_rows
+from dyexport.runtime.transformer import NOT_COMPILED, BundleTransformer
 
 
 class LatteBundle(BundleTransformer, LatteTransformer3DModel):

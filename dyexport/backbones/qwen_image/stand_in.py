@@ -13,7 +13,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import EngineMismatchError
 from dyexport.runtime.inputs import check_absent, check_attention_kwargs, described, floating
-from dyexport.runtime.transformer import NOT_COMPILED, BundleTransformer, random_rows
+from dyexport.runtime.stock import random_rows
+from dyexport.runtime.transformer import NOT_COMPILED, BundleTransformer
 
 
 class QwenImageBundle(BundleTransformer, QwenImageTransformer2DModel):
