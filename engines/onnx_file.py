@@ -5,17 +5,27 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
 from google.protobuf.message import DecodeError
 
-from dyexport.bundle.onnx_schema import MESSAGES, tensor_spec
+from dyexport.bundle.onnx_schema import DTYPES, MESSAGES, tensor_spec
+from dyexport.bundle.tensors import TensorSpec
 from dyexport.engines.base import EngineIO, WeightSpan
 from dyexport.errors import EngineBuildError
 
 Message: TypeAlias = Any
 """A message of ``dyexport.bundle.onnx_schema``; protobuf makes their classes at run time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A weight of a graph that is stored in a file: its name, dtype and shape, and its bytes."""
+
+    spec: TensorSpec
+    span: WeightSpan
 
 
 def read_graph(path: Path) -> Message:
@@ -46,6 +56,17 @@ def graph_weights(model: Message, path: Path) -> tuple[WeightSpan, ...]:
     """
     spans = {_span(tensor, path) for tensor in _external_tensors(model)}
     return tuple(sorted(spans, key=lambda span: (span.path, span.offset)))
+
+
+def stored_tensors(model: Message, path: Path) -> dict[str, StoredTensor]:
+    """Return the weights of a graph that are stored outside its file, by name. Raises as ``graph_weights`` does."""
+    return {
+        tensor.name: StoredTensor(
+            spec=TensorSpec(name=tensor.name, dtype=DTYPES.get(tensor.data_type, "unknown"), shape=tuple(tensor.dims)),
+            span=_span(tensor, path),
+        )
+        for tensor in _external_tensors(model)
+    }
 
 
 def resolve_weights(model: Message, path: Path) -> Path:

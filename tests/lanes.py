@@ -20,7 +20,7 @@ BUILDERS = {
     ("dyexport.training.trainer", "train_static"),
     ("dyexport.exporters.onnx_graph", "export_onnx"),
     ("dyexport.exporters.torch_program", "build_program"),
-    ("dyexport.exporters.torch_program", "export_program"),
+    ("dyexport.exporters.exported_program", "export_program"),
     ("dyexport.exporters.tensorrt_plan", "build_plan"),
 }
 """Functions that take seconds; a test that can reach one belongs to the lane of builds."""

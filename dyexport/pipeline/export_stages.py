@@ -251,7 +251,8 @@ def plan_stage(
         if TARGETS[target].from_modules:
             from dyexport.exporters.torch_program import build_program
 
-            build_program(network.slice, layout, store.path, request, out)
+            offsets = {name: layout.offsets[recipe] for name, recipe in network.slice.recipes.items()}
+            build_program(network.slice, offsets, store.path, request, out)
             return
         from dyexport.exporters.tensorrt_plan import build_plan
 

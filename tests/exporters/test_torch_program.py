@@ -11,8 +11,9 @@ import torch
 from dyexport.bundle.plan import TokenPath
 from dyexport.bundle.plan_info import Profile
 from dyexport.bundle.tensors import TensorSpec
+from dyexport.exporters.exported_program import export_program, outputs_of
 from dyexport.exporters.onnx_graph import STORE
-from dyexport.exporters.torch_program import compiled_input, export_program, outputs_of
+from dyexport.exporters.torch_program import compiled_input
 from dyexport.exporters.weight_store import write_store
 from dyexport.slicing.slicer import Slice, slice_conditioning
 from dyexport.slicing.store_layout import lay_out
@@ -27,7 +28,8 @@ SIZES = {"slots": 4}
 def export(slice_: Slice, folder: Path) -> torch.export.ExportedProgram:
     layout = lay_out(slice_.recipes.values())
     write_store(layout, CUTTER.read, folder / STORE)
-    return export_program(slice_, layout, folder / STORE)
+    offsets = {name: layout.offsets[recipe] for name, recipe in slice_.recipes.items()}
+    return export_program(slice_, offsets, folder / STORE)
 
 
 def inputs_for(slice_: Slice, size: int) -> dict[str, torch.Tensor]:
