@@ -88,7 +88,10 @@ def slim_module(networks: BundleNetworks, network: str, graph: Path) -> SlimModu
 
 def bundle_module(bundle: Bundle, network: str) -> SlimModule:
     """Rebuild the module of a network of an opened bundle. Raises as ``slim_module`` does."""
-    return slim_module(BundleNetworks.of(bundle), network, bundle.engine_paths(ONNX)[network])
+    paths = bundle.engine_paths(ONNX)
+    if network not in paths:
+        raise BundleError(f"{bundle.root} has no network {network!r}; it has {', '.join(paths)}")
+    return slim_module(BundleNetworks.of(bundle), network, paths[network])
 
 
 def cut(networks: BundleNetworks, network: str) -> Slice:
