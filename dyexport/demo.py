@@ -76,7 +76,7 @@ def run_demo(
         evaluator = Evaluator(load_digits("train"))
         scored = evaluate(bundle, None, evaluator, load_digits("held-out"), sampling, [settings.seed], advance)
     with _stage(listener, "pictures"):
-        pictures, widths = draw(bundle, settings.out.parent, sampling.steps)
+        pictures, widths = save_pictures(bundle, settings.out.parent, sampling.steps)
     return _report(bundle, pictures, widths, verified, timed, scored, perf_counter() - begin)
 
 
@@ -88,7 +88,7 @@ def _stage(listener: BuildListener, name: str) -> Iterator[Progress]:
     listener.finished(name, perf_counter() - begin, reused=False)
 
 
-def draw(bundle: Bundle, folder: Path, steps: int | None) -> tuple[Path, Path]:
+def save_pictures(bundle: Bundle, folder: Path, steps: int | None) -> tuple[Path, Path]:
     """Save samples of the dense and the dynamic model from the same noise, and the heat map of widths."""
     loaded = load(bundle.root, check_hashes=False)
     models: dict[str, Denoiser] = {
@@ -99,8 +99,8 @@ def draw(bundle: Bundle, folder: Path, steps: int | None) -> tuple[Path, Path]:
     labels = [*range(spec.classes)] * PICTURE_ROWS
     images = {}
     for name, model in models.items():
-        drawn = sample(model, spec, labels, steps=steps)  # (B, 1, 8, 8)
-        images[name] = grid(drawn.numpy(), spec.classes, zoom=zoom_for(spec.latent_shape[1]) // 2)
+        samples = sample(model, spec, labels, steps=steps)  # (B, 1, 8, 8)
+        images[name] = grid(samples.numpy(), spec.classes, zoom=zoom_for(spec.latent_shape[1]) // 2)
     loaded.close()
     pictures, widths = folder / "digits.png", folder / "widths.png"
     save_png(side_by_side(images), pictures)

@@ -1,4 +1,4 @@
-"""A TD-LoRA as numbers (DyDiT++, arXiv 2504.06803), and files of users' LoRAs. Imports no torch."""
+"""Settings of TD-LoRA (DyDiT++, arXiv 2504.06803), and files of users' LoRAs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ PEFT_CONFIG = "adapter_config.json"
 
 
 class LoraSpec(BaseModel):
-    """A Linear computes W x + alpha / rank * sum_i g_i(t) B_i A_i x, with g the softmax of a router on the timestep.
+    """Settings of TD-LoRA.
 
-    ``variant`` says what there is one of for each expert: B alone (``standard``, A is shared), A alone
-    (``inverse``) or both (``symmetric``). With one expert there is no router, and it is a plain LoRA. With ``bias``
-    'all' the backbone's biases are trained beside it, as peft's are: under 0.1 % of the parameters, and able to make
-    up for the mean of units that are cut. Not in the paper.
+    A linear layer computes W x + alpha / rank * sum_i g_i(t) B_i A_i x. g is the softmax of a router on the timestep.
+    With one expert there is no router, and TD-LoRA is a plain LoRA.
+
+    variant  what each expert has: B, with a shared A (``standard``), A, with a shared B (``inverse``), or both
+             (``symmetric``)
+    bias     ``all`` also trains the backbone's biases, as in peft. They are under 0.1 % of the parameters, and can
+             compensate for the mean of units that are cut. Not in the paper.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,22 +45,25 @@ class LoraSpec(BaseModel):
 
     @property
     def down_experts(self) -> int:
-        """How many A there are."""
+        """Number of A matrices."""
         return 1 if self.variant == "standard" else self.experts
 
     @property
     def up_experts(self) -> int:
-        """How many B there are."""
+        """Number of B matrices."""
         return 1 if self.variant == "inverse" else self.experts
 
     @property
     def width(self) -> int:
-        """Channels that a token passes through, once experts are mixed."""
+        """Inner channels of the low-rank path after experts are mixed."""
         return self.rank * (self.experts if self.variant == "symmetric" else 1)
 
 
 def parse_lora(text: str | None) -> LoraSpec | None:
-    """``rank=16,experts=4,variant=inverse,alpha=32``; raises ``UsageError`` for anything else. Alpha is the rank's."""
+    """Parse text such as ``rank=16,experts=4,variant=inverse,alpha=32``; alpha defaults to the rank.
+
+    Raises ``UsageError`` for anything else.
+    """
     if text is None:
         return None
     values: dict[str, Any] = {}
@@ -72,23 +78,24 @@ def parse_lora(text: str | None) -> LoraSpec | None:
         return LoraSpec.model_validate({"alpha": values["rank"] or 1, **values})
     except ValidationError as error:
         field = str(error.errors()[0]["loc"][0])
-        want = {name: " or ".join(get_args(choice)) for name, choice in (("variant", Variant), ("bias", Biases))}
-        want["alpha"] = f"a number above 0, up to {MOST_ALPHA}"
-        want |= {"rank": f"a whole number from 1 to {MOST_RANK}", "experts": f"a whole number from 1 to {MOST_EXPERTS}"}
-        message = f"{field} is {shown(values.get(field))!r}; use {want[field]}"
+        valid = {name: " or ".join(get_args(choice)) for name, choice in (("variant", Variant), ("bias", Biases))}
+        valid["alpha"] = f"a number above 0, up to {MOST_ALPHA}"
+        valid["rank"] = f"a whole number from 1 to {MOST_RANK}"
+        valid["experts"] = f"a whole number from 1 to {MOST_EXPERTS}"
+        message = f"{field} is {shown(values.get(field))!r}; use {valid[field]}"
         raise UsageError(f"--td-lora {text!r}: {message}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraFile:
-    """A user's LoRA, and how strongly it counts."""
+    """A user's LoRA and its scale."""
 
     file: Path
     scale: float = 1.0
 
 
 def parse_lora_file(text: str) -> LoraFile:
-    """Parse ``FILE`` or ``FILE@SCALE``; a file whose own name ends in @ and a number is found under that name."""
+    """Parse ``FILE`` or ``FILE@SCALE``. An existing file whose name ends in ``@`` and a number is a ``FILE``."""
     name, at, scale = text.rpartition("@")
     if not at or Path(text).exists():
         return LoraFile(file=Path(text))

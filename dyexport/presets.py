@@ -1,4 +1,4 @@
-"""The models that dyexport knows by name, at their published sizes, and any others of the same classes. No torch."""
+"""Presets of models: those that dyexport knows by name, and others of the same diffusers classes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dyexport.errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     from dyexport.bundle.spec import ModelSpec
 
-CLASS_NAME = "_class_name"  # entry of every config that diffusers writes
+CLASS_NAME = "_class_name"  # entry of every configuration that diffusers writes
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset for backbone in BACKBONES for preset in part(backbone, "preset").PRESETS
@@ -24,7 +24,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def get_preset(name: str) -> Preset:
-    """Return the preset called ``name``; raises ``UsageError`` naming the nearest known one."""
+    """Return the preset called ``name``. Raises ``UsageError`` that suggests the most similar name."""
     if name in PRESETS:
         return PRESETS[name]
     near = difflib.get_close_matches(name, PRESETS, n=1)
@@ -43,8 +43,8 @@ def preset_class(stock: object) -> type[Preset]:
 def preset_from_config(config: Mapping[str, Any], name: str) -> Preset:
     """Make the preset of a checkpoint from its diffusers configuration, whose class decides the backbone.
 
-    What the configuration does not say is that of a known model of the same structure, where there is one. Raises
-    ``CheckpointError``.
+    Values that the configuration does not have are those of a known model of the same structure, if there is one.
+    Raises ``CheckpointError``.
     """
     kind = preset_class(config.get(CLASS_NAME))
     made = kind.from_config(config, name)
@@ -70,7 +70,7 @@ def preset_of(spec: ModelSpec) -> Preset:
 
 
 def stored_fields(preset: Preset) -> dict[str, Any] | None:
-    """Return what must be stored next to a preset's name to have it again; None for a known one."""
+    """Return the fields to store with a preset's name so that it can be restored; None for a known preset."""
     if PRESETS.get(preset.name) == preset:
         return None
     fields: dict[str, Any] = TypeAdapter(type(preset)).dump_python(preset, mode="json")
@@ -103,4 +103,4 @@ def _restored(value: Any) -> Any:
 
 
 Model = Annotated[str | Preset | None, PlainValidator(_restored), PlainSerializer(_stored)]
-"""What a build is of, in settings that are stored: a name, a preset, or None for what the checkpoint is."""
+"""Model of a build, in a form that settings can store: a name, a preset, or None for that of the checkpoint."""

@@ -8,7 +8,7 @@ from dyexport.progress import Pace, clock_time, count
 
 
 class Clock:
-    """Seconds, as told."""
+    """A clock whose seconds the test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0

@@ -67,7 +67,7 @@ class SamplingDefaults(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Preset(ABC):
-    """A backbone architecture and how it is sampled.
+    """Backbone architecture, its sizes and its sampling defaults.
 
     ``objective`` fixes what the network is called with and what it predicts: ``ddpm`` takes the
     integer-valued timestep in [0, 1000) and predicts the noise (DiT, arXiv 2212.09748); ``flow``
@@ -126,13 +126,13 @@ class Preset(ABC):
 
     @abstractmethod
     def transformer_config(self) -> dict[str, object]:
-        """Arguments of the stock diffusers module."""
+        """Return the arguments of the stock diffusers module."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str | None = None) -> Self:
         """Make the preset of a checkpoint from its diffusers configuration.
 
-        What a configuration does not say, such as the number of text tokens, is that of the published model.
+        A value that no configuration has, such as the number of text tokens, is that of the published model.
         Raises ``CheckpointError`` naming a key whose value cannot be represented.
         """
         published = cls(name=name or cls.stock)  # type: ignore[call-arg]  # subclasses have defaults

@@ -1,4 +1,4 @@
-"""The stages that make a bundle of a calibrated model: plan, weights, graphs, engines, each recorded in the ledger."""
+"""Stages from a calibrated model to a bundle: plan, weights, graphs, engines. The ledger records each."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ from dyexport.tensorrt_api import Api, load_api
 
 GRAPHS = "graphs"
 ENGINES = "engines"
-TIMINGS = "timings"  # of TensorRT's kernels, by flavour and version
+TIMINGS = "timings"  # folder with timings of TensorRT's kernels, by flavour and version
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratedModel:
-    """A model that is ready to be cut: stages, tables, and what calibration measured."""
+    """A calibrated model: outcomes of its stages, its tables, and metrics of the calibration."""
 
     static: Outcome
     data: Data
@@ -58,16 +58,17 @@ class CalibratedModel:
 
     @property
     def spec(self) -> ModelSpec:
+        """Specification of the model."""
         return self.tables[0]
 
     @property
     def path(self) -> Path:
-        """The dynamic checkpoint."""
+        """Directory of the dynamic checkpoint."""
         return self.calibrated.path
 
 
 def segment_plan(run: Run, model: CalibratedModel) -> SegmentPlan:
-    """Choose the segments of K engines."""
+    """Choose the segments of K engines, and merge TD-LoRA where the tolerance allows it."""
     settings = run.settings
     chosen: dict[str, Any] = {"engines": settings.engines, "token_path": settings.planned_token_path}
     chosen |= {"precision": settings.stored_precision, "quantize": settings.quantize}
@@ -97,7 +98,7 @@ def merges(settings: BuildSettings, model: CalibratedModel) -> bool:
 
 
 def priced_plan(settings: BuildSettings, model: CalibratedModel, engines: int) -> SegmentPlan:
-    """Plan K engines and price them, with every segment merged if any may be."""
+    """Plan K engines, with TD-LoRA merged in every segment if merging is on."""
     plan = plan_for(*model.tables, PlanSettings(engines=engines, token_path=settings.planned_token_path))
     if not merges(settings, model):
         return plan
@@ -107,9 +108,9 @@ def priced_plan(settings: BuildSettings, model: CalibratedModel, engines: int) -
 def planned_networks(
     settings: BuildSettings, model: CalibratedModel, plan: SegmentPlan, ranges: Outcome | None = None
 ) -> list[Network]:
-    """Cut the networks of a plan: its segments, their conditioning and, with the baseline, the dense network.
+    """Cut the networks of a plan: its segments, the conditioning network and, with the baseline, the dense network.
 
-    Networks to be quantized need their ``ranges``.
+    ``ranges`` is the outcome of ``quantization_ranges``, which quantized networks need.
     """
     spec, widths, stats = model.tables
     networks = cut_networks(
@@ -126,7 +127,7 @@ def planned_networks(
 
 
 def _own_dense(settings: BuildSettings, spec: ModelSpec) -> OwnDense:
-    """Return which weights of the dense network differ from the dynamic one's: those that were trained."""
+    """Return which weights of the dense network differ from the dynamic model's, because training changed them."""
     if settings.routers != "trained":
         return "nothing"
     if spec.td_lora is None:
@@ -135,7 +136,7 @@ def _own_dense(settings: BuildSettings, spec: ModelSpec) -> OwnDense:
 
 
 def quantization_ranges(run: Run, model: CalibratedModel, plan: SegmentPlan) -> Outcome | None:
-    """Measure ranges of what quantized linear layers read, and the error; None if nothing is quantized."""
+    """Measure input ranges of quantized linear layers, and the error; None if nothing is quantized."""
     settings = run.settings
     if settings.quantize is None:
         return None
@@ -155,7 +156,7 @@ def quantization_ranges(run: Run, model: CalibratedModel, plan: SegmentPlan) -> 
 
 
 def weight_store(run: Run, model: CalibratedModel, layout: StoreLayout) -> Outcome:
-    """Write the one file that holds the weights of all networks."""
+    """Write the file with the weights of all networks."""
     places = [(identity(recipe), layout.offsets[recipe]) for recipe in layout.owners]
     inputs = {"calibrated": model.calibrated.digest, "static": model.static.digest, "layout": digest_of(places)}
 
@@ -171,7 +172,7 @@ def weight_store(run: Run, model: CalibratedModel, layout: StoreLayout) -> Outco
 def onnx_graphs(
     run: Run, spec: ModelSpec, plan: SegmentPlan, networks: Sequence[Network], layout: StoreLayout
 ) -> dict[str, Outcome]:
-    """Export the ONNX graph of every network; the store must be in place, since graphs are checked with it."""
+    """Export the ONNX graph of each network. The weight store must exist, since graphs are checked with it."""
     graphs = {}
     for index, network in enumerate(networks):
         stage, labels = f"{ONNX} {network.name}", labels_for(network.name, spec, plan)
@@ -233,7 +234,7 @@ def plan_stage(
     graph: Outcome,
     pool: WorkerPool,
 ) -> Stage:
-    """Return the stage of one plan: it depends on the graph, its own weights, its sizes and the builder."""
+    """Return the stage of one TensorRT plan. Its inputs are the graph, its weights, its sizes and the builder."""
     flavour = TARGETS[target].flavour
     assert flavour is not None
     request = plan_request(run.settings.tensorrt, flavour, spec, network.segment, network.slice)

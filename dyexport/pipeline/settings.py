@@ -36,9 +36,9 @@ SYNTHETIC = "synthetic"
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSettings:
-    """Settings of one build. Where they leave a choice, the model's ``Recipe`` makes it.
+    """Settings of one build. The model's ``Recipe`` has the defaults that depend on the model.
 
-    model            a preset or its name; None: what the checkpoint is
+    model            a preset or its name; None: the model of the checkpoint
     out, work        directories of the bundle and of finished stages
     budget           FLOPs ratio lambda in (0, 1]; None keeps the routers of a dynamic checkpoint as they are
     router           which units may be on at a timestep: 'free' or 'ordered'
@@ -49,7 +49,7 @@ class BuildSettings:
     synthetic        how synthetic data is sampled
     engines          K, the number of engines
     token_path       'auto', 'masked', 'capacity', 'dynamic' or 'compact'
-    baseline         whether the bundle has the dense network too
+    baseline         True if the bundle also has the dense network
     memory           bytes that weights may take; None: free memory
     link_store_from  bytes; a weight store of at least this size is hard-linked into the bundle, a smaller one copied
 
@@ -91,6 +91,7 @@ class BuildSettings:
 
     @property
     def recipe(self) -> Recipe:
+        """Recipe of the model."""
         return self.preset.recipe
 
     @property
@@ -100,7 +101,7 @@ class BuildSettings:
 
     @property
     def planned_token_path(self) -> str:
-        """The token path; 'auto' is 'dynamic' if a target cannot allocate by data."""
+        """Token path, with 'auto' replaced by 'dynamic' if a target cannot allocate sizes that depend on data."""
         static_tokens = any(TARGETS[target].static_tokens for target in self.targets)
         return "dynamic" if static_tokens and self.token_path == "auto" else self.token_path
 
@@ -111,12 +112,12 @@ class BuildSettings:
 
     @property
     def calibrates_in_bf16(self) -> bool:
-        """Whether calibration multiplies in bf16, as the bundle will; many CPUs are faster in it too."""
+        """True if calibration multiplies in bf16, as the bundle does; many CPUs are also faster in bf16."""
         return self.recipe.calibration_precision == self.stored_precision == "bf16"
 
     @property
     def from_scratch(self) -> bool:
-        """Whether the static model must be trained first."""
+        """True if the static model must be trained first."""
         return self.recipe.from_scratch is not None and self.checkpoint is None and not self.random_weights
 
     @property
@@ -150,7 +151,7 @@ class BuildSettings:
 
     @property
     def lora(self) -> LoraSpec | None:
-        """TD-LoRA that is trained instead of all weights."""
+        """TD-LoRA that is trained instead of all weights; None without."""
         if self.td_lora is None and self.routers == "trained":
             return self.recipe.td_lora
         return self.td_lora
@@ -170,14 +171,15 @@ class BuildSettings:
 
     @property
     def finetune_schedule(self) -> Schedule:
+        """Schedule for fine-tuning the dynamic model."""
         schedule = self.recipe.finetune if self.lora is None else self.recipe.finetune_lora
         return _with_steps(schedule, self.finetune_steps)
 
     @classmethod
     def complete(cls, **values: Any) -> BuildSettings:
-        """Make settings of some values; the places and the number of engines default to the model's.
+        """Make settings, with the model's defaults for ``out``, ``work`` and ``engines``.
 
-        Raises ``UsageError`` for a name that is no setting.
+        Raises ``UsageError`` for an unknown name.
         """
         known = [setting.name for setting in fields(cls)]
         for name in values:
@@ -198,7 +200,7 @@ class BuildSettings:
         return cls(**{"engines": preset.engines, **values, "out": out, "work": work})
 
     def effective_recipe(self) -> dict[str, Any]:
-        """Return the choices that this build makes, by its settings and the model's recipe, as JSON values."""
+        """Return what this build does, by its settings and the model's recipe, as JSON values."""
         trained = self.routers == "trained"
         lora = self.lora
         return {
@@ -215,7 +217,7 @@ class BuildSettings:
         }
 
     def save(self) -> None:
-        """Record the settings in the work directory, paths as absolute ones."""
+        """Write the settings to the work directory, with absolute paths."""
         values = _ADAPTER.dump_python(self, mode="json", exclude={"work"})
         values["out"] = os.path.abspath(self.out)
         for name in ("checkpoint", "data"):
@@ -230,7 +232,7 @@ class BuildSettings:
 
     @classmethod
     def load(cls, work: Path) -> BuildSettings:
-        """Read the settings that a work directory records. Raises ``UsageError`` if it has none or newer ones."""
+        """Read the settings of a work directory. Raises ``UsageError`` if it has none, or those of a newer version."""
         try:
             record = json.loads((work / SETTINGS).read_bytes())
             version, values = record["version"], record["settings"]
@@ -254,7 +256,7 @@ _ADAPTER = TypeAdapter(BuildSettings)
 
 
 def _has_routers(checkpoint: Path) -> bool:
-    """Return whether a checkpoint is a dynamic one; looking into a single file takes torch."""
+    """Return whether a checkpoint has routers. For a single file this imports torch."""
     try:
         if not checkpoint.is_file():
             return (checkpoint / "dynamic.json").is_file()
@@ -283,13 +285,13 @@ def parse_budget(text: str | None) -> float | None:
 
 
 def default_out(model: str, budget: float | None) -> Path:
-    """Return where a bundle is written unless the caller says."""
+    """Return the default directory of a bundle."""
     return Path(model if budget is None else f"{model}-{budget:g}")
 
 
 def default_work(out: Path) -> Path:
     """Return the default work directory of a bundle, next to it. Raises ``UsageError`` for the root directory."""
-    place = Path(os.path.abspath(out))
-    if not place.name:
+    path = Path(os.path.abspath(out))
+    if not path.name:
         raise UsageError(f"-o is {out}; give the name of a directory for the bundle")
-    return place.with_name(f"{place.name}.work")
+    return path.with_name(f"{path.name}.work")

@@ -16,10 +16,12 @@ KEYS = "samples, steps and guidance"
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticConfig:
-    """How synthetic data is sampled. ``steps`` and ``guidance`` default to the model's.
+    """Settings for sampling synthetic data.
 
-    ``guidance`` is the scale of classifier-free guidance (1 turns it off), or the scale that a guidance-distilled model
-    takes as an input.
+    samples   number of samples
+    steps     denoising steps; None: the model's default
+    guidance  scale of classifier-free guidance (1 turns it off), or the scale that a guidance-distilled model takes
+              as an input; None: the model's default
     """
 
     samples: int = 4096
@@ -36,7 +38,7 @@ class SyntheticConfig:
             raise UsageError(f"guidance of synthetic data is {self.guidance}; give a number of 0 or more, such as 1.5")
 
     def resolved(self, preset: Preset) -> SyntheticConfig:
-        """Fill in a model's defaults. Raises ``UsageError`` for guidance of a model that takes none."""
+        """Return settings with a model's defaults. Raises ``UsageError`` for guidance of a model that takes none."""
         default = preset.sampling
         if self.guidance is not None and default.guidance is None:
             raise UsageError(
@@ -47,7 +49,7 @@ class SyntheticConfig:
 
 
 def parse_synthetic(text: str | None) -> SyntheticConfig | None:
-    """Parse any of ``samples=1024,steps=28,guidance=3.5``. Raises ``UsageError`` for anything else."""
+    """Parse text such as ``samples=1024,steps=28,guidance=3.5``, any of them. Raises ``UsageError``."""
     if text is None:
         return None
     kinds = {"samples": int, "steps": int, "guidance": float}

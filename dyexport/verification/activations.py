@@ -51,7 +51,7 @@ class ModuleBoundaries:
 
     @property
     def values(self) -> list[str]:
-        """All of them, in the order of the graph."""
+        """All values at module boundaries, in the order of the graph."""
         crossing = {name for side in (self.entering, self.leaving) for names in side.values() for name in names}
         names = crossing.union(self.outputs, *self.topk_outputs)
         return [name for name in self.producers if name in names]

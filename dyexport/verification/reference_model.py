@@ -16,15 +16,15 @@ from dyexport.models.inputs import NoisedInputs
 from dyexport.training.data import digits
 
 BATCH = 2
-NEAR = 1e-5  # logits this near to zero, relative to their standard deviation, may fall either way in fp32
-MOST_REDRAWS = 50  # for one timestep
+NEAR = 1e-5  # below it, relative to the standard deviation of logits, rounding in fp32 decides the sign of a logit
+MOST_TRIALS = 50  # for one timestep
 
 
 class ReferenceModel:
-    """The masked model with inputs for which its token decisions do not depend on rounding.
+    """The masked model, with inputs for which its token decisions do not depend on rounding.
 
-    In segments with merged TD-LoRA, its gates are fixed at their mean as in the engines; ``merge_errors`` of the plan
-    are the error of that.
+    In segments with merged TD-LoRA its gates are fixed at their mean, as in the engines. ``merge_errors`` of the plan
+    has the resulting error.
     """
 
     def __init__(self, model: DynamicTransformer, preset: Preset, bundle: Bundle, seed: int) -> None:
@@ -37,8 +37,8 @@ class ReferenceModel:
     def at(self, t: float) -> tuple[Inputs, DynamicOutput]:
         """Return inputs at t, and the model's output for them."""
         segment = self.plan.segments[self.plan.segment_for(t)]
-        for draw in range(MOST_REDRAWS):
-            inputs = self.inputs.at(t, draw)
+        for trial in range(MOST_TRIALS):
+            inputs = self.inputs.at(t, trial)
             with merged_gates(self.model, segment):
                 output = self.model(inputs)
             if not near_threshold(output.token_logits).any():
@@ -55,7 +55,7 @@ class ReferenceModel:
 
 
 def near_threshold(logits: Tensor) -> Tensor:
-    """Return which gates rounding may decide; the last dimension of ``logits`` is that of one block."""
+    """Return which gates rounding may decide, shaped as ``logits``. The last dimension is that of one block's units."""
     finite = logits.masked_fill(~logits.isfinite(), 0.0)
     spread = finite.std(dim=-1, keepdim=True) if logits.shape[-1] > 1 else finite.abs()
     return logits.abs() <= NEAR * spread

@@ -11,8 +11,8 @@ from dyexport.bundle.manifest import Manifest
 from dyexport.bundle.spec import ModelSpec, Precision, Quantization
 from dyexport.verification.layers import LayerReport
 
-TOLERANCES: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}  # largest absolute; then relative
-QUANTIZED = 2.0  # distance to the fake-quantized model over what quantization costs; 1.4 if the two were unrelated
+TOLERANCES: Mapping[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 8e-2}  # fp32: absolute, others: relative
+QUANTIZED = 2.0  # error against the fake-quantized model over that of quantization; 1.4 if they are independent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +32,15 @@ class SegmentErrors:
 class VerifyReport:
     """Result of a comparison.
 
-    Inputs at ``timesteps`` were compared; ``overflow`` of them kept more tokens than a capacity holds and are left out
-    of the error. ``redrawn`` more had a token so near its threshold that fp32 does not decide. ``tolerance`` is of
-    ``max_abs_error`` in fp32, of ``relative_error`` in half precision, and of ``quantization_ratio`` in eight bits,
-    where the other two are the error of quantization. All ``gates`` of the width table were compared with the routers;
-    ``wrong_gates`` differ.
+    timesteps           number of timesteps whose inputs were compared
+    overflow            inputs that kept more tokens than a capacity holds, which no error includes
+    redrawn             inputs that were sampled again, since a token was so near its threshold that rounding decides
+    gates               gates of the width table, all compared with the routers
+    wrong_gates         gates that differ
+    max_abs_error       error in fp32
+    relative_error      error in half precision
+    quantization_ratio  error in eight bits, over the error of quantization; the other two are then that error
+    tolerance           largest error that passes
     """
 
     target: str
@@ -57,13 +61,14 @@ class VerifyReport:
 
     @property
     def error(self) -> float | None:
-        """The error that is compared with ``tolerance``."""
+        """Error that is compared with ``tolerance``."""
         if self.quantization is not None:
             return self.quantization_ratio
         return self.max_abs_error if self.precision == "fp32" else self.relative_error
 
     @property
     def passed(self) -> bool:
+        """True if the error is within the tolerance, all gates agree and no layer drifts."""
         error = self.error
         drifts = self.layers is not None and self.layers.first_drift is not None
         return error is not None and error <= self.tolerance and self.wrong_gates == 0 and not drifts
@@ -74,6 +79,7 @@ class VerifyReport:
         return f"VerifyReport({result}: {error} of at most {self.tolerance:g} at {self.timesteps} timesteps)"
 
     def as_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
         return {**asdict(self), "error": self.error, "passed": self.passed}
 
 
@@ -96,7 +102,7 @@ def summarize(
     gates: int,
     wrong_gates: int,
 ) -> VerifyReport:
-    """Return the report on some comparisons; ``tolerance`` defaults to that of the bundle's precision."""
+    """Make the report of comparisons; ``tolerance`` defaults to that of the bundle's precision."""
     segments = tuple(_per_segment(manifest, comparisons))
     overflow = sum(segment.overflow for segment in segments)
     return VerifyReport(

@@ -19,7 +19,7 @@ HOSTILE = [*NAMES, *NUMBERS]
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What names may lead to: a directory, files, a link to itself, a link to nothing."""
+    """Make a directory, files, a link to itself and a broken link, all of which hostile values name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("{}")
@@ -29,12 +29,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-Told = Callable[..., None]
+RunCommand = Callable[..., None]
 
 
 @pytest.fixture
-def told(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Told:
-    """Run ``dyexport``; what fails says why in one sentence."""
+def run_command(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunCommand:
+    """Return a function that runs ``dyexport`` and checks that a failure is explained in one sentence."""
 
     def command(*arguments: Any) -> None:
         monkeypatch.setattr(sys, "argv", ["dyexport", *map(str, arguments)])
@@ -54,42 +54,44 @@ def told(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     "command", [("inspect",), ("verify",), ("sample",), ("eval",), ("bench",), ("deploy", "triton")]
 )
-def test_bundles(told: Told, command: tuple[str, ...]) -> None:
+def test_bundles(run_command: RunCommand, command: tuple[str, ...]) -> None:
     for value in HOSTILE:
-        told(*command, *(["--", value] if value == "--" else [value]), *(["models"] if command[0] == "deploy" else []))
+        run_command(
+            *command, *(["--", value] if value == "--" else [value]), *(["models"] if command[0] == "deploy" else [])
+        )
 
 
 @pytest.mark.parametrize("option", ["labels", "steps", "guidance", "seed", "scheduler", "target", "memory"])
-def test_options_of_sample(told: Told, ddpm: TinyBundle, option: str) -> None:
+def test_options_of_sample(run_command: RunCommand, ddpm: TinyBundle, option: str) -> None:
     for value in HOSTILE:
-        told("sample", ddpm.root, "--height", "16", f"--{option}", value)  # refused at the latest for its height
+        run_command("sample", ddpm.root, "--height", "16", f"--{option}", value)  # refused at the latest for its height
 
 
 @pytest.mark.parametrize(
     "option", ["name", "pipeline", "vae", "target", "scheduler", "memory", "instances", "max-batch"]
 )
-def test_options_of_deploy(told: Told, ddpm: TinyBundle, option: str) -> None:
+def test_options_of_deploy(run_command: RunCommand, ddpm: TinyBundle, option: str) -> None:
     for value in HOSTILE:
-        told("deploy", "triton", ddpm.root, "models", f"--{option}", value)
+        run_command("deploy", "triton", ddpm.root, "models", f"--{option}", value)
 
 
 @pytest.mark.parametrize("option", ["engine", "png"])
-def test_options_of_inspect(told: Told, ddpm: TinyBundle, option: str) -> None:
+def test_options_of_inspect(run_command: RunCommand, ddpm: TinyBundle, option: str) -> None:
     for value in HOSTILE:
-        told("inspect", ddpm.root, f"--{option}", value)
+        run_command("inspect", ddpm.root, f"--{option}", value)
 
 
 @pytest.mark.parametrize(
     "option", ["model", "budget", "td-lora", "lora", "data", "engines", "token-path", "precision", "seed"]
 )
-def test_options_of_a_build(told: Told, place: Path, option: str) -> None:
+def test_options_of_a_build(run_command: RunCommand, place: Path, option: str) -> None:
     for value in HOSTILE:
         given = {"model": "dit-s-2", "budget": "0.5", "target": "paper", option: value}  # a target that there is not
-        told("build", *(part for name, each in given.items() for part in (f"--{name}", each)))
+        run_command("build", *(part for name, each in given.items() for part in (f"--{name}", each)))
     assert sorted(path.name for path in place.iterdir()) == ["bytes", "file", "folder", "gone", "loop"]
 
 
-def test_a_link_to_itself_is_no_place_to_work_in(told: Told) -> None:
+def test_a_link_to_itself_is_no_place_to_work_in(run_command: RunCommand) -> None:
     for option in ("--work", "--out"):
-        told("build", "-m", "dit-s-2", "-b", "0.5", "--random-weights", option, "loop")
-    told("export", "--work", "loop")
+        run_command("build", "-m", "dit-s-2", "-b", "0.5", "--random-weights", option, "loop")
+    run_command("export", "--work", "loop")

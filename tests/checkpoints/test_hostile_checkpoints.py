@@ -169,9 +169,9 @@ def test_guidance_that_flux_does_not_tell_is_off(tmp_path: Path) -> None:
 
 def test_outputs_that_are_not_told_are_as_many_as_inputs(tmp_path: Path) -> None:
     preset = PRESETS["sit-digits"]
-    for told in ({"out_channels": None}, {}):
+    for entries in ({"out_channels": None}, {}):
         config = {k: v for k, v in preset.transformer_config().items() if k != "out_channels"}
-        (tmp_path / "config.json").write_text(json.dumps({**config, **told}))
+        (tmp_path / "config.json").write_text(json.dumps({**config, **entries}))
         assert read_config(tmp_path, preset)["out_channels"] == preset.in_channels
 
 

@@ -352,10 +352,12 @@ def test_what_peft_trains_besides_is_refused(option: dict[str, Any], tmp_path: P
         adopted(TINY, tmp_path, file)
 
 
-@pytest.mark.parametrize("beside", [CONFIG | {"lora_alpha": 64}, CONFIG | {"use_dora": True}, {"peft_type": "LOHA"}, 1])
+@pytest.mark.parametrize(
+    "neighbor", [CONFIG | {"lora_alpha": 64}, CONFIG | {"use_dora": True}, {"peft_type": "LOHA"}, 1]
+)
 @pytest.mark.parametrize("alpha", [1.0, None])
-def test_a_configuration_of_another_file_is_not_read(beside: Any, alpha: float | None, tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps(beside, default=list))
+def test_a_configuration_of_another_file_is_not_read(neighbor: Any, alpha: float | None, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(neighbor, default=list))
     save_file(factors() | ({} if alpha is None else named("alpha", torch.tensor(alpha))), tmp_path / "lora.safetensors")
     found = adopted(TINY, tmp_path, tmp_path / "lora.safetensors")
     change = found.get_submodule(NAME).weight - random_backbone(TINY).get_submodule(NAME).weight

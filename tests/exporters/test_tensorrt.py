@@ -173,7 +173,7 @@ def test_weights_that_may_be_streamed(rtx: Any, tmp_path: Path) -> None:
         info = build_plan(graph, request_for(context, slice_, None, stream_weights=stream), out)
         assert PlanInfo.read(out / INFO).streamable == info.streamable == stream
         streamed[stream] = info.plan_sha256
-    assert streamed[True] != streamed[False], "the builder was told"
+    assert streamed[True] != streamed[False], "the builder got the setting"
 
 
 @pytest.mark.tensorrt

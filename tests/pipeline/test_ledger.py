@@ -16,7 +16,7 @@ from dyexport.stages.ledger import LEDGER, Ledger, Outcome, Stage
 
 
 class Log:
-    """Remembers what it is told."""
+    """A listener that records its calls."""
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
@@ -169,7 +169,7 @@ def test_a_stage_that_may_not_run_must_be_done(tmp_path: Path) -> None:
 
 
 class Follower:
-    """A process that is not the leader, told what the leader decided."""
+    """A process that is not the main one, which gets the main process's decision."""
 
     is_main_process = False
 

@@ -1,4 +1,4 @@
-"""TD-LoRA end to end: trained beside a frozen backbone, exported, and run."""
+"""TD-LoRA end to end: trained on a frozen backbone, exported, and run."""
 
 from __future__ import annotations
 

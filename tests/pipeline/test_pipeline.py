@@ -126,7 +126,7 @@ def test_without_routers_and_training_units_are_chosen_by_importance(tmp_path: P
     assert {path for segment in plan.segments for path in segment.token_paths} == {"all"}
 
 
-class Told(NullListener):
+class RecordingListener(NullListener):
     """Keeps the progress of a stage, phase by phase."""
 
     def __init__(self, stage: str) -> None:
@@ -140,11 +140,11 @@ class Told(NullListener):
 
 @pytest.mark.parametrize(("values", "phases"), [({"finetune_steps": 0}, ["importance"]), ({}, ["budget", "tokens"])])
 def test_calibration_tells_how_far_it_is(tmp_path: Path, values: dict[str, Any], phases: list[str]) -> None:
-    told = Told("calibrate")
-    with opened(tiny_settings(tmp_path, **values), told) as run:
+    listener = RecordingListener("calibrate")
+    with opened(tiny_settings(tmp_path, **values), listener) as run:
         calibrate_model(run)
-    assert list(told.phases) == [*phases, "comparison"]
-    for steps in told.phases.values():
+    assert list(listener.phases) == [*phases, "comparison"]
+    for steps in listener.phases.values():
         assert steps[0][0] == 0
         assert steps[-1][0] == steps[-1][1] > 1
 

@@ -154,7 +154,7 @@ def test_embedded_prompts_are_kept(tmp_path: Path) -> None:
     assert load_file(file).keys() == {"encoder_hidden_states"}
 
 
-class Told(NullListener):
+class RecordingListener(NullListener):
     """Keeps what stages report."""
 
     def __init__(self) -> None:
@@ -168,22 +168,22 @@ def test_every_slow_stage_says_how_far_it_is(tmp_path: Path) -> None:
     """In steps that are short against the stage, from its beginning to its end."""
     sampled = SyntheticConfig(samples=6, steps=5)
     steps = {"data": "synthetic", "synthetic": sampled, "finetune_steps": 4}
-    told = Told()
-    with opened(tiny_settings(tmp_path, budget=1.0, engines=2, **steps), told) as run:
+    listener = RecordingListener()
+    with opened(tiny_settings(tmp_path, budget=1.0, engines=2, **steps), listener) as run:
         build_bundle(run)
-    assert told.reports["synthetic"] == [(step, 5) for step in range(6)]
-    assert told.reports["dynamic"][-5:] == [(step, 4) for step in range(5)]
-    done, total = zip(*told.reports["weights"], strict=True)
+    assert listener.reports["synthetic"] == [(step, 5) for step in range(6)]
+    assert listener.reports["dynamic"][-5:] == [(step, 4) for step in range(5)]
+    done, total = zip(*listener.reports["weights"], strict=True)
     assert len(done) > 20
     assert set(total) == {done[-1]}
-    graphs = [report for stage, report in told.reports.items() if stage.startswith("onnx ")]
+    graphs = [report for stage, report in listener.reports.items() if stage.startswith("onnx ")]
     assert graphs == [[(place, len(graphs))] for place in range(len(graphs))]
 
 
 def test_a_checkpoint_is_checked_tensor_by_tensor(tmp_path: Path) -> None:
     save_static(random_backbone(TINY, seed=time.time_ns()), tmp_path / "static")  # seen before, it is not checked again
-    told = Told()
+    listener = RecordingListener()
     given = {"random_weights": False, "checkpoint": str(tmp_path / "static"), "finetune_steps": 0}
-    with opened(tiny_settings(tmp_path, **given), told) as run:
+    with opened(tiny_settings(tmp_path, **given), listener) as run:
         tensors = len(load_file(make_static_model(run).static.path / WEIGHTS))
-    assert told.reports["static"] == [(done, tensors) for done in range(1, tensors + 1)]
+    assert listener.reports["static"] == [(done, tensors) for done in range(1, tensors + 1)]

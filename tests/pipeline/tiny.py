@@ -30,7 +30,7 @@ def build(settings: BuildSettings) -> Bundle:
 
 
 def redone(settings: BuildSettings) -> set[str]:
-    """Build; the stages that were done anew."""
+    """Build, and return the stages that were not reused."""
     with opened(settings, NullListener()) as run:
         build_bundle(run)
         return {name for name, outcome in run.ledger.outcomes.items() if not outcome.reused}

@@ -233,7 +233,7 @@ def test_no_other_link_leaves_a_snapshot(own: Path, tmp_path: Path, place: str) 
 
 
 def test_blobs_of_a_bundle_elsewhere_are_outside(own: Path, tmp_path: Path) -> None:
-    """A folder called blobs beside a bundle is no cache."""
+    """A folder called blobs next to a bundle is no cache."""
     write_bundle(own)
     (tmp_path / "blobs").mkdir()
     (own / WEIGHTS).rename(tmp_path / "blobs/weights")

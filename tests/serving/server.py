@@ -1,4 +1,4 @@
-"""A real Triton server over a model repository, on ports of its own; `make setup` installs it beside .venv."""
+"""A real Triton server over a model repository, on free ports; `make setup` installs it next to .venv."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def eight_bits(pixels: torch.Tensor) -> np.ndarray:
 
 
 def assert_same(found: np.ndarray, wanted: np.ndarray) -> None:
-    """Within one level: what a picture is drawn beside changes how sums are rounded."""
+    """Require equality within one level: other samples of a batch change how sums are rounded."""
     assert found.dtype == np.uint8
     assert found.shape == wanted.shape
     assert np.abs(found.astype(int) - wanted).max() <= 1
@@ -115,9 +115,9 @@ def test_pictures_are_the_bundles(server: Server, models: Models, model: str) ->
 
 def test_a_picture_depends_on_its_seed_and_not_on_its_company(server: Server) -> None:
     alone = drawn(server, "ddpm", label=2, seed=11, steps=STEPS)
-    beside = drawn(server, "ddpm", label=[0, 2, 2], seed=[3, 11, 12], steps=[STEPS] * 3)
-    assert_same(beside[1:2], alone)
-    assert np.abs(beside[2].astype(int) - alone[0]).max() > 10
+    batched = drawn(server, "ddpm", label=[0, 2, 2], seed=[3, 11, 12], steps=[STEPS] * 3)
+    assert_same(batched[1:2], alone)
+    assert np.abs(batched[2].astype(int) - alone[0]).max() > 10
 
 
 def test_a_seed_that_was_not_asked_for_is_told(server: Server) -> None:
@@ -256,7 +256,7 @@ def test_a_model_that_cannot_draw_is_not_ready(server: Server) -> None:
 
 
 def test_a_server_that_garbles_tensors_is_found_out(models: Models, tmp_path: Path) -> None:
-    """The environment that tests run in has numpy 2, which this server cannot work beside."""
+    """The environment that tests run in has numpy 2, with which this server does not work."""
     assert int(np.__version__.partition(".")[0]) >= 2
     deploy(Deployment(bundle=models.ddpm.root, repository=tmp_path / "models", name="ddpm"))
     server = Server(tmp_path / "models", tmp_path / "log", environment=Path(sys.prefix))

@@ -54,9 +54,9 @@ def test_killed_generation_goes_on_and_ends_the_same(preset: Preset, tmp_path: P
         generate(backbone(preset), preset, CONFIG, tmp_path / "killed", stop)
     first = next((tmp_path / "killed").iterdir())
     written = first.stat().st_mtime_ns
-    told: list[tuple[int, int, str]] = []
-    resumed = generate(backbone(preset), preset, CONFIG, tmp_path / "killed", lambda *counts: told.append(counts))
-    assert told == [
+    reports: list[tuple[int, int, str]] = []
+    resumed = generate(backbone(preset), preset, CONFIG, tmp_path / "killed", lambda *counts: reports.append(counts))
+    assert reports == [
         *((3 + step, 6, f"{SHARD_SAMPLES} of {COUNT} samples") for step in range(3)),
         (6, 6, f"{COUNT} of {COUNT} samples"),
     ]

@@ -35,7 +35,7 @@ WEIGHTS = f"graphs/{STORE}"
 
 @pytest.fixture
 def copy(bundle: Bundle, tmp_path: Path) -> Bundle:
-    """A bundle to tamper with, and the reference beside it."""
+    """A bundle to tamper with, next to the reference."""
     shutil.copytree(bundle.root.parent, tmp_path / "copy")
     return Bundle.open(tmp_path / "copy" / bundle.root.name)
 

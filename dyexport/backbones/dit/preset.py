@@ -1,4 +1,4 @@
-"""DiT and SiT as numbers: sizes, shapes, published models. Imports no torch."""
+"""Sizes, shapes and published models of DiT and SiT. Imports no torch."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ DEFAULTS: Mapping[str, Any] = {
     "norm_elementwise_affine": False,
     "norm_eps": 1e-5,
 }
-"""Arguments of diffusers' ``DiTTransformer2DModel`` where a config does not give them."""
+"""Default arguments of diffusers' ``DiTTransformer2DModel``, for a configuration without them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiTPreset(Preset):
-    """DiT and SiT: diffusers' ``DiTTransformer2DModel``. Sizes default to those of DiT-XL/2 at 256 px."""
+    """A DiT or SiT: diffusers' ``DiTTransformer2DModel``. Sizes default to those of DiT-XL/2 at 256 px."""
 
     stock: ClassVar[str] = "DiTTransformer2DModel"
     pipeline: ClassVar[str] = "DiTPipeline"
@@ -61,7 +61,7 @@ class DiTPreset(Preset):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """(C, H, W)."""
+        """Shape (C, H, W)."""
         return self.in_channels, self.sample_size, self.sample_size
 
     @property
@@ -70,7 +70,7 @@ class DiTPreset(Preset):
 
     @property
     def parameters(self) -> int:
-        """The position table is not trained."""
+        """Weights of the static model, without the position table, which is not trained."""
         width, patch = self.hidden_size, self.patch_size**2
         outputs = patch * self.in_channels * (2 if self.learn_sigma else 1)
         embedders = (patch * self.in_channels + 1) * width + (256 + 1) * width + (width + 1) * width
@@ -79,7 +79,7 @@ class DiTPreset(Preset):
         return embedders + (self.classes + 1) * width + blocks + final
 
     def transformer_config(self) -> dict[str, object]:
-        """Arguments of diffusers' ``DiTTransformer2DModel``."""
+        """Return the arguments of diffusers' ``DiTTransformer2DModel``."""
         return {
             "num_attention_heads": self.heads,
             "attention_head_dim": self.hidden_size // self.heads,
@@ -190,11 +190,11 @@ PRESETS: tuple[Preset, ...] = (
     _imagenet("sit", "xl", 64),
     _digits("dit", about="trains from scratch in minutes on a CPU"),
     _digits("sit", about="trains from scratch in minutes on a CPU"),
-    _digits("sit", "-wide", hidden_size=128, about="with width to spare"),
+    _digits("sit", "-wide", hidden_size=128, about="twice as wide"),
     replace(
         _digits("sit", about=""),
         name="sit-tiny",
-        about="SiT in small, hardly trained, for trying things out on a CPU",
+        about="a small SiT, hardly trained, for quick trials on a CPU",
         layers=2,
         hidden_size=48,
         heads=8,

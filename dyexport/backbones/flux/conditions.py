@@ -26,7 +26,7 @@ class Prompts:
     unconditional: ClassVar[str | None] = None  # guidance is embedded
 
     def embed(self, pipe: Any, prompts: list[str]) -> Conditions:
-        """(B, T, C_text), (B, C_pooled)."""
+        """Embed prompts to text tokens (B, T, C_text) and pooled text (B, C_pooled)."""
         embedded, pooled, _ = pipe.encode_prompt(prompts, None, max_sequence_length=self.preset.text_tokens)
         return {"encoder_hidden_states": embedded, "pooled_projections": pooled}
 

@@ -88,7 +88,7 @@ class FluxPreset(Preset):
         return embedders + self.double_blocks * double + self.single_blocks * single + final
 
     def transformer_config(self) -> dict[str, object]:
-        """Arguments of diffusers' ``FluxTransformer2DModel``."""
+        """Return the arguments of diffusers' ``FluxTransformer2DModel``."""
         config: dict[str, object] = {
             "patch_size": 1,
             "in_channels": self.in_channels,
@@ -154,7 +154,7 @@ class FluxPreset(Preset):
         return replace(self, side=isqrt(tokens))
 
     def for_noise(self) -> Self:
-        """128 px and 32 words."""
+        """Return the preset at 128 px and 32 text tokens at most."""
         return replace(self, side=min(self.side, 8), text_tokens=min(self.text_tokens, 32))
 
 

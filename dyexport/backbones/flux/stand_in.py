@@ -70,7 +70,7 @@ class FluxBundle(BundleTransformer, FluxTransformer2DModel):
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def cache_context(self, name: str, **context: Any) -> AbstractContextManager[None]:
-        """Pipelines open one around each call, for caches that keep activations; there is none here."""
+        """Return an empty context: pipelines enter one around each call, and a bundle has no activation caches."""
         return nullcontext()
 
     @classmethod

@@ -22,7 +22,7 @@ class Captions:
     unconditional: ClassVar[str | None] = ""
 
     def embed(self, pipe: Any, prompts: list[str]) -> Conditions:
-        """(B, T, C_text), zero after the end of a prompt, as the pipeline embeds a batch; longer prompts are cut."""
+        """Embed prompts to (B, T, C_text), padded with zeros as in the pipeline; longer prompts are truncated."""
         embedded, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": F.pad(embedded, (0, 0, 0, self.preset.text_tokens - embedded.shape[1]))}
 

@@ -1,4 +1,4 @@
-"""Latte as numbers: sizes, shapes, published models. Imports no torch."""
+"""Sizes, shapes and published models of Latte. Imports no torch."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ DEFAULTS: Mapping[str, Any] = {
     "caption_channels": None,
     "video_length": 16,
 }
-"""Arguments of diffusers' ``LatteTransformer3DModel`` where a config does not give them."""
+"""Default arguments of diffusers' ``LatteTransformer3DModel``, for a configuration without them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LattePreset(Preset):
-    """Latte, text to video: diffusers' ``LatteTransformer3DModel``. Sizes default to those of Latte-1."""
+    """A Latte, text to video: diffusers' ``LatteTransformer3DModel``. Sizes default to those of Latte-1."""
 
     stock: ClassVar[str] = "LatteTransformer3DModel"
     pipeline: ClassVar[str] = "LattePipeline"
@@ -44,7 +44,7 @@ class LattePreset(Preset):
     hidden_size: int = 1152
     heads: int = 16
     in_channels: int = 4
-    pairs: int = 28  # of a spatial and a temporal block
+    pairs: int = 28  # each of a spatial and a temporal block
     patch_size: int = 2
     sample_size: int = 64  # a frame of latents is (in_channels, sample_size, sample_size)
     frames: int = 16
@@ -62,17 +62,17 @@ class LattePreset(Preset):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """(C, F, H, W)."""
+        """Shape (C, F, H, W)."""
         return self.in_channels, self.frames, self.sample_size, self.sample_size
 
     @property
     def tokens(self) -> int:
-        """Of all frames together."""
+        """Tokens of all frames together."""
         return self.frames * (self.sample_size // self.patch_size) ** 2
 
     @property
     def parameters(self) -> int:
-        """Position tables are not trained."""
+        """Weights of the static model, without position tables, which are not trained."""
         width, patch = self.hidden_size, self.patch_size**2 * self.in_channels
         outputs = patch * (2 if self.learn_sigma else 1)
         embedders = (patch + 256 + self.caption_size + 3) * width + 2 * (width + 1) * width
@@ -83,7 +83,7 @@ class LattePreset(Preset):
         return embedders + modulation + self.pairs * (spatial + temporal) + final
 
     def transformer_config(self) -> dict[str, object]:
-        """Arguments of diffusers' ``LatteTransformer3DModel``."""
+        """Return the arguments of diffusers' ``LatteTransformer3DModel``."""
         return {
             "num_attention_heads": self.heads,
             "attention_head_dim": self.hidden_size // self.heads,
@@ -138,7 +138,7 @@ class LattePreset(Preset):
         return {"norm_eps": StoredConfig(config, DEFAULTS).number("norm_eps", 1e-12, 1)}
 
     def for_noise(self) -> Self:
-        """64 px and 32 words, in as many frames."""
+        """Return the preset at 64 px and 32 text tokens at most, with the same number of frames."""
         return replace(self, sample_size=min(self.sample_size, 8), text_tokens=min(self.text_tokens, 32))
 
 

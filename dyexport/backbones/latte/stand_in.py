@@ -64,7 +64,7 @@ class LatteBundle(BundleTransformer, LatteTransformer3DModel):
             )
 
     def cache_context(self, name: str, **context: Any) -> AbstractContextManager[None]:
-        """Pipelines open one around each call, for caches that keep activations; there is none here."""
+        """Return an empty context: pipelines enter one around each call, and a bundle has no activation caches."""
         return nullcontext()
 
     @classmethod

@@ -70,7 +70,7 @@ def slice_network(context: SliceContext, segment: Segment) -> Slice:
 
 
 def _inputs(spec: ModelSpec) -> tuple[TensorSpec, ...]:
-    """Samples share the modulation, which follows from sigma alone."""
+    """Return the inputs of a segment's network. Samples share the modulation, which depends on sigma alone."""
     config = spec.config
     shapes: dict[str, tuple[int | str, ...]] = {
         "hidden_states": ("batch", "image_tokens", config["in_channels"]),
@@ -155,7 +155,7 @@ class _Cut:
 
 
 def _paths(cut: PathCut, segment: Segment, head_dim: int, group_size: int) -> dict[str, Recipe]:
-    """Low-rank paths of one block; a norm scales the query, so a path does not."""
+    """Return the low-rank paths of one block. The query's norm applies the attention scale, so its path does not."""
     heads: dict[str, Any] = {"units": segment.heads[cut.index], "unit_size": head_dim}
     groups: dict[str, Any] = {"units": segment.groups[cut.index], "unit_size": group_size}
     for slim, (query, key, value, _, _, out, mlp) in STREAMS.items():

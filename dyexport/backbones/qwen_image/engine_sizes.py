@@ -1,4 +1,4 @@
-"""Sizes of Qwen-Image's TensorRT engines: the tokens of the text and of the picture. Imports no torch."""
+"""Sizes of Qwen-Image's TensorRT engines: numbers of text and image tokens. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dyexport.bundle.spec import ModelSpec
 
 
 def free_sizes(spec: ModelSpec, segment: Segment | None) -> dict[str, Profile]:
-    """Return the range of the tokens of a prompt, and of a picture with at least as many tokens as a block keeps."""
+    """Return the ranges of text tokens and image tokens; no image has fewer tokens than a block keeps."""
     kept = segment.largest_capacity if segment is not None else 0
     return {
         "text_tokens": Profile.up_to(spec.text_tokens),

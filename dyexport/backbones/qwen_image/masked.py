@@ -35,7 +35,7 @@ class QwenImageAdapter:
         return QwenImageTransformer2DModel(**config)
 
     def initialize(self, backbone: QwenImageTransformer2DModel) -> None:
-        """As DiT: Xavier linears, zero modulation and output (adaLN-Zero)."""
+        """Initialize as DiT: Xavier linears, zero modulation and output (adaLN-Zero)."""
         for module in backbone.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
