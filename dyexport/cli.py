@@ -35,6 +35,7 @@ COMMANDS = (
     "deploy",
     "models",
     "targets",
+    "doctor",
     "demo",
 )
 """Each is a module of ``dyexport.commands`` with a function or a typer app of its name."""

@@ -77,10 +77,11 @@ class StorageError(DyexportError):
 
 
 class MissingDependencyError(DyexportError):
-    """An optional library is absent."""
+    """An optional library is absent; ``install`` is the command that installs it."""
 
     def __init__(self, library: str, extra: str) -> None:
-        super().__init__(f"{library} is not installed; run: pip install 'dyexport[{extra}]'")
+        self.library, self.install = library, f"pip install 'dyexport[{extra}]'"
+        super().__init__(f"{library} is not installed; run: {self.install}")
 
 
 EXTRAS = dict.fromkeys(("accelerate", "onnx", "onnx_ir", "onnxscript", "peft"), "build") | {

@@ -90,6 +90,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "backbones",
         "backbones.preset",
     },
+    "doctor": {"errors", "bundle", "engines", "runtime", "tensorrt_api"},
     **{role: CONTRACTS | BUILD_ROLES | {"models", "slicing"} for role in BUILD_ROLES},
     **{role: {"errors", "bundle", "runtime", "backbones", "backbones.preset"} for role in RUN_ROLES},
     "compilation": CONTRACTS | {"engines", "exporters", "slicing"},
@@ -99,7 +100,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "samples": {"arguments", "errors", "progress", "backbones", "backbones.preset", "bundle", "runtime", "bench"},
     "progress": set(),
     "console": {"errors", "progress"},
-    "commands": EITHER_SIDE | PIPELINE | FROM_BUNDLES | {"demo", "samples", "console", "progress"},
+    "commands": EITHER_SIDE | PIPELINE | FROM_BUNDLES | {"demo", "doctor", "samples", "console", "progress"},
     "cli": {"errors", "console", "commands"},
     "__main__": {"cli"},
     "__init__": {

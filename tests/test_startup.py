@@ -57,6 +57,8 @@ def run(*arguments: str, cwd: Path) -> tuple[int, str, bool]:
         ("sample nowhere", 1),
         ("verify nowhere --timesteps 0", 2),
         ("verify nowhere", 1),
+        ("doctor --verbose", 2),
+        ("doctor nowhere", 1),
         ("bench nowhere --batch 0", 2),
         ("bench nowhere", 1),
         ("eval nowhere --samples 1", 2),
