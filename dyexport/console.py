@@ -49,7 +49,7 @@ DebugOption = Annotated[
 
 
 class Interrupted(DyexportError):
-    """Ctrl-C. The message says how to resume."""
+    """Interruption by Ctrl-C. The message says how to resume."""
 
     exit_code = 130
 

@@ -44,7 +44,7 @@ class TensorrtSettings:
 def plan_request(
     settings: TensorrtSettings, flavour: Flavour, spec: ModelSpec, segment: Segment | None, piece: Slice
 ) -> PlanRequest:
-    """Return what to build for one network; ``segment`` is None for a conditioning network."""
+    """Return the request to build one network; ``segment`` is None for a conditioning network."""
     from dyexport.exporters.tensorrt_plan import PlanRequest
 
     profiles = profiles_for(spec, segment, parse_profiles(settings.profiles))

@@ -30,19 +30,19 @@ def part(backbone: str, role: str) -> ModuleType:
 
 
 def get_adapter(backbone: str) -> Adapter:
-    """Return what makes a stock module dynamic."""
+    """Return the adapter that makes a stock module dynamic."""
     adapter: Adapter = part(backbone, "masked").ADAPTER
     return adapter
 
 
 def get_conditioning(preset: Preset) -> Conditioning:
-    """Return what a preset's network takes next to latents and t."""
+    """Return the conditioning of a preset's network: its inputs other than latents and t."""
     conditioning: Conditioning = part(preset.backbone, "conditions").Conditioning(preset)
     return conditioning
 
 
 def get_slicer(backbone: str) -> Slicer:
-    """Return what cuts slim networks out of a dense model."""
+    """Return the functions that cut slim networks out of a dense model."""
     slicer: Slicer = part(backbone, "cut")
     return slicer
 
@@ -54,7 +54,7 @@ def get_stand_in(backbone: str) -> type[BundleTransformer]:
 
 
 def get_pipeline(backbone: str) -> SamplingPipeline:
-    """Return how bundles of a backbone are sampled."""
+    """Return the sampling pipeline of a backbone's bundles."""
     pipeline: SamplingPipeline = part(backbone, "pipeline").PIPELINE
     return pipeline
 

@@ -163,7 +163,7 @@ class Preset(ABC):
     @classmethod
     @abstractmethod
     def sampling_of(cls, config: Mapping[str, Any]) -> SamplingDefaults:
-        """Return how a model with this diffusers configuration is sampled by default."""
+        """Return the sampling defaults of a model with this diffusers configuration."""
 
     @property
     def sampling(self) -> SamplingDefaults:

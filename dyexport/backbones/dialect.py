@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """Rows of a tensor in a file: those from ``start`` to ``stop`` where all of them are ``of``; by default all."""
+    """Rows of a tensor in a file, by default all: from ``start / of`` to ``stop / of`` of them."""
 
     name: str
     start: int = 0
@@ -26,10 +26,10 @@ class Dialect(ABC):
     """Names under which other code than diffusers stores a backbone's weights."""
 
     description: ClassVar[str]
-    """Whose names they are, for messages."""
+    """Name of that code, for messages."""
 
     numerics: Mapping[str, Any] = MappingProxyType({})
-    """Configuration entries of what that code computes differently."""
+    """Configuration entries that make diffusers compute the same as that code."""
 
     @abstractmethod
     def matches(self, names: Collection[str]) -> bool:
@@ -37,8 +37,8 @@ class Dialect(ABC):
 
     @abstractmethod
     def structure(self, weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return the diffusers configuration that shapes tell; None where they do not tell enough."""
+        """Return the diffusers configuration that follows from shapes; None where they do not determine it."""
 
     @abstractmethod
     def places(self, target: Collection[str], preset: Preset) -> dict[str, tuple[Part, ...]]:
-        """Return the parts of a file, joined along the rows, of which each tensor of ``target`` consists."""
+        """Return the parts of a file that make up each tensor of ``target``, joined along the rows."""

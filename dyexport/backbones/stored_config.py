@@ -13,7 +13,7 @@ MOST_CHANNELS = 1_000_000  # of anything that is counted
 
 
 class StoredConfig:
-    """The arguments of a stock class as a checkpoint stores them; what it leaves out is the class's default.
+    """Arguments of a stock class in a checkpoint's configuration. Missing ones have the class's defaults.
 
     All methods raise ``CheckpointError`` naming the key, its value and what is supported.
     """

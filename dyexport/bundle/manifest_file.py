@@ -24,7 +24,7 @@ LARGEST_MANIFEST = 2**26  # bytes; 64 engines of a 12-billion-parameter model ta
 
 
 def manifest_text(manifest: Manifest) -> bytes:
-    """Serialize a manifest, sealed."""
+    """Return the text of a manifest, with its own hash."""
     return seal(manifest.model_dump_json(indent=1))
 
 

@@ -14,7 +14,7 @@ from dyexport.pipeline.steps import check_training
 from dyexport.stages.ledger import NullListener
 
 Progress = Callable[[str, int, int], None]
-"""Called with the name of a stage, how much of it is done, and of how much."""
+"""Function of the name of a stage, the number of units done and their total."""
 
 
 class _Reporter(NullListener):

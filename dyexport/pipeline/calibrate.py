@@ -1,6 +1,6 @@
-"""Calibration of a dynamic model, and readers of what it wrote.
+"""Calibration of a dynamic model, and readers of its output.
 
-How many samples and timesteps it takes: ``backbones/calibration_effort.py``; a model's recipe chooses among those.
+``backbones/calibration_effort.py`` has the numbers of samples and timesteps, of which a model's recipe chooses.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def make_magnitudes(
 def read_calibrated(
     directory: Path, preset: Preset, precision: Precision, quantization: Quantization | None
 ) -> tuple[ModelSpec, WidthTable, TokenStats | None]:
-    """Read what planning needs of a calibrated model; no weights."""
+    """Read the specification, widths and token statistics of a calibrated model, without its weights."""
     spec = spec_of(preset, read_config(directory, preset), read_spec(directory).td_lora, precision, quantization)
     stats = TokenStats.load(directory / TOKENS) if (directory / TOKENS).is_file() else None
     return spec, WidthTable.load(directory / WIDTHS), stats

@@ -167,7 +167,7 @@ def _lora_key(lora: LoraFile) -> tuple[list[str], float]:
 
 
 def _contents(source: Path) -> str:
-    """Identify a checkpoint by what is read of it, not by its path; the config of a file may lie next to it."""
+    """Return a digest of the files of a checkpoint, with the configuration next to a single file. Ignores the path."""
     records: Mapping[str, Any] = describe(source)
     digests = {name: record.sha256 for name, record in records.items()}
     if source.is_file() and (config := source.with_name(CONFIG)).is_file():

@@ -59,11 +59,11 @@ class Run:
         return self.settings.work / "training" / f"{stage}-{settings_key(chosen)}"
 
     def progress(self, stage: str, phase: str = "") -> Progress:
-        """Return where a stage, or one phase of it, reports its progress."""
+        """Return the function to which a stage, or one phase of it, reports its progress."""
         return partial(self.listener.advanced, stage, detail=phase)
 
     def training_progress(self, stage: str) -> Callable[[int, int, Mapping[str, float]], None]:
-        """Return where a stage that trains reports its progress and metrics."""
+        """Return the function to which a stage that trains reports its progress and metrics."""
 
         def progress(done: int, total: int, metrics: Mapping[str, float]) -> None:
             detail = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
@@ -72,7 +72,7 @@ class Run:
         return progress
 
     def leave_group(self) -> None:
-        """Go on alone: what follows training is done by one process."""
+        """Leave the process group: all stages after training run in one process."""
         self.ledger.group = SingleProcess()
 
     def remember_digests(self) -> None:

@@ -160,7 +160,7 @@ def make_dynamic(
     progress: TrainingProgress,
     out: Path,
 ) -> None:
-    """Write the dynamic checkpoint: given, random, or the static model with new routers, trained or not."""
+    """Write the dynamic checkpoint: that of the user, a random one, or the static model with new routers."""
     preset = settings.preset
     if settings.routers == "given":
         model = load_with_routers(Path(str(settings.checkpoint)), preset, stream=True)
@@ -216,7 +216,7 @@ def _untrained(settings: BuildSettings, backbone: nn.Module) -> DynamicTransform
 
 
 def finetuning_run(settings: BuildSettings) -> FinetuningRun | None:
-    """Return what the cost of fine-tuning depends on; None for a build that does not fine-tune."""
+    """Return the parameters of the cost of fine-tuning; None for a build that does not fine-tune."""
     if settings.routers != "trained":
         return None
     return FinetuningRun(

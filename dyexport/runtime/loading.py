@@ -187,12 +187,12 @@ def _device(target: str, device: str | torch.device | None) -> str:
     if device is None:
         return "cuda" if torch.cuda.is_available() and get_backend(target).has_cuda() else "cpu"
     name = str(device)
-    found = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", name)
-    if found is None:
+    match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", name)
+    if match is None:
         raise UsageError(f"unknown device {shown(name)!r}; use cpu, cuda or cuda:N")
     if name == "cpu":
         return name
-    if (count := torch.cuda.device_count()) <= int(found[1] or 0):
+    if (count := torch.cuda.device_count()) <= int(match[1] or 0):
         raise UsageError(f"device is {name!r} and torch sees {count} CUDA devices; use cpu, or install torch for CUDA")
     if not get_backend(target).has_cuda():
         raise UsageError(f"device is {name!r} and this machine's {target!r} runs on the CPU alone; use cpu")

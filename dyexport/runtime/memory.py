@@ -57,7 +57,7 @@ def place(weights: WeightBytes, memory: int) -> Placement:
 
 
 def _fitting(engines: Sequence[int], available: int) -> int:
-    """Return the largest count of engines of which every selection fits."""
+    """Return the largest number n such that any n of the engines fit."""
     taken = 0
     for count, size in enumerate(sorted(engines, reverse=True)):
         taken += size

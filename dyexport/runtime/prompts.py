@@ -115,7 +115,7 @@ def sample_prompts(
 
 
 def prompt_pipeline(spec: ModelSpec) -> PromptPipeline:
-    """Return how a model is sampled from prompts. Raises ``UsageError`` for a model of class labels."""
+    """Return the pipeline that samples a model from prompts. Raises ``UsageError`` for a model of class labels."""
     pipeline = get_pipeline(spec.backbone)
     if not isinstance(pipeline, PromptPipeline):
         raise UsageError(f"{spec.name} is sampled from class labels, not from prompts; see dyexport.runtime.sampling")
@@ -191,7 +191,7 @@ def read_embedded(file: Path, columns: PromptColumns) -> dict[str, Any]:
 
 
 def _in_fp32(values: torch.Tensor) -> torch.Tensor:
-    """Convert floats; a mask stays what it is."""
+    """Convert floating-point tensors; masks keep their dtype."""
     return values.float() if values.is_floating_point() else values
 
 

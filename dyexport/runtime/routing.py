@@ -107,15 +107,15 @@ class RouteCache:
     def _at(self, t: float) -> RoutedStep:
         import torch
 
-        found = self._find(t)
+        route = self._find(t)
         inputs = {}
-        if found.gate is not None:
-            inputs["width_gate"] = torch.from_numpy(found.gate).to(self._device)  # (W,)
-        if found.slots is not None:
-            inputs["slots"] = torch.zeros(found.slots, dtype=torch.float32, device=self._device)  # (S,)
-        limits = torch.tensor(found.token_limits, device=self._device, dtype=torch.int64)  # (R,)
-        choice = EngineChoice(engine=found.segment, inputs=inputs)
-        return RoutedStep(choice, limits if found.token_limits else None)
+        if route.gate is not None:
+            inputs["width_gate"] = torch.from_numpy(route.gate).to(self._device)  # (W,)
+        if route.slots is not None:
+            inputs["slots"] = torch.zeros(route.slots, dtype=torch.float32, device=self._device)  # (S,)
+        limits = torch.tensor(route.token_limits, device=self._device, dtype=torch.int64)  # (R,)
+        choice = EngineChoice(engine=route.segment, inputs=inputs)
+        return RoutedStep(choice, limits if route.token_limits else None)
 
 
 class Router:

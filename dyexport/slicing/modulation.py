@@ -181,7 +181,7 @@ class TimestepConditioning(nn.Module):
         self.experts = None if td_lora is None else GateRouters(channels, depth, td_lora.experts)
 
     def embed(self, timestep: Tensor) -> Tensor:
-        """Embed a timestep, already multiplied by what the backbone multiplies it by: (R,) -> (R, C)."""
+        """Embed a timestep that has the backbone's factor applied: (R,) -> (R, C)."""
         sinusoid = embed_sinusoid(timestep, self.frequencies).to(self.time_in.weight.dtype)  # (R, 256)
         embedding: Tensor = self.time_out(F.silu(self.time_in(sinusoid)))  # (R, C)
         return embedding

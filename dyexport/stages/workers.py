@@ -103,7 +103,7 @@ class WorkerPool:
 
 
 def _relay(process: subprocess.Popen[bytes], what: str, progress: Progress) -> None:
-    """Pass on the progress that a process reports, until it is done. Raises what it raised."""
+    """Report the progress of a process until it ends. Raises the exception that the process raised."""
     assert process.stdout is not None
     with process.stdout as replies:
         while True:

@@ -75,7 +75,7 @@ def embed_prompts(source: str, prompts: tuple[str, ...], preset: Preset, *, devi
 
 
 def kept_prompts(file: Path, embed: Callable[[], Conditions], origin: str) -> Conditions:
-    """Return what ``embed`` returns, cached in ``file`` for the same ``origin``."""
+    """Return the result of ``embed``, cached in ``file`` for the same ``origin``."""
     if origin_of(file) == origin:
         return load_file(file)
     embedded = embed()

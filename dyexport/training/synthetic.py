@@ -85,16 +85,16 @@ def _conditions(preset: Preset, rows: Tensor, prompts: Conditions | None, seed: 
     if preset.classes:
         return {"class_labels": rows % preset.classes}
     conditioning = get_conditioning(preset)
-    given = {name: values[rows % len(values)] for name, values in (prompts or {}).items()}
-    if given.keys() == {column.argument for column in conditioning.columns}:
-        return given
-    return {**conditioning.random(len(rows), step_generator(seed, int(rows[0]), "data")), **given}
+    embedded = {name: values[rows % len(values)] for name, values in (prompts or {}).items()}
+    if embedded.keys() == {column.argument for column in conditioning.columns}:
+        return embedded
+    return {**conditioning.random(len(rows), step_generator(seed, int(rows[0]), "data")), **embedded}
 
 
 def _unconditional(preset: Preset, conditions: Conditions, prompts: Conditions | None) -> Conditions | None:
     """Return the conditions of the unconditional predictions of classifier-free guidance; None where there are none.
 
-    Random embeddings mean nothing, so they have no opposite either.
+    Random embeddings have no unconditional counterpart.
     """
     count = len(next(iter(conditions.values())))
     if preset.classes:

@@ -139,12 +139,12 @@ def test_another_resolution_of_the_same_shapes_is_named(static: Path) -> None:
 def test_a_file_of_a_directory_is_read_with_its_config(static: Path, tmp_path: Path) -> None:
     config = json.loads((static / "config.json").read_text())
     (static / "config.json").write_text(json.dumps(config | {"norm_eps": 1e-5, "freq_shift": 0}))
-    with_config = load_static(str(static / WEIGHTS), tiny_preset())
-    assert (with_config.config.norm_eps, with_config.config.freq_shift) == (1e-5, 0)
+    configured = load_static(str(static / WEIGHTS), tiny_preset())
+    assert (configured.config.norm_eps, configured.config.freq_shift) == (1e-5, 0)
     (static / WEIGHTS).rename(tmp_path / "alone.safetensors")
     alone = load_static(str(tmp_path / "alone.safetensors"), tiny_preset())
     assert alone.config.norm_eps == 1e-6
-    embedders = [model.transformer_blocks[0].norm1.emb for model in (with_config, alone)]
+    embedders = [model.transformer_blocks[0].norm1.emb for model in (configured, alone)]
     assert [embedder.time_proj.downscale_freq_shift for embedder in embedders] == [0, 1]
 
 

@@ -100,12 +100,12 @@ def positions(txt_ids: Any, img_ids: Any) -> dict[str, torch.Tensor]:
 
     Positions with a batch (B, N, 3), as the published code has them, are equal for all samples.
     """
-    given = {"txt_ids": txt_ids, "img_ids": img_ids}
-    for name, ids in given.items():
+    by_name = {"txt_ids": txt_ids, "img_ids": img_ids}
+    for name, ids in by_name.items():
         if not isinstance(ids, torch.Tensor) or ids.is_complex() or ids.ndim not in (2, 3) or not ids.numel():
             raise EngineMismatchError(f"{name} must be a tensor (tokens, 3) of numbers, is {described(ids)}")
     common = torch.promote_types(txt_ids.dtype, img_ids.dtype)
-    return {name: (ids[0] if ids.ndim == 3 else ids).to(common).to(torch.float32) for name, ids in given.items()}
+    return {name: (ids[0] if ids.ndim == 3 else ids).to(common).to(torch.float32) for name, ids in by_name.items()}
 
 
 # The name that saved pipelines and pickles refer to. It is public, and outlives the folders of this package.

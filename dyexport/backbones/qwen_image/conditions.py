@@ -50,7 +50,7 @@ class Prompts:
         return {"encoder_hidden_states": text * mask.unsqueeze(2), "encoder_hidden_states_mask": mask}
 
     def drop(self, conditions: Conditions, rows: Tensor) -> Conditions:
-        """Drop nothing: no condition is the embedding of an empty prompt, of which the data has some samples."""
+        """Return conditions unchanged. An empty prompt is the dropped condition, and the data has samples of it."""
         return conditions
 
     def inputs(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Inputs:
