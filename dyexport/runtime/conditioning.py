@@ -39,15 +39,15 @@ class _Seen(NamedTuple):
         )
 
 
-@dataclass(kw_only=True, eq=False)  # tensors have no truth value to compare by
+@dataclass(kw_only=True, eq=False)  # comparing tensors gives no single truth value
 class _Trajectory:
     """One set of conditions, the timesteps that were requested for it, in order, and the rows computed so far.
 
-    ``conditions`` are copies of the tensors of the caller, and ``callers`` identifies the originals.
+    ``conditions`` are copies of the tensors of the caller, and ``originals`` identifies those tensors.
     """
 
     conditions: Tensors
-    callers: dict[str, _Seen | None]
+    originals: dict[str, _Seen | None]
     seen: dict[float, None] = field(default_factory=dict)
     rows: dict[float, torch.Tensor] = field(default_factory=dict)
 
@@ -60,13 +60,13 @@ class _Trajectory:
         """Return True for the same conditions. Reads them from the device only if they may have changed."""
         same = self.conditions.keys() == conditions.keys() and all(map(self._has, conditions, conditions.values()))
         if same:
-            self.callers = _seen(conditions)
+            self.originals = _seen(conditions)
         return same
 
     def _has(self, name: str, tensor: torch.Tensor) -> bool:
         import torch
 
-        seen, copy = self.callers[name], self.conditions[name]
+        seen, copy = self.originals[name], self.conditions[name]
         if seen is not None and seen.is_same(tensor):
             return True
         alike = (copy.shape, copy.dtype, copy.device) == (tensor.shape, tensor.dtype, tensor.device)
@@ -120,7 +120,7 @@ class Conditioner:
         if last is not None and len(last.seen) > 1:
             self._expected = list(last.seen)
         copies = {name: tensor.clone() for name, tensor in conditions.items()}
-        return _Trajectory(conditions=copies, callers=_seen(conditions))
+        return _Trajectory(conditions=copies, originals=_seen(conditions))
 
     def _following(self, trajectory: _Trajectory, t: float) -> list[float]:
         """Return ``t`` and the timesteps expected after it, as many as the cache holds."""
