@@ -7,17 +7,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeAlias
 
 from google.protobuf.message import DecodeError
 
-from dyexport.bundle.onnx_schema import DTYPES, MESSAGES, tensor_spec
+from dyexport.bundle.onnx_schema import DTYPES, MESSAGES, Message, tensor_spec
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.engines.base import EngineIO, WeightSpan
 from dyexport.errors import EngineBuildError
-
-Message: TypeAlias = Any
-"""A message of ``dyexport.bundle.onnx_schema``; protobuf makes their classes at run time."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,11 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyexport.bundle.onnx_schema import BFLOAT16, DTYPES
+from dyexport.bundle.graph_forms import AttentionForm, fuse_attention
+from dyexport.bundle.onnx_schema import BFLOAT16, DTYPES, Message
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.engines.base import Engine, EngineIO, Tensors, WeightSpan
-from dyexport.engines.onnx_file import Message, graph_io, graph_weights, read_graph, resolve_weights
+from dyexport.engines.onnx_file import graph_io, graph_weights, read_graph, resolve_weights
 from dyexport.errors import DyexportError, EngineBuildError, EngineMismatchError, MissingDependencyError, reason
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Providers = list[str | tuple[str, dict[str, Any]]]
 ELEMENT_TYPES = {name: number for number, name in DTYPES.items()}
+FUSES_ON_CUDA = (1, 25)  # the first ONNX Runtime whose CUDA provider has flash attention for ``Attention``
 
 
 class OrtEngine(Engine):
@@ -26,13 +28,22 @@ class OrtEngine(Engine):
 
     ``share_weights`` leaves the weights in the mapped file: engines over one file hold them once, and share one
     arena of activations. Without it, ONNX Runtime copies the weights into the layout that its kernels prefer.
+    ``attention`` is the form of attention to run; by default, that which is fastest on the device.
     """
 
-    def __init__(self, path: Path, *, device: str = "cpu", share_weights: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str = "cpu",
+        share_weights: bool = False,
+        attention: AttentionForm | None = None,
+    ) -> None:
         self.path = path
         self.device = device
         self._device_type = device.partition(":")[0]
         self._share_weights = share_weights
+        self._attention = attention
         self._session: Any = None
         self._folder = path.parent  # names of weight files are relative to it
 
@@ -61,6 +72,8 @@ class OrtEngine(Engine):
         if self._device_type == "cpu":
             _check_kernels(model, self.path)
         self._folder = resolve_weights(model, self.path)
+        if (self._attention or fastest_attention(model, self._device_type, ort.__version__)) == "fused":
+            fuse_attention(model)
         with vendor_errors(EngineBuildError, f"ONNX Runtime cannot load {self.path}"):
             self._session = self._start(ort, model)
 
@@ -141,6 +154,16 @@ def providers_for(device: str, available: Sequence[str]) -> Providers:
     if "CUDAExecutionProvider" not in available:
         raise MissingDependencyError("onnxruntime-gpu", "gpu")
     return [("CUDAExecutionProvider", {"device_id": int(index or 0)}), "CPUExecutionProvider"]
+
+
+def fastest_attention(model: Message, device_type: str, version: str) -> AttentionForm:
+    """Return the form of attention that a version of ONNX Runtime runs fastest on ``cpu`` or ``cuda``.
+
+    On CUDA, quantized graphs stay as they are: not every version has kernels for opset 23 of their other operators.
+    """
+    quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    known = tuple(int(part) for part in version.split(".")[:2]) >= FUSES_ON_CUDA
+    return "fused" if device_type == "cuda" and known and not quantized else "primitive"
 
 
 def _check_kernels(model: Message, path: Path) -> None:

@@ -13,8 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from dyexport.bundle.graph_forms import AttentionForm
+from dyexport.bundle.onnx_schema import Message
 from dyexport.engines.base import WeightSpan
-from dyexport.engines.onnx_file import Message
 from dyexport.engines.ort import OrtEngine, load_onnxruntime
 from dyexport.errors import EngineMismatchError, MissingDependencyError, StorageError, reason
 from dyexport.files import replacing, user_cache
@@ -25,11 +26,19 @@ CONTEXT = "context.onnx"
 class OrtRtxEngine(OrtEngine):
     """Engine over one ONNX graph on TensorRT-RTX.
 
-    ``streaming_budget`` bounds the bytes of weights that stay on the device.
+    ``streaming_budget`` bounds the bytes of weights that stay on the device. Attention is ``primitive`` by default:
+    where TensorRT-RTX has no fused kernel, such as in fp32, it does not decompose the operator of another form.
     """
 
-    def __init__(self, path: Path, *, device: str = "cuda", streaming_budget: int | None = None) -> None:
-        super().__init__(path, device=device)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str = "cuda",
+        streaming_budget: int | None = None,
+        attention: AttentionForm | None = None,
+    ) -> None:
+        super().__init__(path, device=device, attention=attention or "primitive")
         self._streaming_budget = streaming_budget
 
     def _start(self, ort: Any, model: Message) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from dyexport.bundle.graph_forms import AttentionForm
 from dyexport.engines.base import Engine
 from dyexport.errors import UsageError
 
@@ -17,12 +18,14 @@ class EngineOptions:
 
     ``device`` is ``cpu``, ``cuda`` or ``cuda:N``. ``share_weights`` keeps one copy of the weights in memory.
     ``streaming_budget`` bounds the bytes of each engine's weights that stay on the device, where the rest can be
-    streamed. None keeps all of them there.
+    streamed. None keeps all of them there. ``attention`` is the form of attention in graphs that ONNX Runtime runs;
+    None selects it by device. Plans have the form that they were built with.
     """
 
     device: str = "cpu"
     share_weights: bool = False
     streaming_budget: int | None = None
+    attention: AttentionForm | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,8 @@ def _onnx() -> Backend:
     from dyexport.engines.ort import OrtEngine, has_cuda
 
     def make(paths: Sequence[Path], options: EngineOptions) -> list[Engine]:
-        return [OrtEngine(path, device=options.device, share_weights=options.share_weights) for path in paths]
+        device, shared, attention = options.device, options.share_weights, options.attention
+        return [OrtEngine(path, device=device, share_weights=shared, attention=attention) for path in paths]
 
     return Backend(make=make, has_cuda=has_cuda)
 
@@ -58,7 +62,8 @@ def _onnx_rtx() -> Backend:
     from dyexport.engines.ort_rtx import OrtRtxEngine, incompatibility
 
     def make(paths: Sequence[Path], options: EngineOptions) -> list[Engine]:
-        return [OrtRtxEngine(path, device=options.device, streaming_budget=options.streaming_budget) for path in paths]
+        device, budget, attention = options.device, options.streaming_budget, options.attention
+        return [OrtRtxEngine(path, device=device, streaming_budget=budget, attention=attention) for path in paths]
 
     return Backend(
         make=make,

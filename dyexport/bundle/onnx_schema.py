@@ -6,7 +6,7 @@ in a message as they were read, and are written again with it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
 from google.protobuf.descriptor_pool import DescriptorPool
@@ -14,9 +14,18 @@ from google.protobuf.message_factory import GetMessageClass
 
 from dyexport.bundle.tensors import TensorSpec
 
+Message: TypeAlias = Any
+"""A message of ``MESSAGES``; protobuf makes their classes at run time."""
+
 # By message: fields with their number and type; a type in brackets is of a repeated field.
 FIELDS: dict[str, dict[str, tuple[int, str]]] = {
-    "ModelProto": {"graph": (7, "GraphProto"), "metadata_props": (14, "[Entry]"), "functions": (25, "[FunctionProto]")},
+    "ModelProto": {
+        "graph": (7, "GraphProto"),
+        "opset_import": (8, "[OperatorSetIdProto]"),
+        "metadata_props": (14, "[Entry]"),
+        "functions": (25, "[FunctionProto]"),
+    },
+    "OperatorSetIdProto": {"domain": (1, "string"), "version": (2, "int64")},
     "FunctionProto": {"node": (7, "[NodeProto]")},
     "GraphProto": {
         "node": (1, "[NodeProto]"),
@@ -25,12 +34,24 @@ FIELDS: dict[str, dict[str, tuple[int, str]]] = {
         "output": (12, "[ValueInfoProto]"),
         "sparse_initializer": (15, "[SparseTensorProto]"),
     },
-    "NodeProto": {"attribute": (5, "[AttributeProto]")},
+    "NodeProto": {
+        "input": (1, "[string]"),
+        "output": (2, "[string]"),
+        "name": (3, "string"),
+        "op_type": (4, "string"),
+        "attribute": (5, "[AttributeProto]"),
+        "domain": (7, "string"),
+    },
     "AttributeProto": {
+        "name": (1, "string"),
+        "f": (2, "float"),
+        "i": (3, "int64"),
         "t": (5, "TensorProto"),
         "g": (6, "GraphProto"),
+        "ints": (8, "[int64]"),
         "tensors": (10, "[TensorProto]"),
         "graphs": (11, "[GraphProto]"),
+        "type": (20, "int32"),
         "sparse_tensor": (22, "SparseTensorProto"),
         "sparse_tensors": (23, "[SparseTensorProto]"),
     },
@@ -49,6 +70,7 @@ FIELDS: dict[str, dict[str, tuple[int, str]]] = {
     "Entry": {"key": (1, "string"), "value": (2, "string")},
 }
 SCALARS = {
+    "float": FieldDescriptorProto.TYPE_FLOAT,
     "int32": FieldDescriptorProto.TYPE_INT32,
     "int64": FieldDescriptorProto.TYPE_INT64,
     "string": FieldDescriptorProto.TYPE_STRING,
@@ -99,7 +121,7 @@ def _message_classes() -> dict[str, Any]:
 MESSAGES = _message_classes()
 
 
-def tensor_spec(value: Any) -> TensorSpec:
+def tensor_spec(value: Message) -> TensorSpec:
     """Describe a ``ValueInfoProto``, of this schema or of ``onnx``; a size without a name gets one.
 
     Raises ``KeyError`` for an element type that no tensor of torch has.

@@ -33,7 +33,8 @@ def test_fields_are_onnx_fields(name: str) -> None:
     known = fields_of(original(name))
     for field in fields_of(MESSAGES[name]).values():
         same = known[field.name]
-        assert (field.number, field.type, field.label) == (same.number, same.type, same.label)
+        wire = same.type if same.type != FieldDescriptorProto.TYPE_ENUM else FieldDescriptorProto.TYPE_INT32
+        assert (field.number, field.type, field.label) == (same.number, wire, same.label)
         if field.type_name:
             inner = field.type_name.rpartition(".")[2]
             assert same.type_name == f".{original(inner).DESCRIPTOR.full_name}"

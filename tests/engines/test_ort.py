@@ -10,8 +10,9 @@ import onnx
 import pytest
 import torch
 
+from dyexport.bundle.onnx_schema import MESSAGES
 from dyexport.engines import ort as ort_engine
-from dyexport.engines.ort import OrtEngine, providers_for, vendor_errors
+from dyexport.engines.ort import OrtEngine, fastest_attention, providers_for, vendor_errors
 from dyexport.errors import EngineBuildError, EngineMismatchError, MissingDependencyError
 from tests.engines.tiny import (
     CLASSES,
@@ -176,6 +177,25 @@ def test_providers() -> None:
         providers_for("cuda", ["CPUExecutionProvider"])
     with pytest.raises(EngineMismatchError, match="tpu"):
         providers_for("tpu", everything)
+
+
+@pytest.mark.parametrize(
+    ("device", "version", "operators", "form"),
+    [
+        ("cpu", "1.32.0", ["Softmax"], "primitive"),
+        ("cuda", "1.24.4", ["Softmax"], "primitive"),
+        ("cuda", "1.25.0", ["Softmax"], "fused"),
+        ("cuda", "2.0.0", ["Softmax"], "fused"),
+        ("cuda", "1.32.0", ["QuantizeLinear", "Softmax"], "primitive"),
+    ],
+)
+def test_the_form_of_attention_follows_from_the_device(
+    device: str, version: str, operators: list[str], form: str
+) -> None:
+    model = MESSAGES["ModelProto"]()
+    for name in operators:
+        model.graph.node.add(op_type=name)
+    assert fastest_attention(model, device, version) == form
 
 
 def test_inputs_on_another_device_are_refused(graph: Path) -> None:
