@@ -32,6 +32,14 @@ class Api:
     def version(self) -> str:
         return str(self.trt.__version__)
 
+    def own_capabilities(self) -> tuple[str, ...]:
+        """Return the compute capability that plans are built for if none is requested; empty: all of the builder's."""
+        if not self.measures:
+            return ()
+        import torch
+
+        return ("{}.{}".format(*torch.cuda.get_device_capability()),)
+
     def capability(self, text: str) -> Any:
         """Return the builder's constant for ``8.6``. Raises ``EngineBuildError`` if it does not support that GPU."""
         known = getattr(self.trt, "ComputeCapability", None)

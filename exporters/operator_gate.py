@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-import onnx
-from onnx import NodeProto, numpy_helper
+import numpy as np
 
+from dyexport.bundle.onnx_schema import FLOAT8E4M3FN, INT64
 from dyexport.bundle.plan_info import LARGEST_TOPK, OLDEST_FP8, Flavour
 from dyexport.errors import EngineBuildError
 
 MODULE = "module"  # key of a node's metadata: the torch module that it came from
 
+Message: TypeAlias = Any
+"""A message of ``dyexport.bundle.onnx_schema``, or of ``onnx``, which has the same fields."""
+
 BOTH: frozenset[Flavour] = frozenset({"tensorrt", "tensorrt-rtx"})
 RTX: frozenset[Flavour] = frozenset({"tensorrt-rtx"})
-FP8 = onnx.TensorProto.FLOAT8E4M3FN
 
 
 class UnsupportedOp(NamedTuple):
@@ -50,25 +52,25 @@ class Rule:
 
     op_type: str
     flavours: frozenset[Flavour]
-    matches: Callable[[NodeProto, RuleContext], bool]
+    matches: Callable[[Message, RuleContext], bool]
     reason: str
     cure: str
 
 
-def _always(node: NodeProto, context: RuleContext) -> bool:
+def _always(node: Message, context: RuleContext) -> bool:
     return True
 
 
-def _reduces(node: NodeProto, context: RuleContext) -> bool:
+def _reduces(node: Message, context: RuleContext) -> bool:
     return any(a.name == "reduction" and a.s not in (b"", b"none") for a in node.attribute)
 
 
-def _too_many(node: NodeProto, context: RuleContext) -> bool:
+def _too_many(node: Message, context: RuleContext) -> bool:
     """Compare K, or the bound of a computed K, with what TensorRT sorts."""
     return context.integers.get(node.input[1], context.largest_topk) > LARGEST_TOPK
 
 
-def _too_new(node: NodeProto, context: RuleContext) -> bool:
+def _too_new(node: Message, context: RuleContext) -> bool:
     """Compare the type of the zero point, which is that of the quantized values."""
     return node.input[2] in context.fp8 and context.oldest < OLDEST_FP8
 
@@ -109,12 +111,12 @@ RULES = (
 
 
 def find_unsupported(
-    model: onnx.ModelProto, flavour: Flavour, *, largest_topk: int, compute_capabilities: Sequence[str] = ()
+    model: Message, flavour: Flavour, *, largest_topk: int, compute_capabilities: Sequence[str] = ()
 ) -> tuple[UnsupportedOp, ...]:
     """Return every node that ``flavour`` refuses; ``largest_topk`` bounds a K that is not a constant."""
     context = RuleContext(
         integers=_small_integers(model),
-        fp8=frozenset(t.name for t in model.graph.initializer if t.data_type == FP8),
+        fp8=frozenset(t.name for t in model.graph.initializer if t.data_type == FLOAT8E4M3FN),
         largest_topk=largest_topk,
         oldest=min((float(text) for text in compute_capabilities), default=math.inf),
     )
@@ -127,7 +129,7 @@ def find_unsupported(
 
 
 def check_operators(
-    model: onnx.ModelProto, flavour: Flavour, *, largest_topk: int, compute_capabilities: Sequence[str] = ()
+    model: Message, flavour: Flavour, *, largest_topk: int, compute_capabilities: Sequence[str] = ()
 ) -> None:
     """Raise ``EngineBuildError`` naming the first unsupported node, its torch module and the cure."""
     unsupported = find_unsupported(model, flavour, largest_topk=largest_topk, compute_capabilities=compute_capabilities)
@@ -137,19 +139,24 @@ def check_operators(
         raise EngineBuildError(f"{flavour} refuses {op_type} {node!r} of module {module!r}{more}: it {reason}; {cure}")
 
 
-def _module_of(node: NodeProto) -> str:
+def _module_of(node: Message) -> str:
     return next((entry.value for entry in node.metadata_props if entry.key == MODULE), "unknown")
 
 
-def _small_integers(model: onnx.ModelProto) -> dict[str, int]:
+def _small_integers(model: Message) -> dict[str, int]:
     """Return integer constants of one element by name."""
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT64}
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == INT64}
     for node in model.graph.node:
         if node.op_type == "Constant" and (value := _constant(node)) is not None:
             tensors[node.output[0]] = value
-    arrays = {name: numpy_helper.to_array(tensor) for name, tensor in tensors.items() if not tensor.external_data}
-    return {name: int(array.item()) for name, array in arrays.items() if array.size == 1}
+    values = {name: _integers(tensor) for name, tensor in tensors.items() if not tensor.external_data}
+    return {name: integers[0] for name, integers in values.items() if len(integers) == 1}
 
 
-def _constant(node: NodeProto) -> onnx.TensorProto | None:
-    return next((a.t for a in node.attribute if a.name == "value" and a.t.data_type == onnx.TensorProto.INT64), None)
+def _integers(tensor: Message) -> list[int]:
+    """Return the elements of an INT64 tensor, which are in one of two fields."""
+    return [int(value) for value in tensor.int64_data or np.frombuffer(tensor.raw_data, np.dtype("<i8"))]
+
+
+def _constant(node: Message) -> Message | None:
+    return next((a.t for a in node.attribute if a.name == "value" and a.t.data_type == INT64), None)

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
-
-from dyexport.bundle.onnx_schema import tensor_spec
+from dyexport.bundle.onnx_schema import MESSAGES, tensor_spec
 from dyexport.bundle.plan_info import ENGINE, INFO, Flavour, PlanInfo, Profile
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.digests import sha256_of
@@ -53,7 +51,7 @@ def build_plan(
     Raises ``EngineBuildError`` that names the node, the dimension or the builder's reason, and
     ``MissingDependencyError`` where the flavour is not installed.
     """
-    model = onnx.load(graph, load_external_data=False)
+    model = MESSAGES["ModelProto"].FromString(graph.read_bytes())
     check_operators(
         model,
         request.flavour,
@@ -75,7 +73,7 @@ def build_plan(
     info = PlanInfo(
         flavour=request.flavour,
         version=api.version,
-        compute_capabilities=request.compute_capabilities,
+        compute_capabilities=request.compute_capabilities or api.own_capabilities(),
         precision=request.precision,
         streamable=request.stream_weights,
         profiles=tuple(dict(profiles) for profiles in request.profiles),

@@ -11,11 +11,11 @@ from dyexport.backbones import get_engine_sizes
 from dyexport.bundle.plan import Segment
 from dyexport.bundle.plan_info import LARGEST_TOPK, Flavour, Profile
 from dyexport.bundle.spec import ModelSpec
+from dyexport.bundle.tensors import TensorSpec
 from dyexport.errors import UsageError
 
 if TYPE_CHECKING:
     from dyexport.exporters.tensorrt_plan import PlanRequest
-    from dyexport.slicing.slicer import Slice
 
 BATCH = Profile(min=1, opt=2, max=8)  # 2 is one picture under guidance
 STEPS = Profile(min=1, opt=50, max=100)  # rows of the conditioning network in one run
@@ -42,15 +42,19 @@ class TensorrtSettings:
 
 
 def plan_request(
-    settings: TensorrtSettings, flavour: Flavour, spec: ModelSpec, segment: Segment | None, piece: Slice
+    settings: TensorrtSettings,
+    flavour: Flavour,
+    spec: ModelSpec,
+    segment: Segment | None,
+    inputs: tuple[TensorSpec, ...],
 ) -> PlanRequest:
-    """Return the request to build one network; ``segment`` is None for a conditioning network."""
+    """Return the request to build one network of these ``inputs``; ``segment`` is None for a conditioning network."""
     from dyexport.exporters.tensorrt_plan import PlanRequest
 
     profiles = profiles_for(spec, segment, parse_profiles(settings.profiles))
     return PlanRequest(
         flavour=flavour,
-        inputs=piece.inputs,
+        inputs=inputs,
         profiles=profiles,
         precision=spec.number_formats,
         compute_capabilities=settings.compute_capabilities,

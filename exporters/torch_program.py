@@ -6,7 +6,6 @@ compiled from the module instead of its ONNX graph. Everything up to ``export_pr
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,12 @@ from dyexport.slicing.slicer import Slice
 from dyexport.tensorrt_api import load_api
 
 
-def build_program(slice_: Slice, offsets: Mapping[str, int], store: Path, request: PlanRequest, out: Path) -> PlanInfo:
+def build_program(
+    slice_: Slice, offsets: Mapping[str, int], store: Path, request: PlanRequest, graph_sha256: str, out: Path
+) -> PlanInfo:
     """Write the program of a network and its description into the directory ``out``.
 
+    ``graph_sha256`` is the hash of the network's ONNX graph, which names the same weights.
     Raises ``MissingDependencyError`` without Torch-TensorRT, ``EngineBuildError`` without a GPU or for a request
     that it cannot meet.
     """
@@ -46,13 +48,13 @@ def build_program(slice_: Slice, offsets: Mapping[str, int], store: Path, reques
     info = PlanInfo(
         flavour=request.flavour,
         version=api.version,
-        compute_capabilities=("{}.{}".format(*torch.cuda.get_device_capability()),),
+        compute_capabilities=api.own_capabilities(),
         precision=request.precision,
         profiles=tuple(dict(profiles) for profiles in request.profiles),
         inputs=slice_.inputs,
         outputs=outputs_of(program, slice_),
         layers=tuple(f"{node.op} {node.target}" for node in compiled.graph.nodes),
-        graph_sha256=hashlib.sha256(str(program.graph).encode()).hexdigest(),
+        graph_sha256=graph_sha256,
         plan_sha256=sha256_of(out / PROGRAM),
     )
     (out / INFO).write_text(info.model_dump_json(indent=1), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The part of ONNX's file format that running a bundle needs, so that no ``onnx`` package is needed for it.
+"""The part of ONNX's file format that running and compiling a bundle need, so that they need no ``onnx`` package.
 
 Messages are protobuf classes with the field names and numbers of ``onnx.proto``. Fields that are not listed here stay
 in a message as they were read, and are written again with it.
@@ -41,11 +41,13 @@ FIELDS: dict[str, dict[str, tuple[int, str]]] = {
         "op_type": (4, "string"),
         "attribute": (5, "[AttributeProto]"),
         "domain": (7, "string"),
+        "metadata_props": (9, "[Entry]"),
     },
     "AttributeProto": {
         "name": (1, "string"),
         "f": (2, "float"),
         "i": (3, "int64"),
+        "s": (4, "bytes"),
         "t": (5, "TensorProto"),
         "g": (6, "GraphProto"),
         "ints": (8, "[int64]"),
@@ -58,7 +60,9 @@ FIELDS: dict[str, dict[str, tuple[int, str]]] = {
     "TensorProto": {
         "dims": (1, "[int64]"),
         "data_type": (2, "int32"),
+        "int64_data": (7, "[int64]"),
         "name": (8, "string"),
+        "raw_data": (9, "bytes"),
         "external_data": (13, "[Entry]"),
     },
     "SparseTensorProto": {"values": (1, "TensorProto"), "indices": (2, "TensorProto")},
@@ -70,6 +74,7 @@ FIELDS: dict[str, dict[str, tuple[int, str]]] = {
     "Entry": {"key": (1, "string"), "value": (2, "string")},
 }
 SCALARS = {
+    "bytes": FieldDescriptorProto.TYPE_BYTES,
     "float": FieldDescriptorProto.TYPE_FLOAT,
     "int32": FieldDescriptorProto.TYPE_INT32,
     "int64": FieldDescriptorProto.TYPE_INT64,
@@ -97,7 +102,9 @@ DTYPES = {
     20: "float8_e5m2fnuz",
 }
 """Names that torch and numpy share, by ``TensorProto.DataType``."""
+INT64 = 7
 BFLOAT16 = 16
+FLOAT8E4M3FN = 17
 
 
 def _message_classes() -> dict[str, Any]:

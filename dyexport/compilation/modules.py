@@ -13,42 +13,16 @@ from pathlib import Path
 from torch import nn
 
 from dyexport.bundle.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING
-from dyexport.bundle.plan import SegmentPlan, segment_name
+from dyexport.bundle.plan import segment_name
 from dyexport.bundle.reader import Bundle
-from dyexport.bundle.spec import ModelSpec
-from dyexport.bundle.tables import TokenStats, UnitOrder, WidthTable
+from dyexport.bundle.tables import UnitOrder
+from dyexport.compilation.base import BundleNetworks
 from dyexport.engines.onnx_file import StoredTensor, read_graph, stored_tensors
 from dyexport.errors import BundleError, EngineBuildError
 from dyexport.exporters.exported_program import load_stored
 from dyexport.slicing.slicer import Slice, SliceContext, dense_segment, slice_conditioning, slice_segment
 
 ONNX = "onnx"
-
-
-@dataclass(frozen=True, kw_only=True)
-class BundleNetworks:
-    """The description of a bundle's networks, also of a bundle that is not assembled yet.
-
-    ``separate_dense`` says that the dense network has its own conditioning network.
-    """
-
-    spec: ModelSpec
-    plan: SegmentPlan
-    widths: WidthTable
-    stats: TokenStats | None
-    separate_dense: bool
-
-    @classmethod
-    def of(cls, bundle: Bundle) -> BundleNetworks:
-        manifest = bundle.manifest
-        separate = any(engine.network == DENSE_CONDITIONING for engine in manifest.engines)
-        return cls(
-            spec=manifest.model,
-            plan=manifest.plan,
-            widths=bundle.widths,
-            stats=bundle.token_stats,
-            separate_dense=separate,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

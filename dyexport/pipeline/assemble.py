@@ -16,11 +16,12 @@ from dyexport.bundle.plan import SegmentPlan
 from dyexport.bundle.reader import Bundle
 from dyexport.bundle.targets import ONNX, TARGETS
 from dyexport.calibration.quantization import Ranges
+from dyexport.compilation.jobs import ENGINES
 from dyexport.digests import remember
 from dyexport.errors import BundleError, StorageError
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.files import hard_linked, remove, replacing, storage_errors
-from dyexport.pipeline.export_stages import ENGINES, GRAPHS, CalibratedModel
+from dyexport.pipeline.export_stages import GRAPHS, CalibratedModel
 from dyexport.pipeline.output import STAGING, staged
 from dyexport.pipeline.run import Run
 from dyexport.stages.file_records import describe, digest_of

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from dyexport.bundle.manifest import Manifest
 from dyexport.bundle.plan import SegmentPlan
-from dyexport.bundle.targets import plan_targets
+from dyexport.bundle.targets import compiled_targets, plan_targets
 from dyexport.exporters.plan_cost import PlanCost, estimate_plans
 from dyexport.files import check_writable
 from dyexport.pipeline import export_stages, model_stages, steps
@@ -110,8 +110,8 @@ def build_bundle(run: Run) -> Manifest:
     """Make the bundle at ``settings.out``. Raises ``StorageError`` while another build writes there."""
     settings = run.settings
     with locked_output(settings.out):
-        for target in plan_targets(settings.targets):
-            export_stages.load_builder(target)  # raises if it cannot be used, before hours of work
+        for target in compiled_targets(settings.targets):
+            export_stages.compiler_of(settings, target)  # raises if it cannot be used, before hours of work
         model = calibrate_model(run)
         plan = export_stages.segment_plan(run, model)
         ranges = export_stages.quantization_ranges(run, model, plan)
@@ -120,8 +120,8 @@ def build_bundle(run: Run) -> Manifest:
         store = export_stages.weight_store(run, model, layout)
         graphs = export_stages.onnx_graphs(run, model.spec, plan, networks, layout)
         engines = {
-            target: export_stages.tensorrt_plans(run, target, model.spec, networks, layout, store, graphs)
-            for target in plan_targets(settings.formats)
+            target: export_stages.compiled_engines(run, target, model, plan, graphs)
+            for target in compiled_targets(settings.formats)
         }
         manifest = assemble_bundle(run, model, plan, ranges, store, graphs, engines)
         run.remember_digests()

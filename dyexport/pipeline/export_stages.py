@@ -12,14 +12,17 @@ import torch
 
 from dyexport import __version__
 from dyexport.bundle.graph_labels import labels_for
+from dyexport.bundle.manifest import DENSE_CONDITIONING
 from dyexport.bundle.plan import SegmentPlan
 from dyexport.bundle.spec import ModelSpec
-from dyexport.bundle.targets import ONNX, TARGETS
+from dyexport.bundle.targets import ONNX
 from dyexport.calibration.quantization import Ranges, Tables
 from dyexport.calibration.segments import PlanSettings
+from dyexport.compilation.base import BundleNetworks, Compiler
+from dyexport.compilation.jobs import compile_jobs, make_jobs
+from dyexport.compilation.registry import CompileOptions, get_compiler
 from dyexport.errors import UsageError
 from dyexport.exporters.onnx_graph import STORE, check_onnx, export_onnx
-from dyexport.exporters.tensorrt_profiles import plan_request
 from dyexport.exporters.weight_store import write_store
 from dyexport.pipeline import calibrate, steps
 from dyexport.pipeline.model_stages import Data
@@ -36,13 +39,10 @@ from dyexport.pipeline.run import Run
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.slicing.slicer import SliceContext
 from dyexport.slicing.store_layout import StoreLayout
-from dyexport.stages.file_records import digest_of, digest_of_spans
-from dyexport.stages.ledger import Outcome, Stage
-from dyexport.stages.workers import WorkerPool, max_workers
-from dyexport.tensorrt_api import Api, load_api
+from dyexport.stages.file_records import digest_of
+from dyexport.stages.ledger import Outcome
 
 GRAPHS = "graphs"
-ENGINES = "engines"
 TIMINGS = "timings"  # folder with timings of TensorRT's kernels, by flavour and version
 
 
@@ -197,66 +197,22 @@ def _export_graph(network: Network, layout: StoreLayout, labels: dict[str, str],
     check_onnx(out)
 
 
-def load_builder(target: str) -> Api:
-    """Load the TensorRT library of a target.
+def compiler_of(settings: BuildSettings, target: str) -> Compiler:
+    """Return the compiler of a target.
 
-    Raises ``MissingDependencyError`` if it is not installed, ``EngineBuildError`` if its GPU is absent.
+    Raises ``MissingDependencyError`` if its builder is not installed, ``EngineBuildError`` if its GPU is absent.
     """
-    flavour = TARGETS[target].flavour
-    assert flavour is not None
-    return load_api(flavour)
+    return get_compiler(target, CompileOptions(tensorrt=settings.tensorrt), settings.work / TIMINGS)
 
 
-def tensorrt_plans(
-    run: Run,
-    target: str,
-    spec: ModelSpec,
-    networks: Sequence[Network],
-    layout: StoreLayout,
-    store: Outcome,
-    graphs: dict[str, Outcome],
+def compiled_engines(
+    run: Run, target: str, model: CalibratedModel, plan: SegmentPlan, graphs: dict[str, Outcome]
 ) -> dict[str, Outcome]:
-    """Build the plan of every network, several at a time unless the builder times kernels on a GPU."""
-    count = max_workers([network.slice.nbytes for network in networks], run.settings.memory)
-    pool = WorkerPool(1 if load_builder(target).measures else count)
-    stages = [plan_stage(run, target, spec, network, layout, store, graphs[network.name], pool) for network in networks]
-    outcomes = pool.run([partial(run.ledger.run, stage) for stage in stages])
-    return {network.name: outcome for network, outcome in zip(networks, outcomes, strict=True)}
-
-
-def plan_stage(
-    run: Run,
-    target: str,
-    spec: ModelSpec,
-    network: Network,
-    layout: StoreLayout,
-    store: Outcome,
-    graph: Outcome,
-    pool: WorkerPool,
-) -> Stage:
-    """Return the stage of one TensorRT plan. Its inputs are the graph, its weights, its sizes and the builder."""
-    flavour = TARGETS[target].flavour
-    assert flavour is not None
-    request = plan_request(run.settings.tensorrt, flavour, spec, network.segment, network.slice)
-    spans = {(layout.offsets[recipe], recipe.nbytes) for recipe in network.slice.recipes.values()}
-    inputs = {
-        "graph": graph.digest,
-        "weights": digest_of_spans(store.path, sorted(spans)),
-        "builder": load_builder(target).version,
-        "request": digest_of(repr(request)),
-    }
-    stage = f"{target} {network.name}"
-    timings = run.settings.work / TIMINGS / f"{target}-{inputs['builder']}"
-
-    def make(out: Path) -> None:
-        if TARGETS[target].from_modules:
-            from dyexport.exporters.torch_program import build_program
-
-            offsets = {name: layout.offsets[recipe] for name, recipe in network.slice.recipes.items()}
-            build_program(network.slice, offsets, store.path, request, out)
-            return
-        from dyexport.exporters.tensorrt_plan import build_plan
-
-        pool.submit(stage, build_plan, graph.path, request, out, timings, progress=run.progress(stage))
-
-    return Stage(name=stage, output=f"{ENGINES}/{target}/{network.name}", inputs=inputs, make=make)
+    """Compile the graphs of all networks for a target."""
+    spec, widths, stats = model.tables
+    networks = BundleNetworks(
+        spec=spec, plan=plan, widths=widths, stats=stats, separate_dense=DENSE_CONDITIONING in graphs
+    )
+    jobs = make_jobs(networks, {name: outcome.path for name, outcome in graphs.items()})
+    compiler = compiler_of(run.settings, target)
+    return compile_jobs(run.ledger, compiler, jobs, run.progress, memory=run.settings.memory)

@@ -11,7 +11,7 @@ from dyexport.arguments import check_memory, check_seed, whole_number
 from dyexport.backbones.base import RouterKind
 from dyexport.bundle.plan_info import OLDEST_FP8
 from dyexport.bundle.spec import Precision, Quantization
-from dyexport.bundle.targets import TARGETS, plan_targets
+from dyexport.bundle.targets import TARGETS, Option
 from dyexport.calibration.segments import PlanSettings
 from dyexport.errors import BudgetError, UsageError
 from dyexport.pipeline.output import check_ours
@@ -117,6 +117,11 @@ def _module_targets(settings: BuildSettings) -> list[str]:
     return [target for target in settings.targets if TARGETS[target].from_modules]
 
 
+def _has(settings: BuildSettings, option: Option) -> bool:
+    """Tell whether a target has an option."""
+    return any(option in TARGETS[target].options for target in settings.targets)
+
+
 def _without_fp8(settings: BuildSettings) -> list[str]:
     return [text for text in settings.tensorrt.compute_capabilities if float(text) < OLDEST_FP8]
 
@@ -140,12 +145,12 @@ RULES = (
         "--token-path compact allocates by data, which {static_target} cannot; use dynamic, capacity or masked",
     ),
     Rule(
-        lambda s: bool(s.tensorrt.compute_capabilities) and not plan_targets(s.targets),
+        lambda s: bool(s.tensorrt.compute_capabilities) and not _has(s, "compute_capability"),
         _needs_plans("--compute-capability"),
     ),
-    Rule(lambda s: bool(s.tensorrt.profiles) and not plan_targets(s.targets), _needs_plans("--profile")),
+    Rule(lambda s: bool(s.tensorrt.profiles) and not _has(s, "profile"), _needs_plans("--profile")),
     Rule(
-        lambda s: s.tensorrt.stream_weights and not set(plan_targets(s.targets)) - {*_module_targets(s)},
+        lambda s: s.tensorrt.stream_weights and not _has(s, "stream_weights"),
         _needs_plans("--stream-weights"),
     ),
     Rule(

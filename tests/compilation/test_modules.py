@@ -11,7 +11,8 @@ import torch
 
 from dyexport.bundle.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING
 from dyexport.bundle.reader import Bundle
-from dyexport.compilation.modules import BundleNetworks, SlimModule, bundle_module, slim_module
+from dyexport.compilation.base import BundleNetworks
+from dyexport.compilation.modules import SlimModule, bundle_module, slim_module
 from dyexport.engines.ort import OrtEngine
 from dyexport.errors import BundleError, EngineBuildError
 from dyexport.exporters.examples import example_sizes

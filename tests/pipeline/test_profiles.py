@@ -67,6 +67,6 @@ def test_a_plan_is_asked_for_as_the_build_was() -> None:
     context = slice_context(get_preset("sit-digits"))
     piece = slice_conditioning(context)
     settings = TensorrtSettings(stream_weights=True, compute_capabilities=("8.9",))
-    request = plan_request(settings, "tensorrt-rtx", context.spec, None, piece)
+    request = plan_request(settings, "tensorrt-rtx", context.spec, None, piece.inputs)
     assert (request.flavour, request.stream_weights, request.compute_capabilities) == ("tensorrt-rtx", True, ("8.9",))
     assert request.inputs == piece.inputs
