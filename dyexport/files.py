@@ -145,10 +145,7 @@ def check_writable(path: Path) -> None:
     try:
         TemporaryDirectory(dir=nearest, prefix=PARTIAL).cleanup()
     except OSError as error:
-        why = error.strerror or error
-        raise StorageError(
-            f"cannot write {path}: nothing can be made in {nearest} ({why}); choose another directory"
-        ) from error
+        raise _unwritable(path, error.strerror or str(error)) from error
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dyexport.bundle.graph_labels import NETWORK, labels_for
@@ -11,10 +11,17 @@ from dyexport.engines.base import WeightSpan
 from dyexport.engines.onnx_file import read_graph
 from dyexport.engines.registry import make_engines
 from dyexport.engines.tensorrt_fit import plan_info
+from dyexport.engines.torch_rt import graph_of, package_info
 from dyexport.errors import BundleError
 
 GRAPHS = "onnx"
-FROM_GRAPHS = ("tensorrt", "tensorrt-rtx")  # targets whose plans record the hash of their graph
+PACKAGES = "torch"
+GRAPH_HASHES: Mapping[str, Callable[[Path], str]] = {
+    "tensorrt": lambda path: plan_info(path).graph_sha256,
+    "tensorrt-rtx": lambda path: plan_info(path).graph_sha256,
+    "torch": lambda path: package_info(path).graph_sha256,
+}
+"""Targets whose engines record the hash of their graph."""
 
 
 def check_networks(bundle: Bundle, target: str) -> None:
@@ -27,8 +34,10 @@ def check_networks(bundle: Bundle, target: str) -> None:
     for network, path in paths.items():
         if target == GRAPHS:
             _check_graph(bundle, network, path)
-        elif target in FROM_GRAPHS:
-            _check_plan(bundle, network, path)
+        elif target in GRAPH_HASHES:
+            _check_plan(bundle, network, path, GRAPH_HASHES[target](path))
+        if target == PACKAGES:
+            _check_package(bundle, network, path)
     for path, engine in zip(paths.values(), make_engines(target, list(paths.values())), strict=True):
         _check_weights(bundle, path, engine.weights)
 
@@ -42,10 +51,18 @@ def _check_graph(bundle: Bundle, network: str, path: Path) -> None:
         raise BundleError(f"{path} was made for another model or segment than the manifest's; build the bundle again")
 
 
-def _check_plan(bundle: Bundle, network: str, path: Path) -> None:
+def _check_plan(bundle: Bundle, network: str, path: Path, graph_sha256: str) -> None:
     graph = bundle.engine_paths(GRAPHS).get(network)
-    if graph is None or plan_info(path).graph_sha256 != bundle.manifest.files[_name(bundle, graph)].sha256:
+    if graph is None or graph_sha256 != bundle.manifest.files[_name(bundle, graph)].sha256:
         raise BundleError(f"{path} was not built from the bundle's graph of {network!r}; build the bundle again")
+
+
+def _check_package(bundle: Bundle, network: str, path: Path) -> None:
+    """Check that a package is where its engine finds the weights by the network's graph."""
+    graph = bundle.engine_paths(GRAPHS)[network]
+    if graph_of(path) != graph:
+        raise BundleError(f"{path} is not where the package of {network!r} belongs; build the bundle again")
+    _check_graph(bundle, network, graph)
 
 
 def _check_weights(bundle: Bundle, path: Path, spans: Sequence[WeightSpan]) -> None:

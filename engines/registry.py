@@ -32,17 +32,20 @@ class EngineOptions:
 class Backend:
     """Functions of one target's engines.
 
-    ``make(paths, options)`` makes engines that run one after another, as those of a bundle do.
-    ``incompatibility(path)`` explains why an engine file cannot run on this machine; None if it can. ``fallback`` is
-    the target that then runs the ONNX graph. ``streams(path)`` tells whether the weights can be streamed from host
-    memory.
+    ``make(paths, options)`` makes engines that run one after another, as those of a bundle do. ``files`` names the
+    target whose engine files it runs, if not its own. ``incompatibility(path)`` explains why an engine file cannot run
+    on this machine; None if it can. ``fallback`` is the target that then runs the ONNX graph. ``streams(path)`` tells
+    whether the weights can be streamed from host memory. ``device_of(path)`` is the kind of device that an engine file
+    was compiled for; None if it runs on any.
     """
 
     make: Callable[[Sequence[Path], EngineOptions], list[Engine]]
     has_cuda: Callable[[], bool]
+    files: str | None = None
     incompatibility: Callable[[Path], str | None] = lambda path: None
     fallback: str = "onnx"
     streams: Callable[[Path], bool] = lambda path: False
+    device_of: Callable[[Path], str | None] = lambda path: None
 
 
 def _onnx() -> Backend:
@@ -67,6 +70,7 @@ def _onnx_rtx() -> Backend:
     return Backend(
         make=make,
         has_cuda=torch.cuda.is_available,
+        files="onnx",
         incompatibility=lambda path: incompatibility(),
         streams=lambda path: True,
     )
@@ -105,30 +109,33 @@ def _torch_tensorrt() -> Backend:
     return Backend(make=make, has_cuda=torch.cuda.is_available, incompatibility=incompatibility)
 
 
+def _torch() -> Backend:
+    import torch
+
+    from dyexport.engines.torch_rt import device_of, incompatibility, make_engines
+
+    return Backend(
+        make=lambda paths, options: make_engines(paths, options.device),
+        has_cuda=torch.cuda.is_available,
+        incompatibility=incompatibility,
+        device_of=device_of,
+    )
+
+
 BACKENDS: dict[str, Callable[[], Backend]] = {
     "onnx": _onnx,
     "onnx-rtx": _onnx_rtx,
+    "torch": _torch,
     "torch-tensorrt": _torch_tensorrt,
     "tensorrt": _tensorrt,
     "tensorrt-rtx": partial(_tensorrt, "onnx-rtx"),  # its provider uses the same builder
 }
-FILES = {"onnx-rtx": "onnx"}
-"""Targets that run the engine files of another target."""
-
-
-def engine_files(target: str) -> str:
-    """Return the target whose engine files a target runs; imports no backend.
-
-    Raises ``UsageError`` for an unknown target.
-    """
-    if target not in BACKENDS:
-        raise UsageError(f"unknown target {target!r}; known: {', '.join(BACKENDS)}")
-    return FILES.get(target, target)
 
 
 def get_backend(target: str) -> Backend:
     """Return the backend of a target. Raises ``UsageError`` for an unknown one."""
-    engine_files(target)
+    if target not in BACKENDS:
+        raise UsageError(f"unknown target {target!r}; known: {', '.join(BACKENDS)}")
     return BACKENDS[target]()
 
 

@@ -82,7 +82,8 @@ def outputs_of(program: torch.export.ExportedProgram, slice_: Slice) -> tuple[Te
 def _symbols(program: torch.export.ExportedProgram, slice_: Slice) -> dict[str, Any]:
     """Return torch's size for each symbol of the inputs."""
     nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
-    values = [nodes[name].meta["val"] for name in program.graph_signature.user_inputs]
+    names = program.graph_signature.user_inputs[-len(slice_.inputs) :]  # a program may take weights before them
+    values = [nodes[name].meta["val"] for name in names]
     return {
         symbol: size
         for spec, value in zip(slice_.inputs, values, strict=True)

@@ -19,6 +19,8 @@ BUILDERS = {
     ("dyexport.training.finetuning", "finetune"),
     ("dyexport.training.trainer", "train_static"),
     ("dyexport.exporters.onnx_graph", "export_onnx"),
+    ("dyexport.exporters.torch_package", "build_package"),
+    ("dyexport.exporters.torch_package", "compile_program"),
     ("dyexport.exporters.torch_program", "build_program"),
     ("dyexport.exporters.exported_program", "export_program"),
     ("dyexport.exporters.tensorrt_plan", "build_plan"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dyexport.bundle.package_info import PACKAGE
 from dyexport.bundle.plan_info import ENGINE, PROGRAM, Flavour
 
 ONNX = "onnx"
@@ -54,6 +55,14 @@ TARGETS = {
         quantized="never built; NVIDIA lists products in int8, and in fp8 from 8.9 on",
         options=frozenset({"profile", "stream_weights"}),
         flavour="tensorrt",
+    ),
+    "torch": Target(
+        about="AOTInductor packages for the CPU or GPU of the machine that builds them, over one weight store",
+        proof="run and verified on CPUs, in bf16 too; CUDA untested",
+        quantized="int8 and fp8 are refused: Q/DQ nodes are in graphs, not in the modules that it compiles",
+        options=frozenset({"device", "jobs"}),
+        from_modules=True,
+        file=PACKAGE,
     ),
     "torch-tensorrt": Target(
         about="Torch-TensorRT programs for the GPU of the machine that builds them",

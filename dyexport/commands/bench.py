@@ -9,7 +9,6 @@ import typer
 
 from dyexport.arguments import parse_bytes
 from dyexport.commands import options
-from dyexport.commands.bundles import open_bundle
 from dyexport.commands.given import Given
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
 
@@ -64,10 +63,10 @@ def bench(
         compiled=compile,
         trajectory=trajectory,
     )
-    settings.check_for(open_bundle(bundle, target))
+    opened = Bundle.open(bundle)
     with chatter_on_stderr(), progress_bar("timing") as advance:
         from dyexport.bench.compare import compare
         from dyexport.bench.report import bench_tables
 
-        report = compare(Bundle.open(bundle), settings, advance)
+        report = compare(opened, settings, advance)
     emit(asdict(report), as_json=json, human=lambda console: console.print(*bench_tables(report), sep="\n\n"))

@@ -34,9 +34,16 @@ def _torch_tensorrt(options: CompileOptions, timings: Path) -> Compiler:
     return TorchTensorRtCompiler(settings=options.tensorrt)
 
 
+def _torch(options: CompileOptions, timings: Path) -> Compiler:
+    from dyexport.compilation.aot_inductor import TorchCompiler
+
+    return TorchCompiler.on(options.device)
+
+
 COMPILERS: dict[str, Callable[[CompileOptions, Path], Compiler]] = {
     "tensorrt": _tensorrt("tensorrt"),
     "tensorrt-rtx": _tensorrt("tensorrt-rtx"),
+    "torch": _torch,
     "torch-tensorrt": _torch_tensorrt,
 }
 

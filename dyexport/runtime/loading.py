@@ -19,7 +19,7 @@ from dyexport.bundle.plan import segment_name
 from dyexport.bundle.reader import Bundle
 from dyexport.engines.held import HeldEngine
 from dyexport.engines.networks import check_networks
-from dyexport.engines.registry import EngineOptions, engine_files, get_backend, make_engines
+from dyexport.engines.registry import EngineOptions, get_backend, make_engines
 from dyexport.engines.switching import SwitchingEngine
 from dyexport.errors import BundleError, UsageError
 from dyexport.runtime.conditioning import Conditioner
@@ -64,7 +64,7 @@ def load(
     limit, budget = _bounds(max_resident, memory)
     root = find_bundle(bundle_path)
     bundle, opened = _open(root, target, check_hashes=check_hashes, dense=dense, fallback=fallback)
-    options = EngineOptions(device=_device(opened.target, device), share_weights=share_weights)
+    options = EngineOptions(device=_device(opened, device), share_weights=share_weights)
     placement = _place(opened, options, limit, budget)
     options = replace(options, streaming_budget=placement.streaming_budget)
     reopen = partial(
@@ -127,7 +127,7 @@ class _Opened(NamedTuple):
 
 def _open(path: str | Path, target: str, *, check_hashes: bool, dense: bool, fallback: bool) -> tuple[Bundle, _Opened]:
     """Open the bundle, and find the engines that run on this machine."""
-    files = engine_files(target)
+    files = get_backend(target).files or target
     # A graph is data. The engines of every other target are code, which runs only if its hash is right.
     bundle = Bundle.open(path, check_hashes=check_hashes or files != "onnx")
     opened = _Opened(target, _engine_paths(bundle, files, dense))
@@ -183,17 +183,24 @@ def _engine_paths(bundle: Bundle, target: str, dense: bool) -> list[Path]:
     return [paths[name] for name in (*networks, own)]
 
 
-def _device(target: str, device: str | torch.device | None) -> str:
+def _device(opened: _Opened, device: str | torch.device | None) -> str:
+    target, backend = opened.target, get_backend(opened.target)
+    built_for = backend.device_of(opened.paths[0])
     if device is None:
-        return "cuda" if torch.cuda.is_available() and get_backend(target).has_cuda() else "cpu"
+        return built_for or ("cuda" if torch.cuda.is_available() and backend.has_cuda() else "cpu")
     name = str(device)
     match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", name)
     if match is None:
         raise UsageError(f"unknown device {shown(name)!r}; use cpu, cuda or cuda:N")
+    if built_for not in (None, kind := name.partition(":")[0]):
+        raise UsageError(
+            f"device is {name!r} and the {target!r} engines were compiled for {built_for}; use {built_for}, "
+            f"or compile them for {kind}: dyexport compile BUNDLE --target {target}"
+        )
     if name == "cpu":
         return name
     if (count := torch.cuda.device_count()) <= int(match[1] or 0):
         raise UsageError(f"device is {name!r} and torch sees {count} CUDA devices; use cpu, or install torch for CUDA")
-    if not get_backend(target).has_cuda():
+    if not backend.has_cuda():
         raise UsageError(f"device is {name!r} and this machine's {target!r} runs on the CPU alone; use cpu")
     return name

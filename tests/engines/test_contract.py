@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from dyexport.bundle.package_info import PACKAGE
 from dyexport.bundle.plan_info import ENGINE, Flavour
 from dyexport.engines.base import Engine, Tensors
 from dyexport.engines.fake import FakeEngine
 from dyexport.engines.ort import OrtEngine
 from dyexport.engines.switching import EngineChoice, SwitchingEngine
+from dyexport.engines.torch_rt import make_engines as torch_engines
 from dyexport.errors import EngineMismatchError
 from tests.engines.on_gpu import build_tiny_plan, gpu_engines
 from tests.engines.tiny import (
@@ -30,6 +32,7 @@ from tests.engines.tiny import (
     whole_segment,
     write_onnx,
 )
+from tests.engines.tiny_torch import build_tiny_package
 
 WEIGHTS = make_weights()
 SEGMENT = whole_segment(gated=False)
@@ -61,6 +64,19 @@ MAKERS: dict[str, Callable[[Path], Engine]] = {
 }
 
 
+COMPILED: dict[str, Callable[[Path], Engine]] = {
+    "torch": lambda folder: torch_engines([torch_package(folder)], "cpu")[0],
+}
+
+
+def torch_package(folder: Path) -> Path:
+    """The package of the network, compiled by the first test that asks."""
+    root = folder / "torch"
+    if not root.exists():
+        build_tiny_package(root, WEIGHTS, SEGMENT)
+    return root / "engines/torch/segment-00" / PACKAGE
+
+
 ON_GPU: dict[str, Callable[[Path], Engine]] = {
     "ort-cuda": lambda folder: gpu_engines("onnx", folder / "segment-00.onnx")[0],
     "ort-rtx": lambda folder: gpu_engines("onnx-rtx", folder / "segment-00.onnx")[0],
@@ -73,9 +89,15 @@ def tensorrt(folder: Path, flavour: Flavour) -> Engine:
     return gpu_engines(flavour, build_tiny_plan(folder / "segment-00.onnx", flavour))[0]
 
 
-@pytest.fixture(params=[*MAKERS, *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_GPU)])
+@pytest.fixture(
+    params=[
+        *MAKERS,
+        *(pytest.param(name, marks=pytest.mark.build) for name in COMPILED),
+        *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_GPU),
+    ]
+)
 def engine(request: pytest.FixtureRequest, folder: Path) -> Engine:
-    return (MAKERS | ON_GPU)[request.param](folder)
+    return (MAKERS | COMPILED | ON_GPU)[request.param](folder)
 
 
 def assert_close(outputs: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
