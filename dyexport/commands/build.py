@@ -10,9 +10,17 @@ import typer
 from rich.console import Console
 
 from dyexport.commands import options
-from dyexport.commands.results import headroom_lines, next_lines, plan_costs, trainable_lines
+from dyexport.commands.results import (
+    headroom_lines,
+    next_commands,
+    next_lines,
+    plan_costs,
+    replaced_line,
+    trainable_lines,
+    unbudgeted_line,
+)
 from dyexport.commands.stages import building, settings_of
-from dyexport.console import DebugOption, JsonOption, emit, format_bytes, pairs
+from dyexport.console import DebugOption, JsonOption, emit, format_bytes, pairs, stderr
 
 if TYPE_CHECKING:
     from dyexport.pipeline.settings import BuildSettings
@@ -77,12 +85,18 @@ def build_bundle(settings: BuildSettings, json: bool, without: frozenset[str] = 
         **manifest.metrics,
         "flops_ratio": manifest.plan.flops_ratio,
         "recipe": settings.effective_recipe(),
+        "replaced": dict(run.replaced),
         "stages": run.stage_report,
     }
 
     def show(console: Console) -> None:
         console.print(pairs(_build_lines(payload)))
-        console.print(next_lines(payload), markup=False, soft_wrap=True)
+        if settings.budget is None:
+            console.print(unbudgeted_line(settings.routers, payload["flops_ratio"]), soft_wrap=True)
+        console.print(next_lines(payload, next_commands(manifest, settings.checkpoint)), markup=False, soft_wrap=True)
+
+    if run.replaced:
+        stderr().print(replaced_line(payload), markup=False, soft_wrap=True)
 
     emit(payload, as_json=json, human=show)
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
+from rich.console import Console
 
 from dyexport.commands import options
-from dyexport.commands.results import headroom_lines, trainable_lines
+from dyexport.commands.results import headroom_lines, trainable_lines, unbudgeted_line
 from dyexport.commands.stages import building, settings_of
 from dyexport.console import DebugOption, JsonOption, emit, pairs
 
@@ -44,13 +45,19 @@ def calibrate(
         from dyexport.pipeline.build import calibrate_model
 
         calibrated = calibrate_model(run)
-        payload = {
+        payload: dict[str, Any] = {
             "checkpoint": str(calibrated.path),
             "work": str(settings.work),
             **calibrated.metrics,
             "stages": run.stage_report,
         }
-    emit(payload, as_json=json, human=lambda console: console.print(pairs(_calibration_lines(payload))))
+
+    def show(console: Console) -> None:
+        console.print(pairs(_calibration_lines(payload)))
+        if settings.budget is None:
+            console.print(unbudgeted_line(settings.routers, payload["flops_ratio"]), soft_wrap=True)
+
+    emit(payload, as_json=json, human=show)
 
 
 def _calibration_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:

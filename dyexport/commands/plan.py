@@ -91,7 +91,8 @@ def _tensorrt_lines(rows: Sequence[Mapping[str, Any]]) -> Sequence[Table]:
         for row in rows:
             cost = row["tensorrt"][target]
             time = "unknown time" if cost["seconds"] is None else f"{cost['seconds']:.0f} s"
-            lines.append((f"{row['engines']} engines", f"{format_bytes(cost['bytes'])} of weights, {time}"))
+            engines = "1 engine" if row["engines"] == 1 else f"{row['engines']} engines"
+            lines.append((engines, f"{format_bytes(cost['bytes'])} of weights, {time}"))
         table = pairs(lines)
         table.title, table.title_justify = f"{target} plans", "left"
         tables.append(table)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dyexport.bundle.manifest import DENSE
 from dyexport.console import format_bytes
 
 if TYPE_CHECKING:
+    from dyexport.bundle.manifest import Manifest
     from dyexport.bundle.plan import SegmentPlan
 
 NARROW = 4.0  # times below the limit of fp16
@@ -36,12 +39,47 @@ def trainable_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     return (("trained", f"{count:,.0f} parameters ({100 * share:.2f} % of full fine-tuning's)"),)
 
 
-def next_lines(payload: Mapping[str, Any]) -> str:
+def unbudgeted_line(routers: str, share: float) -> str:
+    """Return a sentence on the FLOPs of a model whose routers were kept as they are."""
+    kind = "routers of the checkpoint" if routers == "given" else f"{routers} routers"
+    return f"No --budget was given: the {kind} stay as they are, at {share:.3f} of the dense model's FLOPs."
+
+
+def replaced_line(payload: Mapping[str, Any]) -> str:
+    """Return a notice that names what differs between the bundle and the one that it replaced."""
+    old = {name: value for name, value in payload["replaced"].items() if name != "weights"}
+    parts = [f"{name} {_shown(value)}" for name, value in old.items()]
+    parts += ["other weights or routers"] if "weights" in payload["replaced"] else []
+    had = ", ".join(parts)
+    return f"replaced the bundle in {payload['bundle']}, which had {had}; to keep both, give each its own -o"
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def next_commands(manifest: Manifest, checkpoint: str | None) -> Sequence[str]:
+    """Return commands that run on a bundle as they are: sampling from prompts needs text encoders that are known."""
+    from dyexport.backbones import get_pipeline
+    from dyexport.backbones.sampling import PromptPipeline
+
+    spec, pipeline = manifest.model, get_pipeline(manifest.model.backbone)
+    commands = ["verify {}"]
+    if not isinstance(pipeline, PromptPipeline):
+        commands.append("sample {}")
+    elif checkpoint is not None and (Path(checkpoint) / "model_index.json").is_file():
+        commands.append(f"sample {{}} --prompt 'a lighthouse at dusk' --pipeline {shlex.quote(checkpoint)}")
+    elif pipeline.home(spec) is not None:
+        commands.append("sample {} --prompt 'a lighthouse at dusk'")
+    return [*commands, *(["bench {}"] if any(engine.network == DENSE for engine in manifest.engines) else [])]
+
+
+def next_lines(payload: Mapping[str, Any], commands: Sequence[str]) -> str:
     """Return the commands to run after a build, and the size of its work directory with how to remove it."""
     bundle, work = shlex.quote(payload["bundle"]), os.path.relpath(payload["work"])
-    commands = "".join(f"\n  dyexport {name} {bundle}" for name in ("verify", "sample", "bench"))
+    lines = "".join(f"\n  dyexport {command.replace('{}', bundle, 1)}" for command in commands)
     return (
-        f"\nNext:{commands}\n\n"
+        f"\nNext:{lines}\n\n"
         f"{work} ({format_bytes(payload['work_bytes'])}) holds the finished stages, for other builds of this model.\n"
         f"To remove it: rm -r {shlex.quote(work)}"
     )

@@ -22,7 +22,7 @@ from dyexport.errors import BundleError, StorageError
 from dyexport.exporters.onnx_graph import STORE
 from dyexport.files import hard_linked, remove, replacing, storage_errors
 from dyexport.pipeline.export_stages import GRAPHS, CalibratedModel
-from dyexport.pipeline.output import STAGING, staged
+from dyexport.pipeline.output import STAGING, replaced_settings, staged
 from dyexport.pipeline.run import Run
 from dyexport.stages.file_records import describe, digest_of
 from dyexport.stages.ledger import Outcome
@@ -75,6 +75,7 @@ def assemble_bundle(
         metrics=dict(model.metrics),
         files={name: source.record for name, source in sorted(files.items())},
     )
+    run.replaced = replaced_settings(settings.out, manifest)
     reused = assemble(settings.out, manifest, files)
     seconds = perf_counter() - start
     outcome = Outcome(

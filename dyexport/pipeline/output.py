@@ -7,11 +7,12 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from dyexport.bundle.manifest import FileRecord
-from dyexport.bundle.manifest_file import MANIFEST, files_of
+from dyexport.bundle.manifest import DENSE, FileRecord, Manifest
+from dyexport.bundle.manifest_file import MANIFEST, files_of, read_manifest
 from dyexport.digests import sha256_of
-from dyexport.errors import StorageError, UsageError
+from dyexport.errors import BundleError, StorageError, UsageError
 from dyexport.files import PARTIAL, flush, hard_linked, put, remove, replacing, sync
 from dyexport.stages.locking import renamable
 
@@ -26,6 +27,33 @@ def check_ours(out: Path) -> None:
         raise UsageError(f"{out} is a file; -o takes a directory")
     if files_of(out) is None and not (out / STAGING).is_dir() and any(_foreign(out)):
         raise UsageError(f"{out} is not empty and not a bundle; choose another -o")
+
+
+def replaced_settings(out: Path, new: Manifest) -> dict[str, Any]:
+    """Return what the bundle at ``out`` was built with, where that differs from ``new``; {} where there is none.
+
+    ``weights`` is the hash of its calibrated model, which any setting of training and calibration changes.
+    """
+    try:
+        old = _settings_of(read_manifest(out / MANIFEST))
+    except BundleError:
+        return {}
+    return {name: value for name, value in old.items() if value != _settings_of(new)[name]}
+
+
+def _settings_of(manifest: Manifest) -> dict[str, Any]:
+    spec, networks = manifest.model, {engine.network for engine in manifest.engines}
+    return {
+        "model": spec.name,
+        "budget": manifest.budget,
+        "weights": None if manifest.reference is None else manifest.reference.sha256,
+        "precision": spec.precision,
+        "quantization": spec.quantization,
+        "engines": len(manifest.plan.segments),
+        "targets": sorted({engine.target for engine in manifest.engines}),
+        "token paths": sorted({path for segment in manifest.plan.segments for path in segment.token_paths}),
+        "dense graph": DENSE in networks,
+    }
 
 
 @contextmanager

@@ -28,6 +28,7 @@ class Run:
     ) -> None:
         self.settings = settings
         self.listener = listener
+        self.replaced: Mapping[str, Any] = {}  # settings of the bundle that this run replaced, where they differ
         self.ledger = Ledger(settings.work, listener, without=without, group=group)
 
     def stage(

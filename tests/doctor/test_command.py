@@ -125,7 +125,7 @@ def test_no_bundle_is_an_error(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dyexport", "doctor", "nowhere", "--json"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    assert "is not a bundle" in done.stderr
+    assert "nowhere does not exist; give the directory of a bundle" in done.stderr
 
 
 @without_gpu

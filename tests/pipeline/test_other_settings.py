@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from dyexport.cli import app
 from dyexport.errors import UsageError
-from dyexport.pipeline.build import calibrate_model, finetune_model, opened, price_plans
+from dyexport.pipeline.build import build_bundle, calibrate_model, finetune_model, opened, price_plans
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.stages.ledger import NullListener
 from dyexport.verification.settings import VerifySettings
@@ -104,3 +104,20 @@ def test_a_plan_downloads_nothing_for_a_model_that_is_not_trained(tmp_path: Path
         opened(settings, NullListener(), without=settings.slow_stages) as run,
     ):
         price_plans(run, [1])
+
+
+def test_a_bundle_that_replaces_one_of_other_settings_says_what_differs(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path)
+    with opened(settings, NullListener()) as run:
+        first = build_bundle(run)
+        assert run.replaced == {}
+    with opened(settings, NullListener()) as run:
+        build_bundle(run)
+        assert run.replaced == {}
+    with opened(replace(settings, engines=2, baseline=True), NullListener()) as run:
+        build_bundle(run)
+        assert run.replaced == {"engines": 1, "dense graph": False}
+    with opened(replace(settings, engines=2, baseline=True, seed=1), NullListener()) as run:
+        build_bundle(run)
+        assert first.reference is not None
+        assert run.replaced["weights"] == first.reference.sha256
