@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from dyexport.errors import UsageError
@@ -52,14 +53,27 @@ def check_steps(value: Any, name: str = "steps", most: int = STEPS) -> int:
 
 
 def check_guidance(value: Any, name: str = "guidance") -> float:
-    """Check a guidance scale."""
-    cure = f"give a number from {-GUIDANCE:g} to {GUIDANCE:g}, 1 being none"
-    return real_number(name, value, least=-GUIDANCE, most=GUIDANCE, cure=cure)
+    """Check a guidance scale. A negative one would sample away from the label or the prompt."""
+    return real_number(name, value, least=0, most=GUIDANCE, cure=f"give a number from 0 to {GUIDANCE:g}, 1 being none")
 
 
 def check_seed(value: Any, name: str = "seed") -> int:
     """Check a seed of random numbers, a non-negative INT64."""
     return whole_number(name, value, least=0, most=SEEDS - 1, cure="give 0 or more, below 2**63")
+
+
+def check_batch(labels: Sequence[int]) -> None:
+    """Check the number of class labels of a batch."""
+    if len(labels) > SAMPLES:
+        raise UsageError(f"there are {len(labels)} labels; give up to {SAMPLES} at a time")
+
+
+def check_labels(labels: Sequence[int], classes: int) -> None:
+    """Check the class labels of a batch."""
+    check_batch(labels)
+    for label in labels:
+        if not 0 <= label <= classes:
+            raise UsageError(f"labels must be in [0, {classes}], {classes} being no class: {label}")
 
 
 def check_side(value: Any, name: str) -> int:

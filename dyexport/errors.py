@@ -8,6 +8,7 @@
     ├── ExportError         a graph could not be written or did not pass its checks
     ├── EngineBuildError    a backend refused a graph
     ├── EngineMismatchError an engine or its inputs do not fit this machine, version or shape
+    │   └── TargetError     a bundle has no engines of a target; also a UsageError
     ├── SamplingError       sampling gave numbers that are not finite
     ├── BundleError         a bundle is damaged, tampered with, or of a newer schema
     ├── StorageError        a file cannot be written: the disk is full, read-only, or in use by another process
@@ -62,6 +63,10 @@ class EngineBuildError(DyexportError):
 
 class EngineMismatchError(DyexportError):
     """An engine or its inputs do not fit this machine, version or shape."""
+
+
+class TargetError(EngineMismatchError, UsageError):
+    """A bundle has no engines of the target that the caller asked for."""
 
 
 class SamplingError(DyexportError):

@@ -145,7 +145,10 @@ def check_writable(path: Path) -> None:
     try:
         TemporaryDirectory(dir=nearest, prefix=PARTIAL).cleanup()
     except OSError as error:
-        raise _unwritable(path, error.strerror or str(error)) from error
+        why = error.strerror or error
+        raise StorageError(
+            f"cannot write {path}: nothing can be made in {nearest} ({why}); choose another directory"
+        ) from error
 
 
 @contextmanager

@@ -28,6 +28,13 @@ class Sampled(Protocol):
     def pixel_space(self) -> bool: ...
 
 
+def check_scheduler(model: Sampled, name: str | None) -> None:
+    """Raise ``UsageError`` for a scheduler that does not sample a model."""
+    known = DDPM_SCHEDULERS if model.objective == "ddpm" else FLOW_SCHEDULERS
+    if name is not None and name not in known:
+        raise UsageError(f"scheduler {name!r} does not sample {model.name}; use {' or '.join(known)}")
+
+
 def make_scheduler(model: Sampled, name: str | None = None, **arguments: Any) -> Any:
     """Return a diffusers scheduler: ``ddim`` (default) or ``dpm++`` for DDPM models, ``euler`` for flow matching.
 
@@ -35,9 +42,7 @@ def make_scheduler(model: Sampled, name: str | None = None, **arguments: Any) ->
     """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-    known = DDPM_SCHEDULERS if model.objective == "ddpm" else FLOW_SCHEDULERS
-    if name is not None and name not in known:
-        raise UsageError(f"scheduler {name!r} does not sample {model.name}; use {' or '.join(known)}")
+    check_scheduler(model, name)
     if model.objective != "ddpm":
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=DDPM_STEPS, **arguments)
     start, end = DDPM_BETAS

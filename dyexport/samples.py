@@ -8,9 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyexport.arguments import check_guidance, check_seed, check_steps
+from dyexport.arguments import check_guidance, check_labels, check_seed, check_steps
+from dyexport.backbones import get_pipeline, sampling_defaults
 from dyexport.errors import UsageError
+from dyexport.noise_schedule import check_scheduler
 from dyexport.progress import Progress, no_progress
+from dyexport.runtime.locating import check_source
+from dyexport.runtime.prompt_settings import Prompts, prompt_pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -131,16 +135,16 @@ def sample(
         for name, because in useless_arguments(opened.spec).items():
             if arguments[name] is not None:
                 raise UsageError(f"{name} does nothing here: {because}; leave it out")
-        sampler = _sample_labels if opened.spec.classes else _sample_prompts
-        return sampler(opened, arguments, progress)
+        check_arguments(opened.spec, arguments)
+        if get_pipeline(opened.spec.backbone).takes == "labels":
+            return _sample_labels(opened, arguments, progress)
+        return _sample_prompts(opened, prompts_of(opened.spec, arguments), progress)
 
 
 def useless_arguments(spec: ModelSpec) -> dict[str, str]:
     """Return the arguments of ``sample`` that a model does not take, each with the reason."""
-    from dyexport.backbones import sampling_defaults
-
     useless: dict[str, str] = {}
-    if spec.classes:
+    if get_pipeline(spec.backbone).takes == "labels":
         for_prompts = ("prompts", "prompt_embeds", "pipeline", "height", "width", "frames")
         useless |= dict.fromkeys(for_prompts, f"{spec.name} samples from class labels")
     else:
@@ -153,8 +157,22 @@ def useless_arguments(spec: ModelSpec) -> dict[str, str]:
     return useless
 
 
+def check_arguments(spec: ModelSpec, arguments: Mapping[str, Any]) -> None:
+    """Check arguments of ``sample`` against a model as far as its manifest tells. Imports no torch.
+
+    Raises ``UsageError``, and ``CheckpointError`` or ``DataError`` for a directory or a file that does not exist.
+    """
+    if get_pipeline(spec.backbone).takes == "prompts":
+        prompts_of(spec, arguments)
+        return
+    if isinstance(arguments["labels"], list):
+        check_labels(arguments["labels"], spec.classes)
+    check_scheduler(spec, arguments["scheduler"])
+    if arguments["vae"] is not None:
+        check_source(str(arguments["vae"]), "an AutoencoderKL")
+
+
 def _sample_labels(transformer: BundleTransformer, arguments: Mapping[str, Any], progress: Progress | None) -> Samples:
-    from dyexport.backbones import sampling_defaults
     from dyexport.runtime.sampling import decode, open_vae
     from dyexport.runtime.sampling import sample as sample_labels
 
@@ -184,14 +202,16 @@ def _sample_labels(transformer: BundleTransformer, arguments: Mapping[str, Any],
     return Samples(values=values, pixels=vae is not None or spec.pixel_space, settings=settings)
 
 
-def _sample_prompts(transformer: BundleTransformer, arguments: Mapping[str, Any], progress: Progress | None) -> Samples:
-    from dyexport.runtime.prompts import Prompts, prompt_pipeline, sample_prompts
+def prompts_of(spec: ModelSpec, arguments: Mapping[str, Any]) -> Prompts:
+    """Return the prompts that arguments of ``sample`` describe, with the model's own text encoders by default.
 
+    Imports no torch. Raises ``UsageError`` for arguments that the model cannot be sampled with.
+    """
     texts, pipeline, seed = arguments["prompts"], arguments["pipeline"], arguments["seed"]
     if pipeline is None and texts:
-        pipeline = prompt_pipeline(transformer.spec).home(transformer.spec)
+        pipeline = prompt_pipeline(spec).home(spec)
     shared = ("steps", "guidance", "height", "width", "frames")
-    request = Prompts(
+    prompts = Prompts(
         texts=tuple(texts or ()),
         embedded=None if arguments["prompt_embeds"] is None else Path(arguments["prompt_embeds"]),
         pipeline=None if pipeline is None else str(pipeline),
@@ -199,8 +219,16 @@ def _sample_prompts(transformer: BundleTransformer, arguments: Mapping[str, Any]
         seed=tuple(seed) if isinstance(seed, Sequence) else seed,
         **{name: arguments[name] for name in shared},
     )
-    result = sample_prompts(transformer, request, progress)
-    used = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(request).items() if v is not None}
+    prompts.check_sources(spec)
+    prompts.arguments_for(spec)
+    return prompts
+
+
+def _sample_prompts(transformer: BundleTransformer, prompts: Prompts, progress: Progress | None) -> Samples:
+    from dyexport.runtime.prompts import sample_prompts
+
+    result = sample_prompts(transformer, prompts, progress)
+    used = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(prompts).items() if v is not None}
     return Samples(values=result.values, pixels=result.pixels, settings=used)
 
 

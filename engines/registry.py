@@ -32,16 +32,14 @@ class EngineOptions:
 class Backend:
     """Functions of one target's engines.
 
-    ``make(paths, options)`` makes engines that run one after another, as those of a bundle do. ``files`` names the
-    target whose engine files it runs, if not its own. ``incompatibility(path)`` explains why an engine file cannot run
-    on this machine; None if it can. ``fallback`` is the target that then runs the ONNX graph. ``streams(path)`` tells
-    whether the weights can be streamed from host memory. ``device_of(path)`` is the kind of device that an engine file
-    was compiled for; None if it runs on any.
+    ``make(paths, options)`` makes engines that run one after another, as those of a bundle do.
+    ``incompatibility(path)`` explains why an engine file cannot run on this machine; None if it can. ``fallback`` is
+    the target that then runs the ONNX graph. ``streams(path)`` tells whether the weights can be streamed from host
+    memory. ``device_of(path)`` is the kind of device that an engine file was compiled for; None if it runs on any.
     """
 
     make: Callable[[Sequence[Path], EngineOptions], list[Engine]]
     has_cuda: Callable[[], bool]
-    files: str | None = None
     incompatibility: Callable[[Path], str | None] = lambda path: None
     fallback: str = "onnx"
     streams: Callable[[Path], bool] = lambda path: False
@@ -70,7 +68,6 @@ def _onnx_rtx() -> Backend:
     return Backend(
         make=make,
         has_cuda=torch.cuda.is_available,
-        files="onnx",
         incompatibility=lambda path: incompatibility(),
         streams=lambda path: True,
     )
@@ -130,12 +127,23 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "tensorrt": _tensorrt,
     "tensorrt-rtx": partial(_tensorrt, "onnx-rtx"),  # its provider uses the same builder
 }
+FILES = {"onnx-rtx": "onnx"}
+"""Targets that run the engine files of another target."""
+
+
+def engine_files(target: str) -> str:
+    """Return the target whose engine files a target runs; imports no backend.
+
+    Raises ``UsageError`` for an unknown target.
+    """
+    if target not in BACKENDS:
+        raise UsageError(f"unknown target {target!r}; known: {', '.join(BACKENDS)}")
+    return FILES.get(target, target)
 
 
 def get_backend(target: str) -> Backend:
     """Return the backend of a target. Raises ``UsageError`` for an unknown one."""
-    if target not in BACKENDS:
-        raise UsageError(f"unknown target {target!r}; known: {', '.join(BACKENDS)}")
+    engine_files(target)
     return BACKENDS[target]()
 
 

@@ -75,7 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines": {"errors", "files", "bundle", "tensorrt_api"},
     "runtime": {"arguments", "errors", "files", "bundle", "engines", "progress", "backbones", "backbones.preset"}
     | RUN_ROLES,
-    "serving": {"arguments", "errors", "files", "bundle", "engines", "progress", "runtime"}
+    "serving": {"arguments", "errors", "files", "bundle", "engines", "noise_schedule", "progress", "runtime"}
     | {"backbones", "backbones.preset"}
     | RUN_ROLES,
     "bench": {
@@ -97,7 +97,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline": EITHER_SIDE | FROM_BUNDLES,
     "verification": EITHER_SIDE | FROM_BUNDLES | {"pipeline"},
     "demo": EITHER_SIDE | PIPELINE,
-    "samples": {"arguments", "errors", "progress", "backbones", "backbones.preset", "bundle", "runtime", "bench"},
+    "samples": {"arguments", "errors", "progress", "bundle", "runtime", "bench", "noise_schedule"}
+    | {"backbones", "backbones.preset", "backbones.pipeline"},
     "progress": set(),
     "console": {"errors", "progress"},
     "commands": EITHER_SIDE | PIPELINE | FROM_BUNDLES | {"demo", "doctor", "samples", "console", "progress"},

@@ -131,7 +131,7 @@ def test_bad_usage_is_one_sentence_and_exit_code_2(
     [
         (["build", "--model", "dit-s-2", "--budget", "0.5", "--finetune-steps", "0"], "pass --checkpoint"),
         ([*BUILD, "--budget", "0.5", "-o", "/proc/bundle"], "cannot write /proc/bundle"),
-        (["verify", "nowhere"], "nowhere is not a bundle"),
+        (["verify", "nowhere"], "nowhere does not exist; give the directory of a bundle"),
         (
             ["build", "--model", "dit-s-2", "-b", "0.5", "--checkpoint", "./gone", "--finetune-steps", "0"],
             "./gone does not exist",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.runtime.bundles import write_bundle
+from dyexport.bundle.manifest_file import MANIFEST, read_manifest
+from tests.bench.test_useless_options import write_as
+from tests.runtime.bundles import write_bundle, write_manifest
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -25,12 +28,12 @@ finally:
 """
 
 
-def run(*arguments: str, cwd: Path) -> tuple[int, str, bool]:
-    """Run ``dyexport``: exit code, stdout, and whether torch was imported."""
+def run(*arguments: str, cwd: Path, stream: str = "stdout") -> tuple[int, str, bool]:
+    """Run ``dyexport``: exit code, what it printed, and whether torch was imported."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SCRIPT, *arguments]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    return done.returncode, done.stdout, {"True": True, "False": False}[done.stderr.splitlines()[-1]]
+    return done.returncode, getattr(done, stream), {"True": True, "False": False}[done.stderr.splitlines()[-1]]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,57 @@ def test_torch_is_not_imported(line: str, code: int, tmp_path: Path) -> None:
     found, _, torch = run(*line.split(), cwd=tmp_path)
     assert (found, torch) == (code, False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with bundles: ``digits``, without its dense graph ``bare``, ``prompted``, and a work directory."""
+    root: Path = tmp_path_factory.mktemp("bundles")
+    digits = write_as(root / "digits", pixels=True, name="sit-digits")
+    shutil.copytree(digits.root, root / "bare")
+    engines = [engine for engine in read_manifest(root / "bare" / MANIFEST).engines if engine.network != "dense"]
+    write_manifest(root / "bare", digits.spec, digits.plan, engines)
+    write_as(root / "prompted", pixels=False, name="own", backbone="flux", classes=0, config={"guidance_embeds": True})
+    (root / "digits.work").mkdir()
+    return root
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "message"),
+    [
+        ("sample prompted", 2, "give --prompt, or --prompt-embeds"),
+        ("sample prompted --prompt x", 2, "no text encoders of own are known; give --pipeline"),
+        ("sample prompted --prompt x --pipeline gone/", 1, "cannot read text encoders and VAE from gone/: it does not"),
+        ("sample prompted --prompt x --pipeline a/b --frames 2", 2, "own makes pictures; leave --frames out"),
+        ("sample prompted --prompt x --pipeline a/b --height 17", 2, "--height is 17"),
+        ("sample prompted --prompt-embeds gone", 1, "cannot read gone: it does not exist"),
+        ("sample digits --labels 99", 2, "labels must be in [0, 10], 10 being no class: 99"),
+        ("sample digits --guidance -1", 2, "--guidance is -1.0; give a number from 0"),
+        ("sample digits --scheduler ddim", 2, "scheduler 'ddim' does not sample sit-digits; use euler"),
+        ("sample digits --target tensorrt", 2, "has no 'tensorrt' engines; it was built for onnx; build it again with"),
+        ("sample digits --target paper", 2, "unknown target 'paper'"),
+        ("sample digits.work", 1, "digits.work is the work directory of a build, whose bundle is next to it; give "),
+        ("sample digits/manifest.json", 1, "digits/manifest.json is a file; give "),
+        ("verify digits --small", 2, "--small does nothing here"),
+        ("verify digits --reference gone", 1, "--reference gone does not exist; give --reference with a dynamic"),
+        ("verify digits --reference digits", 1, "--reference digits is no dynamic checkpoint; give"),
+        ("verify digits --target tensorrt-rtx", 2, "build it again with --target tensorrt-rtx"),
+        ("verify gone", 1, "gone does not exist; give the directory of a bundle"),
+        ("bench digits --target tensorrt-rtx", 2, "build it again with --target tensorrt-rtx"),
+        ("bench bare", 2, "has no dense graph to compare with; build it again without --no-baseline"),
+        ("eval prompted", 2, "own is not a digits model"),
+        ("deploy triton digits models --scheduler ddim", 2, "use euler"),
+        ("deploy triton digits models --instances 0", 2, "--instances is 0"),
+        ("deploy triton digits models --target tensorrt", 2, "build it again with --target tensorrt"),
+        ("deploy triton prompted models", 2, "own samples from prompts; give --pipeline"),
+    ],
+)
+def test_a_manifest_is_enough_to_refuse(line: str, code: int, message: str, bundles: Path) -> None:
+    before = sorted(bundles.iterdir())
+    found, err, torch = run(*line.split(), cwd=bundles, stream="stderr")
+    assert (found, torch) == (code, False)
+    assert message in err
+    assert sorted(bundles.iterdir()) == before
 
 
 def test_inspect_imports_no_torch(tmp_path: Path) -> None:

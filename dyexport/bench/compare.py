@@ -43,7 +43,8 @@ class _Measured:
 
 
 def compare(bundle: Bundle, settings: BenchSettings, progress: Progress | None = None) -> BenchReport:
-    """Measure latency, overhead and memory. Raises ``BundleError`` for a bundle without its dense graph."""
+    """Measure latency, overhead and memory. Raises ``UsageError`` for a bundle without its dense graph."""
+    settings.check_for(bundle)
     with _threads(settings.threads), torch.inference_mode():
         return _report(bundle, settings, _measure(bundle, settings, progress))
 

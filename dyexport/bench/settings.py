@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 
 from dyexport.arguments import STEPS, check_guidance, check_memory, check_steps, whole_number
 from dyexport.backbones import sampling_defaults
+from dyexport.bundle.manifest import DENSE
 from dyexport.digits import samples_digits
+from dyexport.engines.registry import engine_files
 from dyexport.errors import UsageError
 
 if TYPE_CHECKING:
+    from dyexport.bundle.reader import Bundle
     from dyexport.bundle.spec import ModelSpec
 
 MOST = {"batch": 4096, "steps": STEPS, "threads": 1024, "rounds": 100_000}
@@ -44,6 +47,11 @@ class BenchSettings:
                 whole_number(f"--{name}", value, least=1, most=most)
         if self.memory is not None:
             check_memory(self.memory)
+
+    def check_for(self, bundle: Bundle) -> None:
+        """Raise ``UsageError`` for a bundle without the dense graph that it is compared with."""
+        if DENSE not in bundle.engine_paths(engine_files(self.target)):
+            raise UsageError(f"{bundle.root} has no dense graph to compare with; build it again without --no-baseline")
 
     def steps_for(self, spec: ModelSpec) -> int:
         """Return the denoising steps of a trajectory of a model."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ WEIGHTS = "graphs/weights.bin"
 WIDTHS = "calibration/widths.safetensors"
 TOKENS = "calibration/tokens.safetensors"
 RANGES = "calibration/ranges.json"
+WORK = ".work"  # added to a bundle's name, the default name of the work directory of its build
+PIPELINE_PART = "transformer"  # folder of a saved pipeline that can be a bundle
 SEALED = re.compile(rb'\{\n "sha256": "(?P<sha256>[0-9a-f]{64})",(?P<body>.*)', re.DOTALL)
 LARGEST_MANIFEST = 2**26  # bytes; 64 engines of a 12-billion-parameter model take four million
 
@@ -40,11 +44,10 @@ def seal(text: str) -> bytes:
 
 def read_manifest(path: Path) -> Manifest:
     """Read and check a manifest. Raises ``BundleError`` for anything wrong with it."""
+    check_folder(path.parent)
     try:
         raw = _read_whole(path)
         content = from_json(raw, allow_inf_nan=False)
-    except FileNotFoundError as error:
-        raise BundleError(f"{path.parent} is not a bundle: it has no {MANIFEST}") from error
     except (OSError, ValueError) as error:
         raise BundleError(f"cannot read {path}: {error}; build the bundle again") from error
     _check_version(path, content)
@@ -60,6 +63,28 @@ def read_manifest(path: Path) -> Manifest:
         if name not in manifest.files:
             raise BundleError(f"{path} names no {name}; build the bundle again")
     return manifest
+
+
+def check_folder(root: Path) -> None:
+    """Raise ``BundleError`` for a path without a manifest. The message names the bundle that was meant, if any."""
+    try:
+        if os.path.lexists(root / MANIFEST):
+            return
+        mode = root.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BundleError(f"{root} does not exist; give the directory of a bundle") from error
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise BundleError(f"cannot read {root}: {why}; give the directory of a bundle") from error
+    if not stat.S_ISDIR(mode):
+        there = root.parent if root.name == MANIFEST else "the directory of a bundle"
+        raise BundleError(f"{root} is a file; give {there}")
+    if os.path.isfile((inside := root / PIPELINE_PART) / MANIFEST):
+        raise BundleError(f"{root} is a saved pipeline, whose transformer is a bundle; give {inside}")
+    built = root.parent / root.name.removesuffix(WORK)
+    if root.name.endswith(WORK) and os.path.isfile(built / MANIFEST):
+        raise BundleError(f"{root} is the work directory of a build, whose bundle is next to it; give {built}")
+    raise BundleError(f"{root} is not a bundle: it has no {MANIFEST}; give a directory that `dyexport build` wrote")
 
 
 def required_files(manifest: Manifest) -> list[str]:

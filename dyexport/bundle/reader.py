@@ -25,7 +25,7 @@ from dyexport.bundle.manifest import FileRecord, Manifest
 from dyexport.bundle.manifest_file import MANIFEST, TOKENS, WIDTHS, read_manifest
 from dyexport.bundle.tables import BoolArray, TokenStats, WidthTable
 from dyexport.digests import sha256_of
-from dyexport.errors import BundleError, EngineMismatchError
+from dyexport.errors import BundleError, TargetError
 
 
 class Stamp(NamedTuple):
@@ -146,7 +146,10 @@ class Bundle:
         paths = {e.network: self.root / e.path for e in self.manifest.engines if e.target == target}
         if not paths:
             built = ", ".join(sorted({e.target for e in self.manifest.engines}))
-            raise EngineMismatchError(f"{self.root} has no {target!r} engines; it was built for {built}")
+            raise TargetError(
+                f"{self.root} has no {target!r} engines; it was built for {built}; "
+                f"build it again with --target {target}"
+            )
         return paths
 
     @cached_property

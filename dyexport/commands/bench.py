@@ -9,6 +9,7 @@ import typer
 
 from dyexport.arguments import parse_bytes
 from dyexport.commands import options
+from dyexport.commands.bundles import open_bundle
 from dyexport.commands.given import Given
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
 
@@ -63,10 +64,10 @@ def bench(
         compiled=compile,
         trajectory=trajectory,
     )
-    opened = Bundle.open(bundle)
+    settings.check_for(open_bundle(bundle, target))
     with chatter_on_stderr(), progress_bar("timing") as advance:
         from dyexport.bench.compare import compare
         from dyexport.bench.report import bench_tables
 
-        report = compare(opened, settings, advance)
+        report = compare(Bundle.open(bundle), settings, advance)
     emit(asdict(report), as_json=json, human=lambda console: console.print(*bench_tables(report), sep="\n\n"))

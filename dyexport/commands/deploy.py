@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dyexport.commands import options
+from dyexport.commands.bundles import open_bundle
 from dyexport.commands.given import Given, OnceEach, epilog
 from dyexport.console import DebugOption, JsonOption, emit, progress_bar
 from dyexport.serving.limits import Limits
@@ -74,20 +75,19 @@ def triton(
     debug: DebugOption = False,
 ) -> None:
     """Write a model for Triton's Python backend: a label or prompt in, a picture or video out."""
-    from dyexport.bundle.reader import Bundle
-    from dyexport.runtime.prompts import prompt_pipeline
+    from dyexport.backbones import get_pipeline
+    from dyexport.runtime.prompt_settings import prompt_pipeline
     from dyexport.serving.triton_repository import Deployment
     from dyexport.serving.triton_repository import deploy as write
 
-    spec = Bundle.open(bundle, check_hashes=False).manifest.model
-    Given(context).refuse(
-        bool(spec.classes), f"{spec.name} samples from class labels, at one size", "max_pixels", "max_prompt"
-    )
+    spec = open_bundle(bundle, target).manifest.model
+    labels = get_pipeline(spec.backbone).takes == "labels"
+    Given(context).refuse(labels, f"{spec.name} samples from class labels, at one size", "max_pixels", "max_prompt")
     deployment = Deployment(
         bundle=bundle,
         repository=repository,
         name=bundle.absolute().name if name is None else name,
-        pipeline=pipeline or (None if spec.classes else prompt_pipeline(spec).home(spec)),
+        pipeline=pipeline or (None if labels else prompt_pipeline(spec).home(spec)),
         vae=vae,
         scheduler=scheduler,
         target=target,

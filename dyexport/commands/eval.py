@@ -10,6 +10,7 @@ import typer
 
 from dyexport.arguments import whole_number
 from dyexport.commands import options
+from dyexport.commands.bundles import open_bundle
 from dyexport.commands.given import Given
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
 
@@ -56,8 +57,8 @@ def eval(
     Given(context).refuse(not control, "it is for the training of --control", "work")
     whole_number("--seeds", seeds, least=1, most=SEED_COUNT)
     config = SamplingConfig(samples=samples, steps=steps, guidance=guidance, scheduler=scheduler)
+    check_digits(open_bundle(bundle).manifest.model)
     opened = Bundle.open(bundle)
-    check_digits(opened.manifest.model)
     path = _control(bundle, work) if control else None
     with chatter_on_stderr(), progress_bar("sampling") as advance:
         from dyexport.bench.evaluation import evaluate
@@ -72,12 +73,11 @@ def eval(
 
 def _control(bundle: Path, work: Path | None) -> Path:
     """Return the control of the build that made the bundle, with the settings that its work directory records."""
-    from dyexport.bundle.reader import Bundle
     from dyexport.commands.stages import building
     from dyexport.pipeline.settings import BuildSettings
     from dyexport.verification.verify import find_reference
 
-    work = find_reference(Bundle.open(bundle, check_hashes=False), work).parent
+    work = find_reference(open_bundle(bundle), work).parent
     with building(BuildSettings.load(work), without=frozenset({"static", "synthetic", "dynamic"})) as run:
         from dyexport.pipeline.build import finetune_model, train_control
 

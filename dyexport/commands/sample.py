@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dyexport.arguments import SAMPLES, check_guidance, check_seed, check_steps, shown
 from dyexport.commands import options
+from dyexport.commands.bundles import open_bundle
 from dyexport.commands.given import Given
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
 from dyexport.errors import UsageError
@@ -104,11 +105,28 @@ def sample(
         check_guidance(guidance, "--guidance")
     check_seed(seed, "--seed")
     classes = None if labels is None else parse_labels(labels)
-    from dyexport.bundle.reader import Bundle
+    from dyexport.backbones import get_pipeline
+    from dyexport.samples import check_arguments
 
-    spec = Bundle.open(bundle, check_hashes=False).manifest.model
+    spec = open_bundle(bundle, target).manifest.model
     _refuse_useless(Given(context), spec)
-    pixels = vae is not None or (spec.pixel_space if spec.classes else bool(prompt or pipeline))
+    arguments: dict[str, Any] = {
+        "labels": classes,
+        "prompts": prompt,
+        "prompt_embeds": prompt_embeds,
+        "steps": steps,
+        "guidance": guidance,
+        "seed": seed,
+        "scheduler": scheduler,
+        "height": height,
+        "width": width,
+        "frames": frames,
+        "pipeline": pipeline,
+        "vae": vae,
+    }
+    check_arguments(spec, arguments)
+    by_labels = get_pipeline(spec.backbone).takes == "labels"
+    pixels = vae is not None or (spec.pixel_space if by_labels else bool(prompt or pipeline))
     out = _checked(out, video=spec.frames is not None and frames != 1, pixels=pixels)
     if prompt_embeds is not None and out.exists() and out.samefile(prompt_embeds):
         raise UsageError(f"-o {out} is what --prompt-embeds is read from; give another file")
@@ -116,22 +134,7 @@ def sample(
         from dyexport.runtime.loading import load
         from dyexport.samples import sample as take_samples
 
-        samples = take_samples(
-            load(bundle, target=target, memory=memory),
-            labels=classes,
-            prompts=prompt,
-            prompt_embeds=prompt_embeds,
-            steps=steps,
-            guidance=guidance,
-            seed=seed,
-            scheduler=scheduler,
-            height=height,
-            width=width,
-            frames=frames,
-            pipeline=pipeline,
-            vae=vae,
-            progress=advance,
-        )
+        samples = take_samples(load(bundle, target=target, memory=memory), **arguments, progress=advance)
         if not samples.pixels and out.suffix != ".safetensors":
             raise UsageError(f"the pipeline has no VAE, so -o {out} cannot hold its latents; give --vae")
         samples.save(out)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from dyexport.commands import options
+from dyexport.commands.bundles import open_bundle
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, pairs, progress_bar
 
 EXAMPLES = (
@@ -55,13 +56,14 @@ def verify(
     debug: DebugOption = False,
 ) -> None:
     """Compare a bundle with the masked torch model that it was cut from, at random timesteps."""
-    from dyexport.bundle.reader import Bundle
-    from dyexport.verification.settings import VerifySettings
+    from dyexport.verification.settings import VerifySettings, reference_of
 
     settings = VerifySettings(
         timesteps=timesteps, tolerance=tolerance, target=target, seed=seed, layers=layers, small=small
     )
-    Bundle.open(bundle, check_hashes=False)  # refuses anything else before torch is imported
+    opened = open_bundle(bundle, target)
+    settings.check_for(opened)
+    reference_of(opened, reference)
     with chatter_on_stderr(), progress_bar("verifying") as advance:
         from dyexport.verification.verify import verify_bundle
 

@@ -11,7 +11,7 @@ from dyexport.bundle.plan import segment_name
 from dyexport.bundle.reader import Bundle
 from dyexport.doctor.probing import Findings, explain
 from dyexport.doctor.targets import Machine, Verdict
-from dyexport.engines.registry import EngineOptions, get_backend, make_engines
+from dyexport.engines.registry import EngineOptions, engine_files, get_backend, make_engines
 
 NOT_COMPILED = "onnx"  # the graphs that every bundle has
 
@@ -76,7 +76,7 @@ def _fit(bundle: Bundle, path: Path, verdict: Verdict, machine: Machine, finding
 
 def _paths(bundle: Bundle, target: str) -> list[Path]:
     """Return the engine files that sampling uses, the conditioning last; none if the bundle lacks the target."""
-    files = get_backend(target).files or target
+    files = engine_files(target)
     if files not in {engine.target for engine in bundle.manifest.engines}:
         return []
     found = bundle.engine_paths(files)

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dyexport.backbones.base import Preset, RouterKind
 from dyexport.backbones.recipe import Recipe, Schedule
+from dyexport.bundle.manifest_file import WORK
 from dyexport.bundle.spec import Precision, Quantization
 from dyexport.bundle.targets import ONNX, TARGETS
 from dyexport.checkpoints.structure import resolve_preset
@@ -294,4 +295,4 @@ def default_work(out: Path) -> Path:
     path = Path(os.path.abspath(out))
     if not path.name:
         raise UsageError(f"-o is {out}; give the name of a directory for the bundle")
-    return path.with_name(f"{path.name}.work")
+    return path.with_name(f"{path.name}{WORK}")

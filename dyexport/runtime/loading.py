@@ -19,7 +19,7 @@ from dyexport.bundle.plan import segment_name
 from dyexport.bundle.reader import Bundle
 from dyexport.engines.held import HeldEngine
 from dyexport.engines.networks import check_networks
-from dyexport.engines.registry import EngineOptions, get_backend, make_engines
+from dyexport.engines.registry import EngineOptions, engine_files, get_backend, make_engines
 from dyexport.engines.switching import SwitchingEngine
 from dyexport.errors import BundleError, UsageError
 from dyexport.runtime.conditioning import Conditioner
@@ -127,7 +127,7 @@ class _Opened(NamedTuple):
 
 def _open(path: str | Path, target: str, *, check_hashes: bool, dense: bool, fallback: bool) -> tuple[Bundle, _Opened]:
     """Open the bundle, and find the engines that run on this machine."""
-    files = get_backend(target).files or target
+    files = engine_files(target)
     # A graph is data. The engines of every other target are code, which runs only if its hash is right.
     bundle = Bundle.open(path, check_hashes=check_hashes or files != "onnx")
     opened = _Opened(target, _engine_paths(bundle, files, dense))

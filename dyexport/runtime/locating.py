@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dyexport.arguments import shown
-from dyexport.bundle.manifest_file import MANIFEST
-from dyexport.errors import BundleError, UsageError
+from dyexport.bundle.manifest_file import check_folder
+from dyexport.errors import BundleError, CheckpointError, UsageError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -25,7 +25,7 @@ def find_bundle(
 ) -> Path:
     """Return the absolute path of a bundle's directory; a ``source`` that is a hub id is downloaded.
 
-    Raises ``UsageError`` for anything but a path, and ``BundleError`` for a file, a saved pipeline, and a repository
+    Raises ``UsageError`` for anything but a path, and ``BundleError`` for a path that is no bundle and a repository
     that cannot be downloaded.
     """
     path = _checked(source)
@@ -36,8 +36,16 @@ def find_bundle(
             path, subfolder, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
         )
     root = Path(os.path.realpath(root / (subfolder or "")))
-    _check_folder(root)
+    check_folder(root)
     return root
+
+
+def check_source(source: str, what: str) -> None:
+    """Raise ``CheckpointError`` for a source that neither exists nor can be the id of a hub repository."""
+    if not os.path.exists(source) and not HUB_ID.fullmatch(source):
+        raise CheckpointError(
+            f"cannot read {what} from {source}: it does not exist; give a directory, or the id of a repository"
+        )
 
 
 def _checked(source: Any) -> str:
@@ -47,15 +55,6 @@ def _checked(source: Any) -> str:
             f"bundle path is {shown(repr(source))}; give the directory of a bundle, or the id of a hub repository"
         )
     return path
-
-
-def _check_folder(root: Path) -> None:
-    if os.path.isfile(root):
-        there = root.parent if root.name == MANIFEST else "the directory of a bundle"
-        raise BundleError(f"{root} is a file; give {there}")
-    inside = root / "transformer"
-    if os.path.isfile(inside / MANIFEST) and not os.path.lexists(root / MANIFEST):
-        raise BundleError(f"{root} is a saved pipeline, whose transformer is a bundle; give {inside}")
 
 
 def _download(source: str, subfolder: str | None, **options: Any) -> Path:

@@ -2,60 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from dyexport.arguments import PIXELS, SAMPLES, check_guidance, check_pixels, check_side, check_steps
-from dyexport.backbones import get_pipeline
+from dyexport.arguments import PIXELS, check_pixels
 from dyexport.backbones.sampling import PromptColumns, PromptPipeline
-from dyexport.bundle.spec import ModelSpec
-from dyexport.errors import CheckpointError, DataError, MissingDependencyError, UsageError
+from dyexport.errors import CheckpointError, DataError, MissingDependencyError
 from dyexport.progress import Progress
+from dyexport.runtime.prompt_settings import Prompts, prompt_pipeline
 from dyexport.runtime.sampling import check_finite, noise_of, open_vae
 from dyexport.runtime.transformer import BundleTransformer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompts:
-    """Prompts, and how to sample from them. None stands for the model's default.
-
-    texts            the prompts
-    embedded         instead of ``texts``: a safetensors file of their embeddings
-    pipeline         text encoders and VAE: a directory or hub repository; not needed for embedded prompts
-    vae              VAE for embedded prompts, where there is no ``pipeline``
-    height, width    in pixels
-    frames           of a video; 1 for a picture
-    seed             one for the batch, or one per prompt
-    """
-
-    texts: tuple[str, ...] = ()
-    embedded: Path | None = None
-    pipeline: str | None = None
-    vae: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    height: int | None = None
-    width: int | None = None
-    frames: int | None = None
-    seed: int | tuple[int, ...] = 0
-
-    def __post_init__(self) -> None:
-        if bool(self.texts) == (self.embedded is not None):
-            raise UsageError("give --prompt, or --prompt-embeds with a file of embedded prompts; one of the two")
-        if len(self.texts) > SAMPLES:
-            raise UsageError(f"there are {len(self.texts)} prompts; give up to {SAMPLES} at a time")
-        for name in ("height", "width"):
-            if getattr(self, name) is not None:
-                check_side(getattr(self, name), f"--{name}")
-        if self.steps is not None:
-            check_steps(self.steps, "--steps")
-        if self.guidance is not None:
-            check_guidance(self.guidance, "--guidance")
-        if self.vae is not None and (self.texts or self.pipeline):
-            raise UsageError("--vae goes with --prompt-embeds alone; a pipeline has its own")
 
 
 class PromptSamples(NamedTuple):
@@ -75,19 +33,17 @@ def sample_prompts(
     ``UsageError`` for values out of range, and ``SamplingError`` if the result is not finite.
     """
     spec, kind = transformer.spec, prompt_pipeline(transformer.spec)
-    defaults = kind.defaults(spec)
-    steps = prompts.steps or defaults.steps
-    guidance = defaults.guidance if prompts.guidance is None else prompts.guidance
-    if guidance is not None and defaults.guidance is None:
-        raise UsageError(f"guidance is {guidance:g}, and {spec.name} takes none; leave it out")
-    embedded = prompts.embedded is not None
-    arguments = kind.arguments(spec, frames=prompts.frames, guidance=guidance, embedded=embedded)
+    steps = prompts.steps or kind.defaults(spec).steps
+    guidance = prompts.guidance_for(spec)
+    arguments = prompts.arguments_for(spec)
     conditions: dict[str, Any] = {"prompt": list(prompts.texts)}
     if prompts.embedded is not None:
         conditions = read_embedded(prompts.embedded, kind.columns(spec, guided=guidance is not None and guidance > 1))
     count = len(prompts.texts) or len(conditions["prompt_embeds"])
     generator = noise_of(prompts.seed, count)
-    pipe = _pipeline(transformer, kind, prompts) if pipe is None else pipe
+    if pipe is None:
+        prompts.check_sources(spec)
+        pipe = _pipeline(transformer, kind, prompts)
     side = kind.side(spec, pipe.vae_scale_factor)
     check_pixels(prompts.height or side, prompts.width or side, PIXELS, "dyexport")
     latents: list[torch.Tensor] = []
@@ -114,20 +70,10 @@ def sample_prompts(
     return PromptSamples(values, pixels=pipe.vae is not None)
 
 
-def prompt_pipeline(spec: ModelSpec) -> PromptPipeline:
-    """Return the pipeline that samples a model from prompts. Raises ``UsageError`` for a model of class labels."""
-    pipeline = get_pipeline(spec.backbone)
-    if not isinstance(pipeline, PromptPipeline):
-        raise UsageError(f"{spec.name} is sampled from class labels, not from prompts; see dyexport.runtime.sampling")
-    return pipeline
-
-
 def _pipeline(transformer: BundleTransformer, kind: PromptPipeline, prompts: Prompts) -> Any:
     """Open the pipeline: with its text encoders for texts, without them for embedded prompts."""
     if prompts.pipeline is not None:
         pipe = open_pipeline(transformer, prompts.pipeline, texts=bool(prompts.texts))
-    elif prompts.texts:
-        raise UsageError(f"no text encoders of {transformer.spec.name} are known; give --pipeline DIR")
     else:
         pipe = _bare_pipeline(transformer, kind, prompts.vae)
     pipe.set_progress_bar_config(disable=True)

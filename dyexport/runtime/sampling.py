@@ -11,7 +11,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 
-from dyexport.arguments import SAMPLES, check_guidance, check_seed, check_steps, shown
+from dyexport.arguments import check_batch, check_guidance, check_labels, check_seed, check_steps, shown
 from dyexport.backbones import get_pipeline
 from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import CheckpointError, SamplingError, UsageError
@@ -84,16 +84,16 @@ def sample(
 def _checked_labels(labels: Sequence[int] | torch.Tensor, classes: int) -> torch.Tensor:
     """Return labels (B,) as int64. Raises ``UsageError`` for anything but a list of classes."""
     cure = f"labels must be in [0, {classes}], {classes} being no class"
-    if (count := len(labels)) > SAMPLES:
-        raise UsageError(f"there are {count} labels; give up to {SAMPLES} at a time")
+    if not isinstance(labels, torch.Tensor):
+        check_batch(labels)  # before memory is taken for them
     try:
         values = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"{cure}: {shown(labels)}") from error
-    if values.ndim != 1 or not count or values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
+    fractions = values.dtype == torch.bool or values.is_floating_point() or values.is_complex()
+    if values.ndim != 1 or not values.numel() or fractions:
         raise UsageError(f"{cure}, in a list of whole numbers: {shown(labels)}")
-    if wrong := [label for label in values.tolist() if not 0 <= label <= classes]:
-        raise UsageError(f"{cure}: {wrong[0]}")
+    check_labels(values.tolist(), classes)
     return values.to(torch.int64)
 
 

@@ -11,7 +11,8 @@ import torch
 
 from dyexport.backbones import get_pipeline, sampling_defaults
 from dyexport.runtime.loading import load
-from dyexport.runtime.prompts import Prompts, open_pipeline, prompt_pipeline, sample_prompts
+from dyexport.runtime.prompt_settings import Prompts, prompt_pipeline
+from dyexport.runtime.prompts import open_pipeline, sample_prompts
 from dyexport.runtime.sampling import decode, open_vae, sample
 from dyexport.runtime.transformer import BundleTransformer
 from dyexport.serving.config import BUNDLE, OutputSpec, ServedModelConfig, output_of, source_of

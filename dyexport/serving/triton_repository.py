@@ -27,10 +27,12 @@ from dyexport.bundle.manifest_file import MANIFEST
 from dyexport.bundle.reader import Bundle
 from dyexport.bundle.spec import ModelSpec
 from dyexport.engines.networks import check_networks
-from dyexport.engines.registry import get_backend
+from dyexport.engines.registry import engine_files
 from dyexport.errors import MissingDependencyError, UsageError
 from dyexport.files import check_writable, hard_linked, replacing, sync
+from dyexport.noise_schedule import check_scheduler
 from dyexport.progress import Progress
+from dyexport.runtime.locating import check_source
 from dyexport.serving.config import BUNDLE, PIPELINE, PROMPT_CHARACTERS, VAE, ServedModelConfig, output_of
 from dyexport.serving.limits import Limits
 from dyexport.serving.requests import LABEL, PROMPT, SEED
@@ -91,7 +93,7 @@ def deploy(deployment: Deployment, progress: Progress | None = None) -> Path:
     that do not belong to the model, ``StorageError`` if the directory cannot be written.
     """
     bundle = Bundle.open(deployment.bundle)
-    check_networks(bundle, get_backend(deployment.target).files or deployment.target)
+    check_networks(bundle, engine_files(deployment.target))
     spec, model = bundle.manifest.model, deployment.repository / deployment.name
     _check_parts(deployment, spec)
     _check_limits(deployment, spec)
@@ -133,7 +135,10 @@ def _check_parts(deployment: Deployment, spec: ModelSpec) -> None:
     if deployment.scheduler is not None:
         if not labels:
             raise UsageError(f"--scheduler is for models of labels; {spec.name}'s comes with its pipeline")
-        get_pipeline(spec.backbone).scheduler(spec, deployment.scheduler)
+        check_scheduler(spec, deployment.scheduler)
+    for source, what in ((deployment.vae, "an AutoencoderKL"), (deployment.pipeline, "text encoders and VAE")):
+        if source is not None:
+            check_source(source, what)
 
 
 def _check_limits(deployment: Deployment, spec: ModelSpec) -> None:

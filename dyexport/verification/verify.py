@@ -22,7 +22,7 @@ from dyexport.bundle.manifest import Manifest
 from dyexport.bundle.reader import Bundle
 from dyexport.checkpoints.dynamic import load_dynamic
 from dyexport.checkpoints.streaming import must_stream
-from dyexport.errors import BundleError, UsageError, missing_extras
+from dyexport.errors import BundleError, missing_extras
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.presets import preset_of
 from dyexport.progress import Progress, no_progress
@@ -33,7 +33,7 @@ from dyexport.stages.file_records import describe, digest_of
 from dyexport.verification.layers import compare_layers
 from dyexport.verification.reference_model import ReferenceModel, near_threshold
 from dyexport.verification.report import Comparison, VerifyReport, summarize
-from dyexport.verification.settings import VerifySettings
+from dyexport.verification.settings import VerifySettings, reference_of
 
 
 @missing_extras()
@@ -83,13 +83,10 @@ def verify_bundle(
     layers of a quantized bundle and for a model without a smaller size.
     """
     bundle = Bundle.open(path)
-    if settings.layers and (kind := bundle.manifest.model.quantization):
-        raise UsageError(f"--layers compares layers in floating point, and {path} is in {kind}; leave it out")
-    preset = preset_of(bundle.manifest.model)
-    if settings.small and preset.for_noise() == preset:
-        raise UsageError(f"--small does nothing here: {preset.name} is compared at its own size; leave it out")
-    reference = reference or find_reference(bundle)
-    model, preset = load_dynamic(reference, stream=must_stream(preset.parameters))
+    settings.check_for(bundle)
+    reference = find_reference(bundle) if reference is None else reference_of(bundle, reference)
+    parameters = preset_of(bundle.manifest.model).parameters
+    model, preset = load_dynamic(reference, stream=must_stream(parameters))
     sized = preset.for_noise() if settings.small else preset
     reference_model = ReferenceModel(model, sized, bundle, settings.seed)
     comparisons: list[Comparison] = []
@@ -120,14 +117,8 @@ def find_reference(bundle: Bundle, work: Path | None = None) -> Path:
 
     Raises ``BundleError`` if it is not there or has changed.
     """
-    reference = bundle.manifest.reference
-    if reference is None:
-        raise BundleError(
-            f"{bundle.root} names no reference; pass --reference with the dynamic checkpoint it was cut from"
-        )
-    path = bundle.root / reference.path if work is None else work / Path(reference.path).name
-    if not path.is_dir():
-        raise BundleError(f"the reference {path} is gone; pass --reference with the dynamic checkpoint, or build again")
+    path, reference = reference_of(bundle, work=work), bundle.manifest.reference
+    assert reference is not None
     if digest_of({name: record.sha256 for name, record in describe(path).items()}) != reference.sha256:
         change = "has changed since the bundle was built; build again"
         raise BundleError(f"the reference {path} {change if work is None else f'is not the one of {bundle.root}'}")

@@ -20,7 +20,8 @@ from dyexport.errors import DataError, UsageError
 from dyexport.models.random_weights import random_backbone
 from dyexport.presets import PRESETS
 from dyexport.runtime.loading import load
-from dyexport.runtime.prompts import Prompts, sample_prompts
+from dyexport.runtime.prompt_settings import Prompts
+from dyexport.runtime.prompts import sample_prompts
 from dyexport.serving.config import ServedModelConfig
 from dyexport.serving.requests import Request
 from dyexport.serving.samplers import open_sampler

@@ -93,7 +93,11 @@ def test_vae_decodes_latents(run: Any, built: Any, tmp_path: Path) -> None:
         (("--labels", "11"), 2, "labels must be in"),
         (("--steps", "0"), 2, "steps is 0"),
         (("--scheduler", "ddim"), 2, "use euler"),
-        (("--target", "tensorrt"), 1, "no 'tensorrt' engines"),
+        (
+            ("--target", "tensorrt"),
+            2,
+            "no 'tensorrt' engines; it was built for onnx; build it again",
+        ),
     ],
 )
 def test_bad_arguments_leave_nothing_behind(
@@ -159,7 +163,9 @@ def test_bench_prints_one_json_object(run: Any, built: Any) -> None:
 def test_a_directory_that_is_no_bundle_is_one_sentence(run: Any, command: str, tmp_path: Path) -> None:
     code, stdout, stderr = run(command, tmp_path, "--json")
     assert (code, stdout) == (1, "")
-    assert stderr == f"dyexport: {tmp_path} is not a bundle: it has no manifest.json\n"
+    assert stderr == (
+        f"dyexport: {tmp_path} is not a bundle: it has no manifest.json; give a directory that `dyexport build` wrote\n"
+    )
 
 
 def test_eval_compares_with_a_control_trained_as_long(run: Any, demo: DemoReport) -> None:

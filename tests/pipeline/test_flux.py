@@ -24,7 +24,8 @@ from dyexport.cli import main
 from dyexport.errors import CheckpointError, DataError, DyexportError, EngineMismatchError, UsageError
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.runtime.loading import load
-from dyexport.runtime.prompts import Prompts, sample_prompts
+from dyexport.runtime.prompt_settings import Prompts
+from dyexport.runtime.prompts import sample_prompts
 from dyexport.verification.settings import VerifySettings
 from dyexport.verification.verify import find_reference, verify_bundle
 from tests.pipeline.tiny import build

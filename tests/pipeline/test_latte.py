@@ -26,7 +26,8 @@ from dyexport.errors import DataError, EngineMismatchError, UsageError
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import PRESETS
 from dyexport.runtime.loading import load
-from dyexport.runtime.prompts import Prompts, sample_prompts
+from dyexport.runtime.prompt_settings import Prompts
+from dyexport.runtime.prompts import sample_prompts
 from dyexport.runtime.stock import example_inputs, stock_transformer
 from dyexport.verification.settings import VerifySettings
 from dyexport.verification.verify import find_reference, verify_bundle

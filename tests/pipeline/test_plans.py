@@ -183,7 +183,7 @@ def test_a_plan_of_another_version_gives_way_to_its_graph_compiled_anew(
         PlanInfo.read(bundle.engine_paths("tensorrt-rtx")["segment-00"].with_name(INFO)), "9.9", "8.9"
     )
     rtx = replace(get_backend("tensorrt-rtx"), incompatibility=lambda path: reason)
-    provider = replace(get_backend("onnx"), files="onnx")  # in the place of the one that needs a GPU
+    provider = get_backend("onnx")  # in the place of the one that needs a GPU
 
     def loaded(backends: dict[str, Backend], message: str) -> torch.Tensor:
         with monkeypatch.context() as patched:

@@ -170,7 +170,7 @@ def test_what_is_no_path_is_refused_in_one_sentence(
 
 
 def test_a_path_that_no_file_system_takes_is_no_bundle() -> None:
-    with pytest.raises(BundleError, match=r"manifest\.json"):
+    with pytest.raises(BundleError, match=r"^cannot read /.*: File name too long; give the directory of a bundle$"):
         load("n" * 5000)
 
 

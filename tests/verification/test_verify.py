@@ -185,7 +185,7 @@ def test_a_reference_that_changed_is_refused(copy: Bundle) -> None:
         verify_bundle(copy.root, SETTINGS)
     assert verify_bundle(copy.root, replace(SETTINGS, timesteps=4), reference=reference).passed
     shutil.rmtree(reference)
-    with pytest.raises(BundleError, match="is gone; pass --reference"):
+    with pytest.raises(BundleError, match="is gone; give --reference"):
         verify_bundle(copy.root, SETTINGS)
 
 

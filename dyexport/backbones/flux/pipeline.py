@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from dyexport.backbones.flux.preset import FluxPreset
 from dyexport.backbones.sampling import PromptColumns, PromptPipeline
 from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 SIDE = 128  # latents; diffusers writes it into its pipeline
 

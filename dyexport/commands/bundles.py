@@ -1,0 +1,24 @@
+"""Bundles that commands read, opened before torch is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dyexport.bundle.reader import Bundle
+
+
+def open_bundle(path: Path, target: str | None = None) -> Bundle:
+    """Open a bundle without hashing its files. Imports no torch.
+
+    Raises ``BundleError``, ``UsageError`` for an unknown target, and ``TargetError`` for one without engines.
+    """
+    from dyexport.bundle.reader import Bundle
+    from dyexport.engines.registry import engine_files
+
+    files = None if target is None else engine_files(target)
+    bundle = Bundle.open(path, check_hashes=False)
+    if files is not None:
+        bundle.engine_paths(files)
+    return bundle
