@@ -28,6 +28,7 @@ from dyexport.errors import (
     MissingDependencyError,
     SamplingError,
     StorageError,
+    TargetError,
     UsageError,
     missing_extras,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "BuildSettings",
     "Bundle",
     "BundleError",
+    "BundleTransformer",
     "CheckpointError",
     "DataError",
     "DyexportError",
@@ -46,9 +48,12 @@ __all__ = [
     "EngineMismatchError",
     "ExportError",
     "MissingDependencyError",
+    "Samples",
     "SamplingError",
     "StorageError",
+    "TargetError",
     "UsageError",
+    "VerifyReport",
     "__version__",
     "build",
     "load",
@@ -61,12 +66,17 @@ if TYPE_CHECKING:
     from dyexport.pipeline.api import build
     from dyexport.pipeline.settings import BuildSettings
     from dyexport.runtime.loading import load
-    from dyexport.samples import sample
+    from dyexport.runtime.transformer import BundleTransformer
+    from dyexport.samples import Samples, sample
+    from dyexport.verification.report import VerifyReport
     from dyexport.verification.verify import verify
 else:
     _LAZY = {
         "BuildSettings": "dyexport.pipeline.settings",
         "Bundle": "dyexport.bundle.reader",
+        "BundleTransformer": "dyexport.runtime.transformer",
+        "Samples": "dyexport.samples",
+        "VerifyReport": "dyexport.verification.report",
         "build": "dyexport.pipeline.api",
         "load": "dyexport.runtime.loading",
         "sample": "dyexport.samples",
@@ -92,4 +102,4 @@ else:
         return {cls.__name__: cls for cls in map(get_stand_in, BACKBONES)}.get(name)
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+        return sorted({*(name for name in globals() if name.startswith("__")), *__all__})
