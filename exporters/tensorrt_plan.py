@@ -1,7 +1,7 @@
 """Build TensorRT plans, classic or RTX, from ONNX graphs, with profiles for every dynamic dimension.
 
-The graph is the file that ONNX Runtime runs and that ``verify`` checks. Networks are strongly typed: a plan computes
-in the precision of its graph.
+The graph is the file that ONNX Runtime runs and that ``verify`` checks; only the form of its attention may change.
+Networks are strongly typed: a plan computes in the precision of its graph.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dyexport.bundle.graph_forms import AttentionForm
 from dyexport.bundle.onnx_schema import MESSAGES, tensor_spec
 from dyexport.bundle.plan_info import ENGINE, INFO, Flavour, PlanInfo, Profile
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.digests import sha256_of
 from dyexport.errors import EngineBuildError
 from dyexport.exporters.operator_gate import check_operators
+from dyexport.exporters.tensorrt_attention import allow_decomposition, graph_in_form, supported_form
 from dyexport.exporters.timing_cache import kept_timings
 from dyexport.progress import Progress
 from dyexport.tensorrt_api import Api, BuildLog, load_api
@@ -31,7 +33,7 @@ class PlanRequest:
 
     ``profiles``, one optimization profile each, name every symbol of ``inputs``. ``largest_topk`` is the most
     tokens that a block may be asked to keep. With ``stream_weights``, those that do not fit on the device may stay in
-    host memory.
+    host memory. ``attention`` is the form of attention in the network; None selects what the builder supports.
     """
 
     flavour: Flavour
@@ -41,6 +43,7 @@ class PlanRequest:
     compute_capabilities: tuple[str, ...] = ()
     largest_topk: int = 0
     stream_weights: bool = False
+    attention: AttentionForm | None = None
 
 
 def build_plan(
@@ -61,7 +64,7 @@ def build_plan(
     api = load_api(request.flavour)
     log = BuildLog(api.trt)
     builder = api.trt.Builder(log.logger)
-    network, parser = _parse(api, builder, log, graph)
+    network, parser = _parse(api, builder, log, graph, request.attention)
     config = _configure(api, builder, network, request, progress)
     with kept_timings(api, config, timings):
         plan = builder.build_serialized_network(network, config)
@@ -87,15 +90,16 @@ def build_plan(
     return info
 
 
-def _parse(api: Api, builder: Any, log: BuildLog, graph: Path) -> tuple[Any, Any]:
+def _parse(api: Api, builder: Any, log: BuildLog, graph: Path, attention: AttentionForm | None) -> tuple[Any, Any]:
     """Return the network, and the parser that owns its weights."""
     trt = api.trt
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # all networks of RTX are
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, log.logger)
-    if not parser.parse_from_file(str(graph)):
+    if not parser.parse(graph_in_form(graph, attention or supported_form(trt)), str(graph)):
         error = parser.get_error(0)
         raise EngineBuildError(f"{api.flavour} cannot read {graph.name}: {error.desc()} at node {error.node_name()!r}")
+    allow_decomposition(trt, network)
     return network, parser
 
 

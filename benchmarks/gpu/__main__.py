@@ -7,66 +7,85 @@ import gc
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
 
 import benchmarks.gpu
-from benchmarks.gpu.cases import Case, CaseName, make_case
 from benchmarks.gpu.report import Results, circumstances
-from benchmarks.gpu.timing import Timing
-from benchmarks.gpu.with_engines import SECTIONS as ENGINE_SECTIONS
-from benchmarks.gpu.with_torch import time_case
-from dyexport.bundle.spec import Precision
+from benchmarks.gpu.sections import SECTIONS
+from benchmarks.gpu.settings import Settings
+from dyexport.errors import UsageError, reason
 
-Section = Callable[[Case, Timing, int], dict[str, Any]]
-
-SECTIONS: dict[str, Section] = {"torch": time_case, **ENGINE_SECTIONS}
-PRECISIONS: dict[str, Precision] = {"torch": "bf16"}
-OTHERWISE: Precision = "fp16"  # ONNX Runtime has few kernels in bf16
 RESULTS = Path(__file__).parents[1] / "results"
-CASES = {
-    "torch": "dit-xl-2:all:2,dit-xl-2-512:all:2,flux/4+8:all:1,dit-xl-2:capacity:2,dit-xl-2:all:16,flux:all:1:2",
-    "engines": "dit-xl-2:all:2",
-}
+REHEARSAL = {"steps": 4, "rounds": 1, "repeats": 1}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
+    names = options.sections.split(",")
+    if unknown := [name for name in names if name not in SECTIONS]:
+        raise SystemExit(f"unknown section {unknown[0]!r}; known: {', '.join(SECTIONS)}")
     results = Results(options.out)
     made = circumstances(options.device, " ".join(["python -m benchmarks.gpu", *(arguments or sys.argv[1:])]))
-    timing = Timing(device=options.device, rounds=options.rounds, repeats=options.repeats)
-    started = time.monotonic()
-    for section in options.sections.split(","):
-        for text in (options.cases or CASES["torch" if section == "torch" else "engines"]).split(","):
-            left = options.seconds - (time.monotonic() - started)
-            record = measure(section, text, options, timing) if left > 0 else {"failure": "not begun: out of time"}
-            print(results.add(section, text, {**made, **record}), flush=True)
-            _tidy(options.device)
-    print(results.table())
+    settings = Settings(
+        device=options.device,
+        work=options.work,
+        **(REHEARSAL if options.rehearse else {name: getattr(options, name) for name in REHEARSAL}),
+    )
+    for name in names:
+        section = SECTIONS[name]
+        usual = section.rehearsal if options.rehearse else section.cases
+        watch = Watch(options.limit)
+        for case in options.cases.split(",") if options.cases else usual:
+            record = {"failure": refusal} if (refusal := watch.refusal()) else measure(name, case, settings)
+            watch.took(record.get("took", 0.0))
+            print(results.add(name, case, {**made, **record}), flush=True)
+            _tidy(settings.device)
+    print(results.tables())
 
 
-def measure(section: str, text: str, options: argparse.Namespace, timing: Timing) -> dict[str, Any]:
-    """A record; of a failure, whatever it was, the sentence."""
+class Watch:
+    """Time of one section: a case is begun only if the longest one so far would still fit."""
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._end = time.monotonic() + limit
+        self._longest = 0.0
+
+    def took(self, seconds: float) -> None:
+        self._longest = max(self._longest, seconds)
+
+    def refusal(self) -> str | None:
+        """Explain why no further case is begun; None if one may be."""
+        left = self._end - time.monotonic()
+        if left > self._longest:
+            return None
+        return f"not begun: {max(left, 0):.0f} of {self._limit:.0f} s are left, and a case took {self._longest:.0f}"
+
+
+def measure(section: str, case: str, settings: Settings) -> dict[str, Any]:
+    """Return a record, or the sentence of a failure, whatever it was."""
     begin = time.monotonic()
     try:
-        precision = "fp32" if options.device == "cpu" else PRECISIONS.get(section, OTHERWISE)
-        case = make_case(CaseName.parse(text), options.budget, precision)
-        record = SECTIONS[section](case, timing, options.steps)
+        record = SECTIONS[section].measure(case, settings)
     except Exception as error:
-        traceback.print_exc()
-        record = {"failure": f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"}
+        if not isinstance(error, UsageError):
+            traceback.print_exc()
+        record = {"failure": f"{type(error).__name__}: {reason(error)}"}
     return {**record, "took": time.monotonic() - begin}
 
 
 def _tidy(device: str) -> None:
-    """The next case starts with all of the memory."""
+    """Leave all of the memory to the next case."""
     torch.compiler.reset()
     gc.collect()
     if device != "cpu":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,17 +94,16 @@ def _parser() -> argparse.ArgumentParser:
         description=benchmarks.gpu.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parents[1] / "results", help="folder of gpu.json, .md"
-    )
-    parser.add_argument("--sections", default=",".join(SECTIONS))
-    parser.add_argument("--cases", help="most important first; by default DiT-XL/2 at 256 and 512 px, and FLUX")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of gpu.jsonl, gpu.json and gpu.md")
+    parser.add_argument("--work", type=Path, default=Path(gettempdir()) / "dyexport-gpu", help="folder of bundles")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="separated by commas, in their order")
+    parser.add_argument("--cases", help="instead of a section's own, most important first, separated by commas")
+    parser.add_argument("--limit", type=float, default=150.0, help="seconds of a section, after which none is begun")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--rehearse", action="store_true", help="run small cases of the same code, once each")
     parser.add_argument("--steps", type=int, default=50, help="of a trajectory, which is conditioned once")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=1200.0, help="begin no new case after this long")
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,6 +31,10 @@ from dyexport.slicing.slicer import (
     spec_of,
 )
 
+BUDGET = 0.5  # lambda of a case that names none
+CASE = re.compile(
+    r"(?P<model>[^:@]+):(?P<tokens>all|capacity):(?P<batch>[1-9]\d*)(:(?P<engines>[1-9]\d*))?(@(?P<budget>0\.\d+))?"
+)
 POINTS = 256  # of the width table
 TREND, SPREAD, WAVES, OFFSET = 0.5, 0.1, 3, 1.5  # logits of a unit over t, as dyexport.models.random_weights has them
 KEPT, SWING = 0.75, 0.1  # share of tokens that a block keeps on average, and how far it moves over t
@@ -37,35 +42,47 @@ LEVELS = np.array([0.5, 0.9, 0.99, 1.0])
 ABOVE = np.array([0.0, 0.02, 0.03, 0.04])  # share of tokens that these quantiles lie above the mean
 
 
+def sized_preset(text: str) -> Preset:
+    """Return a preset, or with ``flux/4+8`` FLUX of 4 double and 8 single blocks. Raises ``UsageError``."""
+    name, _, blocks = text.partition("/")
+    preset = get_preset(name)
+    if not blocks:
+        return preset
+    double, _, single = blocks.partition("+")
+    if not isinstance(preset, FluxPreset) or not (double.isdigit() and single.isdigit()):
+        raise UsageError(f"{text!r} is not a FLUX preset and its blocks, such as flux/4+8")
+    return replace(preset, name=text, double_blocks=int(double), single_blocks=int(single))
+
+
 @dataclass(frozen=True, kw_only=True)
 class CaseName:
-    """``flux/4+8:all:1:2``: a preset, how tokens are skipped, the batch, the number of engines."""
+    """A case such as ``flux/4+8:all:1:2@0.3``: a preset, the token path, the batch, the number of engines, lambda."""
 
     model: str
     tokens: str
     batch: int
     engines: int
+    budget: float = BUDGET
 
     @classmethod
     def parse(cls, text: str, engines: int = 3) -> CaseName:
-        """Raises ``UsageError``."""
-        parts = text.split(":")
-        numbers = parts[2:]
-        if len(parts) not in (3, 4) or parts[1] not in ("all", "capacity") or not all(map(str.isdigit, numbers)):
-            raise UsageError(f"case {text!r} is not MODEL:all|capacity:BATCH[:ENGINES], such as dit-xl-2:all:2")
-        batch, wanted = int(numbers[0]), int(numbers[1]) if len(numbers) == 2 else engines
-        return cls(model=parts[0], tokens=parts[1], batch=batch, engines=wanted)
+        """Parse a case. Raises ``UsageError``."""
+        if (found := CASE.fullmatch(text)) is None:
+            raise UsageError(
+                f"case {text!r} is not MODEL:all|capacity:BATCH[:ENGINES][@LAMBDA], such as dit-xl-2:all:2 or "
+                "flux/4+8:all:1:2@0.3"
+            )
+        return cls(
+            model=found["model"],
+            tokens=found["tokens"],
+            batch=int(found["batch"]),
+            engines=int(found["engines"] or engines),
+            budget=float(found["budget"] or BUDGET),
+        )
 
     @property
     def preset(self) -> Preset:
-        name, _, blocks = self.model.partition("/")
-        preset = get_preset(name)
-        if not blocks:
-            return preset
-        double, _, single = blocks.partition("+")
-        if not isinstance(preset, FluxPreset) or not (double.isdigit() and single.isdigit()):
-            raise UsageError(f"{self.model!r} is not a FLUX preset and its blocks, such as flux/4+8")
-        return replace(preset, name=self.model, double_blocks=int(double), single_blocks=int(single))
+        return sized_preset(self.model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +132,11 @@ class Case:
         return {"batch": self.name.batch, "frames": self.spec.frames or 1, "height": side, "width": side, **tokens}
 
 
-def make_case(name: CaseName, budget: float, precision: Precision = "bf16") -> Case:
+def make_case(name: CaseName, precision: Precision = "bf16") -> Case:
     """Raises ``UsageError`` for a model that is not known."""
     preset = name.preset
     stats = synthetic_tokens(preset) if name.tokens == "capacity" else None
-    widths = synthetic_widths(preset, budget, stats)
+    widths = synthetic_widths(preset, name.budget, stats)
     settings = PlanSettings(engines=name.engines, token_path="auto" if stats is None else "capacity")
     return Case(
         name=name,

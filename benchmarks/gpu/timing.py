@@ -1,4 +1,4 @@
-"""Timing on a GPU: compiled, captured, and in alternating blocks. On a CPU the same without either."""
+"""Timing in alternating blocks, compiled or not: on a GPU in CUDA graphs, on a CPU without."""
 
 from __future__ import annotations
 
@@ -19,21 +19,25 @@ WARM_UPS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """``rounds`` times ``repeats`` runs of each variant."""
+    """Method of timing: ``rounds`` times ``repeats`` runs of each variant, under torch.compile if ``compiled``."""
 
     device: str
     rounds: int = 10
     repeats: int = 20
+    compiled: bool = False
 
     def ready(self, function: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Run:
-        """The function on these inputs, once it is fast: on a GPU compiled and captured into one CUDA graph."""
+        """Return the function on these inputs as it is timed: on a GPU captured into one CUDA graph."""
         require_finite(function(**inputs))
-        if self.device == "cpu":
-            return lambda: function(**inputs)
-        return captured(torch.compile(function, fullgraph=True, dynamic=False), inputs)
+        if self.compiled:
+            function = torch.compile(function, fullgraph=True, dynamic=False)
+        if self.device != "cpu":
+            return captured(function, inputs)
+        function(**inputs)
+        return lambda: function(**inputs)
 
     def seconds(self, runs: Mapping[str, Run]) -> dict[str, float]:
-        """Median of one run of each; every variant is timed in each round, so all see the same clock."""
+        """Return the median of one run of each. Every variant is timed in each round, so all see the same clock."""
         block = _cpu_block if self.device == "cpu" else _cuda_block
         samples: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(self.rounds):
@@ -44,14 +48,14 @@ class Timing:
 
 
 def require_finite(output: Any) -> None:
-    """Raises ``DyexportError`` for infinities: a network that is full of them is no measure of anything."""
+    """Raise ``DyexportError`` for infinities, which may be faster to compute with than numbers."""
     tensors = [output] if isinstance(output, Tensor) else list(output)
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         raise DyexportError("a network with random weights gives values that are not finite; nothing was timed")
 
 
 def captured(function: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Run:
-    """One CUDA graph that reads its inputs in place."""
+    """Return the replay of one CUDA graph that reads its inputs in place."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

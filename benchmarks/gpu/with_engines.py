@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from benchmarks.gpu.cases import Case
 from benchmarks.gpu.summary import summarize
 from benchmarks.gpu.timing import Run, Timing, require_finite
 from benchmarks.gpu.with_torch import network_inputs
+from dyexport.bundle.graph_forms import AttentionForm
 from dyexport.bundle.plan import Segment
 from dyexport.bundle.plan_info import ENGINE, Flavour, Profile
 from dyexport.engines.base import Engine
@@ -29,17 +30,20 @@ from dyexport.slicing.store_layout import StoreLayout, lay_out
 from dyexport.tensorrt_api import load_api
 
 
-def time_onnxruntime(case: Case, timing: Timing, steps: int) -> dict[str, Any]:
-    """Raises ``EngineMismatchError`` where the installed ONNX Runtime does not run on the device."""
+def time_onnxruntime(form: AttentionForm, case: Case, timing: Timing, steps: int) -> dict[str, Any]:
+    """Time graphs with attention in one form.
+
+    Raises ``EngineMismatchError`` where the installed ONNX Runtime does not run on the device.
+    """
     if timing.device != "cpu" and not get_backend("onnx").has_cuda():
         raise EngineMismatchError("the onnxruntime installed here has no CUDA provider; onnxruntime-gpu has")
     with graphs(case) as paths:
-        engines = make_engines("onnx", list(paths.values()), EngineOptions(device=timing.device))
+        engines = make_engines("onnx", list(paths.values()), EngineOptions(device=timing.device, attention=form))
         return _timed(case, dict(zip(paths, engines, strict=True)), timing, steps)
 
 
 def time_tensorrt(flavour: Flavour, case: Case, timing: Timing, steps: int) -> dict[str, Any]:
-    """Whether plans run here, whatever their description says, and how fast. Raises the vendor's reasons, mapped."""
+    """Time plans, whatever their description says of this machine. Raises the vendor's reasons, mapped."""
     load_api(flavour)  # before graphs are written for nothing
     with graphs(case) as paths:
         plans = {name: _plan(flavour, case, name, path, steps) for name, path in paths.items()}
@@ -54,7 +58,7 @@ def time_tensorrt(flavour: Flavour, case: Case, timing: Timing, steps: int) -> d
 
 @contextmanager
 def graphs(case: Case) -> Iterator[dict[str, Path]]:
-    """ONNX graphs of a case's networks over one store of noise, for as long as the context is open."""
+    """Write ONNX graphs of a case's networks over one store of noise, which exist while the context is open."""
     layout = lay_out(recipe for piece in case.networks.values() for recipe in piece.recipes.values())
     with TemporaryDirectory() as folder:
         write_noise(Path(folder) / STORE, layout)
@@ -65,7 +69,7 @@ def graphs(case: Case) -> Iterator[dict[str, Path]]:
 
 
 def write_noise(path: Path, layout: StoreLayout) -> None:
-    """Every tensor in its own precision, scaled so that activations stay near their size."""
+    """Write every tensor in its precision, scaled so that activations stay near their size."""
     generator = torch.Generator().manual_seed(0)
     with path.open("wb") as file:
         file.truncate(layout.nbytes)
@@ -76,7 +80,7 @@ def write_noise(path: Path, layout: StoreLayout) -> None:
 
 
 def _plan(flavour: Flavour, case: Case, name: str, graph: Path, steps: int) -> Path:
-    """For the sizes that are timed and no others."""
+    """Build a plan for the sizes that are timed and no others."""
     segment = _segment(case, name)
     wanted = {**case.sizes, "rows": steps * case.name.batch}
     usual = profiles_for(case.spec, segment, ())[0]
@@ -110,10 +114,3 @@ def _timed(case: Case, engines: dict[str, Engine], timing: Timing, steps: int) -
     finally:
         for engine in engines.values():
             engine.close()
-
-
-SECTIONS: dict[str, Callable[[Case, Timing, int], dict[str, Any]]] = {
-    "onnxruntime": time_onnxruntime,
-    "tensorrt-rtx": partial(time_tensorrt, "tensorrt-rtx"),
-    "tensorrt": partial(time_tensorrt, "tensorrt"),
-}

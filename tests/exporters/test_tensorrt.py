@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnxruntime as ort
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from dyexport.backbones.base import Preset
+from dyexport.bundle.graph_forms import AttentionForm
 from dyexport.bundle.plan import TokenPath
 from dyexport.bundle.plan_info import ENGINE, INFO, PlanInfo
 from dyexport.bundle.spec import Precision, Quantization
@@ -20,6 +22,7 @@ from dyexport.calibration.widths import read_widths
 from dyexport.digests import sha256_of
 from dyexport.errors import EngineBuildError, EngineMismatchError, MissingDependencyError
 from dyexport.exporters.onnx_graph import STORE, export_onnx
+from dyexport.exporters.tensorrt_attention import supported_form
 from dyexport.exporters.tensorrt_plan import build_plan
 from dyexport.exporters.tensorrt_profiles import parse_profiles, profiles_for
 from dyexport.exporters.timing_cache import kept_timings, read_timings
@@ -86,6 +89,37 @@ def test_segments_of_every_backbone_build(
 
 @pytest.mark.tensorrt
 @pytest.mark.parametrize(
+    ("backbone", "precision"),
+    [
+        *((backbone, "bf16") for backbone in TINY),
+        ("flux", "fp32"),
+        *(
+            pytest.param(backbone, precision, marks=pytest.mark.slow)
+            for backbone in TINY
+            for precision in ("fp32", "fp16")
+            if (backbone, precision) != ("flux", "fp32")
+        ),
+    ],
+)
+def test_both_forms_of_attention_build(rtx: Any, tmp_path: Path, backbone: str, precision: Precision) -> None:
+    """In fp32 TensorRT-RTX has no fused kernel, and must be allowed to decompose the layer."""
+    preset = get_preset(TINY[backbone])
+    context, segment = slice_context(preset, precision), half_width(preset, "dynamic")
+    slice_ = slice_segment(context, segment)
+    graph, layers = write_graph(slice_, tmp_path), {}
+    for form in get_args(AttentionForm):
+        request = request_for(context, slice_, segment, attention=form)
+        info = build_plan(graph, request, tmp_path / form)
+        assert info.graph_sha256 == sha256_of(graph)
+        layers[form] = Counter(layer.split()[0] for layer in info.layers)
+    assert layers["fused"]["attention_input"] == layers["fused"]["attention_output"] == layers["primitive"]["softmax"]
+    assert layers["fused"]["softmax"] == layers["primitive"]["attention_input"] == 0
+    assert supported_form(rtx) == "fused"
+    assert layers["primitive"]["softmax"] >= preset.depth
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize(
     ("backbone", "precision", "quantization"),
     [
         ("sit", "fp32", "int8"),
@@ -106,7 +140,9 @@ def test_quantized_segments_build(
     slice_ = with_ranges(slice_segment(replace(context, spec=spec), segment))
     graph = write_graph(slice_, tmp_path)
     info = build_plan(graph, request_for(context, slice_, segment), tmp_path / "plan")
-    assert sum(layer.startswith("quantize ") for layer in info.layers) == len(slice_.ranges)
+    kinds = Counter(layer.split()[0] for layer in info.layers)
+    assert kinds["quantize"] == len(slice_.ranges)
+    assert kinds["attention_input"] >= preset.depth
 
 
 @pytest.mark.tensorrt
