@@ -51,6 +51,11 @@ class EngineIO:
         return {name: tuple(size for size in shape if size is not None) for name, shape in sizes.items()}
 
 
+def shape_key(inputs: Tensors) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Return a key that is equal for inputs of the same names and shapes."""
+    return tuple(sorted((name, tuple(tensor.shape)) for name, tensor in inputs.items()))
+
+
 def _check_tensor(spec: TensorSpec, tensor: torch.Tensor, symbols: dict[str, int]) -> None:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype != spec.dtype:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dyexport.bundle.graph_forms import AttentionForm, fuse_attention
 from dyexport.bundle.onnx_schema import BFLOAT16, DTYPES, Message
-from dyexport.bundle.tensors import TensorSpec
 from dyexport.engines.base import Engine, EngineIO, Tensors, WeightSpan
 from dyexport.engines.onnx_file import graph_io, graph_weights, read_graph, resolve_weights
 from dyexport.errors import DyexportError, EngineBuildError, EngineMismatchError, MissingDependencyError, reason
@@ -79,8 +79,16 @@ class OrtEngine(Engine):
 
     def _start(self, ort: Any, model: Message) -> Any:
         """Start a session on this engine's execution provider."""
-        providers = providers_for(self.device, ort.get_available_providers())
+        return self._session_on(ort, model, {})
+
+    def _session_on(self, ort: Any, model: Message, more: Mapping[str, Any]) -> Any:
+        """Start a session with ``more`` options of the CUDA provider."""
+        providers = providers_for(self.device, ort.get_available_providers(), {**self._provider_options(), **more})
         return ort.InferenceSession(model.SerializeToString(), self._options(ort), providers=providers)
+
+    def _provider_options(self) -> dict[str, Any]:
+        """Return options of the CUDA provider."""
+        return {}
 
     def _options(self, ort: Any) -> Any:
         import torch
@@ -99,26 +107,39 @@ class OrtEngine(Engine):
 
     def run(self, inputs: Tensors) -> dict[str, torch.Tensor]:
         shapes = self.io.output_shapes(self.io.check(inputs))
-        inputs = {name: tensor.detach().contiguous() for name, tensor in inputs.items()}
-        outputs = {spec.name: self._empty(spec, shapes[spec.name]) for spec in self.io.outputs}
         self.activate()
+        return self._run({name: tensor.detach().contiguous() for name, tensor in inputs.items()}, shapes)
+
+    def _run(self, inputs: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+        outputs = self._allocate(shapes)
+        binding = self._bind(inputs, outputs)
+        self._synchronize()
+        self._execute(binding)
+        return outputs
+
+    def _bind(self, inputs: Tensors, outputs: Tensors) -> Any:
+        """Bind tensors in place. Raises ``EngineMismatchError`` for one on another device."""
         binding = self._session.io_binding()
         for name, tensor in inputs.items():
             binding.bind_input(name, **self._location(name, tensor))
         for name, tensor in outputs.items():
             binding.bind_output(name, **self._location(name, tensor))
-        self._synchronize()
+        return binding
+
+    def _execute(self, binding: Any, options: Any = None) -> None:
         with vendor_errors(EngineMismatchError, f"ONNX Runtime cannot run {self.path}"):
-            self._session.run_with_iobinding(binding)
-        return outputs
+            self._session.run_with_iobinding(binding, options)
 
     def close(self) -> None:
         self._session = None
 
-    def _empty(self, spec: TensorSpec, shape: tuple[int, ...]) -> torch.Tensor:
+    def _allocate(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
         import torch
 
-        return torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self.device)
+        return {
+            spec.name: torch.empty(shapes[spec.name], dtype=getattr(torch, spec.dtype), device=self.device)
+            for spec in self.io.outputs
+        }
 
     def _location(self, name: str, tensor: torch.Tensor) -> dict[str, Any]:
         """Return the arguments that bind a tensor in place, without a copy."""
@@ -144,8 +165,13 @@ def has_cuda() -> bool:
     return "CUDAExecutionProvider" in load_onnxruntime().get_available_providers()
 
 
-def providers_for(device: str, available: Sequence[str]) -> Providers:
-    """Return execution providers for ``cpu``, ``cuda`` or ``cuda:N``, falling back from CUDA to the CPU by operator."""
+def providers_for(
+    device: str, available: Sequence[str], options: Mapping[str, Any] = MappingProxyType({})
+) -> Providers:
+    """Return execution providers for ``cpu``, ``cuda`` or ``cuda:N``, falling back from CUDA to the CPU by operator.
+
+    ``options`` are of the CUDA provider.
+    """
     kind, _, index = device.partition(":")
     if kind == "cpu":
         return ["CPUExecutionProvider"]
@@ -153,7 +179,7 @@ def providers_for(device: str, available: Sequence[str]) -> Providers:
         raise EngineMismatchError(f"ONNX Runtime engines run on cpu or cuda, not on {device!r}")
     if "CUDAExecutionProvider" not in available:
         raise MissingDependencyError("onnxruntime-gpu", "gpu")
-    return [("CUDAExecutionProvider", {"device_id": int(index or 0)}), "CPUExecutionProvider"]
+    return [("CUDAExecutionProvider", {"device_id": int(index or 0), **options}), "CPUExecutionProvider"]
 
 
 def fastest_attention(model: Message, device_type: str, version: str) -> AttentionForm:

@@ -19,13 +19,15 @@ class EngineOptions:
     ``device`` is ``cpu``, ``cuda`` or ``cuda:N``. ``share_weights`` keeps one copy of the weights in memory.
     ``streaming_budget`` bounds the bytes of each engine's weights that stay on the device, where the rest can be
     streamed. None keeps all of them there. ``attention`` is the form of attention in graphs that ONNX Runtime runs;
-    None selects it by device. Plans have the form that they were built with.
+    None selects it by device. Plans have the form that they were built with. With ``cuda_graphs``, ONNX Runtime
+    captures its runs on CUDA; TensorRT always does.
     """
 
     device: str = "cpu"
     share_weights: bool = False
     streaming_budget: int | None = None
     attention: AttentionForm | None = None
+    cuda_graphs: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +50,13 @@ class Backend:
 
 def _onnx() -> Backend:
     from dyexport.engines.ort import OrtEngine, has_cuda
+    from dyexport.engines.ort_cuda import OrtCudaEngine
 
     def make(paths: Sequence[Path], options: EngineOptions) -> list[Engine]:
         device, shared, attention = options.device, options.share_weights, options.attention
+        if device != "cpu":
+            graphs = options.cuda_graphs
+            return [OrtCudaEngine(path, device=device, attention=attention, cuda_graphs=graphs) for path in paths]
         return [OrtEngine(path, device=device, share_weights=shared, attention=attention) for path in paths]
 
     return Backend(make=make, has_cuda=has_cuda)

@@ -91,11 +91,6 @@ class Workspace:
         caller.wait_stream(self.stream)
 
 
-def shape_key(inputs: Tensors) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Return a key for runs that can share a context."""
-    return tuple(sorted((name, tuple(tensor.shape)) for name, tensor in inputs.items()))
-
-
 class ShapedContext:
     """A context at one set of shapes. The first run binds the caller's tensors; the second is captured into a graph.
 

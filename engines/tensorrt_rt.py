@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyexport.engines.base import Tensors
+from dyexport.engines.base import Tensors, shape_key
 from dyexport.engines.plan_engine import PlanEngine
-from dyexport.engines.tensorrt_contexts import ShapedContext, Workspace, shape_key
+from dyexport.engines.tensorrt_contexts import ShapedContext, Workspace
 from dyexport.engines.tensorrt_fit import choose_profile, incompatibility
 from dyexport.engines.tensorrt_session import Session
 from dyexport.errors import EngineMismatchError

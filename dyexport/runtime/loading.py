@@ -39,6 +39,7 @@ def load(
     max_resident: int | None = None,
     memory: int | str | None = None,
     share_weights: bool = False,
+    cuda_graphs: bool = False,
     check_hashes: bool = True,
     dense: bool = False,
     fallback: bool = True,
@@ -54,6 +55,7 @@ def load(
     memory         instead of ``max_resident``: most bytes of weights, or a text such as ``"8GiB"``; decides how many
                    engines stay, and whether weights are streamed; activations come on top
     share_weights  let engines map one copy of the weights
+    cuda_graphs    let ONNX Runtime capture its runs on CUDA where it can; TensorRT does so without being asked
     check_hashes   check the hash of every file
     dense          open the static model that a bundle keeps for comparison
     fallback       where the target does not run on this machine, warn and run the ONNX graphs; else raise
@@ -64,7 +66,8 @@ def load(
     limit, budget = _bounds(max_resident, memory)
     root = find_bundle(bundle_path)
     bundle, opened = _open(root, target, check_hashes=check_hashes, dense=dense, fallback=fallback)
-    options = EngineOptions(device=_device(opened, device), share_weights=share_weights)
+    chosen = _device(opened, device)
+    options = EngineOptions(device=chosen, share_weights=share_weights, cuda_graphs=cuda_graphs)
     placement = _place(opened, options, limit, budget)
     options = replace(options, streaming_budget=placement.streaming_budget)
     reopen = partial(
@@ -75,6 +78,7 @@ def load(
         max_resident=max_resident,
         memory=memory,
         share_weights=share_weights,
+        cuda_graphs=cuda_graphs,
         check_hashes=check_hashes,
         dense=dense,
         fallback=fallback,

@@ -66,7 +66,7 @@ def build_tiny_plan(graph: Path, flavour: Flavour, name: str = "plan") -> Path:
     return out / ENGINE
 
 
-def gpu_engines(target: str, *paths: Path) -> list[Engine]:
+def gpu_engines(target: str, *paths: Path, cuda_graphs: bool = False) -> list[Engine]:
     """Engines of one bundle. Skips the test where this GPU or its software does not run them."""
     backend = get_backend(target)
     try:
@@ -75,4 +75,5 @@ def gpu_engines(target: str, *paths: Path) -> list[Engine]:
         reason = str(error)
     if reason is not None:
         pytest.skip(reason)
-    return [OnCuda(engine) for engine in backend.make(paths, EngineOptions(device="cuda"))]
+    options = EngineOptions(device="cuda", cuda_graphs=cuda_graphs)
+    return [OnCuda(engine) for engine in backend.make(paths, options)]

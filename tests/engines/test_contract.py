@@ -14,6 +14,7 @@ from dyexport.bundle.plan_info import ENGINE, Flavour
 from dyexport.engines.base import Engine, Tensors
 from dyexport.engines.fake import FakeEngine
 from dyexport.engines.ort import OrtEngine
+from dyexport.engines.ort_cuda import OrtCudaEngine
 from dyexport.engines.switching import EngineChoice, SwitchingEngine
 from dyexport.engines.torch_rt import make_engines as torch_engines
 from dyexport.errors import EngineMismatchError
@@ -59,6 +60,7 @@ def switching(folder: Path) -> Engine:
 MAKERS: dict[str, Callable[[Path], Engine]] = {
     "ort": lambda folder: OrtEngine(folder / "segment-00.onnx"),
     "ort-shared": lambda folder: OrtEngine(folder / "segment-00.onnx", share_weights=True),
+    "ort-fixed-addresses": lambda folder: OrtCudaEngine(folder / "segment-00.onnx", device="cpu", cuda_graphs=True),
     "fake": lambda folder: FakeEngine(tiny_io(SEGMENT), expected),
     "switching": switching,
 }
@@ -79,6 +81,7 @@ def torch_package(folder: Path) -> Path:
 
 ON_GPU: dict[str, Callable[[Path], Engine]] = {
     "ort-cuda": lambda folder: gpu_engines("onnx", folder / "segment-00.onnx")[0],
+    "ort-cuda-graphs": lambda folder: gpu_engines("onnx", folder / "segment-00.onnx", cuda_graphs=True)[0],
     "ort-rtx": lambda folder: gpu_engines("onnx-rtx", folder / "segment-00.onnx")[0],
     "tensorrt": lambda folder: tensorrt(folder, "tensorrt"),
     "tensorrt-rtx": lambda folder: tensorrt(folder, "tensorrt-rtx"),

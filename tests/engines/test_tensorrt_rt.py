@@ -12,8 +12,9 @@ import torch
 
 from dyexport.bundle.plan_info import ENGINE, INFO, Flavour, PlanInfo, Profile
 from dyexport.bundle.tensors import TensorSpec
+from dyexport.engines.base import shape_key
 from dyexport.engines.switching import EngineChoice, SwitchingEngine
-from dyexport.engines.tensorrt_contexts import ALIGNMENT, Workspace, shape_key
+from dyexport.engines.tensorrt_contexts import ALIGNMENT, Workspace
 from dyexport.engines.tensorrt_fit import choose_profile, version_mismatch
 from dyexport.engines.tensorrt_rt import TensorRtEngine
 from dyexport.engines.tensorrt_session import PlanFile, Session
