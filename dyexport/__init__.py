@@ -56,6 +56,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "build",
+    "compile_engines",
     "load",
     "sample",
     "verify",
@@ -63,6 +64,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from dyexport.bundle.reader import Bundle
+    from dyexport.compilation.api import compile_engines
     from dyexport.pipeline.api import build
     from dyexport.pipeline.settings import BuildSettings
     from dyexport.runtime.loading import load
@@ -78,6 +80,7 @@ else:
         "Samples": "dyexport.samples",
         "VerifyReport": "dyexport.verification.report",
         "build": "dyexport.pipeline.api",
+        "compile_engines": "dyexport.compilation.api",
         "load": "dyexport.runtime.loading",
         "sample": "dyexport.samples",
         "verify": "dyexport.verification.verify",

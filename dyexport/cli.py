@@ -27,6 +27,7 @@ COMMANDS = (
     "calibrate",
     "export",
     "plan",
+    "compile",
     "verify",
     "sample",
     "bench",

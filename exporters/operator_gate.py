@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
-from dyexport.bundle.onnx_schema import FLOAT8E4M3FN, INT64
+from dyexport.bundle.onnx_schema import FLOAT8E4M3FN, INT64, Message
 from dyexport.bundle.plan_info import LARGEST_TOPK, OLDEST_FP8, Flavour
 from dyexport.errors import EngineBuildError
 
 MODULE = "module"  # key of a node's metadata: the torch module that it came from
 
-Message: TypeAlias = Any
-"""A message of ``dyexport.bundle.onnx_schema``, or of ``onnx``, which has the same fields."""
 
 BOTH: frozenset[Flavour] = frozenset({"tensorrt", "tensorrt-rtx"})
 RTX: frozenset[Flavour] = frozenset({"tensorrt-rtx"})

@@ -41,6 +41,14 @@ TARGETS = {
         quantized="int8 with fp32 multiplies in int8 on CPUs; fp8 rounds, then multiplies floats",
         compiled=False,
     ),
+    "onnx-rtx": Target(
+        about="the ONNX graphs on TensorRT-RTX, which ONNX Runtime's provider compiles on the GPU that runs them",
+        proof="never run: untested on a GPU",
+        quantized="never run; NVIDIA lists products in fp8 from 8.9 on, and int8 for weights alone",
+        options=frozenset({"device"}),
+        compiled=False,
+        static_tokens=True,
+    ),
     "tensorrt-rtx": Target(
         about="TensorRT-RTX plans, built ahead of time on any machine",
         proof="built on CPUs from the graphs that verify checks; never run: untested on a GPU",

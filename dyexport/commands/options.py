@@ -32,6 +32,16 @@ def target_names() -> list[str]:
     return [*TARGETS]
 
 
+def compiled_target_names() -> list[str]:
+    """Return what completion offers for ``--target`` of ``compile``."""
+    return [name for name in target_names() if name != "onnx"]
+
+
+def split(text: str) -> tuple[str, ...]:
+    """Return the parts of a list that is separated by commas."""
+    return tuple(part.strip() for part in text.split(",")) if text else ()
+
+
 def _option(
     panel: str,
     help_text: str,

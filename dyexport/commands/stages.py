@@ -11,6 +11,7 @@ import typer
 
 from dyexport.arguments import parse_bytes
 from dyexport.commands.given import Given
+from dyexport.commands.options import split
 from dyexport.console import Interrupted, StageLines, chatter_on_stderr, stderr
 
 if TYPE_CHECKING:
@@ -52,11 +53,11 @@ def _changes(options: Mapping[str, Any], recorded: BuildSettings | None = None) 
         "td_lora": ("td_lora", parse_lora),
         "lora": ("loras", lambda texts: tuple(map(parse_lora_file, texts))),
         "synthetic": ("synthetic", parse_synthetic),
-        "target": ("targets", _split),
+        "target": ("targets", split),
         "memory": ("memory", parse_bytes),
     }
     of_tensorrt: dict[str, tuple[str, Callable[[Any], Any]]] = {
-        "compute_capability": ("compute_capabilities", _split),
+        "compute_capability": ("compute_capabilities", split),
         "profile": ("profiles", tuple),
         "stream_weights": ("stream_weights", bool),
     }
@@ -69,10 +70,6 @@ def _changes(options: Mapping[str, Any], recorded: BuildSettings | None = None) 
     if tensorrt:
         fields["tensorrt"] = replace(recorded.tensorrt if recorded else TensorrtSettings(), **tensorrt)
     return fields
-
-
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
 
 
 def _same(value: Any) -> Any:

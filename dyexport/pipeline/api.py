@@ -11,20 +11,10 @@ from dyexport.errors import missing_extras
 from dyexport.pipeline.build import build_bundle, opened
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.pipeline.steps import check_training
-from dyexport.stages.ledger import NullListener
+from dyexport.stages.ledger import NullListener, Reporter
 
 Progress = Callable[[str, int, int], None]
 """Function of the name of a stage, the number of units done and their total."""
-
-
-class _Reporter(NullListener):
-    """A listener that calls a function."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def advanced(self, stage: str, done: int, total: int, detail: str = "") -> None:
-        self._progress(stage, done, total)
 
 
 @missing_extras()
@@ -57,6 +47,6 @@ def build(
         values["checkpoint"] = str(checkpoint)
     chosen = BuildSettings.complete(**values)
     check_training(chosen)
-    with opened(chosen, NullListener() if progress is None else _Reporter(progress)) as run:
+    with opened(chosen, NullListener() if progress is None else Reporter(progress)) as run:
         build_bundle(run)
     return Bundle.open(chosen.out)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from dyexport.bundle.manifest import Manifest
 from dyexport.bundle.plan import SegmentPlan
 from dyexport.bundle.targets import compiled_targets, plan_targets
+from dyexport.compilation.install import finish_install
 from dyexport.exporters.plan_cost import PlanCost, estimate_plans
 from dyexport.files import check_writable
 from dyexport.pipeline import export_stages, model_stages, steps
@@ -110,6 +113,7 @@ def build_bundle(run: Run) -> Manifest:
     """Make the bundle at ``settings.out``. Raises ``StorageError`` while another build writes there."""
     settings = run.settings
     with locked_output(settings.out):
+        finish_install(Path(os.path.realpath(settings.out)))
         for target in compiled_targets(settings.targets):
             export_stages.compiler_of(settings, target)  # raises if it cannot be used, before hours of work
         model = calibrate_model(run)

@@ -67,6 +67,16 @@ class NullListener:
     def finished(self, stage: str, seconds: float, *, reused: bool) -> None: ...
 
 
+class Reporter(NullListener):
+    """A listener that calls a function with a stage, how much of it is done, and of how much."""
+
+    def __init__(self, progress: Callable[[str, int, int], None]) -> None:
+        self._progress = progress
+
+    def advanced(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        self._progress(stage, done, total)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """A step of a build that makes one file or directory, ``output``, relative to the work directory.

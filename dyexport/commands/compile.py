@@ -1,0 +1,103 @@
+"""``dyexport compile``: engines of a bundle for the machine that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dyexport.commands import options
+from dyexport.console import DebugOption, JsonOption, StageLines, chatter_on_stderr, emit, format_bytes, pairs
+
+if TYPE_CHECKING:
+    from dyexport.compilation.api import CompiledTarget
+
+EXAMPLES = (
+    "dyexport compile flux-0.5 --target tensorrt",
+    "dyexport compile flux-0.5 --target tensorrt-rtx --compute-capability 8.9 --profile batch=1:1:4",
+    "dyexport compile sit-digits-0.5 --target tensorrt-rtx --json",
+)
+
+
+def compile(
+    bundle: options.BundleArgument,
+    target: Annotated[
+        list[str],
+        typer.Option(
+            help="Engine format to compile for; may be repeated. `dyexport targets` lists them.",
+            metavar="NAME",
+            autocompletion=options.compiled_target_names,
+        ),
+    ],
+    profile: options.ProfileOption = None,
+    compute_capability: options.ComputeCapabilityOption = None,
+    stream_weights: Annotated[
+        bool,
+        typer.Option(
+            "--stream-weights",
+            help="Keep weights that do not fit on the GPU in host memory.",
+            rich_help_panel=options.TENSORRT,
+            metavar="",
+        ),
+    ] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            help="Engines to compile at a time. Default: as many as cores and free memory allow.", metavar="N"
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="Device to compile for: cpu, cuda or cuda:N. Default: CUDA where there is a GPU.", metavar="NAME"
+        ),
+    ] = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compile the graphs of a bundle for this machine, and add the engines to the bundle.
+
+    Needs neither the checkpoint nor the work directory of the build. Repeat the command to resume.
+    """
+    from dyexport.compilation.settings import CompileSettings
+    from dyexport.exporters.tensorrt_profiles import TensorrtSettings
+
+    settings = CompileSettings(
+        targets=tuple(name for text in target for name in options.split(text)),
+        tensorrt=TensorrtSettings(
+            compute_capabilities=options.split(compute_capability or ""),
+            profiles=tuple(profile or ()),
+            stream_weights=stream_weights,
+        ),
+        device=device,
+        jobs=jobs,
+    )
+    with chatter_on_stderr(), StageLines() as lines:
+        from dyexport.compilation.api import compile_bundle
+
+        results = compile_bundle(bundle, settings, lines)
+    payload = {
+        "bundle": str(bundle),
+        "targets": {
+            result.target: {
+                "compiled": {name: round(seconds, 3) for name, seconds in result.seconds.items()},
+                "up_to_date": list(result.up_to_date),
+                "bytes": result.bytes,
+            }
+            for result in results
+        },
+    }
+    emit(payload, as_json=json, human=lambda console: console.print(pairs(_lines(results))))
+
+
+def _lines(results: Sequence[CompiledTarget]) -> list[tuple[str, str]]:
+    return [(result.target, _line(result)) for result in results]
+
+
+def _line(result: CompiledTarget) -> str:
+    size = f", {format_bytes(result.bytes)}" if result.bytes else ""
+    if not result.seconds:
+        return f"up to date, {len(result.up_to_date)} engines{size}"
+    rest = f", {len(result.up_to_date)} up to date" if result.up_to_date else ""
+    return f"{len(result.seconds)} engines compiled in {sum(result.seconds.values()):.1f} s{rest}{size}"

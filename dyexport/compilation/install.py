@@ -1,0 +1,164 @@
+"""Add compiled engines to a bundle, in steps that may be interrupted: every moment shows the old bundle or the new one.
+
+New files get paths that nothing has, then the manifest is replaced in one step, then files that it no longer names are
+deleted. A journal next to the bundle lists both, so that the next process can remove what a killed one left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dyexport.bundle.manifest import EngineRecord, FileRecord, Manifest
+from dyexport.bundle.manifest_file import MANIFEST, files_of, manifest_text
+from dyexport.bundle.reader import Bundle, hub_blobs
+from dyexport.bundle.targets import TARGETS
+from dyexport.compilation.jobs import ENGINES
+from dyexport.digests import remember
+from dyexport.errors import StorageError
+from dyexport.files import PARTIAL, check_writable, clear_partials, hard_linked, remove, replacing, write_atomically
+from dyexport.stages.file_records import describe
+from dyexport.stages.ledger import LEDGER, Ledger, NullListener, Outcome
+
+JOURNAL = "install.json"
+
+
+def work_folder(root: Path) -> Path:
+    """Return the folder in which engines of a bundle are compiled: next to it, or in it if its parent is read-only."""
+    if os.access(root.parent, os.W_OK | os.X_OK):
+        return root.with_name(f".{root.name}.compile")
+    return root / f"{PARTIAL}compile"
+
+
+@contextmanager
+def working_folder(root: Path) -> Iterator[Path]:
+    """Yield the folder in which engines of a bundle are compiled; removed unless there is something to resume.
+
+    Raises ``StorageError`` if it holds anything else.
+    """
+    folder = work_folder(root)
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.name not in (ENGINES, LEDGER, JOURNAL) and not entry.name.startswith(PARTIAL):
+            raise StorageError(f"{entry} was not written by dyexport; move it, then repeat")
+    try:
+        yield folder
+    except BaseException:
+        if not Ledger(folder, NullListener()).records:
+            remove(folder)
+        raise
+    remove(folder)
+
+
+def check_can_grow(root: Path) -> None:
+    """Raise ``StorageError`` unless files can be added to a bundle: its own ones, on a file system for writing."""
+    if hub_blobs(root) is not None or (root / MANIFEST).is_symlink():
+        raise StorageError(
+            f"{root} is in a cache, and its files are links; copy it with `cp -rL {root} DIR`, then compile DIR"
+        )
+    try:
+        check_writable(root)
+    except StorageError as error:
+        why = error.__cause__.strerror if isinstance(error.__cause__, OSError) else str(error)
+        raise StorageError(
+            f"cannot add engines to {root}: {why}; copy it with `cp -r {root} DIR`, then compile DIR"
+        ) from error
+
+
+def install(bundle: Bundle, target: str, engines: Mapping[str, Outcome], keep: frozenset[str]) -> Manifest:
+    """Add engines to a bundle, by network, instead of those of ``target`` whose networks are not in ``keep``.
+
+    Returns the new manifest. Raises ``StorageError`` if the disk is full.
+    """
+    root, old = bundle.root, bundle.manifest
+    journal = work_folder(root) / JOURNAL
+    places = {name: _free_place(root, f"{ENGINES}/{target}/{name}") for name in engines}
+    kept = [engine for engine in old.engines if engine.target != target or engine.network in keep]
+    added = [
+        EngineRecord(target=target, network=name, path=f"{place}/{TARGETS[target].file}")
+        for name, place in places.items()
+    ]
+    replaced = _files_of_engines(old, [engine for engine in old.engines if engine not in kept])
+    files = {name: record for name, record in old.files.items() if name not in replaced}
+    for name, place in places.items():
+        files |= {f"{place}/{part}": record for part, record in engines[name].files.items()}
+    new = _manifest_with(old, [*kept, *added], files)
+    write_atomically(journal, json.dumps({"added": [*places.values()], "replaced": sorted(replaced)}).encode())
+    for name, place in places.items():
+        _place(engines[name], root / place)
+    write_atomically(root / MANIFEST, manifest_text(new))
+    finish_install(root)
+    return new
+
+
+def _manifest_with(manifest: Manifest, engines: list[EngineRecord], files: dict[str, FileRecord]) -> Manifest:
+    """Return a manifest with other engines, checked."""
+    changed = {"engines": tuple(engines), "files": dict(sorted(files.items()))}
+    return Manifest.model_validate(manifest.model_copy(update=changed).model_dump())
+
+
+def finish_install(root: Path) -> None:
+    """Remove files that an installation, which may have been killed, left or replaced and no manifest names."""
+    clear_partials(root / MANIFEST)
+    journal = work_folder(root) / JOURNAL
+    named = files_of(root) or set()
+    content = _read_journal(journal)
+    for place in content["added"]:
+        clear_partials(root / place)
+        if not any(name.startswith(f"{place}/") for name in named):
+            _remove(root, place)
+    for name in content["replaced"]:
+        if name not in named:
+            _remove(root, name)
+    journal.unlink(missing_ok=True)
+
+
+def _read_journal(journal: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        return dict(json.loads(journal.read_bytes()))
+    return {"added": [], "replaced": []}
+
+
+def _free_place(root: Path, wanted: str) -> str:
+    """Return a path in the bundle that nothing has: the one wanted, or one with a number."""
+    names = (wanted if number == 1 else f"{wanted}-{number}" for number in count(1))
+    return next(name for name in names if not os.path.lexists(root / name))
+
+
+def _files_of_engines(manifest: Manifest, engines: list[EngineRecord]) -> set[str]:
+    """Return the files of engines: each engine file, and in a folder of engines its description."""
+    return {name for engine in engines for name in _files_of_engine(manifest, PurePosixPath(engine.path))}
+
+
+def _files_of_engine(manifest: Manifest, path: PurePosixPath) -> Iterator[str]:
+    yield str(path)
+    if path.parts[0] == ENGINES and len(path.parts) > 3:
+        yield from (name for name in manifest.files if PurePosixPath(name).parent == path.parent)
+
+
+def _place(engine: Outcome, place: Path) -> None:
+    """Put an engine's files into a new folder, as second names of the compiled ones if the disk allows."""
+    with replacing(place) as partial:
+        for name, record in engine.files.items():
+            source, copy = engine.path / name, partial / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if hard_linked(source, copy):
+                remember(copy, record.sha256)
+                continue
+            shutil.copyfile(source, copy)
+            if describe(copy)["."] != record:
+                raise StorageError(f"{copy} was not written as it should be; check the disk, then repeat")
+
+
+def _remove(root: Path, name: str) -> None:
+    """Remove a file or folder of the bundle, and folders of engines that are then empty."""
+    remove(root / name)
+    folder = (root / name).parent
+    while folder != root and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
