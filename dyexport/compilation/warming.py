@@ -8,7 +8,7 @@ from __future__ import annotations
 from time import perf_counter
 
 from dyexport.bundle.reader import Bundle
-from dyexport.engines.registry import EngineOptions, get_backend, make_engines
+from dyexport.engines.registry import EngineOptions, engine_files, get_backend, make_engines
 from dyexport.errors import EngineBuildError
 from dyexport.stages.ledger import BuildListener
 
@@ -19,7 +19,7 @@ def warm_engines(bundle: Bundle, target: str, device: str, listener: BuildListen
     Raises ``EngineBuildError`` without the GPU, since the runtime compiles for the one that it sees.
     """
     backend = get_backend(target)
-    paths = bundle.engine_paths(backend.files or target)
+    paths = bundle.engine_paths(engine_files(target))
     if (reason := backend.incompatibility(next(iter(paths.values())))) is not None:
         raise EngineBuildError(f"--target {target} compiles on the GPU that runs the engines: {reason}")
     engines = make_engines(target, [*paths.values()], EngineOptions(device=device))
