@@ -90,11 +90,14 @@ class TensorRtEngine(PlanEngine):
         if elsewhere := [name for name, tensor in inputs.items() if tensor.device.type != "cuda"]:
             raise EngineMismatchError(f"{elsewhere[0]} is on {inputs[elsewhere[0]].device}, the engine on CUDA")
         with torch.cuda.device(self._workspace.device), self._workspace.turn() as stream:
+            compiles = shape_key(inputs) not in self._contexts
             context = self._context(inputs, profile)
             if self._loaded is not None:
                 stream.wait_event(self._loaded)
             outputs = context.run(inputs, self.io.output_shapes(symbols), stream)
             self._done = stream.record_event()
+            if compiles:
+                self._opened().keep_kernels()
         return dict(outputs)
 
     def _context(self, inputs: Tensors, profile: int) -> ShapedContext:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyexport.bundle.plan_info import PlanInfo
+from dyexport.engines.tensorrt_kernels import KernelCache, kernel_file
 from dyexport.tensorrt_api import BuildLog, load_api
 
 if TYPE_CHECKING:
@@ -33,7 +34,23 @@ class Session:
         if info.streamable and streaming_budget is not None:
             self._engine.weight_streaming_budget_v2 = min(streaming_budget, self._engine.streamable_weights_size)
         self._config = runtime_config(self._trt, self._engine)
+        self._kernels = None if self._config is None else self._kernel_cache(info)
         self._reader: Any = None
+
+    def _kernel_cache(self, info: PlanInfo) -> KernelCache:
+        """Make the cache that contexts of this engine share, with the kernels of earlier processes."""
+        import torch
+
+        gpu = torch.cuda.get_device_name()
+        cache = self._config.create_runtime_cache()
+        kept = KernelCache(cache, kernel_file(info.plan_sha256, str(self._trt.__version__), gpu))
+        self._config.set_runtime_cache(cache)
+        return kept
+
+    def keep_kernels(self) -> None:
+        """Store the kernels that were compiled so far, for the next process."""
+        if self._kernels is not None:
+            self._kernels.save()
 
     def _deserialize(self) -> Any:
         if self.deferred:
@@ -86,7 +103,6 @@ def runtime_config(trt: Any, engine: Any) -> Any:
     config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
     # Kernels compiled in the background would come too late for a captured graph, which keeps the fallback.
     config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
-    config.set_runtime_cache(config.create_runtime_cache())  # contexts of one engine compile once
     return config
 
 

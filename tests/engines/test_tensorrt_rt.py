@@ -181,6 +181,7 @@ def test_tensorrt_has_what_engines_ask_of_it(rtx: Any) -> None:
             "weight_streaming_budget_v2",
         ),
         rtx.IExecutionContext: ("set_device_memory", "is_stream_capturable", "set_optimization_profile_async"),
+        rtx.IRuntimeCache: ("deserialize", "serialize"),
         rtx.IRuntimeConfig: ("set_execution_context_allocation_strategy", "create_runtime_cache", "set_runtime_cache"),
     }.items():
         assert set(names) <= set(dir(kind))
