@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from dyexport.backbones.base import Inputs
 from dyexport.bundle.manifest import DENSE
-from dyexport.bundle.manifest_file import RANGES
 from dyexport.bundle.plan import SegmentPlan, segment_name
-from dyexport.bundle.reader import Bundle
 from dyexport.bundle.records import Frozen
 from dyexport.bundle.spec import ModelSpec
 from dyexport.bundle.tables import TokenStats, WidthTable
@@ -54,18 +53,25 @@ class Ranges(Frozen):
 class QuantizedModel:
     """The masked model, fake-quantized with the ranges of a bundle as its engines are."""
 
-    def __init__(self, model: DynamicTransformer, bundle: Bundle) -> None:
-        spec, plan = bundle.manifest.model, bundle.manifest.plan
-        assert spec.quantization is not None
-        self.model, self.quantization = model, spec.quantization
-        linears = _linear_inputs(plan, (spec, bundle.widths, bundle.token_stats))
-        networks = Ranges.read(bundle.root / RANGES).networks
-        self.ranges = [_by_input(linears, networks[segment_name(index)]) for index in range(len(plan.segments))]
+    def __init__(self, model: DynamicTransformer, plan: SegmentPlan, tables: Tables, ranges: Ranges) -> None:
+        quantization = tables[0].quantization
+        assert quantization is not None
+        self.model, self.quantization = model, quantization
+        self._linears, self._networks = _linear_inputs(plan, tables), ranges.networks
 
     def run(self, segment: int, inputs: Inputs) -> DynamicOutput:
-        with fake_quantized(self.model.backbone, self.ranges[segment], self.quantization):
+        """Run the masked model as the engine of a segment does."""
+        with self._quantized(self.model.backbone, segment_name(segment)):
             output: DynamicOutput = self.model(inputs)
         return output
+
+    def run_dense(self, dense: nn.Module, inputs: Inputs) -> Tensor:
+        """Run the static model as the dense engine does: (B, ...)."""
+        with self._quantized(dense, DENSE):
+            return self.model.adapter.run(dense, inputs)
+
+    def _quantized(self, backbone: nn.Module, network: str) -> AbstractContextManager[None]:
+        return fake_quantized(backbone, _by_input(self._linears, self._networks[network]), self.quantization)
 
 
 def measure_network_ranges(

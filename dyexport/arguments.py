@@ -91,6 +91,14 @@ def check_pixels(height: int, width: int, most: int, who: str) -> None:
         raise UsageError(f"{height} x {width} are {height * width} pixels; {who} accepts up to {most}")
 
 
+def check_device(value: Any) -> str:
+    """Return the name of a device: ``cpu``, ``cuda`` or ``cuda:N``. Raises ``UsageError`` for any other."""
+    name = str(value)
+    if re.fullmatch(r"cpu|cuda(?::\d{1,4})?", name) is None:
+        raise UsageError(f"unknown device {shown(name)!r}; use cpu, cuda or cuda:N")
+    return name
+
+
 def shown(value: Any) -> str:
     """Return a value for a message, cut if it is long."""
     try:

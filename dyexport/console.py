@@ -76,7 +76,7 @@ def emit(payload: Mapping[str, Any], *, as_json: bool, human: Callable[[Console]
 
 def pairs(lines: Sequence[tuple[str, str]]) -> Table:
     """Return a table of names and values."""
-    table = Table(show_header=False, box=None)
+    table = Table(name_column("", [name for name, _ in lines]), Column(overflow="fold"), show_header=False, box=None)
     for name, value in lines:
         table.add_row(name, value)
     return table

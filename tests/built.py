@@ -47,6 +47,14 @@ def sit_tiny(shared_folder: Path) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def dit_tiny(shared_folder: Path) -> Bundle:
+    """A small DiT in two engines, with random weights."""
+    from tests.factories import tiny_preset  # here, because it imports torch
+
+    return built_once(shared_folder / "dit-tiny", model=tiny_preset("dit"), engines=2)
+
+
+@pytest.fixture(scope="session")
 def flux_tiny(shared_folder: Path) -> Bundle:
     """``flux-tiny`` in two engines, with random weights."""
     return built_once(shared_folder / "flux-tiny", model="flux-tiny", engines=2)

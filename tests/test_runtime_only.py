@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from PIL import Image
 
 from dyexport.bundle.reader import Bundle
@@ -32,14 +31,20 @@ def test_a_bundle_is_sampled_without_them(sit_tiny: Bundle, tmp_path: Path) -> N
         image.verify()
 
 
-@pytest.mark.parametrize(
-    "command", [("build", "-m", "sit-digits", "-b", "0.5", "-o", "x"), ("verify", "{bundle}")], ids=lambda c: c[0]
-)
-def test_what_needs_them_names_their_extra(sit_tiny: Bundle, command: tuple[str, ...]) -> None:
-    done = without(BUILD, *(word.format(bundle=sit_tiny.root) for word in command))
+def test_what_needs_them_names_their_extra() -> None:
+    done = without(BUILD, "build", "-m", "sit-digits", "-b", "0.5", "-o", "x")
     assert done.returncode == 1
     (sentence,) = done.stderr.strip().splitlines()
     assert sentence.endswith(" is not installed; run: pip install 'dyexport[build]'")
+    assert done.stdout == ""
+
+
+def test_options_that_need_them_name_their_extra(sit_tiny: Bundle) -> None:
+    done = without(BUILD, "verify", str(sit_tiny.root), "--layers")
+    assert done.returncode == 2
+    (sentence,) = done.stderr.strip().splitlines()
+    assert sentence.startswith("dyexport: --layers needs the reference, and ")
+    assert sentence.endswith(", or run: pip install 'dyexport[build]'")
     assert done.stdout == ""
 
 

@@ -7,6 +7,7 @@ graphs/dense.onnx             the static model, for comparison (optional), with 
 graphs/weights.bin            the weight store
 calibration/widths.safetensors, calibration/tokens.safetensors
 calibration/ranges.json       largest input magnitudes of quantized linear layers
+golden.safetensors            inputs and the outputs of the masked model, for ``dyexport verify``; absent in old bundles
 """
 
 from __future__ import annotations

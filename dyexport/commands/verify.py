@@ -1,4 +1,4 @@
-"""``dyexport verify``: a bundle against the masked torch model."""
+"""``dyexport verify``: a bundle against its golden data, and against the masked torch model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, p
 EXAMPLES = (
     "dyexport verify sit-digits-0.5",
     "dyexport verify flux-0.5 --small --layers",
-    "dyexport verify dit-xl-2-0.5 --target tensorrt-rtx --timesteps 16",
+    "dyexport verify dit-xl-2-0.5 --target tensorrt-rtx --device cuda",
 )
 
 
 def verify(
     bundle: options.BundleArgument,
-    timesteps: Annotated[int, typer.Option(help="Number of random timesteps to compare at.", metavar="N")] = 64,
+    timesteps: Annotated[
+        int | None,
+        typer.Option(help="Number of random timesteps to compare with the reference at. Default: 64.", metavar="N"),
+    ] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
@@ -31,13 +34,19 @@ def verify(
         ),
     ] = None,
     target: options.TargetOption = "onnx",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N. Default: CUDA where it is available.", metavar="DEVICE")
+    ] = None,
     reference: Annotated[
         Path | None,
         typer.Option(
-            help="Dynamic checkpoint to compare with. Default: the one that the bundle was built from.", metavar="DIR"
+            help="Dynamic checkpoint to compare with. Default: the one that the bundle was built from, if it is there.",
+            metavar="DIR",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of timesteps and inputs.", metavar="N")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of random timesteps and their inputs. Default: 0.", metavar="N")
+    ] = None,
     layers: Annotated[
         bool,
         typer.Option(
@@ -55,15 +64,19 @@ def verify(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Compare a bundle with the masked torch model that it was cut from, at random timesteps."""
-    from dyexport.verification.settings import VerifySettings, reference_of
+    """Compare a bundle with its golden data, and with the masked torch model that it was cut from.
+
+    Golden data is in the bundle: inputs, and the masked model's outputs. It needs nothing else. Where the bundle was
+    built, the model itself is run at random timesteps, too.
+    """
+    from dyexport.verification.settings import VerifySettings, check_reference
 
     settings = VerifySettings(
-        timesteps=timesteps, tolerance=tolerance, target=target, seed=seed, layers=layers, small=small
+        timesteps=timesteps, tolerance=tolerance, target=target, device=device, seed=seed, layers=layers, small=small
     )
     opened = open_bundle(bundle, target)
     settings.check_for(opened)
-    reference_of(opened, reference)
+    check_reference(opened, settings, reference)
     with chatter_on_stderr(), progress_bar("verifying") as advance:
         from dyexport.verification.verify import verify_bundle
 
@@ -75,26 +88,66 @@ def verify(
 
 
 def _verify_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
-    error = payload["error"]
     unit = "largest error" if payload["quantization"] is None else "largest error over that of quantization"
+    error = _nothing(payload) or f"{_error(payload['error'])} (at most {payload['tolerance']:g})"
     return (
         ("result", "passed" if payload["passed"] else "FAILED"),
-        (unit, "not a number" if error is None else f"{error:.2e} (at most {payload['tolerance']:g})"),
+        (unit, error),
         ("precision", payload["precision"]),
         *_quantized_lines(payload),
+        ("target", f"{payload['target']} on {payload['device']}"),
+        ("reference", payload["reference"] or f"not compared: {payload['no_reference']}"),
+        *_golden_lines(payload["golden"]),
         ("timesteps compared", f"{payload['timesteps']}"),
+        ("wrong gates of the width table", f"{payload['wrong_gates']} of {payload['gates']}"),
         ("skipped, tokens over capacity", f"{payload['overflow']}"),
         ("resampled, a token on its threshold", f"{payload['redrawn']}"),
         *_layer_lines(payload["layers"]),
+        *((_interval(segment), _of_segment(segment)) for segment in payload["segments"]),
     )
+
+
+def _nothing(payload: Mapping[str, Any]) -> str | None:
+    """Return the reason if there is no error because nothing was compared."""
+    skipped = payload["overflow"] == payload["timesteps"]
+    return "nothing compared: all inputs keep more tokens than a capacity holds" if skipped else None
+
+
+def _error(error: float | None) -> str:
+    return "not a number" if error is None else f"{error:.2e}"
+
+
+def _golden_lines(golden: Mapping[str, Any] | None) -> Sequence[tuple[str, str]]:
+    """Return sizes and errors of the comparison with golden data."""
+    if golden is None:
+        return (("golden data", "none: an older dyexport built this bundle"),)
+    text = f" and {golden['text_tokens']} of text" if golden["text_tokens"] else ""
+    inputs = f"{golden['source']}, batch {golden['batch']}, {golden['tokens']} tokens{text}"
+    error = f"{_error(golden['error'])} at {golden['timesteps']} timesteps"
+    lines = [("golden data", error), ("golden inputs", inputs)]
+    if golden["wrong_gates"]:
+        lines.append(("wrong gates at golden timesteps", f"{golden['wrong_gates']} of {golden['gates']}"))
+    if golden["dense_compared"]:
+        lines.append(("dense network, golden data", _error(golden["dense_error"])))
+    return lines
+
+
+def _interval(segment: Mapping[str, Any]) -> str:
+    return f"segment {segment['segment']}, t from {segment['start']:.4g} to {segment['end']:.4g}"
+
+
+def _of_segment(segment: Mapping[str, Any]) -> str:
+    if not segment["compared"]:
+        return "not compared"
+    count = segment["compared"]
+    return f"{_error(segment['error'])} at {count} timestep{'s' if count > 1 else ''}"
 
 
 def _quantized_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     """Return the format of quantized layers and the error against the unquantized model."""
     if payload["quantization"] is None:
         return ()
-    error = payload["relative_error"]
-    shown = "not a number" if error is None else f"{error:.2e}"
+    shown = _error(payload["relative_error"])
     return (("linear layers in", payload["quantization"]), ("largest relative error, unquantized", shown))
 
 

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 from dyexport import __version__
+from dyexport.bundle.golden import GOLDEN
 from dyexport.bundle.manifest import SCHEMA_VERSION, EngineRecord, FileRecord, Manifest, Reference
 from dyexport.bundle.manifest_file import MANIFEST, RANGES, TOKENS, WIDTHS, manifest_text
 from dyexport.bundle.plan import SegmentPlan
@@ -48,12 +49,14 @@ def assemble_bundle(
     store: Outcome,
     graphs: Mapping[str, Outcome],
     engines: Mapping[str, Mapping[str, Outcome]],
+    golden: Outcome,
 ) -> Manifest:
     """Put the outputs of all stages together at ``settings.out``; ``engines`` are TensorRT plans by target."""
     settings, start = run.settings, perf_counter()
     linked = store.files["."].bytes >= settings.link_store_from
     files = {f"{GRAPHS}/{STORE}": Source.of(store, linked=linked)}
     files |= {name: Source.of(model.calibrated, name) for name in (WIDTHS, TOKENS) if name in model.calibrated.files}
+    files[GOLDEN] = Source.of(golden)
     files |= {f"{GRAPHS}/{outcome.path.name}": Source.of(outcome) for outcome in graphs.values()}
     paths = {(ONNX, name): f"{GRAPHS}/{outcome.path.name}" for name, outcome in graphs.items()}
     for target, plans in engines.items():

@@ -19,6 +19,7 @@ from dyexport.pipeline import export_stages, model_stages, steps
 from dyexport.pipeline.assemble import assemble_bundle
 from dyexport.pipeline.calibrate import METRICS, read_calibrated, read_metrics
 from dyexport.pipeline.export_stages import CalibratedModel
+from dyexport.pipeline.golden import golden_data
 from dyexport.pipeline.model_stages import Data
 from dyexport.pipeline.run import Run
 from dyexport.pipeline.settings import BuildSettings
@@ -119,6 +120,7 @@ def build_bundle(run: Run) -> Manifest:
         model = calibrate_model(run)
         plan = export_stages.segment_plan(run, model)
         ranges = export_stages.quantization_ranges(run, model, plan)
+        golden = golden_data(run, model, plan, ranges)
         networks = export_stages.planned_networks(settings, model, plan, ranges)
         layout = lay_out(recipe for network in networks for recipe in network.slice.recipes.values())
         store = export_stages.weight_store(run, model, layout)
@@ -127,7 +129,7 @@ def build_bundle(run: Run) -> Manifest:
             target: export_stages.compiled_engines(run, target, model, plan, graphs)
             for target in compiled_targets(settings.formats)
         }
-        manifest = assemble_bundle(run, model, plan, ranges, store, graphs, engines)
+        manifest = assemble_bundle(run, model, plan, ranges, store, graphs, engines, golden)
         run.remember_digests()
     return manifest
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import warnings
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from dyexport.arguments import check_memory, shown, whole_number
+from dyexport.arguments import check_device, check_memory, shown, whole_number
 from dyexport.backbones import BACKBONES, get_stand_in
 from dyexport.bundle.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING
 from dyexport.bundle.plan import segment_name
@@ -192,19 +191,22 @@ def _device(opened: _Opened, device: str | torch.device | None) -> str:
     built_for = backend.device_of(opened.paths[0])
     if device is None:
         return built_for or ("cuda" if torch.cuda.is_available() and backend.has_cuda() else "cpu")
-    name = str(device)
-    match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", name)
-    if match is None:
-        raise UsageError(f"unknown device {shown(name)!r}; use cpu, cuda or cuda:N")
+    name = check_device(device)
     if built_for not in (None, kind := name.partition(":")[0]):
         raise UsageError(
             f"device is {name!r} and the {target!r} engines were compiled for {built_for}; use {built_for}, "
             f"or compile them for {kind}: dyexport compile BUNDLE --target {target}"
         )
-    if name == "cpu":
-        return name
-    if (count := torch.cuda.device_count()) <= int(match[1] or 0):
-        raise UsageError(f"device is {name!r} and torch sees {count} CUDA devices; use cpu, or install torch for CUDA")
-    if not backend.has_cuda():
+    check_present(name)
+    if name != "cpu" and not backend.has_cuda():
         raise UsageError(f"device is {name!r} and this machine's {target!r} runs on the CPU alone; use cpu")
     return name
+
+
+def check_present(device: str) -> None:
+    """Raise ``UsageError`` for a CUDA device that torch does not see."""
+    index = int(device.partition(":")[2] or 0)
+    if device != "cpu" and (count := torch.cuda.device_count()) <= index:
+        raise UsageError(
+            f"device is {device!r} and torch sees {count} CUDA devices; use cpu, or install torch for CUDA"
+        )

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dyexport.bundle.plan import Segment, SegmentPlan
 from dyexport.bundle.tables import FloatArray, TokenStats, WidthTable
 from dyexport.bundle.tensors import TensorSpec
@@ -69,6 +71,12 @@ def _slots(segment: Segment, stats: TokenStats | None, t: float) -> int | None:
 def _token_limits(segment: Segment, slots: int) -> tuple[int, ...]:
     spare = {"capacity": 0, "dynamic": slots}
     return tuple(segment.capacities[block] + spare[segment.token_paths[block]] for block in segment.limited_blocks)
+
+
+def overflows(segment: Segment, chosen: Route, kept_tokens: np.ndarray) -> bool:
+    """Return whether any sample keeps more tokens than a block's capacity; ``kept_tokens`` is (B, L)."""
+    limits = np.array(chosen.token_limits, dtype=np.int64)  # (R,)
+    return bool((kept_tokens[:, list(segment.limited_blocks)] > limits).any())
 
 
 def shared_timestep(timestep: torch.Tensor | float, batch: int) -> float:

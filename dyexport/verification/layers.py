@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,38 +18,11 @@ from dyexport.bundle.manifest import CONDITIONING
 from dyexport.bundle.reader import Bundle
 from dyexport.pipeline.calibrate import calibrated_reader
 from dyexport.pipeline.networks import cut_networks
+from dyexport.pipeline.reference_model import ReferenceModel
 from dyexport.runtime.routing import Route, route
 from dyexport.slicing.slicer import Slice, SliceContext
 from dyexport.verification.activations import ActivationPair, match_activations
-from dyexport.verification.reference_model import ReferenceModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerErrors:
-    """The distance of a module's tensors to torch's: largest difference, and root mean square over root mean square.
-
-    Both are None if shapes differ or a value is not finite. ``values`` counts the tensors that were compared.
-    """
-
-    network: str
-    module: str
-    values: int
-    max_abs_error: float | None
-    relative_error: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerReport:
-    """Errors of every module of every network in the order of the graphs; ``tolerance`` is of ``relative_error``.
-
-    ``first_drift`` is the module that produces the first tensor beyond the tolerance; later ones pass its error on.
-    ``unmatched`` counts tensors between modules that were not compared, since others have their shape.
-    """
-
-    tolerance: float
-    layers: tuple[LayerErrors, ...]
-    first_drift: LayerErrors | None
-    unmatched: int
+from dyexport.verification.report import LayerErrors, LayerReport
 
 
 def compare_layers(bundle: Bundle, directory: Path, reference: ReferenceModel, tolerance: float) -> LayerReport:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from dyexport.arguments import check_seed, whole_number
+from dyexport.arguments import check_device, check_seed, whole_number
+from dyexport.bundle.golden import GOLDEN
 from dyexport.bundle.reader import Bundle
 from dyexport.checkpoints.structure import DYNAMIC
-from dyexport.errors import BundleError, UsageError
+from dyexport.errors import BundleError, DyexportError, UsageError
 from dyexport.presets import preset_of
 
+TIMESTEPS = 64
 MOST_TIMESTEPS = 100_000
 MOST_TOLERANCE = 100.0
 
@@ -19,23 +22,40 @@ MOST_TOLERANCE = 100.0
 class VerifySettings:
     """Settings of a comparison.
 
-    ``tolerance`` defaults to that of the bundle's precision. With ``layers``, graphs are compared with torch module by
-    module too. With ``small``, samples are as small as for calibration on noise. Raises ``UsageError`` for values out
-    of range.
+    ``timesteps`` are those of the comparison with the reference (default 64), and ``seed`` is of their inputs (default
+    0). ``tolerance`` defaults to that of the bundle's precision. With ``layers``, graphs are compared with torch module
+    by module too. With ``small``, samples are as small as for calibration on noise. ``device`` is that of
+    ``dyexport.load``. Raises ``UsageError`` for values out of range.
     """
 
-    timesteps: int = 64
+    timesteps: int | None = None
     tolerance: float | None = None
     target: str = "onnx"
-    seed: int = 0
+    device: str | None = None
+    seed: int | None = None
     layers: bool = False
     small: bool = False
 
     def __post_init__(self) -> None:
-        whole_number("--timesteps", self.timesteps, least=1, most=MOST_TIMESTEPS)
-        check_seed(self.seed, "--seed")
+        if self.timesteps is not None:
+            whole_number("--timesteps", self.timesteps, least=1, most=MOST_TIMESTEPS)
+        if self.seed is not None:
+            check_seed(self.seed, "--seed")
+        if self.device is not None:
+            check_device(self.device)
         if self.tolerance is not None and not 0 < self.tolerance <= MOST_TOLERANCE:
             raise UsageError(f"--tolerance is {self.tolerance}; give a number above 0, up to {MOST_TOLERANCE:g}")
+
+    @property
+    def of_reference(self) -> str | None:
+        """The first option that only a comparison with the reference reads; None if there is none."""
+        given = {
+            "--timesteps": self.timesteps is not None,
+            "--seed": self.seed is not None,
+            "--layers": self.layers,
+            "--small": self.small,
+        }
+        return next((name for name, value in given.items() if value), None)
 
     def check_for(self, bundle: Bundle) -> None:
         """Raise ``UsageError`` for settings that do nothing with a bundle, as far as its manifest tells."""
@@ -63,7 +83,35 @@ def reference_of(bundle: Bundle, given: Path | None = None, *, work: Path | None
     reference = bundle.manifest.reference
     if reference is None:
         raise BundleError(f"{bundle.root} names no reference; {cure}")
-    path = bundle.root / reference.path if work is None else work / Path(reference.path).name
+    path = Path(os.path.normpath(bundle.root / reference.path)) if work is None else work / Path(reference.path).name
     if not path.is_dir():
         raise BundleError(f"the reference {path} is gone; {cure}, or build again")
     return path
+
+
+def check_reference(bundle: Bundle, settings: VerifySettings, given: Path | None) -> None:
+    """Raise what ``verify`` raises for the reference, as far as file names tell."""
+    try:
+        reference_of(bundle, given)
+    except BundleError as error:
+        if given is not None:
+            raise
+        golden_instead(bundle, settings, error)
+
+
+def golden_instead(bundle: Bundle, settings: VerifySettings, error: DyexportError) -> str:
+    """Return why the reference cannot be opened, if golden data takes its place.
+
+    Raises ``BundleError`` for a bundle without golden data, and ``UsageError`` for options that only a reference reads.
+    """
+    reason, _, cure = str(error).partition("; ")
+    if GOLDEN not in bundle.manifest.files:
+        raise BundleError(
+            f"{reason}, and {bundle.root} has no golden data, since an older dyexport built it; {cure}"
+        ) from error
+    if (option := settings.of_reference) is not None:
+        raise UsageError(
+            f"{option} needs the reference, and {reason}; leave it out to compare with the bundle's golden data, "
+            f"or {cure}"
+        ) from error
+    return reason

@@ -1,4 +1,7 @@
-"""Comparison of a bundle with the masked torch model that it was cut from.
+"""Comparison of a bundle with the masked torch model that it was cut from, or with what the bundle keeps of it.
+
+A bundle has golden data: inputs, and the masked model's outputs for them. They need no checkpoint and no libraries
+that make bundles. On the machine that built the bundle, the masked model itself is run at random timesteps, too.
 
 In fp32, both must be equal at every timestep, but for rounding. In half precision every activation is rounded, and a
 token near its threshold may fall either way; the error is then that of whole outputs, relative to them: root mean
@@ -11,29 +14,27 @@ to that model relative to the error of quantization: near 0 in a shallow network
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from dyexport.bundle.manifest import Manifest
+from dyexport.bundle.golden import GoldenData
 from dyexport.bundle.reader import Bundle
-from dyexport.checkpoints.dynamic import load_dynamic
-from dyexport.checkpoints.streaming import must_stream
-from dyexport.errors import BundleError, missing_extras
-from dyexport.models.dynamic import DynamicTransformer
-from dyexport.presets import preset_of
+from dyexport.engines.registry import engine_files
+from dyexport.errors import BundleError, MissingDependencyError, missing_extras
 from dyexport.progress import Progress, no_progress
-from dyexport.runtime.loading import load
-from dyexport.runtime.routing import route
+from dyexport.runtime.loading import check_present, load
 from dyexport.runtime.transformer import BundleTransformer
 from dyexport.stages.file_records import describe, digest_of
-from dyexport.verification.layers import compare_layers
-from dyexport.verification.reference_model import ReferenceModel, near_threshold
-from dyexport.verification.report import Comparison, VerifyReport, summarize
-from dyexport.verification.settings import VerifySettings, reference_of
+from dyexport.verification.comparison import Comparison
+from dyexport.verification.golden import check_golden_gates, compare_dense, compare_golden, has_dense, read_golden
+from dyexport.verification.report import GoldenReport, VerifyReport, WorstErrors, summarize
+from dyexport.verification.settings import VerifySettings, golden_instead, reference_of
+
+if TYPE_CHECKING:
+    from dyexport.verification.reference import BundleReference
 
 
 @missing_extras()
@@ -41,30 +42,34 @@ def verify(
     bundle: Bundle | str | Path,
     *,
     target: str = "onnx",
-    timesteps: int = 64,
+    device: str | None = None,
+    timesteps: int | None = None,
     tolerance: float | None = None,
     layers: bool = False,
     small: bool = False,
-    seed: int = 0,
+    seed: int | None = None,
     reference: str | Path | None = None,
     progress: Progress = no_progress,
 ) -> VerifyReport:
-    """Compare a bundle with the masked torch model that it was cut from, at random timesteps.
+    """Compare a bundle with its golden data, and with the masked torch model that it was cut from if that is there.
 
-    ``target`` is the engine format to run. ``tolerance`` bounds the absolute error in fp32 (default 1e-4), the relative
-    one in fp16 (1e-2) and bf16 (8e-2), and in int8 and fp8 the error relative to that of quantization (2). With
-    ``layers``, every layer of the ONNX graphs is compared too; with ``small``, samples are small, which takes seconds
-    instead of minutes for large models. ``reference`` is a dynamic checkpoint, by default the one in the bundle's work
-    directory. ``progress(done, total)`` counts timesteps.
+    Golden data is part of a bundle: a few inputs, and the masked model's outputs and gates. On the machine that built
+    the bundle, the masked model is compared too, at ``timesteps`` random timesteps (default 64) of ``seed``.
+
+    ``target`` is the engine format to run, and ``device`` that of ``dyexport.load``. ``tolerance`` bounds the absolute
+    error in fp32 (default 1e-4), the relative one in fp16 (1e-2) and bf16 (8e-2), and in int8 and fp8 the error
+    relative to that of quantization (2). With ``layers``, every layer of the ONNX graphs is compared too; with
+    ``small``, samples are small, which takes seconds instead of minutes for large models. ``reference`` is a dynamic
+    checkpoint, by default the one in the bundle's work directory. ``progress(done, total)`` counts timesteps.
 
     >>> dyexport.verify("sit-digits-0.5", timesteps=4)
-    VerifyReport(passed: error ... of at most 0.0001 at 4 timesteps)
+    VerifyReport(passed: error ... of at most 0.0001 at 12 timesteps)
 
-    Raises ``BundleError`` without the reference that the bundle was cut from, and ``UsageError`` for values out of
-    range.
+    Raises ``BundleError`` if there is neither golden data nor a reference, or they are of another bundle, and
+    ``UsageError`` for values out of range, or for options of the reference without it.
     """
     settings = VerifySettings(
-        timesteps=timesteps, tolerance=tolerance, target=target, seed=seed, layers=layers, small=small
+        timesteps=timesteps, tolerance=tolerance, target=target, device=device, seed=seed, layers=layers, small=small
     )
     root = bundle.root if isinstance(bundle, Bundle) else Path(bundle)
     return verify_bundle(root, settings, reference=None if reference is None else Path(reference), progress=progress)
@@ -77,39 +82,81 @@ def verify_bundle(
     reference: Path | None = None,
     progress: Progress = no_progress,
 ) -> VerifyReport:
-    """Compare a bundle with its reference, by default the one that it was built from.
+    """Compare a bundle with its golden data, and with its reference if there is one, by default where it was built.
 
-    Raises ``BundleError`` without the reference that the bundle was cut from, and ``UsageError`` for
-    layers of a quantized bundle and for a model without a smaller size.
+    Raises ``BundleError`` if there is neither, and ``UsageError`` for options of the reference without it, for layers
+    of a quantized bundle and for a model without a smaller size.
     """
+    if settings.device is not None:
+        check_present(settings.device)  # before files are read
     bundle = Bundle.open(path)
     settings.check_for(bundle)
-    reference = find_reference(bundle) if reference is None else reference_of(bundle, reference)
-    parameters = preset_of(bundle.manifest.model).parameters
-    model, preset = load_dynamic(reference, stream=must_stream(parameters))
-    sized = preset.for_noise() if settings.small else preset
-    reference_model = ReferenceModel(model, sized, bundle, settings.seed)
-    comparisons: list[Comparison] = []
-    transformer = load(path, target=settings.target, device="cpu", check_hashes=False, fallback=False)
+    golden = read_golden(bundle)
+    opened, no_reference = _open_reference(bundle, settings, reference)
+    with _opened(bundle, settings) as transformer:
+        comparisons = [] if golden is None else _compare_golden(bundle, golden, transformer, progress)
+        result = None if opened is None else opened.compare(transformer, progress)
+        device = str(transformer.device)
+    of_golden = None if golden is None else _golden_report(bundle, golden, comparisons, settings)
+    report = summarize(bundle.manifest, device, settings, result, of_golden, comparisons, no_reference)
+    if opened is None or not settings.layers:
+        return report
+    return replace(report, layers=opened.compare_layers(report.tolerance))
+
+
+def _open_reference(
+    bundle: Bundle, settings: VerifySettings, given: Path | None
+) -> tuple[BundleReference | None, str | None]:
+    """Open the reference; or return why it cannot be opened, if golden data takes its place."""
     try:
-        for t in sample_timesteps(bundle.manifest, settings):
-            comparisons.append(_compare(bundle, reference_model, transformer, t))
-            progress(len(comparisons), settings.timesteps)
-    finally:
-        transformer.close()
-    gates, wrong_gates = check_gates(bundle, model)
-    report = summarize(
-        bundle.manifest,
-        settings.target,
-        settings.tolerance,
-        comparisons,
-        redrawn=reference_model.redrawn,
+        path = find_reference(bundle) if given is None else reference_of(bundle, given)
+        with missing_extras():
+            from dyexport.verification.reference import BundleReference
+        return BundleReference(bundle, path, settings), None
+    except (BundleError, MissingDependencyError) as error:
+        if given is not None:
+            raise
+        return None, golden_instead(bundle, settings, error)
+
+
+def _compare_golden(
+    bundle: Bundle, golden: GoldenData, transformer: BundleTransformer, progress: Progress
+) -> list[Comparison]:
+    comparisons = []
+    for comparison in compare_golden(bundle, golden, transformer):
+        comparisons.append(comparison)
+        progress(len(comparisons), len(golden.samples))
+    return comparisons
+
+
+def _golden_report(
+    bundle: Bundle, golden: GoldenData, comparisons: Sequence[Comparison], settings: VerifySettings
+) -> GoldenReport:
+    """Summarize the comparison with golden data, and compare the dense network if there is one."""
+    spec, info = bundle.manifest.model, golden.info
+    dense: WorstErrors | None = None
+    if has_dense(bundle, golden, engine_files(settings.target)):
+        with _opened(bundle, settings, dense=True) as transformer:
+            dense = WorstErrors.of(compare_dense(golden, transformer))
+    gates, wrong_gates = check_golden_gates(bundle, golden)
+    return GoldenReport(
+        timesteps=info.timesteps,
+        source=info.source,
+        batch=info.batch,
+        tokens=info.tokens,
+        text_tokens=info.text_tokens,
+        error=WorstErrors.of(comparison.errors for comparison in comparisons).measured(spec),
         gates=gates,
         wrong_gates=wrong_gates,
+        dense_compared=dense is not None,
+        dense_error=None if dense is None else dense.measured(spec),
     )
-    if not settings.layers:
-        return report
-    return replace(report, layers=compare_layers(bundle, reference, reference_model, report.tolerance))
+
+
+def _opened(bundle: Bundle, settings: VerifySettings, *, dense: bool = False) -> closing[BundleTransformer]:
+    """Load the bundle, and close it after the context."""
+    target, device = settings.target, settings.device
+    return closing(load(bundle.root, target=target, device=device, check_hashes=False, fallback=False, dense=dense))
 
 
 def find_reference(bundle: Bundle, work: Path | None = None) -> Path:
@@ -123,53 +170,3 @@ def find_reference(bundle: Bundle, work: Path | None = None) -> Path:
         change = "has changed since the bundle was built; build again"
         raise BundleError(f"the reference {path} {change if work is None else f'is not the one of {bundle.root}'}")
     return path
-
-
-def sample_timesteps(manifest: Manifest, settings: VerifySettings) -> list[float]:
-    """Return timesteps of fp32, uniform over the range; if there are enough, at least one in each segment."""
-    random = np.random.default_rng(settings.seed)
-    spans = [(segment.start, segment.end) for segment in manifest.plan.segments]
-    whole = manifest.model.timestep_range
-    spans = spans if len(spans) <= settings.timesteps else []
-    spans += [whole] * (settings.timesteps - len(spans))
-    timesteps = [float(np.float32(random.uniform(*span))) for span in spans]
-    return [min(t, float(np.nextafter(np.float32(whole[1]), np.float32(0)))) for t in timesteps]
-
-
-def _compare(bundle: Bundle, reference_model: ReferenceModel, transformer: BundleTransformer, t: float) -> Comparison:
-    inputs, expected = reference_model.at(t)
-    quantized = reference_model.quantized(t, inputs)
-    chosen = route(bundle.manifest.plan, bundle.widths, bundle.token_stats, t)
-    kept = (quantized or expected).tokens.sum(dim=-1)  # (B, L)
-    if any((kept[:, block] > limit).any() for block, limit in enumerate(chosen.token_limits)):
-        return Comparison(chosen.segment)
-    with torch.no_grad():
-        sample = transformer(**inputs).sample  # (B, C_out, H, W)
-    difference = sample - expected.sample
-    ratio = None if quantized is None else _ratio(sample - quantized.sample, quantized.sample - expected.sample)
-    return Comparison(chosen.segment, float(difference.abs().max()), _ratio(difference, expected.sample), ratio)
-
-
-def _ratio(values: Tensor, others: Tensor) -> float:
-    """Return the ratio of root mean squares."""
-    return float(values.square().mean().sqrt() / others.square().mean().sqrt())
-
-
-@torch.no_grad()
-def check_gates(bundle: Bundle, model: DynamicTransformer) -> tuple[int, int]:
-    """Compare every gate of the width table with the model's, in the middle of its row.
-
-    Returns the number of gates, and how many differ.
-    """
-    table = bundle.widths
-    middles = (table.grid + np.append(table.grid[1:], table.end)) / 2
-    timesteps = torch.from_numpy(middles.astype(np.float32))  # (T,)
-    heads, groups = model.width_gates(timesteps)  # (T, L, H), (T, L, G)
-    doubtful = [torch.zeros_like(gates, dtype=torch.bool) for gates in (heads, groups)]
-    if model.table is None:
-        doubtful = [near_threshold(logits) for logits in model.width_logits(timesteps)]
-    wrong = sum(
-        int(((torch.from_numpy(stored) != (computed > 0.5)) & ~either).sum())
-        for stored, computed, either in zip((table.heads, table.groups), (heads, groups), doubtful, strict=True)
-    )
-    return heads.numel() + groups.numel(), wrong

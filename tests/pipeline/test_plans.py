@@ -139,7 +139,7 @@ def test_one_byte_of_the_checkpoint_rebuilds_what_reads_it_and_no_more(
     places = {"out": tmp_path / "bundle", "work": tmp_path / "work"}
     settings = replace(settings, tensorrt=TensorrtSettings(compute_capabilities=("8.9",)), **places, **given)
     first, second = build(settings).manifest.plan.segments
-    model = {"static", "dynamic", "calibrate", "plan", "weights", "bundle"}
+    model = {"static", "dynamic", "calibrate", "plan", "golden", "weights", "bundle"}
 
     change_a_byte(checkpoint, "transformer_blocks.1.norm1.linear.weight")
     assert redone(settings) == model | {"tensorrt-rtx conditioning"}
