@@ -31,14 +31,16 @@ from dyexport.tensorrt_api import load_api
 
 
 def time_onnxruntime(form: AttentionForm, case: Case, timing: Timing, steps: int) -> dict[str, Any]:
-    """Time graphs with attention in one form.
+    """Time graphs with attention in one form, in CUDA graphs where ONNX Runtime captures them.
 
     Raises ``EngineMismatchError`` where the installed ONNX Runtime does not run on the device.
     """
     if timing.device != "cpu" and not get_backend("onnx").has_cuda():
         raise EngineMismatchError("the onnxruntime installed here has no CUDA provider; onnxruntime-gpu has")
     with graphs(case) as paths:
-        engines = make_engines("onnx", list(paths.values()), EngineOptions(device=timing.device, attention=form))
+        engines = make_engines(
+            "onnx", list(paths.values()), EngineOptions(device=timing.device, attention=form, cuda_graphs=True)
+        )
         return _timed(case, dict(zip(paths, engines, strict=True)), timing, steps)
 
 

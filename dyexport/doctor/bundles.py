@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from dyexport.bundle.manifest import CONDITIONING
 from dyexport.bundle.plan import segment_name
@@ -59,17 +60,18 @@ def _fit(bundle: Bundle, path: Path, verdict: Verdict, machine: Machine, finding
     paths = findings.attempt(target, lambda: _paths(bundle, target)) or []
     reasons = [_reason(bundle, verdict, each) for each in paths]
     fitting = reasons.count(None)
-    sizes = findings.attempt(f"weights of {target}", lambda: _sizes(target, paths)) if paths else None
+    device = findings.attempt(f"device of {target}", lambda: _device(verdict, paths)) or verdict.device
+    sizes = findings.attempt(f"weights of {target}", lambda: _sizes(target, paths, device)) if paths else None
     makeable = target != NOT_COMPILED and verdict.device is not None and fitting < max(len(paths), 1)
     return EngineFit(
         target=target,
-        device=verdict.device,
+        device=device,
         engines=len(paths),
         fitting=fitting,
         reason=next(filter(None, reasons), None) if paths else "the bundle has no such engines",
-        weight_bytes=None if sizes is None else sum(sizes),
-        least_bytes=None if sizes is None else max(sizes[:-1]) + sizes[-1],
-        free_bytes=_free(verdict.device, machine),
+        weight_bytes=None if sizes is None else sizes.together,
+        least_bytes=None if sizes is None else sizes.least,
+        free_bytes=_free(device, machine),
         compile=f"dyexport compile {shlex.quote(str(path))} --target {target}" if makeable else None,
     )
 
@@ -96,11 +98,28 @@ def _reason(bundle: Bundle, verdict: Verdict, path: Path) -> str | None:
         return explain(error)
 
 
-def _sizes(target: str, paths: list[Path]) -> list[int]:
-    """Return the bytes of each engine's weights."""
+class _Sizes(NamedTuple):
+    """Bytes of the weights of all engines, and of the largest one with its conditioning."""
+
+    together: int
+    least: int
+
+
+def _sizes(target: str, paths: list[Path], device: str | None) -> _Sizes:
+    """Return the bytes of engines, the conditioning last; engines that share weights hold them once."""
     from dyexport.runtime.residency import distinct_bytes
 
-    return [distinct_bytes(engine.weights) for engine in make_engines(target, paths, EngineOptions())]
+    engines = make_engines(target, paths, EngineOptions(device=device or "cpu"))
+    *sizes, conditioning = (distinct_bytes(engine.weights) for engine in engines)
+    shared = distinct_bytes(span for engine in engines for span in engine.weights)
+    shares = all(engine.shares_weights for engine in engines)
+    return _Sizes(shared if shares else sum(sizes) + conditioning, max(sizes) + conditioning)
+
+
+def _device(verdict: Verdict, paths: list[Path]) -> str | None:
+    """Return the device of the target here, or that for which the engines were compiled."""
+    built_for = get_backend(verdict.target).device_of(paths[0]) if paths else None
+    return built_for if verdict.device is not None and built_for is not None else verdict.device
 
 
 def _free(device: str | None, machine: Machine) -> int | None:
