@@ -35,7 +35,7 @@ def check_networks(bundle: Bundle, target: str) -> None:
         if target == GRAPHS:
             _check_graph(bundle, network, path)
         elif target in GRAPH_HASHES:
-            _check_plan(bundle, network, path, GRAPH_HASHES[target](path))
+            _check_plan(bundle, target, network, path)
         if target == PACKAGES:
             _check_package(bundle, network, path)
     for path, engine in zip(paths.values(), make_engines(target, list(paths.values())), strict=True):
@@ -51,17 +51,17 @@ def _check_graph(bundle: Bundle, network: str, path: Path) -> None:
         raise BundleError(f"{path} was made for another model or segment than the manifest's; build the bundle again")
 
 
-def _check_plan(bundle: Bundle, network: str, path: Path, graph_sha256: str) -> None:
+def _check_plan(bundle: Bundle, target: str, network: str, path: Path) -> None:
     graph = bundle.engine_paths(GRAPHS).get(network)
-    if graph is None or graph_sha256 != bundle.manifest.files[_name(bundle, graph)].sha256:
-        raise BundleError(f"{path} was not built from the bundle's graph of {network!r}; build the bundle again")
+    if graph is None or GRAPH_HASHES[target](path) != bundle.manifest.files[_name(bundle, graph)].sha256:
+        raise BundleError(f"{path} was not built from the bundle's graph of {network!r}; {_cure(bundle, target)}")
 
 
 def _check_package(bundle: Bundle, network: str, path: Path) -> None:
     """Check that a package is where its engine finds the weights by the network's graph."""
     graph = bundle.engine_paths(GRAPHS)[network]
     if graph_of(path) != graph:
-        raise BundleError(f"{path} is not where the package of {network!r} belongs; build the bundle again")
+        raise BundleError(f"{path} is not where the package of {network!r} belongs; {_cure(bundle, PACKAGES)}")
     _check_graph(bundle, network, graph)
 
 
@@ -74,6 +74,10 @@ def _check_weights(bundle: Bundle, path: Path, spans: Sequence[WeightSpan]) -> N
             raise BundleError(
                 f"{path} has weights up to byte {end} of {name}, which has {size}; build the bundle again"
             )
+
+
+def _cure(bundle: Bundle, target: str) -> str:
+    return f"compile it again: dyexport compile {bundle.root} --target {target}"
 
 
 def _name(bundle: Bundle, path: Path) -> str:

@@ -138,7 +138,9 @@ class ShapedContext:
 
     def _first(self, inputs: Tensors, shapes: Mapping[str, tuple[int, ...]], stream: torch.cuda.Stream) -> Tensors:
         if not self._context.set_optimization_profile_async(self._profile, stream.cuda_stream):
-            raise EngineMismatchError(f"TensorRT has no profile {self._profile} in this plan; build the bundle again")
+            raise EngineMismatchError(
+                f"TensorRT has no profile {self._profile} in this plan; run dyexport compile again"
+            )
         for name in self._bindings & inputs.keys():
             self._context.set_input_shape(name, tuple(inputs[name].shape))
         self._context.set_device_memory(*self._workspace.memory)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dyexport.bundle.plan_info import INFO, PlanInfo, Profile
+from dyexport.bundle.plan_info import INFO, Flavour, PlanInfo, Profile
 from dyexport.errors import EngineMismatchError, MissingDependencyError
 from dyexport.tensorrt_api import BuildLog, load_api
 
@@ -31,13 +31,18 @@ def incompatibility(path: Path) -> str | None:
     return version_mismatch(info, api.version, f"{major}.{minor}") or _refusal(api.trt, path)
 
 
+def cure(flavour: Flavour) -> str:
+    """Return what to do about a plan that does not fit this machine."""
+    return f"compile the bundle here: dyexport compile BUNDLE --target {flavour}"
+
+
 def version_mismatch(info: PlanInfo, version: str, capability: str) -> str | None:
     """Explain why a plan does not match this TensorRT version and GPU; None if it does."""
     if info.version != version:
-        return f"built by {info.flavour} {info.version}, and {version} is installed; build the bundle again here"
+        return f"built by {info.flavour} {info.version}, and {version} is installed; {cure(info.flavour)}"
     if info.compute_capabilities and capability not in info.compute_capabilities:
         built = ", ".join(info.compute_capabilities)
-        return f"built for compute capability {built}, and this GPU has {capability}; build with --compute-capability"
+        return f"built for compute capability {built}, and this GPU has {capability}; {cure(info.flavour)}"
     return None
 
 
@@ -64,7 +69,7 @@ def choose_profile(profiles: tuple[Mapping[str, Profile], ...], symbols: Mapping
         sizes = ", ".join(f"{name} = {size}" for name, size in symbols.items())
         ranges = "; ".join(", ".join(f"{n} {p.min} to {p.max}" for n, p in each.items()) for each in profiles)
         raise EngineMismatchError(
-            f"{sizes} fits no profile of this plan ({ranges}); build with --profile for such sizes"
+            f"{sizes} fits no profile of this plan ({ranges}); give `dyexport compile` a --profile for such sizes"
         )
     return min(fitting, key=lambda index: sum(abs(profiles[index][s].opt - size) for s, size in _own(symbols).items()))
 

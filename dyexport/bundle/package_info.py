@@ -56,7 +56,7 @@ class PackageInfo(BaseModel):
         try:
             return cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
-            raise EngineMismatchError(f"cannot read {path}: {error}; build the bundle again") from error
+            raise EngineMismatchError(f"cannot read {path}: {error}; make it again with `dyexport compile`") from error
 
     def write(self, folder: Path) -> None:
         (folder / PACKAGE_INFO).write_text(self.model_dump_json(indent=1), encoding="utf-8")

@@ -82,4 +82,4 @@ class PlanInfo(BaseModel):
         try:
             return cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
-            raise EngineMismatchError(f"cannot read {path}: {error}; build the bundle again") from error
+            raise EngineMismatchError(f"cannot read {path}: {error}; make it again with `dyexport compile`") from error

@@ -149,7 +149,7 @@ class Bundle:
             built = ", ".join(sorted({e.target for e in self.manifest.engines}))
             raise TargetError(
                 f"{self.root} has no {target!r} engines; it was built for {built}; "
-                f"build it again with --target {target}"
+                f"run: dyexport compile {self.root} --target {target}"
             )
         return paths
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path, PurePosixPath
@@ -77,7 +77,8 @@ def install(bundle: Bundle, target: str, engines: Mapping[str, Outcome], keep: f
     """
     root, old = bundle.root, bundle.manifest
     journal = work_folder(root) / JOURNAL
-    places = {name: _free_place(root, f"{ENGINES}/{target}/{name}") for name in engines}
+    folder = _free_folder(root, f"{ENGINES}/{target}", engines)
+    places = {name: f"{folder}/{name}" for name in engines}
     kept = [engine for engine in old.engines if engine.target != target or engine.network in keep]
     added = [
         EngineRecord(target=target, network=name, path=f"{place}/{TARGETS[target].file}")
@@ -124,10 +125,10 @@ def _read_journal(journal: Path) -> dict[str, Any]:
     return {"added": [], "replaced": []}
 
 
-def _free_place(root: Path, wanted: str) -> str:
-    """Return a path in the bundle that nothing has: the one wanted, or one with a number."""
+def _free_folder(root: Path, wanted: str, networks: Iterable[str]) -> str:
+    """Return a folder in which no network has a folder yet: the one wanted, or one with a number."""
     names = (wanted if number == 1 else f"{wanted}-{number}" for number in count(1))
-    return next(name for name in names if not os.path.lexists(root / name))
+    return next(name for name in names if not any(os.path.lexists(root / name / network) for network in networks))
 
 
 def _files_of_engines(manifest: Manifest, engines: list[EngineRecord]) -> set[str]:

@@ -182,7 +182,10 @@ def _engine_paths(bundle: Bundle, target: str, dense: bool) -> list[Path]:
     networks = [DENSE] if dense else [segment_name(index) for index in range(len(bundle.manifest.plan.segments))]
     missing = [name for name in (*networks, own) if name not in paths]
     if missing:
-        raise BundleError(f"{bundle.root} has no {target!r} engine {missing[0]!r}; build the bundle again")
+        cure = (
+            "build the bundle again" if target == "onnx" else f"run: dyexport compile {bundle.root} --target {target}"
+        )
+        raise BundleError(f"{bundle.root} has no {target!r} engine {missing[0]!r}; {cure}")
     return [paths[name] for name in (*networks, own)]
 
 

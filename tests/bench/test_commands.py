@@ -96,7 +96,7 @@ def test_vae_decodes_latents(run: Any, built: Any, tmp_path: Path) -> None:
         (
             ("--target", "tensorrt"),
             2,
-            "no 'tensorrt' engines; it was built for onnx; build it again",
+            "no 'tensorrt' engines; it was built for onnx; run: dyexport compile",
         ),
     ],
 )

@@ -83,7 +83,7 @@ def test_a_shape_that_no_profile_holds_is_named() -> None:
     ("version", "capability", "reason"),
     [
         ("1.7.1.116", "8.9", None),
-        ("1.8.0", "8.9", "built by tensorrt-rtx 1.7.1.116, and 1.8.0 is installed; build the bundle again"),
+        ("1.8.0", "8.9", "built by tensorrt-rtx 1.7.1.116, and 1.8.0 is installed; compile the bundle here"),
         ("1.7.1.116", "8.6", "built for compute capability 8.9, 12.0, and this GPU has 8.6"),
     ],
 )

@@ -260,8 +260,8 @@ def test_classic_tensorrt_needs_what_it_needs() -> None:
 
 
 def test_a_description_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(EngineMismatchError, match="build the bundle again"):
+    with pytest.raises(EngineMismatchError, match="make it again with `dyexport compile`"):
         PlanInfo.read(tmp_path / INFO)
     (tmp_path / INFO).write_text("{}")
-    with pytest.raises(EngineMismatchError, match="build the bundle again"):
+    with pytest.raises(EngineMismatchError, match="make it again with `dyexport compile`"):
         PlanInfo.read(tmp_path / INFO)
