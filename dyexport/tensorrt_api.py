@@ -79,7 +79,7 @@ def _load_for_gpu(flavour: Flavour, module: str, library: str) -> Api:
     import torch
 
     if find_spec(module) is None:
-        raise MissingDependencyError(library, "tensorrt")
+        raise MissingDependencyError(library, flavour)
     if not torch.cuda.is_available():
         raise EngineBuildError(
             f"--target {flavour} builds for the GPU of this machine, and torch sees none; "
@@ -88,7 +88,7 @@ def _load_for_gpu(flavour: Flavour, module: str, library: str) -> Api:
     try:
         return Api(flavour=flavour, trt=import_module(module), measures=True)
     except (ImportError, OSError) as error:
-        raise MissingDependencyError(library, "tensorrt") from error
+        raise MissingDependencyError(library, flavour) from error  # an extra has the name of its flavour
 
 
 _LOADERS: dict[Flavour, Callable[[], Api]] = {

@@ -204,7 +204,7 @@ def test_imports_go_one_way(path: Path) -> None:
     assert violations(unit, path.read_text()) == []
 
 
-RUN_EXTRAS = {"cpu", "demo", "gguf", "prompts", "rtx", "tensorrt", "triton", "video"}
+RUN_EXTRAS = {"cpu", "demo", "gguf", "prompts", "rtx", "tensorrt", "torch-tensorrt", "triton", "video"}
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "google": "protobuf",

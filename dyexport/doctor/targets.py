@@ -128,7 +128,7 @@ def _gpu_plans(flavour: Flavour, target: str, machine: Machine) -> Verdict:
 def _tensorrt(library: str, flavour: Flavour, host: Host) -> Need:
     """Return the need of a TensorRT package. On a Jetson, JetPack has it, and a virtual environment must let it in."""
     if host.jetson is None or flavour != "tensorrt":
-        return Need(what=library, install="pip install 'dyexport[tensorrt]'")
+        return Need(what=library, install=f"pip install 'dyexport[{flavour}]'")
     if host.jetson.major < FIRST_JETPACK_7:
         return Need(what="JetPack 7, whose TensorRT is for Python 3.12 (JetPack 6 has Python 3.10, too old here)")
     remedy = "sudo apt-get install nvidia-jetpack && python3 -m venv --system-site-packages .venv"
