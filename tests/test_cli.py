@@ -94,6 +94,7 @@ BUILD = ["build", "--model", "dit-s-2", "--random-weights"]
         (["nonsense"], "No such command 'nonsense'"),
         (["verify", "nowhere", "--timesteps", "0"], "--timesteps is 0"),
         (["verify", "nowhere", "--timesteps", str(10**20)], f"--timesteps is {10**20}"),
+        (["verify", "nowhere", "--device", "gpu"], "unknown device 'gpu'; use cpu, cuda or cuda:N"),
         (["verify", "nowhere", "--tolerance", "inf"], "--tolerance is inf"),
         (["verify", "nowhere", "--tolerance", "1e38"], "--tolerance is 1e"),
         (["verify", "nowhere", "--seed", str(2**64)], f"--seed is {2**64}"),

@@ -17,7 +17,7 @@ PROGRAM = "program.pt2"  # instead, of Torch-TensorRT
 INFO = "plan.json"
 
 LARGEST_TOPK = 3840  # rows, the most that TensorRT sorts
-SMALLEST = 4  # a plan takes pictures down to a quarter of the model's tokens: 512 px of 1024
+SMALLEST_SIDE = 4  # tokens along an edge of the smallest picture of a plan: golden inputs are small
 OLDEST_FP8 = 8.9  # compute capability of the first GPUs that multiply in FP8: Ada
 
 
@@ -53,6 +53,11 @@ class Profile(BaseModel):
 
     def times(self, factor: int) -> Profile:
         return Profile(min=factor * self.min, opt=factor * self.opt, max=factor * self.max)
+
+
+def smallest_side(side: int) -> int:
+    """Return the fewest tokens along an edge of a picture that a plan takes, where the model's size is ``side``."""
+    return min(side // 2, SMALLEST_SIDE)
 
 
 class PlanInfo(BaseModel):

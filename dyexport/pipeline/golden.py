@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, sqrt
@@ -14,7 +15,7 @@ from torch import nn
 from dyexport import __version__
 from dyexport.backbones.base import Inputs, Preset
 from dyexport.bundle.golden import GOLDEN, GoldenData, GoldenInfo, GoldenSample, InputSource, reference_identity
-from dyexport.bundle.plan import SegmentPlan
+from dyexport.bundle.plan import Segment, SegmentPlan
 from dyexport.calibration.quantization import QuantizedModel, Ranges
 from dyexport.checkpoints.dynamic import load_dynamic
 from dyexport.checkpoints.static import load_static
@@ -60,7 +61,7 @@ class GoldenSampler:
     @property
     def preset(self) -> Preset:
         """The model's preset at the size of golden inputs."""
-        return golden_preset(self.settings.preset, self.plan)
+        return golden_preset(self.settings.preset, self.plan.segments)
 
     @property
     def source(self) -> InputSource:
@@ -157,9 +158,9 @@ def _with_dense(golden: GoldenSample, reference: ReferenceModel, dense: nn.Modul
     return replace(golden, dense=output.numpy(), quantized_dense=quantized)
 
 
-def golden_preset(preset: Preset, plan: SegmentPlan) -> Preset:
+def golden_preset(preset: Preset, segments: Sequence[Segment]) -> Preset:
     """Return the size of golden inputs: that of calibration on noise, but no smaller than a token capacity."""
-    small, least = preset.for_noise(), max(segment.largest_capacity for segment in plan.segments)
+    small, least = preset.for_noise(), max(segment.largest_capacity for segment in segments)
     if small.tokens >= least:
         return small
     grown = small.with_tokens(ceil(sqrt(least)) ** 2)

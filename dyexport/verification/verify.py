@@ -63,7 +63,7 @@ def verify(
     checkpoint, by default the one in the bundle's work directory. ``progress(done, total)`` counts timesteps.
 
     >>> dyexport.verify("sit-digits-0.5", timesteps=4)
-    VerifyReport(passed: error ... of at most 0.0001 at 12 timesteps)
+    VerifyReport(passed: error ... of at most 0.0001 at ... timesteps)
 
     Raises ``BundleError`` if there is neither golden data nor a reference, or they are of another bundle, and
     ``UsageError`` for values out of range, or for options of the reference without it.

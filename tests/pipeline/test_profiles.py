@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from dyexport.bundle.plan import TokenPath
 from dyexport.bundle.plan_info import Profile
 from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import UsageError
@@ -16,6 +17,7 @@ from dyexport.exporters.tensorrt_profiles import (
     plan_request,
     profiles_for,
 )
+from dyexport.pipeline.golden import BATCH, golden_preset
 from dyexport.presets import get_preset
 from dyexport.slicing.slicer import slice_conditioning, slice_segment, spec_of
 from tests.exporters.networks import ONE_BLOCK_EACH, half_width, slice_context
@@ -25,7 +27,7 @@ def test_profiles_are_the_models_own_sizes_unless_given() -> None:
     flux = get_preset("flux")
     spec = spec_of(flux, flux.transformer_config())
     usual = profiles_for(spec, half_width(flux, "masked"), ())[0]
-    assert usual["image_tokens"] == Profile(min=1024, opt=4096, max=4096)
+    assert usual["image_tokens"] == Profile(min=16, opt=4096, max=4096)
     assert usual["text_tokens"].max == 512
     assert usual["batch"] == Profile(min=1, opt=2, max=8)
     limited = profiles_for(spec, half_width(flux, "capacity"), parse_profiles(("batch=1:1:1",)))[0]
@@ -33,6 +35,18 @@ def test_profiles_are_the_models_own_sizes_unless_given() -> None:
     assert limited["batch"].max == 1
     with pytest.raises(UsageError, match="'pixels'; flux has batch"):
         profiles_for(spec, None, parse_profiles(("pixels=1:2:3",)))
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen-image", "latte"])
+@pytest.mark.parametrize("path", ["masked", "capacity"])
+def test_a_plan_takes_golden_inputs(name: str, path: TokenPath) -> None:
+    preset = get_preset(name)
+    segment = half_width(preset, path)
+    profiles = profiles_for(spec_of(preset, preset.transformer_config()), segment, ())[0]
+    golden = golden_preset(preset, [segment])
+    sizes = {"text_tokens": golden.text_tokens, "image_tokens": golden.tokens, "batch": BATCH}
+    sizes |= {"height": golden.latent_shape[-2] // 2, "width": golden.latent_shape[-1] // 2}
+    assert all(profiles[size].min <= sizes[size] <= profiles[size].max for size in profiles.keys() & sizes.keys())
 
 
 @pytest.mark.parametrize("text", ["batch", "batch=", "batch=2:1:3", "batch=0:1:2", "batch=1:2", "=1"])

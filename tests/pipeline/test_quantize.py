@@ -69,6 +69,17 @@ def test_what_quantization_costs_is_in_the_plan(bundle: Bundle) -> None:
         assert predicted**0.5 / 4 < segment.relative_error < 4 * predicted**0.5
 
 
+def test_a_copied_bundle_equals_the_outputs_that_it_keeps(bundle: Bundle, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle.root, copy)
+    report = verify_bundle(copy, VerifySettings())
+    assert report.passed
+    assert report.reference is None
+    assert report.quantization_ratio is not None
+    assert report.quantization_ratio < 0.5
+    assert all(segment.compared for segment in report.segments)
+
+
 def quantized_networks(run: Run) -> list[Network]:
     model = calibrate_model(run)
     plan = segment_plan(run, model)

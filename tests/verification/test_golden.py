@@ -14,7 +14,7 @@ import torch
 
 from dyexport.bundle.golden import GOLDEN, GoldenData
 from dyexport.bundle.manifest_file import WIDTHS
-from dyexport.bundle.plan import segment_name
+from dyexport.bundle.plan import Segment, segment_name
 from dyexport.bundle.reader import Bundle
 from dyexport.checkpoints.dynamic import load_dynamic
 from dyexport.errors import BundleError, EngineMismatchError, UsageError
@@ -208,13 +208,13 @@ def test_a_target_that_the_bundle_lacks_is_named(sit_tiny: Bundle) -> None:
 
 
 def test_golden_inputs_are_small_but_not_below_a_capacity(flux_tiny: Bundle) -> None:
-    flux, plan = get_preset("flux"), flux_tiny.manifest.plan
+    flux, segments = get_preset("flux"), flux_tiny.manifest.plan.segments
 
-    def with_capacity(tokens: int) -> Any:
-        depth = plan.segments[0].depth
+    def with_capacity(tokens: int) -> list[Segment]:
+        depth = segments[0].depth
         limited = {"token_paths": ("capacity",) * depth, "capacities": (tokens,) * depth}
-        return plan.model_copy(update={"segments": tuple(s.model_copy(update=limited) for s in plan.segments)})
+        return [segment.model_copy(update=limited) for segment in segments]
 
-    assert golden_preset(flux, plan) == flux.for_noise()
+    assert golden_preset(flux, segments) == flux.for_noise()
     assert golden_preset(flux, with_capacity(2400)).tokens == 49**2
     assert golden_preset(get_preset("qwen-image"), with_capacity(2400)) == get_preset("qwen-image")

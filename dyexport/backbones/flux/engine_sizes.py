@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from math import isqrt
+
 from dyexport.bundle.plan import Segment
-from dyexport.bundle.plan_info import SMALLEST, Profile
+from dyexport.bundle.plan_info import Profile, smallest_side
 from dyexport.bundle.spec import ModelSpec
 
 
@@ -12,7 +14,7 @@ def free_sizes(spec: ModelSpec, segment: Segment | None) -> dict[str, Profile]:
     kept = segment.largest_capacity if segment is not None else 0
     return {
         "text_tokens": Profile.up_to(spec.text_tokens),
-        "image_tokens": Profile.up_to(spec.tokens, least=max(spec.tokens // SMALLEST, kept)),
+        "image_tokens": Profile.up_to(spec.tokens, least=max(smallest_side(isqrt(spec.tokens)) ** 2, kept)),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dyexport.bundle.plan import Segment
-from dyexport.bundle.plan_info import Profile
+from dyexport.bundle.plan_info import Profile, smallest_side
 from dyexport.bundle.spec import ModelSpec
 
 
@@ -14,7 +14,7 @@ def free_sizes(spec: ModelSpec, segment: Segment | None) -> dict[str, Profile]:
     return {
         "text_tokens": Profile.up_to(spec.text_tokens),
         "frames": Profile.up_to(frames, least=frames if fixed else 1),
-        **{name: Profile.up_to(side, least=side if fixed else side // 2) for name in ("height", "width")},
+        **{name: Profile.up_to(side, least=side if fixed else smallest_side(side)) for name in ("height", "width")},
     }
 
 
