@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 Providers = list[str | tuple[str, dict[str, Any]]]
 ELEMENT_TYPES = {name: number for number, name in DTYPES.items()}
-FUSES_ON_CUDA = (1, 25)  # the first ONNX Runtime whose CUDA provider has flash attention for ``Attention``
+# ONNX Runtime's CUDA provider has flash attention for ``Attention`` since 1.25. Before 1.27, its kernel for attention
+# with a mask could read misaligned memory where the number of tokens is no multiple of 8.
+FUSES_ON_CUDA = (1, 27)
 
 
 class OrtEngine(Engine):
@@ -84,7 +86,11 @@ class OrtEngine(Engine):
     def _session_on(self, ort: Any, model: Message, more: Mapping[str, Any]) -> Any:
         """Start a session with ``more`` options of the CUDA provider."""
         providers = providers_for(self.device, ort.get_available_providers(), {**self._provider_options(), **more})
-        return ort.InferenceSession(model.SerializeToString(), self._options(ort), providers=providers)
+        options = self._options(ort)
+        # With its own fallback, ONNX Runtime would print an error and run on the CPU.
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=providers, enable_fallback=0)
+        check_provider(session, self.device)
+        return session
 
     def _provider_options(self) -> dict[str, Any]:
         """Return options of the CUDA provider."""
@@ -180,6 +186,15 @@ def providers_for(
     if "CUDAExecutionProvider" not in available:
         raise MissingDependencyError("onnxruntime-gpu", "gpu")
     return [("CUDAExecutionProvider", {"device_id": int(index or 0), **options}), "CPUExecutionProvider"]
+
+
+def check_provider(session: Any, device: str) -> None:
+    """Raise ``EngineMismatchError`` for a session without the provider of its device, which ONNX Runtime leaves out."""
+    if device.startswith("cuda") and "CUDAExecutionProvider" not in session.get_providers():
+        raise EngineMismatchError(
+            "ONNX Runtime cannot start its CUDA provider; install the CUDA and cuDNN libraries that it asks for in its "
+            "log, or run with device='cpu'"
+        )
 
 
 def fastest_attention(model: Message, device_type: str, version: str) -> AttentionForm:

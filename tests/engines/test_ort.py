@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import onnx
+import onnxruntime
 import pytest
 import torch
 
 from dyexport.bundle.onnx_schema import MESSAGES
 from dyexport.engines import ort as ort_engine
-from dyexport.engines.ort import OrtEngine, fastest_attention, providers_for, vendor_errors
+from dyexport.engines.ort import OrtEngine, check_provider, fastest_attention, providers_for, vendor_errors
 from dyexport.errors import EngineBuildError, EngineMismatchError, MissingDependencyError
 from tests.engines.tiny import (
     CLASSES,
@@ -79,6 +80,23 @@ def test_unknown_operator_is_a_build_error(graph: Path) -> None:
     edit(graph, lambda model: setattr(model.graph.node[0], "op_type", "Flutter"))
     with pytest.raises(EngineBuildError, match="Flutter"):
         OrtEngine(graph).activate()
+
+
+def test_a_failed_start_prints_nothing(graph: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The standard output is for results; ONNX Runtime would print that it falls back to the CPU."""
+    edit(graph, lambda model: setattr(model.graph.node[0], "op_type", "Flutter"))
+    with pytest.raises(EngineBuildError):
+        OrtEngine(graph).activate()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_session_without_its_provider_is_refused(graph: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
+    session = onnxruntime.InferenceSession(graph.read_bytes(), options, providers=["CPUExecutionProvider"])
+    check_provider(session, "cpu")
+    with pytest.raises(EngineMismatchError, match="cannot start its CUDA provider"):
+        check_provider(session, "cuda:0")
 
 
 def test_missing_weights_are_a_build_error(graph: Path) -> None:
@@ -183,8 +201,8 @@ def test_providers() -> None:
     ("device", "version", "operators", "form"),
     [
         ("cpu", "1.32.0", ["Softmax"], "primitive"),
-        ("cuda", "1.24.4", ["Softmax"], "primitive"),
-        ("cuda", "1.25.0", ["Softmax"], "fused"),
+        ("cuda", "1.26.1", ["Softmax"], "primitive"),
+        ("cuda", "1.27.0", ["Softmax"], "fused"),
         ("cuda", "2.0.0", ["Softmax"], "fused"),
         ("cuda", "1.32.0", ["QuantizeLinear", "Softmax"], "primitive"),
     ],
