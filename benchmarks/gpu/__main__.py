@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = Settings(
         device=options.device,
         work=options.work,
+        patience=options.patience,
         **(REHEARSAL if options.rehearse else {name: getattr(options, name) for name in REHEARSAL}),
     )
     for name in names:
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sections", default=",".join(SECTIONS), help="separated by commas, in their order")
     parser.add_argument("--cases", help="instead of a section's own, most important first, separated by commas")
     parser.add_argument("--limit", type=float, default=150.0, help="seconds of a section, after which none is begun")
+    parser.add_argument("--patience", type=float, default=200.0, help="seconds for one command of a bundle")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--rehearse", action="store_true", help="run small cases of the same code, once each")
     parser.add_argument("--steps", type=int, default=50, help="of a trajectory, which is conditioned once")

@@ -13,13 +13,17 @@ from dyexport.bundle.spec import Precision
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings of a run. ``steps`` are of a trajectory, which is conditioned once; ``work`` holds bundles."""
+    """Settings of a run. ``steps`` are of a trajectory, which is conditioned once; ``work`` holds bundles.
+
+    ``patience`` is the most seconds for one command.
+    """
 
     device: str
     steps: int
     rounds: int
     repeats: int
     work: Path
+    patience: float = 200.0
 
     def timing(self, *, compiled: bool = False) -> Timing:
         return Timing(device=self.device, rounds=self.rounds, repeats=self.repeats, compiled=compiled)

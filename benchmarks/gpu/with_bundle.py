@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,7 +25,6 @@ from dyexport.errors import DyexportError, UsageError, reason
 
 CASE = re.compile(r"(?P<model>[^:@]+):(?P<precision>fp32|fp16|bf16)(:(?P<target>[a-z-]+))?")
 BUDGET, ENGINES, SAMPLE_STEPS, TIMESTEPS = 0.5, 2, 10, 8
-PATIENCE = 200.0  # seconds for one command
 ROOT = Path(__file__).parents[2]
 
 
@@ -101,13 +101,22 @@ def _timed_sample(transformer: Any) -> float:
 
 
 def command(settings: Settings, *arguments: str) -> dict[str, Any]:
-    """Run ``dyexport`` with ``--json``, and return its output. Raises ``DyexportError`` with its last line."""
+    """Run ``dyexport`` with ``--json``, and return its output. Raises ``DyexportError`` with its last line.
+
+    A command that takes too long is ended with the processes that it started.
+    """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     if settings.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""  # the commands take a GPU where there is one
     line = [sys.executable, "-m", "dyexport", *arguments, "--json"]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    if not done.stdout.strip():
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise DyexportError(f"dyexport {arguments[0]} exits with {done.returncode}: {last}")
-    return {"exit_code": done.returncode, "output": json.loads(done.stdout)}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(line, env=environment, start_new_session=True, **pipes) as process:
+        try:
+            out, err = process.communicate(timeout=settings.patience)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise DyexportError(f"dyexport {arguments[0]} took more than {settings.patience:.0f} s") from None
+    if not out.strip():
+        last = (err.strip().splitlines() or ["no message"])[-1]
+        raise DyexportError(f"dyexport {arguments[0]} exits with {process.returncode}: {last}")
+    return {"exit_code": process.returncode, "output": json.loads(out)}

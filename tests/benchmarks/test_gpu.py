@@ -149,6 +149,14 @@ def test_a_step_of_a_bundle_that_fails_is_recorded_and_the_rest_goes_on(tmp_path
     assert "torch-tensorrt" in record["steps"]["sample"]["failure"]
 
 
+@pytest.mark.build
+def test_a_command_that_takes_too_long_is_a_failed_step(tmp_path: Path) -> None:
+    case = "sit-tiny:fp32:onnx"
+    (record,) = run(tmp_path, "--sections", "bundle", "--cases", case, "--patience", "0.01").values()
+    assert "dyexport verify took more than 0 s" in record["steps"]["verify"]["failure"]
+    assert record["steps"]["sample"]["warm"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.tensorrt
 @pytest.mark.skipif(torch.cuda.is_available(), reason="TensorRT may run there")
