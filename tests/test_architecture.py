@@ -88,6 +88,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "progress",
         "runtime",
         "backbones",
+        "backbones.engine_sizes",
         "backbones.preset",
     },
     "doctor": {"errors", "bundle", "engines", "runtime", "tensorrt_api"},
@@ -204,11 +205,12 @@ def test_imports_go_one_way(path: Path) -> None:
     assert violations(unit, path.read_text()) == []
 
 
-RUN_EXTRAS = {"cpu", "demo", "gguf", "prompts", "rtx", "tensorrt", "torch-tensorrt", "triton", "video"}
+RUN_EXTRAS = {"bench", "cpu", "demo", "gguf", "prompts", "rtx", "tensorrt", "torch-tensorrt", "triton", "video"}
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "google": "protobuf",
     "imageio_ffmpeg": "imageio-ffmpeg",
+    "pynvml": "nvidia-ml-py",
     "onnxruntime_ep_nv_tensorrt_rtx": "onnxruntime-ep-nv-tensorrt-rtx-cu13",
     "sklearn": "scikit-learn",
     "tensorrt_rtx": "tensorrt-rtx-cu13-bindings",

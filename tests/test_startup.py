@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from dyexport.bundle.manifest_file import MANIFEST, read_manifest
 from tests.bench.test_useless_options import write_as
-from tests.runtime.bundles import write_bundle, write_manifest
+from tests.runtime.bundles import write_bundle
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -66,6 +64,11 @@ def run(*arguments: str, cwd: Path, stream: str = "stdout") -> tuple[int, str, b
         ("doctor --verbose", 2),
         ("doctor nowhere", 1),
         ("bench nowhere --batch 0", 2),
+        ("bench nowhere --batch 2,two", 2),
+        ("bench nowhere --size 100", 2),
+        ("bench nowhere --target paper", 2),
+        ("bench nowhere --device gpu", 2),
+        ("bench nowhere -o report.txt", 2),
         ("bench nowhere", 1),
         ("eval nowhere --samples 1", 2),
         ("eval nowhere", 1),
@@ -79,12 +82,9 @@ def test_torch_is_not_imported(line: str, code: int, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with bundles: ``digits``, without its dense graph ``bare``, ``prompted``, and a work directory."""
+    """A folder with bundles: ``digits``, ``prompted``, and a work directory."""
     root: Path = tmp_path_factory.mktemp("bundles")
-    digits = write_as(root / "digits", pixels=True, name="sit-digits")
-    shutil.copytree(digits.root, root / "bare")
-    engines = [engine for engine in read_manifest(root / "bare" / MANIFEST).engines if engine.network != "dense"]
-    write_manifest(root / "bare", digits.spec, digits.plan, engines)
+    write_as(root / "digits", pixels=True, name="sit-digits")
     write_as(root / "prompted", pixels=False, name="own", backbone="flux", classes=0, config={"guidance_embeds": True})
     (root / "digits.work").mkdir()
     return root
@@ -116,7 +116,9 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("verify digits --target tensorrt-rtx", 2, " --target tensorrt-rtx"),
         ("verify gone", 1, "gone does not exist; give the directory of a bundle"),
         ("bench digits --target tensorrt-rtx", 2, " --target tensorrt-rtx"),
-        ("bench bare", 2, "has no dense graph to compare with; build it again without --no-baseline"),
+        ("bench digits --size 64", 2, "--size does nothing here"),
+        ("bench digits --pipeline x", 2, "--pipeline does nothing here"),
+        ("bench prompted --pipeline gone/", 1, "cannot read text encoders and VAE from gone/: it does not exist"),
         ("eval prompted", 2, "own is not a digits model"),
         ("deploy triton digits models --scheduler ddim", 2, "use euler"),
         ("deploy triton digits models --instances 0", 2, "--instances is 0"),

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.gpu.cases import Case
-from dyexport.bench.compare import with_conditioning
-from dyexport.bench.latency import over_trajectory
+from dyexport.bench.statistics import over_trajectory, with_conditioning
 
 DENSE = ("dense", "diffusers")  # static models that are compiled as the slim ones are: the faster one is the measure
 

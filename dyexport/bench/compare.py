@@ -1,201 +1,136 @@
-"""Compare a bundle with its dense graph and the dense diffusers module, all timed in one run (``dyexport bench``)."""
+"""Compare a bundle with its dense network and the diffusers module, all timed in one run (``dyexport bench``)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from itertools import count
-from statistics import median
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
-from dyexport.bench.latency import BenchReport, Blocks, SegmentTime, over_trajectory, time_variants
+from dyexport.bench.case import Case, first_calls, has_dense, opened_case, overheads, step_variants
+from dyexport.bench.case_rows import loop_rows, pipeline_rows, step_rows
+from dyexport.bench.energy import Meter, open_meter
+from dyexport.bench.environment import Conditions, Environment, conditions, describe, throttling
+from dyexport.bench.latency import Blocks, time_rounds
 from dyexport.bench.machine import cpu_time, taken_by_others
-from dyexport.bench.memory import MemoryProbe, added_bytes
+from dyexport.bench.memory import MemoryProbe, with_and_without_sharing
+from dyexport.bench.rows import DENSE, DYNAMIC, BenchReport, Row
 from dyexport.bench.settings import BenchSettings
-from dyexport.bench.variants import (
-    Variant,
-    compiled_variant,
-    conditioning_variant,
-    module_variant,
-    segment_variants,
-)
-from dyexport.bundle.plan import Segment, SegmentPlan
 from dyexport.bundle.reader import Bundle
-from dyexport.progress import Progress
-from dyexport.runtime.loading import load
-from dyexport.runtime.stock import example_inputs, stock_transformer
-from dyexport.runtime.transformer import BundleTransformer
+from dyexport.engines.registry import EngineOptions, engine_files, make_engines
+from dyexport.progress import Progress, no_progress
 
-OVERHEAD_LOOPS = 3
-LOOP_BLOCKS = Blocks(rounds=3, timed=1)
+MOST_OTHERS = 0.05  # share of CPU time
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Measured:
-    seconds: Mapping[str, float]
+    """Results of one case."""
+
+    rows: tuple[Row, ...]
+    overheads: dict[str, float | None]
     others: float | None
-    switch_overhead: float
-    trajectory_speedup: float | None
+    before: Conditions
+    after: Conditions
+    environment: Environment
 
 
 def compare(bundle: Bundle, settings: BenchSettings, progress: Progress | None = None) -> BenchReport:
-    """Measure latency, overhead and memory. Raises ``UsageError`` for a bundle without its dense graph."""
+    """Measure latency, overhead, memory and energy.
+
+    Raises what ``load`` raises, and ``UsageError`` for a size or a pipeline that the model does not take.
+    """
     settings.check_for(bundle)
+    measured = []
     with _threads(settings.threads), torch.inference_mode():
-        return _report(bundle, settings, _measure(bundle, settings, progress))
+        for index, (batch, size) in enumerate(settings.cases):
+            advance = _part(progress or no_progress, index, len(settings.cases))
+            with opened_case(bundle, settings, batch, size) as case, open_meter(case.device) as meter:
+                measured.append(_measure(case, meter, advance))
+            measured[-1] = replace(measured[-1], rows=tuple(_with_memory(case, row) for row in measured[-1].rows))
+    return _report(bundle, settings, measured)
 
 
-def _measure(bundle: Bundle, settings: BenchSettings, progress: Progress | None) -> _Measured:
-    open_ = partial(load, bundle.root, target=settings.target, device="cpu", check_hashes=False, fallback=False)
-    dense, loaded = open_(dense=True), open_(share_weights=settings.share_weights, memory=settings.memory)
-    variants = _variants(bundle, dense, loaded, settings)
-    before = cpu_time()
-    seconds = time_variants(variants, Blocks(rounds=settings.rounds), progress=progress)
-    measured = _Measured(
-        seconds=seconds,
-        others=taken_by_others(before, cpu_time()),
-        switch_overhead=switch_overhead(loaded, settings),
-        trajectory_speedup=_trajectory_speedup(dense, loaded, settings) if settings.trajectory else None,
+def _measure(case: Case, meter: Meter, progress: Progress) -> _Measured:
+    variants = step_variants(case)
+    first = first_calls(variants, case.clock)
+    before, taken = conditions(case.device, meter.counter), cpu_time()
+    timings = time_rounds(variants, Blocks(rounds=case.settings.rounds), clock=case.clock, progress=progress)
+    others, after = taken_by_others(taken, cpu_time()), conditions(case.device, meter.counter)
+    rows = step_rows(case, timings, first, variants, meter)
+    if case.settings.trajectory:
+        rows += loop_rows(case, meter)
+    if case.settings.pipeline is not None:
+        rows += pipeline_rows(case, meter)
+    return _Measured(
+        rows=tuple(rows),
+        overheads=overheads(case),
+        others=others,
+        before=before,
+        after=after,
+        environment=describe(case.device, torch.get_num_threads()),
     )
-    loaded.close()
-    dense.close()
-    return measured
 
 
-def _variants(
-    bundle: Bundle, dense: BundleTransformer, loaded: BundleTransformer, settings: BenchSettings
-) -> dict[str, Variant]:
-    spec = bundle.manifest.model
-    start, end = spec.timestep_range
-    inputs = example_inputs(spec, settings.batch, (start + end) / 2)
-    stock = stock_transformer(spec)
-    variants = {
-        "dense": module_variant(dense, inputs, "cpu"),
-        "conditioning": conditioning_variant(loaded, settings.batch, settings.steps_for(loaded.spec)),
-    }
-    variants |= {f"segment {i}": run for i, run in enumerate(segment_variants(loaded, bundle, settings.batch))}
-    if settings.compiled and (compiled := compiled_variant(stock, inputs, "cpu")) is not None:
-        variants["torch.compile"] = compiled
-    return {**variants, "eager": module_variant(stock, inputs, "cpu")}
-
-
-def _report(bundle: Bundle, settings: BenchSettings, measured: _Measured) -> BenchReport:
-    plan, seconds = bundle.manifest.plan, with_conditioning(measured.seconds, settings.steps_for(bundle.manifest.model))
-    segments = _segment_times(plan, bundle, seconds)
-    dynamic = over_trajectory([s.share for s in segments], [s.seconds for s in segments])
-    speedup = seconds["dense"] / dynamic
-    compiled = seconds.get("torch.compile")
-    whole_networks = {name: value for name, value in seconds.items() if not name.startswith("segment")}
-    return BenchReport(
-        model=bundle.manifest.model.name,
-        target=settings.target,
-        batch=settings.batch,
+def _with_memory(case: Case, row: Row) -> Row:
+    """Add the memory of a whole network, once for each case."""
+    if row.unit != "step" or row.variant not in (DYNAMIC, DENSE):
+        return row
+    dense = row.variant == DENSE
+    probe = MemoryProbe(
+        bundle=str(case.bundle.root),
+        target=row.target,
+        batch=case.batch,
         threads=torch.get_num_threads(),
-        steps=settings.steps_for(bundle.manifest.model),
+        share_weights=case.settings.share_weights and not dense,
+        memory=None if dense else case.settings.memory,
+        dense=dense,
+        device=case.device,
+        size=case.size,
+    )
+    shareable = not dense and _can_share(case.bundle, row.target, case.device)
+    return replace(row, memory=with_and_without_sharing(probe, shareable=shareable))
+
+
+def _can_share(bundle: Bundle, target: str, device: str) -> bool:
+    paths = list(bundle.engine_paths(engine_files(target)).values())
+    return all(engine.shares_weights for engine in make_engines(target, paths, _sharing(device)))
+
+
+def _sharing(device: str) -> EngineOptions:
+    return EngineOptions(device=device, share_weights=True)
+
+
+def _report(bundle: Bundle, settings: BenchSettings, measured: Sequence[_Measured]) -> BenchReport:
+    plan, model = bundle.manifest.plan, bundle.manifest.model
+    shares = [each.others for each in measured if each.others is not None]
+    others = max(shares, default=None)
+    warnings = [warning for each in measured for warning in throttling(each.before, each.after)]
+    if others is not None and others > MOST_OTHERS:
+        warnings.append(f"other processes took {others:.0%} of CPU time meanwhile; torch loses most by that")
+    for target in settings.targets:
+        if not has_dense(bundle, target):
+            warnings.append(f"the bundle has no dense network as {target}, so nothing is compared with it")
+    return BenchReport(
+        model=model.name,
+        steps=settings.steps_for(model),
         flops_ratio=plan.flops_ratio,
         network_flops_ratio=plan.network_flops_ratio,
         executed_flops_ratio=plan.executed_flops_ratio,
-        seconds={**whole_networks, "dynamic": dynamic},
-        speedup_vs_dense=speedup,
-        speedup_vs_torch_compile=None if compiled is None else compiled / dynamic,
-        speedup_vs_eager=seconds["eager"] / dynamic,
-        realized=speedup * plan.network_flops_ratio,
-        switch_overhead=measured.switch_overhead,
-        trajectory_speedup=measured.trajectory_speedup,
-        others=measured.others,
-        resident_bytes=_added_bytes(bundle, settings, dense=False),
-        dense_bytes=_added_bytes(bundle, settings, dense=True),
-        segments=segments,
+        rows=tuple(row for each in measured for row in each.rows),
+        switch_overhead=measured[0].overheads,
+        others=others,
+        before=measured[0].before,
+        after=measured[-1].after,
+        environment=measured[0].environment,
+        warnings=tuple(dict.fromkeys(warnings)),
     )
 
 
-def with_conditioning(seconds: Mapping[str, float], steps: int) -> dict[str, float]:
-    """Return seconds per step. The conditioning network runs once; each step gets an equal share of its time."""
-    once = seconds["conditioning"] / steps
-    shared = {name for name in seconds if name == "dense" or name.startswith("segment")}
-    per_step = {name: value + once if name in shared else value for name, value in seconds.items()}
-    return {**per_step, "conditioning": once}
-
-
-def _added_bytes(bundle: Bundle, settings: BenchSettings, *, dense: bool) -> int | None:
-    return added_bytes(
-        MemoryProbe(
-            bundle=str(bundle.root),
-            target=settings.target,
-            batch=settings.batch,
-            threads=torch.get_num_threads(),
-            share_weights=settings.share_weights,
-            memory=None if dense else settings.memory,
-            dense=dense,
-        )
-    )
-
-
-def _segment_times(plan: SegmentPlan, bundle: Bundle, seconds: Mapping[str, float]) -> tuple[SegmentTime, ...]:
-    widths = bundle.widths
-    return tuple(
-        SegmentTime(
-            start=segment.start,
-            end=segment.end,
-            share=(segment.end - segment.start) / (widths.end - widths.start),
-            heads=_mean_share(segment.heads, widths.heads.shape[-1]),
-            groups=_mean_share(segment.groups, widths.groups.shape[-1]),
-            tokens=_kept_tokens(bundle, segment),
-            seconds=seconds[f"segment {index}"],
-            speedup_vs_dense=seconds["dense"] / seconds[f"segment {index}"],
-        )
-        for index, segment in enumerate(plan.segments)
-    )
-
-
-def _mean_share(kept: tuple[tuple[int, ...], ...], units: int) -> float:
-    return float(np.mean([len(block) / units for block in kept]))
-
-
-def _kept_tokens(bundle: Bundle, segment: Segment) -> float:
-    middle = (segment.start + segment.end) / 2
-    return 1.0 if bundle.token_stats is None else float(bundle.token_stats.mean_fraction([middle]).mean())
-
-
-def switch_overhead(loaded: BundleTransformer, settings: BenchSettings) -> float:
-    """Measure the share of a step spent outside the engines, in a sampling loop whose engines are all resident.
-
-    It includes everything that a single engine would not need: routing, switching and moving tensors. It is the
-    median over a few loops, after one loop that activates the engines.
-    """
-    shares = []
-    for seed in range(OVERHEAD_LOOPS + 1):
-        before = loaded.residency
-        _sampling_loop(loaded, settings, seed)
-        after = loaded.residency
-        outside = after.outside_seconds - before.outside_seconds
-        shares.append(outside / (outside + after.run_seconds - before.run_seconds))
-    return median(shares[1:])
-
-
-def _trajectory_speedup(dense: BundleTransformer, loaded: BundleTransformer, settings: BenchSettings) -> float:
-    seeds = count()  # a new seed for every loop, so that none finds its conditioning in a cache
-    loops = {
-        "dense": lambda: _sampling_loop(dense, settings, next(seeds)),
-        "dynamic": lambda: _sampling_loop(loaded, settings, next(seeds)),
-    }
-    seconds = time_variants(loops, LOOP_BLOCKS)
-    return seconds["dense"] / seconds["dynamic"]
-
-
-def _sampling_loop(transformer: BundleTransformer, settings: BenchSettings, seed: int) -> None:
-    """Call the network along one trajectory, from noise to data."""
-    spec = transformer.spec
-    steps = settings.steps_for(spec)
-    noise, data = spec.noise_to_data
-    inputs = example_inputs(spec, settings.batch, noise, seed)
-    for share in ((step + 0.5) / steps for step in range(steps)):
-        timestep = torch.full((settings.batch,), noise + share * (data - noise))  # (B,)
-        transformer(**{**inputs, "timestep": timestep})
+def _part(progress: Progress, index: int, parts: int) -> Progress:
+    """Return the progress of one of several equal parts."""
+    return lambda done, total: progress(index * total + done, parts * total)
 
 
 @contextmanager

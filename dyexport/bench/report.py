@@ -13,7 +13,6 @@ from dyexport.bundle.reader import Bundle
 
 if TYPE_CHECKING:
     from dyexport.bench.evaluation import EvalReport
-    from dyexport.bench.latency import BenchReport
 
 Rows = list[tuple[str, ...]]
 
@@ -31,46 +30,6 @@ def as_table(title: str, header: Sequence[str], rows: Rows) -> Table:
 def as_markdown(header: Sequence[str], rows: Rows) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def bench_rows(report: BenchReport) -> Rows:
-    return [
-        ("lambda as run (attention + MLP)", f"{report.flops_ratio:.3f}"),
-        ("whole-network FLOPs ratio", f"{report.network_flops_ratio:.3f}"),
-        ("FLOPs ratio the graphs execute", f"{report.executed_flops_ratio:.3f}"),
-        ("speed-up over the dense graph", f"{report.speedup_vs_dense:.2f}x"),
-        ("speed-up over torch.compile", _times(report.speedup_vs_torch_compile, "not timed")),
-        ("speed-up over eager torch", f"{report.speedup_vs_eager:.2f}x"),
-        ("speed-up of whole sampling loops", _times(report.trajectory_speedup, "not timed")),
-        ("realized (speed-up x whole-network ratio)", f"{report.realized:.2f}"),
-        (f"switching, share of {report.steps} steps", f"{report.switch_overhead:.2%}"),
-        ("CPU time taken by other processes", "unknown" if report.others is None else f"{report.others:.0%}"),
-        ("resident, all engines", megabytes(report.resident_bytes)),
-        ("resident, dense graph", megabytes(report.dense_bytes)),
-    ]
-
-
-def bench_tables(report: BenchReport) -> list[Table]:
-    title = f"{report.model}, batch {report.batch}, {report.threads} threads, {report.target}"
-    segments: Rows = [
-        (
-            f"[{s.start:.3g}, {s.end:.3g})",
-            f"{s.share:.0%}",
-            f"{s.heads:.0%}",
-            f"{s.groups:.0%}",
-            f"{s.tokens:.0%}",
-            f"{s.seconds * 1e3:.1f} ms",
-            f"{s.speedup_vs_dense:.2f}x",
-        )
-        for s in report.segments
-    ]
-    times: Rows = [(name, f"{seconds * 1e3:.1f} ms") for name, seconds in report.seconds.items()]
-    header = ("segment", "of t", "heads", "groups", "tokens kept", "one call", "over dense")
-    return [
-        as_table("Engines", header, segments),
-        as_table("Time of one call", ("variant", "25th percentile"), times),
-        as_table(title, ("measured in one run", "value"), bench_rows(report)),
-    ]
 
 
 def eval_rows(report: EvalReport) -> Rows:
@@ -162,7 +121,3 @@ def _segment_row(bundle: Bundle, segment: Segment, units: tuple[int, int]) -> tu
 
 def megabytes(count: int | None) -> str:
     return "unknown" if count is None else f"{count / 1e6:.1f} MB"
-
-
-def _times(value: float | None, otherwise: str) -> str:
-    return otherwise if value is None else f"{value:.2f}x"

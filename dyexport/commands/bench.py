@@ -1,31 +1,49 @@
-"""``dyexport bench``: a bundle timed against its dense graph and the dense torch module."""
+"""``dyexport bench``: a bundle timed against its dense network and the diffusers module."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from dyexport.arguments import parse_bytes
 from dyexport.commands import options
 from dyexport.commands.bundles import open_bundle
 from dyexport.commands.given import Given
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
+from dyexport.files import check_file
+
+if TYPE_CHECKING:
+    from dyexport.bench.rows import BenchReport
+    from dyexport.bench.settings import BenchSettings
+    from dyexport.bundle.reader import Bundle
 
 EXAMPLES = (
-    "dyexport bench sit-digits-0.5",
-    "dyexport bench dit-xl-2-0.5 --batch 8 --steps 20 --no-compile",
-    "dyexport bench flux-0.5 --target tensorrt-rtx --trajectory --json",
+    "dyexport bench dit-xl-2-0.5 --batch 1,2,8 --steps 20 --no-compile",
+    "dyexport bench dit-xl-2-0.5 --target onnx --target torch -o report.md",
+    "dyexport bench flux-0.5 --target tensorrt-rtx --device cuda --size 512,1024 --trajectory --json",
 )
+
+CASES, VARIANTS, OUTPUT = "Cases", "Variants", "Output"
 
 
 def bench(
     context: typer.Context,
     bundle: options.BundleArgument,
-    batch: Annotated[
-        int, typer.Option(help="Batch size of a call; guided sampling of one picture has 2.", metavar="N")
-    ] = 2,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Engine format to run; repeat it to time several in one run. Default: onnx.",
+            metavar="NAME",
+            autocompletion=options.target_names,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda or cuda:N. Default: CUDA where torch and the engines have it.", metavar="NAME"),
+    ] = None,
     steps: options.StepsOption = None,
     rounds: Annotated[
         int,
@@ -34,40 +52,117 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of every variant. Default: torch's choice.", metavar="N")
     ] = None,
-    target: options.TargetOption = "onnx",
     memory: options.MemoryOption = None,
     share_weights: Annotated[
         bool, typer.Option("--share-weights", help="Let all engines map one copy of the weights.", metavar="")
     ] = False,
+    batch: Annotated[
+        str,
+        typer.Option(
+            help="Batch sizes of a call, such as 1,2,8; guided sampling of one picture has 2.",
+            metavar="N,...",
+            rich_help_panel=CASES,
+        ),
+    ] = "2",
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Sizes in pixels, such as 512,768x1024 (height x width). Default: the bundle's.",
+            metavar="PIXELS,...",
+            rich_help_panel=CASES,
+        ),
+    ] = None,
     compile: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Also time torch.compile, which takes minutes.", metavar="")
+        bool,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Also time torch.compile, which takes minutes.",
+            metavar="",
+            rich_help_panel=VARIANTS,
+        ),
+    ] = True,
+    eager: Annotated[
+        bool,
+        typer.Option(
+            "--eager/--no-eager", help="Also time the diffusers module.", metavar="", rich_help_panel=VARIANTS
+        ),
     ] = True,
     trajectory: Annotated[
-        bool, typer.Option("--trajectory", help="Also time whole sampling loops.", metavar="")
+        bool,
+        typer.Option("--trajectory", help="Also time whole sampling loops.", metavar="", rich_help_panel=VARIANTS),
     ] = False,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            help="Also time whole pictures from a prompt, with the text encoders and the VAE of this pipeline.",
+            metavar="DIR|ID",
+            rich_help_panel=VARIANTS,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Also write the report: .json, .md or .csv by the suffix.",
+            metavar="FILE",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Time a bundle over the sampling trajectory, alternating with its dense graph and the dense torch module."""
-    Given(context).refuse(target != "onnx", f"engines of {target} do not map the weight store", "share_weights")
-    from dyexport.bench.settings import BenchSettings
+    """Time a bundle over the sampling trajectory, alternating with its dense network and the diffusers module."""
+    from dyexport.bench.settings import BenchSettings, check_output, parse_batches, parse_sizes
     from dyexport.bundle.reader import Bundle
 
+    targets = tuple(target or ("onnx",))
+    given = Given(context)
+    given.refuse("onnx" not in targets, f"engines of {', '.join(targets)} do not map the weight store", "share_weights")
     settings = BenchSettings(
-        target=target,
+        targets=targets,
+        device=device,
+        batches=parse_batches(batch),
+        sizes=() if size is None else parse_sizes(size),
         memory=None if memory is None else parse_bytes(memory),
-        batch=batch,
         steps=steps,
         rounds=rounds,
         threads=threads,
         share_weights=share_weights,
         compiled=compile,
+        eager=eager,
         trajectory=trajectory,
+        pipeline=pipeline,
     )
-    settings.check_for(open_bundle(bundle, target))
+    if out is not None:
+        check_output(out)
+        check_file(out)
+    for each in targets:
+        _refuse_useless(given, settings, open_bundle(bundle, each))
     with chatter_on_stderr(), progress_bar("timing") as advance:
         from dyexport.bench.compare import compare
-        from dyexport.bench.report import bench_tables
+        from dyexport.bench.rows import payload
+        from dyexport.bench.tables import save_report
 
         report = compare(Bundle.open(bundle), settings, advance)
-    emit(asdict(report), as_json=json, human=lambda console: console.print(*bench_tables(report), sep="\n\n"))
+        if out is not None:
+            save_report(report, out)
+    emit(payload(report), as_json=json, human=lambda console: _show(console, report))
+
+
+def _refuse_useless(given: Given, settings: BenchSettings, bundle: Bundle) -> None:
+    """Raise ``UsageError`` for an option that is for another kind of model."""
+    from dyexport.samples import useless_arguments
+
+    for name, because in useless_arguments(bundle.manifest.model).items():
+        if name == "pipeline":
+            given.refuse(True, because, name)
+    settings.check_for(bundle)
+
+
+def _show(console: Console, report: BenchReport) -> None:
+    from dyexport.bench.tables import bench_tables
+
+    for warning in report.warnings:
+        console.print(f"Warning: {warning}.", markup=False, soft_wrap=True)
+    console.print(*bench_tables(report), sep="\n\n")

@@ -40,7 +40,7 @@ def demo(shared_folder: Path) -> DemoReport:
         if (kept := folder / "report.json").exists():
             return DemoReport(**json.loads(kept.read_text()))
         settings = replace(demo_settings(folder), train_steps=2, finetune_steps=12, engines=2)
-        bench = BenchSettings(rounds=1, steps=2, compiled=False, threads=1)
+        bench = BenchSettings(rounds=4, steps=2, compiled=False, eager=False, threads=1)
         report = run_demo(settings, StageLines(), sampling=SamplingConfig(samples=20, steps=2), bench=bench)
         kept.write_text(json.dumps(asdict(report)))
         return report

@@ -153,10 +153,34 @@ def test_inspect_json_is_complete(run: Any, ddpm: TinyBundle) -> None:
     assert len(found["widths"]["heads"]) == len(found["widths"]["t"]) == len(ddpm.widths.grid)
 
 
-def test_bench_prints_one_json_object(run: Any, built: Any) -> None:
-    code, stdout, _ = run("bench", built.root, "--rounds", 1, "--steps", 2, "--no-compile", "--threads", 1, "--json")
+def test_bench_prints_one_json_object(run: Any, built: Any, tmp_path: Path) -> None:
+    arguments = ("--rounds", 1, "--steps", 2, "--no-compile", "--no-eager", "--threads", 1, "--json")
+    code, stdout, _ = run("bench", built.root, *arguments, "--device", "cpu", "-o", tmp_path / "report.csv")
     assert code == 0
-    assert json.loads(stdout)["speedup_vs_dense"] > 0
+    found = json.loads(stdout)
+    assert found["p50"] > 0
+    assert found["speedup_vs_dense"] is None  # of one round
+    assert (tmp_path / "report.csv").read_text().count("\n") == 1 + len(found["rows"])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--batch", "2,x"), "--batch has 'x'"),
+        (("--size", "64x"), "--size has ''"),
+        (("--target", "onnx", "--target", "paper"), "unknown target 'paper'"),
+        (("--target", "onnx", "--target", "onnx"), "--target names onnx twice"),
+        (("--device", "tpu"), "--device is 'tpu'"),
+        (("-o", "report.txt"), "-o is report.txt"),
+        (("--size", "64"), "--size does nothing here"),
+        (("--pipeline", "x"), "--pipeline does nothing here"),
+        (("--share-weights", "--target", "tensorrt"), "--share-weights does nothing here"),
+    ],
+)
+def test_bench_refuses_what_makes_no_sense(run: Any, flow: TinyBundle, option: tuple[str, ...], message: str) -> None:
+    code, out, err = run("bench", flow.root, *option)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"dyexport: {message}")
 
 
 @pytest.mark.parametrize("command", ["sample", "bench", "eval", "inspect"])

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import re
 import shutil
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dyexport.bench.compare import compare, with_conditioning
-from dyexport.bench.latency import BenchReport
+from dyexport.bench.case import first_calls
+from dyexport.bench.compare import compare
 from dyexport.bench.memory import MemoryProbe, added_bytes
-from dyexport.bench.report import bench_tables
-from dyexport.bench.settings import BenchSettings
-from dyexport.bench.variants import compiled_variant, conditioning_variant
+from dyexport.bench.rows import BenchReport, Row, payload, trusted
+from dyexport.bench.settings import BenchSettings, parse_batches, parse_sizes
+from dyexport.bench.statistics import Ratio, with_conditioning
+from dyexport.bench.tables import bench_csv, bench_tables, save_report
+from dyexport.bench.variants import DTYPES, conditioning_variant, stock_variant
 from dyexport.bundle.manifest import DENSE
 from dyexport.bundle.manifest_file import MANIFEST, manifest_text
 from dyexport.bundle.reader import Bundle
+from dyexport.bundle.spec import Precision
 from dyexport.engines.fake import FakeEngine
 from dyexport.errors import DyexportError, UsageError
 from dyexport.runtime.loading import load
@@ -29,35 +35,87 @@ from tests.bench.text import rendered
 
 @pytest.fixture(scope="module")
 def report(built: Bundle) -> BenchReport:
-    return compare(built, BenchSettings(rounds=1, steps=4, compiled=False, trajectory=True))
+    return compare(built, BenchSettings(rounds=4, steps=4, batches=(2, 1), compiled=False, trajectory=True))
+
+
+def steps(report: BenchReport, batch: int = 2) -> dict[str, Row]:
+    return {row.variant: row for row in report.rows if row.unit == "step" and row.batch == batch}
+
+
+def test_every_case_has_every_variant(report: BenchReport, built: Bundle) -> None:
+    engines = [f"segment {index}" for index in range(len(built.manifest.plan.segments))]
+    for batch in (2, 1):
+        assert list(steps(report, batch)) == ["dynamic", "dense", "conditioning", *engines, "eager"]
+        loops = [row.variant for row in report.rows if (row.unit, row.batch) == ("trajectory", batch)]
+        assert loops == ["dynamic", "dense"]
 
 
 def test_dynamic_time_is_the_mean_over_the_trajectory(report: BenchReport) -> None:
-    assert sum(s.share for s in report.segments) == pytest.approx(1)
-    mean = sum(s.share * s.seconds for s in report.segments)
-    assert report.seconds["dynamic"] == pytest.approx(mean)
-    assert report.speedup_vs_dense == pytest.approx(report.seconds["dense"] / mean)
-    assert report.speedup_vs_eager == pytest.approx(report.seconds["eager"] / mean)
+    rows = steps(report)
+    engines = [row for row in rows.values() if row.segment is not None]
+    assert sum(row.segment.share for row in engines if row.segment) == pytest.approx(1)
+    for percentile in ("p25", "p50", "p90", "p99"):
+        mean = sum(row.segment.share * getattr(row.timing, percentile) for row in engines if row.segment)
+        assert getattr(rows["dynamic"].timing, percentile) == pytest.approx(mean)
+
+
+def test_speedups_are_ratios_of_the_rows(report: BenchReport) -> None:
+    rows = steps(report)
+    dynamic = rows["dynamic"]
+    for name, ratio in (("dense", dynamic.over_dense), ("eager", dynamic.over_eager)):
+        assert ratio is not None
+        assert ratio.low <= ratio.high
+        if ratio.value is not None:
+            assert ratio.value == pytest.approx(rows[name].timing.p25 / dynamic.timing.p25)
+    assert dynamic.over_compiled is None
+    assert rows["dense"].over_dense is None
+
+
+def test_throughput_is_of_whole_samples(report: BenchReport) -> None:
+    for row in report.rows:
+        calls = report.steps if row.unit == "step" else 1
+        assert row.samples_per_second == pytest.approx(row.batch / (row.timing.p50 * calls))
+
+
+def test_percentiles_rise_and_calls_are_counted(report: BenchReport) -> None:
+    for row in report.rows:
+        times = row.timing
+        assert 0 < times.p25 <= times.p50 <= times.p90 <= times.p99
+        assert row.calls == (4 * 4 if row.unit == "step" else 4)
+        assert row.variant == "conditioning" or (row.first_call or 0) > 0
 
 
 def test_realized_is_speedup_times_network_ratio(report: BenchReport, built: Bundle) -> None:
     assert report.network_flops_ratio == built.manifest.plan.network_flops_ratio
-    assert report.realized == pytest.approx(report.speedup_vs_dense * report.network_flops_ratio)
+    speedup = trusted(report.headline.over_dense)
+    assert report.realized == (None if speedup is None else pytest.approx(speedup * report.network_flops_ratio))
 
 
 def test_segments_tell_what_is_in_their_engines(report: BenchReport, built: Bundle) -> None:
-    for time, segment in zip(report.segments, built.manifest.plan.segments, strict=True):
+    shares = [row.segment for row in steps(report).values() if row.segment is not None]
+    for share, segment in zip(shares, built.manifest.plan.segments, strict=True):
         kept = sum(len(heads) for heads in segment.heads)
-        assert (time.start, time.end) == (segment.start, segment.end)
-        assert time.heads == pytest.approx(kept / built.widths.heads[0].size)
-        assert 0 < time.tokens <= 1
+        assert (share.start, share.end) == (segment.start, segment.end)
+        assert share.heads == pytest.approx(kept / built.widths.heads[0].size)
+        assert 0 < share.tokens <= 1
 
 
 def test_overhead_and_memory_are_measured(report: BenchReport) -> None:
-    assert 0 < report.switch_overhead < 1
-    for value in (report.resident_bytes, report.dense_bytes, report.trajectory_speedup):
-        assert (value or 0) > 0
-    assert report.speedup_vs_torch_compile is None
+    overhead = report.switch_overhead["onnx"]
+    assert overhead is not None
+    assert 0 < overhead < 1
+    for variant in ("dynamic", "dense"):
+        memory = steps(report)[variant].memory
+        assert memory is not None
+        assert (memory.resident_bytes or 0) > 0
+        assert (memory.device_bytes, memory.device_reason) == (None, "runs on the CPU")
+        assert (memory.shared_bytes is not None) == (variant == "dynamic")
+    assert all(row.memory is None for row in report.rows if row.unit == "trajectory")
+
+
+def test_energy_is_measured_or_has_a_reason(report: BenchReport) -> None:
+    for row in report.rows:
+        assert (row.energy.joules is None) == (row.energy.reason is not None)
 
 
 def test_json_has_what_is_promised(report: BenchReport) -> None:
@@ -69,28 +127,91 @@ def test_json_has_what_is_promised(report: BenchReport) -> None:
         "realized",
         "switch_overhead",
         "resident_bytes",
-        "dense_bytes",
+        "device_bytes",
+        "joules_per_sample",
+        "p50",
+        "p90",
+        "p99",
+        "samples_per_second",
+        "environment",
+        "warnings",
+        "rows",
     }
-    assert promised <= json.loads(json.dumps(asdict(report), allow_nan=False)).keys()
+    found = json.loads(json.dumps(payload(report), allow_nan=False))
+    assert promised <= found.keys()
+    assert found["environment"]["versions"]["torch"] == torch.__version__
+    assert len(found["rows"]) == len(report.rows)
 
 
 def test_tables_show_the_numbers(report: BenchReport) -> None:
-    text = rendered(*bench_tables(report))
-    for value in (f"{report.speedup_vs_dense:.2f}x", f"{report.realized:.2f}", f"{report.network_flops_ratio:.3f}"):
-        assert value in text
+    text = rendered(*bench_tables(report), width=250)
+    for row in report.rows:
+        assert f"{row.timing.p50 * 1e3:.1f}" in text
+    assert str(report.headline.over_dense) in text
+    assert f"{report.network_flops_ratio:.3f}" in text
+
+
+def test_a_ratio_that_cannot_be_trusted_is_not_printed(report: BenchReport) -> None:
+    doubtful = replace(report.headline, over_dense=Ratio(value=None, low=1.31, high=1.92))
+    changed = replace(report, rows=(doubtful, *report.rows[1:]))
+    assert "not trusted (1.31x to 1.92x)" in rendered(*bench_tables(changed), width=250)
+    assert payload(changed)["speedup_vs_dense"] is None
+    assert payload(changed)["realized"] is None
+    assert next(csv.DictReader(io.StringIO(bench_csv(changed))))["over_dense"] == ""
+
+
+def test_a_file_is_written_by_its_suffix(report: BenchReport, tmp_path: Path) -> None:
+    warned = replace(report, warnings=("other processes took 12% of CPU time",))
+    for suffix in (".json", ".md", ".csv"):
+        save_report(warned, tmp_path / f"report{suffix}")
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(payload(warned)))
+    markdown = (tmp_path / "report.md").read_text()
+    assert markdown.index("Warning: other processes") < markdown.index("| target |")
+    records = list(csv.DictReader((tmp_path / "report.csv").open()))
+    assert [record["variant"] for record in records] == [row.variant for row in report.rows]
+    assert [float(record["p99"]) for record in records] == [row.timing.p99 for row in report.rows]
 
 
 def test_threads_are_put_back(built: Bundle) -> None:
     before = torch.get_num_threads()
     with pytest.raises(DyexportError):
-        compare(built, BenchSettings(target="fake", threads=before + 1))
+        compare(built, BenchSettings(targets=("tensorrt",), threads=before + 1))
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("name", ["batch", "steps", "threads", "rounds"])
+@pytest.mark.parametrize("name", ["steps", "threads", "rounds"])
 def test_settings_out_of_range_are_bad_usage(name: str) -> None:
     with pytest.raises(UsageError, match=f"--{name} is 0"):
         BenchSettings(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batches": (1, 0)}, "--batch is 0"),
+        ({"batches": (2, 2)}, "--batch names 2 twice"),
+        ({"targets": ("paper",)}, "unknown target 'paper'"),
+        ({"targets": ("onnx", "onnx")}, "--target names onnx twice"),
+        ({"sizes": ((100, 64),)}, "--size is 100"),
+        ({"device": "gpu"}, "--device is 'gpu'; use cpu, cuda or cuda:N"),
+        ({"device": "cuda:"}, "--device is 'cuda:'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_bad_usage(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        BenchSettings(**settings)
+
+
+def test_lists_are_parsed() -> None:
+    assert parse_batches("1,2, 8") == (1, 2, 8)
+    assert parse_sizes("512,768x1024") == ((512, 512), (768, 1024))
+
+
+@pytest.mark.parametrize("text", ["", "1,,2", "x", "-1", "1.5", "512x", "9" * 5000])
+def test_other_lists_are_bad_usage(text: str) -> None:
+    for parse in (parse_batches, parse_sizes):
+        with pytest.raises(UsageError, match="not a whole number"):
+            parse(text)
 
 
 def test_dense_graph_is_the_dense_network(built: Bundle) -> None:
@@ -104,14 +225,23 @@ def test_dense_graph_is_the_dense_network(built: Bundle) -> None:
     torch.testing.assert_close(load(built.root, dense=True)(**inputs).sample, expected, atol=1e-4, rtol=0)
 
 
-def test_a_bundle_without_baseline_is_refused(built: Bundle, tmp_path: Path) -> None:
+def test_a_bundle_without_baseline_is_timed_without_ratios(built: Bundle, tmp_path: Path) -> None:
     shutil.copytree(built.root, tmp_path / "copy")
     engines = tuple(engine for engine in built.manifest.engines if engine.network != DENSE)
     assert len(engines) == len(built.manifest.engines) - 1
     manifest = built.manifest.model_copy(update={"engines": engines})
     (tmp_path / "copy" / MANIFEST).write_bytes(manifest_text(manifest))
-    with pytest.raises(UsageError, match="no dense graph to compare with; build it again without --no-baseline"):
-        compare(Bundle.open(tmp_path / "copy"), BenchSettings(rounds=1, compiled=False))
+    settings = BenchSettings(rounds=1, steps=2, compiled=False, eager=False, trajectory=True)
+    report = compare(Bundle.open(tmp_path / "copy"), settings)
+    assert {row.variant for row in report.rows} == {"dynamic", "conditioning", *engines_of(built)}
+    assert all(row.over_dense is None for row in report.rows)
+    assert any("no dense network" in warning for warning in report.warnings)
+    assert payload(report)["speedup_vs_dense"] is None
+    assert "over dense" not in rendered(*bench_tables(report), width=250)
+
+
+def engines_of(bundle: Bundle) -> list[str]:
+    return [f"segment {index}" for index in range(len(bundle.manifest.plan.segments))]
 
 
 def test_each_step_pays_its_share_of_the_conditioning() -> None:
@@ -143,8 +273,10 @@ def test_conditioning_is_timed_for_all_steps_at_once(built: Bundle) -> None:
 
 
 def test_report_has_the_share_of_the_conditioning(report: BenchReport) -> None:
-    assert 0 < report.seconds["conditioning"] < min(report.seconds["dense"], report.seconds["dynamic"])
-    assert all(segment.seconds > report.seconds["conditioning"] for segment in report.segments)
+    rows = steps(report)
+    conditioning = rows["conditioning"].timing.p25
+    assert 0 < conditioning < min(rows["dense"].timing.p25, rows["dynamic"].timing.p25)
+    assert all(row.timing.p25 > conditioning for row in rows.values() if row.segment is not None)
 
 
 def test_stock_module_has_the_bundles_shape(built: Bundle) -> None:
@@ -155,9 +287,23 @@ def test_stock_module_has_the_bundles_shape(built: Bundle) -> None:
 
 def test_no_compiler_is_no_error(built: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    spec = built.manifest.model
+    compiled = torch.compile(stock_transformer(built.manifest.model), dynamic=False)
+    variants = {
+        ("diffusers", "torch.compile"): stock_variant(compiled, built.manifest.model, 2, "cpu"),
+        ("diffusers", "other"): lambda: None,
+    }
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
-        assert compiled_variant(stock_transformer(spec), example_inputs(spec, 2, 0.5), "cpu") is None
+        seconds = first_calls(variants, iter(range(9)).__next__)
+    assert list(variants) == list(seconds) == [("diffusers", "other")]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_diffusers_runs_in_the_precision_of_the_bundle(built: Bundle, precision: Precision) -> None:
+    spec = built.manifest.model.model_copy(update={"precision": precision})
+    module = stock_transformer(spec).to(DTYPES[precision])
+    seen = []
+    stock_variant(lambda **inputs: seen.append(module(**inputs).sample.dtype), spec, 2, "cpu")()
+    assert seen == [DTYPES[precision]]
 
 
 def test_memory_errors_come_in_one_sentence(built: Bundle) -> None:

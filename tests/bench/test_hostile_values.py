@@ -75,6 +75,12 @@ def test_options_of_deploy(run_command: RunCommand, ddpm: TinyBundle, option: st
         run_command("deploy", "triton", ddpm.root, "models", f"--{option}", value)
 
 
+@pytest.mark.parametrize("option", ["batch", "size", "target", "device", "pipeline", "memory", "out"])
+def test_options_of_bench(run_command: RunCommand, ddpm: TinyBundle, option: str) -> None:
+    for value in HOSTILE:
+        run_command("bench", ddpm.root, "--size", "64", f"--{option}", value)  # refused at the latest for its size
+
+
 @pytest.mark.parametrize("option", ["engine", "png"])
 def test_options_of_inspect(run_command: RunCommand, ddpm: TinyBundle, option: str) -> None:
     for value in HOSTILE:

@@ -6,7 +6,8 @@ from collections import defaultdict
 
 import pytest
 
-from dyexport.bench.latency import Blocks, over_trajectory, time_variants
+from dyexport.bench.latency import Blocks, time_variants, waiting_clock
+from dyexport.bench.statistics import over_trajectory
 from dyexport.errors import UsageError
 
 
@@ -55,6 +56,21 @@ def test_progress_counts_blocks() -> None:
     seen: list[tuple[int, int]] = []
     time_variants({"a": int, "b": int}, Blocks(rounds=2), progress=lambda *call: seen.append(call))
     assert seen == [(0, 4), (1, 4), (2, 4), (3, 4)]
+
+
+def test_a_clock_waits_for_the_device_before_it_is_read() -> None:
+    """A call returns before the device is done; the time until then counts."""
+    machine = Machine()
+    queue: list[float] = []
+
+    def wait() -> None:
+        machine.calls.append("wait")
+        machine.now += sum(queue)
+        queue.clear()
+
+    clock = waiting_clock(wait, machine.clock)
+    assert time_variants({"a": lambda: queue.append(3.0)}, Blocks(rounds=2, timed=2, warmup=1), clock=clock)["a"] == 3.0
+    assert machine.calls == ["wait"] * 2 * 4
 
 
 def test_no_rounds_is_bad_usage() -> None:
