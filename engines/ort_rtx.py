@@ -1,7 +1,7 @@
 """ONNX graphs on TensorRT-RTX, through ONNX Runtime's plug-in provider. Untested on a GPU.
 
-The provider compiles a graph for the GPU it runs on, which takes seconds to minutes; the result is kept in the user's
-cache folder and reused. A bundle needs no plans for it.
+The provider compiles a graph for the GPU it runs on, which takes seconds to minutes. The result, and the kernels that
+are compiled when it runs, are kept in the user's cache folder. A bundle needs no plans for it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from dyexport.errors import EngineMismatchError, MissingDependencyError, Storage
 from dyexport.files import replacing, user_cache
 
 CONTEXT = "context.onnx"
+KERNELS = "kernels"  # folder next to a compiled graph
+RUNTIME_CACHE = "nv_runtime_cache_path"
 
 
 class OrtRtxEngine(OrtEngine):
@@ -52,7 +54,7 @@ class OrtRtxEngine(OrtEngine):
         if not compiled.is_dir():
             self._compile(ort, graph, device, settings, compiled)
         options = self._options(ort)
-        options.add_provider_for_devices([device], settings)
+        options.add_provider_for_devices([device], {**settings, **kernel_settings(compiled)})
         return ort.InferenceSession(str(compiled / CONTEXT), options)
 
     def _compile(self, ort: Any, graph: bytes, device: Any, settings: dict[str, str], out: Path) -> None:
@@ -89,6 +91,15 @@ def filling(out: Path) -> Iterator[Path]:
 def provider_settings(streaming_budget: int | None) -> dict[str, str]:
     """Return options of the provider, without CUDA graphs, which would fix the addresses of one run."""
     return {} if streaming_budget is None else {"nv_weight_streaming_budget": f"{streaming_budget}B"}
+
+
+def kernel_settings(compiled: Path) -> dict[str, str]:
+    """Return options that keep the kernels of a compiled graph next to it; none where the folder cannot be written."""
+    try:
+        (compiled / KERNELS).mkdir(exist_ok=True)
+    except OSError:
+        return {}
+    return {RUNTIME_CACHE: str(compiled / KERNELS)}
 
 
 def context_entries(path: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.resources import files
 from pathlib import Path
 
 import onnxruntime
@@ -19,6 +20,7 @@ from dyexport.engines.ort_rtx import (
     context_key,
     filling,
     incompatibility,
+    kernel_settings,
 )
 from dyexport.errors import EngineMismatchError, StorageError
 from tests.engines.on_gpu import gpu_engines
@@ -90,6 +92,18 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot keep a compiled graph in"), filling(tmp_path / "file" / "key"):
         pass
+
+
+def test_the_provider_knows_where_to_keep_kernels(tmp_path: Path) -> None:
+    """Its options are in a header of its package; nothing else names them without a GPU."""
+    header = files("onnxruntime_ep_nv_tensorrt_rtx") / "tensorrt_rtx_provider_options.h"
+    (option,) = kernel_settings(tmp_path)
+    assert f'"{option}"' in header.read_text()
+    assert Path(kernel_settings(tmp_path)[option]).is_dir()
+
+
+def test_kernels_are_not_kept_where_there_is_no_folder(tmp_path: Path) -> None:
+    assert kernel_settings(tmp_path / "absent") == {}
 
 
 def test_onnx_runtime_knows_the_settings(tmp_path: Path) -> None:
