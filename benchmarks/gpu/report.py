@@ -155,7 +155,8 @@ def _verdict(output: Mapping[str, Any]) -> str:
 
 
 def _speedup(output: Mapping[str, Any]) -> str:
-    return f"{output['speedup_vs_dense']:.2f}"
+    ratio = output["speedup_vs_dense"]
+    return "rounds disagree" if ratio is None else f"{ratio:.2f}"
 
 
 def _training(record: Record) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ import torch
 
 import dyexport
 from benchmarks.gpu.settings import Settings
+from dyexport.bundle.manifest_file import MANIFEST
 from dyexport.errors import DyexportError, UsageError, reason
 
 CASE = re.compile(r"(?P<model>[^:@]+):(?P<precision>fp32|fp16|bf16)(:(?P<target>[a-z-]+))?")
@@ -55,14 +56,20 @@ def measure_bundle(text: str, settings: Settings) -> dict[str, Any]:
 
 
 def build(model: str, precision: str, settings: Settings) -> dyexport.Bundle:
-    """Build a bundle of random weights, with the dense graph to compare with. A finished build is found again."""
+    """Build a bundle of random weights, with the dense graph to compare with.
+
+    A finished one is used as it is: it may have engines that were compiled since.
+    """
+    out = settings.work / f"{model}-{precision}"
+    if (out / MANIFEST).exists():
+        return dyexport.Bundle.open(out)
     return dyexport.build(
         model,
         budget=BUDGET,
         random_weights=True,
         engines=ENGINES,
         precision=precision,
-        out=settings.work / f"{model}-{precision}",
+        out=out,
         baseline=True,
     )
 
