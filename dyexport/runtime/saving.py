@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from dyexport.backbones import get_pipeline
+from dyexport.bundle.golden import GOLDEN
 from dyexport.bundle.manifest import Manifest
 from dyexport.bundle.manifest_file import MANIFEST, files_of, manifest_text
 from dyexport.bundle.reader import Bundle
@@ -38,13 +39,22 @@ def save_bundle(bundle: Bundle, directory: Path, config: str) -> None:
 
 
 def model_card(manifest: Manifest) -> str:
-    """Write the model card: the model, its cost, and how to load it."""
+    """Write the model card: the model, how it was built, its cost, and how to load and verify it."""
     from huggingface_hub import ModelCardData
 
     spec, plan = manifest.model, manifest.plan
     targets = sorted({engine.target for engine in manifest.engines})
     tags = ["dyexport", "diffusers", spec.backbone, *targets]
-    data = ModelCardData(library_name="dyexport", pipeline_tag=get_pipeline(spec.backbone).task, tags=tags)
+    data = ModelCardData(
+        library_name="dyexport", pipeline_tag=get_pipeline(spec.backbone).task, tags=tags, base_model=spec.hub_id
+    )
+    budget = "that of the checkpoint" if manifest.budget is None else f"{manifest.budget:g}"
+    paths = sorted({path for segment in plan.segments for path in segment.token_paths})
+    note = (
+        " It needs nothing else: the bundle has inputs and the outputs of the reference for them."
+        if GOLDEN in manifest.files
+        else ""
+    )
     return f"""---
 {data.to_yaml()}
 ---
@@ -57,7 +67,10 @@ engines, each for a part of the sampling steps.
 | | |
 |---|---|
 | backbone | {spec.backbone} |
-| FLOPs of a trajectory, as a share of the dense model's | {plan.flops_ratio:.3f} |
+| budget: share of the dense model's attention and MLP FLOPs | {budget} |
+| the same as run over a trajectory (lambda) | {plan.flops_ratio:.3f} |
+| share of the whole network's FLOPs, as run | {plan.network_flops_ratio:.3f} |
+| token paths | {", ".join(paths)} |
 | precision | {spec.number_formats} |
 | targets | {", ".join(targets)} |
 | size | {sum(record.bytes for record in manifest.files.values()) / 1e6:.1f} MB |
@@ -68,4 +81,8 @@ import dyexport
 
 transformer = dyexport.load("DIRECTORY OR HUB ID")  # stands in for pipe.transformer
 ```
+
+This compares the engines with the reference, the diffusers module with its gates multiplied in.{note}
+
+    dyexport verify DIRECTORY
 """

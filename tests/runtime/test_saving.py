@@ -27,6 +27,7 @@ def test_a_saved_bundle_is_a_bundle_with_a_card(ddpm: TinyBundle, tmp_path: Path
     assert card.data.library_name == "dyexport"
     assert {"diffusers", "onnx"} <= set(card.data.tags)
     assert "dyexport.load" in card.text
+    assert "dyexport verify" in card.text
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["_class_name"] == "DiTBundle"
     assert dict(DiTBundle.load_config(tmp_path / "saved"))["sample_size"] == transformer.config.sample_size
 
