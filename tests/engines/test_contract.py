@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from dyexport.bundle.package_info import PACKAGE
 from dyexport.bundle.plan_info import ENGINE, Flavour
 from dyexport.engines.base import Engine, Tensors
 from dyexport.engines.fake import FakeEngine
@@ -33,7 +32,6 @@ from tests.engines.tiny import (
     whole_segment,
     write_onnx,
 )
-from tests.engines.tiny_torch import build_tiny_package
 
 WEIGHTS = make_weights()
 SEGMENT = whole_segment(gated=False)
@@ -66,19 +64,6 @@ MAKERS: dict[str, Callable[[Path], Engine]] = {
 }
 
 
-COMPILED: dict[str, Callable[[Path], Engine]] = {
-    "torch": lambda folder: torch_engines([torch_package(folder)], "cpu")[0],
-}
-
-
-def torch_package(folder: Path) -> Path:
-    """The package of the network, compiled by the first test that asks."""
-    root = folder / "torch"
-    if not root.exists():
-        build_tiny_package(root, WEIGHTS, SEGMENT)
-    return root / "engines/torch/segment-00" / PACKAGE
-
-
 ON_GPU: dict[str, Callable[[Path], Engine]] = {
     "ort-cuda": lambda folder: gpu_engines("onnx", folder / "segment-00.onnx")[0],
     "ort-cuda-graphs": lambda folder: gpu_engines("onnx", folder / "segment-00.onnx", cuda_graphs=True)[0],
@@ -95,12 +80,14 @@ def tensorrt(folder: Path, flavour: Flavour) -> Engine:
 @pytest.fixture(
     params=[
         *MAKERS,
-        *(pytest.param(name, marks=pytest.mark.build) for name in COMPILED),
+        pytest.param("torch", marks=pytest.mark.build),
         *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_GPU),
     ]
 )
 def engine(request: pytest.FixtureRequest, folder: Path) -> Engine:
-    return (MAKERS | COMPILED | ON_GPU)[request.param](folder)
+    if request.param == "torch":
+        return torch_engines([request.getfixturevalue("tiny_package")], "cpu")[0]
+    return (MAKERS | ON_GPU)[request.param](folder)
 
 
 def assert_close(outputs: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:

@@ -53,12 +53,15 @@ def tiny_slice(segment: Segment) -> Slice:
     )
 
 
-def build_tiny_package(root: Path, weights: Weights, segment: Segment, name: str = "segment-00") -> Path:
+def package_of(root: Path, name: str = "segment-00") -> Path:
+    return root / "engines/torch" / name / PACKAGE
+
+
+def build_tiny_package(root: Path, weights: Weights, segment: Segment) -> None:
     """Write the graph, the store and the package of a network."""
-    (root / "graphs").mkdir(parents=True, exist_ok=True)
-    (root / "engines/torch").mkdir(parents=True, exist_ok=True)
-    graph = root / f"graphs/{name}.onnx"
-    write_onnx(graph, weights, segment, Store(root / "graphs/weights.bin"))
-    out = root / f"engines/torch/{name}"
-    build_package(tiny_slice(segment), out, sizes={}, precision="fp32", graph_sha256=sha256_of(graph))
-    return out / PACKAGE
+    package = package_of(root)
+    graph = root / "graphs" / f"{package.parent.name}.onnx"
+    graph.parent.mkdir(parents=True)
+    package.parent.parent.mkdir(parents=True)
+    write_onnx(graph, weights, segment, Store(graph.parent / "weights.bin"))
+    build_package(tiny_slice(segment), package.parent, sizes={}, precision="fp32", graph_sha256=sha256_of(graph))
