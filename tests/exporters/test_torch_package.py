@@ -1,0 +1,82 @@
+"""Programs that AOTInductor compiles: every backbone's networks, with weights as inputs and none inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dyexport.backbones import BACKBONES
+from dyexport.bundle.package_info import PACKAGE
+from dyexport.bundle.plan import TokenPath
+from dyexport.digests import sha256_of
+from dyexport.errors import EngineBuildError
+from dyexport.exporters.torch_package import check_compiler, export_code, typical_sizes
+from dyexport.slicing.slicer import Slice, slice_conditioning, slice_segment
+from tests.engines.tiny import make_weights, whole_segment
+from tests.engines.tiny_torch import build_tiny_package, package_of
+from tests.exporters.networks import half_width, slice_context
+from tests.factories import shared_tiny_model, tiny_preset
+from tests.slicing.cut import Cutter
+
+CUTTER = Cutter(shared_tiny_model(), tiny_preset())
+
+
+def export(slice_: Slice, sizes: dict[str, int] | None = None) -> torch.export.ExportedProgram:
+    return export_code(slice_, tuple(sorted(slice_.recipes)), sizes=sizes or {})
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_programs_have_no_weights(backbone: str) -> None:
+    """And none was read or allocated: the module has none."""
+    preset = tiny_preset(backbone)
+    context, segment = slice_context(preset), half_width(preset, "compact")
+    for slice_, where in ((slice_segment(context, segment), segment), (slice_conditioning(context), None)):
+        program = export(slice_, typical_sizes(context.spec, where, slice_))
+        assert program.state_dict == {}
+        assert program.constants == {}
+        assert len(program.graph_signature.user_inputs) == len(slice_.recipes) + len(slice_.inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["masked", "dynamic", "capacity", "compact"])
+def test_programs_are_the_slim_module_at_every_batch(path: TokenPath) -> None:
+    slice_ = CUTTER.cut(half_width(CUTTER.preset, path))
+    module = slice_.load(CUTTER.read)
+    run = export(CUTTER.cut(half_width(CUTTER.preset, path))).module()
+    weights = [module.state_dict()[name] for name in sorted(slice_.recipes)]
+    for batch in (1, 2, 5):
+        sizes = {"batch": batch, "slots": 4}
+        shapes = {s.name: [sizes[d] if isinstance(d, str) else d for d in s.shape] for s in slice_.inputs}
+        inputs = {name: torch.rand(shape) for name, shape in shapes.items()}
+        torch.testing.assert_close(run(*weights, *inputs.values()), module(**inputs), atol=1e-5, rtol=0)
+
+
+def test_typical_sizes_are_of_one_picture_under_guidance() -> None:
+    preset = tiny_preset("flux")
+    context, segment = slice_context(preset), half_width(preset, "compact")
+    sizes = typical_sizes(context.spec, segment, slice_segment(context, segment))
+    assert sizes["batch"] == 2
+    assert sizes["image_tokens"] == preset.tokens
+    assert len(set(sizes.values())) == len(sizes)
+
+
+def test_the_same_network_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in "ab":
+        build_tiny_package(tmp_path / name, make_weights(), whole_segment(gated=False))
+    first, second = (package_of(tmp_path / name) for name in "ab")
+    assert first.name == PACKAGE
+    assert sha256_of(first) == sha256_of(second)
+
+
+def test_without_a_compiler_its_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(EngineBuildError, match=r"compiles C.* with no-such-compiler.* run: apt-get install"):
+        check_compiler()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_none_is_compiled_for() -> None:
+    with pytest.raises(EngineBuildError, match="for the GPU of this machine, and torch sees none"):
+        check_compiler("cuda")
