@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from dyexport.backbones import BACKBONES
-from dyexport.bundle.package_info import PACKAGE
 from dyexport.bundle.plan import TokenPath
-from dyexport.digests import sha256_of
 from dyexport.errors import EngineBuildError
 from dyexport.exporters.torch_package import check_compiler, export_code, typical_sizes
 from dyexport.slicing.slicer import Slice, slice_conditioning, slice_segment
-from tests.engines.tiny import make_weights, whole_segment
-from tests.engines.tiny_torch import build_tiny_package, package_of
 from tests.exporters.networks import half_width, slice_context
 from tests.factories import shared_tiny_model, tiny_preset
 from tests.slicing.cut import Cutter
@@ -60,14 +54,6 @@ def test_typical_sizes_are_of_one_picture_under_guidance() -> None:
     assert sizes["batch"] == 2
     assert sizes["image_tokens"] == preset.tokens
     assert len(set(sizes.values())) == len(sizes)
-
-
-def test_the_same_network_gives_the_same_bytes(tmp_path: Path) -> None:
-    for name in "ab":
-        build_tiny_package(tmp_path / name, make_weights(), whole_segment(gated=False))
-    first, second = (package_of(tmp_path / name) for name in "ab")
-    assert first.name == PACKAGE
-    assert sha256_of(first) == sha256_of(second)
 
 
 def test_without_a_compiler_its_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
