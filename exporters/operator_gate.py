@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dyexport.bundle.onnx_schema import FLOAT8E4M3FN, INT64, Message
-from dyexport.bundle.plan_info import LARGEST_TOPK, OLDEST_FP8, Flavour
+from dyexport.bundle.onnx_schema import FLOAT8E4M3FN, FLOAT32, INT64, Message
+from dyexport.bundle.plan_info import LARGEST_TOPK, OLDEST_FP8, OLDEST_FP32, Flavour
 from dyexport.errors import EngineBuildError
 
 MODULE = "module"  # key of a node's metadata: the torch module that it came from
@@ -33,13 +33,14 @@ class UnsupportedOp(NamedTuple):
 class RuleContext(NamedTuple):
     """Facts about a graph and a request that rules need, apart from the node.
 
-    ``integers`` holds the graph's scalar integer constants by name, and ``fp8`` the names of its FP8 tensors.
+    ``integers`` holds the graph's scalar integer constants by name, ``fp8`` and ``fp32`` the names of tensors in it.
     ``largest_topk`` bounds a computed K. ``oldest`` is the lowest compute capability requested; it is infinite if
     none is requested, because the builder then skips GPUs that cannot run the graph.
     """
 
     integers: Mapping[str, int]
     fp8: frozenset[str]
+    fp32: frozenset[str]
     largest_topk: int
     oldest: float
 
@@ -71,6 +72,11 @@ def _too_many(node: Message, context: RuleContext) -> bool:
 def _too_new(node: Message, context: RuleContext) -> bool:
     """Compare the type of the zero point, which is that of the quantized values."""
     return node.input[2] in context.fp8 and context.oldest < OLDEST_FP8
+
+
+def _too_old(node: Message, context: RuleContext) -> bool:
+    """Look at the weight of a product: routers and modulation are in fp32 whatever the precision."""
+    return node.input[1] in context.fp32 and context.oldest < OLDEST_FP32
 
 
 RULES = (
@@ -105,6 +111,13 @@ RULES = (
         reason=f"quantizes to FP8, in which GPUs multiply from compute capability {OLDEST_FP8} on",
         cure=f"give --compute-capability {OLDEST_FP8} or higher ones only, or build with --quantize int8",
     ),
+    Rule(
+        op_type="Gemm",
+        flavours=RTX,
+        matches=_too_old,
+        reason=f"multiplies in fp32, which TensorRT-RTX does from compute capability {OLDEST_FP32} on",
+        cure=f"give --compute-capability {OLDEST_FP32} or higher ones only",
+    ),
 )
 
 
@@ -114,7 +127,8 @@ def find_unsupported(
     """Return every node that ``flavour`` refuses; ``largest_topk`` bounds a K that is not a constant."""
     context = RuleContext(
         integers=_small_integers(model),
-        fp8=frozenset(t.name for t in model.graph.initializer if t.data_type == FLOAT8E4M3FN),
+        fp8=_tensors_of(model, FLOAT8E4M3FN),
+        fp32=_tensors_of(model, FLOAT32),
         largest_topk=largest_topk,
         oldest=min((float(text) for text in compute_capabilities), default=math.inf),
     )
@@ -135,6 +149,10 @@ def check_operators(
         node, op_type, module, reason, cure = unsupported[0]
         more = f" ({len(unsupported) - 1} more like it)" if len(unsupported) > 1 else ""
         raise EngineBuildError(f"{flavour} refuses {op_type} {node!r} of module {module!r}{more}: it {reason}; {cure}")
+
+
+def _tensors_of(model: Message, data_type: int) -> frozenset[str]:
+    return frozenset(tensor.name for tensor in model.graph.initializer if tensor.data_type == data_type)
 
 
 def _module_of(node: Message) -> str:

@@ -102,6 +102,7 @@ DTYPES = {
     20: "float8_e5m2fnuz",
 }
 """Names that torch and numpy share, by ``TensorProto.DataType``."""
+FLOAT32 = 1
 INT64 = 7
 BFLOAT16 = 16
 FLOAT8E4M3FN = 17

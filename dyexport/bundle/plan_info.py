@@ -18,6 +18,7 @@ INFO = "plan.json"
 
 LARGEST_TOPK = 3840  # rows, the most that TensorRT sorts
 SMALLEST_SIDE = 4  # tokens along an edge of the smallest picture of a plan: golden inputs are small
+OLDEST_FP32 = 8.0  # compute capability of the first GPUs that TensorRT-RTX multiplies in fp32 on: Ampere
 OLDEST_FP8 = 8.9  # compute capability of the first GPUs that multiply in FP8: Ada
 
 

@@ -79,7 +79,14 @@ def top(count: int) -> onnx.ModelProto:
     return model_of(node, helper.make_tensor("k", TensorProto.INT64, [1], [count]), inputs=[value], outputs=outs)
 
 
-def takes(model: onnx.ModelProto) -> bool:
+def product(kind: int) -> onnx.ModelProto:
+    value = helper.make_tensor_value_info("x", kind, [2, 16])
+    out = helper.make_tensor_value_info("y", kind, [2, 16])
+    weight = helper.make_tensor("w", kind, [16, 16], [0.5] * 256)
+    return model_of(helper.make_node("Gemm", ["x", "w"], ["y"], transB=1), weight, inputs=[value], outputs=[out])
+
+
+def takes(model: onnx.ModelProto, capability: str = "8.9") -> bool:
     """Whether TensorRT-RTX itself builds it."""
     api = load_api("tensorrt-rtx")
     log = BuildLog(api.trt)
@@ -90,7 +97,7 @@ def takes(model: onnx.ModelProto) -> bool:
         return False
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
-    config.set_compute_capability(api.capability("8.9"), 0)
+    config.set_compute_capability(api.capability(capability), 0)
     return builder.build_serialized_network(network, config) is not None
 
 
@@ -106,6 +113,16 @@ def takes(model: onnx.ModelProto) -> bool:
 )
 def test_the_gate_refuses_what_the_builder_refuses(rtx: Any, model: onnx.ModelProto) -> None:
     assert takes(model) == (not find_unsupported(model, "tensorrt-rtx", largest_topk=0))
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("capability", ["7.5", "8.6"])
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.FLOAT16])
+def test_products_in_fp32_are_refused_for_gpus_without_them(rtx: Any, kind: int, capability: str) -> None:
+    model = product(kind)
+    found = find_unsupported(model, "tensorrt-rtx", largest_topk=0, compute_capabilities=(capability, "12.0"))
+    assert takes(model, capability) == (not found)
+    assert not find_unsupported(model, "tensorrt-rtx", largest_topk=0)
 
 
 @pytest.mark.parametrize(("count", "refused"), [(3840, False), (3841, True)])
