@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rehearse", action="store_true", help="run small cases of the same code, once each")
     parser.add_argument("--steps", type=int, default=50, help="of a trajectory, which is conditioned once")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=10)
     return parser
 
 

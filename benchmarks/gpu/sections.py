@@ -26,6 +26,7 @@ SLIM = (
     "dit-xl-2-512:all:2",
     "flux:all:1:2",
 )
+COMPILED = ("dit-xl-2:all:2:2", "flux/4+8:all:1:1", "dit-xl-2:capacity:2:1", "dit-xl-2:all:16:1")  # few networks
 SMALL = ("sit-digits:all:2:2", "flux-tiny:all:1:2", "dit-digits:capacity:2:2", "sit-digits:all:2:2@0.3")
 
 
@@ -49,7 +50,7 @@ def plans(flavour: Flavour, text: str, settings: Settings) -> dict[str, Any]:
 SECTIONS: dict[str, Section] = {
     "graphs": Section(kind="speed", measure=partial(torch_modules, compiled=False), cases=SLIM, rehearsal=SMALL),
     "torch": Section(
-        kind="speed", measure=partial(torch_modules, compiled=True), cases=SLIM, rehearsal=("sit-tiny:all:1:1",)
+        kind="speed", measure=partial(torch_modules, compiled=True), cases=COMPILED, rehearsal=("sit-tiny:all:1:1",)
     ),
     "build": Section(
         kind="bundle", measure=build_case, cases=("sit-digits:fp32", "dit-xl-2:fp16"), rehearsal=("sit-tiny:fp32",)

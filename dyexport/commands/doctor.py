@@ -84,7 +84,8 @@ def _host_lines(host: Host) -> Iterator[tuple[str, str]]:
 
 def _accelerator_lines(accelerators: Accelerators) -> Iterator[tuple[str, str]]:
     yield "CPU capability", accelerators.cpu_capability or "unknown"
-    yield "CUDA of torch", accelerators.cuda or "none"
+    kernels = f", kernels for {', '.join(accelerators.kernels)}" if accelerators.kernels else ""
+    yield "CUDA of torch", f"{accelerators.cuda or 'none'}{kernels}"
     for index, gpu in enumerate(accelerators.gpus):
         memory = f"{_size(gpu.memory)}, {_size(gpu.free_memory)} free"
         yield f"cuda:{index}", f"{gpu.name}, compute capability {gpu.compute_capability}, {memory}"

@@ -67,11 +67,13 @@ class Gpu:
 class Accelerators:
     """Facts that torch and ONNX Runtime know. ``cuda`` is the version that torch was built for.
 
-    ``providers`` are ONNX Runtime's; None where it cannot be imported.
+    ``kernels`` are the compute capabilities that torch has kernels for. ``providers`` are ONNX Runtime's; None where it
+    cannot be imported.
     """
 
     cpu_capability: str | None
     cuda: str | None
+    kernels: tuple[str, ...]
     gpus: tuple[Gpu, ...]
     providers: tuple[str, ...] | None
 
@@ -101,6 +103,7 @@ def find_accelerators(findings: Findings) -> Accelerators:
     return Accelerators(
         cpu_capability=take("torch", _cpu_capability),
         cuda=take("torch", _cuda_of_torch),
+        kernels=take("torch", _kernels) or (),
         gpus=take("gpu", partial(_gpus, findings)) or (),
         providers=take("onnxruntime", _providers),
     )
@@ -155,6 +158,14 @@ def _cuda_of_torch() -> str | None:
     import torch
 
     return torch.version.cuda
+
+
+def _kernels() -> tuple[str, ...]:
+    """Return ``8.6`` for ``sm_86`` and ``9.0`` for ``sm_90a``; empty where torch sees no GPU."""
+    import torch
+
+    found = (re.fullmatch(r"sm_(\d+)(\d)[a-z]?", name) for name in torch.cuda.get_arch_list())
+    return tuple(f"{match[1]}.{match[2]}" for match in found if match)
 
 
 def _gpus(findings: Findings) -> tuple[Gpu, ...]:

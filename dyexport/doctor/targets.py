@@ -100,12 +100,10 @@ def _onnx_rtx(target: str, machine: Machine) -> Verdict:
 
 
 def _torch(target: str, machine: Machine) -> Verdict:
-    compiler = Need(what="g++, for `dyexport compile` only", install="sudo apt-get install g++")
-    return Verdict(
-        target=target,
-        device="cuda" if machine.accelerators.gpus else "cpu",
-        needs=() if machine.host.compiler else (compiler,),
-    )
+    needs = [*_kernel_needs(machine.accelerators)]
+    if machine.host.compiler is None:
+        needs.append(Need(what="g++, for `dyexport compile` only", install="sudo apt-get install g++"))
+    return Verdict(target=target, device="cuda" if machine.accelerators.gpus else "cpu", needs=tuple(needs))
 
 
 def _rtx_plans(target: str, machine: Machine) -> Verdict:
@@ -133,6 +131,14 @@ def _tensorrt(library: str, flavour: Flavour, host: Host) -> Need:
         return Need(what="JetPack 7, whose TensorRT is for Python 3.12 (JetPack 6 has Python 3.10, too old here)")
     remedy = "sudo apt-get install nvidia-jetpack && python3 -m venv --system-site-packages .venv"
     return Need(what=library, install=remedy)
+
+
+def _kernel_needs(accelerators: Accelerators) -> Iterator[Need]:
+    """Yield a need of kernels for the GPU. Those of an older one with the same first number may run on it."""
+    kernels = accelerators.kernels
+    for capability in {gpu.compute_capability for gpu in accelerators.gpus} if kernels else ():
+        if capability not in kernels:
+            yield Need(what=f"torch with kernels for {capability}; this one has them for {', '.join(kernels)}")
 
 
 def _gpu_needs(machine: Machine) -> Iterator[Need]:

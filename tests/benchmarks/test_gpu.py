@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.gpu.__main__ import Watch, main
 from benchmarks.gpu.cases import CaseName, fill, make_case, random_inputs
 from benchmarks.gpu.report import Results
+from benchmarks.gpu.sections import COMPILED as COMPILED_CASES
 from benchmarks.gpu.sections import SECTIONS, SLIM
 from benchmarks.gpu.summary import summarize
 from benchmarks.gpu.timing import require_finite
@@ -34,7 +35,7 @@ def run(folder: Path, *arguments: str) -> dict[str, dict[str, Any]]:
     return records
 
 
-@pytest.mark.parametrize("text", SLIM)
+@pytest.mark.parametrize("text", sorted({*SLIM, *COMPILED_CASES}))
 def test_default_cases_are_planned_at_full_size(text: str) -> None:
     """Widths, segments, networks without memory: all that comes before a GPU is touched."""
     case = make_case(CaseName.parse(text))

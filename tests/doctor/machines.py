@@ -51,13 +51,20 @@ def host(root: Path) -> Host:
     return find_host(Findings(), root)
 
 
-def machine(root: Path, *gpus: str, providers: tuple[str, ...] = ("CPUExecutionProvider",)) -> Machine:
-    """A machine with GPUs of these compute capabilities."""
+def machine(
+    root: Path,
+    *gpus: str,
+    providers: tuple[str, ...] = ("CPUExecutionProvider",),
+    kernels: tuple[str, ...] = (),
+) -> Machine:
+    """A machine with GPUs of these compute capabilities, and torch with kernels for those."""
     found = tuple(
         Gpu(name="a GPU", compute_capability=each, memory=64 * 2**30, free_memory=60 * 2**30) for each in gpus
     )
     cuda = "13.0" if gpus else None
     return Machine(
         host=host(root),
-        accelerators=Accelerators(cpu_capability="DEFAULT", cuda=cuda, gpus=found, providers=providers),
+        accelerators=Accelerators(
+            cpu_capability="DEFAULT", cuda=cuda, kernels=kernels, gpus=found, providers=providers
+        ),
     )

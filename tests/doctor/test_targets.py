@@ -87,6 +87,17 @@ def test_rtx_plans_on_a_gpu_that_their_builder_does_not_know(capability: str, rt
     assert judge("tensorrt-rtx", machine(tmp_path, "8.9")).device == "cuda"
 
 
+def test_kernels_that_torch_lacks(tmp_path: Path) -> None:
+    """PyPI's torch for aarch64 has none for Orin."""
+    kernels = ("8.0", "9.0", "10.0", "11.0", "12.0")
+    orin, thor = (judge("torch", machine(tmp_path, each, kernels=kernels)) for each in ("8.7", "11.0"))
+    assert (orin.device, thor.device) == ("cuda", "cuda")
+    assert [need.what for need in orin.needs if "kernels" in need.what] == [
+        "torch with kernels for 8.7; this one has them for 8.0, 9.0, 10.0, 11.0, 12.0"
+    ]
+    assert not any("kernels" in need.what for need in thor.needs)
+
+
 def test_a_compiler_is_needed_to_compile_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     described: Machine = machine(tmp_path)
