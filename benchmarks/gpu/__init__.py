@@ -9,6 +9,8 @@ Fifteen minutes on a GPU, in two runs of at most ten (the build takes CPUs and n
     python -m benchmarks.gpu --sections build --limit 900 & python -m benchmarks.gpu --sections graphs,torch --limit 240
     python -m benchmarks.gpu --sections bundle,onnxruntime-fused,onnxruntime-primitive,finetune --limit 120
 
+    cat RUN-*/gpu.jsonl > benchmarks/results/gpu.jsonl; python -m benchmarks.gpu --tables       # several runs as one
+
 Sections, most valuable figures first:
 
 ``graphs``        slim and dense torch modules in bf16, captured in CUDA graphs without compilation

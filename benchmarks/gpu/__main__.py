@@ -30,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := [name for name in names if name not in SECTIONS]:
         raise SystemExit(f"unknown section {unknown[0]!r}; known: {', '.join(SECTIONS)}")
     results = Results(options.out)
+    if options.tables:
+        results.rewrite()
+        print(results.tables())
+        return
     made = circumstances(options.device, " ".join(["python -m benchmarks.gpu", *(arguments or sys.argv[1:])]))
     settings = Settings(
         device=options.device,
@@ -96,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of gpu.jsonl, gpu.json and gpu.md")
+    parser.add_argument("--tables", action="store_true", help="measure nothing: write gpu.json, gpu.md from gpu.jsonl")
     parser.add_argument("--work", type=Path, default=Path(gettempdir()) / "dyexport-gpu", help="folder of bundles")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="separated by commas, in their order")
     parser.add_argument("--cases", help="instead of a section's own, most important first, separated by commas")

@@ -87,9 +87,13 @@ class Results:
             file.write(("\n" if cut else "") + json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self.rewrite()
+        return " | ".join(_row(record))
+
+    def rewrite(self) -> None:
+        """Write ``gpu.json`` and ``gpu.md`` from the lines of ``gpu.jsonl``, which may be those of several machines."""
         write_atomically(self._folder / "gpu.json", f"{json.dumps(self.records, indent=1)}\n".encode())
         write_atomically(self._folder / "gpu.md", self.tables().encode())
-        return " | ".join(_row(record))
 
     def tables(self) -> str:
         """Return a table for each kind of record, and where and when they were made."""

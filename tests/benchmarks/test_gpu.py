@@ -203,6 +203,8 @@ def test_a_cut_run_keeps_its_records_and_a_failure_replaces_no_measurement(tmp_p
     results.add("finetune", "a", {**made, "failure": "not begun"})
     with (tmp_path / "gpu.jsonl").open("a") as file:
         file.write('{"section": "finetune", "ca')
+    main(["--tables", "--out", str(tmp_path)])
+    assert "| finetune | a | 1.00 |" in (tmp_path / "gpu.md").read_text()
     results.add("finetune", "b", {**made, "failure": "none"})
     assert list(results.records) == ["finetune a", "finetune b"], "what follows a cut line is kept"
     assert results.records["finetune a"]["seconds_complete"] == 2.0
