@@ -148,6 +148,10 @@ def _gpu_needs(machine: Machine) -> Iterator[Need]:
         return
     if not _has_gpu(host):
         yield Need(what="an NVIDIA GPU")
+    elif host.jetson is not None and host.jetson.major < FIRST_JETPACK_7:
+        yield Need(
+            what=f"JetPack 7.2: torch for CUDA {accelerators.cuda or '13'} sees no GPU under JetPack 6 and earlier"
+        )
     elif host.driver is None:
         yield Need(what="NVIDIA's driver", install=None if host.jetson else "sudo ubuntu-drivers install")
     elif accelerators.cuda is None:

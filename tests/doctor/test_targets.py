@@ -87,6 +87,20 @@ def test_rtx_plans_on_a_gpu_that_their_builder_does_not_know(capability: str, rt
     assert judge("tensorrt-rtx", machine(tmp_path, "8.9")).device == "cuda"
 
 
+def test_jetpack_6_is_too_old_for_torch(tmp_path: Path) -> None:
+    write_board(tmp_path, ORIN_JETPACK_6)
+    write(
+        tmp_path,
+        "proc/driver/nvidia/version",
+        b"NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  540.4.0  x\n",
+    )
+    for target in ("onnx-rtx", "tensorrt-rtx"):
+        assert [need.what.partition(":")[0] for need in judge(target, machine(tmp_path)).needs] == ["JetPack 7.2"]
+    write_board(tmp_path, ORIN_JETPACK_7)
+    (need,) = judge("tensorrt-rtx", machine(tmp_path)).needs
+    assert "--force-reinstall" in str(need.install)
+
+
 def test_kernels_that_torch_lacks(tmp_path: Path) -> None:
     """PyPI's torch for aarch64 has none for Orin."""
     kernels = ("8.0", "9.0", "10.0", "11.0", "12.0")
