@@ -30,7 +30,7 @@ class OrtEngine(Engine):
 
     ``share_weights`` leaves the weights in the mapped file: engines over one file hold them once, and share one
     arena of activations. Without it, ONNX Runtime copies the weights into the layout that its kernels prefer.
-    ``attention`` is the form of attention to run; by default, that which is fastest on the device.
+    ``attention`` is the form of attention to run; by default, the one that suits the device.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class OrtEngine(Engine):
         if self._device_type == "cpu":
             _check_kernels(model, self.path)
         self._folder = resolve_weights(model, self.path)
-        if (self._attention or fastest_attention(model, self._device_type, ort.__version__)) == "fused":
+        if (self._attention or suitable_attention(model, self._device_type, ort.__version__)) == "fused":
             fuse_attention(model)
         with vendor_errors(EngineBuildError, f"ONNX Runtime cannot load {self.path}"):
             self._session = self._start(ort, model)
@@ -197,8 +197,8 @@ def check_provider(session: Any, device: str) -> None:
         )
 
 
-def fastest_attention(model: Message, device_type: str, version: str) -> AttentionForm:
-    """Return the form of attention that a version of ONNX Runtime runs fastest on ``cpu`` or ``cuda``.
+def suitable_attention(model: Message, device_type: str, version: str) -> AttentionForm:
+    """Return the form of attention that suits ``cpu`` or ``cuda`` in a version of ONNX Runtime.
 
     On CUDA, quantized graphs stay as they are: not every version has kernels for opset 23 of their other operators.
     """

@@ -1,8 +1,8 @@
 """Two forms of attention in a graph: primitive operators, as stored, or one fused operator.
 
-Graphs are stored in opset 20, which has no attention operator. ONNX Runtime runs that form fastest on a CPU. On a GPU
-it may write the scores of all pairs of tokens to memory. Opset 23 has ``Attention``, for which TensorRT and ONNX
-Runtime's CUDA provider have fused kernels.
+Graphs are stored in opset 20, which has no attention operator. On a GPU, that form may write the scores of all pairs of
+tokens to memory. Opset 23 has ``Attention``, for which TensorRT and ONNX Runtime's CUDA provider have fused kernels. On
+a CPU, ONNX Runtime takes the same time for both.
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ import onnxruntime
 import pytest
 import torch
 
+from dyexport.bundle.graph_forms import AttentionForm
 from dyexport.bundle.onnx_schema import MESSAGES
 from dyexport.engines import ort as ort_engine
-from dyexport.engines.ort import OrtEngine, check_provider, fastest_attention, providers_for, vendor_errors
+from dyexport.engines.ort import OrtEngine, check_provider, providers_for, suitable_attention, vendor_errors
 from dyexport.errors import EngineBuildError, EngineMismatchError, MissingDependencyError
 from tests.engines.tiny import (
     CLASSES,
@@ -199,6 +200,16 @@ def test_providers() -> None:
         providers_for("tpu", everything)
 
 
+@pytest.mark.parametrize(("form", "count"), [("fused", 1), ("primitive", 0), (None, 0)])
+def test_the_form_that_is_asked_for_runs(
+    form: AttentionForm | None, count: int, graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused: list[object] = []
+    monkeypatch.setattr(ort_engine, "fuse_attention", fused.append)
+    OrtEngine(graph, attention=form).activate()
+    assert len(fused) == count
+
+
 @pytest.mark.parametrize(
     ("device", "version", "operators", "form"),
     [
@@ -215,7 +226,7 @@ def test_the_form_of_attention_follows_from_the_device(
     model = MESSAGES["ModelProto"]()
     for name in operators:
         model.graph.node.add(op_type=name)
-    assert fastest_attention(model, device, version) == form
+    assert suitable_attention(model, device, version) == form
 
 
 def test_inputs_on_another_device_are_refused(graph: Path) -> None:
