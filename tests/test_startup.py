@@ -14,6 +14,7 @@ from tests.bench.test_useless_options import write_as
 from tests.runtime.bundles import write_bundle
 
 ROOT = Path(__file__).parents[1]
+WEIGHTS = ROOT / "tests/bundle/schema-3/calibration/widths.safetensors"
 SCRIPT = """
 import sys
 from dyexport.cli import main
@@ -52,6 +53,16 @@ def run(*arguments: str, cwd: Path, stream: str = "stdout") -> tuple[int, str, b
         ("build --model sit-digits --budget 0.5 --precision fp23", 2),
         ("build --model sit-digits --budget 0.5 --td-lora rank=-1", 2),
         ("build --model sit-digits --budget 0.5 --color red", 2),
+        ("build --model sit-digits --budget 0.5 --data nowhere/", 1),
+        ("finetune --model sit-digits --budget 0.5 --data nowhere/", 1),
+        ("finetune --model flux --budget 0.5 --data synthetic:nowhere", 1),
+        ("calibrate --model dit-xl-2 --budget 0.5 --data digits", 1),
+        ("build --checkpoint nowhere.safetensors --budget 0.5", 1),
+        ("build --checkpoint no/where.safetensors --budget 0.5", 1),
+        ("build --model sit-digits --checkpoint nowhere.safetensors --budget 0.5", 1),
+        (f"build --checkpoint {__file__} --budget 0.5", 1),
+        (f"build --model sit-digits --checkpoint {__file__} --budget 0.5", 1),
+        (f"build --checkpoint {WEIGHTS} --budget 2", 2),
         ("finetune --work nowhere", 2),
         ("export", 2),
         ("compile nowhere --target paper", 2),

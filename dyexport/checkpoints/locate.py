@@ -11,6 +11,9 @@ from dyexport.errors import CheckpointError
 
 CONFIG = "config.json"
 TRANSFORMER = "transformer"  # folder of a pipeline
+SAFETENSORS, GGUF = ".safetensors", ".gguf"
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+KINDS = (SAFETENSORS, *PICKLES, GGUF)  # suffixes of files of weights
 SHOWN = 200  # characters of a library's message that an error shows
 CHECKPOINT_FILES = (f"{TRANSFORMER}/*", CONFIG, "diffusion_pytorch_model*")
 
@@ -30,7 +33,10 @@ def find_checkpoint(source: str, patterns: Sequence[str] = CHECKPOINT_FILES) -> 
 
 
 def find_local(source: str) -> Path | None:
-    """Find a checkpoint on this machine. Raises ``CheckpointError`` for a directory without ``config.json``."""
+    """Find a checkpoint on this machine.
+
+    Raises ``CheckpointError`` for a directory without ``config.json`` and a file of another kind than weights.
+    """
     try:
         return _find_local(Path(source))
     except OSError as error:  # an invalid file name, or no permission to read a folder
@@ -39,14 +45,23 @@ def find_local(source: str) -> Path | None:
         ) from error
 
 
+def check_kind(file: Path) -> None:
+    """Raise ``CheckpointError`` unless the suffix of a file is one of weights."""
+    if file.suffix not in KINDS:
+        raise CheckpointError(f"{file} is of no known kind; pass a {', '.join(KINDS)} or a directory")
+
+
 def is_hub_id(source: str) -> bool:
     """Return whether a source that is no path can be a repository of the hub."""
-    return not source.startswith((".", "/", "~")) and not source.endswith("/") and source.count("/") == 1
+    return not source.startswith((".", "/", "~")) and not source.endswith(("/", *KINDS)) and source.count("/") == 1
 
 
 def _find_local(path: Path) -> Path | None:
+    if path.is_file():
+        check_kind(path)
+        return path
     if not path.is_dir():
-        return path if path.is_file() else None
+        return None
     for candidate in (path, path / TRANSFORMER):
         if (candidate / CONFIG).is_file():
             return candidate

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from dyexport import backbones
 from dyexport.backbones.base import Preset
+from dyexport.checkpoints.locate import SAFETENSORS
 from dyexport.checkpoints.lora_config import module_options, read_config
 from dyexport.checkpoints.lora_translation import converter_name, translate
-from dyexport.checkpoints.stored_weights import SAFETENSORS, StoredWeights
+from dyexport.checkpoints.stored_weights import StoredWeights
 from dyexport.checkpoints.weight_files import listed
 from dyexport.errors import CheckpointError
 from dyexport.lora import PEFT_CONFIG, PEFT_WEIGHTS

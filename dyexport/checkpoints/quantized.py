@@ -14,7 +14,6 @@ from dyexport.errors import CheckpointError, MissingDependencyError
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (".scale_weight", ".weight_scale")  # suffixes of ComfyUI, one number per tensor: weight = codes * scale
 UNUSED = (".scale_input", ".input_scale", "scaled_fp8")  # scales of activations, and the mark of such a file
-GGUF = ".gguf"
 
 
 class Dequantized(Mapping[str, Tensor]):

@@ -14,12 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dyexport.backbones.dialect import Part
-from dyexport.checkpoints.quantized import GGUF, GgufWeights
+from dyexport.checkpoints.locate import PICKLES, SAFETENSORS, check_kind
+from dyexport.checkpoints.quantized import GgufWeights
 from dyexport.checkpoints.weight_files import check_readable, weight_files
 from dyexport.errors import CheckpointError
 
-SAFETENSORS = ".safetensors"
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 WRAPPERS = ("ema", "model", "module")  # where training files keep their weights; the averaged ones are preferred
 PREFIXES = ("module.", "model.", "diffusion_model.", "_orig_mod.", "ema_model.")  # of DDP, trainers, ComfyUI, compile
 
@@ -35,15 +34,13 @@ class StoredWeights(Mapping[str, Tensor]):
         self._files: dict[str, Path] = {}  # file of each tensor in safetensors
         self._loaded: Mapping[str, Tensor] = {}  # tensors of PyTorch and GGUF files
         for file in weight_files(source) if source.is_dir() else [source]:
+            check_kind(file)
             if file.suffix == SAFETENSORS:
                 self._files |= dict.fromkeys(_names(file), file)
             elif file.suffix in PICKLES:
                 self._loaded = {**self._loaded, **_unwrap(file, _load_pickle(file))}
-            elif file.suffix == GGUF:
-                self._loaded = GgufWeights(file)
             else:
-                kinds = ", ".join((SAFETENSORS, *PICKLES, GGUF))
-                raise CheckpointError(f"{file} is of no known kind; pass a {kinds} or a directory")
+                self._loaded = GgufWeights(file)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._loaded[name] if name in self._loaded else _tensor(self._files[name], name)

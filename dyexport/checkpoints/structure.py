@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from dyexport.backbones.base import Preset
-from dyexport.checkpoints.locate import CONFIG, TRANSFORMER, check_not_quantized, find_checkpoint, find_local, read_json
+from dyexport.checkpoints.locate import (
+    CONFIG,
+    TRANSFORMER,
+    check_not_quantized,
+    find_checkpoint,
+    find_local,
+    is_hub_id,
+    read_json,
+)
 from dyexport.errors import CheckpointError, UsageError
 from dyexport.presets import CLASS_NAME, PRESETS, get_preset, preset_class, preset_from_config, stored_preset
 
@@ -41,13 +49,13 @@ def resolve_preset(model: str | Preset | None, checkpoint: str | None = None) ->
 
 
 def _find(checkpoint: str, named: Preset | None) -> Path | None:
-    """Find the files with the structure; None where the named model is enough until weights are needed."""
+    """Find the files with the structure; None if the named model is enough until the weights are downloaded."""
     if named is not None and checkpoint == named.hub_id:
         return None
     try:
         return find_checkpoint(checkpoint, (CONFIG, f"{TRANSFORMER}/{CONFIG}"))
     except CheckpointError:
-        if named is None:
+        if named is None or not is_hub_id(checkpoint):
             raise
         return None
 

@@ -27,7 +27,7 @@ from dyexport.pipeline.stage_settings import (
 from dyexport.stages.file_records import describe, digest_of
 from dyexport.stages.ledger import Outcome
 from dyexport.training.data import LatentSource, open_source
-from dyexport.training.prompts import read_prompts
+from dyexport.training.data_files import read_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,8 @@ class Data:
 
 
 def open_given_data(run: Run) -> Data | None:
-    """Open data that exist; None if they are sampled later. Raises ``DataError`` for data and prompts it cannot use."""
+    """Open data that exists; None if it is sampled later. Raises ``DataError`` for data that does not fit the model."""
     settings = run.settings
-    if settings.prompts is not None:
-        read_prompts(settings.prompts)
     if settings.data_source == SYNTHETIC:
         return None
     return Data(source=None if settings.data_source is None else open_source(settings.data_source, settings.preset))

@@ -24,7 +24,7 @@ from dyexport.errors import BudgetError, CheckpointError, UsageError
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from dyexport.files import write_atomically
 from dyexport.lora import LoraFile, LoraSpec
-from dyexport.pipeline.settings_checks import SHOWN, check
+from dyexport.pipeline.settings_checks import SHOWN, check, check_values
 from dyexport.presets import Model
 from dyexport.training.synthetic_config import SyntheticConfig
 
@@ -54,7 +54,8 @@ class BuildSettings:
     memory           bytes that weights may take; None: free memory
     link_store_from  bytes; a weight store of at least this size is hard-linked into the bundle, a smaller one copied
 
-    Raises ``UsageError`` for values and combinations that cannot be built.
+    Raises ``UsageError`` for values and combinations that cannot be built, ``CheckpointError`` and ``DataError`` for a
+    checkpoint and data that do not exist.
     """
 
     model: Model = None
@@ -188,6 +189,7 @@ class BuildSettings:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
                 raise UsageError(f"unknown setting {name!r}; {hint}")
+        check_values(values)
         model, checkpoint = values.get("model"), None if values.get("random_weights") else values.get("checkpoint")
         if model is None and values.get("random_weights") and values.get("checkpoint"):
             raise UsageError("--random-weights reads no checkpoint; give --model instead of --checkpoint")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from dyexport.arguments import check_memory, check_seed, whole_number
 from dyexport.backbones.base import RouterKind
@@ -15,6 +15,7 @@ from dyexport.bundle.targets import TARGETS, Option
 from dyexport.calibration.segments import PlanSettings
 from dyexport.errors import BudgetError, UsageError
 from dyexport.pipeline.output import check_ours
+from dyexport.training.data_files import check_source, read_prompts
 
 if TYPE_CHECKING:
     from dyexport.lora import LoraFile
@@ -26,8 +27,12 @@ SHOWN = 200  # characters of a name in a message
 
 
 def check(settings: BuildSettings) -> None:
-    """Raise ``UsageError`` for the first setting that is wrong, ``BudgetError`` for a wrong budget."""
-    _check_values(settings)
+    """Check settings: values first, then the model and combinations, then files.
+
+    Raises ``UsageError``, ``BudgetError``, ``CheckpointError`` and ``DataError``.
+    """
+    check_values(vars(settings))
+    _ = settings.preset  # raises for an unknown model, and for a checkpoint that does not exist
     for lora in settings.loras:
         _check_lora_file(lora)
     for rule in RULES:
@@ -35,37 +40,54 @@ def check(settings: BuildSettings) -> None:
             raise rule.error(rule.message.format(s=settings, **_named(settings)))
     _ = settings.sampling  # raises for guidance that the model does not take
     _check_places(settings.out, settings.work)
+    _check_data(settings)
 
 
-def _check_values(settings: BuildSettings) -> None:
-    """Check each setting by itself; the model comes first because the recipe depends on it."""
-    _ = settings.preset
-    PlanSettings(engines=settings.engines, token_path=settings.token_path)
-    for target in settings.targets or ("",):
+def check_values(values: Mapping[str, Any]) -> None:
+    """Check settings one by one, as far as that needs no model. Raises ``UsageError``, ``BudgetError``."""
+    for name, check_value in VALUE_CHECKS.items():
+        if name in values and (values[name] is not None or name in NEVER_NONE):
+            check_value(values[name])
+
+
+def _check_targets(targets: Sequence[str]) -> None:
+    for target in targets or ("",):
         if target not in TARGETS:
             raise UsageError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
-    if settings.budget is not None and not 0 < settings.budget <= 1:
-        raise BudgetError(f"budget is {settings.budget:g}; give a FLOPs ratio in (0, 1], such as 0.5")
-    _check_choice("--router", settings.router, RouterKind)
-    _check_choice("--precision", settings.precision, Precision)
-    _check_choice("--quantize", settings.quantize, Quantization)
-    check_seed(settings.seed, "--seed")
-    if settings.memory is not None:
-        check_memory(settings.memory)
-    if settings.train_steps is not None:
-        whole_number("--train-steps", settings.train_steps, least=1, most=MOST_STEPS)
-    if settings.finetune_steps is not None:
-        whole_number("--finetune-steps", settings.finetune_steps, least=0, most=MOST_STEPS)
-    whole_number("link_store_from", settings.link_store_from, least=0, most=MOST_BYTES)
-    tolerance = settings.merge_tolerance
-    if tolerance is not None and not 0 <= tolerance < math.inf:
+
+
+def _check_budget(budget: float) -> None:
+    if not 0 < budget <= 1:
+        raise BudgetError(f"budget is {budget:g}; give a FLOPs ratio in (0, 1], such as 0.5")
+
+
+def _check_choice(option: str, value: str, kind: object) -> None:
+    choices = get_args(kind)
+    if value not in choices:
+        raise UsageError(f"{option} is {value!r}; use {' or '.join((', '.join(choices[:-1]), choices[-1]))}")
+
+
+def _check_tolerance(tolerance: float) -> None:
+    if not 0 <= tolerance < math.inf:
         raise UsageError(f"--merge-tolerance is {tolerance}; give a relative MSE, such as 1e-4")
 
 
-def _check_choice(option: str, value: str | None, kind: object) -> None:
-    choices = get_args(kind)
-    if value is not None and value not in choices:
-        raise UsageError(f"{option} is {value!r}; use {' or '.join((', '.join(choices[:-1]), choices[-1]))}")
+VALUE_CHECKS: Mapping[str, Callable[[Any], object]] = {
+    "engines": lambda value: PlanSettings(engines=value),
+    "token_path": lambda value: PlanSettings(engines=1, token_path=value),
+    "targets": _check_targets,
+    "budget": _check_budget,
+    "router": lambda value: _check_choice("--router", value, RouterKind),
+    "precision": lambda value: _check_choice("--precision", value, Precision),
+    "quantize": lambda value: _check_choice("--quantize", value, Quantization),
+    "seed": lambda value: check_seed(value, "--seed"),
+    "memory": check_memory,
+    "train_steps": lambda value: whole_number("--train-steps", value, least=1, most=MOST_STEPS),
+    "finetune_steps": lambda value: whole_number("--finetune-steps", value, least=0, most=MOST_STEPS),
+    "link_store_from": lambda value: whole_number("link_store_from", value, least=0, most=MOST_BYTES),
+    "merge_tolerance": _check_tolerance,
+}
+NEVER_NONE = frozenset({"engines", "token_path", "targets", "router", "seed", "link_store_from"})
 
 
 def _check_lora_file(lora: LoraFile) -> None:
@@ -86,6 +108,14 @@ def _check_places(out: Path, work: Path) -> None:
     if work.resolve().is_relative_to(out.resolve()):
         raise UsageError(f"--work {work} lies in the bundle {out}, which is replaced; give another one")
     check_ours(out)
+
+
+def _check_data(settings: BuildSettings) -> None:
+    """Raise ``DataError`` for training data that does not exist or is of another model."""
+    if settings.prompts is not None:
+        read_prompts(settings.prompts)
+    if settings.data_source not in (None, "synthetic"):
+        check_source(settings.data_source, settings.preset)
 
 
 class Rule(NamedTuple):

@@ -32,8 +32,9 @@ from dyexport.training.accelerating import check_accelerate
 from dyexport.training.config import FinetuneConfig, TrainConfig
 from dyexport.training.cost import FinetuningRun, check_gpu, count_trainable
 from dyexport.training.data import LatentSource
+from dyexport.training.data_files import read_prompts
 from dyexport.training.finetuning import finetune
-from dyexport.training.prompts import embed_prompts, kept_prompts, read_prompts
+from dyexport.training.prompts import embed_prompts, kept_prompts
 from dyexport.training.synthetic import generate
 from dyexport.training.trainer import TrainingProgress, train_static
 

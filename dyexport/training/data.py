@@ -13,12 +13,12 @@ from torch import Tensor
 from dyexport.backbones import get_conditioning
 from dyexport.backbones.base import Preset
 from dyexport.digests import once, sha256_of
-from dyexport.digits import SHAPE, Split, load_digits, samples_digits
+from dyexport.digits import Split, load_digits
 from dyexport.errors import DataError
 from dyexport.models.conditions import Batch, Column
+from dyexport.training.data_files import DIGITS, check_source, shard_files
 
 FLOATS, INTEGERS = ("F32", "F16", "BF16", "F64"), ("I64", "I32", "I16", "I8", "U8")  # as safetensors names them
-SHOWN = 200  # characters of a name in a message
 ROWS = 256  # samples read at a time
 
 
@@ -43,11 +43,8 @@ def open_source(spec: str, preset: Preset) -> LatentSource:
 
     Raises ``DataError``.
     """
-    if spec != "digits":
-        return ShardDirectory(Path(spec), preset)
-    if not samples_digits(preset):
-        raise DataError(f"digits are {SHAPE} and {preset.name} takes {preset.latent_shape}; use --model dit-digits")
-    return digits()
+    check_source(spec, preset)
+    return digits() if spec == DIGITS else ShardDirectory(Path(spec), preset)
 
 
 class MemorySource:
@@ -76,15 +73,6 @@ def digits(split: Split = "train") -> MemorySource:
     return MemorySource(f"digits/{split}", latents, torch.from_numpy(digits.labels))
 
 
-def _shard_files(directory: Path) -> list[Path]:
-    try:
-        return sorted(path for path in directory.iterdir() if path.suffix == ".safetensors")
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {str(directory)[:SHOWN]!r}: {str(error)[:SHOWN]}; give another") from error
-
-
 def _reason(path: Path, error: Exception) -> str:
     """Return why a file cannot be read: safetensors reports any such file as missing."""
     try:
@@ -103,12 +91,8 @@ class ShardDirectory:
     """
 
     def __init__(self, directory: Path, preset: Preset) -> None:
-        paths = _shard_files(directory)
-        if not paths:
-            problem = "holds no .safetensors files" if directory.is_dir() else "is no directory"
-            raise DataError(f"{directory} {problem}; give a directory of latents, or 'digits' or 'synthetic'")
         columns = (Column("latents", "latents", preset.latent_shape), *get_conditioning(preset).columns)
-        self.shards = [_Shard(path, preset.name, columns) for path in paths]
+        self.shards = [_Shard(path, preset.name, columns) for path in shard_files(directory)]
         self.starts = torch.tensor([0, *(len(shard) for shard in self.shards)]).cumsum(0)  # (S + 1,)
         self._check_alike(columns)
 

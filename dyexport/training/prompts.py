@@ -1,9 +1,8 @@
-"""Prompts for synthetic data: texts, and their embeddings by the model's own text encoders."""
+"""Embeddings of the prompts for synthetic data, by the model's own text encoders."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 from math import ceil
 from pathlib import Path
 from typing import cast
@@ -13,37 +12,11 @@ from safetensors.torch import load_file
 
 from dyexport.backbones import get_conditioning
 from dyexport.backbones.base import Preset, PromptConditioning
-from dyexport.errors import CheckpointError, DataError
+from dyexport.errors import CheckpointError
 from dyexport.models.conditions import Conditions
 from dyexport.training.state import ORIGIN, origin_of, write_tensors
 
-SUBJECTS = (
-    "a red fox", "an old sailor", "a glass of water", "a steam train", "a city street in the rain", "a bowl of fruit",
-    "a mountain lake", "two children playing chess", "a woman reading a letter", "a robot in a workshop",
-    "a bicycle against a brick wall", "a flock of birds", "a wooden house", "a cup of coffee", "a dancer on a stage",
-    "a sign that says OPEN", "a desert road", "an astronaut", "a cat asleep on a sofa", "a market full of people",
-    "a lighthouse", "a vintage car", "a slice of cake", "a dog catching a ball", "a violin on a table",
-)  # fmt: skip
-SETTINGS = (
-    "photograph, natural light", "close-up, shallow depth of field", "at night, neon lights", "oil painting",
-    "watercolour on paper", "pencil sketch", "isometric 3D render", "seen from above, wide angle",
-    "black and white film", "flat vector illustration", "in thick fog at dawn", "studio lighting, plain background",
-)  # fmt: skip
 EMBEDDED_AT_ONCE = 8
-
-
-def read_prompts(file: Path | None) -> tuple[str, ...]:
-    """Read one prompt per line; without a file return 300 built-in prompts. Raises ``DataError``."""
-    if file is None:
-        return tuple(f"{subject}, {setting}" for subject, setting in product(SUBJECTS, SETTINGS))
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {file}: {error}; --prompts takes a text file, one prompt a line") from error
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise DataError(f"{file} holds no prompts; write one a line")
-    return prompts
 
 
 def embed_prompts(source: str, prompts: tuple[str, ...], preset: Preset, *, device: str = "cpu") -> Conditions:

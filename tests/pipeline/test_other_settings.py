@@ -98,7 +98,10 @@ def test_a_plan_of_another_budget_leaves_a_build_as_it_is(tmp_path: Path) -> Non
 
 
 def test_a_plan_downloads_nothing_for_a_model_that_is_not_trained(tmp_path: Path) -> None:
-    settings = BuildSettings(model="dit-xl-2", budget=0.5, data="x", out=tmp_path / "out", work=tmp_path / "work")
+    (tmp_path / "a.safetensors").touch()
+    settings = BuildSettings(
+        model="dit-xl-2", budget=0.5, data=str(tmp_path), out=tmp_path / "out", work=tmp_path / "work"
+    )
     with (
         pytest.raises(UsageError, match="stage 'static' must run first"),
         opened(settings, NullListener(), without=settings.slow_stages) as run,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dyexport.backbones.base import Preset
 from dyexport.backbones.calibration_effort import DEFAULT_EFFORT, SPARSE, THOROUGH, CalibrationEffort
 from dyexport.backbones.recipe import recipe_for
-from dyexport.errors import BudgetError, DyexportError, UsageError
+from dyexport.errors import BudgetError, CheckpointError, DataError, DyexportError, UsageError
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from dyexport.lora import LoraFile, LoraSpec, parse_lora_file
 from dyexport.pipeline.settings import SETTINGS, BuildSettings, default_out, parse_budget
@@ -115,8 +118,11 @@ def test_budgets() -> None:
 
 def test_a_work_directory_records_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    config = get_preset("flux-tiny").transformer_config()
     (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "config.json").write_text(json.dumps(config))
     (tmp_path / "style.safetensors").touch()
+    (tmp_path / "prompts.txt").write_text("a cat")
     asked = BuildSettings(
         model="flux-tiny",
         out=Path("bundle"),
@@ -185,6 +191,26 @@ def test_a_work_directory_inside_the_bundle_is_refused(tmp_path: Path) -> None:
         BuildSettings(model="sit-digits", budget=0.5, out=tmp_path, work=tmp_path / "work")
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": "gone", "finetune_steps": 0}, "gone is no directory; give a directory of latents"),
+        ({"data": ".", "finetune_steps": 0}, "holds no .safetensors files"),
+        ({"data": "digits", "finetune_steps": 0}, "digits are (1, 8, 8) and dit-s-2 takes"),
+        ({"model": "flux", "data": "synthetic:gone", "finetune_steps": 0}, "cannot read gone"),
+        ({"checkpoint": "gone", "random_weights": False}, "gone does not exist"),
+        ({"checkpoint": "a/gone.pt", "random_weights": False}, "gone.pt does not exist"),
+    ],
+)
+def test_files_that_do_not_exist_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((DataError, CheckpointError), match=re.escape(message)):
+        settings(tmp_path, **values)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_output_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("...")
     with pytest.raises(UsageError, match="is a file"):
@@ -208,8 +234,11 @@ def test_output_and_work_are_two_places(tmp_path: Path) -> None:
     ],
 )
 def test_where_routers_and_data_come_from(
-    tmp_path: Path, values: dict[str, Any], routers: str, data: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], routers: str, data: str | None
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "a.safetensors").touch()
     found = settings(tmp_path, **values)
     assert (found.routers, found.data_source) == (routers, data)
 
@@ -217,7 +246,8 @@ def test_where_routers_and_data_come_from(
 def test_a_dynamic_checkpoint_is_taken_as_it_is(tmp_path: Path) -> None:
     checkpoint = tmp_path / "dynamic"
     checkpoint.mkdir()
-    (checkpoint / "dynamic.json").write_text("{}")
+    (checkpoint / "config.json").write_text("{}")
+    (checkpoint / "dynamic.json").write_text('{"preset": "dit-s-2"}')
     given = {"random_weights": False, "checkpoint": str(checkpoint)}
     assert settings(tmp_path, **given, budget=None).routers == "given"
     for more in ({"finetune_steps": 10}, {"router": "ordered"}):
@@ -245,8 +275,9 @@ def test_a_lora_may_have_a_scale(
 
 
 def test_a_lora_that_cannot_be_merged_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    given: dict[str, Any] = {"random_weights": False, "checkpoint": "here", "finetune_steps": 0}
-    file = tmp_path / "lora.safetensors"
+    weights, file = tmp_path / "weights.safetensors", tmp_path / "lora.safetensors"
+    save_file({"x": torch.zeros(1)}, weights)
+    given: dict[str, Any] = {"random_weights": False, "checkpoint": str(weights), "finetune_steps": 0}
     with pytest.raises(UsageError, match=r"lora\.safetensors is not a file"):
         settings(tmp_path, **given, loras=(LoraFile(file=file),))
     with pytest.raises(UsageError, match="strong' is not a number"):

@@ -18,7 +18,8 @@ from dyexport.pipeline.settings import BuildSettings
 from dyexport.pipeline.steps import check_training
 from dyexport.training import cost
 from dyexport.training.cost import TRAINED, FinetuningRun, TrainingCost, measured_speed
-from dyexport.training.prompts import embed_prompts, read_prompts
+from dyexport.training.data_files import read_prompts
+from dyexport.training.prompts import embed_prompts
 from tests.pipeline.tiny_pipeline import save_latte_pipeline, save_pipeline
 
 SCHEDULE = LOW_RANK_FINETUNING.finetune_lora
@@ -43,10 +44,18 @@ def flux(tmp_path: Path) -> BuildSettings:
     return BuildSettings(model="flux", budget=0.5, out=tmp_path / "out", work=tmp_path / "work")
 
 
-def test_a_large_model_trains_a_lora_on_its_own_pictures(flux: BuildSettings) -> None:
+@pytest.fixture
+def latents(tmp_path: Path) -> str:
+    """A directory with a file of latents, which is not read."""
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents" / "a.safetensors").touch()
+    return str(tmp_path / "latents")
+
+
+def test_a_large_model_trains_a_lora_on_its_own_pictures(flux: BuildSettings, latents: str) -> None:
     assert (flux.routers, flux.data_source, flux.lora) == ("trained", "synthetic", LOW_RANK_FINETUNING.td_lora)
     assert flux.finetune_schedule == SCHEDULE
-    assert replace(flux, data="/latents").data_source == "/latents"
+    assert replace(flux, data=latents).data_source == latents
     own = LoraSpec(rank=4, alpha=4)
     assert replace(flux, td_lora=own).lora == own
 
@@ -57,8 +66,8 @@ def test_without_training_there_is_neither(flux: BuildSettings) -> None:
     assert check_training(calibrated) is None
 
 
-def test_small_models_train_all_their_weights(flux: BuildSettings) -> None:
-    small = replace(flux, model="dit-xl-2", data="/latents")
+def test_small_models_train_all_their_weights(flux: BuildSettings, latents: str) -> None:
+    small = replace(flux, model="dit-xl-2", data=latents)
     assert small.lora is None
     assert check_training(small) is None
 
@@ -69,19 +78,19 @@ def test_no_gpu_is_one_sentence_with_the_ways_out(flux: BuildSettings) -> None:
         check_training(flux)
 
 
-def test_effort_grows_with_what_is_asked(flux: BuildSettings) -> None:
-    usual = estimate(flux)
+def test_effort_grows_with_what_is_asked(flux: BuildSettings, latents: str) -> None:
+    default = estimate(flux)
     assert estimate(replace(flux, finetune_steps=2 * SCHEDULE.steps)).training_flops == pytest.approx(
-        2 * usual.training_flops
+        2 * default.training_flops
     )
-    given = estimate(replace(flux, data="/latents"))
+    given = estimate(replace(flux, data=latents))
     assert (given.synthetic_flops, given.data_bytes) == (0, 0)
-    assert given.training_flops == usual.training_flops
+    assert given.training_flops == default.training_flops
     # One dense pass of FLUX.1-dev at 1024 px is about 60 teraflops: 24 billion operations a token, and attention.
     passes = SCHEDULE.steps * SCHEDULE.batch_size * 2 * 1.2
-    assert 5e13 < usual.training_flops / passes < 8e13
+    assert 5e13 < default.training_flops / passes < 8e13
     routers = 57 * 4 * 3072**2  # DyFLUX's token routers, trained with two moments in fp32
-    assert usual.device_bytes > 2 * flux.preset.parameters + 16 * routers
+    assert default.device_bytes > 2 * flux.preset.parameters + 16 * routers
 
 
 @pytest.mark.parametrize(
