@@ -53,7 +53,7 @@ def assemble_bundle(
 ) -> Manifest:
     """Put the outputs of all stages together at ``settings.out``; ``engines`` are TensorRT plans by target."""
     settings, start = run.settings, perf_counter()
-    linked = store.files["."].bytes >= settings.link_store_from
+    linked = store.files["."].bytes >= run.link_store_from
     files = {f"{GRAPHS}/{STORE}": Source.of(store, linked=linked)}
     files |= {name: Source.of(model.calibrated, name) for name in (WIDTHS, TOKENS) if name in model.calibrated.files}
     files[GOLDEN] = Source.of(golden)

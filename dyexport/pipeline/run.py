@@ -14,6 +14,8 @@ from dyexport.pipeline.settings import BuildSettings
 from dyexport.progress import Progress
 from dyexport.stages.ledger import BuildListener, Ledger, Outcome, ProcessGroup, SingleProcess, Stage, settings_key
 
+LINK_STORE_FROM = 2**30  # bytes; a weight store of at least this size is linked into the bundle, a smaller one copied
+
 
 class Run:
     """A run that takes stages from the work directory, or makes them. Stages named in ``without`` are not made."""
@@ -29,6 +31,7 @@ class Run:
         self.settings = settings
         self.listener = listener
         self.replaced: Mapping[str, Any] = {}  # settings of the bundle that this run replaced, where they differ
+        self.link_store_from = LINK_STORE_FROM
         self.ledger = Ledger(settings.work, listener, without=without, group=group)
 
     def stage(

@@ -52,7 +52,6 @@ class BuildSettings:
     token_path       'auto', 'masked', 'capacity', 'dynamic' or 'compact'
     baseline         True if the bundle also has the dense network
     memory           bytes that weights may take; None: free memory
-    link_store_from  bytes; a weight store of at least this size is hard-linked into the bundle, a smaller one copied
 
     Raises ``UsageError`` for values and combinations that cannot be built, ``CheckpointError`` and ``DataError`` for a
     checkpoint and data that do not exist.
@@ -81,7 +80,6 @@ class BuildSettings:
     precision: Precision | None = None
     quantize: Quantization | None = None
     memory: int | None = None
-    link_store_from: int = 2**30
 
     def __post_init__(self) -> None:
         check(self)

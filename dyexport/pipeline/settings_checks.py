@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from dyexport.pipeline.settings import BuildSettings
 
 MOST_STEPS = 10**9
-MOST_BYTES = 2**63 - 1
 SHOWN = 200  # characters of a name in a message
 
 
@@ -84,10 +83,9 @@ VALUE_CHECKS: Mapping[str, Callable[[Any], object]] = {
     "memory": check_memory,
     "train_steps": lambda value: whole_number("--train-steps", value, least=1, most=MOST_STEPS),
     "finetune_steps": lambda value: whole_number("--finetune-steps", value, least=0, most=MOST_STEPS),
-    "link_store_from": lambda value: whole_number("link_store_from", value, least=0, most=MOST_BYTES),
     "merge_tolerance": _check_tolerance,
 }
-NEVER_NONE = frozenset({"engines", "token_path", "targets", "router", "seed", "link_store_from"})
+NEVER_NONE = frozenset({"engines", "token_path", "targets", "router", "seed"})
 
 
 def _check_lora_file(lora: LoraFile) -> None:

@@ -69,13 +69,16 @@ def test_shards_are_linked_and_the_bundle_is_right(shards: Path, tmp_path: Path)
 
 def test_a_large_store_is_on_the_disk_once(shards: Path, tmp_path: Path) -> None:
     """It moves into the bundle, and what is left to do is done with the link to it."""
-    settings = settings_for(shards, tmp_path / "built", precision="fp32", link_store_from=1)
-    before = build(settings).manifest
+    settings = settings_for(shards, tmp_path / "built", precision="fp32")
+    with opened(settings, NullListener()) as run:
+        run.link_store_from = 1
+        before = build_bundle(run)
     store = settings.work / "graphs" / STORE
     assert store.is_symlink()
     assert store.samefile(settings.out / "graphs" / STORE)
     (settings.work / "graphs" / "segment-01.onnx").unlink()
     with opened(settings, NullListener()) as run:
+        run.link_store_from = 1
         assert build_bundle(run) == before
         assert [name for name, outcome in run.ledger.outcomes.items() if not outcome.reused] == ["onnx segment-01"]
     assert verify_bundle(settings.out, VerifySettings(timesteps=4)).passed
