@@ -70,6 +70,14 @@ def test_a_build_reports_its_progress_and_keeps_its_stages(tmp_path: Path) -> No
     assert reports == []
 
 
+def test_a_build_warns_of_a_bundle_that_it_replaces(tmp_path: Path) -> None:
+    asked = {"random_weights": True, "baseline": False, "out": tmp_path / "b"}
+    dyexport.build("sit-digits", budget=0.5, engines=1, **asked)
+    with pytest.warns(UserWarning, match="replaced the bundle in .*, which had engines 1; to keep both") as caught:
+        dyexport.build("sit-digits", budget=0.5, engines=2, **asked)
+    assert [warning.filename for warning in caught if "replaced" in str(warning.message)] == [__file__]
+
+
 def test_the_recipe_of_a_build_is_what_it_does(tmp_path: Path) -> None:
     places = {"out": tmp_path / "b", "work": tmp_path / "w", "budget": 0.5}
     large = dyexport.BuildSettings(model="flux", **places).effective_recipe()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +19,7 @@ from dyexport.errors import UsageError
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from dyexport.lora import LoraSpec
 from dyexport.pipeline.settings import BuildSettings
+from tests.pipeline.tiny_pipeline import save_pipeline
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -120,6 +123,53 @@ def test_stages_one_at_a_time_make_the_bundle_and_say_what_is_next(run: Run) -> 
     assert len(plan.segments) == 2
     for line in ("dyexport verify b", "dyexport sample b", "dyexport bench b", "rm -r w"):
         assert line in out
+
+
+def commands_in(out: str) -> list[list[str]]:
+    """The commands that a build suggests."""
+    return [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("  dyexport ")]
+
+
+@pytest.mark.build
+def test_a_replaced_bundle_is_reported_and_what_is_suggested_runs(run: Run) -> None:
+    model = ("build", "--model", "sit-digits", "--budget", "0.5", "--random-weights", "--work", "w", "--out", "b")
+    for engines, notice in (("1", None), ("1", None), ("2", "replaced the bundle in b, which had engines 1; ")):
+        code, out, err = run(*model, "--engines", engines)
+        assert code == 0, err
+        assert ("replaced the bundle" in err) == (notice is not None)
+        assert (notice or "") in err
+    suggested = commands_in(out)
+    assert [words[0] for words in suggested] == ["verify", "sample", "bench"]
+    for words in suggested:
+        code, _, err = run(*words)
+        assert code == 0, err
+    code, out, err = run(*model, "--engines", "2", "--precision", "bf16", "--json")
+    assert (code, json.loads(out)["replaced"]["precision"]) == (0, "fp32")
+    assert "replaced the bundle in b, which had precision fp32; " in err
+
+
+@pytest.mark.build
+def test_prompts_are_suggested_where_text_encoders_are_known(run: Run, tmp_path: Path) -> None:
+    build = ("build", "--model", "flux-tiny", "--budget", "0.5", "--no-baseline", "--engines", "1", "--out", "b")
+    code, out, err = run(*build, "--random-weights")
+    assert code == 0, err
+    assert [words[0] for words in commands_in(out)] == ["verify"]
+    save_pipeline(tmp_path / "my pipe")
+    code, out, err = run(*build, "--checkpoint", "my pipe", "--finetune-steps", "0")
+    assert code == 0, err
+    assert "other weights or routers" in err
+    verify, sample = commands_in(out)
+    assert (verify[0], sample[0], sample[-2:]) == ("verify", "sample", ["--pipeline", "my pipe"])
+    code, _, err = run(*sample, "--steps", "1", "--height", "32", "--width", "32")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("command", ["plan", "calibrate"])
+def test_without_a_budget_the_share_is_printed(run: Run, command: str) -> None:
+    code, out, err = run(command, "--model", "sit-digits", "--random-weights", "--work", "w")
+    assert code == 0, err
+    sentence = r"No --budget was given: the random routers stay as they are, at 0\.\d+ of the dense model's FLOPs\."
+    assert re.search(sentence, out)
 
 
 def test_the_table_of_a_plan_fits(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

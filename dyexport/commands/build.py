@@ -15,7 +15,6 @@ from dyexport.commands.results import (
     next_commands,
     next_lines,
     plan_costs,
-    replaced_line,
     trainable_lines,
     unbudgeted_line,
 )
@@ -71,6 +70,7 @@ def build_bundle(settings: BuildSettings, json: bool, without: frozenset[str] = 
     """Build and print the result. Stages in ``without`` must have been done before."""
     with building(settings, without) as run:
         from dyexport.pipeline import build as pipeline
+        from dyexport.pipeline.output import replaced_notice
 
         manifest = pipeline.build_bundle(run)
     work_bytes = sum(file.stat().st_size for file in Path(settings.work).rglob("*") if file.is_file())
@@ -96,8 +96,7 @@ def build_bundle(settings: BuildSettings, json: bool, without: frozenset[str] = 
         console.print(next_lines(payload, next_commands(manifest, settings.checkpoint)), markup=False, soft_wrap=True)
 
     if run.replaced:
-        stderr().print(replaced_line(payload), markup=False, soft_wrap=True)
-
+        stderr().print(replaced_notice(settings.out, run.replaced), markup=False, soft_wrap=True)
     emit(payload, as_json=json, human=show)
 
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from dyexport.commands import options
-from dyexport.commands.results import plan_costs
+from dyexport.commands.results import plan_costs, unbudgeted_line
 from dyexport.commands.stages import building, settings_of
 from dyexport.console import DebugOption, JsonOption, emit, format_bytes, pairs
 
@@ -61,7 +62,13 @@ def plan(
     rows = [{**plan_costs(priced.plan), "tensorrt": _predictions(priced.tensorrt)} for priced in plans]
     formats = {"precision": settings.stored_precision, "quantization": settings.quantize}
     payload = {"model": settings.preset.name, **formats, "plans": rows}
-    emit(payload, as_json=json, human=lambda console: console.print(_plan_table(rows), *_tensorrt_lines(rows)))
+
+    def show(console: Console) -> None:
+        console.print(_plan_table(rows), *_tensorrt_lines(rows))
+        if settings.budget is None:
+            console.print(unbudgeted_line(settings.routers, rows[0]["flops_ratio"]), soft_wrap=True)
+
+    emit(payload, as_json=json, human=show)
 
 
 def _predictions(costs: Mapping[str, PlanCost]) -> dict[str, dict[str, Any]]:

@@ -45,19 +45,6 @@ def unbudgeted_line(routers: str, share: float) -> str:
     return f"No --budget was given: the {kind} stay as they are, at {share:.3f} of the dense model's FLOPs."
 
 
-def replaced_line(payload: Mapping[str, Any]) -> str:
-    """Return a notice that names what differs between the bundle and the one that it replaced."""
-    old = {name: value for name, value in payload["replaced"].items() if name != "weights"}
-    parts = [f"{name} {_shown(value)}" for name, value in old.items()]
-    parts += ["other weights or routers"] if "weights" in payload["replaced"] else []
-    had = ", ".join(parts)
-    return f"replaced the bundle in {payload['bundle']}, which had {had}; to keep both, give each its own -o"
-
-
-def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
 def next_commands(manifest: Manifest, checkpoint: str | None) -> Sequence[str]:
     """Return commands that run on a bundle as they are: sampling from prompts needs text encoders that are known."""
     from dyexport.backbones import get_pipeline

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from dyexport.bundle.reader import Bundle
 from dyexport.errors import missing_extras
 from dyexport.pipeline.build import build_bundle, opened
+from dyexport.pipeline.output import replaced_notice
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.pipeline.steps import check_training
 from dyexport.stages.ledger import NullListener, Reporter
@@ -32,7 +34,8 @@ def build(
     ``model`` is the name of a preset, ``budget`` the FLOPs of attention and MLP relative to the static model, in
     (0, 1]. The bundle is written to ``out``, by default ``MODEL-BUDGET`` in the current directory; finished stages are
     kept in ``work``, by default ``out`` with ``.work`` added. ``progress(stage, done, total)`` is called as work
-    proceeds. Other ``settings`` are those of ``BuildSettings``, with the defaults of the command line.
+    proceeds. Other ``settings`` are those of ``BuildSettings``, with the defaults of the command line. A warning names
+    what differs if a bundle of other settings is replaced.
 
     >>> bundle = dyexport.build("sit-digits", budget=0.5, random_weights=True, engines=2)
     >>> bundle
@@ -49,4 +52,6 @@ def build(
     check_training(chosen)
     with opened(chosen, NullListener() if progress is None else Reporter(progress)) as run:
         build_bundle(run)
+    if run.replaced:
+        warnings.warn(replaced_notice(chosen.out, run.replaced), stacklevel=3)  # the caller of the decorated function
     return Bundle.open(chosen.out)

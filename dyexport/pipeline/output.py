@@ -41,6 +41,17 @@ def replaced_settings(out: Path, new: Manifest) -> dict[str, Any]:
     return {name: value for name, value in old.items() if value != _settings_of(new)[name]}
 
 
+def replaced_notice(out: Path, replaced: Mapping[str, Any]) -> str:
+    """Return a sentence that names what the bundle at ``out`` had before it was ``replaced``."""
+    parts = [f"{name} {_shown(value)}" for name, value in replaced.items() if name != "weights"]
+    parts += ["other weights or routers"] if "weights" in replaced else []
+    return f"replaced the bundle in {out}, which had {', '.join(parts)}; to keep both, give each its own output"
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _settings_of(manifest: Manifest) -> dict[str, Any]:
     spec, networks = manifest.model, {engine.network for engine in manifest.engines}
     return {
@@ -112,7 +123,7 @@ def _foreign(folder: Path, own: Collection[str] = (), below: str = "") -> Iterat
             continue
         if not entry.is_dir(follow_symlinks=False):
             yield name
-        elif any(os.scandir(entry)):
+        elif any(Path(entry).iterdir()):
             yield from _foreign(Path(entry), own, f"{name}/")
         else:
             yield name
