@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from dyexport import __version__
-from dyexport.commands.given import OnceEach, epilog
+from dyexport.commands.parsing import StrictCommand, epilog
 from dyexport.console import Interrupted, Session, escape_what_streams_cannot_hold, stderr
 from dyexport.errors import DyexportError, missing_extras
 
@@ -63,7 +63,7 @@ def load_command(name: str) -> Any:
     described = getattr(module, name)
     if not isinstance(described, typer.Typer):
         function, described = described, typer.Typer(add_completion=False)
-        described.command(name, cls=OnceEach, epilog=epilog(module.EXAMPLES))(function)
+        described.command(name, cls=StrictCommand, epilog=epilog(module.EXAMPLES))(function)
     command = typer.main.get_command(described)
     command.name = name
     return command

@@ -11,7 +11,7 @@ from rich.console import Console
 from dyexport.arguments import parse_bytes
 from dyexport.commands import options
 from dyexport.commands.bundles import open_bundle
-from dyexport.commands.given import Given
+from dyexport.commands.parsing import ExplicitOptions
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
 from dyexport.files import check_file
 
@@ -117,8 +117,10 @@ def bench(
     from dyexport.bundle.reader import Bundle
 
     targets = tuple(target or ("onnx",))
-    given = Given(context)
-    given.refuse("onnx" not in targets, f"engines of {', '.join(targets)} do not map the weight store", "share_weights")
+    explicit = ExplicitOptions(context)
+    explicit.refuse(
+        "onnx" not in targets, f"engines of {', '.join(targets)} do not map the weight store", "share_weights"
+    )
     settings = BenchSettings(
         targets=targets,
         device=device,
@@ -138,7 +140,7 @@ def bench(
         check_output(out)
         check_file(out)
     for each in targets:
-        _refuse_useless(given, settings, open_bundle(bundle, each))
+        _refuse_useless(explicit, settings, open_bundle(bundle, each))
     with chatter_on_stderr(), progress_bar("timing") as advance:
         from dyexport.bench.compare import compare
         from dyexport.bench.rows import payload
@@ -150,13 +152,13 @@ def bench(
     emit(payload(report), as_json=json, human=lambda console: _show(console, report))
 
 
-def _refuse_useless(given: Given, settings: BenchSettings, bundle: Bundle) -> None:
+def _refuse_useless(explicit: ExplicitOptions, settings: BenchSettings, bundle: Bundle) -> None:
     """Raise ``UsageError`` for an option that is for another kind of model."""
     from dyexport.samples import useless_arguments
 
     for name, because in useless_arguments(bundle.manifest.model).items():
         if name == "pipeline":
-            given.refuse(True, because, name)
+            explicit.refuse(True, because, name)
     settings.check_for(bundle)
 
 

@@ -9,7 +9,7 @@ import typer
 
 from dyexport.commands import options
 from dyexport.commands.bundles import open_bundle
-from dyexport.commands.given import Given, OnceEach, epilog
+from dyexport.commands.parsing import ExplicitOptions, StrictCommand, epilog
 from dyexport.console import DebugOption, JsonOption, emit, progress_bar
 from dyexport.serving.limits import Limits
 
@@ -29,7 +29,7 @@ def _servers() -> None:
     """Write a bundle as a model of an inference server."""
 
 
-@deploy.command(cls=OnceEach, epilog=epilog(EXAMPLES))
+@deploy.command(cls=StrictCommand, epilog=epilog(EXAMPLES))
 def triton(
     context: typer.Context,
     bundle: options.BundleArgument,
@@ -82,7 +82,9 @@ def triton(
 
     spec = open_bundle(bundle, target).manifest.model
     labels = get_pipeline(spec.backbone).takes == "labels"
-    Given(context).refuse(labels, f"{spec.name} samples from class labels, at one size", "max_pixels", "max_prompt")
+    ExplicitOptions(context).refuse(
+        labels, f"{spec.name} samples from class labels, at one size", "max_pixels", "max_prompt"
+    )
     deployment = Deployment(
         bundle=bundle,
         repository=repository,

@@ -11,7 +11,7 @@ import typer
 from dyexport.arguments import whole_number
 from dyexport.commands import options
 from dyexport.commands.bundles import open_bundle
-from dyexport.commands.given import Given
+from dyexport.commands.parsing import ExplicitOptions
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
 
 EXAMPLES = (
@@ -54,7 +54,7 @@ def eval(
     from dyexport.bench.settings import SamplingConfig, check_digits
     from dyexport.bundle.reader import Bundle
 
-    Given(context).refuse(not control, "it is for the training of --control", "work")
+    ExplicitOptions(context).refuse(not control, "it is for the training of --control", "work")
     whole_number("--seeds", seeds, least=1, most=SEED_COUNT)
     config = SamplingConfig(samples=samples, steps=steps, guidance=guidance, scheduler=scheduler)
     check_digits(open_bundle(bundle).manifest.model)

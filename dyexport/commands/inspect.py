@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from dyexport.commands import options
-from dyexport.commands.given import Given
+from dyexport.commands.parsing import ExplicitOptions
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit
 from dyexport.errors import UsageError
 
@@ -35,7 +35,7 @@ def inspect(
     debug: DebugOption = False,
 ) -> None:
     """Show the segments of a bundle and a heat map of its widths over t and depth."""
-    Given(context).refuse(engine is not None, "--engine shows a plan, which has no heat map", "png")
+    ExplicitOptions(context).refuse(engine is not None, "--engine shows a plan, which has no heat map", "png")
     if engine is not None:
         _inspect_plan(bundle, engine, json)
         return

@@ -10,7 +10,7 @@ import typer
 from dyexport.arguments import SAMPLES, check_guidance, check_seed, check_steps, shown
 from dyexport.commands import options
 from dyexport.commands.bundles import open_bundle
-from dyexport.commands.given import Given
+from dyexport.commands.parsing import ExplicitOptions
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
 from dyexport.errors import UsageError
 from dyexport.files import check_file
@@ -109,7 +109,7 @@ def sample(
     from dyexport.samples import check_arguments
 
     spec = open_bundle(bundle, target).manifest.model
-    _refuse_useless(Given(context), spec)
+    _refuse_useless(ExplicitOptions(context), spec)
     arguments: dict[str, Any] = {
         "labels": classes,
         "prompts": prompt,
@@ -143,12 +143,12 @@ def sample(
     emit(payload, as_json=json, human=lambda console: console.print(f"{out}{note}", markup=False, soft_wrap=True))
 
 
-def _refuse_useless(given: Given, spec: ModelSpec) -> None:
+def _refuse_useless(explicit: ExplicitOptions, spec: ModelSpec) -> None:
     """Raise ``UsageError`` for an option that is for another kind of model."""
     from dyexport.samples import useless_arguments
 
     for name, because in useless_arguments(spec).items():
-        given.refuse(True, because, "prompt" if name == "prompts" else name)
+        explicit.refuse(True, because, "prompt" if name == "prompts" else name)
 
 
 def _checked(out: Path | None, *, video: bool, pixels: bool) -> Path:

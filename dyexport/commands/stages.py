@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from dyexport.arguments import parse_bytes
-from dyexport.commands.given import Given
 from dyexport.commands.options import split
+from dyexport.commands.parsing import ExplicitOptions
 from dyexport.console import Interrupted, StageLines, chatter_on_stderr, stderr
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ def settings_of(context: typer.Context) -> BuildSettings:
     """
     from dyexport.pipeline.settings import BuildSettings
 
-    given = Given(context)
-    options = dict(given.values())
+    explicit = ExplicitOptions(context)
+    options = dict(explicit.values())
     for name in ("json", "debug"):
         options.pop(name, None)
     work = options.pop("work", None)
@@ -37,9 +37,9 @@ def settings_of(context: typer.Context) -> BuildSettings:
         settings = replace(recorded, **_changes(options, recorded))
     else:
         settings = BuildSettings.complete(**_changes(options), work=work)
-    taken = f"{settings.checkpoint} has routers already and is taken as it is"
-    given.refuse(settings.routers == "given", taken, "router", "td_lora", "finetune_steps")
-    given.refuse(settings.routers == "none", "with --finetune-steps 0 every token runs", "token_path")
+    kept = f"{settings.checkpoint} has routers already and is taken as it is"
+    explicit.refuse(settings.routers == "given", kept, "router", "td_lora", "finetune_steps")
+    explicit.refuse(settings.routers == "none", "with --finetune-steps 0 every token runs", "token_path")
     return settings
 
 
@@ -56,7 +56,7 @@ def _changes(options: Mapping[str, Any], recorded: BuildSettings | None = None) 
         "target": ("targets", split),
         "memory": ("memory", parse_bytes),
     }
-    of_tensorrt: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    tensorrt_parsers: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "compute_capability": ("compute_capabilities", split),
         "profile": ("profiles", tuple),
         "stream_weights": ("stream_weights", bool),
@@ -64,8 +64,8 @@ def _changes(options: Mapping[str, Any], recorded: BuildSettings | None = None) 
     fields: dict[str, Any] = {}
     tensorrt: dict[str, Any] = {}
     for name, value in options.items():
-        group = tensorrt if name in of_tensorrt else fields
-        field, parse = {**parsers, **of_tensorrt}.get(name, (name, _same))
+        group = tensorrt if name in tensorrt_parsers else fields
+        field, parse = {**parsers, **tensorrt_parsers}.get(name, (name, _same))
         group[field] = parse(value)
     if tensorrt:
         fields["tensorrt"] = replace(recorded.tensorrt if recorded else TensorrtSettings(), **tensorrt)

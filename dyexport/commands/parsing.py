@@ -1,4 +1,4 @@
-"""Command-line arguments as the caller gave them: none is dropped, and none that would do nothing is accepted."""
+"""Strict parsing of the command line: no argument is dropped, and none that has no effect is accepted."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from dyexport.errors import UsageError
 MAY_BE_EMPTY = {"prompt"}  # an empty prompt asks for any picture
 
 
-class Given:
-    """The options that are on the command line, without those at their defaults."""
+class ExplicitOptions:
+    """Options that are on the command line, without those at their defaults."""
 
     def __init__(self, context: typer.Context) -> None:
         self._context = context
@@ -40,7 +40,7 @@ class Given:
                 raise UsageError(f"{written(option)} does nothing here: {because}; leave it out")
 
 
-class OnceEach(TyperCommand):
+class StrictCommand(TyperCommand):
     """A command that refuses empty values and options given twice, of which the parser would keep the last.
 
     A value that the parser refuses is named with its cure: the closest of the choices, or a number.
