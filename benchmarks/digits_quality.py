@@ -56,14 +56,14 @@ GOAL = 1.1  # TD-LoRA's Frechet distance over full fine-tuning's
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """Evaluation of every model. The field names are keys of published results."""
+    """Evaluation of every model: ``repeats`` times from different noise. The field names are keys of the results."""
 
-    drawing: SamplingConfig
-    draws: int
+    sampling: SamplingConfig
+    repeats: int
 
     def key(self, model: Any) -> str:
         """Return a key of a model's score."""
-        return digest_of([model, asdict(self.drawing), self.draws, LOSS_TIMESTEPS])
+        return digest_of([model, asdict(self.sampling), self.repeats, LOSS_TIMESTEPS])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     schedule = get_preset(options.model).recipe.from_scratch
     if options.train_steps is None and schedule is not None:
         options.train_steps = schedule.steps
-    protocol = Protocol(drawing=SamplingConfig(samples=options.samples, steps=options.steps), draws=options.repeats)
+    protocol = Protocol(sampling=SamplingConfig(samples=options.samples, steps=options.steps), repeats=options.repeats)
     static = BuildSettings(
         model=options.model,
         budget=options.budget,
@@ -165,13 +165,13 @@ def judged(
     transformer: Denoiser, preset: Preset, protocol: Protocol, progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
     spec = spec_of(preset, preset.transformer_config())
-    found = score_models({"": transformer}, spec, judge(), protocol.drawing, range(protocol.draws), progress)[""]
+    found = score_models({"": transformer}, spec, judge(), protocol.sampling, range(protocol.repeats), progress)[""]
     return {
         "frechet": mean_frechet(found),
         "class_accuracy": mean_accuracy(found),
         "loss_train": loss_of(transformer, preset, "train"),
         "loss_held_out": loss_of(transformer, preset, "held-out"),
-        "draws": [asdict(each) for each in found],
+        "repeats": [asdict(each) for each in found],
     }
 
 
@@ -226,8 +226,8 @@ def markdown(whole: Mapping[str, Any]) -> str:
             )
         )
     return (
-        f"{whole['model']}, {whole['draws']} x {whole['drawing']['samples']} samples, "
-        f"{whole['drawing']['steps']} steps, no guidance; Frechet distance to the training digits, on which held-out "
+        f"{whole['model']}, {whole['repeats']} x {whole['sampling']['samples']} samples, "
+        f"{whole['sampling']['steps']} steps, no guidance; Frechet distance to the training digits, on which held-out "
         f"real digits score {whole['frechet_real']:.3f}.\n"
         f"The static model was trained for {whole['train_steps']} steps, all others for {whole['finetune_steps']} more "
         f"on the same batches. Goals: full at most control; TD-LoRA at most {GOAL} of full with less than 5 % "

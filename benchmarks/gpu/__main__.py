@@ -43,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for name in names:
         section = SECTIONS[name]
-        usual = section.rehearsal if options.rehearse else section.cases
+        default_cases = section.rehearsal if options.rehearse else section.cases
         watch = Watch(options.limit)
-        for case in options.cases.split(",") if options.cases else usual:
+        for case in options.cases.split(",") if options.cases else default_cases:
             record = {"failure": refusal} if (refusal := watch.refusal()) else measure(name, case, settings)
             watch.took(record.get("took", 0.0))
             print(results.add(name, case, {**made, **record}), flush=True)

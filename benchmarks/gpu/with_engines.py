@@ -84,9 +84,9 @@ def write_noise(path: Path, layout: StoreLayout) -> None:
 def _plan(flavour: Flavour, case: Case, name: str, graph: Path, steps: int) -> Path:
     """Build a plan for the sizes that are timed and no others."""
     segment = _segment(case, name)
-    wanted = {**case.sizes, "rows": steps * case.name.batch}
-    usual = profiles_for(case.spec, segment, ())[0]
-    profiles = ({symbol: Profile.parse(str(wanted.get(symbol, sizes.opt))) for symbol, sizes in usual.items()},)
+    timed = {**case.sizes, "rows": steps * case.name.batch}
+    defaults = profiles_for(case.spec, segment, ())[0]
+    profiles = ({symbol: Profile.parse(str(timed.get(symbol, sizes.opt))) for symbol, sizes in defaults.items()},)
     request = PlanRequest(
         flavour=flavour,
         inputs=case.networks[name].inputs,
