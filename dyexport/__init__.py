@@ -47,11 +47,22 @@ __all__ = [
     "EngineBuildError",
     "EngineMismatchError",
     "ExportError",
+    "GoldenReport",
+    "LayerReport",
+    "LoraFile",
+    "LoraSpec",
+    "Manifest",
     "MissingDependencyError",
+    "Overflow",
+    "Residency",
     "Samples",
     "SamplingError",
+    "SegmentErrors",
     "StorageError",
+    "SwitchCost",
+    "SyntheticConfig",
     "TargetError",
+    "TensorrtSettings",
     "UsageError",
     "VerifyReport",
     "__version__",
@@ -63,21 +74,39 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from dyexport.bundle.manifest import Manifest
     from dyexport.bundle.reader import Bundle
     from dyexport.compilation.api import compile_engines
+    from dyexport.engines.switching import SwitchCost
+    from dyexport.exporters.tensorrt_profiles import TensorrtSettings
+    from dyexport.lora import LoraFile, LoraSpec
     from dyexport.pipeline.api import build
     from dyexport.pipeline.settings import BuildSettings
     from dyexport.runtime.loading import load
+    from dyexport.runtime.overflow import Overflow
+    from dyexport.runtime.residency import Residency
     from dyexport.runtime.transformer import BundleTransformer
     from dyexport.samples import Samples, sample
-    from dyexport.verification.report import VerifyReport
+    from dyexport.training.synthetic_config import SyntheticConfig
+    from dyexport.verification.report import GoldenReport, LayerReport, SegmentErrors, VerifyReport
     from dyexport.verification.verify import verify
 else:
     _LAZY = {
         "BuildSettings": "dyexport.pipeline.settings",
         "Bundle": "dyexport.bundle.reader",
         "BundleTransformer": "dyexport.runtime.transformer",
+        "GoldenReport": "dyexport.verification.report",
+        "LayerReport": "dyexport.verification.report",
+        "LoraFile": "dyexport.lora",
+        "LoraSpec": "dyexport.lora",
+        "Manifest": "dyexport.bundle.manifest",
+        "Overflow": "dyexport.runtime.overflow",
+        "Residency": "dyexport.runtime.residency",
         "Samples": "dyexport.samples",
+        "SegmentErrors": "dyexport.verification.report",
+        "SwitchCost": "dyexport.engines.switching",
+        "SyntheticConfig": "dyexport.training.synthetic_config",
+        "TensorrtSettings": "dyexport.exporters.tensorrt_profiles",
         "VerifyReport": "dyexport.verification.report",
         "build": "dyexport.pipeline.api",
         "compile_engines": "dyexport.compilation.api",

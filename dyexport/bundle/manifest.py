@@ -51,6 +51,8 @@ class FileRecord(Frozen):
 
 
 class Manifest(Frozen):
+    """Contents of a bundle: the model, the plan of its engines, and the hash of every file."""
+
     schema_version: int
     dyexport_version: str
     model: ModelSpec
