@@ -107,6 +107,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "__init__": {
         "backbones",
+        "backbones.stand_in",
         "bundle",
         "compilation",
         "engines",
