@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,18 +12,22 @@ from pathlib import Path
 import pytest
 
 import dyexport
-from dyexport.bundle.reader import Bundle
+from dyexport.bundle.reader import MANIFEST, Bundle
 from dyexport.errors import UsageError
+from tests.built import in_turn
 
 PUBLIC = [name for name in dyexport.__all__ if not name.startswith("__")]
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the bundle of the examples, ``sit-digits-0.5``."""
-    folder: Path = tmp_path_factory.mktemp("library")
-    dyexport.build("sit-digits", budget=0.5, random_weights=True, engines=2, out=folder / "sit-digits-0.5")
-    return folder
+def folder(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the bundle of the examples, ``sit-digits-0.5``, which they may replace."""
+    shared = shared_folder / "library"
+    bundle = shared / "sit-digits-0.5"
+    with in_turn(shared):
+        if not (bundle / MANIFEST).exists():
+            dyexport.build("sit-digits", budget=0.5, random_weights=True, engines=2, out=bundle)
+    return Path(shutil.copytree(shared, tmp_path_factory.mktemp("library") / "copy"))
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from dyexport.exporters.onnx_graph import OPSET, STORE, export_onnx
 from dyexport.exporters.weight_store import write_store
 from dyexport.flops import FlopsModel
 from dyexport.models.inputs import NoisedInputs
-from dyexport.slicing.recipes import lay_out
+from dyexport.slicing.store_layout import lay_out
 from tests.exporters.test_qdq import with_ranges
 from tests.factories import random_timesteps, shared_tiny_model, tiny_preset
 from tests.slicing.cut import Cutter, assert_kept, fits, routed_inputs

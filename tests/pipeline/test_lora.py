@@ -27,21 +27,22 @@ from dyexport.pipeline.build import calibrate_model, finetune_model, make_static
 from dyexport.pipeline.export_stages import planned_networks, segment_plan
 from dyexport.pipeline.networks import STATIC_PREFIX
 from dyexport.pipeline.settings import BuildSettings
-from dyexport.presets import PRESETS
+from dyexport.presets import get_preset
 from dyexport.runtime.loading import load
 from dyexport.stages.ledger import NullListener
 from dyexport.training.synthetic import SyntheticConfig, generate
 from dyexport.verification.report import TOLERANCES
 from dyexport.verification.settings import VerifySettings
 from dyexport.verification.verify import find_reference, verify_bundle
-from tests.pipeline.tiny import TINY, build, hashes, tiny_settings
+from tests.built import built_once
+from tests.pipeline.tiny import TINY, build, hashes, shallow, tiny_settings
 
 SPEC = LoraSpec(rank=2, experts=3, alpha=4)
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return build(tiny_settings(tmp_path_factory.mktemp("lora"), engines=3, baseline=True, td_lora=SPEC))
+def built(shared_folder: Path) -> Bundle:
+    return built_once(shared_folder / "td-lora", engines=3, baseline=True, td_lora=SPEC)
 
 
 def test_engines_equal_the_masked_model(built: Bundle) -> None:
@@ -114,8 +115,10 @@ def test_one_with_biases_has_the_static_model_as_its_dense_network(tmp_path: Pat
 
 def test_merging_is_measured_and_then_exact(tmp_path: Path) -> None:
     """A merged bundle equals the model at the mean gates to the last digit; what the mean costs is written down."""
-    path = build(tiny_settings(tmp_path / "path", td_lora=SPEC, engines=3))
-    merged = build(tiny_settings(tmp_path / "merged", td_lora=SPEC, engines=3, merge_tolerance=1.0))
+    settings = tiny_settings(tmp_path, td_lora=SPEC, engines=3)
+    with opened(settings, NullListener()) as run:
+        path = segment_plan(run, calibrate_model(run))
+    merged = build(replace(settings, merge_tolerance=1.0))
     assert all(segment.merged for segment in merged.manifest.plan.segments)
     assert verify_bundle(merged.root, VerifySettings(timesteps=32)).passed
     errors = merged.manifest.plan.merge_errors
@@ -132,8 +135,8 @@ def test_merging_is_measured_and_then_exact(tmp_path: Path) -> None:
         norm += float(truth.square().sum())
     assert apart / norm > 1e-6
     assert 0.2 < apart / norm / errors[1] < 5
-    assert merged.manifest.plan.disk_bytes > path.manifest.plan.disk_bytes
-    assert not path.manifest.plan.merge_errors
+    assert merged.manifest.plan.disk_bytes > path.disk_bytes
+    assert not path.merge_errors
 
 
 @pytest.mark.parametrize(
@@ -147,24 +150,30 @@ def test_merging_is_measured_and_then_exact(tmp_path: Path) -> None:
     ],
 )
 def test_other_backbones_too(model: str, tolerance: float | None, tmp_path: Path) -> None:
-    settings = replace(tiny_settings(tmp_path, td_lora=SPEC), model=model, merge_tolerance=tolerance)
-    bundle = build(settings)
+    preset = get_preset(model) if tolerance is None else shallow(model)
+    bundle = build(tiny_settings(tmp_path, model=preset, td_lora=SPEC, merge_tolerance=tolerance))
     assert [segment.merged for segment in bundle.manifest.plan.segments] == [tolerance is not None]
     assert verify_bundle(bundle.root, VerifySettings(timesteps=6)).passed
 
 
 @pytest.mark.parametrize("model", ["flux-tiny", "latte-tiny"])
-def test_their_biases_can_be_trained_too(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_their_biases_can_be_trained_too(model: str, tmp_path: Path) -> None:
     """The bundle is the model with its trained biases, its dense network the one before."""
     schedule = replace(PUBLISHED, batch_size=2, learning_rate=1e-2)
-    recipe = replace(PRESETS[model].recipe, finetune_lora=schedule)
-    monkeypatch.setitem(PRESETS, model, replace(PRESETS[model], recipe=recipe))
-    preset, spec = PRESETS[model], SPEC.model_copy(update={"bias": "all"})
+    preset, spec = shallow(model), SPEC.model_copy(update={"bias": "all"})
+    preset = replace(preset, recipe=replace(preset.recipe, finetune_lora=schedule))
     backbone = random_backbone(preset)
     save_static(backbone, tmp_path / "stock")
     generate(backbone, preset, SyntheticConfig(samples=4, steps=1), tmp_path / "data", lambda *_: None)
     sources = {"checkpoint": str(tmp_path / "stock"), "data": str(tmp_path / "data")}
-    given = {"model": model, "random_weights": False, "baseline": True, "finetune_steps": 3, "td_lora": spec, **sources}
+    given = {
+        "model": preset,
+        "random_weights": False,
+        "baseline": True,
+        "finetune_steps": 3,
+        "td_lora": spec,
+        **sources,
+    }
     bundle = build(tiny_settings(tmp_path, **given))
     assert verify_bundle(bundle.root, VerifySettings(timesteps=6)).passed
     tuned = load_static(str(find_reference(bundle)), preset)
@@ -238,9 +247,7 @@ def test_a_users_lora_comes_and_goes(tmp_path: Path) -> None:
     name = "transformer_blocks.1.attn1.to_v"
     factors = {f"{name}.lora_A.weight": torch.randn(2, 48), f"{name}.lora_B.weight": torch.randn(48, 2)}
     save_file(factors, tmp_path / "lora.safetensors")
-    plain = tiny_settings(
-        tmp_path, random_weights=False, checkpoint=str(tmp_path / "stock"), finetune_steps=0, baseline=True
-    )
+    plain = tiny_settings(tmp_path, random_weights=False, checkpoint=str(tmp_path / "stock"), finetune_steps=0)
     file = tmp_path / "lora.safetensors"
     with_lora, halved = (replace(plain, loras=(LoraFile(file=file, scale=scale),)) for scale in (1.0, 0.5))
     found = []
@@ -343,7 +350,8 @@ def test_what_is_read_decides_whether_they_are_merged_again(tmp_path: Path) -> N
 @torch.no_grad()
 def test_one_for_the_conditioning_of_flux_reaches_the_engines(tmp_path: Path) -> None:
     """Written by peft, under its own names."""
-    preset, inputs = PRESETS["flux-tiny"], NoisedInputs(preset=PRESETS["flux-tiny"], batch_size=2).at(0.6)
+    preset = shallow("flux-tiny")
+    inputs = NoisedInputs(preset=preset, batch_size=2).at(0.6)
     save_static(random_backbone(preset), tmp_path / "stock")
     names = ["timestep_embedder.linear_1", "norm1.linear", "x_embedder", "norm_out.linear"]
     config = LoraConfig(r=2, lora_alpha=8, target_modules=names, init_lora_weights=False)
@@ -352,7 +360,7 @@ def test_one_for_the_conditioning_of_flux_reaches_the_engines(tmp_path: Path) ->
     lora = LoraFile(file=tmp_path / "peft/adapter_model.safetensors")
     settings = tiny_settings(
         tmp_path,
-        model=preset.name,
+        model=preset,
         random_weights=False,
         checkpoint=str(tmp_path / "stock"),
         finetune_steps=0,

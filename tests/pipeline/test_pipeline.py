@@ -206,9 +206,9 @@ def static_checkpoint(directory: Path) -> Path:
 )
 def test_a_checkpoint_of_other_sizes_is_built_with_a_warning(tmp_path: Path, model: str, message: str) -> None:
     checkpoint = str(static_checkpoint(tmp_path / "static"))
-    paths = {"out": tmp_path / "bundle", "work": tmp_path / "work"}
+    given = {"model": model, "random_weights": False, "checkpoint": checkpoint, "finetune_steps": 0}
     with pytest.warns(UserWarning, match=rf"{message}; the model is built as static"):
-        bundle = build(BuildSettings(model=model, budget=0.5, checkpoint=checkpoint, finetune_steps=0, **paths))
+        bundle = build(tiny_settings(tmp_path, **given))
     assert bundle.manifest.model.name == "static"
     assert bundle.manifest.model.config["num_attention_heads"] == 8
 

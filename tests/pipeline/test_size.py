@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dyexport.backbones.base import Preset
 from dyexport.backbones.calibration_effort import SPARSE
 from dyexport.backbones.recipe import LOW_RANK_FINETUNING
 from dyexport.checkpoints.dynamic import save_dynamic
@@ -20,23 +21,33 @@ from dyexport.presets import PRESETS, get_preset
 from dyexport.stages.ledger import NullListener
 from dyexport.verification.settings import VerifySettings
 from dyexport.verification.verify import verify_bundle
-from tests.pipeline.tiny import build
+from tests.pipeline.tiny import build, shallow
+
+SHALLOW = shallow("flux-tiny")
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     """A FLUX in bf16, as diffusers writes large ones."""
-    backbone = random_backbone(get_preset("flux-tiny")).to(torch.bfloat16)
-    backbone.save_pretrained(tmp_path / "checkpoint" / "transformer", max_shard_size="1MB")
-    assert len(list((tmp_path / "checkpoint" / "transformer").glob("*-of-*.safetensors"))) > 2
-    return tmp_path / "checkpoint"
+    return save_shards(tmp_path / "checkpoint", get_preset("flux-tiny"))
+
+
+@pytest.fixture
+def shallow_shards(tmp_path: Path) -> Path:
+    """One with few blocks, where a whole bundle is built."""
+    return save_shards(tmp_path / "checkpoint", SHALLOW)
+
+
+def save_shards(directory: Path, preset: Preset) -> Path:
+    backbone = random_backbone(preset).to(torch.bfloat16)
+    backbone.save_pretrained(directory / "transformer", max_shard_size="500KB")
+    assert len(list((directory / "transformer").glob("*-of-*.safetensors"))) > 2
+    return directory
 
 
 def settings_for(checkpoint: Path, root: Path, **values: object) -> BuildSettings:
-    given = {"budget": 0.5, "finetune_steps": 0, "engines": 2, "baseline": False, **values}
-    return BuildSettings(
-        model="flux-tiny", checkpoint=str(checkpoint), out=root / "bundle", work=root / "bundle.work", **given
-    )
+    given = {"model": "flux-tiny", "budget": 0.5, "finetune_steps": 0, "engines": 2, "baseline": False, **values}
+    return BuildSettings(checkpoint=str(checkpoint), out=root / "bundle", work=root / "bundle.work", **given)
 
 
 def weights_in(directory: Path) -> list[Path]:
@@ -55,10 +66,10 @@ def calibrated_metrics(settings: BuildSettings) -> dict[str, float]:
         return calibrate_model(run).metrics
 
 
-def test_shards_are_linked_and_the_bundle_is_right(shards: Path, tmp_path: Path) -> None:
-    settings = settings_for(shards, tmp_path / "built")
+def test_shards_are_linked_and_the_bundle_is_right(shallow_shards: Path, tmp_path: Path) -> None:
+    settings = settings_for(shallow_shards, tmp_path / "built", model=SHALLOW)
     build(settings)
-    originals = weights_in(shards / "transformer")
+    originals = weights_in(shallow_shards / "transformer")
     for stage in ("static", "dynamic", "calibrated"):
         files = weights_in(settings.work / stage)
         assert [file.name for file in files] == [file.name for file in originals]
@@ -67,9 +78,9 @@ def test_shards_are_linked_and_the_bundle_is_right(shards: Path, tmp_path: Path)
     assert verify_bundle(settings.out, VerifySettings(timesteps=4)).passed
 
 
-def test_a_large_store_is_on_the_disk_once(shards: Path, tmp_path: Path) -> None:
+def test_a_large_store_is_on_the_disk_once(shallow_shards: Path, tmp_path: Path) -> None:
     """It moves into the bundle, and what is left to do is done with the link to it."""
-    settings = settings_for(shards, tmp_path / "built", precision="fp32")
+    settings = settings_for(shallow_shards, tmp_path / "built", model=SHALLOW, precision="fp32")
     with opened(settings, NullListener()) as run:
         run.link_store_from = 1
         before = build_bundle(run)

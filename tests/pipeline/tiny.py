@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dyexport.backbones.base import Preset
 from dyexport.bundle.reader import Bundle
 from dyexport.pipeline.build import build_bundle, opened
 from dyexport.pipeline.settings import BuildSettings
@@ -15,12 +17,22 @@ from dyexport.stages.ledger import NullListener
 from tests.manifests import forge
 
 TINY = get_preset("sit-tiny")
+BLOCKS: dict[str, dict[str, Any]] = {
+    "flux-tiny": {"double_blocks": 1, "single_blocks": 2},
+    "latte-tiny": {"pairs": 1},
+    "qwen-image-tiny": {"layers": 2},
+}
 
 
 def tiny_settings(root: Path, **values: Any) -> BuildSettings:
     """Random weights at half the FLOPs, in one engine and without baseline unless ``values`` say otherwise."""
     given = {"model": TINY.name, "budget": 0.5, "random_weights": True, "engines": 1, "baseline": False, **values}
     return BuildSettings(out=root / "bundle", work=root / "work", **given)
+
+
+def shallow(model: str) -> Preset:
+    """Return a preset with few blocks: one of each kind, and a last one, which passes on no text."""
+    return replace(get_preset(model), name=f"{model}-shallow", **BLOCKS[model])
 
 
 def build(settings: BuildSettings) -> Bundle:

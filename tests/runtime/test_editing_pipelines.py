@@ -13,8 +13,7 @@ from diffusers import DiffusionPipeline, FluxControlPipeline, FluxFillPipeline, 
 
 import dyexport
 from dyexport.backbones.flux.preset import FluxPreset
-from dyexport.presets import get_preset
-from tests.pipeline.tiny import build, tiny_settings
+from tests.pipeline.tiny import build, shallow, tiny_settings
 from tests.pipeline.tiny_pipeline import save_pipeline
 from tests.runtime.masked import Masked
 
@@ -35,7 +34,7 @@ CALLS: dict[type[DiffusionPipeline], tuple[int, dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", CALLS, ids=lambda kind: kind.__name__)
 def test_a_stock_pipeline_edits_as_around_the_masked_model(kind: type[DiffusionPipeline], tmp_path: Path) -> None:
     context, call = CALLS[kind]
-    tiny = get_preset("flux-tiny")
+    tiny = shallow("flux-tiny")
     assert isinstance(tiny, FluxPreset)
     preset = replace(tiny, name="edit", in_channels=LATENTS + context, context_channels=context)
     bundle = build(tiny_settings(tmp_path, model=preset, engines=2))
