@@ -6,6 +6,7 @@ passed as its first inputs, and stay in the bundle's weight store.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNMENT = 16  # bytes, that compiled code may rely on
+PROCESS = os.getpid()  # that imported this module; another one was forked from it
 CURE = "compile the bundle here: dyexport compile BUNDLE --target torch"
 
 
@@ -87,6 +89,7 @@ class TorchEngine(Engine):
 
         self._check(inputs)
         self.activate()
+        _leave_threads_of_parent()
         tensors = [*self._weights, *(_aligned(inputs[spec.name]) for spec in self.io.inputs)]
         try:
             with torch.no_grad():
@@ -172,6 +175,14 @@ def _load(path: Path, device: str) -> Any:
         return torch._inductor.aoti_load_package(str(path), device_index=index).loader
     except Exception as error:  # raised by many libraries
         raise EngineBuildError(f"torch cannot load {path}: {reason(error)}") from error
+
+
+def _leave_threads_of_parent() -> None:
+    """Use one thread in a forked process, as torch's data loaders do: OpenMP would wait for threads of the parent."""
+    import torch
+
+    if os.getpid() != PROCESS and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
