@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -20,7 +19,7 @@ from dyexport.bundle.manifest_file import WORK
 from dyexport.bundle.spec import Precision, Quantization
 from dyexport.bundle.targets import ONNX, TARGETS
 from dyexport.checkpoints.structure import resolve_preset
-from dyexport.errors import BudgetError, CheckpointError, UsageError
+from dyexport.errors import CheckpointError, UsageError
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from dyexport.files import write_atomically
 from dyexport.lora import LoraFile, LoraSpec
@@ -46,9 +45,18 @@ class BuildSettings:
     td_lora          low-rank updates that are trained instead of all weights
     merge_tolerance  relative error up to which TD-LoRA is merged into a segment's weights; None never merges
     loras            LoRA files that are merged into the static model
+    checkpoint       diffusers directory, file or hub id; None: published weights, or training from scratch
+    random_weights   True to make the weights at random, to measure speed
     data             'digits', 'synthetic', 'synthetic:FILE' with one prompt a line, or a directory of latents
     synthetic        how synthetic data is sampled
     engines          K, the number of engines
+    targets          engine formats
+    tensorrt         settings of TensorRT plans
+    train_steps      steps of training from scratch, and
+    finetune_steps   of fine-tuning, which 0 leaves out; None: the recipe's
+    seed             of initialization, data and noise
+    precision        number format of the bundle; None: the recipe's
+    quantize         format of the linear layers of attention and MLP; None: that of ``precision``
     token_path       'auto', 'masked', 'capacity', 'dynamic' or 'compact'
     baseline         True if the bundle also has the dense network
     memory           bytes that weights may take; None: free memory
@@ -270,19 +278,6 @@ def _has_routers(checkpoint: Path) -> bool:
 
 def _with_steps(schedule: Schedule, steps: int | None) -> Schedule:
     return schedule if steps is None else replace(schedule, steps=steps)
-
-
-def parse_budget(text: str | None) -> float | None:
-    """Parse a FLOPs ratio of the command line. Raises ``BudgetError`` if it is not a number."""
-    if text is None:
-        return None
-    try:
-        budget = float(text)
-    except ValueError as error:
-        raise BudgetError(f"budget {text!r} is not a number; give a FLOPs ratio in (0, 1], such as 0.5") from error
-    if not math.isfinite(budget):
-        raise BudgetError(f"budget is {text}; give a FLOPs ratio in (0, 1], such as 0.5")
-    return budget
 
 
 def default_out(model: str, budget: float | None) -> Path:
