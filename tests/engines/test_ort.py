@@ -193,7 +193,7 @@ def test_sessions_over_one_file_hold_its_weights_once(tmp_path: Path) -> None:
 def test_providers() -> None:
     everything = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     assert providers_for("cpu", everything) == ["CPUExecutionProvider"]
-    assert providers_for("cuda:1", everything)[0] == ("CUDAExecutionProvider", {"device_id": 1})
+    assert providers_for("cuda:1", everything)[0] == ("CUDAExecutionProvider", {"device_id": 1, "use_tf32": "0"})
     with pytest.raises(MissingDependencyError, match="gpu"):
         providers_for("cuda", ["CPUExecutionProvider"])
     with pytest.raises(EngineMismatchError, match="tpu"):

@@ -143,7 +143,7 @@ def test_options_reach_the_cuda_provider_alone() -> None:
     everything = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     providers = providers_for("cuda:1", everything, {"enable_cuda_graph": "1"})
     assert providers == [
-        ("CUDAExecutionProvider", {"device_id": 1, "enable_cuda_graph": "1"}),
+        ("CUDAExecutionProvider", {"device_id": 1, "use_tf32": "0", "enable_cuda_graph": "1"}),
         "CPUExecutionProvider",
     ]
     assert providers_for("cpu", everything, {"enable_cuda_graph": "1"}) == ["CPUExecutionProvider"]
