@@ -84,7 +84,7 @@ def install(bundle: Bundle, target: str, engines: Mapping[str, Outcome], keep: f
         EngineRecord(target=target, network=name, path=f"{place}/{TARGETS[target].file}")
         for name, place in places.items()
     ]
-    replaced = _files_of_engines(old, [engine for engine in old.engines if engine not in kept])
+    replaced = files_of_engines(old, [engine for engine in old.engines if engine not in kept])
     files = {name: record for name, record in old.files.items() if name not in replaced}
     for name, place in places.items():
         files |= {f"{place}/{part}": record for part, record in engines[name].files.items()}
@@ -131,7 +131,7 @@ def _free_folder(root: Path, wanted: str, networks: Iterable[str]) -> str:
     return next(name for name in names if not any(os.path.lexists(root / name / network) for network in networks))
 
 
-def _files_of_engines(manifest: Manifest, engines: list[EngineRecord]) -> set[str]:
+def files_of_engines(manifest: Manifest, engines: list[EngineRecord]) -> set[str]:
     """Return the files of engines: each engine file, and in a folder of engines its description."""
     return {name for engine in engines for name in _files_of_engine(manifest, PurePosixPath(engine.path))}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -12,11 +12,12 @@ from typing import NamedTuple
 from dyexport import __version__
 from dyexport.bundle.golden import GOLDEN
 from dyexport.bundle.manifest import SCHEMA_VERSION, EngineRecord, FileRecord, Manifest, Reference
-from dyexport.bundle.manifest_file import MANIFEST, RANGES, TOKENS, WIDTHS, manifest_text
+from dyexport.bundle.manifest_file import MANIFEST, RANGES, TOKENS, WIDTHS, manifest_text, read_manifest
 from dyexport.bundle.plan import SegmentPlan
 from dyexport.bundle.reader import Bundle
 from dyexport.bundle.targets import ONNX, TARGETS
 from dyexport.calibration.quantization import Ranges
+from dyexport.compilation.install import files_of_engines
 from dyexport.compilation.jobs import ENGINES
 from dyexport.digests import remember
 from dyexport.errors import BundleError, StorageError
@@ -64,6 +65,9 @@ def assemble_bundle(
             folder = f"{ENGINES}/{target}/{name}"
             files |= {f"{folder}/{part}": Source.of(outcome, part) for part in outcome.files}
             paths[target, name] = f"{folder}/{TARGETS[target].file}"
+    compiled = compiled_engines(settings.out, {name: source.record for name, source in files.items()}, set(engines))
+    paths |= {(engine.target, engine.network): engine.path for engine, _ in compiled}
+    files |= {name: Source(settings.out / name, record) for _, records in compiled for name, record in records.items()}
     if ranges is not None:
         files[RANGES] = Source.of(ranges)
         plan = plan.model_copy(update={"quantization_errors": Ranges.read(ranges.path).errors})
@@ -91,6 +95,27 @@ def assemble_bundle(
     )
     run.ledger.note("bundle", outcome)
     return manifest
+
+
+def compiled_engines(
+    out: Path, files: Mapping[str, FileRecord], targets: Collection[str]
+) -> list[tuple[EngineRecord, dict[str, FileRecord]]]:
+    """Return the engines of other ``targets`` that the bundle at ``out`` has for the same graphs, and their files.
+
+    ``dyexport compile`` adds such engines to a bundle; a build that leaves its graphs as they are keeps them.
+    """
+    try:
+        old = read_manifest(out / MANIFEST)
+    except BundleError:
+        return []
+    if _graphs(old.files) != _graphs(files):
+        return []
+    engines = [engine for engine in old.engines if engine.target not in {ONNX, *targets}]
+    return [(engine, {name: old.files[name] for name in files_of_engines(old, [engine])}) for engine in engines]
+
+
+def _graphs(files: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    return {name: record for name, record in files.items() if name.startswith(f"{GRAPHS}/")}
 
 
 def assemble(out: Path, manifest: Manifest, files: Mapping[str, Source]) -> bool:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -33,7 +34,7 @@ from dyexport.stages.locking import locked_output
 from dyexport.stages.workers import WorkerPool
 from tests.built import built_once
 from tests.compilation.bundles import ADA, RTX, compile_for, copy_of, everything_in
-from tests.pipeline.tiny import tamper
+from tests.pipeline.tiny import build, tamper, tiny_settings
 from tests.test_runtime_only import BUILD, without
 
 NETWORKS = ("segment-00", "segment-01", "segment-02", "conditioning")
@@ -265,3 +266,20 @@ def test_options_that_would_do_nothing_are_refused(
 def test_settings_without_a_target_are_refused() -> None:
     with pytest.raises(UsageError, match="unknown target ''"):
         CompileSettings(targets=())
+
+
+@pytest.mark.tensorrt
+def test_a_build_keeps_what_was_compiled_for_its_graphs(rtx: Any, tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, engines=1, token_path="dynamic")
+    root = build(settings).root
+    compile_for(root)
+    plans = {place: place.read_bytes() for place in root.rglob("*.plan")}
+    assert len(plans) == 2
+    compiled = Bundle.open(root).manifest
+    other = compiled.model_copy(update={"metrics": {**compiled.metrics, "loss": 1.0}})
+    for manifest in (compiled, other):  # the bundle is as it was; it is to be replaced
+        (root / MANIFEST).write_bytes(manifest_text(manifest))
+        assert build(settings).manifest == compiled
+        assert {place: place.read_bytes() for place in root.rglob("*.plan")} == plans
+    build(replace(settings, engines=2))
+    assert not list(root.rglob("*.plan"))
