@@ -65,21 +65,21 @@ def test_examples_run(test: doctest.DocTest, inside: Path) -> None:
 def test_a_build_reports_its_progress_and_keeps_its_stages(tmp_path: Path) -> None:
     reports: list[tuple[str, int, int]] = []
     asked = {"random_weights": True, "engines": 1, "baseline": False, "out": tmp_path / "b", "work": tmp_path / "w"}
-    bundle = dyexport.build("sit-digits", budget=0.5, progress=lambda *report: reports.append(report), **asked)
+    bundle = dyexport.build("sit-tiny", budget=0.5, progress=lambda *report: reports.append(report), **asked)
     assert {"calibrate", "weights", "onnx segment-00"} <= {stage for stage, _, _ in reports}
     assert (tmp_path / "w" / "settings.json").is_file()
     assert dyexport.BuildSettings.load(tmp_path / "w").engines == 1
     reports.clear()
-    again = dyexport.build("sit-digits", budget=0.5, progress=lambda *report: reports.append(report), **asked)
+    again = dyexport.build("sit-tiny", budget=0.5, progress=lambda *report: reports.append(report), **asked)
     assert again.manifest == bundle.manifest
     assert reports == []
 
 
 def test_a_build_warns_of_a_bundle_that_it_replaces(tmp_path: Path) -> None:
     asked = {"random_weights": True, "baseline": False, "out": tmp_path / "b"}
-    dyexport.build("sit-digits", budget=0.5, engines=1, **asked)
+    dyexport.build("sit-tiny", budget=0.5, engines=1, **asked)
     with pytest.warns(UserWarning, match="replaced the bundle in .*, which had engines 1; to keep both") as caught:
-        dyexport.build("sit-digits", budget=0.5, engines=2, **asked)
+        dyexport.build("sit-tiny", budget=0.5, engines=2, **asked)
     assert [warning.filename for warning in caught if "replaced" in str(warning.message)] == [__file__]
 
 
