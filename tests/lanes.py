@@ -18,6 +18,8 @@ BUILDERS = {
     ("tests.built", "built_once"),
     ("dyexport.training.finetuning", "finetune"),
     ("dyexport.training.trainer", "train_static"),
+    ("dyexport.compilation.api", "compile_bundle"),
+    ("dyexport.compilation.api", "compile_engines"),
     ("dyexport.exporters.onnx_graph", "export_onnx"),
     ("dyexport.exporters.torch_package", "build_package"),
     ("dyexport.exporters.torch_package", "compile_program"),

@@ -26,7 +26,7 @@ from dyexport.files import hard_linked, remove, replacing, storage_errors
 from dyexport.pipeline.export_stages import GRAPHS, CalibratedModel
 from dyexport.pipeline.output import STAGING, replaced_settings, staged
 from dyexport.pipeline.run import Run
-from dyexport.stages.file_records import describe, digest_of
+from dyexport.stages.file_records import damage, describe, digest_of
 from dyexport.stages.ledger import Outcome
 
 
@@ -102,7 +102,8 @@ def compiled_engines(
 ) -> list[tuple[EngineRecord, dict[str, FileRecord]]]:
     """Return the engines of other ``targets`` that the bundle at ``out`` has for the same graphs, and their files.
 
-    ``dyexport compile`` adds such engines to a bundle; a build that leaves its graphs as they are keeps them.
+    ``dyexport compile`` adds such engines to a bundle; a build that leaves its graphs as they are keeps them, unless
+    their files are damaged.
     """
     try:
         old = read_manifest(out / MANIFEST)
@@ -111,7 +112,13 @@ def compiled_engines(
     if _graphs(old.files) != _graphs(files):
         return []
     engines = [engine for engine in old.engines if engine.target not in {ONNX, *targets}]
-    return [(engine, {name: old.files[name] for name in files_of_engines(old, [engine])}) for engine in engines]
+    kept = [(engine, {name: old.files[name] for name in files_of_engines(old, [engine])}) for engine in engines]
+    damaged = {
+        engine.target
+        for engine, records in kept
+        if any(any(damage(out / name, {".": record})) for name, record in records.items())
+    }
+    return [(engine, records) for engine, records in kept if engine.target not in damaged]
 
 
 def _graphs(files: Mapping[str, FileRecord]) -> dict[str, FileRecord]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 
 import dyexport
 from dyexport.bundle.manifest_file import MANIFEST, manifest_text, read_manifest
@@ -28,6 +29,8 @@ from dyexport.compilation.settings import CompileSettings
 from dyexport.engines.networks import check_networks
 from dyexport.errors import EngineBuildError, StorageError, UsageError
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings
+from dyexport.runtime.loading import load
+from dyexport.runtime.stock import example_inputs
 from dyexport.stages.file_records import digest_of
 from dyexport.stages.ledger import Ledger, NullListener
 from dyexport.stages.locking import locked_output
@@ -135,6 +138,21 @@ def test_a_plan_of_another_graph_is_replaced_and_no_other(rtx: Any, root: Path) 
 
 
 @pytest.mark.tensorrt
+@pytest.mark.slow
+def test_targets_stand_side_by_side(rtx: Any, tmp_path: Path) -> None:
+    root = build(tiny_settings(tmp_path, token_path="dynamic")).root
+    first, second = compile_for(root, RTX, "torch")
+    assert first.seconds.keys() == second.seconds.keys() == {"segment-00", "conditioning"}
+    packages = Bundle.open(root).engine_paths("torch")
+    before = {path: path.read_bytes() for path in packages.values()}
+    compile_for(root, tensorrt=TensorrtSettings(compute_capabilities=("12.0",)))
+    assert {path: path.read_bytes() for path in packages.values()} == before
+    inputs = example_inputs(Bundle.open(root).manifest.model, 2, 0.3)
+    expected = load(root)(**inputs).sample
+    torch.testing.assert_close(load(root, target="torch")(**inputs).sample, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.tensorrt
 def test_files_of_the_user_stay(rtx: Any, root: Path) -> None:
     mine = root / "engines" / RTX / "segment-00" / "notes.txt"
     mine.parent.mkdir(parents=True)
@@ -226,8 +244,6 @@ def test_a_bundle_whose_tokens_are_allocated_by_data_is_refused(rtx: Any, sit_ti
 
 
 def test_what_runs_graphs_on_a_gpu_says_so_without_one(root: Path, rtx: Any) -> None:
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(EngineBuildError, match="--target onnx-rtx compiles on the GPU that runs the engines"):
@@ -281,5 +297,10 @@ def test_a_build_keeps_what_was_compiled_for_its_graphs(rtx: Any, tmp_path: Path
         (root / MANIFEST).write_bytes(manifest_text(manifest))
         assert build(settings).manifest == compiled
         assert {place: place.read_bytes() for place in root.rglob("*.plan")} == plans
+    plan = next(iter(plans))
+    plan.write_bytes(plan.read_bytes()[:-1] + b"!")
+    assert {engine.target for engine in build(settings).manifest.engines} == {"onnx"}, "not what is damaged"
+    assert not list(root.rglob("*.plan"))
+    compile_for(root)
     build(replace(settings, engines=2))
     assert not list(root.rglob("*.plan"))
