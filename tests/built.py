@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,20 @@ def dit_tiny(shared_folder: Path) -> Bundle:
     from tests.factories import tiny_preset  # here, because it imports torch
 
     return built_once(shared_folder / "dit-tiny", model=tiny_preset("dit"), engines=2)
+
+
+@pytest.fixture(scope="session")
+def sit_tiny_torch(sit_tiny: Bundle, shared_folder: Path) -> Bundle:
+    """``sit_tiny``, copied and compiled for ``torch``: three segments, their conditioning and the dense network."""
+    folder = shared_folder / "sit-tiny-torch"
+    with in_turn(folder):
+        if not (folder / "compiled").exists():
+            shutil.copytree(sit_tiny.root, folder / "bundle")
+            from dyexport.compilation.api import compile_engines  # here, because it imports torch
+
+            compile_engines(folder / "bundle", "torch")
+            (folder / "compiled").touch()
+    return Bundle.open(folder / "bundle")
 
 
 @pytest.fixture(scope="session")

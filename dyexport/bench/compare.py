@@ -89,17 +89,15 @@ def _with_memory(case: Case, row: Row) -> Row:
         device=case.device,
         size=case.size,
     )
-    shareable = not dense and _can_share(case.bundle, row.target, case.device)
-    return replace(row, memory=with_and_without_sharing(probe, shareable=shareable))
+    shares, shareable = (not dense and _shares(case, row.target, asked) for asked in (probe.share_weights, True))
+    return replace(row, memory=with_and_without_sharing(probe, shares=shares, shareable=shareable))
 
 
-def _can_share(bundle: Bundle, target: str, device: str) -> bool:
-    paths = list(bundle.engine_paths(engine_files(target)).values())
-    return all(engine.shares_weights for engine in make_engines(target, paths, _sharing(device)))
-
-
-def _sharing(device: str) -> EngineOptions:
-    return EngineOptions(device=device, share_weights=True)
+def _shares(case: Case, target: str, share_weights: bool) -> bool:
+    """Return whether the engines of a target map one copy of the weights, if that is asked for or not."""
+    paths = list(case.bundle.engine_paths(engine_files(target)).values())
+    options = EngineOptions(device=case.device, share_weights=share_weights)
+    return all(engine.shares_weights for engine in make_engines(target, paths, options))
 
 
 def _report(bundle: Bundle, settings: BenchSettings, measured: Sequence[_Measured]) -> BenchReport:

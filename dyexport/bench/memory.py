@@ -48,10 +48,13 @@ def measure_memory(probe: MemoryProbe) -> Memory:
     return Memory(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def with_and_without_sharing(probe: MemoryProbe, *, shareable: bool) -> Memory:
-    """Measure a variant as it runs, and with one mapped copy of the weights where its engines can share them."""
+def with_and_without_sharing(probe: MemoryProbe, *, shares: bool, shareable: bool) -> Memory:
+    """Measure a variant as it runs, and with one mapped copy of the weights.
+
+    ``shares``: its engines share weights as they run; ``shareable``: they can.
+    """
     memory = measure_memory(probe)
-    if probe.share_weights:
+    if shares:
         return replace(memory, shared_bytes=memory.resident_bytes)
     if not shareable:
         return memory

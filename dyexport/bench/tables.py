@@ -79,7 +79,7 @@ def _named(*names: str) -> tuple[Column, ...]:
 
 TIME_COLUMNS = _named(*CASE, *TIMES)
 COST_COLUMNS = tuple(column for column in COLUMNS if column[0] not in TIMES or column[0] in ("variant", "call"))
-ENGINE_COLUMNS = (*_named(*CASE), *OF_ENGINES, *_named("p50 ms", "p99 ms", "first ms", "over dense"))
+ENGINE_COLUMNS = (*_named(*CASE), *OF_ENGINES, *_named("p50 ms", "first ms", "over dense"))
 
 
 def filled(columns: Sequence[Column], rows: Sequence[Row]) -> tuple[tuple[str, ...], Rows]:
@@ -90,10 +90,11 @@ def filled(columns: Sequence[Column], rows: Sequence[Row]) -> tuple[tuple[str, .
 
 
 def narrow_table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> Table:
-    """Return a table without the columns that describe the case, where all rows have the same case."""
-    same = {name for name, text in columns if name in CASE and len({text(row) for row in rows}) == 1}
-    table = as_table(title, *filled([column for column in columns if column[0] not in same], rows))
-    table.box = SIMPLE_HEAD
+    """Return a table whose title says what is the same in all rows: batch and size."""
+    same = {name: text(rows[0]) for name, text in columns if name in CASE and len({text(row) for row in rows}) == 1}
+    shown = "".join(f", {name} {value}" for name, value in same.items() if value)
+    table = as_table(title + shown, *filled([column for column in columns if column[0] not in same], rows))
+    table.box, table.collapse_padding, table.pad_edge = SIMPLE_HEAD, True, False
     return table
 
 
@@ -155,14 +156,12 @@ def _conditions(conditions: Conditions) -> str:
 
 
 def bench_tables(report: BenchReport) -> list[Table]:
-    first, rows = report.headline, variant_rows(report)
-    title = f"{report.model}, {first.target}, batch {first.batch}, {report.environment.device_name}"
-    facts = pairs_table("What was measured", fact_rows(report))
+    rows = variant_rows(report)
     return [
         narrow_table("Engines", ENGINE_COLUMNS, engine_rows(report)),
-        narrow_table(f"Time of one call: {title}", TIME_COLUMNS, rows),
-        narrow_table("Speed-up, memory and energy", COST_COLUMNS, rows),
-        facts,
+        narrow_table(f"Time of one call of {report.model}", TIME_COLUMNS, rows),
+        narrow_table("Speed-up, memory and energy", COST_COLUMNS, [row for row in rows if row.variant != CONDITIONING]),
+        pairs_table("Measured in one run", fact_rows(report)),
     ]
 
 

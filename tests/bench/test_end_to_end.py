@@ -78,6 +78,20 @@ def test_pictures_are_timed_from_prompt_to_pixels(flux_tiny: Bundle, tmp_path: P
         assert all(seconds > 0 for seconds in row.parts.values())
 
 
+def test_several_targets_are_timed_in_one_run(sit_tiny_torch: Bundle) -> None:
+    settings = BenchSettings(targets=("onnx", "torch"), rounds=1, steps=2, compiled=False, eager=False)
+    report = compare(sit_tiny_torch, settings)
+    variants = ["dynamic", "dense", "conditioning", "segment 0", "segment 1", "segment 2"]
+    for target in ("onnx", "torch"):
+        rows = {row.variant: row for row in report.rows if row.target == target}
+        assert list(rows) == variants
+        assert rows["dynamic"].over_dense is not None
+    memory = next(row.memory for row in report.rows if (row.target, row.variant) == ("torch", "dynamic"))
+    assert memory is not None
+    assert memory.shared_bytes == memory.resident_bytes  # its engines always share
+    assert report.switch_overhead.keys() == {"onnx", "torch"}
+
+
 def test_forward_passes_are_timed_inside_the_context_alone() -> None:
     module, now = torch.nn.Linear(2, 2), iter(range(100))
     with timed_modules({"part": module}, lambda: float(next(now))) as seconds:

@@ -19,22 +19,14 @@ from dyexport.errors import BundleError, EngineBuildError, UsageError
 from dyexport.runtime.loading import load
 from dyexport.verification.settings import VerifySettings
 from dyexport.verification.verify import find_reference, verify_bundle
-from tests.built import in_turn
 from tests.manifests import forge
 from tests.pipeline.tiny import build, tamper, tiny_settings
 from tests.runtime.calls import predict
 
 
 @pytest.fixture(scope="session")
-def compiled(sit_tiny: Bundle, shared_folder: Path) -> Bundle:
-    """``sit_tiny``, copied and compiled: three segments, their conditioning and the dense network."""
-    folder = shared_folder / "sit-tiny-torch"
-    with in_turn(folder):
-        if not (folder / "compiled").exists():
-            shutil.copytree(sit_tiny.root, folder / "bundle")
-            compile_engines(folder / "bundle", "torch")
-            (folder / "compiled").touch()
-    return Bundle.open(folder / "bundle")
+def compiled(sit_tiny_torch: Bundle) -> Bundle:
+    return sit_tiny_torch
 
 
 def test_engines_equal_the_masked_model(compiled: Bundle, sit_tiny: Bundle) -> None:
