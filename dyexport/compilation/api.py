@@ -94,8 +94,10 @@ def compile_bundle(path: Path, settings: CompileSettings, listener: BuildListene
         bundle = _checked(root)
         if not any(stale_jobs(bundle, compiler) for compiler in compilers.values()):
             return [_up_to_date(bundle, target, listener) for target in targets]
-    if compilers:
-        check_can_grow(root)
+    if not compilers:  # nothing is added to the bundle
+        bundle = _checked(root)
+        return [_warm(bundle, target, settings, listener) for target in targets]
+    check_can_grow(root)
     with locked_output(root):
         finish_install(root)
         _checked(root)

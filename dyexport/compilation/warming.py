@@ -9,15 +9,18 @@ from time import perf_counter
 
 from dyexport.bundle.reader import Bundle
 from dyexport.engines.registry import EngineOptions, engine_files, get_backend, make_engines
-from dyexport.errors import EngineBuildError
+from dyexport.errors import EngineBuildError, UsageError
 from dyexport.stages.ledger import BuildListener
 
 
 def warm_engines(bundle: Bundle, target: str, device: str, listener: BuildListener) -> dict[str, float]:
     """Start every engine of a target once, one at a time; return the seconds by network.
 
-    Raises ``EngineBuildError`` without the GPU, since the runtime compiles for the one that it sees.
+    Raises ``EngineBuildError`` without the GPU, since the runtime compiles for the one that it sees, and
+    ``UsageError`` for ``device`` ``cpu``.
     """
+    if device == "cpu":
+        raise UsageError(f"--device is cpu, and --target {target} compiles for GPUs; give cuda or cuda:N")
     backend = get_backend(target)
     paths = bundle.engine_paths(engine_files(target))
     if (reason := backend.incompatibility(next(iter(paths.values())))) is not None:

@@ -21,6 +21,7 @@ from dyexport.bundle.manifest_file import MANIFEST, manifest_text, read_manifest
 from dyexport.bundle.plan_info import INFO, PlanInfo
 from dyexport.bundle.reader import Bundle
 from dyexport.cli import main
+from dyexport.compilation.api import compile_bundle
 from dyexport.compilation.base import BundleNetworks
 from dyexport.compilation.jobs import bundle_jobs, engine_stage
 from dyexport.compilation.modules import cut
@@ -248,6 +249,8 @@ def test_what_runs_graphs_on_a_gpu_says_so_without_one(root: Path, rtx: Any) -> 
         pytest.skip("there is a GPU")
     with pytest.raises(EngineBuildError, match="--target onnx-rtx compiles on the GPU that runs the engines"):
         compile_for(root, "onnx-rtx", tensorrt=TensorrtSettings())
+    with pytest.raises(UsageError, match="--device is cpu, and --target onnx-rtx compiles for GPUs"):
+        compile_bundle(root, CompileSettings(targets=("onnx-rtx",), device="cpu"), NullListener())
     assert everything_in(root.parent) == [f"bundle/{name}" for name in everything_in(root)]
 
 
