@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MOST = {"steps": STEPS, "threads": 1024, "rounds": 100_000}
 MOST_BATCH = 4096
 MOST_SAMPLES = 100_000
-MOST_DIGITS = 12
+MOST_DIGITS = 4000  # Python converts no more
 DEVICE = re.compile(r"cpu|cuda(:\d{1,4})?")
 FORMATS = (".json", ".md", ".csv")
 
