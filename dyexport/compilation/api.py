@@ -23,7 +23,7 @@ from dyexport.digests import remember
 from dyexport.engines.networks import check_networks
 from dyexport.errors import EngineBuildError, missing_extras
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings
-from dyexport.files import remove, user_cache
+from dyexport.files import remove, storage_errors, user_cache
 from dyexport.progress import Progress
 from dyexport.stages.ledger import BuildListener, Ledger, NullListener, Reporter
 from dyexport.stages.locking import locked_output
@@ -134,7 +134,8 @@ def _compile_target(
     )
     current = frozenset(engines_of(bundle, target)) - {job.network for job in stale}
     manifest = install(bundle, target, outcomes, current)
-    remove(work / ENGINES / target)
+    with storage_errors(work):
+        remove(work / ENGINES / target)
     for name in manifest.files.keys() - bundle.manifest.files.keys():
         remember(bundle.root / name, manifest.files[name].sha256)
     return CompiledTarget(

@@ -22,7 +22,16 @@ from dyexport.bundle.targets import TARGETS
 from dyexport.compilation.jobs import ENGINES
 from dyexport.digests import remember
 from dyexport.errors import StorageError
-from dyexport.files import PARTIAL, check_writable, clear_partials, hard_linked, remove, replacing, write_atomically
+from dyexport.files import (
+    PARTIAL,
+    check_writable,
+    clear_partials,
+    hard_linked,
+    remove,
+    replacing,
+    storage_errors,
+    write_atomically,
+)
 from dyexport.stages.file_records import describe
 from dyexport.stages.ledger import LEDGER, Ledger, NullListener, Outcome
 
@@ -52,7 +61,8 @@ def working_folder(root: Path) -> Iterator[Path]:
         if not Ledger(folder, NullListener()).records:
             remove(folder)
         raise
-    remove(folder)
+    with storage_errors(folder):
+        remove(folder)
 
 
 def check_can_grow(root: Path) -> None:
@@ -89,10 +99,11 @@ def install(bundle: Bundle, target: str, engines: Mapping[str, Outcome], keep: f
     for name, place in places.items():
         files |= {f"{place}/{part}": record for part, record in engines[name].files.items()}
     new = _manifest_with(old, [*kept, *added], files)
-    write_atomically(journal, json.dumps({"added": [*places.values()], "replaced": sorted(replaced)}).encode())
-    for name, place in places.items():
-        _place(engines[name], root / place)
-    write_atomically(root / MANIFEST, manifest_text(new))
+    with storage_errors(root):
+        write_atomically(journal, json.dumps({"added": [*places.values()], "replaced": sorted(replaced)}).encode())
+        for name, place in places.items():
+            _place(engines[name], root / place)
+        write_atomically(root / MANIFEST, manifest_text(new))
     finish_install(root)
     return new
 
@@ -105,18 +116,19 @@ def _manifest_with(manifest: Manifest, engines: list[EngineRecord], files: dict[
 
 def finish_install(root: Path) -> None:
     """Remove files that an installation, which may have been killed, left or replaced and no manifest names."""
-    clear_partials(root / MANIFEST)
-    journal = work_folder(root) / JOURNAL
-    named = files_of(root) or set()
-    content = _read_journal(journal)
-    for place in content["added"]:
-        clear_partials(root / place)
-        if not any(name.startswith(f"{place}/") for name in named):
-            _remove(root, place)
-    for name in content["replaced"]:
-        if name not in named:
-            _remove(root, name)
-    journal.unlink(missing_ok=True)
+    with storage_errors(root):
+        clear_partials(root / MANIFEST)
+        journal = work_folder(root) / JOURNAL
+        named = files_of(root) or set()
+        content = _read_journal(journal)
+        for place in content["added"]:
+            clear_partials(root / place)
+            if not any(name.startswith(f"{place}/") for name in named):
+                _remove(root, place)
+        for name in content["replaced"]:
+            if name not in named:
+                _remove(root, name)
+        journal.unlink(missing_ok=True)
 
 
 def _read_journal(journal: Path) -> dict[str, Any]:
