@@ -6,18 +6,19 @@ deleted. A journal next to the bundle lists both, so that the next process can r
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from dyexport.bundle.manifest import EngineRecord, FileRecord, Manifest
+from pydantic import ValidationError
+
+from dyexport.bundle.manifest import BundlePath, EngineRecord, FileRecord, Manifest
 from dyexport.bundle.manifest_file import MANIFEST, files_of, manifest_text
 from dyexport.bundle.reader import Bundle, hub_blobs
+from dyexport.bundle.records import Frozen
 from dyexport.bundle.targets import TARGETS
 from dyexport.compilation.jobs import ENGINES
 from dyexport.digests import remember
@@ -36,6 +37,13 @@ from dyexport.stages.file_records import describe
 from dyexport.stages.ledger import LEDGER, Ledger, NullListener, Outcome
 
 JOURNAL = "install.json"
+
+
+class Journal(Frozen):
+    """Changes that an installation makes: folders that it adds to a bundle, and files that it replaces."""
+
+    added: tuple[BundlePath, ...] = ()
+    replaced: tuple[BundlePath, ...] = ()
 
 
 def work_folder(root: Path) -> Path:
@@ -100,7 +108,8 @@ def install(bundle: Bundle, target: str, engines: Mapping[str, Outcome], keep: f
         files |= {f"{place}/{part}": record for part, record in engines[name].files.items()}
     new = _manifest_with(old, [*kept, *added], files)
     with storage_errors(root):
-        write_atomically(journal, json.dumps({"added": [*places.values()], "replaced": sorted(replaced)}).encode())
+        planned = Journal(added=tuple(places.values()), replaced=tuple(sorted(replaced)))
+        write_atomically(journal, planned.model_dump_json(indent=1).encode())
         for name, place in places.items():
             _place(engines[name], root / place)
         write_atomically(root / MANIFEST, manifest_text(new))
@@ -119,22 +128,24 @@ def finish_install(root: Path) -> None:
     with storage_errors(root):
         clear_partials(root / MANIFEST)
         journal = work_folder(root) / JOURNAL
-        named = files_of(root) or set()
-        content = _read_journal(journal)
-        for place in content["added"]:
+        if (named := files_of(root)) is None:
+            return
+        changes = _read_journal(journal)
+        for place in changes.added:
             clear_partials(root / place)
             if not any(name.startswith(f"{place}/") for name in named):
                 _remove(root, place)
-        for name in content["replaced"]:
+        for name in changes.replaced:
             if name not in named:
                 _remove(root, name)
         journal.unlink(missing_ok=True)
 
 
-def _read_journal(journal: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        return dict(json.loads(journal.read_bytes()))
-    return {"added": [], "replaced": []}
+def _read_journal(journal: Path) -> Journal:
+    try:
+        return Journal.model_validate_json(journal.read_bytes())
+    except (OSError, ValidationError):
+        return Journal()
 
 
 def _free_folder(root: Path, wanted: str, networks: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ import pytest
 from dyexport.bundle.manifest import Manifest
 from dyexport.bundle.reader import Bundle
 from dyexport.compilation.api import compile_bundle
-from dyexport.compilation.install import JOURNAL, work_folder
+from dyexport.compilation.install import JOURNAL, finish_install, work_folder
 from dyexport.compilation.jobs import bundle_jobs, compile_jobs
 from dyexport.compilation.registry import CompileOptions, get_compiler
 from dyexport.compilation.settings import CompileSettings
@@ -139,4 +139,14 @@ def test_a_folder_of_the_user_is_not_taken_for_work(root: Path, rtx: Any) -> Non
     mine.write_text("mine")
     with pytest.raises(StorageError, match=r"mine\.txt was not written by dyexport; move it"):
         compile_for(root)
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["../../mine", "engines/../../../mine"])
+def test_a_journal_removes_nothing_outside_the_bundle(root: Path, name: str) -> None:
+    mine = root.parents[1] / "mine"
+    mine.write_text("mine")
+    work_folder(root).mkdir()
+    (work_folder(root) / JOURNAL).write_text(f'{{"added": ["{name}"], "replaced": ["{name}"]}}')
+    finish_install(root)
     assert mine.read_text() == "mine"
