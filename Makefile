@@ -10,7 +10,7 @@ PYTEST := time -p $(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
 SHELL := /bin/bash
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo check test lint plans format wheel-check clean
+.PHONY: setup demo check test lint plans packages format wheel-check clean
 
 setup: $(INSTALLED)
 
@@ -30,6 +30,9 @@ lint: setup
 
 plans: setup  # every TensorRT-RTX plan the tests know, FLUX's full width among them: 10 minutes, 6 GB
 	$(BIN)/python -m pytest -m "tensorrt and slow" tests/exporters
+
+packages: setup  # target torch of every backbone, in fp32 and bf16, against the masked model: 10 minutes
+	$(PYTEST) -m slow tests/compilation/test_aot_inductor.py -k test_every_backbone
 
 format: setup
 	$(BIN)/ruff check --fix .
