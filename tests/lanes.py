@@ -65,11 +65,13 @@ def _fixtures(item: pytest.Function) -> Iterator[pytest.FixtureDef[Any]]:
 
 
 def builds(function: Any, reached: dict[Any, bool] | None = None) -> bool:
-    """Tell whether a function of the tests names a builder, itself or through other functions of the tests."""
+    """Tell whether a function of the tests names a builder, itself or through functions and classes of the tests."""
     reached = {} if reached is None else reached
     function = getattr(function, "__wrapped__", function)
     if (getattr(function, "__module__", None), getattr(function, "__name__", None)) in BUILDERS:
         return True
+    if isinstance(function, type) and function.__module__.startswith("tests."):
+        return any(builds(value, reached) for value in vars(function).values() if isinstance(value, FunctionType))
     if not isinstance(function, FunctionType) or not function.__module__.startswith("tests."):
         return False
     if function not in reached:

@@ -12,7 +12,10 @@ import pytest
 
 from dyexport import cli
 from dyexport.bundle.manifest import EngineRecord
+from dyexport.checkpoints.dynamic import save_dynamic
 from dyexport.cli import main
+from dyexport.models.random_weights import random_dynamic
+from dyexport.presets import get_preset
 from tests.runtime.bundles import TinyBundle, write_bundle, write_manifest
 
 Run = Callable[..., tuple[int, str, str]]
@@ -55,11 +58,10 @@ def prompted(tmp_path_factory: pytest.TempPathFactory) -> TinyBundle:
 
 @pytest.fixture
 def routed(tmp_path: Path) -> Path:
-    """A directory that says that it is a dynamic checkpoint."""
-    folder = tmp_path / "routed"
-    folder.mkdir()
-    (folder / "dynamic.json").write_text("{}")
-    return folder
+    """A dynamic checkpoint."""
+    preset = get_preset("sit-tiny")
+    save_dynamic(random_dynamic(preset), tmp_path / "routed", preset)
+    return tmp_path / "routed"
 
 
 FROM_LABELS = [("sample", f"--{name}", value) for name, value in (
@@ -131,7 +133,7 @@ def test_a_command_has_no_option_that_it_does_not_read(run: Run, option: Option,
 @pytest.mark.parametrize("option", ["--router free", "--finetune-steps 0"])
 def test_routers_that_are_there_are_taken_as_they_are(run: Run, routed: Path, option: str) -> None:
     name, value = option.split()
-    refused(run, ("build", name, value), "-m", "dit-digits", "--checkpoint", routed)
+    refused(run, ("build", name, value), "--checkpoint", routed)
 
 
 def test_token_paths_are_for_models_that_skip_tokens(run: Run) -> None:
