@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from dyexport.bundle.package_info import PACKAGE_INFO, Machine, PackageInfo, machine_of
@@ -38,6 +39,7 @@ class TorchEngine(Engine):
         self.device = device
         self._store = store
         self._runner: Any = None
+        self._running = Lock()
         self._held: HeldWeights | None = None
         self._weights: list[torch.Tensor] = []  # in the order of the package's inputs
 
@@ -92,7 +94,8 @@ class TorchEngine(Engine):
         _leave_threads_of_parent()
         tensors = [*self._weights, *(_aligned(inputs[spec.name]) for spec in self.io.inputs)]
         try:
-            with torch.no_grad():
+            # A run that waits for another one keeps the interpreter's lock, which the other one needs to free a tensor.
+            with self._running, torch.no_grad():
                 outputs = self._runner.boxed_run(tensors)
         except RuntimeError as error:
             raise EngineMismatchError(f"torch cannot run {self.path}: {reason(error)}") from error

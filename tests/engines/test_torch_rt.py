@@ -159,7 +159,7 @@ def test_inputs_anywhere_in_memory(tiny_package: Path) -> None:
 def test_threads_take_turns(tiny_package: Path) -> None:
     (engine,) = make_engines([tiny_package], "cpu")
     engine.activate()
-    requests = [make_inputs(1 + seed % 3, seed=seed) for seed in range(24)]
+    requests = [make_inputs(1 + seed % 3, seed=seed) for seed in range(400)]  # without a lock, runs wait for each other
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(engine.run, requests))
     for inputs, outputs in zip(requests, answers, strict=True):
