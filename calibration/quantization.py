@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dyexport.backbones.base import Inputs
 from dyexport.bundle.manifest import DENSE
 from dyexport.bundle.plan import SegmentPlan, segment_name
-from dyexport.bundle.records import Frozen
+from dyexport.bundle.records import REPLACE, Frozen
 from dyexport.bundle.spec import ModelSpec
 from dyexport.bundle.tables import TokenStats, WidthTable
 from dyexport.calibration.ranges import fake_quantized, measure_ranges, quantization_error
@@ -43,7 +43,7 @@ class Ranges(Frozen):
         try:
             return cls.model_validate_json(path.read_bytes())
         except (OSError, ValidationError) as error:
-            raise BundleError(f"cannot read {path}: {error}; build the bundle again") from error
+            raise BundleError(f"cannot read {path}: {error}; {REPLACE}") from error
 
     def attach(self, network: str, piece: Slice) -> Slice:
         """Return the network's slice with its ranges; conditioning, which is not quantized, has none."""

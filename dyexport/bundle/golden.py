@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dyexport.bundle.plan import Segment
-from dyexport.bundle.records import Frozen, first_problem
+from dyexport.bundle.records import REPLACE, Frozen, first_problem
 from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import BundleError
 
@@ -121,11 +121,11 @@ class GoldenData:
                 arrays = {name: file.get_tensor(name) for name in names}
             samples = tuple(GoldenSample.of(_below(f"{index}/", arrays)) for index in range(info.timesteps))
         except ValidationError as error:
-            raise BundleError(f"cannot read {path}: {first_problem(error)}; build the bundle again") from error
+            raise BundleError(f"cannot read {path}: {first_problem(error)}; {REPLACE}") from error
         except KeyError as error:
-            raise BundleError(f"{path} lacks {error}; build the bundle again") from error
+            raise BundleError(f"{path} lacks {error}; {REPLACE}") from error
         except (OSError, SafetensorError, TypeError) as error:
-            raise BundleError(f"cannot read {path}: {error}; build the bundle again") from error
+            raise BundleError(f"cannot read {path}: {error}; {REPLACE}") from error
         return cls(info=info, samples=samples)
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from dyexport.bundle.manifest import SCHEMA_VERSION, Manifest
-from dyexport.bundle.records import first_problem
+from dyexport.bundle.records import REPLACE, first_problem
 from dyexport.errors import BundleError
 
 MANIFEST = "manifest.json"
@@ -49,11 +49,11 @@ def read_manifest(path: Path) -> Manifest:
         raw = _read_whole(path)
         content = from_json(raw, allow_inf_nan=False)
     except (OSError, ValueError) as error:
-        raise BundleError(f"cannot read {path}: {error}; build the bundle again") from error
+        raise BundleError(f"cannot read {path}: {error}; {REPLACE}") from error
     _check_version(path, content)
     sealed = SEALED.fullmatch(raw)
     if sealed is None or sealed["sha256"] != _sha256(sealed["body"]):
-        raise BundleError(f"{path} was changed after it was written: its hash differs; build the bundle again")
+        raise BundleError(f"{path} was changed after it was written: its hash differs; {REPLACE}")
     del content["sha256"]
     try:
         manifest = Manifest.model_validate(content)

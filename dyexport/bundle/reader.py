@@ -24,6 +24,7 @@ import numpy as np
 
 from dyexport.bundle.manifest import FileRecord, Manifest
 from dyexport.bundle.manifest_file import MANIFEST, TOKENS, WIDTHS, read_manifest
+from dyexport.bundle.records import REPLACE
 from dyexport.bundle.tables import BoolArray, TokenStats, WidthTable
 from dyexport.digests import sha256_of
 from dyexport.errors import BundleError, TargetError
@@ -93,15 +94,15 @@ class Bundle:
                 raise BundleError(f"{path} points outside the bundle")
             stamp = self.stamps[name] = Stamp.of(real)
             if not real.is_file():
-                raise BundleError(f"{path} is not a file; build the bundle again")
+                raise BundleError(f"{path} is not a file; {REPLACE}")
             if stamp.size != record.bytes:
-                raise BundleError(f"{path} has {stamp.size} bytes instead of {record.bytes}; build the bundle again")
+                raise BundleError(f"{path} has {stamp.size} bytes instead of {record.bytes}; {REPLACE}")
             if check_hashes and sha256_of(real) != record.sha256:
-                raise BundleError(f"{path} does not match its hash; build the bundle again")
+                raise BundleError(f"{path} does not match its hash; {REPLACE}")
         except FileNotFoundError as error:
-            raise BundleError(f"{path} is missing; build the bundle again") from error
+            raise BundleError(f"{path} is missing; {REPLACE}") from error
         except OSError as error:
-            raise BundleError(f"cannot read {path}: {error.strerror}; build the bundle again") from error
+            raise BundleError(f"cannot read {path}: {error.strerror}; {REPLACE}") from error
 
     def _holds(self, real: Path) -> bool:
         """Return whether a resolved file is in the bundle or among the files of its Hugging Face cache."""
@@ -140,7 +141,7 @@ class Bundle:
             if (stats := self.token_stats) is not None:
                 check_tokens(stats, self.manifest)
         except BundleError as error:
-            raise BundleError(f"{self.root}: {error}; build the bundle again") from error
+            raise BundleError(f"{self.root}: {error}; {REPLACE}") from error
 
     def engine_paths(self, target: str) -> dict[str, Path]:
         """Return the engine files of one target, by network."""

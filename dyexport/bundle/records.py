@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+REPLACE = "copy the bundle again, or build it again"  # cure of a damaged file
+
 
 class Frozen(BaseModel):
     """Base of records: immutable, and unknown fields are errors."""

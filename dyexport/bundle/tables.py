@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from dyexport.bundle.records import REPLACE
 from dyexport.errors import BundleError, EngineMismatchError
 
 BoolArray = np.ndarray
@@ -193,7 +194,7 @@ def _load(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     try:
         arrays = load_file(path)
     except (OSError, SafetensorError, KeyError, TypeError) as error:  # the last two for dtypes that numpy lacks
-        raise BundleError(f"cannot read {path}: {error}; build the bundle again") from error
+        raise BundleError(f"cannot read {path}: {error}; {REPLACE}") from error
     missing = [name for name in names if name not in arrays]
     if missing:
         raise BundleError(f"{path} lacks {', '.join(missing)}")

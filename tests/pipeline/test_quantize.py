@@ -110,7 +110,7 @@ def test_onnx_runtime_multiplies_in_int8(bundle: Bundle, tmp_path: Path) -> None
 
 def test_a_file_without_ranges(tmp_path: Path) -> None:
     (tmp_path / "ranges.json").write_text("{}")
-    with pytest.raises(BundleError, match="build the bundle again"):
+    with pytest.raises(BundleError, match="copy the bundle again, or build it again"):
         Ranges.read(tmp_path / "ranges.json")
 
 

@@ -251,7 +251,7 @@ def test_a_server_that_polls_loads_a_model_once(models: Models, tmp_path: Path) 
 
 def test_a_model_that_cannot_draw_is_not_ready(server: Server) -> None:
     assert [server.ready(model) for model in ("ddpm", "damaged", "edited")] == [True, False, False]
-    assert "does not match its hash; build the bundle again" in server.said
+    assert "does not match its hash; copy the bundle again, or build it again" in server.said
     assert "parameters of config.pbtxt: max_steps: Input should be a valid integer" in server.said
 
 
