@@ -147,7 +147,7 @@ def rtx_devices() -> list[Any]:
     if not devices:
         raise EngineMismatchError(
             "ONNX Runtime's TensorRT-RTX provider finds no GPU that it runs on (GeForce RTX 30 or later); "
-            "load the bundle with target='onnx'"
+            "use --target onnx"
         )
     return devices
 
@@ -166,7 +166,7 @@ def _registered() -> str:
     except Exception as error:  # loading the library may raise anything
         raise EngineMismatchError(
             f"ONNX Runtime cannot load its TensorRT-RTX provider ({_cause(error)}); "
-            "install NVIDIA's driver, or load the bundle with target='onnx'"
+            "install NVIDIA's driver, or use --target onnx"
         ) from error
     return name
 

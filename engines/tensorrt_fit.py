@@ -22,7 +22,7 @@ def incompatibility(path: Path) -> str | None:
 
     info = plan_info(path)
     if not torch.cuda.is_available():
-        return f"{info.flavour} plans run on NVIDIA GPUs and torch sees none; load the bundle with target='onnx'"
+        return f"{info.flavour} plans run on NVIDIA GPUs and torch sees none; use --target onnx"
     try:
         api = load_api(info.flavour)
     except MissingDependencyError as error:
@@ -59,7 +59,7 @@ def _refusal(trt: Any, path: Path) -> str | None:
         return None
     reasons = [name for name, flag in trt.EngineInvalidityDiagnostics.__members__.items() if flags & int(flag)]
     named = ", ".join(reasons).lower().replace("_", " ") or "no reason given"
-    return f"TensorRT refuses the plan on this GPU ({named}); load the bundle with target='onnx'"
+    return f"TensorRT refuses the plan on this GPU ({named}); use --target onnx"
 
 
 def choose_profile(profiles: tuple[Mapping[str, Profile], ...], symbols: Mapping[str, int]) -> int:

@@ -39,7 +39,7 @@ def test_a_machine_without_a_driver_is_told_so_in_one_sentence(tmp_path: Path) -
     reason = incompatibility()
     assert reason is not None
     assert reason.startswith("ONNX Runtime cannot load its TensorRT-RTX provider (libcuda")
-    assert reason.endswith("install NVIDIA's driver, or load the bundle with target='onnx'")
+    assert reason.endswith("install NVIDIA's driver, or use --target onnx")
     assert incompatibility() == reason, "asking again gives the same answer"
 
 

@@ -194,7 +194,7 @@ def test_without_a_gpu_a_real_plan_is_refused_in_a_sentence(rtx: Any, graph: Pat
     """By the engine before TensorRT is asked, and by TensorRT with its own reason."""
     plan = build_tiny_plan(graph, "tensorrt-rtx")
     engine = TensorRtEngine(plan, workspace=Workspace("cuda"))
-    with pytest.raises(EngineMismatchError, match="torch sees none; load the bundle with target='onnx'"):
+    with pytest.raises(EngineMismatchError, match="torch sees none; use --target onnx"):
         engine.activate()
     assert not engine.active
     with pytest.raises(EngineBuildError, match=r"cannot load .*engine\.plan: .*CUDA driver"):
