@@ -96,7 +96,7 @@ def _verify_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         ("precision", payload["precision"]),
         *_quantized_lines(payload),
         ("target", f"{payload['target']} on {payload['device']}"),
-        ("reference", payload["reference"] or f"not compared: {payload['no_reference']}"),
+        ("reference", payload["reference"] or _no_reference(payload)),
         *_golden_lines(payload["golden"]),
         ("timesteps compared", f"{payload['timesteps']}"),
         ("wrong gates of the width table", f"{payload['wrong_gates']} of {payload['gates']}"),
@@ -105,6 +105,10 @@ def _verify_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         *_layer_lines(payload["layers"]),
         *((_interval(segment), _of_segment(segment)) for segment in payload["segments"]),
     )
+
+
+def _no_reference(payload: Mapping[str, Any]) -> str:
+    return f"none: {payload['no_reference']}, so the bundle was compared with its golden data"
 
 
 def _nothing(payload: Mapping[str, Any]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from dyexport.bundle.golden import InputSource
@@ -112,6 +113,7 @@ class VerifyReport:
 
     reference           dynamic checkpoint that was compared at random timesteps; None: ``golden`` data alone
     no_reference        reason why the reference was not compared
+    expected_reference  dynamic checkpoint that the bundle was built from, as it says, there or not
     golden              result of the comparison with the bundle's golden data; None if the bundle has none
     timesteps           number of timesteps whose inputs were compared, those of golden data included
     overflow            inputs that kept more tokens than a capacity holds, which no error includes
@@ -128,6 +130,7 @@ class VerifyReport:
     device: str
     reference: str | None
     no_reference: str | None
+    expected_reference: str | None
     timesteps: int
     overflow: int
     overflow_share: float
@@ -191,6 +194,7 @@ def summarize(
     golden: GoldenReport | None,
     golden_comparisons: Sequence[Comparison],
     no_reference: str | None,
+    expected_reference: Path | None,
 ) -> VerifyReport:
     """Make the report of comparisons; the tolerance defaults to that of the bundle's precision."""
     comparisons = [*golden_comparisons, *(reference.comparisons if reference is not None else ())]
@@ -203,6 +207,7 @@ def summarize(
         device=device,
         reference=None if reference is None else reference.path,
         no_reference=no_reference,
+        expected_reference=None if expected_reference is None else str(expected_reference),
         timesteps=len(comparisons),
         overflow=overflow,
         overflow_share=overflow / len(comparisons),

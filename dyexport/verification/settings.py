@@ -16,6 +16,7 @@ from dyexport.presets import preset_of
 TIMESTEPS = 64
 MOST_TIMESTEPS = 100_000
 MOST_TOLERANCE = 100.0
+GONE = "the model that the bundle was cut from is not on this machine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,23 +70,31 @@ class VerifySettings:
             raise UsageError(f"--small does nothing here: {preset.name} is compared at its own size; leave it out")
 
 
+def expected_reference(bundle: Bundle) -> Path | None:
+    """Return where the dynamic checkpoint is that a bundle was built from, as its manifest says; it may be gone."""
+    reference = bundle.manifest.reference
+    return None if reference is None else Path(os.path.normpath(bundle.root / reference.path))
+
+
 def reference_of(bundle: Bundle, given: Path | None = None, *, work: Path | None = None) -> Path:
     """Return the dynamic checkpoint that a bundle is compared with: ``given``, or the one that it was built from.
 
     The latter lies in ``work``, or else where the manifest says. Raises ``BundleError`` if there is none.
     """
-    cure = "give --reference with a dynamic checkpoint, such as WORK/calibrated of its build"
+    cure = "give --reference DIR, a dynamic checkpoint such as WORK/calibrated of its build"
     if given is not None:
         if not (given / DYNAMIC).is_file():
             problem = "is no dynamic checkpoint" if given.exists() else "does not exist"
             raise BundleError(f"--reference {given} {problem}; {cure}, or leave it out")
         return given
-    reference = bundle.manifest.reference
-    if reference is None:
+    path = expected_reference(bundle)
+    if path is None:
         raise BundleError(f"{bundle.root} names no reference; {cure}")
-    path = Path(os.path.normpath(bundle.root / reference.path)) if work is None else work / Path(reference.path).name
+    if work is not None:
+        path = work / path.name
     if not path.is_dir():
-        raise BundleError(f"the reference {path} is gone; {cure}, or build again")
+        gone = f"the reference {path} is gone" if work is not None else GONE
+        raise BundleError(f"{gone}; {cure}, or build again")
     return path
 
 

@@ -31,7 +31,7 @@ from dyexport.stages.file_records import describe, digest_of
 from dyexport.verification.comparison import Comparison
 from dyexport.verification.golden import check_golden_gates, compare_dense, compare_golden, has_dense, read_golden
 from dyexport.verification.report import GoldenReport, VerifyReport, WorstErrors, summarize
-from dyexport.verification.settings import VerifySettings, golden_instead, reference_of
+from dyexport.verification.settings import VerifySettings, expected_reference, golden_instead, reference_of
 
 if TYPE_CHECKING:
     from dyexport.verification.reference import BundleReference
@@ -98,7 +98,8 @@ def verify_bundle(
         result = None if opened is None else opened.compare(transformer, progress)
         device = str(transformer.device)
     of_golden = None if golden is None else _golden_report(bundle, golden, comparisons, settings)
-    report = summarize(bundle.manifest, device, settings, result, of_golden, comparisons, no_reference)
+    expected = expected_reference(bundle)
+    report = summarize(bundle.manifest, device, settings, result, of_golden, comparisons, no_reference, expected)
     if opened is None or not settings.layers:
         return report
     return replace(report, layers=opened.compare_layers(report.tolerance))

@@ -46,7 +46,7 @@ def test_a_copied_bundle_equals_its_golden_data(backbone: str, request: pytest.F
     assert report.passed
     assert report.reference is None
     assert report.no_reference is not None
-    assert report.no_reference.endswith(" is gone")
+    assert report.no_reference == "the model that the bundle was cut from is not on this machine"
     assert report.golden is not None
     assert report.timesteps == report.golden.timesteps == 4
     assert report.error is not None
@@ -176,13 +176,18 @@ def test_nothing_that_builds_is_needed(sit_tiny: Bundle, where: str, tmp_path: P
     assert report["passed"]
     assert report["reference"] is None
     assert report["golden"]["timesteps"] == report["timesteps"] == 4
-    assert report["no_reference"].endswith(" is gone" if where == "copy" else " is not installed")
+    gone = "the model that the bundle was cut from is not on this machine"
+    assert report["no_reference"].endswith(gone if where == "copy" else " is not installed")
+    assert report["expected_reference"] == str(root.parent / "work" / "calibrated")
 
 
 def test_options_of_the_reference_are_not_ignored(sit_tiny: Bundle, tmp_path: Path) -> None:
     root = copied(sit_tiny, tmp_path).root
+    message = (
+        r"--\w+ needs the reference, and the model .* is not on this machine; leave it out .*, or give --reference DIR"
+    )
     for settings in (VerifySettings(timesteps=2), VerifySettings(seed=0), VerifySettings(layers=True)):
-        with pytest.raises(UsageError, match=r"--\w+ needs the reference, and the reference .* is gone; leave it out"):
+        with pytest.raises(UsageError, match=message):
             verify_bundle(root, settings)
     report = verify_bundle(root, VerifySettings(timesteps=2, layers=True), reference=find_reference(sit_tiny))
     assert report.passed
@@ -190,9 +195,8 @@ def test_options_of_the_reference_are_not_ignored(sit_tiny: Bundle, tmp_path: Pa
 
 
 def test_a_bundle_without_golden_data_needs_its_reference() -> None:
-    with pytest.raises(
-        BundleError, match=r"is gone, and .* has no golden data, .*; give --reference .*, or build again"
-    ):
+    message = "is not on this machine, and .* has no golden data, .*; give --reference DIR, .*, or build again"
+    with pytest.raises(BundleError, match=message):
         verify_bundle(OLD, SETTINGS)
 
 
