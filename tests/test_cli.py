@@ -185,6 +185,16 @@ def test_tables_fit_and_cut_no_name(run: Run, monkeypatch: pytest.MonkeyPatch, c
 
 
 @pytest.mark.build
+def test_a_build_names_the_targets_that_its_token_path_rules_out(tmp_path: Path) -> None:
+    targets = "tensorrt-rtx or torch-tensorrt"
+    sentence = f"To compile this model for {targets}, build with --token-path dynamic instead of compact."
+    for path, printed in (("compact", True), ("dynamic", False)):
+        out, err = tiny(tmp_path, "-o", path, "--work", "work", "--token-path", path).communicate()
+        assert "Next:" in out, err
+        assert (sentence in out.splitlines()) is printed
+
+
+@pytest.mark.build
 def test_json_is_one_object_and_a_second_build_reuses_everything(tmp_path: Path) -> None:
     processes = [tiny(tmp_path, "--json", "-o", "bundle")]
     first_out, first_err = processes[0].communicate()

@@ -13,6 +13,7 @@ from dyexport.bundle.tables import FloatArray, TokenStats, WidthTable
 from dyexport.errors import EngineMismatchError
 
 TokenPath = Literal["all", "masked", "capacity", "dynamic", "compact"]
+ALLOCATES: TokenPath = "compact"  # the path whose tensors have sizes that only the data decides
 
 
 def segment_name(index: int) -> str:
@@ -162,6 +163,11 @@ class SegmentPlan(Frozen):
             if len(errors) not in (0, len(self.segments)):
                 raise ValueError(f"{len(errors)} errors are of {len(self.segments)} segments")
         return self
+
+    @property
+    def allocates(self) -> bool:
+        """Whether a segment skips tokens on a path that allocates by data, which some runtimes cannot."""
+        return any(ALLOCATES in segment.token_paths for segment in self.segments)
 
     @property
     def span(self) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from dyexport.commands.results import (
     next_commands,
     next_lines,
     plan_costs,
+    token_path_line,
     trainable_lines,
     unbudgeted_line,
 )
@@ -93,6 +94,8 @@ def build_bundle(settings: BuildSettings, json: bool, without: frozenset[str] = 
         console.print(pairs(_build_lines(payload)))
         if settings.budget is None:
             console.print(unbudgeted_line(settings.routers, payload["flops_ratio"]), soft_wrap=True)
+        if (line := token_path_line(manifest.plan)) is not None:
+            console.print(line, markup=False, soft_wrap=True)
         console.print(next_lines(payload, next_commands(manifest, settings.checkpoint)), markup=False, soft_wrap=True)
 
     if run.replaced:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,10 +13,13 @@ from rich.console import Console
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, format_bytes, pairs
 
 if TYPE_CHECKING:
+    from dyexport.bundle.reader import Bundle
     from dyexport.doctor.bundles import EngineFit
     from dyexport.doctor.diagnosis import Diagnosis
     from dyexport.doctor.machine import Accelerators, Host
     from dyexport.doctor.targets import Verdict
+
+MOST_HASHED = 2**30  # bytes of a bundle
 
 EXAMPLES = (
     "dyexport doctor",
@@ -35,22 +39,34 @@ def doctor(
 
     Exits with 0 if a target runs here, and with a bundle if one of its engines does; else with 1.
     """
-    from dyexport.bundle.reader import Bundle
     from dyexport.doctor.machine import find_host
     from dyexport.doctor.probing import Findings
 
-    opened = None if bundle is None else Bundle.open(bundle, check_hashes=False)
+    opened, hashed = (None, None) if bundle is None else _opened(bundle)
     findings = Findings()
     host = find_host(findings)
     if not json:  # before torch is imported, which takes seconds
-        Console(highlight=False).print(pairs(list(_host_lines(host))))
+        Console(highlight=False).print("Machine", pairs(list(_host_lines(host))))
     with chatter_on_stderr():
         from dyexport.doctor.diagnosis import diagnose
 
-        diagnosis = diagnose(host, findings, opened, bundle)
+        diagnosis = diagnose(host, findings, opened, bundle, hashed)
     emit(diagnosis.as_json(), as_json=json, human=_printer(diagnosis, bundle))
     if not diagnosis.passed:
         raise typer.Exit(1)
+
+
+def _opened(path: Path) -> tuple[Bundle, bool]:
+    """Open a bundle; return whether its files were hashed, which large ones are not: that takes minutes.
+
+    Raises ``BundleError`` for a damaged bundle.
+    """
+    from dyexport.bundle.reader import Bundle
+
+    bundle = Bundle.open(path, check_hashes=False)
+    if sum(record.bytes for record in bundle.manifest.files.values()) > MOST_HASHED:
+        return bundle, False
+    return Bundle.open(path), True
 
 
 def _printer(diagnosis: Diagnosis, bundle: Path | None) -> Callable[[Console], None]:
@@ -58,10 +74,14 @@ def _printer(diagnosis: Diagnosis, bundle: Path | None) -> Callable[[Console], N
         def lines(*texts: str) -> None:
             console.print(*texts, sep="\n", markup=False, soft_wrap=True)
 
+        lines("", "Accelerators, as torch and ONNX Runtime see them")
         console.print(pairs(list(_accelerator_lines(diagnosis.machine.accelerators))))
         lines("", "Targets", *(line for verdict in diagnosis.targets for line in _target_lines(verdict)))
         if diagnosis.bundle is not None:
             lines("", f"Engines of {bundle}", *(line for fit in diagnosis.bundle for line in _fit_lines(fit)))
+        if diagnosis.hashed is False:
+            cure = f"dyexport verify {shlex.quote(str(bundle))}"
+            lines("  The contents of its files were not checked, since they are large; this does it:", f"      {cure}")
         if diagnosis.problems:
             lines("", "Probes that failed", *(f"  {name}: {why}" for name, why in diagnosis.problems.items()))
 
@@ -96,14 +116,15 @@ def _accelerator_lines(accelerators: Accelerators) -> Iterator[tuple[str, str]]:
 def _target_lines(verdict: Verdict) -> Iterator[str]:
     """Yield what runs where, what is missing, and each command on a line of its own to copy."""
     runs = "does not run" if verdict.device is None else f"runs on {verdict.device}"
+    compiles = "; can be compiled here" if verdict.device is None and verdict.compiles else ""
     needs = "; ".join(need.what for need in verdict.needs)
-    yield f"  {verdict.target}: {runs}{f'; missing: {needs}' if needs else ''}"
+    yield f"  {verdict.target}: {runs}{compiles}{f'; missing: {needs}' if needs else ''}"
     yield from (f"      {need.install}" for need in verdict.needs if need.install is not None)
 
 
 def _fit_lines(fit: EngineFit) -> Iterator[str]:
-    count = f"{fit.fitting} of {fit.engines} run" if fit.engines else "none"
-    yield f"  {fit.target}: {count}{f'; {fit.reason}' if fit.reason else ''}"
+    runs = f"{fit.fitting} of {fit.engines} run" if fit.engines else None
+    yield f"  {fit.target}: {'; '.join(filter(None, (runs, fit.reason)))}"
     if fit.weight_bytes is not None:
         least = f"{_size(fit.weight_bytes)} of weights, {_size(fit.least_bytes)} with one engine at a time"
         short = "; too little" if fit.fits_in_memory is False else ""

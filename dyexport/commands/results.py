@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dyexport.bundle.manifest import DENSE
+from dyexport.bundle.plan import ALLOCATES
+from dyexport.bundle.targets import TARGETS
 from dyexport.console import format_bytes
 
 if TYPE_CHECKING:
@@ -70,3 +72,11 @@ def next_lines(payload: Mapping[str, Any], commands: Sequence[str]) -> str:
         f"{work} ({format_bytes(payload['work_bytes'])}) holds the finished stages, for other builds of this model.\n"
         f"To remove it: rm -r {shlex.quote(work)}"
     )
+
+
+def token_path_line(plan: SegmentPlan) -> str | None:
+    """Return a sentence on the targets that cannot run a plan, with the option that lets them; None if all can."""
+    if not plan.allocates:
+        return None
+    targets = " or ".join(name for name, target in TARGETS.items() if target.static_tokens and target.compiled)
+    return f"To compile this model for {targets}, build with --token-path dynamic instead of {ALLOCATES}."

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dyexport.bundle.manifest import Manifest
 from dyexport.bundle.manifest_file import MANIFEST, read_manifest
-from dyexport.bundle.plan import TokenPath
+from dyexport.bundle.plan import ALLOCATES
 from dyexport.bundle.reader import Bundle
 from dyexport.bundle.targets import ONNX, TARGETS
 from dyexport.compilation.base import Compiler, EngineJob
@@ -27,8 +27,6 @@ from dyexport.files import remove, storage_errors, user_cache
 from dyexport.progress import Progress
 from dyexport.stages.ledger import BuildListener, Ledger, NullListener, Reporter
 from dyexport.stages.locking import locked_output
-
-ALLOCATES: TokenPath = "compact"  # the token path whose tensors have sizes that only the data decides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,8 +175,7 @@ def _progress(listener: BuildListener, stage: str) -> Progress:
 
 
 def _check_token_path(bundle: Bundle, target: str) -> None:
-    paths = {path for segment in bundle.manifest.plan.segments for path in segment.token_paths}
-    if TARGETS[target].static_tokens and ALLOCATES in paths:
+    if TARGETS[target].static_tokens and bundle.manifest.plan.allocates:
         raise EngineBuildError(
             f"{bundle.root} skips tokens on the path {ALLOCATES!r}, which allocates by data, and {target} cannot; "
             "build the bundle with --token-path dynamic"

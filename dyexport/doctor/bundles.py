@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dyexport.bundle.manifest import CONDITIONING
-from dyexport.bundle.plan import segment_name
+from dyexport.bundle.plan import ALLOCATES, segment_name
 from dyexport.bundle.reader import Bundle
+from dyexport.bundle.targets import TARGETS
 from dyexport.doctor.probing import Findings, explain
 from dyexport.doctor.targets import Machine, Verdict
 from dyexport.engines.registry import EngineOptions, engine_files, get_backend, make_engines
-
-NOT_COMPILED = "onnx"  # the graphs that every bundle has
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFit:
     """Whether a bundle's engines of one target run here.
 
-    ``engines`` is how many there are, ``fitting`` how many run; the rest do not for ``reason``. ``weight_bytes`` is of
-    all engines together, ``least_bytes`` of the largest one and the conditioning: what has to be in memory at a time.
+    ``engines`` is how many there are, the dense network included, and ``fitting`` how many run; the rest do not for
+    ``reason``. ``weight_bytes`` is of all engines that sampling uses together, ``least_bytes`` of the largest one and
+    the conditioning: what has to be in memory at a time.
     ``free_bytes`` is the free memory of ``device``. ``compile`` is the command that makes engines for this machine.
     """
 
@@ -58,17 +58,20 @@ def fit_bundle(
 def _fit(bundle: Bundle, path: Path, verdict: Verdict, machine: Machine, findings: Findings) -> EngineFit:
     target = verdict.target
     paths = findings.attempt(target, lambda: _paths(bundle, target)) or []
-    reasons = [_reason(bundle, verdict, each) for each in paths]
+    refusal = _refusal(bundle, target)
+    reasons = [refusal or _reason(bundle, verdict, each) for each in paths]
     fitting = reasons.count(None)
     device = findings.attempt(f"device of {target}", lambda: _device(verdict, paths)) or verdict.device
-    sizes = findings.attempt(f"weights of {target}", lambda: _sizes(target, paths, device)) if paths else None
-    makeable = target != NOT_COMPILED and verdict.device is not None and fitting < max(len(paths), 1)
+    sampled = paths[: len(bundle.manifest.plan.segments) + 1]
+    sizes = findings.attempt(f"weights of {target}", lambda: _sizes(target, sampled, device)) if paths else None
+    replaces = verdict.device is not None and fitting < len(paths)
+    makeable = refusal is None and TARGETS[target].compiled and verdict.compiles and (replaces or not paths)
     return EngineFit(
         target=target,
         device=device,
         engines=len(paths),
         fitting=fitting,
-        reason=next(filter(None, reasons), None) if paths else "the bundle has no such engines",
+        reason=next(filter(None, reasons), None) if paths else refusal or _absence(verdict, makeable),
         weight_bytes=None if sizes is None else sizes.together,
         least_bytes=None if sizes is None else sizes.least,
         free_bytes=_free(device, machine),
@@ -77,13 +80,35 @@ def _fit(bundle: Bundle, path: Path, verdict: Verdict, machine: Machine, finding
 
 
 def _paths(bundle: Bundle, target: str) -> list[Path]:
-    """Return the engine files that sampling uses, the conditioning last; none if the bundle lacks the target."""
+    """Return the engine files of all networks; none if the bundle lacks the target.
+
+    Those that sampling uses come first: the segments and their conditioning.
+    """
     files = engine_files(target)
     if files not in {engine.target for engine in bundle.manifest.engines}:
         return []
     found = bundle.engine_paths(files)
-    segments = (segment_name(index) for index in range(len(bundle.manifest.plan.segments)))
-    return [found[network] for network in (*segments, CONDITIONING)]
+    segments = [segment_name(index) for index in range(len(bundle.manifest.plan.segments))]
+    sampled = [found.pop(network) for network in (*segments, CONDITIONING)]
+    return [*sampled, *found.values()]
+
+
+def _refusal(bundle: Bundle, target: str) -> str | None:
+    """Explain why a target can run this bundle on no machine; None if it can."""
+    described, quantization = TARGETS[target], bundle.manifest.model.quantization
+    if described.from_modules and quantization is not None:
+        return f"cannot be compiled: its linear layers are in {quantization}, which only its ONNX graphs have"
+    if not described.static_tokens or not bundle.manifest.plan.allocates:
+        return None
+    verb = "compiled" if described.compiled else "run"
+    return f"cannot be {verb}: its engines skip tokens on the path {ALLOCATES!r}; build it with --token-path dynamic"
+
+
+def _absence(verdict: Verdict, makeable: bool) -> str:
+    """Return the reason for a target without engines."""
+    if makeable and verdict.device is None:
+        return "does not run here; can be compiled here"
+    return "the bundle has no such engines"
 
 
 def _reason(bundle: Bundle, verdict: Verdict, path: Path) -> str | None:

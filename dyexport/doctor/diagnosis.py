@@ -16,11 +16,15 @@ from dyexport.doctor.targets import Machine, Verdict, judge_all
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """``bundle`` has one entry for each target; None without a bundle. ``problems`` are failures by probe."""
+    """``bundle`` has one entry for each target; None without a bundle. ``problems`` are failures by probe.
+
+    ``hashed`` tells whether the files of the bundle were compared with their hashes; None without a bundle.
+    """
 
     machine: Machine
     targets: tuple[Verdict, ...]
     bundle: tuple[EngineFit, ...] | None
+    hashed: bool | None
     problems: Mapping[str, str]
 
     @property
@@ -42,13 +46,20 @@ class Diagnosis:
             "accelerators": asdict(self.machine.accelerators),
             "targets": [asdict(verdict) for verdict in self.targets],
             "bundle": fits,
+            "hashed": self.hashed,
             "problems": dict(self.problems),
         }
 
 
-def diagnose(host: Host, findings: Findings, bundle: Bundle | None = None, path: Path | None = None) -> Diagnosis:
+def diagnose(
+    host: Host,
+    findings: Findings,
+    bundle: Bundle | None = None,
+    path: Path | None = None,
+    hashed: bool | None = None,
+) -> Diagnosis:
     """Import torch and judge every target, and the engines of ``bundle``, which was opened at ``path``."""
     machine = Machine(host=host, accelerators=find_accelerators(findings))
     verdicts = judge_all(machine)
     fits = None if bundle is None else fit_bundle(bundle, path or bundle.root, verdicts, machine, findings)
-    return Diagnosis(machine=machine, targets=verdicts, bundle=fits, problems=findings.problems)
+    return Diagnosis(machine=machine, targets=verdicts, bundle=fits, hashed=hashed, problems=findings.problems)

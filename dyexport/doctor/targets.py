@@ -18,6 +18,7 @@ from dyexport.tensorrt_api import load_api
 
 CUDA = "CUDAExecutionProvider"
 FIRST_JETPACK_7 = 38  # release of Jetson Linux
+RTX_PROVIDER = "onnxruntime_ep_nv_tensorrt_rtx"  # module of ONNX Runtime's plug-in
 FOR_TENSORRT = {"tensorrt": ("tensorrt", "TensorRT"), "torch-tensorrt": ("torch_tensorrt", "Torch-TensorRT")}
 
 
@@ -39,11 +40,13 @@ class Need:
 class Verdict:
     """Whether engines of a target run here. ``device`` is ``cpu`` or ``cuda``, None if they run on neither.
 
-    A target that runs may have needs too: of a faster device, or of compiling.
+    With ``compiles``, engines of the target can be compiled here, for this machine or another. A target that runs may
+    have needs too: of a faster device, or of compiling.
     """
 
     target: str
     device: str | None
+    compiles: bool = False
     needs: tuple[Need, ...] = ()
 
 
@@ -91,8 +94,10 @@ def _onnx(target: str, machine: Machine) -> Verdict:
 
 
 def _onnx_rtx(target: str, machine: Machine) -> Verdict:
-    if needs := tuple(_gpu_needs(machine)):
-        return Verdict(target=target, device=None, needs=needs)
+    if needs := [*_gpu_needs(machine)]:
+        if find_spec(RTX_PROVIDER) is None and machine.host.jetson is None:
+            needs.append(_absent(MissingDependencyError("ONNX Runtime's TensorRT-RTX provider", "rtx")))
+        return Verdict(target=target, device=None, needs=tuple(needs))
     from dyexport.engines.ort_rtx import rtx_devices
 
     rtx_devices()
@@ -103,24 +108,32 @@ def _torch(target: str, machine: Machine) -> Verdict:
     needs = [*_kernel_needs(machine.accelerators)]
     if machine.host.compiler is None:
         needs.append(Need(what="g++, for `dyexport compile` only", install="sudo apt-get install g++"))
-    return Verdict(target=target, device="cuda" if machine.accelerators.gpus else "cpu", needs=tuple(needs))
+    device = "cuda" if machine.accelerators.gpus else "cpu"
+    return Verdict(target=target, device=device, compiles=True, needs=tuple(needs))
 
 
 def _rtx_plans(target: str, machine: Machine) -> Verdict:
-    if needs := tuple(_gpu_needs(machine)):
-        return Verdict(target=target, device=None, needs=needs)
-    load_api("tensorrt-rtx").capability(machine.accelerators.gpus[0].compute_capability)
-    return Verdict(target=target, device="cuda")
+    """Judge plans that are compiled without a GPU, too; none are for a Jetson."""
+    needs = [*_gpu_needs(machine)]
+    if needs and machine.host.jetson is not None:
+        return Verdict(target=target, device=None, needs=tuple(needs))
+    try:
+        api = load_api("tensorrt-rtx")
+    except MissingDependencyError as error:
+        return Verdict(target=target, device=None, needs=(*needs, _absent(error)))
+    if not needs:
+        api.capability(machine.accelerators.gpus[0].compute_capability)
+    return Verdict(target=target, device=None if needs else "cuda", compiles=True, needs=tuple(needs))
 
 
 def _gpu_plans(flavour: Flavour, target: str, machine: Machine) -> Verdict:
     module, library = FOR_TENSORRT[flavour]
     needs = [*_gpu_needs(machine)]
-    if find_spec(module) is None and _has_gpu(machine.host):
+    if find_spec(module) is None:
         needs.append(_tensorrt(library, flavour, machine.host))
     if not needs:
         load_api(flavour)
-    return Verdict(target=target, device=None if needs else "cuda", needs=tuple(needs))
+    return Verdict(target=target, device=None if needs else "cuda", compiles=not needs, needs=tuple(needs))
 
 
 def _tensorrt(library: str, flavour: Flavour, host: Host) -> Need:

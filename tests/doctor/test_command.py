@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from dyexport.bundle.manifest import CONDITIONING, EngineRecord
-from dyexport.bundle.plan import segment_name
+from dyexport.bundle.manifest_file import MANIFEST, RANGES, seal
+from dyexport.bundle.plan import TokenPath, segment_name
 from dyexport.bundle.plan_info import ENGINE, INFO, PlanInfo
 from dyexport.bundle.reader import Bundle
+from dyexport.commands.doctor import MOST_HASHED
 from dyexport.digests import sha256_of
 from dyexport.doctor.bundles import EngineFit, fit_bundle
 from dyexport.doctor.probing import Findings
@@ -35,6 +37,13 @@ def doctor(*arguments: str, site: Path | None = None, cwd: Path) -> tuple[int, d
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, json.loads(done.stdout)
+
+
+def printed(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command for a person to read."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "dyexport", "doctor", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
 
 def broken(site: Path, *packages: str) -> Path:
@@ -115,7 +124,11 @@ def test_engines_of_a_bundle_that_run(tmp_path: Path) -> None:
     code, payload = doctor("bundle", cwd=tmp_path)
     onnx = next(fit for fit in payload["bundle"] if fit["target"] == "onnx")
     assert code == 0
-    assert (onnx["engines"], onnx["fitting"], onnx["compile"], onnx["fits_in_memory"]) == (3, 3, None, True)
+    assert (onnx["engines"], onnx["fitting"], onnx["compile"], onnx["fits_in_memory"]) == (4, 4, None, True)
+    assert onnx["engines"] == len(Bundle.open(tiny.root).engine_paths("onnx")), (
+        "as compile counts: the dense network, too"
+    )
+    assert payload["hashed"] is True
     store = (tiny.root / "graphs" / "weights.bin").stat().st_size
     assert 0 < onnx["least_bytes"] < onnx["weight_bytes"] <= 3 * store
 
@@ -126,6 +139,67 @@ def test_no_bundle_is_an_error(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert "nowhere does not exist; give the directory of a bundle" in done.stderr
+
+
+def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
+    root = write_bundle(tmp_path / "bundle", segments=2).root
+    store = root / "graphs" / "weights.bin"
+    content = bytearray(store.read_bytes())
+    content[len(content) // 2] ^= 1
+    store.write_bytes(content)
+    done = printed("bundle", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "weights.bin does not match its hash; copy the bundle again, or build it again" in done.stderr
+
+
+def test_contents_of_large_bundles_are_not_checked(tmp_path: Path) -> None:
+    """A sparse file of another hash, in a bundle that would take long to read."""
+    root = write_bundle(tmp_path / "bundle", segments=2).root
+    (root / "large").touch()
+    os.truncate(root / "large", MOST_HASHED + 1)
+    content = json.loads((root / MANIFEST).read_text())
+    del content["sha256"]
+    content["files"]["large"] = {"sha256": "0" * 64, "bytes": MOST_HASHED + 1}
+    (root / MANIFEST).write_bytes(seal(json.dumps(content, indent=1)))
+    done = printed("bundle", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "contents of its files were not checked" in done.stdout
+    assert "\n      dyexport verify bundle\n" in done.stdout
+    assert doctor("bundle", cwd=tmp_path)[1]["hashed"] is False
+
+
+def test_tables_have_titles(tmp_path: Path) -> None:
+    lines = printed(cwd=tmp_path).stdout.splitlines()
+    titles = ("Machine", "Accelerators, as torch and ONNX Runtime see them", "Targets")
+    assert [line for line in lines if line and not line.startswith(" ")] == list(titles)
+
+
+@pytest.mark.parametrize(
+    ("target", "verb"), [("tensorrt-rtx", "compiled"), ("torch-tensorrt", "compiled"), ("onnx-rtx", "run")]
+)
+def test_targets_that_cannot_skip_tokens_as_the_bundle_does(target: str, verb: str, tmp_path: Path) -> None:
+    fits: dict[TokenPath, EngineFit] = {}
+    paths: tuple[TokenPath, ...] = ("compact", "dynamic")
+    for path in paths:
+        root = write_bundle(tmp_path / path, segments=2, path=path, capacity=2).root
+        fits[path] = fits_of(Bundle.open(root), root, tmp_path)[target]
+    cure = "its engines skip tokens on the path 'compact'; build it with --token-path dynamic"
+    assert fits["compact"].reason == f"cannot be {verb}: {cure}"
+    assert (fits["compact"].fitting, fits["compact"].compile) == (0, None)
+    assert fits["dynamic"].reason is not None
+    assert "compact" not in fits["dynamic"].reason
+
+
+@without_gpu
+@pytest.mark.tensorrt
+def test_plans_can_be_compiled_where_they_do_not_run(rtx: Any, tmp_path: Path) -> None:
+    write_bundle(tmp_path / "my bundle", segments=2)
+    _, payload = doctor("my bundle", cwd=tmp_path)
+    plans = next(fit for fit in payload["bundle"] if fit["target"] == "tensorrt-rtx")
+    assert (plans["engines"], plans["fitting"], plans["device"]) == (0, 0, None)
+    assert plans["reason"] == "does not run here; can be compiled here"
+    assert plans["compile"] == "dyexport compile 'my bundle' --target tensorrt-rtx"
+    assert next(each for each in payload["targets"] if each["target"] == "tensorrt-rtx")["compiles"] is True
 
 
 @without_gpu
@@ -165,3 +239,18 @@ def test_memory_that_is_too_small() -> None:
     assert EngineFit(**sizes, weight_bytes=9, least_bytes=5, free_bytes=5).fits_in_memory is True
     assert EngineFit(**sizes, weight_bytes=9, least_bytes=5, free_bytes=4).fits_in_memory is False
     assert EngineFit(**sizes, weight_bytes=9, least_bytes=5, free_bytes=None).fits_in_memory is None
+
+
+def test_eight_bits_cannot_be_compiled_from_modules(tmp_path: Path) -> None:
+    root = tmp_path / "bundle"
+    tiny = write_bundle(root, segments=2)
+    (root / RANGES).write_text("{}")
+    spec = tiny.spec.model_copy(update={"quantization": "int8"})
+    write_manifest(root, spec, tiny.plan, list(Bundle.open(root).manifest.engines))
+    fits = fits_of(Bundle.open(root), root, tmp_path)
+    for target in ("torch", "torch-tensorrt"):
+        assert (
+            fits[target].reason == "cannot be compiled: its linear layers are in int8, which only its ONNX graphs have"
+        )
+        assert fits[target].compile is None
+    assert fits["onnx"].runs

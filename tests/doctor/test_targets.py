@@ -15,6 +15,17 @@ from tests.doctor.machines import ORIN_JETPACK_6, ORIN_JETPACK_7, machine, write
 
 without_tensorrt = pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+PACKAGES = {
+    "onnx-rtx": (
+        "onnxruntime_ep_nv_tensorrt_rtx",
+        "ONNX Runtime's TensorRT-RTX provider",
+        "pip install 'dyexport[rtx]'",
+    ),
+    "tensorrt": ("tensorrt", "TensorRT", "pip install 'dyexport[tensorrt]'"),
+    "tensorrt-rtx": ("tensorrt_rtx_bindings", "TensorRT-RTX", "pip install 'dyexport[rtx]'"),
+    "torch-tensorrt": ("torch_tensorrt", "Torch-TensorRT", "pip install 'dyexport[torch-tensorrt]'"),
+}
+"""Module, name and command of the package that a target needs besides a GPU."""
 
 
 def needs(verdict: Verdict) -> dict[str, str | None]:
@@ -30,20 +41,26 @@ def test_a_machine_without_a_gpu(tmp_path: Path) -> None:
     verdicts = {target: judge(target, machine(tmp_path)) for target in CHECKS}
     assert {target for target, verdict in verdicts.items() if verdict.device is not None} == {"onnx", "torch"}
     assert needs(verdicts["onnx"]) == {}
-    for target in ("onnx-rtx", "tensorrt", "tensorrt-rtx", "torch-tensorrt"):
-        assert needs(verdicts[target]) == {"an NVIDIA GPU": None}
+    for target, (module, package, command) in PACKAGES.items():
+        absent = {package: command} if find_spec(module) is None else {}
+        assert needs(verdicts[target]) == {"an NVIDIA GPU": None, **absent}
+    assert {target for target, verdict in verdicts.items() if verdict.compiles} == {
+        "torch",
+        *(["tensorrt-rtx"] if find_spec("tensorrt_rtx_bindings") else []),
+    }
 
 
 def test_hardware_without_a_driver(tmp_path: Path) -> None:
     write(tmp_path, "sys/bus/pci/devices/0000:01:00.0/vendor", b"0x10de\n")
     write(tmp_path, "sys/bus/pci/devices/0000:01:00.0/class", b"0x030000\n")
     found = needs(judge("tensorrt-rtx", machine(tmp_path)))
-    assert found == {"NVIDIA's driver": "sudo ubuntu-drivers install"}
+    assert found["NVIDIA's driver"] == "sudo ubuntu-drivers install"
+    assert "an NVIDIA GPU" not in found
 
 
 def test_torch_for_the_cpu_next_to_a_driver(tmp_path: Path) -> None:
     write(tmp_path, "proc/driver/nvidia/version", b"NVRM version: NVIDIA UNIX x86_64 Kernel Module  575.57.08  x\n")
-    (found,) = needs(judge("tensorrt-rtx", machine(tmp_path))).values()
+    found = needs(judge("tensorrt-rtx", machine(tmp_path)))["torch with CUDA"]
     plain = torch.__version__.partition("+")[0]
     assert found == f"pip install --force-reinstall --no-deps torch=={plain}"
 
