@@ -108,6 +108,7 @@ class StageLines:
         self._paces: dict[str, Pace] = {}
         self._printed: dict[str, float] = {}  # times of the last lines, by stage
         self._lock = Lock()  # stages may run side by side
+        self.finished_stages = 0
 
     def __enter__(self) -> StageLines:
         self._progress.start()
@@ -135,9 +136,14 @@ class StageLines:
 
     def finished(self, stage: str, seconds: float, *, reused: bool) -> None:
         with self._lock:
+            self.finished_stages += 1
             if stage in self._tasks:
                 self._progress.remove_task(self._tasks.pop(stage))
-            self._print(f"{stage}: {'up to date' if reused else f'done in {seconds:.1f} s'}")
+            self._print(f"{stage}: {'up to date' if reused else f'done in {seconds:.1f} s'}{self._remark()}")
+
+    def _remark(self) -> str:
+        """Return what is added to the line of a finished stage."""
+        return ""
 
     def _print(self, line: str) -> None:
         self._console.print(line, soft_wrap=True, markup=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -73,7 +73,7 @@ def run_demo(
     with _stage(listener, "verify") as advance:
         verified = verify_bundle(settings.out, VerifySettings(), progress=advance)
     with _stage(listener, "bench") as advance:
-        timed = compare(bundle, bench, advance)
+        timed = compare(bundle, bench, lambda name: nullcontext(advance))
     with _stage(listener, "eval") as advance:
         evaluator = Evaluator(load_digits("train"))
         scored = evaluate(bundle, None, evaluator, load_digits("held-out"), sampling, [settings.seed], advance)

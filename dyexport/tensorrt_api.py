@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -11,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dyexport.bundle.plan_info import Flavour
-from dyexport.errors import DyexportError, EngineBuildError, MissingDependencyError
+from dyexport.bundle.plan_info import OLDEST_FP32, Flavour
+from dyexport.errors import DyexportError, EngineBuildError, MissingDependencyError, UsageError
 
 RTX_LIBRARIES = ("libcudart.so*", "libtensorrt_rtx.so*", "libtensorrt_onnxparser_rtx.so*")  # in the order of need
 
@@ -41,14 +42,20 @@ class Api:
         return ("{}.{}".format(*torch.cuda.get_device_capability()),)
 
     def capability(self, text: str) -> Any:
-        """Return the builder's constant for ``8.6``. Raises ``EngineBuildError`` if it does not support that GPU."""
-        known = getattr(self.trt, "ComputeCapability", None)
-        name = f"SM{text.replace('.', '')}"
-        if known is None or not hasattr(known, name):
-            names = sorted(n for n in getattr(known, "__members__", {}) if n.startswith("SM"))
-            spelled = ", ".join(f"{n[2:-1]}.{n[-1]}" for n in names) or "none but the GPU it runs on"
-            raise EngineBuildError(f"{self.flavour} does not build for compute capability {text}; it knows {spelled}")
-        return getattr(known, name)
+        """Return the builder's constant for ``8.6``. Raises ``UsageError`` for a GPU that it builds no plan for."""
+        if text not in (known := self.capabilities()):
+            spelled = ", ".join(known) or "none but the GPU it runs on"
+            raise UsageError(f"{self.flavour} does not build for compute capability {text}; it knows {spelled}")
+        return getattr(self.trt.ComputeCapability, f"SM{text.replace('.', '')}")
+
+    def capabilities(self) -> tuple[str, ...]:
+        """Return the compute capabilities that may be requested, oldest first.
+
+        Without those before ``OLDEST_FP32``, which the builder knows: every bundle has products in fp32.
+        """
+        members = getattr(getattr(self.trt, "ComputeCapability", None), "__members__", {})
+        texts = [f"{name[2:-1]}.{name[-1]}" for name in members if re.fullmatch(r"SM\d{2,}", name)]
+        return tuple(sorted((text for text in texts if float(text) >= OLDEST_FP32), key=float))
 
 
 @cache
@@ -78,13 +85,15 @@ def _load_torch() -> Api:
 def _load_for_gpu(flavour: Flavour, module: str, library: str) -> Api:
     import torch
 
-    if find_spec(module) is None:
-        raise MissingDependencyError(library, flavour)
+    installed = find_spec(module) is not None
     if not torch.cuda.is_available():
+        missing = "" if installed else f", nor is {library} installed"
         raise EngineBuildError(
-            f"--target {flavour} builds for the GPU of this machine, and torch sees none; "
-            "build there, or use --target tensorrt-rtx, which needs none"
+            f"--target {flavour} builds for the GPU of this machine, and torch sees none{missing}; "
+            "build where there is one, or use --target tensorrt-rtx, which needs none"
         )
+    if not installed:
+        raise MissingDependencyError(library, flavour)
     try:
         return Api(flavour=flavour, trt=import_module(module), measures=True)
     except (ImportError, OSError) as error:

@@ -75,6 +75,12 @@ def _parse_one(part: str) -> tuple[str, Profile]:
     return symbol, Profile.parse(sizes)
 
 
+def check_profiles(spec: ModelSpec, segments: Sequence[Segment], settings: TensorrtSettings) -> None:
+    """Raise ``UsageError`` for a profile with a dimension that the networks of a bundle do not have."""
+    for segment in (*segments, None):
+        profiles_for(spec, segment, parse_profiles(settings.profiles))
+
+
 def profiles_for(
     spec: ModelSpec, segment: Segment | None, requested: tuple[Mapping[str, Profile], ...]
 ) -> tuple[dict[str, Profile], ...]:

@@ -25,7 +25,7 @@ from dyexport.bundle.package_info import PACKAGE, PackageInfo, machine_of
 from dyexport.bundle.plan import Segment
 from dyexport.bundle.spec import ModelSpec
 from dyexport.digests import sha256_of
-from dyexport.errors import EngineBuildError, ExportError, reason
+from dyexport.errors import EngineBuildError, ExportError, UsageError, reason
 from dyexport.exporters.examples import dynamic_shapes, example_inputs, example_sizes
 from dyexport.exporters.exported_program import outputs_of
 from dyexport.exporters.tensorrt_profiles import profiles_for
@@ -64,7 +64,8 @@ def build_package(
     ``sizes`` are typical sizes of dynamic dimensions, for which the code is tuned. ``device`` is ``cpu`` or ``cuda``:
     code is compiled for that of this machine. ``graph_sha256`` is of the ONNX graph that describes the weights.
 
-    Raises ``EngineBuildError`` without a C++ compiler or CUDA, ``ExportError`` if torch cannot export the network.
+    Raises ``EngineBuildError`` without a C++ compiler, ``UsageError`` without the GPU, and ``ExportError`` if torch
+    cannot export the network.
     """
     check_compiler(device)
     weights = tuple(sorted(slice_.recipes))
@@ -102,9 +103,9 @@ def typical_sizes(spec: ModelSpec, segment: Segment | None, slice_: Slice) -> di
 
 
 def check_compiler(device: str = "cpu") -> None:
-    """Raise ``EngineBuildError`` if this machine cannot compile for a device."""
+    """Raise ``UsageError`` for a GPU that torch does not see, ``EngineBuildError`` without a C++ compiler."""
     if device != "cpu" and not torch.cuda.is_available():
-        raise EngineBuildError("--target torch compiles for the GPU of this machine, and torch sees none")
+        raise UsageError(f"--device is {device}, and torch sees no GPU; use --device cpu, or install torch for CUDA")
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise EngineBuildError(

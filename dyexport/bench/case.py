@@ -26,6 +26,7 @@ from dyexport.bundle.manifest import DENSE as DENSE_NETWORK
 from dyexport.bundle.reader import Bundle
 from dyexport.bundle.spec import ModelSpec
 from dyexport.engines.registry import engine_files
+from dyexport.progress import Progress, no_progress
 from dyexport.runtime.loading import load
 from dyexport.runtime.stock import stock_transformer
 from dyexport.runtime.transformer import BundleTransformer
@@ -126,13 +127,15 @@ def _stock_variants(case: Case) -> dict[Key, Variant]:
     return variants
 
 
-def first_calls(variants: dict[Key, Variant], clock: Clock) -> dict[Key, float]:
+def first_calls(variants: dict[Key, Variant], clock: Clock, progress: Progress = no_progress) -> dict[Key, float]:
     """Call every variant once, which loads its engine, and time that.
 
     Removes ``torch.compile`` from the variants if this machine cannot compile.
     """
     seconds = {}
-    for key, run in list(variants.items()):
+    runs = list(variants.items())
+    for done, (key, run) in enumerate(runs):
+        progress(done, len(runs))
         try:
             seconds[key] = seconds_of(run, clock)
         except torch._inductor.exc.InductorError:

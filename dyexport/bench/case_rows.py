@@ -16,6 +16,7 @@ from dyexport.bench.statistics import Ratio, Timing, over_trajectory, ratio, wit
 from dyexport.bench.variants import Variant
 from dyexport.bundle.plan import Segment
 from dyexport.bundle.reader import Bundle
+from dyexport.progress import Progress, no_progress
 
 PART = Energy(joules=None, reason="measured for whole networks, not for their parts")
 PIPELINE_RUNS = 3  # for the shares of text encoders and VAE
@@ -88,12 +89,12 @@ def _speedups(
     return {name: None if other is None else ratio(other, timing) for name, other in others.items()}
 
 
-def loop_rows(case: Case, meter: Meter) -> list[Row]:
+def loop_rows(case: Case, meter: Meter, progress: Progress = no_progress) -> list[Row]:
     """Time whole sampling loops of every target, and return their rows."""
-    return _whole_rows(case, loop_variants(case), "trajectory", meter)
+    return _whole_rows(case, loop_variants(case), "trajectory", meter, progress)
 
 
-def pipeline_rows(case: Case, meter: Meter) -> list[Row]:
+def pipeline_rows(case: Case, meter: Meter, progress: Progress = no_progress) -> list[Row]:
     """Time a diffusers pipeline around every target, and return its rows, with the times of its other parts."""
     assert case.settings.pipeline is not None, "the caller has one"
     first = next(iter(case.opened.values())).loaded
@@ -103,7 +104,7 @@ def pipeline_rows(case: Case, meter: Meter) -> list[Row]:
     }
     variants = {key: pipe.variant(network) for key, network in transformers.items()}
     parts = {key: pipe.parts(network, case.clock, PIPELINE_RUNS) for key, network in transformers.items()}
-    return _whole_rows(case, variants, "pipeline", meter, parts)
+    return _whole_rows(case, variants, "pipeline", meter, progress, parts)
 
 
 def _whole_rows(
@@ -111,10 +112,11 @@ def _whole_rows(
     variants: Mapping[Key, Variant],
     unit: Unit,
     meter: Meter,
+    progress: Progress,
     parts: Mapping[Key, Mapping[str, float]] | None = None,
 ) -> list[Row]:
     first = {key: seconds_of(run, case.clock) for key, run in variants.items()}
-    timings = time_rounds(variants, case.loops, clock=case.clock)
+    timings = time_rounds(variants, case.loops, clock=case.clock, progress=progress)
     return [
         _row(
             case,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +23,15 @@ from dyexport.progress import Progress, no_progress
 
 MOST_OTHERS = 0.05  # share of CPU time
 
+Phase = Callable[[str], AbstractContextManager[Progress]]
+"""Context of a named phase of a benchmark; yields where the phase reports its progress."""
+
+
+@contextmanager
+def no_phase(name: str) -> Iterator[Progress]:
+    """Report a phase to nobody."""
+    yield no_progress
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Measured:
@@ -36,8 +45,8 @@ class _Measured:
     environment: Environment
 
 
-def compare(bundle: Bundle, settings: BenchSettings, progress: Progress | None = None) -> BenchReport:
-    """Measure latency, overhead, memory and energy.
+def compare(bundle: Bundle, settings: BenchSettings, phase: Phase = no_phase) -> BenchReport:
+    """Measure latency, overhead, memory and energy, in phases that report to ``phase``.
 
     Raises what ``load`` raises, and ``UsageError`` for a size or a pipeline that the model does not take.
     """
@@ -45,32 +54,47 @@ def compare(bundle: Bundle, settings: BenchSettings, progress: Progress | None =
     measured = []
     with _threads(settings.threads), torch.inference_mode():
         for index, (batch, size) in enumerate(settings.cases):
-            advance = _part(progress or no_progress, index, len(settings.cases))
+            named = _numbered(phase, index, len(settings.cases))
             with opened_case(bundle, settings, batch, size) as case, open_meter(case.device) as meter:
-                measured.append(_measure(case, meter, advance))
-            measured[-1] = replace(measured[-1], rows=tuple(_with_memory(case, row) for row in measured[-1].rows))
+                measured.append(_measure(case, meter, named))
+            with named("memory") as advance:
+                measured[-1] = replace(measured[-1], rows=_with_memories(case, measured[-1].rows, advance))
     return _report(bundle, settings, measured)
 
 
-def _measure(case: Case, meter: Meter, progress: Progress) -> _Measured:
-    variants = step_variants(case)
-    first = first_calls(variants, case.clock)
+def _measure(case: Case, meter: Meter, phase: Phase) -> _Measured:
+    with phase("first calls") as advance:
+        variants = step_variants(case)
+        first = first_calls(variants, case.clock, advance)
     before, taken = conditions(case.device, meter.counter), cpu_time()
-    timings = time_rounds(variants, Blocks(rounds=case.settings.rounds), clock=case.clock, progress=progress)
+    with phase("timing") as advance:
+        timings = time_rounds(variants, Blocks(rounds=case.settings.rounds), clock=case.clock, progress=advance)
     others, after = taken_by_others(taken, cpu_time()), conditions(case.device, meter.counter)
     rows = step_rows(case, timings, first, variants, meter)
     if case.settings.trajectory:
-        rows += loop_rows(case, meter)
+        with phase("whole loops") as advance:
+            rows += loop_rows(case, meter, advance)
     if case.settings.pipeline is not None:
-        rows += pipeline_rows(case, meter)
+        with phase("pictures") as advance:
+            rows += pipeline_rows(case, meter, advance)
+    with phase("overhead"):
+        outside = overheads(case)
     return _Measured(
         rows=tuple(rows),
-        overheads=overheads(case),
+        overheads=outside,
         others=others,
         before=before,
         after=after,
         environment=describe(case.device, torch.get_num_threads()),
     )
+
+
+def _with_memories(case: Case, rows: Sequence[Row], progress: Progress) -> tuple[Row, ...]:
+    measured = []
+    for done, row in enumerate(rows):
+        progress(done, len(rows))
+        measured.append(_with_memory(case, row))
+    return tuple(measured)
 
 
 def _with_memory(case: Case, row: Row) -> Row:
@@ -126,9 +150,9 @@ def _report(bundle: Bundle, settings: BenchSettings, measured: Sequence[_Measure
     )
 
 
-def _part(progress: Progress, index: int, parts: int) -> Progress:
-    """Return the progress of one of several equal parts."""
-    return lambda done, total: progress(index * total + done, parts * total)
+def _numbered(phase: Phase, index: int, cases: int) -> Phase:
+    """Return phases that are named by their case, if there are several."""
+    return (lambda name: phase(f"{name} of case {index + 1} of {cases}")) if cases > 1 else phase
 
 
 @contextmanager

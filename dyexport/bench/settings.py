@@ -13,7 +13,8 @@ from dyexport.backbones import sampling_defaults
 from dyexport.bench.sizes import check_sizes
 from dyexport.digits import samples_digits
 from dyexport.engines.registry import engine_files
-from dyexport.errors import UsageError
+from dyexport.errors import StorageError, UsageError
+from dyexport.files import check_file
 from dyexport.runtime.locating import check_source
 from dyexport.runtime.prompt_settings import prompt_pipeline
 
@@ -122,9 +123,17 @@ def _whole(name: str, text: str, example: str) -> int:
 
 
 def check_output(path: Path) -> None:
-    """Raise ``UsageError`` for a report in another format than JSON, Markdown or CSV."""
+    """Raise ``UsageError`` for another format than JSON, Markdown or CSV, and for a file that cannot be written."""
     if path.suffix.lower() not in FORMATS:
         raise UsageError(f"-o is {shown(str(path))}; the suffix decides the format, so use {', '.join(FORMATS)}")
+    if not path.parent.is_dir():
+        raise UsageError(
+            f"-o is {shown(str(path))}, and there is no directory {shown(str(path.parent))}; make it first"
+        )
+    try:
+        check_file(path)
+    except StorageError as error:
+        raise UsageError(str(error)) from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +14,7 @@ from dyexport.arguments import parse_bytes
 from dyexport.commands import options
 from dyexport.commands.bundles import open_bundle
 from dyexport.commands.parsing import ExplicitOptions
-from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
-from dyexport.files import check_file
+from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar, stderr
 
 if TYPE_CHECKING:
     from dyexport.bench.rows import BenchReport
@@ -143,18 +144,28 @@ def bench(
     )
     if out is not None:
         check_output(out)
-        check_file(out)
     for each in targets:
         _refuse_useless(explicit, settings, open_bundle(bundle, each))
-    with chatter_on_stderr(), progress_bar("timing") as advance:
-        from dyexport.bench.compare import compare
-        from dyexport.bench.rows import payload
-        from dyexport.bench.tables import save_report
+    with chatter_on_stderr():
+        with _phase("opening the bundle"):
+            from dyexport.bench.compare import compare
+            from dyexport.bench.rows import payload
+            from dyexport.bench.tables import save_report
 
-        report = compare(Bundle.open(bundle), settings, advance)
+            opened = Bundle.open(bundle)
+        report = compare(opened, settings, _phase)
         if out is not None:
             save_report(report, out)
     emit(payload(report), as_json=json, human=lambda console: _show(console, report))
+
+
+@contextmanager
+def _phase(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Show the progress of a phase on stderr; without a terminal its name at once, then a line now and then."""
+    if not (console := stderr()).is_terminal:
+        console.print(f"{name} ...", markup=False, soft_wrap=True)
+    with progress_bar(name) as advance:
+        yield advance
 
 
 def _refuse_useless(explicit: ExplicitOptions, settings: BenchSettings, bundle: Bundle) -> None:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dyexport.commands import options
-from dyexport.console import DebugOption, JsonOption, StageLines, chatter_on_stderr, emit, format_bytes, pairs
+from dyexport.console import (
+    DebugOption,
+    Interrupted,
+    JsonOption,
+    StageLines,
+    chatter_on_stderr,
+    emit,
+    format_bytes,
+    pairs,
+)
 
 if TYPE_CHECKING:
     from dyexport.compilation.api import CompiledTarget
@@ -60,6 +69,7 @@ def compile(
 
     Needs neither the checkpoint nor the work directory of the build. Repeat the command to resume.
     """
+    from dyexport.bundle.manifest_file import MANIFEST, read_manifest
     from dyexport.compilation.settings import CompileSettings
     from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 
@@ -73,15 +83,21 @@ def compile(
         device=device,
         jobs=jobs,
     )
-    with chatter_on_stderr(), StageLines() as lines:
-        from dyexport.compilation.api import compile_bundle
+    settings.check_for(read_manifest(bundle / MANIFEST))  # before libraries are loaded
+    lines = EngineLines()
+    try:
+        with chatter_on_stderr(), lines:
+            from dyexport.compilation.api import compile_bundle
 
-        results = compile_bundle(bundle, settings, lines)
+            results = compile_bundle(bundle, settings, lines, lines.announce)
+    except KeyboardInterrupt as error:
+        raise Interrupted(lines.stopped()) from error
     payload = {
         "bundle": str(bundle),
         "targets": {
             result.target: {
                 "compiled": {name: round(seconds, 3) for name, seconds in result.seconds.items()},
+                "elapsed_seconds": round(result.elapsed, 3),
                 "up_to_date": list(result.up_to_date),
                 "bytes": result.bytes,
             }
@@ -91,13 +107,50 @@ def compile(
     emit(payload, as_json=json, human=lambda console: console.print(pairs(_lines(results))))
 
 
+class EngineLines(StageLines):
+    """Progress of a compilation on stderr: a line for each target, then one for each finished engine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._engines = self._before = 0
+
+    def announce(self, target: str, engines: int, at_once: int, replaced: tuple[str, ...]) -> None:
+        """Print what is about to be compiled."""
+        self._engines, self._before = engines, self.finished_stages
+        if replaced:
+            self._print(
+                f"{target}: engines compiled with {' '.join(replaced)} will be replaced by ones with the options of "
+                "this command; to keep them, press Ctrl-C and repeat with their options"
+            )
+        self._print(f"{target}: compiling {counted(engines)}, {at_once} at a time")
+
+    @property
+    def _kept(self) -> int:
+        return min(self.finished_stages - self._before, self._engines)
+
+    def _remark(self) -> str:
+        return f", {self._engines - self._kept} left" if self._kept < self._engines else ""
+
+    def stopped(self) -> str:
+        """Return what to say of an interruption."""
+        if not self._engines:
+            return "stopped; no engine was compiled yet; repeat the command to go on"
+        return f"stopped; {self._kept} of {counted(self._engines)} are kept; repeat the command to go on"
+
+
+def counted(engines: int) -> str:
+    """Return ``1 engine`` or ``4 engines``."""
+    return f"{engines} engine{'s' if engines != 1 else ''}"
+
+
 def _lines(results: Sequence[CompiledTarget]) -> list[tuple[str, str]]:
-    return [(result.target, _line(result)) for result in results]
+    return [(result.target, result_line(result)) for result in results]
 
 
-def _line(result: CompiledTarget) -> str:
+def result_line(result: CompiledTarget) -> str:
+    """Return what is printed about a target."""
     size = f", {format_bytes(result.bytes)}" if result.bytes else ""
     if not result.seconds:
-        return f"up to date, {len(result.up_to_date)} engines{size}"
+        return f"up to date, {counted(len(result.up_to_date))}{size}"
     rest = f", {len(result.up_to_date)} up to date" if result.up_to_date else ""
-    return f"{len(result.seconds)} engines compiled in {sum(result.seconds.values()):.1f} s{rest}{size}"
+    return f"{counted(len(result.seconds))} compiled in {result.elapsed:.1f} s{rest}{size}"

@@ -197,7 +197,7 @@ ComputeCapabilityOption = Annotated[
     str | None,
     _option(
         TENSORRT,
-        "GPUs that TensorRT-RTX plans are built for, such as 8.9,12.0. Default: all that it supports.",
+        "GPUs that TensorRT-RTX plans are built for, such as 8.9,12.0; from 8.0 on. Default: all that it supports.",
         metavar="LIST",
     ),
 ]

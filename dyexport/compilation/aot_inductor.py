@@ -48,6 +48,9 @@ class TorchCompiler:
         made = (info.version, info.machine, info.graph_sha256)
         return made == (torch.__version__, machine_of(self.device), job.graph_sha256)
 
+    def other_options(self, job: EngineJob, engine: Path) -> tuple[str, ...]:
+        return ()
+
     def compile(self, job: EngineJob, out: Path, progress: Progress) -> None:
         """Write the package into the new directory ``out``. Raises ``EngineBuildError``."""
         module = slim_module(job.networks, job.network, job.graph)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 from dyexport.bundle.manifest import Manifest
 from dyexport.bundle.manifest_file import MANIFEST, read_manifest
@@ -15,10 +16,10 @@ from dyexport.bundle.reader import Bundle
 from dyexport.bundle.targets import ONNX, TARGETS
 from dyexport.compilation.base import Compiler, EngineJob
 from dyexport.compilation.install import check_can_grow, finish_install, install, work_folder, working_folder
-from dyexport.compilation.jobs import ENGINES, bundle_jobs, compile_jobs
+from dyexport.compilation.jobs import ENGINES, builders_at_once, bundle_jobs, compile_jobs
 from dyexport.compilation.registry import CompileOptions, get_compiler
 from dyexport.compilation.settings import CompileSettings
-from dyexport.compilation.warming import warm_engines
+from dyexport.compilation.warming import Announce, announce_nothing, warm_engines
 from dyexport.digests import remember
 from dyexport.engines.networks import check_networks
 from dyexport.errors import EngineBuildError, missing_extras
@@ -33,11 +34,13 @@ from dyexport.stages.locking import locked_output
 class CompiledTarget:
     """Result for one target: the networks that were compiled, with seconds, and those that were ``up_to_date``.
 
-    ``bytes`` are those of the target's engines in the bundle.
+    ``elapsed`` is the wall time of this run in seconds; engines are compiled at the same time. ``bytes`` are those of
+    the target's engines in the bundle.
     """
 
     target: str
     seconds: dict[str, float]
+    elapsed: float
     up_to_date: tuple[str, ...]
     bytes: int
 
@@ -82,10 +85,13 @@ def compile_engines(
     return Bundle.open(root)
 
 
-def compile_bundle(path: Path, settings: CompileSettings, listener: BuildListener) -> list[CompiledTarget]:
+def compile_bundle(
+    path: Path, settings: CompileSettings, listener: BuildListener, announce: Announce = announce_nothing
+) -> list[CompiledTarget]:
     """Compile the graphs of a bundle for each target of ``settings``. Raises as ``compile_engines`` does."""
     root = Path(os.path.realpath(path))
-    read_manifest(root / MANIFEST)  # refuses anything else before a builder is loaded
+    manifest = read_manifest(root / MANIFEST)  # refuses anything else before a builder is loaded
+    settings.check_for(manifest)
     targets = tuple(dict.fromkeys(settings.targets))
     compilers = {target: _compiler(target, settings) for target in targets if TARGETS[target].compiled}
     if len(compilers) == len(targets) and not work_folder(root).exists():
@@ -94,16 +100,16 @@ def compile_bundle(path: Path, settings: CompileSettings, listener: BuildListene
             return [_up_to_date(bundle, target, listener) for target in targets]
     if not compilers:  # nothing is added to the bundle
         bundle = _checked(root)
-        return [_warm(bundle, target, settings, listener) for target in targets]
+        return [_warm(bundle, target, settings, listener, announce) for target in targets]
     check_can_grow(root)
     with locked_output(root):
         finish_install(root)
         _checked(root)
         with working_folder(root) as work:
             return [
-                _compile_target(Bundle.open(root), compilers[target], work, settings, listener)
+                _compile_target(Bundle.open(root), compilers[target], work, settings, listener, announce)
                 if target in compilers
-                else _warm(Bundle.open(root), target, settings, listener)
+                else _warm(Bundle.open(root), target, settings, listener, announce)
                 for target in targets
             ]
 
@@ -120,16 +126,22 @@ def _compiler(target: str, settings: CompileSettings) -> Compiler:
 
 
 def _compile_target(
-    bundle: Bundle, compiler: Compiler, work: Path, settings: CompileSettings, listener: BuildListener
+    bundle: Bundle,
+    compiler: Compiler,
+    work: Path,
+    settings: CompileSettings,
+    listener: BuildListener,
+    announce: Announce,
 ) -> CompiledTarget:
     target = compiler.target
     _check_token_path(bundle, target)
     stale = stale_jobs(bundle, compiler)
     if not stale:
         return _up_to_date(bundle, target, listener)
-    outcomes = compile_jobs(
-        Ledger(work, listener), compiler, stale, partial(_progress, listener), at_once=settings.jobs
-    )
+    at_once = builders_at_once(compiler, stale, at_once=settings.jobs)
+    announce(target, len(stale), at_once, other_options(bundle, compiler, stale))
+    begin = perf_counter()
+    outcomes = compile_jobs(Ledger(work, listener), compiler, stale, partial(_progress, listener), at_once=at_once)
     current = frozenset(engines_of(bundle, target)) - {job.network for job in stale}
     manifest = install(bundle, target, outcomes, current)
     with storage_errors(work):
@@ -139,6 +151,7 @@ def _compile_target(
     return CompiledTarget(
         target=target,
         seconds={name: outcome.made_in or outcome.seconds for name, outcome in outcomes.items()},
+        elapsed=perf_counter() - begin,
         up_to_date=tuple(sorted(current)),
         bytes=_bytes(manifest, target),
     )
@@ -154,6 +167,13 @@ def stale_jobs(bundle: Bundle, compiler: Compiler) -> list[EngineJob]:
     ]
 
 
+def other_options(bundle: Bundle, compiler: Compiler, stale: Sequence[EngineJob]) -> tuple[str, ...]:
+    """Return the options by which stale engines were compiled and that their new requests replace, as written."""
+    engines = engines_of(bundle, compiler.target)
+    replaced = (compiler.other_options(job, engines[job.network]) for job in stale if job.network in engines)
+    return tuple(dict.fromkeys(option for options in replaced for option in options))
+
+
 def engines_of(bundle: Bundle, target: str) -> dict[str, Path]:
     """Return the engine files of a target, by network; none if the bundle has none."""
     return {e.network: bundle.root / e.path for e in bundle.manifest.engines if e.target == target}
@@ -163,7 +183,8 @@ def _up_to_date(bundle: Bundle, target: str, listener: BuildListener) -> Compile
     engines = engines_of(bundle, target)
     for network in engines:
         listener.finished(f"{target} {network}", 0.0, reused=True)
-    return CompiledTarget(target=target, seconds={}, up_to_date=tuple(engines), bytes=_bytes(bundle.manifest, target))
+    size = _bytes(bundle.manifest, target)
+    return CompiledTarget(target=target, seconds={}, elapsed=0.0, up_to_date=tuple(engines), bytes=size)
 
 
 def _bytes(manifest: Manifest, target: str) -> int:
@@ -182,6 +203,9 @@ def _check_token_path(bundle: Bundle, target: str) -> None:
         )
 
 
-def _warm(bundle: Bundle, target: str, settings: CompileSettings, listener: BuildListener) -> CompiledTarget:
-    seconds = warm_engines(bundle, target, settings.device or "cuda", listener)
-    return CompiledTarget(target=target, seconds=seconds, up_to_date=(), bytes=0)
+def _warm(
+    bundle: Bundle, target: str, settings: CompileSettings, listener: BuildListener, announce: Announce
+) -> CompiledTarget:
+    begin = perf_counter()
+    seconds = warm_engines(bundle, target, settings.device or "cuda", listener, announce)
+    return CompiledTarget(target=target, seconds=seconds, elapsed=perf_counter() - begin, up_to_date=(), bytes=0)

@@ -96,5 +96,8 @@ class Compiler(Protocol):
     def is_current(self, job: EngineJob, engine: Path) -> bool:
         """Tell whether a bundle's engine file, or the description next to it, is of this builder, graph and request."""
 
+    def other_options(self, job: EngineJob, engine: Path) -> tuple[str, ...]:
+        """Return the options by which a bundle's engine was compiled and that this request replaces, as written."""
+
     def compile(self, job: EngineJob, out: Path, progress: Progress) -> None:
         """Write the engine and its description into the new directory ``out``. Raises ``EngineBuildError``."""

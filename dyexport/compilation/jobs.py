@@ -52,13 +52,16 @@ def compile_jobs(
     ``progress`` returns where a stage reports its progress. ``memory`` bounds the bytes that all builders take
     (default: what is free); ``at_once`` is the number of builders instead.
     """
-    pool = WorkerPool(_workers(compiler, jobs, memory, at_once))
+    pool = WorkerPool(builders_at_once(compiler, jobs, memory, at_once))
     stages = [engine_stage(compiler, job, pool, progress) for job in jobs]
     outcomes = pool.run([partial(ledger.run, stage) for stage in stages])
     return {job.network: outcome for job, outcome in zip(jobs, outcomes, strict=True)}
 
 
-def _workers(compiler: Compiler, jobs: Sequence[EngineJob], memory: int | None, at_once: int | None) -> int:
+def builders_at_once(
+    compiler: Compiler, jobs: Sequence[EngineJob], memory: int | None = None, at_once: int | None = None
+) -> int:
+    """Return how many engines ``compile_jobs`` compiles at a time."""
     if not compiler.parallel:
         return 1
     if at_once is not None:

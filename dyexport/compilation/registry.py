@@ -23,7 +23,7 @@ def _tensorrt(flavour: Flavour) -> Callable[[CompileOptions, Path], Compiler]:
     def make(options: CompileOptions, timings: Path) -> Compiler:
         from dyexport.compilation.tensorrt import TensorRtCompiler
 
-        return TensorRtCompiler(target=flavour, settings=options.tensorrt, timings=timings)
+        return TensorRtCompiler.checked(flavour, options.tensorrt, timings)
 
     return make
 
@@ -51,7 +51,8 @@ COMPILERS: dict[str, Callable[[CompileOptions, Path], Compiler]] = {
 def get_compiler(target: str, options: CompileOptions, timings: Path) -> Compiler:
     """Return the compiler of a target, whose builder can be used here; ``timings`` is a folder that it may keep.
 
-    Raises ``MissingDependencyError`` if the builder is not installed, ``EngineBuildError`` if it cannot be used here.
+    Raises ``MissingDependencyError`` if the builder is not installed, ``EngineBuildError`` if it cannot be used here,
+    and ``UsageError`` for a GPU that it does not build for.
     """
     compiler = COMPILERS[target](options, timings)
     compiler.version()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from dyexport.arguments import shown, whole_number
 from dyexport.bundle.targets import ONNX, TARGETS, Option
 from dyexport.errors import UsageError
-from dyexport.exporters.tensorrt_profiles import TensorrtSettings
+from dyexport.exporters.tensorrt_profiles import TensorrtSettings, check_profiles
+
+if TYPE_CHECKING:
+    from dyexport.bundle.manifest import Manifest
 
 MOST_JOBS = 1024
 
@@ -36,6 +40,10 @@ class CompileSettings:
         for option, name in self._given():
             if not any(option in TARGETS[target].options for target in self.targets):
                 raise UsageError(f"{name} does nothing for {' and '.join(self.targets)}; leave it out")
+
+    def check_for(self, manifest: Manifest) -> None:
+        """Raise ``UsageError`` for a profile with a dimension that the networks of a bundle do not have."""
+        check_profiles(manifest.model, manifest.plan.segments, self.tensorrt)
 
     def _given(self) -> list[tuple[Option, str]]:
         """Return the options that are not at their defaults, and how they are written."""

@@ -25,6 +25,14 @@ class TensorRtCompiler:
     settings: TensorrtSettings
     timings: Path
 
+    @classmethod
+    def checked(cls, target: Flavour, settings: TensorrtSettings, timings: Path) -> TensorRtCompiler:
+        """Return a compiler whose builder knows the requested compute capabilities. Raises ``UsageError``."""
+        compiler = cls(target=target, settings=settings, timings=timings)
+        for text in () if compiler.api.measures else settings.compute_capabilities:
+            compiler.api.capability(text)
+        return compiler
+
     @property
     def api(self) -> Api:
         return load_api(self.target)
@@ -42,6 +50,9 @@ class TensorRtCompiler:
 
     def is_current(self, job: EngineJob, engine: Path) -> bool:
         return is_current(self.request(job), self.api, job.graph_sha256, engine)
+
+    def other_options(self, job: EngineJob, engine: Path) -> tuple[str, ...]:
+        return other_options(self.request(job), self.api, engine)
 
     def compile(self, job: EngineJob, out: Path, progress: Progress) -> None:
         timings = self.timings / f"{self.target}-{self.version()}"
@@ -70,6 +81,26 @@ def is_current(request: PlanRequest, api: Api, graph_sha256: str, engine: Path) 
     return info == info.model_copy(update=requested)
 
 
+def other_options(request: PlanRequest, api: Api, engine: Path) -> tuple[str, ...]:
+    """Return the options by which an engine was compiled and that differ from the request's, as they are written."""
+    try:
+        info = PlanInfo.read(engine.with_name(INFO))
+    except EngineMismatchError:
+        return ()
+    options = []
+    if not api.measures and info.compute_capabilities != request.compute_capabilities:
+        built_for = ",".join(info.compute_capabilities)
+        options.append(f"--compute-capability {built_for}" if built_for else "no --compute-capability")
+    profiles = tuple(dict(profiles) for profiles in request.profiles)
+    for earlier in (each for each in info.profiles if each not in profiles):
+        differing = {name: size for name, size in earlier.items() if all(size != each.get(name) for each in profiles)}
+        sizes = (f"{name}={size.min}:{size.opt}:{size.max}" for name, size in (differing or earlier).items())
+        options.append(f"--profile {','.join(sizes)}")
+    if info.streamable and not request.stream_weights:
+        options.append("--stream-weights")
+    return tuple(options)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TorchTensorRtCompiler:
     """Compiler of Torch-TensorRT programs. Untested on a GPU."""
@@ -86,6 +117,9 @@ class TorchTensorRtCompiler:
 
     def is_current(self, job: EngineJob, engine: Path) -> bool:
         return is_current(self.request(job), load_api(self.target), job.graph_sha256, engine)
+
+    def other_options(self, job: EngineJob, engine: Path) -> tuple[str, ...]:
+        return other_options(self.request(job), load_api(self.target), engine)
 
     def compile(self, job: EngineJob, out: Path, progress: Progress) -> None:
         from dyexport.compilation.modules import slim_module

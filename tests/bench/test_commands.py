@@ -155,8 +155,10 @@ def test_inspect_json_is_complete(run: Any, ddpm: TinyBundle) -> None:
 
 def test_bench_prints_one_json_object(run: Any, built: Any, tmp_path: Path) -> None:
     arguments = ("--rounds", 1, "--steps", 2, "--no-compile", "--no-eager", "--threads", 1, "--json")
-    code, stdout, _ = run("bench", built.root, *arguments, "--device", "cpu", "-o", tmp_path / "report.csv")
+    code, stdout, stderr = run("bench", built.root, *arguments, "--device", "cpu", "-o", tmp_path / "report.csv")
     assert code == 0
+    phases = ["opening the bundle ...", "first calls ...", "timing ...", "overhead ...", "memory ..."]
+    assert [line for line in stderr.splitlines() if line.endswith(" ...")] == phases
     found = json.loads(stdout)
     assert found["p50"] > 0
     assert found["speedup_vs_dense"] is None  # of one round
@@ -172,6 +174,7 @@ def test_bench_prints_one_json_object(run: Any, built: Any, tmp_path: Path) -> N
         (("--target", "onnx", "--target", "onnx"), "--target names onnx twice"),
         (("--device", "tpu"), "--device is 'tpu'"),
         (("-o", "report.txt"), "-o is report.txt"),
+        (("-o", "gone/report.md"), "-o is gone/report.md, and there is no directory gone"),
         (("--size", "64"), "--size does nothing here"),
         (("--pipeline", "x"), "--pipeline does nothing here"),
         (("--share-weights", "--target", "tensorrt"), "--share-weights does nothing here"),

@@ -7,6 +7,8 @@ import io
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from dyexport.bundle.reader import Bundle
 from dyexport.bundle.spec import Precision
 from dyexport.engines.fake import FakeEngine
 from dyexport.errors import DyexportError, UsageError
+from dyexport.progress import Progress
 from dyexport.runtime.loading import load
 from dyexport.runtime.stock import example_inputs, stock_transformer
 from tests.bench.text import rendered
@@ -36,6 +39,24 @@ from tests.bench.text import rendered
 @pytest.fixture(scope="module")
 def report(built: Bundle) -> BenchReport:
     return compare(built, BenchSettings(rounds=4, steps=4, batches=(2, 1), compiled=False, trajectory=True))
+
+
+def test_each_phase_reports_its_progress(built: Bundle) -> None:
+    """The memory phase too, which starts a process for each whole network."""
+    reports: dict[str, list[tuple[int, int]]] = {}
+
+    @contextmanager
+    def phase(name: str) -> Iterator[Progress]:
+        yield lambda done, total: reports.setdefault(name, []).append((done, total))
+
+    settings = BenchSettings(rounds=2, steps=2, batches=(2, 1), compiled=False, eager=False, trajectory=True)
+    report = compare(built, settings, phase)
+    for case in ("1 of 2", "2 of 2"):
+        for name in ("first calls", "timing", "whole loops", "memory"):
+            done, totals = zip(*reports[f"{name} of case {case}"], strict=True)
+            assert done == tuple(range(totals[0]))
+            assert set(totals) == {totals[0]}
+    assert len(reports["memory of case 1 of 2"]) == len([row for row in report.rows if row.batch == 2])
 
 
 def steps(report: BenchReport, batch: int = 2) -> dict[str, Row]:

@@ -21,7 +21,8 @@ from dyexport.bundle.manifest_file import MANIFEST, manifest_text, read_manifest
 from dyexport.bundle.plan_info import INFO, PlanInfo
 from dyexport.bundle.reader import Bundle
 from dyexport.cli import main
-from dyexport.compilation.api import compile_bundle
+from dyexport.commands.compile import EngineLines, result_line
+from dyexport.compilation.api import CompiledTarget, compile_bundle, other_options
 from dyexport.compilation.base import BundleNetworks
 from dyexport.compilation.jobs import bundle_jobs, engine_stage
 from dyexport.compilation.modules import cut
@@ -110,10 +111,16 @@ def test_plans_of_another_gpu_or_version_are_replaced(rtx: Any, root: Path, monk
         (result,) = compile_for(root, jobs=1)  # in this process
     assert result.seconds.keys() == set(NETWORKS)
     assert {info.version for info in infos(root).values()} == {"1.6.0"}
-    (result,) = compile_for(root, tensorrt=TensorrtSettings(compute_capabilities=("12.0",)))
+    announced: list[Any] = []
+    blackwell = CompileSettings(targets=(RTX,), tensorrt=TensorrtSettings(compute_capabilities=("12.0",)), jobs=2)
+    (result,) = compile_bundle(root, blackwell, NullListener(), lambda *said: announced.append(said))
+    assert announced == [(RTX, 4, 2, ("--compute-capability 8.9",))]
     assert result.seconds.keys() == set(NETWORKS)
     assert {info.compute_capabilities for info in infos(root).values()} == {("12.0",)}
     after = Bundle.open(root)
+    options = CompileOptions(tensorrt=TensorrtSettings(profiles=("batch=1:1:4",)))
+    replaced = other_options(after, get_compiler(RTX, options, root), bundle_jobs(after))
+    assert replaced == ("--compute-capability 12.0", "--profile batch=1:2:8")
     assert len(after.manifest.files) == len(before.manifest.files)
     assert {*after.manifest.files, MANIFEST} == {*everything_in(root)}
     assert [name for name in everything_in(root.parent) if not name.startswith("bundle/")] == []
@@ -247,8 +254,10 @@ def test_a_bundle_whose_tokens_are_allocated_by_data_is_refused(rtx: Any, sit_ti
 def test_what_runs_graphs_on_a_gpu_says_so_without_one(root: Path, rtx: Any) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(EngineBuildError, match="--target onnx-rtx compiles on the GPU that runs the engines"):
+    with pytest.raises(EngineBuildError, match="--target onnx-rtx compiles on the GPU that runs the engines") as error:
         compile_for(root, "onnx-rtx", tensorrt=TensorrtSettings())
+    assert "use --target onnx" not in str(error.value)
+    assert "target=" not in str(error.value)
     with pytest.raises(UsageError, match="--device is cpu, and --target onnx-rtx compiles for GPUs"):
         compile_bundle(root, CompileSettings(targets=("onnx-rtx",), device="cpu"), NullListener())
     assert everything_in(root.parent) == [f"bundle/{name}" for name in everything_in(root)]
@@ -280,6 +289,64 @@ def test_options_that_would_do_nothing_are_refused(
     assert (left.value.code, captured.out) == (2, "")
     (sentence,) = captured.err.strip().splitlines()
     assert message in sentence
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--compute-capability", "9.0", "does not build for compute capability 9.0; it knows 8.0, "),
+        ("--compute-capability", "7.5", "does not build for compute capability 7.5; it knows 8.0, "),
+        ("--profile", "foo=3", "--profile names 'foo'; sit-tiny has batch, "),
+    ],
+)
+def test_a_wrong_option_is_named_before_what_the_bundle_lacks(
+    rtx: Any,
+    sit_tiny: Bundle,
+    option: str,
+    value: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The bundle allocates tokens by data, for which no plan is built."""
+    monkeypatch.setattr(sys, "argv", ["dyexport", "compile", str(sit_tiny.root), "--target", RTX, option, value])
+    with pytest.raises(SystemExit) as left:
+        main()
+    captured = capsys.readouterr()
+    assert (left.value.code, captured.out) == (2, "")
+    (sentence,) = captured.err.strip().splitlines()
+    assert message in sentence
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_absent_is_bad_usage(root: Path) -> None:
+    settings = CompileSettings(targets=("torch",), device="cuda:1")
+    with pytest.raises(UsageError, match="--device is cuda:1, and torch sees no GPU; use --device cpu"):
+        compile_bundle(root, settings, NullListener())
+
+
+def test_lines_say_how_many_engines_are_left(capsys: pytest.CaptureFixture[str]) -> None:
+    with EngineLines() as lines:
+        assert lines.stopped() == "stopped; no engine was compiled yet; repeat the command to go on"
+        lines.announce(RTX, 2, 1, ())
+        lines.finished(f"{RTX} segment-00", 1.25, reused=True)
+        assert lines.stopped() == "stopped; 1 of 2 engines are kept; repeat the command to go on"
+        lines.finished(f"{RTX} conditioning", 1.25, reused=False)
+        lines.announce("torch", 1, 1, ())
+        assert lines.stopped() == "stopped; 0 of 1 engine are kept; repeat the command to go on"
+    assert capsys.readouterr().err.splitlines() == [
+        f"{RTX}: compiling 2 engines, 1 at a time",
+        f"{RTX} segment-00: up to date, 1 left",
+        f"{RTX} conditioning: done in 1.2 s",
+        "torch: compiling 1 engine, 1 at a time",
+    ]
+
+
+def test_the_time_of_a_target_is_that_of_the_clock() -> None:
+    seconds = {"segment-00": 3.0, "conditioning": 3.1}
+    result = CompiledTarget(target=RTX, seconds=seconds, elapsed=3.4, up_to_date=(), bytes=0)
+    assert result_line(result) == "2 engines compiled in 3.4 s"
 
 
 def test_settings_without_a_target_are_refused() -> None:

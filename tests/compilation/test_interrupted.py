@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -64,6 +65,32 @@ def test_killed_during_engine_3_of_4_it_resumes_with_2_done(rtx: Any, root: Path
     assert sum(done.values()) == 4 - len(kept)
     assert Bundle.open(root).engine_paths(RTX).keys() == set(NETWORKS)
     assert [name for name in everything_in(root.parent) if not name.startswith("bundle/")] == []
+
+
+@pytest.mark.tensorrt
+def test_ctrl_c_says_how_many_engines_are_kept(rtx: Any, root: Path) -> None:
+    command = ["compile", str(root), "--target", RTX, "--compute-capability", "8.9", "--jobs", "2"]
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits it ignored
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dyexport", *command],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, heard)
+    assert process.stderr is not None
+    assert process.stderr.readline() == f"{RTX}: compiling 4 engines, 2 at a time\n"
+    assert (first := process.stderr.readline()).endswith(" s, 3 left\n"), first
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert (process.returncode, out) == (130, ""), err
+    *finished, last = err.splitlines()
+    kept = 1 + len(finished)
+    assert last == f"dyexport: stopped; {kept} of 4 engines are kept; repeat the command to go on"
+    assert len(Ledger(work_folder(root), NullListener()).records) == kept
 
 
 class Start(NamedTuple):

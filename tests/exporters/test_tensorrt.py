@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,12 +16,12 @@ import torch
 from dyexport.backbones.base import Preset
 from dyexport.bundle.graph_forms import AttentionForm
 from dyexport.bundle.plan import TokenPath
-from dyexport.bundle.plan_info import ENGINE, INFO, PlanInfo
+from dyexport.bundle.plan_info import ENGINE, INFO, OLDEST_FP32, PlanInfo
 from dyexport.bundle.spec import Precision, Quantization
 from dyexport.bundle.tables import UnitOrder
 from dyexport.calibration.widths import read_widths
 from dyexport.digests import sha256_of
-from dyexport.errors import EngineBuildError, EngineMismatchError, MissingDependencyError
+from dyexport.errors import EngineBuildError, EngineMismatchError, MissingDependencyError, UsageError
 from dyexport.exporters.onnx_graph import STORE, export_onnx
 from dyexport.exporters.tensorrt_attention import supported_form
 from dyexport.exporters.tensorrt_plan import build_plan
@@ -216,8 +217,8 @@ def test_weights_that_may_be_streamed(rtx: Any, tmp_path: Path) -> None:
 def test_an_unknown_gpu_is_named(rtx: Any, tmp_path: Path) -> None:
     context = slice_context(get_preset("sit-digits"))
     slice_ = slice_conditioning(context)
-    request = request_for(context, slice_, None, compute_capabilities=("3.5",))
-    with pytest.raises(EngineBuildError, match=r"compute capability 3\.5; it knows .*8\.9"):
+    request = request_for(context, slice_, None, compute_capabilities=("9.0",))
+    with pytest.raises(UsageError, match=r"compute capability 9\.0; it knows 8\.0, 8\.6, 8\.9, 12\.0"):
         build_plan(write_graph(slice_, tmp_path), request, tmp_path / "plan")
     assert not (tmp_path / "plan").exists()
 
@@ -254,9 +255,22 @@ def test_timings_are_kept_and_damage_is_left_alone(rtx: Any, tmp_path: Path) -> 
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.tensorrt
+def test_the_capabilities_of_a_builder_are_sorted_and_run_every_bundle(rtx: Any) -> None:
+    known = [float(text) for text in load_api("tensorrt-rtx").capabilities()]
+    assert known == sorted(known)
+    assert known[0] == OLDEST_FP32
+    assert max(known) >= 12
+
+
 def test_classic_tensorrt_needs_what_it_needs() -> None:
-    with pytest.raises((MissingDependencyError, EngineBuildError), match=r"dyexport\[tensorrt\]|GPU of this machine"):
+    """The GPU is named before the package, which is of no use without it."""
+    gpu = r"torch sees none(, nor is TensorRT installed)?; build where"
+    with pytest.raises((MissingDependencyError, EngineBuildError), match=rf"dyexport\[tensorrt\]|{gpu}") as error:
         load_api("tensorrt")
+    if not torch.cuda.is_available():
+        installed = find_spec("tensorrt") is not None
+        assert ("nor is TensorRT installed" in str(error.value)) != installed
 
 
 def test_a_description_that_is_none(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from dyexport.backbones import BACKBONES
 from dyexport.bundle.plan import TokenPath
-from dyexport.errors import EngineBuildError
+from dyexport.errors import EngineBuildError, UsageError
 from dyexport.exporters.torch_package import check_compiler, export_code, typical_sizes
 from dyexport.slicing.slicer import Slice, slice_conditioning, slice_segment
 from tests.exporters.networks import half_width, slice_context
@@ -64,5 +64,5 @@ def test_without_a_compiler_its_package_is_named(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_none_is_compiled_for() -> None:
-    with pytest.raises(EngineBuildError, match="for the GPU of this machine, and torch sees none"):
+    with pytest.raises(UsageError, match="--device is cuda, and torch sees no GPU; use --device cpu, or install torch"):
         check_compiler("cuda")
