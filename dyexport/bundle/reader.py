@@ -24,8 +24,10 @@ import numpy as np
 
 from dyexport.bundle.manifest import FileRecord, Manifest
 from dyexport.bundle.manifest_file import MANIFEST, TOKENS, WIDTHS, read_manifest
+from dyexport.bundle.plan import ALLOCATES
 from dyexport.bundle.records import REPLACE
 from dyexport.bundle.tables import BoolArray, TokenStats, WidthTable
+from dyexport.bundle.targets import TARGETS
 from dyexport.digests import sha256_of
 from dyexport.errors import BundleError, TargetError
 
@@ -148,10 +150,10 @@ class Bundle:
         paths = {e.network: self.root / e.path for e in self.manifest.engines if e.target == target}
         if not paths:
             built = ", ".join(sorted({e.target for e in self.manifest.engines}))
-            raise TargetError(
-                f"{self.root} has no {target!r} engines; it was built for {built}; "
-                f"run: dyexport compile {self.root} --target {target}"
-            )
+            cure = f"run: dyexport compile {self.root} --target {target}"
+            if target in TARGETS and TARGETS[target].static_tokens and self.manifest.plan.allocates:
+                cure = f"build it with --token-path dynamic, since {target} cannot run the path {ALLOCATES!r}"
+            raise TargetError(f"{self.root} has no {target!r} engines; it was built for {built}; {cure}")
         return paths
 
     @cached_property

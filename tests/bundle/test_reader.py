@@ -28,9 +28,10 @@ from dyexport.bundle.reader import Bundle
 from dyexport.bundle.spec import ModelSpec
 from dyexport.bundle.tables import WidthTable
 from dyexport.digests import sha256_of
-from dyexport.errors import BundleError, EngineMismatchError
+from dyexport.errors import BundleError, EngineMismatchError, TargetError
 from dyexport.files import remove
 from tests.manifests import write_content
+from tests.runtime.bundles import write_bundle
 
 GRAPH = "graphs/segment-00.onnx"
 Change = Callable[[dict[str, Any]], Any]
@@ -419,3 +420,12 @@ def test_every_t_of_the_range_has_a_segment(root: Path) -> None:
     assert [plan.segment_for(t) for t in (0.0, 0.5, 1.0)] == [0, 0, 0]
     with pytest.raises(EngineMismatchError, match=r"timestep 1\.5 is outside \[0, 1\]"):
         plan.segment_for(1.5)
+
+
+def test_engines_that_cannot_be_compiled_are_not_advised(tmp_path: Path) -> None:
+    compact = Bundle.open(write_bundle(tmp_path / "compact", segments=2, path="compact").root)
+    with pytest.raises(TargetError, match=r"build it with --token-path dynamic, since tensorrt-rtx cannot run"):
+        compact.engine_paths("tensorrt-rtx")
+    for bundle, target in ((compact, "torch"), (Bundle.open(write_bundle(tmp_path / "all").root), "tensorrt-rtx")):
+        with pytest.raises(TargetError, match=f"run: dyexport compile .* --target {target}"):
+            bundle.engine_paths(target)
