@@ -122,7 +122,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("sample digits.work", 1, "digits.work is the work directory of a build, whose bundle is next to it; give "),
         ("sample digits/manifest.json", 1, "digits/manifest.json is a file; give "),
         ("verify digits --small", 2, "--small does nothing here"),
-        ("verify digits --reference gone", 1, "--reference gone does not exist; give --reference DIR, a dynamic checkpoint"),
+        ("verify digits --reference gone", 1, "--reference gone does not exist; give --reference DIR"),
         ("verify digits --reference digits", 1, "--reference digits is no dynamic checkpoint; give"),
         ("verify digits --target tensorrt-rtx", 2, " --target tensorrt-rtx"),
         ("verify gone", 1, "gone does not exist; give the directory of a bundle"),
