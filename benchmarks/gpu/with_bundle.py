@@ -1,6 +1,6 @@
 """The shipped path: a bundle of random weights is built, compiled, sampled from, verified and timed.
 
-Compiling, verifying and timing are commands in processes of their own, with ``--json``, as on a user's machine. One
+Compiling, verifying and timing are commands in separate processes, with ``--json``, as on a user's machine. One
 that fails is recorded and the others go on.
 """
 

@@ -35,7 +35,7 @@ class Blocks:
 def clock_of(device: str) -> Clock:
     """Return the clock of a device.
 
-    A GPU runs asynchronously, and each library on streams of its own. So its clock waits for the whole device and then
+    A GPU runs asynchronously, and each library on its streams. So its clock waits for the whole device and then
     reads the host's, which gives the latency that a caller sees. CUDA events would miss work on other streams.
     """
     if device == "cpu":

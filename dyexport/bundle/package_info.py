@@ -16,7 +16,7 @@ PACKAGE_INFO = "model.json"  # next to a package
 
 
 class Machine(BaseModel):
-    """What compiled code needs of a machine.
+    """Requirements of compiled code on a machine.
 
     ``device`` is ``cpu`` or ``cuda``. ``capability`` is torch's CPU capability with its architecture
     (``x86_64 AVX512``), or a compute capability (``8.9``). ``features`` are the instruction sets of the CPU.

@@ -166,7 +166,7 @@ class SegmentPlan(Frozen):
 
     @property
     def allocates(self) -> bool:
-        """Whether a segment skips tokens on a path that allocates by data, which some runtimes cannot."""
+        """True if a segment skips tokens on a path that allocates by data, which some runtimes cannot."""
         return any(ALLOCATES in segment.token_paths for segment in self.segments)
 
     @property

@@ -114,7 +114,7 @@ def _accelerator_lines(accelerators: Accelerators) -> Iterator[tuple[str, str]]:
 
 
 def _target_lines(verdict: Verdict) -> Iterator[str]:
-    """Yield what runs where, what is missing, and each command on a line of its own to copy."""
+    """Yield what runs where, what is missing, and each command on a separate line to copy."""
     runs = "does not run" if verdict.device is None else f"runs on {verdict.device}"
     compiles = "; can be compiled here" if verdict.device is None and verdict.compiles else ""
     needs = "; ".join(need.what for need in verdict.needs)

@@ -18,7 +18,7 @@ from dyexport.engines.registry import EngineOptions, engine_files, get_backend, 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFit:
-    """Whether a bundle's engines of one target run here.
+    """Fitness of a machine for the engines of one target in a bundle.
 
     ``engines`` is how many there are, the dense network included, and ``fitting`` how many run; the rest do not for
     ``reason``. ``weight_bytes`` is of all engines that sampling uses together, ``least_bytes`` of the largest one and
@@ -42,7 +42,7 @@ class EngineFit:
 
     @property
     def fits_in_memory(self) -> bool | None:
-        """Whether one engine at a time fits; None where a size is unknown."""
+        """True if one engine at a time fits; None where a size is unknown."""
         if self.least_bytes is None or self.free_bytes is None:
             return None
         return self.least_bytes <= self.free_bytes

@@ -29,7 +29,7 @@ class Diagnosis:
 
     @property
     def passed(self) -> bool:
-        """Whether a target runs here, and with a bundle one of its engines."""
+        """True if a target runs here, and with a bundle one of its engines."""
         if self.bundle is None:
             return any(verdict.device is not None for verdict in self.targets)
         return any(fit.fitting for fit in self.bundle)

@@ -38,7 +38,7 @@ class Need:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Whether engines of a target run here. ``device`` is ``cpu`` or ``cuda``, None if they run on neither.
+    """Fitness of a machine for the engines of a target. ``device`` is ``cpu`` or ``cuda``, None if they run on neither.
 
     With ``compiles``, engines of the target can be compiled here, for this machine or another. A target that runs may
     have needs too: of a faster device, or of compiling.

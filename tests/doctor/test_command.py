@@ -30,7 +30,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 
 
 def doctor(*arguments: str, site: Path | None = None, cwd: Path) -> tuple[int, dict[str, Any]]:
-    """Run the command in a process of its own; packages in ``site`` come before those installed."""
+    """Run the command in a separate process; packages in ``site`` come before those installed."""
     paths = [str(ROOT)] if site is None else [str(site), str(ROOT)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "dyexport", "doctor", "--json", *arguments]
