@@ -87,7 +87,7 @@ def product(kind: int) -> onnx.ModelProto:
 
 
 def takes(model: onnx.ModelProto, capability: str = "8.9") -> bool:
-    """Whether TensorRT-RTX itself builds it."""
+    """Whether TensorRT-RTX itself builds it, also for a GPU that ``Api.capability`` refuses."""
     api = load_api("tensorrt-rtx")
     log = BuildLog(api.trt)
     builder = api.trt.Builder(log.logger)
@@ -97,7 +97,7 @@ def takes(model: onnx.ModelProto, capability: str = "8.9") -> bool:
         return False
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
-    config.set_compute_capability(api.capability(capability), 0)
+    config.set_compute_capability(getattr(api.trt.ComputeCapability, f"SM{capability.replace('.', '')}"), 0)
     return builder.build_serialized_network(network, config) is not None
 
 
