@@ -2,6 +2,7 @@
 #   make demo   trains, builds and samples a small model
 #   make check  lint, types and the tests that build nothing
 #   make test   everything that a machine without a GPU can test
+#   make docs   the documentation site, in site/
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ PYTEST := time -p $(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
 SHELL := /bin/bash
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo check test lint plans packages format wheel-check clean
+.PHONY: setup demo check test lint docs plans packages format wheel-check clean
 
 setup: $(INSTALLED)
 
@@ -28,6 +29,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	.ci/typecheck
 
+docs: setup  # seconds; fails at a dead link or anchor, and at a page that no menu shows
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 plans: setup  # every TensorRT-RTX plan the tests know, FLUX's full width among them: 10 minutes, 6 GB
 	$(BIN)/python -m pytest -m "tensorrt and slow" tests/exporters
 
@@ -42,11 +46,11 @@ wheel-check: setup
 	.ci/wheel-check
 
 clean:
-	rm -rf build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist out site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml
 	.ci/venv $(PYTHON) $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[build,cpu,demo,dev,rtx,triton]'
+	$(BIN)/python -m pip install --quiet --editable '.[build,cpu,demo,dev,docs,rtx,triton]'
 	.ci/triton-venv $(BIN)/python .triton
 	touch $@

@@ -1,4 +1,4 @@
-"""docs/lora.md's table: every format and kind of LoRA against peft on the stock module."""
+"""docs/howto/lora.md's table: every format and kind of LoRA against peft on the stock module."""
 
 from __future__ import annotations
 
