@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dyexport.backbones import get_adapter
-from dyexport.backbones.base import Preset, RouterKind
+from dyexport.backbones.base import Preset, UnitChoice
 from dyexport.backbones.flux.preset import FluxPreset
 from dyexport.bench.report import Rows, as_markdown
 from dyexport.console import format_bytes
@@ -52,7 +52,7 @@ RESULTS = Path(__file__).parent / "results"
 SHARD = 4 * 2**30
 FULL = 19
 PEAKS = ("peak", "anonymous")
-COPIES: dict[RouterKind, float] = {"ordered": 2.2, "free": 3.6}  # of the weights on disk: checkpoint and store
+COPIES: dict[UnitChoice, float] = {"ordered": 2.2, "free": 3.6}  # of the weights on disk: checkpoint and store
 STAGES = {"static": "check", "dynamic": "attach", "calibrate": "calibrate", "weights": "store", "bundle": "bundle"}
 
 
@@ -136,7 +136,7 @@ def memory(kind: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:"))
 
 
-def build(depth: int, work: Path, router: RouterKind, threads: int) -> None:
+def build(depth: int, work: Path, router: UnitChoice, threads: int) -> None:
     """Measure in a fresh process, and print the results as JSON."""
     torch.set_num_threads(threads)
     preset, watch = flux(depth), Watch()
@@ -160,7 +160,7 @@ def build(depth: int, work: Path, router: RouterKind, threads: int) -> None:
     print(json.dumps({"stages": watch.stages, **found}))
 
 
-def measure(depth: int, work: Path, router: RouterKind, threads: int) -> dict[str, Any]:
+def measure(depth: int, work: Path, router: UnitChoice, threads: int) -> dict[str, Any]:
     preset = flux(depth)
     weights = 2 * preset.parameters
     needed = int(COPIES[router] * weights)
@@ -198,7 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("out/flux-memory"))
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 8, FULL])
-    parser.add_argument("--router", choices=get_args(RouterKind), default="ordered")
+    parser.add_argument("--router", choices=get_args(UnitChoice), default="ordered")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)

@@ -122,8 +122,11 @@ def meet_budget(
     The shift goes into the routers' biases. Skipping tokens changes the inputs of later routers, so the
     shift is refined until the masked model itself is within ``TOLERANCE`` / 4. Tokens whose router has a dead
     ReLU share one logit and switch at once. If the ratio jumps over the budget for that reason, the last rounds
-    shift the width routers only. Raises ``BudgetError``.
+    shift the width routers only. Static widths get nearest to the budget in one round. Raises ``BudgetError``.
     """
+    if model.router == "static":
+        _meet_static(model, budget, flops)
+        return
     points = trajectory_points(inputs.preset.timestep_range, 16)
     fine = trajectory_points(inputs.preset.timestep_range, 512).astype(np.float32)
     ratio = float("nan")
@@ -138,10 +141,51 @@ def meet_budget(
         for router in model.block_routers:
             router.shift(amount, tokens=tokens)
     if abs(ratio - budget) > TOLERANCE:
-        raise BudgetError(
-            f"budget {budget:g} cannot be met by shifting these routers (nearest {ratio:.3f}); "
-            "fine-tune under that budget for longer, or build without --budget"
-        )
+        raise _not_met(budget, ratio)
+
+
+def _not_met(budget: float, ratio: float) -> BudgetError:
+    return BudgetError(
+        f"budget {budget:g} cannot be met by shifting these routers (nearest {ratio:.3f}); "
+        "fine-tune under that budget for longer, or build without --budget"
+    )
+
+
+def _meet_static(model: DynamicTransformer, budget: float, flops: FlopsModel) -> None:
+    """Shift the logits of static widths. Raises ``BudgetError``."""
+    logits = _width_shares(model, np.zeros(1, np.float32))  # (1, L, U) each
+    ratio = partial(_width_ratio, logits, flops)
+    amount = _nearest(ratio, logits, budget)
+    if abs(ratio(amount) - budget) > _tolerance(model, flops):
+        raise _not_met(budget, ratio(amount))
+    for router in model.block_routers:
+        router.shift(amount, tokens=False)
+
+
+def _tolerance(model: DynamicTransformer, flops: FlopsModel) -> float:
+    """Return the largest accepted distance between lambda and the budget.
+
+    Static widths are a whole number of units, so half of the costliest unit is accepted where that is more.
+    """
+    if model.router != "static":
+        return TOLERANCE
+    units = np.concatenate([flops.head_cost / model.heads, flops.group_cost / model.groups])
+    return max(TOLERANCE, float(units.max()) / flops.gated / 2)
+
+
+def _width_ratio(logits: tuple[np.ndarray, np.ndarray], flops: FlopsModel, shift: float) -> float:
+    """Return lambda with every token if ``shift`` is added to the width logits, (P, L, U) each."""
+    heads, groups = ((units + shift > 0).mean(axis=-1) for units in logits)  # (P, L)
+    return float(flops.flops_ratio(heads, groups, np.ones_like(heads)).mean())
+
+
+def _nearest(ratio: Callable[[float], float], logits: tuple[np.ndarray, np.ndarray], budget: float) -> float:
+    """Return the shift with the ratio nearest to ``budget``, midway between two of the logits."""
+    edges = np.unique(np.concatenate([units[np.isfinite(units)] for units in logits]))  # ascending
+    edges = np.concatenate([edges[:1] - 1, edges, edges[-1:] + 1])
+    shifts = -(edges[:-1] + edges[1:]) / 2
+    distances = [abs(ratio(float(shift)) - budget) for shift in shifts]
+    return float(shifts[np.argmin(distances)])
 
 
 @torch.no_grad()
@@ -189,31 +233,32 @@ def choose_widths(
 
     A unit is on where its importance (``unit_importance``) per multiply-add exceeds a threshold. One threshold
     serves the whole trajectory, the one that meets the budget. All tokens run. Importance is measured at ``count``
-    timesteps. Raises ``BudgetError``.
+    timesteps, and averaged over them for static widths. Raises ``BudgetError``.
     """
     points = trajectory_points(inputs.preset.timestep_range, count)
     heads, groups = unit_importance(model, inputs, points.tolist(), probes, progress)  # (T, L, H), (T, L, G)
+    if model.router == "static":
+        heads, groups = (values.mean(axis=0, keepdims=True) for values in (heads, groups))  # T is 1 from here on
     nested = model.router == "ordered"
     scores = (
         _scores(heads, flops.head_cost / model.heads, nested=nested),
         _scores(groups, flops.group_cost / model.groups, nested=nested),
     )
-    offset = -float(np.median(np.concatenate([units[np.isfinite(units)] for units in scores])))
-
-    def ratio(shift: float) -> float:
-        heads, groups = ((units + (offset + shift) > 0).mean(axis=-1) for units in scores)  # (T, L)
-        return float(flops.flops_ratio(heads, groups, np.ones_like(heads)).mean())
-
-    shift = _solve(ratio, budget)
-    kept_heads, kept_groups = (units + offset + shift > 0 for units in scores)
+    ratio = partial(_width_ratio, scores, flops)
+    if model.router == "static":
+        shift = _nearest(ratio, scores, budget)
+    else:
+        middle = -float(np.median(np.concatenate([units[np.isfinite(units)] for units in scores])))
+        shift = middle + _solve(lambda amount: ratio(middle + amount), budget)
+    kept_heads, kept_groups = (units + shift > 0 for units in scores)
     table = WidthTable(
-        grid=np.linspace(*inputs.preset.timestep_range, count, endpoint=False),
+        grid=np.linspace(*inputs.preset.timestep_range, len(kept_heads), endpoint=False),
         end=inputs.preset.timestep_range[1],
         heads=kept_heads,
         groups=kept_groups,
     )
     reached = flops_ratio(table, np.ones((count, model.depth)), points, flops)
-    if abs(reached - budget) > TOLERANCE:
+    if abs(reached - budget) > _tolerance(model, flops):
         raise BudgetError(
             f"budget {budget:g} cannot be met with whole heads and groups (nearest {reached:.3f}); raise it"
         )

@@ -38,8 +38,11 @@ Inputs = Mapping[str, "Tensor"]
 """Arguments of one forward pass, by the names of the stock module: ``hidden_states``, ``timestep``, and so on."""
 
 Objective = Literal["ddpm", "flow", "flow-sigma"]
-RouterKind = Literal["free", "ordered"]
+UnitChoice = Literal["free", "ordered"]
 """Which units of a block may be on at a timestep: any (``free``), or the first ones (``ordered``)."""
+
+RouterKind = Literal["free", "ordered", "static"]
+"""Kind of width routers: those of ``UnitChoice``, or ``static``, whose units are the same at every timestep."""
 
 
 def channels_of(config: Mapping[str, Any]) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import PositiveInt, ValidationError
+from pydantic import PositiveInt, ValidationError, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -47,7 +47,7 @@ from dyexport.checkpoints.weight_files import link_weights, write_weights
 from dyexport.errors import BundleError, CheckpointError, UsageError
 from dyexport.lora import LoraSpec
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.gates import WIDTH_BIAS
+from dyexport.models.gates import WIDTH_BIAS, FreeRouter
 from dyexport.models.hooks import BIAS
 from dyexport.presets import stored_fields, stored_preset
 
@@ -69,6 +69,12 @@ class DynamicSpec(Frozen):
     tokens: bool
     router: RouterKind = "free"
     td_lora: LoraSpec | None = None
+
+    @model_validator(mode="after")
+    def _static_is_static(self) -> DynamicSpec:
+        if self.router == "static" and (self.tokens or (self.td_lora is not None and self.td_lora.experts > 1)):
+            raise ValueError("static widths go with no token routers, and with a TD-LoRA of one expert")
+        return self
 
     @classmethod
     def of(cls, preset: Preset, **routing: Any) -> DynamicSpec:
@@ -131,9 +137,10 @@ def _dynamic(
 def open_widths(model: DynamicTransformer, preset: Preset) -> None:
     """Set every head and group on at every t, for a file that has token routers only. A budget may narrow it later."""
     for router in model.block_routers:
-        for linear in (router.heads, router.groups):
-            nn.init.zeros_(linear.weight)
-            nn.init.constant_(linear.bias, WIDTH_BIAS)
+        for width in (router.heads, router.groups):
+            assert isinstance(width, FreeRouter)
+            nn.init.zeros_(width.weight)
+            nn.init.constant_(width.bias, WIDTH_BIAS)
     start, end = preset.timestep_range
     heads, groups = (np.ones((1, model.depth, units), dtype=bool) for units in (model.heads, model.groups))
     model.table = WidthTable(grid=np.array([start]), end=end, heads=heads, groups=groups)

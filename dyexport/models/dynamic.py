@@ -45,7 +45,8 @@ class DynamicTransformer(nn.Module):
 
     ``groups`` MLP groups per block default to the number of heads, as published. With ``tokens``
     False there is no token router and every token runs. With ``router`` 'ordered' the units that are
-    on at a timestep are always the first of their block. ``table``, if set, replaces the width
+    on at a timestep are always the first of their block. With 'static' they are the same at every timestep, and there
+    is no token router: the model is one slim network. ``table``, if set, replaces the width
     routers' decisions: a model calibrated without training has no trained routers. With ``td_lora`` the
     backbone is frozen, except its biases if ``td_lora.bias`` is 'all', and low-rank updates that follow the
     timestep are trained instead.
@@ -75,7 +76,7 @@ class DynamicTransformer(nn.Module):
         self.router = router
         blocks = adapter.blocks(backbone)
         channels = self.config["num_attention_heads"] * self.config["attention_head_dim"]
-        token_router = adapter.token_router if tokens else None
+        token_router = adapter.token_router if tokens and router != "static" else None
         self.routers = nn.ModuleList(
             BlockRouter(channels=channels, heads=heads, groups=self.groups, token_router=token_router, kind=router)
             for _ in blocks

@@ -69,21 +69,21 @@ class TokenRouter(nn.Module, ABC):
         """Compute logits (B, N) of the tokens (B, N, C) that come first among ``inputs``."""
 
 
-class WidthRouter(nn.Linear, ABC):
-    """Router that decides from the timestep embedding which units of a block are on (TDW, section 3.2), in fp32.
+class WidthRouter(nn.Module, ABC):
+    """Router that decides which units of a block are on, in fp32. Unit 0 is always on and has no logit.
 
-    Unit 0 is always on and has no logit.
+    ``bias`` is added to the logits.
     """
+
+    bias: nn.Parameter
 
     @abstractmethod
     def forward(self, embedding: Tensor) -> Tensor:
-        """Compute logits of the units after the first: (B, C) -> (B, U - 1)."""
+        """Compute logits of the units after the first from the timestep embedding: (B, C) -> (B, U - 1)."""
 
-    @torch.no_grad()
+    @abstractmethod
     def open(self) -> None:
-        """Initialize as published: every gate on for every input."""
-        nn.init.trunc_normal_(self.weight, std=0.02)
-        nn.init.constant_(self.bias, WIDTH_BIAS)
+        """Initialize with every gate on for every input."""
 
     @torch.no_grad()
     def shift(self, amount: float) -> None:
@@ -91,7 +91,32 @@ class WidthRouter(nn.Linear, ABC):
         self.bias.add_(amount)
 
 
-class FreeRouter(WidthRouter):
+class StaticRouter(WidthRouter):
+    """One learned logit for each unit, the same at every t. Not in the paper."""
+
+    def __init__(self, channels: int, units: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(units - 1))
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return self.bias.float().expand(len(embedding), -1)  # (B, U - 1)
+
+    @torch.no_grad()
+    def open(self) -> None:
+        nn.init.constant_(self.bias, WIDTH_BIAS)
+
+
+class DynamicRouter(nn.Linear, WidthRouter):
+    """Router that decides from the timestep embedding (TDW, section 3.2)."""
+
+    @torch.no_grad()
+    def open(self) -> None:
+        """Initialize as published: every gate on for every input."""
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        nn.init.constant_(self.bias, WIDTH_BIAS)
+
+
+class FreeRouter(DynamicRouter):
     """One logit for each unit, as published."""
 
     def __init__(self, channels: int, units: int) -> None:
@@ -101,7 +126,7 @@ class FreeRouter(WidthRouter):
         return fp32_linear(self, embedding)
 
 
-class OrderedRouter(WidthRouter):
+class OrderedRouter(DynamicRouter):
     """One score and one ascending threshold per unit: at every t the units that are on come first.
 
     The units of a segment are then a prefix of the widest segment's, and engines share one copy of the weights.
@@ -129,11 +154,15 @@ class OrderedRouter(WidthRouter):
         self.shift(THRESHOLD_SPAN)
 
 
-WIDTH_ROUTERS: Mapping[RouterKind, type[FreeRouter | OrderedRouter]] = {"free": FreeRouter, "ordered": OrderedRouter}
+WIDTH_ROUTERS: Mapping[RouterKind, type[FreeRouter | OrderedRouter | StaticRouter]] = {
+    "free": FreeRouter,
+    "ordered": OrderedRouter,
+    "static": StaticRouter,
+}
 
 
 class BlockRouter(nn.Module):
-    """Routers of one block: two on the timestep embedding (TDW), one on every token (SDT)."""
+    """Routers of one block: two for its widths (TDW), one on every token (SDT)."""
 
     def __init__(
         self,

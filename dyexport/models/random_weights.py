@@ -16,7 +16,7 @@ from dyexport.backbones import get_adapter
 from dyexport.backbones.base import Preset, RouterKind
 from dyexport.lora import LoraSpec
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.gates import OrderedRouter
+from dyexport.models.gates import DynamicRouter, OrderedRouter, StaticRouter, WidthRouter
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.td_lora import TdLora
 
@@ -76,7 +76,7 @@ def random_dynamic(
     router: RouterKind = "free",
     td_lora: LoraSpec | None = None,
 ) -> DynamicTransformer:
-    """Return a dynamic model with random weights, whose widths and tokens vary with t."""
+    """Return a dynamic model with random weights, whose widths and tokens vary with t unless they are static."""
     backbone = random_backbone(preset, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
@@ -88,7 +88,7 @@ def random_dynamic(
         _set_widths(model, waves)
         if model.td_lora is not None:
             _set_lora(model.td_lora, waves)
-        if tokens:
+        if model.has_token_routers:
             _set_tokens(model, preset)
     return model
 
@@ -106,15 +106,29 @@ def _set_lora(td_lora: TdLora, waves: SlowWaves) -> None:
 def _set_widths(model: DynamicTransformer, waves: SlowWaves) -> None:
     """Make every logit the shared trend, plus the unit's own waves, plus an offset that falls from unit to unit."""
     for router in model.block_routers:
-        for linear in (router.heads, router.groups):
-            amplitudes = torch.randn(linear.out_features, WAVES) * SPREAD
-            amplitudes[:, 0] += TREND
-            if isinstance(linear, OrderedRouter):
-                linear.spread(2 * OFFSET)
-                offsets = torch.tensor([OFFSET])  # (1,)
-            else:
-                offsets = torch.linspace(OFFSET, -OFFSET, linear.out_features + 2)[1:-1]  # (U - 1,)
-            waves.set_logits(linear, amplitudes, offsets)
+        for width in (router.heads, router.groups):
+            _set_width(width, waves)
+
+
+def _set_width(router: WidthRouter, waves: SlowWaves) -> None:
+    if isinstance(router, StaticRouter):  # the trend differs from block to block instead
+        count = len(router.bias)
+        router.bias.copy_(_falling_offsets(count) + TREND * torch.randn(1) + SPREAD * torch.randn(count))
+        return
+    assert isinstance(router, DynamicRouter)
+    amplitudes = torch.randn(router.out_features, WAVES) * SPREAD
+    amplitudes[:, 0] += TREND
+    if isinstance(router, OrderedRouter):
+        router.spread(2 * OFFSET)
+        offsets = torch.tensor([OFFSET])  # (1,)
+    else:
+        offsets = _falling_offsets(router.out_features)
+    waves.set_logits(router, amplitudes, offsets)
+
+
+def _falling_offsets(units: int) -> Tensor:
+    """Return mean logits of the units after the first: (U - 1,)."""
+    return torch.linspace(OFFSET, -OFFSET, units + 2)[1:-1]
 
 
 def _set_tokens(model: DynamicTransformer, preset: Preset) -> None:

@@ -13,6 +13,7 @@ from dyexport.calibration.widths import choose_widths, flops_ratio, meet_budget,
 from dyexport.errors import BudgetError
 from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.gates import FreeRouter
 from dyexport.models.inputs import NoisedInputs
 from dyexport.pipeline.build import calibrate_model, opened, price_plans
 from dyexport.stages.ledger import NullListener
@@ -71,6 +72,7 @@ def test_routers_that_cannot_meet_a_budget_say_so() -> None:
     model = tiny_model(tokens=False)
     for router in model.block_routers:
         for linear in (router.heads, router.groups):
+            assert isinstance(linear, FreeRouter)
             torch.nn.init.zeros_(linear.weight)
             torch.nn.init.constant_(linear.bias, 15.0)
     inputs = NoisedInputs(preset=tiny_preset(), batch_size=2)
