@@ -100,8 +100,8 @@ DataOption = Annotated[
     str | None,
     _option(
         TRAINING,
-        "Training and calibration data: a directory of safetensors latents, digits, synthetic (sampled from the model "
-        "itself), or synthetic:FILE with one prompt a line. Default: the recipe's.",
+        "Training and calibration data: a directory of safetensors latents, digits, emoji, synthetic (sampled from the "
+        "model itself), or synthetic:FILE with one prompt a line. Default: the recipe's.",
         metavar="SOURCE",
     ),
 ]

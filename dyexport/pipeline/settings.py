@@ -47,7 +47,7 @@ class BuildSettings:
     loras            LoRA files that are merged into the static model
     checkpoint       diffusers directory, file or hub id; None: published weights, or training from scratch
     random_weights   True to make the weights at random, to measure speed
-    data             'digits', 'synthetic', 'synthetic:FILE' with one prompt a line, or a directory of latents
+    data             'digits', 'emoji', 'synthetic', 'synthetic:FILE' with one prompt a line, or a directory of latents
     synthetic        how synthetic data is sampled
     engines          K, the number of engines
     targets          engine formats
@@ -139,7 +139,7 @@ class BuildSettings:
 
     @property
     def data_source(self) -> str | None:
-        """Training and calibration data: 'digits', 'synthetic' or a directory; None means noise."""
+        """Training and calibration data: 'digits', 'emoji', 'synthetic' or a directory; None means noise."""
         if self.data is not None:
             return SYNTHETIC if self.data.startswith(f"{SYNTHETIC}:") else self.data
         if self.routers == "random" or (self.recipe.data == SYNTHETIC and self.routers != "trained"):

@@ -201,7 +201,7 @@ RULES = (
     ),
     Rule(
         lambda s: s.train_steps is not None and not s.from_scratch,
-        "--train-steps is for training from scratch, which needs a digits model and no --checkpoint",
+        "--train-steps is for training from scratch, which needs a digits or emoji model and no --checkpoint",
     ),
     Rule(
         lambda s: s.prompts is not None and bool(s.preset.classes),

@@ -14,9 +14,10 @@ from dyexport.backbones import get_conditioning
 from dyexport.backbones.base import Preset
 from dyexport.digests import once, sha256_of
 from dyexport.digits import Split, load_digits
+from dyexport.emoji import load_emoji
 from dyexport.errors import DataError
 from dyexport.models.conditions import Batch, Column
-from dyexport.training.data_files import DIGITS, check_source, shard_files
+from dyexport.training.data_files import DIGITS, EMOJI, check_source, shard_files
 
 FLOATS, INTEGERS = ("F32", "F16", "BF16", "F64"), ("I64", "I32", "I16", "I8", "U8")  # as safetensors names them
 ROWS = 256  # samples read at a time
@@ -39,12 +40,14 @@ class LatentSource(Protocol):
 
 
 def open_source(spec: str, preset: Preset) -> LatentSource:
-    """Open ``digits``, or a directory of safetensors files with ``latents`` and conditions, such as synthetic data.
+    """Open ``digits``, ``emoji``, or a directory of safetensors files with ``latents`` and conditions.
 
     Raises ``DataError``.
     """
     check_source(spec, preset)
-    return digits() if spec == DIGITS else ShardDirectory(Path(spec), preset)
+    if spec == DIGITS:
+        return digits()
+    return emoji() if spec == EMOJI else ShardDirectory(Path(spec), preset)
 
 
 class MemorySource:
@@ -71,6 +74,12 @@ def digits(split: Split = "train") -> MemorySource:
     digits = load_digits(split)
     latents = torch.from_numpy(digits.pictures) * 2 - 1  # (n, 1, 8, 8)
     return MemorySource(f"digits/{split}", latents, torch.from_numpy(digits.labels))
+
+
+def emoji(split: Split = "train") -> MemorySource:
+    """Return emoji in color with values in [-1, 1]: (n, 3, 32, 32). Raises ``DataError``."""
+    emoji = load_emoji(split)
+    return MemorySource(f"emoji/{split}", torch.from_numpy(emoji.pictures), torch.from_numpy(emoji.labels))
 
 
 def _reason(path: Path, error: Exception) -> str:

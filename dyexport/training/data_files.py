@@ -7,9 +7,12 @@ from pathlib import Path
 
 from dyexport.backbones.base import Preset
 from dyexport.digits import SHAPE, samples_digits
+from dyexport.emoji import CLASSES, samples_emoji
+from dyexport.emoji import SHAPE as EMOJI_SHAPE
 from dyexport.errors import DataError
 
 DIGITS = "digits"
+EMOJI = "emoji"
 SHOWN = 200  # characters of a name in a message
 SUBJECTS = (
     "a red fox", "an old sailor", "a glass of water", "a steam train", "a city street in the rain", "a bowl of fruit",
@@ -26,11 +29,16 @@ SETTINGS = (
 
 
 def check_source(spec: str, preset: Preset) -> None:
-    """Raise ``DataError`` if ``spec``, ``digits`` or a directory, has no training data for a model."""
-    if spec != DIGITS:
+    """Raise ``DataError`` if ``spec``, a name or a directory, has no training data for a model."""
+    if spec not in (DIGITS, EMOJI):
         shard_files(Path(spec))
-    elif not samples_digits(preset):
+    elif spec == DIGITS and not samples_digits(preset):
         raise DataError(f"digits are {SHAPE} and {preset.name} takes {preset.latent_shape}; use --model dit-digits")
+    elif spec == EMOJI and not samples_emoji(preset):
+        raise DataError(
+            f"emoji are {EMOJI_SHAPE} in {len(CLASSES)} classes and {preset.name} takes {preset.latent_shape} in "
+            f"{preset.classes}; use --model sit-emoji"
+        )
 
 
 def shard_files(directory: Path) -> list[Path]:
@@ -43,7 +51,7 @@ def shard_files(directory: Path) -> list[Path]:
         raise DataError(f"cannot read {str(directory)[:SHOWN]!r}: {str(error)[:SHOWN]}; give another") from error
     if not files:
         problem = "holds no .safetensors files" if directory.is_dir() else "is no directory"
-        raise DataError(f"{directory} {problem}; give a directory of latents, or 'digits' or 'synthetic'")
+        raise DataError(f"{directory} {problem}; give a directory of latents, or 'digits', 'emoji' or 'synthetic'")
     return files
 
 

@@ -159,3 +159,8 @@ def test_a_damaged_header_is_an_error_of_the_data(tmp_path: Path) -> None:
         except DataError as error:
             refused += "a.safetensors" in str(error)
     assert refused > 100
+
+
+def test_emoji_do_not_fit_a_model_of_digits() -> None:
+    with pytest.raises(DataError, match=r"emoji are \(3, 32, 32\) in 9 classes.*use --model sit-emoji"):
+        open_source("emoji", get_preset("sit-digits"))

@@ -183,6 +183,17 @@ def _digits(backbone: Literal["dit", "sit"], suffix: str = "", *, hidden_size: i
     )
 
 
+_EMOJI_SCHEDULE = Schedule(steps=2500, batch_size=64, learning_rate=2e-3, ema_decay=0.99, lr_decay=0.5)
+EMOJI = Recipe(
+    from_scratch=replace(_EMOJI_SCHEDULE, steps=10_000, ema_decay=0.999),
+    finetune=_EMOJI_SCHEDULE,
+    finetune_lora=replace(_EMOJI_SCHEDULE, learning_rate=1e-2),
+    data="emoji",
+    calibration=THOROUGH,
+    distill=True,
+)
+
+
 PRESETS: tuple[Preset, ...] = (
     *(_imagenet("dit", size, 32) for size in _SIZES),
     _imagenet("dit", "xl", 64),
@@ -191,6 +202,21 @@ PRESETS: tuple[Preset, ...] = (
     _digits("dit", about="trains from scratch in minutes on a CPU"),
     _digits("sit", about="trains from scratch in minutes on a CPU"),
     _digits("sit", "-wide", hidden_size=128, about="twice as wide"),
+    DiTPreset(
+        name="sit-emoji",
+        backbone="sit",
+        layers=6,
+        hidden_size=128,
+        heads=8,
+        patch_size=4,
+        sample_size=32,
+        in_channels=3,
+        learn_sigma=False,
+        classes=9,
+        pixel_space=True,
+        recipe=EMOJI,
+        about="emoji in color, 32 x 32 pixels, trains from scratch in an hour on a CPU",
+    ),
     replace(
         _digits("sit", about=""),
         name="sit-tiny",
