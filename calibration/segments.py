@@ -9,14 +9,13 @@ from typing import cast
 import numpy as np
 
 from dyexport.arguments import whole_number
-from dyexport.bundle.plan import Segment, SegmentPlan, TokenPath
+from dyexport.bundle.plan import EVERY_TOKEN, Segment, SegmentPlan, TokenPath
 from dyexport.bundle.tables import TokenStats, UnitOrder, WidthTable
 from dyexport.errors import UsageError
 from dyexport.flops import FlopsModel
 
 ATOMS = 256  # candidate boundaries; more would change the FLOPs in the third digit only
 NEARLY_ALL = 0.95  # share of kept tokens above which gathering rows costs more than it saves
-ALL: TokenPath = "all"
 DYNAMIC: TokenPath = "dynamic"
 SLOT_STEPS = 4  # buckets of the dynamic path
 MIN_SLOTS = 3  # in the largest bucket: the export traces it, and would take a size of 1 or 2 for a constant
@@ -176,7 +175,7 @@ def _token_paths(
 ) -> tuple[tuple[TokenPath, ...], tuple[int, ...], tuple[int, ...]]:
     """Return the path and the capacity of each block, and the buckets of the dynamic path."""
     if stats is None:
-        return (ALL,) * depth, (0,) * depth, ()
+        return (EVERY_TOKEN,) * depth, (0,) * depth, ()
     slots = _capacity(stats, settings, start, end)
     if settings.token_path == "dynamic":
         return _dynamic_paths(stats, slots, start, end)

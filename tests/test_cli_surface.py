@@ -93,10 +93,10 @@ def test_choices_are_those_of_the_library() -> None:
     assert set(get_args(TokenPathChoice)) == {"auto", *get_args(TokenPath)} - {"all"}
 
 
-def test_build_shows_fourteen_options_next_to_the_expert_ones() -> None:
+def test_build_shows_fifteen_options_next_to_the_expert_ones() -> None:
     panels = [parameter.rich_help_panel for parameter in LEAVES["build"].params]
     shown = [panel for panel in panels if panel in ("Model", "Budget", "Training", "Engines", "Output")]
-    assert len(shown) == 14
+    assert len(shown) == 15
     assert {panel for panel in panels if panel and panel not in shown} == {"TensorRT", "Advanced"}
 
 

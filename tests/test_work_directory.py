@@ -83,6 +83,19 @@ def test_options_replace_what_is_recorded(recorded: BuildSettings) -> None:
     assert parsed("calibrate", *work, "-b", "0.4", "--seed", "0") == replace(recorded, budget=0.4, seed=0)
 
 
+def test_other_widths_have_their_number_of_engines(tmp_path: Path) -> None:
+    dynamic = BuildSettings(model="sit-digits", out=tmp_path / "bundle", work=tmp_path / "work", budget=0.6, engines=3)
+    dynamic.save()
+    work = ("--work", str(dynamic.work))
+    static = parsed("build", *work, "--widths", "static")
+    assert static == replace(dynamic, widths="static", engines=1)
+    static.save()
+    assert parsed("build", *work) == static
+    assert parsed("build", *work, "--widths", "dynamic").engines == dynamic.preset.engines
+    with pytest.raises(UsageError, match="--engines is 4; use -k 1"):
+        parsed("build", *work, "--widths", "static", "-k", "4")
+
+
 def test_a_model_begins_with_the_defaults(recorded: BuildSettings) -> None:
     found = parsed("plan", "--work", str(recorded.work), "--model", "sit-digits", "--budget", "0.5")
     out = Path("sit-digits-0.5")

@@ -11,7 +11,7 @@ import torch
 
 from dyexport.bench.latency import Blocks, Clock, clock_of, seconds_of
 from dyexport.bench.loops import loop_variant, switch_overhead
-from dyexport.bench.rows import COMPILED, CONDITIONING, DENSE, DYNAMIC, EAGER, STOCK
+from dyexport.bench.rows import COMPILED, CONDITIONING, DENSE, EAGER, STOCK
 from dyexport.bench.settings import BenchSettings
 from dyexport.bench.sizes import spec_at
 from dyexport.bench.variants import (
@@ -37,14 +37,15 @@ Key = tuple[str, str]  # target, variant
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A bundle on one target, and its dense network where the bundle has one."""
+    """A bundle on one target under the ``name`` of its variant, and its dense network where the bundle has one."""
 
+    name: str
     loaded: BundleTransformer
     dense: BundleTransformer | None
 
     @property
     def whole(self) -> dict[str, BundleTransformer]:
-        return {DYNAMIC: self.loaded} | ({} if self.dense is None else {DENSE: self.dense})
+        return {self.name: self.loaded} | ({} if self.dense is None else {DENSE: self.dense})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def opened_case(bundle: Bundle, settings: BenchSettings, batch: int, size: tuple
             dense = open_(device=device, dense=True) if has_dense(bundle, target) else None
             if dense is not None:
                 stack.enter_context(closing(dense))
-            opened[target] = Opened(loaded=loaded, dense=dense)
+            opened[target] = Opened(name=bundle.manifest.widths, loaded=loaded, dense=dense)
         assert device is not None, "there is a target"
         yield Case(bundle=bundle, settings=settings, batch=batch, size=size, device=device, opened=opened)
 

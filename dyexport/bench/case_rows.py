@@ -11,7 +11,7 @@ from dyexport.bench.case import Case, Key, loop_variants
 from dyexport.bench.end_to_end import EndToEnd
 from dyexport.bench.energy import Energy, Meter
 from dyexport.bench.latency import Blocks, seconds_of, time_rounds
-from dyexport.bench.rows import COMPILED, CONDITIONING, DENSE, DYNAMIC, EAGER, STOCK, Row, SegmentShare, Unit
+from dyexport.bench.rows import BUNDLE, COMPILED, CONDITIONING, DENSE, EAGER, STOCK, Row, SegmentShare, Unit
 from dyexport.bench.statistics import Ratio, Timing, over_trajectory, ratio, with_conditioning
 from dyexport.bench.variants import Variant
 from dyexport.bundle.plan import Segment
@@ -44,7 +44,7 @@ def step_rows(
                     "step",
                     timing,
                     blocks=Blocks(rounds=case.settings.rounds),
-                    first_call=first.get((target, _first_called(case) if variant == DYNAMIC else variant)),
+                    first_call=first.get((target, _first_called(case) if variant in BUNDLE else variant)),
                     energy=PART if loop is None else meter.per_call(loop, case.clock).scaled(1 / case.batch),
                     segment=_segment_shares(case.bundle).get(variant),
                     **_speedups(variant, timing, per_step.get(DENSE), stock),
@@ -62,7 +62,10 @@ def _per_step(case: Case, target: str, timings: Mapping[Key, Timing]) -> Iterato
     measured = {variant: timing for (name, variant), timing in timings.items() if name == target}
     steps = with_conditioning(measured, case.steps)
     shares = _segment_shares(case.bundle)
-    yield DYNAMIC, over_trajectory([each.share for each in shares.values()], [steps[name] for name in shares])
+    yield (
+        case.bundle.manifest.widths,
+        over_trajectory([each.share for each in shares.values()], [steps[name] for name in shares]),
+    )
     if DENSE in steps:
         yield DENSE, steps[DENSE]
     yield CONDITIONING, steps[CONDITIONING]

@@ -15,7 +15,7 @@ from dyexport.bench.environment import Conditions, Environment, conditions, desc
 from dyexport.bench.latency import Blocks, time_rounds
 from dyexport.bench.machine import cpu_time, taken_by_others
 from dyexport.bench.memory import MemoryProbe, with_and_without_sharing
-from dyexport.bench.rows import DENSE, DYNAMIC, BenchReport, Row
+from dyexport.bench.rows import BUNDLE, DENSE, BenchReport, Row
 from dyexport.bench.settings import BenchSettings
 from dyexport.bundle.reader import Bundle
 from dyexport.engines.registry import EngineOptions, engine_files, make_engines
@@ -99,7 +99,7 @@ def _with_memories(case: Case, rows: Sequence[Row], progress: Progress) -> tuple
 
 def _with_memory(case: Case, row: Row) -> Row:
     """Add the memory of a whole network, once for each case."""
-    if row.unit != "step" or row.variant not in (DYNAMIC, DENSE):
+    if row.unit != "step" or row.variant not in (*BUNDLE, DENSE):
         return row
     dense = row.variant == DENSE
     probe = MemoryProbe(

@@ -63,7 +63,7 @@ def inspect_table(bundle: Bundle) -> Table:
     title = (
         f"{manifest.model.name}: lambda as run {plan.flops_ratio:.3f}, whole network {plan.network_flops_ratio:.3f}, "
         f"as executed {plan.executed_flops_ratio:.3f}, {megabytes(plan.disk_bytes)} of weights "
-        f"({manifest.model.number_formats})"
+        f"({manifest.model.number_formats}{', static widths' if manifest.widths == 'static' else ''})"
     )
     return as_table(title, ("engine", "t", "heads", "groups", "gates", "token path", "capacity"), rows)
 
@@ -76,6 +76,7 @@ def inspect_payload(bundle: Bundle) -> dict[str, Any]:
     return {
         "model": manifest.model.name,
         "budget": manifest.budget,
+        "static": manifest.widths == "static",
         "precision": manifest.model.precision,
         "quantization": manifest.model.quantization,
         **plan.model_dump(mode="json", exclude={"segments"}),

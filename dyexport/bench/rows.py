@@ -12,7 +12,8 @@ from dyexport.bench.statistics import Ratio, Timing
 
 Unit = Literal["step", "trajectory", "pipeline"]
 STOCK = "diffusers"  # target of the rows that run no bundle
-DYNAMIC, DENSE, CONDITIONING = "dynamic", "dense", "conditioning"
+DYNAMIC, STATIC, DENSE, CONDITIONING = "dynamic", "static", "dense", "conditioning"
+BUNDLE = (DYNAMIC, STATIC)  # variants that are the whole bundle, named after its widths
 COMPILED, EAGER = "torch.compile", "eager"
 
 
@@ -51,8 +52,9 @@ class Row:
     """Measurements of one variant in one case.
 
     target             engine format, or ``diffusers``
-    variant            ``dynamic``: a bundle averaged over the trajectory; ``segment N``: one of its engines;
-                       ``conditioning``: its share of a step; ``dense``, ``torch.compile``, ``eager``: static models
+    variant            ``dynamic`` or ``static``: a bundle averaged over the trajectory; ``segment N``: one of its
+                       engines; ``conditioning``: its share of a step; ``dense``, ``torch.compile``, ``eager``: the
+                       whole model
     unit               what a call is: a denoising ``step``, a sampling loop (``trajectory``), or a ``pipeline`` from
                        prompts to pixels
     size               (height, width) in pixels; None: that of the bundle
@@ -110,15 +112,8 @@ class BenchReport:
 
     @property
     def headline(self) -> Row:
-        """The dynamic model in the first case, on the first target."""
-        return self.find(DYNAMIC)
-
-    def find(self, variant: str, unit: Unit = "step") -> Row:
-        """Return the first row of a variant. Raises ``KeyError``."""
-        for row in self.rows:
-            if (row.variant, row.unit) == (variant, unit):
-                return row
-        raise KeyError(variant)
+        """The bundle in the first case, on the first target."""
+        return next(row for row in self.rows if row.variant in BUNDLE and row.unit == "step")
 
     @property
     def realized(self) -> float | None:

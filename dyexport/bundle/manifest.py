@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, NonNegativeInt, model_validator
 
 from dyexport.bundle.plan import SegmentPlan, segment_name
 from dyexport.bundle.records import Frozen
-from dyexport.bundle.spec import ModelSpec
+from dyexport.bundle.spec import ModelSpec, Widths
 
 SCHEMA_VERSION = 3
 
@@ -57,6 +57,7 @@ class Manifest(Frozen):
     dyexport_version: str
     model: ModelSpec
     budget: Annotated[float, Field(gt=0, le=1)] | None
+    widths: Widths = "dynamic"
     plan: SegmentPlan
     engines: tuple[EngineRecord, ...]
     reference: Reference | None
@@ -70,6 +71,8 @@ class Manifest(Frozen):
         for segment in self.plan.segments:
             if segment.capacities and max(segment.capacities) > self.model.tokens:
                 raise ValueError(f"a capacity of {max(segment.capacities)} is more than {self.model.tokens} tokens")
+        if self.widths == "static" and not self.plan.is_static:
+            raise ValueError("static widths need one segment without gates and token routers")
         problem = next(self._engine_problems(), None)
         if problem is not None:
             raise ValueError(problem)

@@ -13,6 +13,7 @@ from dyexport.bundle.tables import FloatArray, TokenStats, WidthTable
 from dyexport.errors import EngineMismatchError
 
 TokenPath = Literal["all", "masked", "capacity", "dynamic", "compact"]
+EVERY_TOKEN: TokenPath = "all"
 ALLOCATES: TokenPath = "compact"  # the path whose tensors have sizes that only the data decides
 
 
@@ -168,6 +169,12 @@ class SegmentPlan(Frozen):
     def allocates(self) -> bool:
         """True if a segment skips tokens on a path that allocates by data, which some runtimes cannot."""
         return any(ALLOCATES in segment.token_paths for segment in self.segments)
+
+    @property
+    def is_static(self) -> bool:
+        """True if one network without gates and token routers serves every t."""
+        first = self.segments[0]
+        return len(self.segments) == 1 and first.gate_size == 0 and set(first.token_paths) == {EVERY_TOKEN}
 
     @property
     def span(self) -> tuple[float, float]:

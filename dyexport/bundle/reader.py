@@ -84,9 +84,8 @@ class Bundle:
         manifest = self.manifest
         targets = ", ".join(dict.fromkeys(engine.target for engine in manifest.engines))
         budget = "" if manifest.budget is None else f" at {manifest.budget:g} of the FLOPs"
-        return (
-            f"Bundle({str(self.root)!r}, {manifest.model.name}{budget}, K = {len(manifest.plan.segments)}, {targets})"
-        )
+        engines = "static" if manifest.widths == "static" else f"K = {len(manifest.plan.segments)}"
+        return f"Bundle({str(self.root)!r}, {manifest.model.name}{budget}, {engines}, {targets})"
 
     def _check(self, name: str, record: FileRecord, check_hashes: bool) -> None:
         path = self.root / name

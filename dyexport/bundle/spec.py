@@ -12,6 +12,9 @@ from dyexport.lora import LoraSpec
 Precision = Literal["fp32", "fp16", "bf16"]
 Quantization = Literal["int8", "fp8"]  # fp8 is E4M3: four bits of exponent, three of mantissa
 
+Widths = Literal["dynamic", "static"]
+"""Widths that follow the timestep, with token routers; or one slim network for all timesteps and every token."""
+
 
 class ModelSpec(Frozen):
     """Description of a model for pipelines; ``config`` is its diffusers configuration.

@@ -39,6 +39,7 @@ def build(
     lora: options.LoraOption = None,
     random_weights: options.RandomWeightsOption = False,
     budget: options.BudgetOption = None,
+    widths: options.WidthsOption = None,
     data: options.DataOption = None,
     finetune_steps: options.FinetuneStepsOption = None,
     td_lora: options.TdLoraOption = None,
@@ -79,6 +80,7 @@ def build_bundle(settings: BuildSettings, json: bool, without: frozenset[str] = 
         "bundle": str(settings.out),
         "model": settings.preset.name,
         "budget": settings.budget,
+        "widths": manifest.widths,
         **plan_costs(manifest.plan),
         "disk_bytes": sum(record.bytes for record in manifest.files.values()),
         "work": str(settings.work),
@@ -107,6 +109,7 @@ def _build_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     return (
         ("bundle", payload["bundle"]),
         ("engines", str(payload["engines"])),
+        ("widths", payload["widths"]),
         ("attention + MLP FLOPs (lambda)", f"{payload['flops_ratio']:.3f} of dense"),
         ("whole network's FLOPs", f"{payload['network_flops_ratio']:.3f} of dense"),
         ("as executed by these engines", f"{payload['executed_flops_ratio']:.3f} of dense"),

@@ -28,6 +28,7 @@ def calibrate(
     lora: options.LoraOption = None,
     random_weights: options.RandomWeightsOption = False,
     budget: options.BudgetOption = None,
+    widths: options.WidthsOption = None,
     data: options.DataOption = None,
     finetune_steps: options.FinetuneStepsOption = None,
     td_lora: options.TdLoraOption = None,

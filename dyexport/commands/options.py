@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from dyexport.backbones.base import RouterKind
-from dyexport.bundle.spec import Precision, Quantization
+from dyexport.backbones.base import UnitChoice
+from dyexport.bundle.spec import Precision, Quantization, Widths
 
 MODEL, BUDGET, TRAINING, ENGINES = "Model", "Budget", "Training", "Engines"
 OUTPUT, TENSORRT, ADVANCED = "Output", "TensorRT", "Advanced"
@@ -96,6 +96,13 @@ BudgetOption = Annotated[
         metavar="RATIO",
     ),
 ]
+WidthsOption = Annotated[
+    Widths | None,
+    _option(
+        BUDGET,
+        "Widths that follow the timestep, or one slim network for all timesteps and every token. Default: dynamic.",
+    ),
+]
 DataOption = Annotated[
     str | None,
     _option(
@@ -166,7 +173,7 @@ RecordedWorkOption = Annotated[
     _option(OUTPUT, "Work directory of the earlier stages, which records their settings.", "--work", metavar="DIR"),
 ]
 RouterOption = Annotated[
-    RouterKind | None,
+    UnitChoice | None,
     _option(
         ADVANCED,
         "Units that routers may switch on: any of them, or always the first ones, so that engines share more weights. "

@@ -35,6 +35,7 @@ def plan(
     lora: options.LoraOption = None,
     random_weights: options.RandomWeightsOption = False,
     budget: options.BudgetOption = None,
+    widths: options.WidthsOption = None,
     data: options.DataOption = None,
     finetune_steps: options.FinetuneStepsOption = None,
     td_lora: options.TdLoraOption = None,
@@ -50,7 +51,7 @@ def plan(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Print what 1, 2, 4, 8 and 16 engines would cost in FLOPs and memory.
+    """Print what 1, 2, 4, 8 and 16 engines would cost in FLOPs and memory, or the one of static widths.
 
     Calibrates a model that is not calibrated yet; never trains.
     """
@@ -58,7 +59,8 @@ def plan(
     with building(settings, without=settings.slow_stages) as run:
         from dyexport.pipeline.build import price_plans
 
-        plans = price_plans(run, PLANNED_ENGINES)
+        static = settings.planned_widths == "static"
+        plans = price_plans(run, (settings.engines,) if static else PLANNED_ENGINES)
     rows = [{**plan_costs(priced.plan), "tensorrt": _predictions(priced.tensorrt)} for priced in plans]
     formats = {"precision": settings.stored_precision, "quantization": settings.quantize}
     payload = {"model": settings.preset.name, **formats, "plans": rows}

@@ -25,7 +25,7 @@ def settings_of(context: typer.Context) -> BuildSettings:
     Options that are not given keep the defaults of ``BuildSettings``. If neither a model nor a checkpoint is given,
     the settings recorded in the work directory take the place of the defaults. Raises ``UsageError``.
     """
-    from dyexport.pipeline.settings import BuildSettings
+    from dyexport.pipeline.settings import BuildSettings, default_engines
 
     explicit = ExplicitOptions(context)
     options = dict(explicit.values())
@@ -34,7 +34,10 @@ def settings_of(context: typer.Context) -> BuildSettings:
     work = options.pop("work", None)
     if work is not None and not {"model", "checkpoint"} & options.keys():
         recorded = BuildSettings.load(work)
-        settings = replace(recorded, **_changes(options, recorded))
+        changes = _changes(options, recorded)
+        if "widths" in changes and changes["widths"] != recorded.planned_widths:
+            changes.setdefault("engines", default_engines(recorded.preset, changes["widths"]))
+        settings = replace(recorded, **changes)
     else:
         settings = BuildSettings.complete(**_changes(options), work=work)
     kept = f"{settings.checkpoint} has routers already and is taken as it is"
@@ -88,7 +91,7 @@ def stage_lines() -> Iterator[StageLines]:
 
 def recipe_line(recipe: Mapping[str, Any]) -> str:
     """Describe in one line the choices that a build makes, where its options and the model's recipe leave them."""
-    parts = [f"routers {recipe['routers']}"]
+    parts = [f"routers {recipe['routers']}, {recipe['widths']} widths"]
     if (scratch := recipe["from_scratch"]) is not None:
         parts.append(f"the static model trained for {scratch['steps']} steps of {scratch['batch_size']}")
     if (schedule := recipe["finetune"]) is not None:

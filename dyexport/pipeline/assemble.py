@@ -76,6 +76,7 @@ def assemble_bundle(
         dyexport_version=__version__,
         model=model.spec,
         budget=settings.budget,
+        widths=settings.planned_widths,
         plan=plan,
         engines=tuple(EngineRecord(target=t, network=name, path=path) for (t, name), path in paths.items()),
         reference=Reference(path=os.path.relpath(model.path, settings.out), sha256=model.calibrated.digest),

@@ -94,8 +94,8 @@ def dynamic_model(run: Run, static: Outcome, data: Data) -> Outcome:
     settings, chosen = run.settings, dynamic_settings(run.settings)
     routers = settings.routers
     inputs: dict[str, Any] = {"static": static.digest, "routers": routers, "seed": settings.seed}
-    if settings.router != "free":  # omitted at the default, so that older ledgers stay valid
-        inputs["router"] = settings.router
+    if settings.router_kind != "free":  # omitted at the default, so that older ledgers stay valid
+        inputs["router"] = settings.router_kind
     if settings.lora is not None:
         inputs["td_lora"] = settings.lora.model_dump()
     if routers == "given":

@@ -1,4 +1,4 @@
-"""The folder that a build writes: ownership of its files, and atomic replacement."""
+"""The folder that a build writes: its default name, ownership of its files, and atomic replacement."""
 
 from __future__ import annotations
 
@@ -10,13 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from dyexport.bundle.manifest import DENSE, FileRecord, Manifest
-from dyexport.bundle.manifest_file import MANIFEST, files_of, read_manifest
+from dyexport.bundle.manifest_file import MANIFEST, WORK, files_of, read_manifest
+from dyexport.bundle.spec import Widths
 from dyexport.digests import sha256_of
 from dyexport.errors import BundleError, StorageError, UsageError
 from dyexport.files import PARTIAL, flush, hard_linked, put, remove, replacing, sync
 from dyexport.stages.locking import renamable
 
 STAGING = f"{PARTIAL}bundle"  # inside a folder that cannot be renamed
+
+
+def default_out(model: str, budget: float | None, widths: Widths | None = None) -> Path:
+    """Return the default directory of a bundle."""
+    parts = [model, *([] if budget is None else [f"{budget:g}"]), *(["static"] if widths == "static" else [])]
+    return Path("-".join(parts))
+
+
+def default_work(out: Path) -> Path:
+    """Return the default work directory of a bundle, next to it. Raises ``UsageError`` for the root directory."""
+    path = Path(os.path.abspath(out))
+    if not path.name:
+        raise UsageError(f"-o is {out}; give the name of a directory for the bundle")
+    return path.with_name(f"{path.name}{WORK}")
 
 
 def check_ours(out: Path) -> None:
@@ -57,6 +72,7 @@ def _settings_of(manifest: Manifest) -> dict[str, Any]:
     return {
         "model": spec.name,
         "budget": manifest.budget,
+        "widths": manifest.widths,
         "weights": None if manifest.reference is None else manifest.reference.sha256,
         "precision": spec.precision,
         "quantization": spec.quantization,

@@ -13,17 +13,18 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from dyexport.backbones.base import Preset, RouterKind
+from dyexport.backbones.base import Preset, RouterKind, UnitChoice
 from dyexport.backbones.recipe import Recipe, Schedule
-from dyexport.bundle.manifest_file import WORK
-from dyexport.bundle.spec import Precision, Quantization
+from dyexport.bundle.spec import Precision, Quantization, Widths
 from dyexport.bundle.targets import ONNX, TARGETS
+from dyexport.checkpoints.stored_routers import stored_widths
 from dyexport.checkpoints.structure import resolve_preset
-from dyexport.errors import CheckpointError, UsageError
+from dyexport.errors import UsageError
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from dyexport.files import write_atomically
 from dyexport.lora import LoraFile, LoraSpec
-from dyexport.pipeline.settings_checks import SHOWN, check, check_values
+from dyexport.pipeline.output import default_out, default_work
+from dyexport.pipeline.settings_checks import check, check_values
 from dyexport.presets import Model
 from dyexport.training.synthetic_config import SyntheticConfig
 
@@ -41,6 +42,7 @@ class BuildSettings:
     model            a preset or its name; None: the model of the checkpoint
     out, work        directories of the bundle and of finished stages
     budget           FLOPs ratio lambda in (0, 1]; None keeps the routers of a dynamic checkpoint as they are
+    widths           'dynamic' or 'static'; None: those of a dynamic checkpoint, otherwise dynamic
     router           which units may be on at a timestep: 'free' or 'ordered'
     td_lora          low-rank updates that are trained instead of all weights
     merge_tolerance  relative error up to which TD-LoRA is merged into a segment's weights; None never merges
@@ -69,7 +71,8 @@ class BuildSettings:
     out: Path
     work: Path
     budget: float | None = None
-    router: RouterKind = "free"
+    widths: Widths | None = None
+    router: UnitChoice = "free"
     td_lora: LoraSpec | None = None
     merge_tolerance: float | None = None
     loras: tuple[LoraFile, ...] = ()
@@ -131,11 +134,26 @@ class BuildSettings:
     @property
     def routers(self) -> Routers:
         """Origin of the routers; with 'none', widths are chosen by importance and all tokens run."""
-        if self.checkpoint is not None and _has_routers(Path(self.checkpoint)):
+        if self._given_widths is not None:
             return "given"
         if self.finetune_steps == 0:
             return "none"
         return "random" if self.random_weights and self.finetune_steps is None else "trained"
+
+    @cached_property
+    def _given_widths(self) -> Widths | None:
+        """Widths of a checkpoint that has routers."""
+        return stored_widths(self.checkpoint)
+
+    @property
+    def planned_widths(self) -> Widths:
+        """Widths of the bundle."""
+        return self._given_widths or self.widths or "dynamic"
+
+    @property
+    def router_kind(self) -> RouterKind:
+        """Kind of new width routers."""
+        return "static" if self.planned_widths == "static" else self.router
 
     @property
     def data_source(self) -> str | None:
@@ -159,10 +177,14 @@ class BuildSettings:
 
     @property
     def lora(self) -> LoraSpec | None:
-        """TD-LoRA that is trained instead of all weights; None without."""
-        if self.td_lora is None and self.routers == "trained":
-            return self.recipe.td_lora
-        return self.td_lora
+        """TD-LoRA that is trained instead of all weights; None without.
+
+        Experts follow the timestep, so with static widths the recipe's has one: a plain LoRA.
+        """
+        recipe = self.recipe.td_lora
+        if self.td_lora is not None or self.routers != "trained" or recipe is None:
+            return self.td_lora
+        return recipe.model_copy(update={"experts": 1}) if self.planned_widths == "static" else recipe
 
     @property
     def slow_stages(self) -> frozenset[str]:
@@ -204,9 +226,11 @@ class BuildSettings:
                 "no model is named; give --model, --checkpoint, or the --work directory of an earlier build"
             )
         preset = resolve_preset(model, checkpoint)
-        out = Path(values.get("out") or default_out(preset.name, values.get("budget")))
+        widths = stored_widths(checkpoint) or values.get("widths")
+        out = Path(values.get("out") or default_out(preset.name, values.get("budget"), widths))
         work = Path(values.get("work") or default_work(out))
-        return cls(**{"engines": preset.engines, **values, "out": out, "work": work})
+        engines = default_engines(preset, widths)
+        return cls(**{"engines": engines, **values, "out": out, "work": work})
 
     def effective_recipe(self) -> dict[str, Any]:
         """Return what this build does, by its settings and the model's recipe, as JSON values."""
@@ -214,6 +238,7 @@ class BuildSettings:
         lora = self.lora
         return {
             "routers": self.routers,
+            "widths": self.planned_widths,
             "data": self.data_source,
             "from_scratch": asdict(self.static_schedule) if self.from_scratch else None,
             "finetune": asdict(self.finetune_schedule) if trained else None,
@@ -264,30 +289,10 @@ class BuildSettings:
 _ADAPTER = TypeAdapter(BuildSettings)
 
 
-def _has_routers(checkpoint: Path) -> bool:
-    """Return whether a checkpoint has routers. For a single file this imports torch."""
-    try:
-        if not checkpoint.is_file():
-            return (checkpoint / "dynamic.json").is_file()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {str(checkpoint)[:SHOWN]!r}: {error.strerror}; give another") from error
-    from dyexport.checkpoints.dialects import has_routers
-
-    return has_routers(checkpoint)
+def default_engines(preset: Preset, widths: Widths | None) -> int:
+    """Return the default number of engines."""
+    return 1 if widths == "static" else preset.engines
 
 
 def _with_steps(schedule: Schedule, steps: int | None) -> Schedule:
     return schedule if steps is None else replace(schedule, steps=steps)
-
-
-def default_out(model: str, budget: float | None) -> Path:
-    """Return the default directory of a bundle."""
-    return Path(model if budget is None else f"{model}-{budget:g}")
-
-
-def default_work(out: Path) -> Path:
-    """Return the default work directory of a bundle, next to it. Raises ``UsageError`` for the root directory."""
-    path = Path(os.path.abspath(out))
-    if not path.name:
-        raise UsageError(f"-o is {out}; give the name of a directory for the bundle")
-    return path.with_name(f"{path.name}{WORK}")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from dyexport.arguments import check_memory, check_seed, whole_number
-from dyexport.backbones.base import RouterKind
+from dyexport.backbones.base import UnitChoice
 from dyexport.bundle.plan_info import OLDEST_FP8
-from dyexport.bundle.spec import Precision, Quantization
+from dyexport.bundle.spec import Precision, Quantization, Widths
 from dyexport.bundle.targets import TARGETS, Option
 from dyexport.calibration.segments import PlanSettings
 from dyexport.errors import BudgetError, UsageError
@@ -76,7 +76,8 @@ VALUE_CHECKS: Mapping[str, Callable[[Any], object]] = {
     "token_path": lambda value: PlanSettings(engines=1, token_path=value),
     "targets": _check_targets,
     "budget": _check_budget,
-    "router": lambda value: _check_choice("--router", value, RouterKind),
+    "widths": lambda value: _check_choice("--widths", value, Widths),
+    "router": lambda value: _check_choice("--router", value, UnitChoice),
     "precision": lambda value: _check_choice("--precision", value, Precision),
     "quantize": lambda value: _check_choice("--quantize", value, Quantization),
     "seed": lambda value: check_seed(value, "--seed"),
@@ -150,6 +151,10 @@ def _has(settings: BuildSettings, option: Option) -> bool:
     return any(option in TARGETS[target].options for target in settings.targets)
 
 
+def _is_static(settings: BuildSettings) -> bool:
+    return settings.planned_widths == "static"
+
+
 def _without_fp8(settings: BuildSettings) -> list[str]:
     return [text for text in settings.tensorrt.compute_capabilities if float(text) < OLDEST_FP8]
 
@@ -213,6 +218,22 @@ RULES = (
     ),
     # Routers
     Rule(lambda s: s.router != "free" and s.routers == "given", _leave_out("--router")),
+    Rule(
+        lambda s: s.widths not in (None, s.planned_widths),
+        "{s.checkpoint} has routers of {s.planned_widths} widths and is taken as it is; leave --widths out",
+    ),
+    Rule(
+        lambda s: _is_static(s) and s.engines != 1,
+        "static widths are one engine for all timesteps, and --engines is {s.engines}; use -k 1",
+    ),
+    Rule(
+        lambda s: _is_static(s) and s.router != "free",
+        "--router {s.router} is about units at each timestep, and static widths are the same at all; use --router free",
+    ),
+    Rule(
+        lambda s: _is_static(s) and s.token_path != "auto",
+        "--token-path {s.token_path} skips tokens, and with static widths every token runs; use --token-path auto",
+    ),
     Rule(lambda s: bool(s.finetune_steps) and s.routers == "given", _leave_out("--finetune-steps")),
     Rule(
         lambda s: s.budget is None and s.routers in ("trained", "none"),
@@ -229,6 +250,11 @@ RULES = (
     Rule(
         lambda s: s.td_lora is not None and s.td_lora.rank > s.preset.hidden_size,
         "--td-lora has rank {s.td_lora.rank} and {s.preset.name} {s.preset.hidden_size} channels; give fewer",
+    ),
+    Rule(
+        lambda s: _is_static(s) and s.td_lora is not None and s.td_lora.experts > 1,
+        "--td-lora mixes {s.td_lora.experts} experts by timestep, and static widths are the same at all timesteps; "
+        "use experts=1",
     ),
     Rule(
         lambda s: s.td_lora is not None and s.routers == "none",

@@ -47,7 +47,7 @@ def control_settings(settings: BuildSettings) -> dict[str, Any]:
 def dynamic_settings(settings: BuildSettings) -> dict[str, Any]:
     """Return the settings of the dynamic model before calibration."""
     lora = None if settings.lora is None else settings.lora.model_dump()
-    chosen: dict[str, Any] = {"seed": settings.seed, "routers": settings.routers, "router": settings.router}
+    chosen: dict[str, Any] = {"seed": settings.seed, "routers": settings.routers, "router": settings.router_kind}
     chosen["td_lora"] = lora
     if settings.routers == "trained":
         chosen |= {"budget": settings.budget, "finetune_steps": settings.finetune_schedule.steps}

@@ -167,7 +167,7 @@ def make_dynamic(
         model = load_with_routers(Path(str(settings.checkpoint)), preset, stream=True)
         save_dynamic(model, out, preset, backbone=static)
     elif settings.routers == "random":
-        model = random_dynamic(preset, seed=settings.seed, router=settings.router, td_lora=settings.lora)
+        model = random_dynamic(preset, seed=settings.seed, router=settings.router_kind, td_lora=settings.lora)
         save_dynamic(model, out, preset, backbone=static)
     elif settings.routers == "none":
         backbone = load_static(str(static), preset, stream=True)
@@ -211,7 +211,7 @@ def _untrained(settings: BuildSettings, backbone: nn.Module) -> DynamicTransform
         get_adapter(settings.preset.backbone),
         heads=settings.preset.heads,
         tokens=settings.routers == "trained",
-        router=settings.router,
+        router=settings.router_kind,
         td_lora=settings.lora,
     )
 
@@ -223,7 +223,7 @@ def finetuning_run(settings: BuildSettings) -> FinetuningRun | None:
     return FinetuningRun(
         preset=settings.preset,
         schedule=settings.finetune_schedule,
-        router=settings.router,
+        router=settings.router_kind,
         td_lora=settings.lora,
         distill=settings.recipe.distill,
         synthetic=settings.sampling if settings.data_source == SYNTHETIC else None,

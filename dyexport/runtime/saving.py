@@ -55,14 +55,18 @@ def model_card(manifest: Manifest) -> str:
         if GOLDEN in manifest.files
         else ""
     )
+    engines = (
+        "one slim\nengine, which serves all sampling steps."
+        if manifest.widths == "static"
+        else f"{len(plan.segments)} slim\nengines, each for a part of the sampling steps."
+    )
     return f"""---
 {data.to_yaml()}
 ---
 
 # {spec.name}
 
-A bundle of dyexport: a diffusion transformer cut into {len(plan.segments)} slim
-engines, each for a part of the sampling steps.
+A bundle of dyexport: a diffusion transformer cut into {engines}
 
 | | |
 |---|---|
@@ -70,6 +74,7 @@ engines, each for a part of the sampling steps.
 | budget: share of the dense model's attention and MLP FLOPs | {budget} |
 | the same as run over a trajectory (lambda) | {plan.flops_ratio:.3f} |
 | share of the whole network's FLOPs, as run | {plan.network_flops_ratio:.3f} |
+| widths | {manifest.widths} |
 | token paths | {", ".join(paths)} |
 | precision | {spec.number_formats} |
 | targets | {", ".join(targets)} |

@@ -127,12 +127,13 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
     def __repr__(self) -> str:
         manifest, count = self._bundle.manifest, len(self.engine.engines)
         budget = "" if manifest.budget is None else f", built for {manifest.budget:g}"
+        static = ", static widths" if manifest.widths == "static" else ""
         engines = f"{count} engine{'s' if count > 1 else ''} in {self.spec.number_formats}"
         resident = ByteSize(weight_bytes(self.engine, self.conditioner)).human_readable(decimal=True)
         return (
             f"{type(self).__name__}({self.spec.name!r}, target {self._target!r} on {str(self.device)!r},\n"
             f"  {engines}, {resident} of weights resident,\n"
-            f"  FLOPs ratio {manifest.plan.flops_ratio:.3f}{budget})"
+            f"  FLOPs ratio {manifest.plan.flops_ratio:.3f}{budget}{static})"
         )
 
     @property

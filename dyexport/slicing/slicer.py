@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dyexport.backbones import get_slicer
 from dyexport.backbones.base import Preset
-from dyexport.bundle.plan import Segment, TokenPath
+from dyexport.bundle.plan import EVERY_TOKEN, Segment
 from dyexport.bundle.spec import ModelSpec, Precision, Quantization
 from dyexport.bundle.tables import TokenStats, UnitOrder, WidthTable
 from dyexport.bundle.tensors import TensorSpec
@@ -113,7 +113,6 @@ def dense_segment(spec: ModelSpec, order: UnitOrder) -> Segment:
     With the ``order`` of the slim segments, these share the bytes of the dense weights.
     """
     depth = len(order.heads)
-    every_token: TokenPath = "all"
     return Segment(
         start=spec.timestep_range[0],
         end=spec.timestep_range[1],
@@ -121,7 +120,7 @@ def dense_segment(spec: ModelSpec, order: UnitOrder) -> Segment:
         groups=order.groups,
         gated_heads=(False,) * depth,
         gated_groups=(False,) * depth,
-        token_paths=(every_token,) * depth,
+        token_paths=(EVERY_TOKEN,) * depth,
         capacities=(spec.tokens,) * depth,
     )
 

@@ -15,10 +15,12 @@ from safetensors.torch import save_file
 from dyexport.backbones.base import Preset
 from dyexport.backbones.calibration_effort import DEFAULT_EFFORT, SPARSE, THOROUGH, CalibrationEffort
 from dyexport.backbones.recipe import recipe_for
+from dyexport.bundle.spec import Widths
 from dyexport.errors import CheckpointError, DataError, DyexportError, UsageError
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from dyexport.lora import LoraFile, LoraSpec, parse_lora_file
-from dyexport.pipeline.settings import SETTINGS, BuildSettings, default_out
+from dyexport.pipeline.output import default_out
+from dyexport.pipeline.settings import SETTINGS, BuildSettings
 from dyexport.pipeline.steps import checkpoint_source
 from dyexport.presets import PRESETS, get_preset
 from dyexport.training.data import open_source
@@ -70,6 +72,12 @@ def settings(tmp_path: Path, **values: Any) -> BuildSettings:
         ({"train_steps": 10}, "--train-steps is for training from scratch"),
         ({"checkpoint": "somewhere"}, "exclude each other"),
         ({"router": "sorted"}, "--router is 'sorted'; use free or ordered"),
+        ({"router": "static"}, "--router is 'static'; use free or ordered"),
+        ({"widths": "fixed"}, "--widths is 'fixed'; use dynamic or static"),
+        ({"widths": "static"}, "static widths are one engine for all timesteps, and --engines is 4; use -k 1"),
+        ({"widths": "static", "engines": 1, "router": "ordered"}, "--router ordered is about units at each timestep"),
+        ({"widths": "static", "engines": 1, "token_path": "masked"}, "--token-path masked skips tokens"),
+        ({"widths": "static", "engines": 1, "td_lora": LORA}, "--td-lora mixes 4 experts by timestep"),
         ({"td_lora": LORA, "finetune_steps": 0}, "nothing is trained; leave --td-lora out"),
         ({"merge_tolerance": 0.1}, "--merge-tolerance is for models with TD-LoRA"),
         ({"merge_tolerance": -1.0, "td_lora": LORA}, "--merge-tolerance is -1.0"),
@@ -108,6 +116,7 @@ def test_presets_follow_the_rule_for_any_checkpoint(preset: Preset) -> None:
 def test_a_bundle_is_named_after_model_and_budget() -> None:
     assert default_out("dit-s-2", 0.5) == Path("dit-s-2-0.5")
     assert default_out("dit-s-2", None) == Path("dit-s-2")
+    assert default_out("dit-s-2", 0.5, "static") == Path("dit-s-2-0.5-static")
 
 
 def test_a_work_directory_records_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,6 +256,31 @@ def test_a_dynamic_checkpoint_is_taken_as_it_is(tmp_path: Path) -> None:
     for more in ({"finetune_steps": 10}, {"router": "ordered"}):
         with pytest.raises(UsageError, match="has routers already"):
             settings(tmp_path, **given, **more)
+
+
+@pytest.mark.parametrize("stored", ["dynamic", "static"])
+def test_a_dynamic_checkpoint_decides_the_widths(tmp_path: Path, stored: Widths) -> None:
+    checkpoint = tmp_path / "dynamic"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    router = "static" if stored == "static" else "ordered"
+    (checkpoint / "dynamic.json").write_text(json.dumps({"preset": "dit-s-2", "router": router}))
+    given = {"checkpoint": str(checkpoint), "out": tmp_path / "out"}
+    found = BuildSettings.complete(**given)
+    assert (found.planned_widths, found.engines) == (stored, 1 if stored == "static" else get_preset("dit-s-2").engines)
+    assert BuildSettings.complete(**given, widths=stored).planned_widths == stored
+    other = "dynamic" if stored == "static" else "static"
+    with pytest.raises(UsageError, match=f"has routers of {stored} widths and is taken as it is; leave --widths out"):
+        BuildSettings.complete(**given, widths=other)
+
+
+def test_static_widths_have_one_engine_and_a_plain_lora(tmp_path: Path) -> None:
+    given = {"model": "flux", "budget": 0.5, "out": tmp_path / "out", "data": "synthetic"}
+    static, dynamic = BuildSettings.complete(**given, widths="static"), BuildSettings.complete(**given)
+    assert (static.engines, dynamic.engines) == (1, 4)
+    assert static.lora is not None
+    assert dynamic.lora is not None
+    assert (static.lora, dynamic.lora.experts) == (dynamic.lora.model_copy(update={"experts": 1}), 4)
 
 
 @pytest.mark.parametrize(
