@@ -51,6 +51,6 @@ clean:
 
 $(INSTALLED): pyproject.toml
 	.ci/venv $(PYTHON) $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[build,cpu,demo,dev,docs,rtx,triton]'
+	$(BIN)/python -m pip install --quiet --editable '.[build,cpu,demo,dev,docs,report,rtx,triton]'
 	.ci/triton-venv $(BIN)/python .triton
 	touch $@

@@ -33,6 +33,7 @@ COMMANDS = (
     "bench",
     "eval",
     "inspect",
+    "report",
     "deploy",
     "models",
     "targets",

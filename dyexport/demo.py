@@ -10,7 +10,6 @@ from time import perf_counter
 
 from dyexport.bench.compare import compare
 from dyexport.bench.evaluation import EvalReport, evaluate
-from dyexport.bench.heatmap import render_image
 from dyexport.bench.pictures import grid, save_png, side_by_side, zoom_for
 from dyexport.bench.quality import Evaluator
 from dyexport.bench.rows import BenchReport, trusted
@@ -21,6 +20,8 @@ from dyexport.errors import DyexportError
 from dyexport.pipeline.build import build_bundle, opened
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.progress import Progress
+from dyexport.report.width_map import WidthMap
+from dyexport.report.width_map_image import POINTS, render_image
 from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import Denoiser, sample
 from dyexport.stages.ledger import BuildListener
@@ -106,7 +107,7 @@ def save_pictures(bundle: Bundle, folder: Path, steps: int | None) -> tuple[Path
     loaded.close()
     pictures, widths = folder / "digits.png", folder / "widths.png"
     save_png(side_by_side(images), pictures)
-    save_png(render_image(bundle), widths)
+    save_png(render_image(WidthMap.of(bundle, POINTS)), widths)
     return pictures, widths
 
 

@@ -44,7 +44,7 @@ BUILD_ROLES = {"backbones.basic_transformer_block", "backbones.conditions", "bac
 }
 RUN_ROLES = {"backbones.pipeline", "backbones.stand_in"}
 BUILD_SIDE = {"models", "checkpoints", "slicing", "calibration", "exporters", "training"} | BUILD_ROLES
-RUN_SIDE = {"engines", "runtime", "serving", "bench"} | RUN_ROLES
+RUN_SIDE = {"engines", "runtime", "serving", "bench", "report"} | RUN_ROLES
 EITHER_SIDE = CONTRACTS | BUILD_SIDE | RUN_SIDE
 PIPELINE = {"pipeline", "verification"}
 FROM_BUNDLES = {"compilation"}
@@ -94,6 +94,22 @@ MAY_IMPORT: dict[str, set[str]] = {
         "backbones",
         "backbones.engine_sizes",
         "backbones.preset",
+    },
+    "report": {
+        "arguments",
+        "backbones",
+        "backbones.pipeline",
+        "backbones.preset",
+        "bench",
+        "bundle",
+        "engines",
+        "errors",
+        "files",
+        "flops",
+        "noise_schedule",
+        "progress",
+        "runtime",
+        "samples",
     },
     "doctor": {"errors", "bundle", "engines", "runtime", "tensorrt_api"},
     **{role: CONTRACTS | BUILD_ROLES | {"models", "slicing"} for role in BUILD_ROLES},
@@ -213,7 +229,19 @@ def test_imports_go_one_way(path: Path) -> None:
     assert violations(unit, path.read_text()) == []
 
 
-RUN_EXTRAS = {"bench", "cpu", "demo", "gguf", "prompts", "rtx", "tensorrt", "torch-tensorrt", "triton", "video"}
+RUN_EXTRAS = {
+    "bench",
+    "cpu",
+    "demo",
+    "gguf",
+    "prompts",
+    "report",
+    "rtx",
+    "tensorrt",
+    "torch-tensorrt",
+    "triton",
+    "video",
+}
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "google": "protobuf",

@@ -74,6 +74,10 @@ def test_wheel_has_one_import_root(wheel: list[str]) -> None:
     assert roots == {"dyexport", f"dyexport-{dyexport.__version__}.dist-info"}
 
 
+def test_wheel_holds_the_template_of_the_report(wheel: list[str]) -> None:
+    assert {f"dyexport/report/templates/report.{suffix}" for suffix in ("html.j2", "css")} <= set(wheel)
+
+
 def test_wheel_is_typed_licensed_and_has_a_command(wheel: list[str]) -> None:
     info = f"dyexport-{dyexport.__version__}.dist-info"
     assert {"dyexport/py.typed", f"{info}/licenses/LICENSE", f"{info}/entry_points.txt"} <= set(wheel)

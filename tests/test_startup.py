@@ -83,6 +83,10 @@ def run(*arguments: str, cwd: Path, stream: str = "stdout") -> tuple[int, str, b
         ("bench nowhere", 1),
         ("eval nowhere --samples 1", 2),
         ("eval nowhere", 1),
+        ("report nowhere --samples 0", 2),
+        ("report nowhere --no-samples --seed 1", 2),
+        ("report nowhere -o page.pdf", 2),
+        ("report nowhere", 1),
     ],
 )
 def test_torch_is_not_imported(line: str, code: int, tmp_path: Path) -> None:
@@ -134,6 +138,12 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("bench digits --pipeline x", 2, "--pipeline does nothing here"),
         ("bench prompted --pipeline gone/", 1, "cannot read text encoders and VAE from gone/: it does not exist"),
         ("eval prompted", 2, "own is not a digits model"),
+        ("report digits --prompt x", 2, "--prompt does nothing here: sit-digits samples from class labels"),
+        ("report digits --vae x", 2, "--vae does nothing here: sit-digits samples pixels, not latents"),
+        ("report digits --scheduler ddim", 2, "use euler"),
+        ("report digits --target tensorrt", 2, "has no 'tensorrt' engines"),
+        ("report prompted --prompt x", 2, "--prompt is for a pipeline that embeds it; give --pipeline too, or leave"),
+        ("report prompted --pipeline gone/", 1, "cannot read text encoders and VAE from gone/: it does not exist"),
         ("deploy triton digits models --scheduler ddim", 2, "use euler"),
         ("deploy triton digits models --instances 0", 2, "--instances is 0"),
         ("deploy triton digits models --target tensorrt", 2, " --target tensorrt"),

@@ -40,18 +40,20 @@ def inspect(
         _inspect_plan(bundle, engine, json)
         return
     with chatter_on_stderr():
-        from dyexport.bench.heatmap import render_image, render_text
         from dyexport.bench.pictures import save_png
         from dyexport.bench.report import inspect_payload, inspect_table
         from dyexport.bundle.reader import Bundle
+        from dyexport.report.width_map import WidthMap
+        from dyexport.report.width_map_image import POINTS, render_image
+        from dyexport.report.width_map_text import render_text
 
         opened = Bundle.open(bundle)
         if png is not None:
-            save_png(render_image(opened), png)
+            save_png(render_image(WidthMap.of(opened, POINTS)), png)
 
     def show(console: Console) -> None:
         cells = max(min(console.width - LABELS, CELLS), 1)
-        heat_map = render_text(opened, cells, ascii_only=console.options.ascii_only)
+        heat_map = render_text(WidthMap.of(opened, cells), ascii_only=console.options.ascii_only)
         console.print(inspect_table(opened), "", heat_map, sep="\n")
 
     emit(inspect_payload(opened), as_json=json, human=show)

@@ -80,19 +80,22 @@ def verify_bundle(
     settings: VerifySettings,
     *,
     reference: Path | None = None,
+    golden_only: bool = False,
     progress: Progress = no_progress,
 ) -> VerifyReport:
     """Compare a bundle with its golden data, and with its reference if there is one, by default where it was built.
 
-    Raises ``BundleError`` if there is neither, and ``UsageError`` for options of the reference without it, for layers
-    of a quantized bundle and for a model without a smaller size.
+    With ``golden_only`` no reference is looked for. Raises ``BundleError`` if there is neither, and ``UsageError`` for
+    options of the reference without it, for layers of a quantized bundle and for a model without a smaller size.
     """
     if settings.device is not None:
         check_present(settings.device)  # before files are read
     bundle = Bundle.open(path)
     settings.check_for(bundle)
     golden = read_golden(bundle)
-    opened, no_reference = _open_reference(bundle, settings, reference)
+    opened, no_reference = (None, None) if golden_only else _open_reference(bundle, settings, reference)
+    if golden_only and golden is None:
+        raise BundleError(f"{bundle.root} has no golden data, since an older dyexport built it; build it again")
     with _opened(bundle, settings) as transformer:
         comparisons = [] if golden is None else _compare_golden(bundle, golden, transformer, progress)
         result = None if opened is None else opened.compare(transformer, progress)

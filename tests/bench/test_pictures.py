@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dyexport.bench.heatmap import RAMP, SHADES, cells, color, heat_maps, render_image, render_text, segment_of
 from dyexport.bench.pictures import GAP, grid, save_png, side_by_side
 from dyexport.bench.report import inspect_table
 from dyexport.bundle.reader import Bundle
@@ -50,47 +49,6 @@ def test_png_is_whole_or_absent(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="taken: it is a folder"):
         save_png(Image.new("RGB", (3, 3)), tmp_path / "taken")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "taken"]
-
-
-def test_heat_map_is_the_table(ddpm: TinyBundle) -> None:
-    bundle = Bundle.open(ddpm.root)
-    heads, groups, tokens = heat_maps(bundle, 12)
-    rows = [ddpm.widths.row(t) for t in cells(bundle, 12)]
-    assert (heads.values == ddpm.widths.heads[rows].mean(-1).T).all()
-    assert (groups.values == ddpm.widths.groups[rows].mean(-1).T).all()
-    assert tokens.values.shape == heads.values.shape
-    assert tokens.values.min() >= 0
-
-
-def test_time_runs_from_noise_to_data(ddpm: TinyBundle, flow: TinyBundle) -> None:
-    assert cells(Bundle.open(ddpm.root), 4) == [875, 625, 375, 125]
-    assert cells(Bundle.open(flow.root), 4) == [0.125, 0.375, 0.625, 0.875]
-    assert segment_of(Bundle.open(ddpm.root), 4) == [1, 1, 0, 0]
-
-
-def test_terminal_map_has_a_row_for_each_block_and_no_need_of_colors(flow: TinyBundle) -> None:
-    lines = rendered(render_text(Bundle.open(flow.root), 30)).splitlines()
-    depth = ddpm_depth(flow)
-    blocks = [line for line in lines if line.strip().split(" ")[0].isdigit() and line[-1] in SHADES]
-    assert len(blocks) == 3 * depth
-    assert "0─────────1─────────2─────────" in "\n".join(lines)
-
-
-def ddpm_depth(bundle: TinyBundle) -> int:
-    return bundle.widths.heads.shape[1]
-
-
-def test_ramp_ends_are_off_and_on() -> None:
-    assert color(0.0) == RAMP[0]
-    assert color(1.0) == RAMP[-1]
-
-
-def test_image_has_the_color_of_each_cell(flow: TinyBundle) -> None:
-    bundle = Bundle.open(flow.root)
-    pixels = np.array(render_image(bundle, 24))
-    shown = {tuple(pixel) for pixel in pixels.reshape(-1, 3)}
-    for heat_map in heat_maps(bundle, 24):
-        assert {color(float(value)) for value in heat_map.values.flat} <= shown
 
 
 def test_summary_names_what_each_engine_has(ddpm: TinyBundle) -> None:

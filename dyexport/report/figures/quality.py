@@ -1,0 +1,62 @@
+"""Speed against quality: one point for each network that ``eval`` scored."""
+
+from __future__ import annotations
+
+from dyexport.report.drawing import DENSE, DYNAMIC, MUTED, OTHER, Chart, canvas, to_svg
+from dyexport.report.measurements import Evaluation
+
+COLORS = {"dense": DENSE, "dynamic": DYNAMIC}
+MARKERS = {"dense": "s", "dynamic": "o"}
+
+
+def quality_chart(evaluation: Evaluation, speedup: float | None, flops_ratio: float) -> Chart:
+    """Draw Frechet distances over the speed-up that was measured, or else over FLOPs saved.
+
+    Networks other than the dynamic one have the dense network's cost.
+    """
+    measured = speedup is not None
+    gain = speedup if speedup is not None else 1 / flops_ratio
+    with canvas(2.7) as (figure, axes):
+        for quality in evaluation.qualities:
+            place = gain if quality.name == "dynamic" else 1.0
+            spread = [[quality.frechet - quality.low], [quality.high - quality.frechet]]
+            color = COLORS.get(quality.name, OTHER)
+            axes.errorbar(
+                place, quality.frechet, yerr=spread, fmt=MARKERS.get(quality.name, "D"), color=color, capsize=3
+            )
+            axes.annotate(
+                f"{quality.name}, {quality.frechet:.3f}",
+                (place, quality.frechet),
+                xytext=(8, 0),
+                textcoords="offset points",
+                va="center",
+            )
+        if evaluation.real is not None:
+            axes.axhline(evaluation.real, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+            axes.text(
+                1,
+                evaluation.real,
+                f"held-out real pictures, {evaluation.real:.3f}",
+                transform=axes.get_yaxis_transform(),
+                va="bottom",
+                ha="right",
+                color=MUTED,
+            )
+        axes.set_xlim(0.8, gain * 1.45)
+        tops = [quality.high for quality in evaluation.qualities] + (
+            [] if evaluation.real is None else [evaluation.real]
+        )
+        axes.set_ylim(0, max(tops) * 1.2)
+        axes.set_xlabel("times faster than dense, measured" if measured else "times fewer FLOPs than dense")
+        axes.set_ylabel("Frechet distance")
+        axes.grid()
+        axes.tick_params(length=0)
+        alt = "; ".join(f"{quality.name}: Frechet distance {quality.frechet:.3f}" for quality in evaluation.qualities)
+        seeds = max(quality.seeds for quality in evaluation.qualities)
+        return Chart(
+            title="Speed against quality",
+            svg=to_svg(figure, "quality", alt),
+            alt=alt,
+            caption=f"Lower is better. {evaluation.samples} samples, {seeds} seed{'s' if seeds > 1 else ''}"
+            + ("; bars from the best to the worst seed." if seeds > 1 else "."),
+        )
