@@ -54,7 +54,7 @@ VARIANTS = {"200D", "FE0F", "2640", "2642", "27A1", *SKIN_TONES}  # joiners, gen
 
 @dataclass(frozen=True)
 class Emoji:
-    """Pictures (n, 3, 32, 32) with values in [-1, 1], and their classes (n,), indices of ``CLASSES``."""
+    """Pictures (n, 3, 32, 32) with values in [0, 1], and their classes (n,), indices of ``CLASSES``."""
 
     pictures: Array
     labels: Array
@@ -80,7 +80,7 @@ def load_emoji(split: Split) -> Emoji:
     fixed way, all pictures of an emoji and of its variants on one side. Raises ``DataError``.
     """
     stored = _stored(user_cache() / STORE)
-    pictures = stored[f"{split} pictures"].astype(np.float32) / 127.5 - 1  # (n, 3, 32, 32)
+    pictures = stored[f"{split} pictures"].astype(np.float32) / 255  # (n, 3, 32, 32)
     return Emoji(pictures, stored[f"{split} labels"].astype(np.int64))
 
 

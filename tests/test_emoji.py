@@ -36,7 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def colors(pictures: np.ndarray) -> set[tuple[int, ...]]:
     """Return the colors at the bottom of pictures, as bytes."""
-    return {tuple(pixel) for pixel in np.rint((pictures[..., -1, 0] + 1) * 127.5).astype(int)}
+    return {tuple(pixel) for pixel in np.rint(pictures[..., -1, 0] * 255).astype(int)}
 
 
 def test_pictures_are_on_white_scaled_and_labeled(packages: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +45,7 @@ def test_pictures_are_on_white_scaled_and_labeled(packages: Path, monkeypatch: p
     assert train.pictures.shape[1:] == SHAPE
     assert train.pictures.dtype == np.float32
     assert (train.pictures[:, :, :2] == 1).all(), "transparent pixels are not white"
-    assert train.pictures[:, :, 2:].min() == -1
+    assert train.pictures[:, :, 2:].min() == 0
     assert set(train.labels) == set(range(len(CLASSES)))
     for label in range(len(CLASSES)):
         assert {color[0] for color in colors(train.pictures[train.labels == label])} == {28 * label}

@@ -77,9 +77,10 @@ def digits(split: Split = "train") -> MemorySource:
 
 
 def emoji(split: Split = "train") -> MemorySource:
-    """Return emoji in color with values in [-1, 1]: (n, 3, 32, 32). Raises ``DataError``."""
+    """Return emoji in color, scaled to [-1, 1]: (n, 3, 32, 32). Raises ``DataError``."""
     emoji = load_emoji(split)
-    return MemorySource(f"emoji/{split}", torch.from_numpy(emoji.pictures), torch.from_numpy(emoji.labels))
+    latents = torch.from_numpy(emoji.pictures) * 2 - 1  # (n, 3, 32, 32)
+    return MemorySource(f"emoji/{split}", latents, torch.from_numpy(emoji.labels))
 
 
 def _reason(path: Path, error: Exception) -> str:
