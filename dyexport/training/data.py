@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,9 +46,7 @@ def open_source(spec: str, preset: Preset) -> LatentSource:
     Raises ``DataError``.
     """
     check_source(spec, preset)
-    if spec == DIGITS:
-        return digits()
-    return emoji() if spec == EMOJI else ShardDirectory(Path(spec), preset)
+    return BUILT_IN[spec]("train") if spec in BUILT_IN else ShardDirectory(Path(spec), preset)
 
 
 class MemorySource:
@@ -81,6 +80,10 @@ def emoji(split: Split = "train") -> MemorySource:
     emoji = load_emoji(split)
     latents = torch.from_numpy(emoji.pictures) * 2 - 1  # (n, 3, 32, 32)
     return MemorySource(f"emoji/{split}", latents, torch.from_numpy(emoji.labels))
+
+
+BUILT_IN: Mapping[str, Callable[[Split], MemorySource]] = {DIGITS: digits, EMOJI: emoji}
+"""Data sets by the name that ``--data`` takes."""
 
 
 def _reason(path: Path, error: Exception) -> str:
