@@ -111,6 +111,8 @@ def _measurements(
     if evaluation is not None:
         speedup = None if bench is None else trusted(bench.headline.over_dense)
         charts.append(quality_chart(evaluation, speedup, bundle.manifest.plan.network_flops_ratio))
+        if not evaluation.qualities:
+            why["eval"] = "The evaluation had no data to compare samples with, and has no distances."
     else:
         why["eval"] = "Quality: not measured. dyexport eval BUNDLE --json > eval.json, then --eval eval.json."
     return tuple(chart for chart in charts if chart is not None)

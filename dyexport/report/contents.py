@@ -9,10 +9,10 @@ from dyexport.report.drawing import Chart
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One of the figures at the top: a value, what it is, and a remark."""
+    """One of the figures at the top: what it is, its value, and a remark; None: not measured."""
 
     name: str
-    value: str
+    value: str | None
     note: str
 
 
@@ -34,23 +34,28 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One sample of the dynamic model, and of the dense one from the same noise; ``dense`` is None without one.
+    """One sample of the bundle, and of its dense network from the same noise; ``dense`` is None without one.
 
     ``difference`` is the mean absolute difference of pixel values in [0, 1]; None for latents.
     """
 
     label: str
     seed: int
-    dynamic: Picture
+    slim: Picture
     dense: Picture | None
     difference: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Samples and how they were made. ``small``: so few pixels that they are shown enlarged, without smoothing."""
+    """Samples and how they were made.
+
+    ``name`` is what the bundle's widths are: dynamic or static. ``small``: so few pixels that they are shown enlarged,
+    without smoothing.
+    """
 
     samples: tuple[Sample, ...]
+    name: str
     caption: str
     small: bool
 

@@ -30,11 +30,13 @@ def _sentence(manifest: Manifest, *, routed: bool) -> str:
     source = "class labels" if get_pipeline(spec.backbone).takes == "labels" else "prompts"
     samples = "videos" if spec.frames is not None else "pictures"
     parts = "attention heads, MLP groups and tokens" if routed else "attention heads and MLP groups"
-    count = f"{engines} slim engines" if engines > 1 else "one slim engine"
-    return (
-        f"A diffusion transformer that makes {samples} from {source}, cut into {count} that sampling switches between: "
-        f"{parts} are left out where the timestep can do without them. Weights in {spec.number_formats}."
+    cut = (
+        f"cut into {engines} slim engines that sampling switches between: {parts} are left out where the timestep can "
+        "do without them"
+        if engines > 1
+        else f"cut to one slim engine for all timesteps, without {parts} that it can do without"
     )
+    return f"A diffusion transformer that makes {samples} from {source}, {cut}. Weights in {spec.number_formats}."
 
 
 def _flops(manifest: Manifest) -> Figure:
@@ -49,24 +51,24 @@ def _flops(manifest: Manifest) -> Figure:
 
 def _speed(bench: BenchReport | None) -> Figure:
     if bench is None:
-        return Figure(name="Speed-up", value="-", note="not measured; see --bench")
+        return Figure(name="Speed-up", value=None, note="see --bench")
     row = bench.headline
     over = row.over_dense
     where = f"target {row.target}, batch {row.batch}, on {bench.environment.device_name}"
     if over is None:
-        return Figure(name="Speed-up", value="-", note=f"the bundle has no dense network; {where}")
+        return Figure(name="Speed-up", value=None, note=f"the bundle has no dense network; {where}")
     if over.value is None:
         note = f"not trusted, since rounds disagree: {over.low:.2f}x to {over.high:.2f}x; {where}"
-        return Figure(name="Speed-up", value="-", note=note)
+        return Figure(name="Speed-up", value=None, note=note)
     return Figure(name="Speed-up", value=f"{over.value:.2f}x", note=f"over its own dense network; {where}")
 
 
 def _error(verified: VerifyReport | str) -> Figure:
     name = "Largest error"
     if isinstance(verified, str):
-        return Figure(name=name, value="-", note=verified)
+        return Figure(name=name, value=None, note=verified)
     if verified.error is None:
-        return Figure(name=name, value="-", note="nothing could be compared, or an output is not finite")
+        return Figure(name=name, value=None, note="nothing could be compared, or an output is not finite")
     kind = "absolute" if verified.precision == "fp32" else "relative"
     kind = kind if verified.quantization is None else "over that of quantization"
     against = "against the masked model" if verified.passed else "against the masked model: FAILED"

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
 
 from dyexport.bench.rows import BenchReport
 from dyexport.bundle.manifest import Manifest
@@ -32,9 +32,13 @@ class Quality:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What ``eval`` measured; ``real`` is the distance of held-out real pictures, None where it is not known."""
+    """Distances that ``eval`` measured, by network; none where it had no data to compare samples with.
+
+    ``features`` names the features that distances are of, ``real`` is the distance of held-out real data.
+    """
 
     samples: int
+    features: str | None
     qualities: tuple[Quality, ...]
     real: float | None
 
@@ -43,19 +47,36 @@ class Evaluation:
 
 
 class _Score(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    frechet: float | None = None
 
-    frechet: float
+
+class _Scores(BaseModel):
+    model: str
+    seeds: list[_Score]
 
 
 class _EvalFile(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    """The part of a result of ``eval`` that a report shows. Seeds are in ``per_seed`` in results of older versions."""
 
     model: str
     samples: int
     flops_ratio: float
     frechet_real: float | None = None
-    per_seed: dict[str, list[_Score]]
+    features: str | None = None
+    models: list[_Scores] = []
+    per_seed: dict[str, list[_Score]] = {}
+
+    @model_validator(mode="after")
+    def _scored(self) -> _EvalFile:
+        if not self.models and not self.per_seed:
+            raise ValueError("it has the scores of no model")
+        return self
+
+    def distances(self) -> dict[str, list[float]]:
+        """Return the Frechet distances of all seeds, by model; none for a model that was not compared with data."""
+        scores = self.per_seed | {each.model: each.seeds for each in self.models}
+        known = {name: [seed.frechet for seed in seeds if seed.frechet is not None] for name, seeds in scores.items()}
+        return {name: distances for name, distances in known.items() if distances}
 
 
 def read_bench(path: Path, manifest: Manifest) -> BenchReport:
@@ -81,12 +102,11 @@ def read_eval(path: Path, manifest: Manifest) -> Evaluation:
     except ValidationError as error:
         raise DataError(f"--eval {path} is no result of eval: {first_problem(error)}; make it by: {made_by}") from error
     _check_same("--eval", path, manifest, stored.model, stored.flops_ratio)
-    qualities = tuple(_quality(name, scores) for name, scores in stored.per_seed.items() if scores)
-    return Evaluation(samples=stored.samples, qualities=qualities, real=stored.frechet_real)
+    qualities = tuple(_quality(name, distances) for name, distances in stored.distances().items())
+    return Evaluation(samples=stored.samples, features=stored.features, qualities=qualities, real=stored.frechet_real)
 
 
-def _quality(name: str, scores: list[_Score]) -> Quality:
-    distances = [score.frechet for score in scores]
+def _quality(name: str, distances: list[float]) -> Quality:
     return Quality(name=name, frechet=fmean(distances), low=min(distances), high=max(distances), seeds=len(distances))
 
 

@@ -46,14 +46,16 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """Pictures (B, C, H, W) in [0, 1] of the dynamic and the dense network; False ``pixels``: false colors of latents.
+    """Pictures (B, C, H, W) in [0, 1] of the bundle and its dense network; False ``pixels``: false colors of latents.
 
-    ``labels`` and ``seeds`` are of each sample, ``calls`` the first call of the dynamic network at each t, in order.
+    ``name`` is what the widths are, dynamic or static. ``labels`` and ``seeds`` are of each sample, ``calls`` the
+    first call of the bundle at each t, in order.
     """
 
-    dynamic: Array
+    slim: Array
     dense: Array | None
     pixels: bool
+    name: str
     labels: tuple[str, ...]
     seeds: tuple[int, ...]
     calls: tuple[Call, ...]
@@ -81,9 +83,10 @@ def take_samples(bundle: Bundle, settings: ReportSettings, progress: Progress = 
     values = [value[:, 0] if value.ndim == 5 and taken.pixels else value for value in values]  # the first frame
     pictures = [value.float().cpu().numpy() for value in values] if taken.pixels else false_colors(values)
     return Taken(
-        dynamic=pictures[0],
+        slim=pictures[0],
         dense=pictures[1] if len(pictures) > 1 else None,
         pixels=taken.pixels,
+        name=bundle.manifest.widths,
         labels=tuple(labels),
         seeds=tuple(arguments["seed"]),
         calls=tuple(calls),
@@ -188,17 +191,17 @@ def as_contents(taken: Taken) -> Samples:
         Sample(
             label=taken.labels[index],
             seed=taken.seeds[index],
-            dynamic=_picture(taken.dynamic[index], f"{taken.labels[index]}, dynamic network"),
+            slim=_picture(taken.slim[index], f"{taken.labels[index]}, {taken.name} network"),
             dense=None
             if taken.dense is None
             else _picture(taken.dense[index], f"{taken.labels[index]}, dense network"),
             difference=None
             if taken.dense is None or not taken.pixels
-            else float(np.abs(taken.dense[index] - taken.dynamic[index]).mean()),
+            else float(np.abs(taken.dense[index] - taken.slim[index]).mean()),
         )
         for index in range(count)
     )
-    return Samples(samples=samples, caption=_caption(taken), small=taken.dynamic.shape[-1] <= SMALL)
+    return Samples(samples=samples, name=taken.name, caption=_caption(taken), small=taken.slim.shape[-1] <= SMALL)
 
 
 def _caption(taken: Taken) -> str:

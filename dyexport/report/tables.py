@@ -117,7 +117,7 @@ def environment_table(machine: Environment, title: str) -> Table:
         ("software", f"Python {machine.python}, {versions}"),
         *([("driver", machine.driver)] if machine.driver else []),
     ]
-    return Table(title=title, header=("what", "value"), rows=tuple(rows))
+    return Table(title=title, header=(), rows=tuple(rows))
 
 
 def megabytes(count: float) -> str:

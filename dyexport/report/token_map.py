@@ -33,7 +33,7 @@ def token_map_of(spec: ModelSpec, taken: Taken, steps: Sequence[StepTokens]) -> 
     blocks = [blocks[place] for place in np.linspace(0, len(blocks) - 1, min(BLOCKS, len(blocks))).round().astype(int)]
     rows = tuple((f"t = {step.t:.3g}", tuple(_cell(step, block, grid) for block in blocks)) for step in steps)
     return TokenMap(
-        picture=Picture(uri=data_uri(_thumbnail(taken.dynamic[0])), alt=f"{taken.labels[0]}, dynamic network"),
+        picture=Picture(uri=data_uri(_thumbnail(taken.slim[0])), alt=f"{taken.labels[0]}, {taken.name} network"),
         rows=grid[0],
         columns=grid[1],
         steps=rows,

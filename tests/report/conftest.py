@@ -76,7 +76,7 @@ def command(*arguments: object) -> tuple[int, str, str]:
     return int(exit_.value.code or 0), out.getvalue(), err.getvalue()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def page(sit_tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Page:
     """A report with everything in it: samples, measurements, verification."""
     folder = tmp_path_factory.mktemp("report")

@@ -23,7 +23,7 @@ def test_steps_are_those_that_sampling_takes(name: str, request: pytest.FixtureR
     trajectory = trajectory_of(spec, plan, 3)
     assert [step.t for step in trajectory.steps] == pytest.approx([call.t for call in taken.calls], rel=1e-6)
     assert [step.segment for step in trajectory.steps] == [plan.segment_for(call.t) for call in taken.calls]
-    assert taken.dynamic.shape[:2] == (1, 1 if spec.pixel_space else 3)
+    assert taken.slim.shape[:2] == (1, 1 if spec.pixel_space else 3)
 
 
 def test_flops_over_the_range_are_those_of_the_plan(sit_tiny: Bundle) -> None:

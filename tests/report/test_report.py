@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -79,9 +80,9 @@ def test_measurements_are_those_of_the_files(page: Page) -> None:
     assert "the dense network 8 ms" in page.html
     assert "dynamic: 30 MB; dense: 20 MB" in page.html
     assert "dense: Frechet distance 0.150; dynamic: Frechet distance 0.400" in page.html
-    assert "1800 samples, 2 seeds" in page.text
+    assert "1800 samples of each network, 2 seeds" in page.text
     assert "the fan was loud" in page.text
-    assert "Measured on what value device CPU X (cpu)" in page.text
+    assert "Measured on device CPU X (cpu)" in page.text
 
 
 def pictures_of(html: str, network: str) -> np.ndarray:
@@ -158,9 +159,13 @@ def test_every_picture_is_described(page: Page) -> None:
 def test_measurements_are_read_as_they_were_written(sit_tiny: Bundle, tmp_path: Path) -> None:
     written = write_bench(sit_tiny, tmp_path / "bench.json")
     assert read_bench(tmp_path / "bench.json", sit_tiny.manifest) == written
-    write_eval(sit_tiny, tmp_path / "eval.json")
+    old = write_eval(sit_tiny, tmp_path / "eval.json")
     scores = read_eval(tmp_path / "eval.json", sit_tiny.manifest)
     assert scores.real == 0.44
+    models = [{"model": name, "seeds": [asdict(score) for score in seeds]} for name, seeds in old.per_seed.items()]
+    new = {**asdict(old), "models": models, "per_seed": {}}
+    (tmp_path / "new.json").write_text(json.dumps(new))
+    assert read_eval(tmp_path / "new.json", sit_tiny.manifest) == scores
     dynamic = scores.find("dynamic")
     assert dynamic is not None
     assert (dynamic.frechet, dynamic.low, dynamic.high, dynamic.seeds) == (pytest.approx(0.4), 0.3, 0.5, 2)

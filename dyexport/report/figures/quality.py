@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from dyexport.bench.rows import BUNDLE
 from dyexport.report.drawing import DENSE, DYNAMIC, MUTED, OTHER, Chart, canvas, to_svg
 from dyexport.report.measurements import Evaluation
 
-COLORS = {"dense": DENSE, "dynamic": DYNAMIC}
-MARKERS = {"dense": "s", "dynamic": "o"}
+COLORS = {"dense": DENSE, **dict.fromkeys(BUNDLE, DYNAMIC)}
+MARKERS = {"dense": "s", **dict.fromkeys(BUNDLE, "o")}
 
 
-def quality_chart(evaluation: Evaluation, speedup: float | None, flops_ratio: float) -> Chart:
+def quality_chart(evaluation: Evaluation, speedup: float | None, flops_ratio: float) -> Chart | None:
     """Draw Frechet distances over the speed-up that was measured, or else over FLOPs saved.
 
-    Networks other than the dynamic one have the dense network's cost.
+    Networks other than the bundle have the dense network's cost. None without distances.
     """
+    if not evaluation.qualities:
+        return None
     measured = speedup is not None
     gain = speedup if speedup is not None else 1 / flops_ratio
     with canvas(2.7) as (figure, axes):
         for quality in evaluation.qualities:
-            place = gain if quality.name == "dynamic" else 1.0
+            place = gain if quality.name in BUNDLE else 1.0
             spread = [[quality.frechet - quality.low], [quality.high - quality.frechet]]
             color = COLORS.get(quality.name, OTHER)
             axes.errorbar(
@@ -57,6 +60,10 @@ def quality_chart(evaluation: Evaluation, speedup: float | None, flops_ratio: fl
             title="Speed against quality",
             svg=to_svg(figure, "quality", alt),
             alt=alt,
-            caption=f"Lower is better. {evaluation.samples} samples, {seeds} seed{'s' if seeds > 1 else ''}"
-            + ("; bars from the best to the worst seed." if seeds > 1 else "."),
+            caption=f"Lower is better. {_features(evaluation)}{evaluation.samples} samples of each network, "
+            + (f"{seeds} seeds; bars from the best to the worst." if seeds > 1 else "one seed."),
         )
+
+
+def _features(evaluation: Evaluation) -> str:
+    return "" if evaluation.features is None else f"Features: {evaluation.features}. "
