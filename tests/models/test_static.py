@@ -135,11 +135,12 @@ def test_a_budget_below_one_unit_per_block_is_refused() -> None:
 
 
 @torch.no_grad()
-def test_a_checkpoint_brings_static_routers_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_checkpoint_brings_static_routers_back(tmp_path: Path, stream: bool) -> None:
     preset = tiny_preset()
     model = static(preset)
     save_dynamic(model, tmp_path, preset)
-    loaded, _ = load_dynamic(tmp_path)
+    loaded, _ = load_dynamic(tmp_path, stream=stream)
     assert (loaded.router, loaded.has_token_routers) == ("static", False)
     for one, other in zip(loaded.width_logits(torch.zeros(1)), model.width_logits(torch.zeros(1)), strict=True):
         assert torch.equal(one, other)
