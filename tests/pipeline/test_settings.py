@@ -108,7 +108,7 @@ def test_the_heavier_a_pass_the_fewer(tmp_path: Path, model: str, effort: Calibr
     assert given.recipe.calibration == effort
 
 
-@pytest.mark.parametrize("preset", [preset for preset in PRESETS.values() if preset.recipe.data != "digits"])
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS.values() if preset.recipe.from_scratch is None])
 def test_presets_follow_the_rule_for_any_checkpoint(preset: Preset) -> None:
     assert preset.recipe == recipe_for(preset.parameters, preset.tokens)
 
