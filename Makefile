@@ -11,7 +11,7 @@ PYTEST := time -p $(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
 SHELL := /bin/bash
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo check test lint docs plans packages format wheel-check clean
+.PHONY: setup demo check test lint docs figures plans packages format wheel-check clean
 
 setup: $(INSTALLED)
 
@@ -31,6 +31,9 @@ lint: setup
 
 docs: setup  # seconds; fails at a dead link or anchor, and at a page that no menu shows
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+figures: demo  # those of the documentation, in docs/figures: after a change of what they show
+	$(BIN)/python docs/figures.py out/demo
 
 plans: setup  # every TensorRT-RTX plan the tests know, FLUX's full width among them: 10 minutes, 6 GB
 	$(BIN)/python -m pytest -m "tensorrt and slow" tests/exporters

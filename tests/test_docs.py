@@ -1,11 +1,13 @@
-"""The documentation: its command lines parse, its links lead somewhere, and its Python page runs."""
+"""The documentation: commands parse, links lead somewhere, messages and JSON keys are those of the code."""
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,20 @@ from dyexport.cli import app
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 GENERATED = ROOT / "docs" / COMMANDS
+SOURCES = ("dyexport", "calibration", "engines", "exporters")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`]+)`")
 LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+TERM = re.compile(r"^`(.*)`\n:   ", re.MULTILINE)
+SECTION = re.compile(r"^## (.*)\n((?:(?!## ).*\n)*)", re.MULTILINE)
+KEYS = re.compile(r"^\| (`[^|]*`) \|", re.MULTILINE)
+
+page_name = {page: page.relative_to(ROOT).as_posix() for page in PAGES}
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
 
 
 def fenced(text: str, *languages: str) -> list[str]:
@@ -28,19 +40,24 @@ def fenced(text: str, *languages: str) -> list[str]:
     return [block for language, block in FENCE.findall(text) if language in languages]
 
 
-def command_lines(text: str) -> Iterator[str]:
-    """Yield the shell lines that call ``dyexport``: in fenced blocks, in indented ones and between backticks."""
+def shell_lines(text: str) -> Iterator[str]:
+    """Yield lines of a shell: in fenced blocks, in indented ones and between backticks."""
     prose = FENCE.sub("", text)
     blocks = [*fenced(text, "", "sh", "bash"), *re.findall(r"^ {4,}\S.*$", prose, re.MULTILINE)]
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    for line in [*lines, *INLINE.findall(prose.replace("\n", " "))]:
+    yield from "\n".join(blocks).replace("\\\n", " ").splitlines()
+    yield from INLINE.findall(prose.replace("\n", " "))
+
+
+def command_lines(text: str) -> Iterator[str]:
+    """Yield the calls of ``dyexport``."""
+    for line in shell_lines(text):
         if found := re.match(r"\s*(?:accelerate launch .*?-m )?(dyexport [a-z].*)", line):
             yield found[1]
 
 
 def check_command_line(line: str) -> None:
     """Raises for an unknown command, an unknown option and an argument too many. Values are not looked at."""
-    words = [word for word in shlex.split(line, comments=True) if word != "..."][1:]
+    words = [word for word in shlex.split(line.partition(" | ")[0], comments=True) if word != "..."][1:]
     command: Any = typer.main.get_command(app)
     while hasattr(command, "commands") and words:
         name, *words = words
@@ -51,13 +68,7 @@ def check_command_line(line: str) -> None:
     assert len([word for word in arguments if word is not None]) <= taken, f"No such arguments: {arguments}"
 
 
-LINES = sorted(
-    {
-        (page.relative_to(ROOT).as_posix(), line)
-        for page in PAGES
-        for line in command_lines(page.read_text(encoding="utf-8"))
-    }
-)
+LINES = sorted({(page_name[page], line) for page in PAGES for line in command_lines(text_of(page))})
 
 
 @pytest.mark.parametrize(("page", "line"), LINES)
@@ -77,10 +88,23 @@ def test_a_wrong_command_line_is_an_error(line: str) -> None:
         check_command_line(line)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_scripts_and_make_targets_exist() -> None:
+    targets = set(re.findall(r"^(\w[\w-]*):", text_of(ROOT / "Makefile"), re.MULTILINE))
+    named = set()
+    for line in (line for page in PAGES for line in shell_lines(text_of(page))):
+        if found := re.match(r"\s*python (?:-m ([\w.]+)|([\w/]+\.py))", line):
+            place = ROOT / (found[2] or found[1].replace(".", "/"))
+            scripts = (place, place.with_suffix(".py"), place / "__main__.py")
+            assert found[1] in ("venv", "http.server") or any(script.is_file() for script in scripts), line
+        if found := re.match(r"\s*make ([a-z][\w-]*)(?: |$)", line):
+            assert found[1] in targets, line
+            named.add(found[1])
+    assert {"demo", "test", "docs"} <= named
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name.get)
 def test_links_lead_somewhere(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    for target, anchor in LINK.findall(text):
+    for target, anchor in LINK.findall(FENCE.sub("", text_of(page))):
         if "://" in target:
             continue
         linked = page.parent / target
@@ -88,7 +112,12 @@ def test_links_lead_somewhere(page: Path) -> None:
             continue
         assert linked.exists(), f"{target} does not exist"
         if anchor:
-            assert anchor[1:] in anchors(linked.read_text(encoding="utf-8")), f"{target} has no {anchor}"
+            assert anchor[1:] in anchors(text_of(linked)), f"{target} has no {anchor}"
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub makes of a page's headings."""
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in HEADING.findall(text)}
 
 
 def test_the_reference_of_commands_is_complete() -> None:
@@ -99,46 +128,77 @@ def test_the_reference_of_commands_is_complete() -> None:
             assert all(word in page for word in parameter.opts if word.startswith("-")), parameter.name
 
 
+def test_the_reference_of_the_library_is_complete() -> None:
+    import dyexport
+
+    page = text_of(ROOT / "docs" / "reference" / "library.md")
+    listed = re.findall(r"^::: dyexport\.(\w+)$", page, re.MULTILINE)
+    assert sorted(listed) == sorted(name for name in dyexport.__all__ if name != "__version__")
+
+
+@cache
+def message_templates() -> str:
+    """Return every text of the package, with ``...`` for what is formatted into it."""
+    texts = set()
+    for file in (file for folder in SOURCES for file in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(text_of(file))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+                texts.add("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.add(re.sub(r"\{[^}]*\}", "...", node.value))
+    return "\n".join(texts)
+
+
+MESSAGES = TERM.findall(text_of(ROOT / "docs" / "troubleshooting.md"))
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_messages_of_the_page_on_troubleshooting_are_in_the_code(message: str) -> None:
+    assert found_in_code(message)
+
+
+def found_in_code(message: str) -> bool:
+    """Return whether a text of the package has this message, ``...`` being anything."""
+    return re.search(re.escape(message).replace(r"\.\.\.", ".*"), message_templates()) is not None
+
+
+def test_messages_are_found() -> None:
+    assert len(MESSAGES) > 20
+    assert found_in_code("no published weights are known for ...; pass ...")
+    assert not found_in_code("no published weights ... are known")
+
+
+JSON_KEYS = {
+    heading: {key for cell in KEYS.findall(section) for key in INLINE.findall(cell)}
+    for heading, section in SECTION.findall(text_of(ROOT / "docs" / "reference" / "json.md"))
+}
+
+
+def test_json_keys_of_reports_are_documented() -> None:
+    from dyexport.bench.rows import BenchReport
+    from dyexport.verification.report import VerifyReport
+
+    assert {field.name for field in fields(VerifyReport)} | {"passed", "error"} == JSON_KEYS["verify"]
+    assert {field.name for field in fields(BenchReport)} < JSON_KEYS["bench"]
+
+
+@pytest.mark.parametrize("command", ["models", "targets"])
+def test_json_keys_of_lists_are_documented(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(printed(command, capsys)) == JSON_KEYS[command]
+
+
+def printed(line: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """Run a command with ``--json`` and return what it prints."""
+    import json
+
+    app([*shlex.split(line), "--json"], standalone_mode=False)
+    return json.loads(capsys.readouterr().out)
+
+
 def test_architecture_names_what_exists() -> None:
-    table = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    named = re.findall(r"`([a-z_]+(?:/[a-z_]+)?\.py)` `(\w+)`", table)
+    named = re.findall(r"`([a-z_]+(?:/[a-z_]+)?\.py)` `(\w+)`", text_of(ROOT / "ARCHITECTURE.md"))
     assert len(named) > 15
     for module, name in named:
-        text = (ROOT / "dyexport" / module).read_text(encoding="utf-8")
+        text = text_of(ROOT / "dyexport" / module)
         assert re.search(rf"^(?:def|class) {name}\b", text, re.MULTILINE), f"{module} has no {name}"
-
-
-def anchors(text: str) -> set[str]:
-    """Return the anchors that GitHub makes of a page's headings."""
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in HEADING.findall(text)}
-
-
-@pytest.fixture
-def small_dit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Make the bundle and the VAE of DiT-XL/2 that the Python page names, in small."""
-    from diffusers import AutoencoderKL
-
-    from dyexport.presets import PRESETS
-    from tests.pipeline.tiny import build, tiny_settings
-
-    monkeypatch.chdir(tmp_path)
-    small = replace(PRESETS["dit-xl-2"], layers=2, hidden_size=48, heads=4, sample_size=8)
-    monkeypatch.setitem(PRESETS, small.name, small)
-    settings = tiny_settings(tmp_path / "work" / small.name, model=small.name, engines=2)
-    build(replace(settings, out=tmp_path / f"{small.name}-0.5"))
-    layers = {"block_out_channels": (4, 4, 4, 4), "norm_num_groups": 1, "layers_per_block": 1}
-    types = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    AutoencoderKL(**layers, **types).save_pretrained("stabilityai/sd-vae-ft-ema")
-
-
-@pytest.mark.build
-@pytest.mark.usefixtures("small_dit")
-def test_the_python_page_runs() -> None:
-    page = ROOT / "docs" / "howto" / "python.md"
-    names: dict[str, Any] = {}
-    for block in fenced(page.read_text(encoding="utf-8"), "python"):
-        exec(compile(block, page.name, "exec"), names)
-    assert names["values"].shape == (2, 1, 8, 8)
-    assert names["velocity"].shape == (2, 1, 8, 8)
-    assert names["image"].size == (64, 64)
-    assert set(names["paths"]) == {*(f"segment-{k:02d}" for k in range(4)), "conditioning", "dense"}

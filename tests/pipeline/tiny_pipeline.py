@@ -39,7 +39,7 @@ def save_pipeline(directory: Path) -> Path:
     t5, t5_tokenizer = _t5(64)
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=_vae(shift_factor=0.1, scaling_factor=0.3),
+        vae=small_vae(shift_factor=0.1, scaling_factor=0.3),
         text_encoder=clip,
         tokenizer=clip_tokenizer,
         text_encoder_2=t5,
@@ -56,7 +56,7 @@ def save_latte_pipeline(directory: Path) -> Path:
     t5, t5_tokenizer = _t5(32)
     pipe = LattePipeline(
         scheduler=DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False),
-        vae=_vae(),
+        vae=small_vae(),
         text_encoder=t5,
         tokenizer=t5_tokenizer,
         transformer=LatteTransformer3DModel(**get_preset("latte-tiny").transformer_config()),
@@ -71,7 +71,7 @@ def save_dit_pipeline(directory: Path, preset: Preset) -> Path:
     config = preset.transformer_config()
     pipe = DiTPipeline(
         transformer=DiTTransformer2DModel(**config),
-        vae=_vae(latent_channels=config["in_channels"]),
+        vae=small_vae(latent_channels=config["in_channels"]),
         scheduler=DDIMScheduler(clip_sample=False),
     )
     pipe.save_pretrained(directory)
@@ -115,7 +115,7 @@ def _t5(channels: int) -> tuple[Any, Any]:
     return T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes)), tokenizer
 
 
-def _vae(latent_channels: int = 4, **settings: float) -> AutoencoderKL:
+def small_vae(latent_channels: int = 4, **settings: float) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(4, 4, 4, 4),
         down_block_types=("DownEncoderBlock2D",) * 4,
