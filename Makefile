@@ -54,6 +54,6 @@ clean:
 
 $(INSTALLED): pyproject.toml
 	.ci/venv $(PYTHON) $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[build,cpu,demo,dev,docs,report,rtx,triton]'
+	$(BIN)/python -m pip install --quiet --editable '.[build,cpu,demo,dev,docs,eval,report,rtx,triton]'
 	.ci/triton-venv $(BIN)/python .triton
 	touch $@

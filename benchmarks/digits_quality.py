@@ -29,12 +29,13 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from dyexport.backbones.base import Preset
-from dyexport.bench.evaluation import mean_accuracy, mean_frechet, score_models
-from dyexport.bench.quality import Evaluator
 from dyexport.bench.report import as_markdown
-from dyexport.bench.settings import SamplingConfig
 from dyexport.console import StageLines, chatter_on_stderr
-from dyexport.digits import load_digits
+from dyexport.evaluation.evaluate import score_model
+from dyexport.evaluation.judges import Judges, digit_judges, real_distance
+from dyexport.evaluation.report import ModelScores
+from dyexport.evaluation.samplers import LabelSampler
+from dyexport.evaluation.settings import DIGITS, EvalSettings, SamplingConfig
 from dyexport.files import write_atomically
 from dyexport.lora import parse_lora
 from dyexport.pipeline.build import build_bundle, make_static_model, opened, train_control
@@ -84,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     schedule = get_preset(options.model).recipe.from_scratch
     if options.train_steps is None and schedule is not None:
         options.train_steps = schedule.steps
-    protocol = Protocol(sampling=SamplingConfig(samples=options.samples, steps=options.steps), repeats=options.repeats)
+    sampling = SamplingConfig(samples=options.samples, steps=options.steps, guidance=1.0)
+    protocol = Protocol(sampling=sampling, repeats=options.repeats)
     static = BuildSettings(
         model=options.model,
         budget=options.budget,
@@ -108,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "train_steps": options.train_steps,
         "finetune_steps": static.finetune_schedule.steps,
         **asdict(protocol),
-        "frechet_real": judge().frechet(load_digits("held-out").pictures),
+        "frechet_real": real_distance(EvalSettings(real=DIGITS), judges()),
         "mean": {name: mean_of(runs, name) for name in options.models},
         "runs": runs,
     }
@@ -165,19 +167,22 @@ def judged(
     transformer: Denoiser, preset: Preset, protocol: Protocol, progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
     spec = spec_of(preset, preset.transformer_config())
-    found = score_models({"": transformer}, spec, judge(), protocol.sampling, range(protocol.repeats), progress)[""]
+    sampler = LabelSampler(spec, EvalSettings(sampling=protocol.sampling))
+    scores = ModelScores.of("", score_model(transformer, sampler, judges(), range(protocol.repeats), progress))
     return {
-        "frechet": mean_frechet(found),
-        "class_accuracy": mean_accuracy(found),
+        "frechet": scores.frechet,
+        "class_accuracy": scores.class_accuracy,
         "loss_train": loss_of(transformer, preset, "train"),
         "loss_held_out": loss_of(transformer, preset, "held-out"),
-        "repeats": [asdict(each) for each in found],
+        "repeats": [
+            {"seed": each.seed, "frechet": each.frechet, "class_accuracy": each.class_accuracy} for each in scores.seeds
+        ],
     }
 
 
 @cache
-def judge() -> Evaluator:
-    return Evaluator(load_digits("train"))
+def judges() -> Judges:
+    return digit_judges()
 
 
 @torch.no_grad()

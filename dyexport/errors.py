@@ -91,6 +91,7 @@ class MissingDependencyError(DyexportError):
 
 EXTRAS = dict.fromkeys(("accelerate", "onnx", "onnx_ir", "onnxscript", "peft"), "build") | {
     "onnxruntime": "cpu",
+    "torchmetrics": "eval",
     "transformers": "prompts",
 }
 """Extra that installs an optional module."""

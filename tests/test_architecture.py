@@ -44,7 +44,7 @@ BUILD_ROLES = {"backbones.basic_transformer_block", "backbones.conditions", "bac
 }
 RUN_ROLES = {"backbones.pipeline", "backbones.stand_in"}
 BUILD_SIDE = {"models", "checkpoints", "slicing", "calibration", "exporters", "training"} | BUILD_ROLES
-RUN_SIDE = {"engines", "runtime", "serving", "bench", "report"} | RUN_ROLES
+RUN_SIDE = {"engines", "runtime", "serving", "bench", "evaluation", "report"} | RUN_ROLES
 EITHER_SIDE = CONTRACTS | BUILD_SIDE | RUN_SIDE
 PIPELINE = {"pipeline", "verification"}
 FROM_BUNDLES = {"compilation"}
@@ -111,6 +111,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "runtime",
         "samples",
     },
+    "evaluation": {"arguments", "digits", "errors", "files", "bundle", "engines", "noise_schedule", "progress"}
+    | {"backbones", "backbones.pipeline", "backbones.preset", "bench", "runtime"},
     "doctor": {"errors", "bundle", "engines", "runtime", "tensorrt_api"},
     **{role: CONTRACTS | BUILD_ROLES | {"models", "slicing"} for role in BUILD_ROLES},
     **{role: {"errors", "bundle", "runtime", "backbones", "backbones.preset"} for role in RUN_ROLES},
@@ -233,6 +235,7 @@ RUN_EXTRAS = {
     "bench",
     "cpu",
     "demo",
+    "eval",
     "gguf",
     "prompts",
     "report",

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
-from dyexport.bench.quality import mean_accuracy, mean_frechet
 from dyexport.bundle.plan import Segment
 from dyexport.bundle.reader import Bundle
-
-if TYPE_CHECKING:
-    from dyexport.bench.evaluation import EvalReport
 
 Rows = list[tuple[str, ...]]
 
@@ -30,28 +26,6 @@ def as_table(title: str, header: Sequence[str], rows: Rows) -> Table:
 def as_markdown(header: Sequence[str], rows: Rows) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def eval_rows(report: EvalReport) -> Rows:
-    """Return one row per model: means over seeds, and the score of each seed."""
-    rows: Rows = [
-        (
-            name,
-            f"{mean_frechet(scores):.3f}",
-            f"{mean_accuracy(scores):.2%}",
-            " ".join(f"{score.frechet:.3f}" for score in scores),
-        )
-        for name, scores in report.per_seed.items()
-    ]
-    return [*rows, ("held-out real digits", f"{report.frechet_real:.3f}", "", "")]
-
-
-EVAL_HEADER = ("model", "Frechet distance", "class accuracy", "by seed")
-
-
-def eval_table(report: EvalReport) -> Table:
-    title = f"{report.model}, {report.samples} samples, {report.steps} steps, lambda as run {report.flops_ratio:.3f}"
-    return as_table(title, EVAL_HEADER, eval_rows(report))
 
 
 def inspect_table(bundle: Bundle) -> Table:

@@ -1,4 +1,4 @@
-"""Settings of ``bench`` and ``eval``, checked when they are made. Imports no torch."""
+"""Settings of ``bench``, checked when they are made. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyexport.arguments import STEPS, check_guidance, check_memory, check_side, check_steps, shown, whole_number
+from dyexport.arguments import STEPS, check_memory, check_side, shown, whole_number
 from dyexport.backbones import sampling_defaults
 from dyexport.bench.sizes import check_sizes
-from dyexport.digits import samples_digits
 from dyexport.engines.registry import engine_files
 from dyexport.errors import StorageError, UsageError
 from dyexport.files import check_file
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 MOST = {"steps": STEPS, "threads": 1024, "rounds": 100_000}
 MOST_BATCH = 4096
-MOST_SAMPLES = 100_000
 MOST_DIGITS = 4000  # Python converts no more
 DEVICE = re.compile(r"cpu|cuda(:\d{1,4})?")
 FORMATS = (".json", ".md", ".csv")
@@ -134,33 +132,3 @@ def check_output(path: Path) -> None:
         check_file(path)
     except StorageError as error:
         raise UsageError(str(error)) from error
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """Sampling of an evaluation: ``samples`` pictures, with the same number of each class.
-
-    ``steps`` None is the model's default. Guidance is off by default, as Frechet distances are published.
-    """
-
-    samples: int = 1800
-    steps: int | None = None
-    guidance: float = 1.0
-    scheduler: str | None = None
-
-    def __post_init__(self) -> None:
-        cure = f"a distance needs at least 2, and is of up to {MOST_SAMPLES}"
-        whole_number("--samples", self.samples, least=2, most=MOST_SAMPLES, cure=cure)
-        if self.steps is not None:
-            check_steps(self.steps, "--steps")
-        check_guidance(self.guidance, "--guidance")
-
-    def steps_for(self, spec: ModelSpec) -> int:
-        """Return the denoising steps of a model."""
-        return self.steps or sampling_defaults(spec).steps
-
-
-def check_digits(spec: ModelSpec) -> None:
-    """Raise ``UsageError`` for any other model than digits."""
-    if not samples_digits(spec):
-        raise UsageError(f"{spec.name} is not a digits model; eval can score digits only")

@@ -1,12 +1,13 @@
-"""``dyexport eval``: the quality of a bundle that samples digits."""
+"""``dyexport eval``: the quality of what a bundle samples."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from dyexport.arguments import whole_number
 from dyexport.commands import options
@@ -14,61 +15,209 @@ from dyexport.commands.bundles import open_bundle
 from dyexport.commands.parsing import ExplicitOptions
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
 
+if TYPE_CHECKING:
+    from dyexport.bundle.reader import Bundle
+    from dyexport.evaluation.report import EvalReport, GoldenCheck
+    from dyexport.evaluation.settings import EvalSettings
+    from dyexport.progress import Progress
+
 EXAMPLES = (
     "dyexport eval sit-digits-0.5",
-    "dyexport eval sit-digits-0.5 --samples 450 --steps 25 --seeds 3",
-    "dyexport eval sit-digits-0.5 --control --work sit-digits-0.5.work",
+    "dyexport eval dit-xl-2-0.5 --vae stabilityai/sd-vae-ft-ema --real photos --features facebook/dinov2-base",
+    "dyexport eval flux-0.5 --pipeline black-forest-labs/FLUX.1-dev --clip openai/clip-vit-large-patch14",
 )
 
-SEED_COUNT = 1000  # at most
+DISTANCES, PROMPTS, CONTROL = "Distances to real data", "Text-to-image and text-to-video models", "Control"
+LABELS, OUTPUT = "Class-conditional models", "Output"
+NO_WORK = "give --work DIR, the work directory of its build"
 
 
 def eval(
     context: typer.Context,
     bundle: options.BundleArgument,
     samples: Annotated[
-        int, typer.Option(help="Samples of each model, equally many of every class.", metavar="N")
-    ] = 1800,
+        int | None,
+        typer.Option(
+            help="Samples of each model, with equally many of every class. Default: 1800 in pixel space, 64 of other "
+            "class-conditional models, 8 from prompts.",
+            metavar="N",
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds; each repeats the samples.", metavar="N")] = 1,
     steps: options.StepsOption = None,
     guidance: Annotated[
-        float, typer.Option(help="Guidance scale; 1 scores the model without guidance.", metavar="SCALE")
-    ] = 1.0,
-    scheduler: options.SchedulerOption = None,
+        float | None,
+        typer.Option(
+            help="Guidance scale. Default: 1, which is none, for class labels; the model's for prompts.",
+            metavar="SCALE",
+        ),
+    ] = None,
+    target: options.TargetOption = "onnx",
+    real: Annotated[
+        str | None,
+        typer.Option(
+            help="Real data: a folder of pictures, searched recursively, or a .safetensors or .npz file of features, "
+            "latents or pictures. Default: the digits of models of digits.",
+            metavar="PATH",
+            rich_help_panel=DISTANCES,
+        ),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="Feature extractor: digits, a transformers model such as DINOv2 or CLIP, or a TorchScript file, whose "
+            "code is executed. Default: digits for models of digits.",
+            metavar="NAME|DIR|ID|FILE",
+            rich_help_panel=DISTANCES,
+        ),
+    ] = None,
+    subset: Annotated[
+        int | None,
+        typer.Option(
+            help="Samples in a subset of the kernel distance. Default: 1000.",
+            metavar="N",
+            rich_help_panel=DISTANCES,
+        ),
+    ] = None,
+    classifier: Annotated[
+        str | None,
+        typer.Option(
+            help="Classifier for class accuracy: digits, a transformers image classifier, or a TorchScript file, whose "
+            "code is executed. Default: digits for models of digits.",
+            metavar="NAME|DIR|ID|FILE",
+            rich_help_panel=LABELS,
+        ),
+    ] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(
+            help="AutoencoderKL that decodes latents; without one, latents are scored.",
+            metavar="DIR|ID",
+            rich_help_panel=LABELS,
+        ),
+    ] = None,
+    scheduler: options.LabelSchedulerOption = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            help="Text encoders and VAE; without them, latents from random embeddings are scored.",
+            metavar="DIR|ID",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file with one prompt a line. Default: 8 prompts that dyexport has.",
+            metavar="FILE",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            help="CLIP model of transformers that compares pictures with their prompts.",
+            metavar="DIR|ID",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Size in pixels, such as 512 or 768x1024 (height x width). Default: the bundle's.",
+            metavar="PIXELS",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None,
     control: Annotated[
         bool,
         typer.Option(
             "--control",
             help="Also score the dense model trained for as many more steps; trains it if that is not done.",
             metavar="",
+            rich_help_panel=CONTROL,
         ),
     ] = False,
     work: Annotated[
         Path | None,
-        typer.Option(help="With --control: work directory of the build. Default: where it was built.", metavar="DIR"),
+        typer.Option(
+            help="With --control: work directory of the build. Default: where it was built.",
+            metavar="DIR",
+            rich_help_panel=CONTROL,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Also write the report: .json, .md or .csv by the suffix.",
+            metavar="FILE",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Score sampled digits by Frechet distance and class accuracy: the dense model, the dynamic one, the control."""
-    from dyexport.bench.settings import SamplingConfig, check_digits
-    from dyexport.bundle.reader import Bundle
+    """Score what a bundle samples, next to its dense network: distances to real data, classes, prompts, and drift.
+
+    Quality scores compare two models. Whether the engines compute what the fine-tuned model computes is another
+    question: its answer, the golden check, stands on a line of its own, and the exit code is 1 if it fails.
+    """
+    from dyexport.bench.settings import check_output
+    from dyexport.evaluation.settings import SEEDS, SUBSET, EvalSettings, SamplingConfig, parse_size, read_prompts
 
     ExplicitOptions(context).refuse(not control, "it is for the training of --control", "work")
-    whole_number("--seeds", seeds, least=1, most=SEED_COUNT)
-    config = SamplingConfig(samples=samples, steps=steps, guidance=guidance, scheduler=scheduler)
-    check_digits(open_bundle(bundle).manifest.model)
-    opened = Bundle.open(bundle)
-    path = _control(bundle, work) if control else None
-    with chatter_on_stderr(), progress_bar("sampling") as advance:
-        from dyexport.bench.evaluation import evaluate
-        from dyexport.bench.quality import Evaluator
-        from dyexport.bench.report import eval_table
-        from dyexport.digits import load_digits
+    whole_number("--seeds", seeds, least=1, most=SEEDS)
+    if out is not None:
+        check_output(out)
+    settings = EvalSettings(
+        sampling=SamplingConfig(samples=samples, steps=steps, guidance=guidance, scheduler=scheduler),
+        seeds=tuple(range(seeds)),
+        target=target,
+        features=features,
+        real=real,
+        subset=SUBSET if subset is None else subset,
+        classifier=classifier,
+        clip=clip,
+        prompts=() if prompts is None else read_prompts(prompts),
+        pipeline=pipeline,
+        vae=vae,
+        size=None if size is None else parse_size(size),
+    )
+    settings.check_for(open_bundle(bundle, target))
+    if control:
+        settings = replace(settings, control=_control(bundle, work))
+    with chatter_on_stderr(), progress_bar("evaluating") as advance:
+        report = _evaluate(bundle, settings, advance)
+    if out is not None:
+        from dyexport.evaluation.tables import save_report
 
-        evaluator = Evaluator(load_digits("train"))
-        report = evaluate(opened, path, evaluator, load_digits("held-out"), config, range(seeds), advance)
-    emit(asdict(report), as_json=json, human=lambda console: console.print(eval_table(report)))
+        save_report(report, out)
+    emit(report.as_json(), as_json=json, human=lambda console: _show(console, report))
+    if report.golden is not None and not report.golden.passed:
+        raise typer.Exit(1)
+
+
+def _evaluate(bundle: Path, settings: EvalSettings, progress: Progress) -> EvalReport:
+    """Check the engines against the golden data, then score samples."""
+    from dyexport.bundle.reader import Bundle
+    from dyexport.evaluation.evaluate import evaluate
+
+    opened = Bundle.open(bundle)
+    golden = _golden(opened, settings.target)
+    return replace(evaluate(opened, settings, progress), golden=golden)
+
+
+def _golden(bundle: Bundle, target: str) -> GoldenCheck | None:
+    from dyexport.evaluation.report import GoldenCheck
+    from dyexport.verification.settings import VerifySettings
+    from dyexport.verification.verify import verify_golden
+
+    report = verify_golden(bundle, VerifySettings(target=target))
+    if report is None:
+        return None
+    return GoldenCheck(passed=report.passed, error=report.error, tolerance=report.tolerance, timesteps=report.timesteps)
 
 
 def _control(bundle: Path, work: Path | None) -> Path:
@@ -77,9 +226,17 @@ def _control(bundle: Path, work: Path | None) -> Path:
     from dyexport.pipeline.settings import BuildSettings
     from dyexport.verification.verify import find_reference
 
-    work = find_reference(open_bundle(bundle), work).parent
+    work = find_reference(open_bundle(bundle), work, cure=NO_WORK).parent
     with building(BuildSettings.load(work), without=frozenset({"static", "synthetic", "dynamic"})) as run:
         from dyexport.pipeline.build import finetune_model, train_control
 
         finetune_model(run)  # raises unless the model of these settings is there
         return train_control(run).path
+
+
+def _show(console: Console, report: EvalReport) -> None:
+    from dyexport.evaluation.tables import eval_view
+
+    for warning in report.warnings:
+        console.print(f"Warning: {warning}.", markup=False, soft_wrap=True)
+    console.print(eval_view(report))

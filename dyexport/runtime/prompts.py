@@ -12,7 +12,7 @@ from dyexport.backbones.sampling import PromptColumns, PromptPipeline
 from dyexport.errors import CheckpointError, DataError, MissingDependencyError
 from dyexport.progress import Progress
 from dyexport.runtime.prompt_settings import Prompts, prompt_pipeline
-from dyexport.runtime.sampling import check_finite, noise_of, open_vae
+from dyexport.runtime.sampling import Observer, check_finite, no_observer, noise_of, open_vae
 from dyexport.runtime.transformer import BundleTransformer
 
 
@@ -25,7 +25,12 @@ class PromptSamples(NamedTuple):
 
 @torch.inference_mode()
 def sample_prompts(
-    transformer: BundleTransformer, prompts: Prompts, progress: Progress | None = None, *, pipe: Any = None
+    transformer: BundleTransformer,
+    prompts: Prompts,
+    progress: Progress | None = None,
+    *,
+    pipe: Any = None,
+    observe: Observer = no_observer,
 ) -> PromptSamples:
     """Sample one picture or video per prompt; ``pipe`` is the pipeline if it is open already.
 
@@ -50,6 +55,7 @@ def sample_prompts(
 
     def advance(_pipe: Any, step: int, _t: Any, kept: dict[str, Any]) -> dict[str, Any]:
         latents[:] = [kept["latents"]]
+        observe(kept["latents"])
         if progress is not None:
             progress(step + 1, steps)
         return kept

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +22,13 @@ ROUNDING = 1e-5  # how far a sigma of 1 may be off
 
 Noise = torch.Generator | list[torch.Generator]
 """Generator of the noise of a batch, or one generator per sample."""
+
+Observer = Callable[[torch.Tensor], None]
+"""Called with the latents after each step, which it must not change: (B, ...)."""
+
+
+def no_observer(latents: torch.Tensor) -> None:
+    """Ignore the latents of a step."""
 
 
 class Denoiser(Protocol):
@@ -60,6 +67,7 @@ def sample(
     guidance_scale: float | None = None,
     seed: int | Sequence[int] = 0,
     progress: Progress = no_progress,
+    observe: Observer = no_observer,
 ) -> torch.Tensor:
     """Sample one picture per label (B,): pixels in [0, 1], or latents if a VAE must decode them, (B, C, H, W).
 
@@ -76,7 +84,7 @@ def sample(
     labels = _checked_labels(labels, spec.classes)  # (B,)
     loop = sample_ddpm if spec.objective == "ddpm" else sample_flow
     noise, chosen = noise_of(seed, len(labels)), pipeline.scheduler(spec, scheduler)
-    latents = loop(transformer, spec, labels, steps, scale, noise, chosen, progress=progress)
+    latents = loop(transformer, spec, labels, steps, scale, noise, chosen, progress=progress, observe=observe)
     check_finite(latents)
     return (latents / 2 + 0.5).clamp(0, 1) if spec.pixel_space else latents  # (B, C, H, W)
 
@@ -115,6 +123,7 @@ def sample_ddpm(
     scheduler: Any,
     *,
     progress: Progress = no_progress,
+    observe: Observer = no_observer,
 ) -> torch.Tensor:
     """Sample from noise at t = 999 down to data; the network predicts the noise (arXiv 2212.09748): (B, C, H, W)."""
     latents = _noise(spec, labels, generator)  # (B, C, H, W)
@@ -124,6 +133,7 @@ def sample_ddpm(
         scaled = scheduler.scale_model_input(latents, t)  # (B, C, H, W)
         noise = guided(transformer, spec, scaled, float(t), labels, guidance_scale)  # (B, C, H, W)
         latents = _advance(scheduler, noise, t, latents, generator)
+        observe(latents)
         progress(done, len(scheduler.timesteps))
     return latents
 
@@ -140,6 +150,7 @@ def sample_flow(
     sigmas: Sequence[float] | None = None,
     mu: float | None = None,
     progress: Progress = no_progress,
+    observe: Observer = no_observer,
 ) -> torch.Tensor:
     """Sample along the velocity from noise at t = 0 to data at t = 1 (arXiv 2401.08740): (B, C, H, W).
 
@@ -155,6 +166,7 @@ def sample_flow(
         t = min(max(1.0 - float(sigma), 0.0), spec.timestep_range[1])  # a shift may round 1 up
         velocity = guided(transformer, spec, latents, t, labels, guidance_scale)  # (B, C, H, W)
         latents = _advance(scheduler, -velocity, timestep, latents, generator)
+        observe(latents)
         progress(done, len(scheduler.timesteps))
     return latents
 

@@ -16,6 +16,7 @@ from dyexport.presets import preset_of
 TIMESTEPS = 64
 MOST_TIMESTEPS = 100_000
 MOST_TOLERANCE = 100.0
+GIVE_REFERENCE = "give --reference DIR, a dynamic checkpoint such as WORK/calibrated of its build"
 GONE = "the model that the bundle was cut from is not on this machine"
 
 
@@ -76,12 +77,14 @@ def expected_reference(bundle: Bundle) -> Path | None:
     return None if reference is None else Path(os.path.normpath(bundle.root / reference.path))
 
 
-def reference_of(bundle: Bundle, given: Path | None = None, *, work: Path | None = None) -> Path:
+def reference_of(
+    bundle: Bundle, given: Path | None = None, *, work: Path | None = None, cure: str = GIVE_REFERENCE
+) -> Path:
     """Return the dynamic checkpoint that a bundle is compared with: ``given``, or the one that it was built from.
 
-    The latter lies in ``work``, or else where the manifest says. Raises ``BundleError`` if there is none.
+    The latter lies in ``work``, or else where the manifest says. Raises ``BundleError``, with a ``cure``, if there is
+    none.
     """
-    cure = "give --reference DIR, a dynamic checkpoint such as WORK/calibrated of its build"
     if given is not None:
         if not (given / DYNAMIC).is_file():
             problem = "is no dynamic checkpoint" if given.exists() else "does not exist"

@@ -31,7 +31,13 @@ from dyexport.stages.file_records import describe, digest_of
 from dyexport.verification.comparison import Comparison
 from dyexport.verification.golden import check_golden_gates, compare_dense, compare_golden, has_dense, read_golden
 from dyexport.verification.report import GoldenReport, VerifyReport, WorstErrors, summarize
-from dyexport.verification.settings import VerifySettings, expected_reference, golden_instead, reference_of
+from dyexport.verification.settings import (
+    GIVE_REFERENCE,
+    VerifySettings,
+    expected_reference,
+    golden_instead,
+    reference_of,
+)
 
 if TYPE_CHECKING:
     from dyexport.verification.reference import BundleReference
@@ -108,6 +114,20 @@ def verify_bundle(
     return replace(report, layers=opened.compare_layers(report.tolerance))
 
 
+@missing_extras()
+def verify_golden(bundle: Bundle, settings: VerifySettings, progress: Progress = no_progress) -> VerifyReport | None:
+    """Compare a bundle with its golden data alone; None for a bundle of an earlier version, which has none."""
+    golden = read_golden(bundle)
+    if golden is None:
+        return None
+    with _opened(bundle, settings) as transformer:
+        comparisons = _compare_golden(bundle, golden, transformer, progress)
+        device = str(transformer.device)
+    of_golden = _golden_report(bundle, golden, comparisons, settings)
+    expected = expected_reference(bundle)
+    return summarize(bundle.manifest, device, settings, None, of_golden, comparisons, None, expected)
+
+
 def _open_reference(
     bundle: Bundle, settings: VerifySettings, given: Path | None
 ) -> tuple[BundleReference | None, str | None]:
@@ -163,12 +183,12 @@ def _opened(bundle: Bundle, settings: VerifySettings, *, dense: bool = False) ->
     return closing(load(bundle.root, target=target, device=device, check_hashes=False, fallback=False, dense=dense))
 
 
-def find_reference(bundle: Bundle, work: Path | None = None) -> Path:
+def find_reference(bundle: Bundle, work: Path | None = None, *, cure: str = GIVE_REFERENCE) -> Path:
     """Return the dynamic checkpoint that a bundle was built from, in ``work`` or else where the manifest says.
 
-    Raises ``BundleError`` if it is not there or has changed.
+    Raises ``BundleError`` if it is not there, with a ``cure``, or has changed.
     """
-    path, reference = reference_of(bundle, work=work), bundle.manifest.reference
+    path, reference = reference_of(bundle, work=work, cure=cure), bundle.manifest.reference
     assert reference is not None
     if digest_of({name: record.sha256 for name, record in describe(path).items()}) != reference.sha256:
         change = "has changed since the bundle was built; build again"

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from dyexport.bench.settings import BenchSettings, SamplingConfig
+from dyexport.bench.settings import BenchSettings
 from dyexport.bundle.reader import Bundle
 from dyexport.console import StageLines
 from dyexport.demo import DemoReport, demo_settings, run_demo
+from dyexport.evaluation.settings import SamplingConfig
 from tests.built import built_once, in_turn
 from tests.factories import tiny_preset
 from tests.runtime.bundles import TinyBundle, write_bundle

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -201,13 +202,17 @@ def test_eval_compares_with_a_control_trained_as_long(run: Any, demo: DemoReport
     code, stdout, stderr = run("eval", demo.bundle, *arguments, "--control")
     assert code == 0, stderr
     report = json.loads(stdout)
-    promised = ("frechet_dense", "frechet_control", "frechet_dynamic", "class_accuracy", "flops_ratio")
-    assert all(isinstance(report[name], float) for name in promised)
-    assert [[score["seed"] for score in scores] for scores in report["per_seed"].values()] == [[0, 1]] * 3
+    assert [scores["model"] for scores in report["models"]] == ["dense", "control", "dynamic"]
+    for scores in report["models"]:
+        assert [seed["seed"] for seed in scores["seeds"]] == [0, 1]
+        assert scores["frechet"] == pytest.approx(sum(seed["frechet"] for seed in scores["seeds"]) / 2)
+        assert 0 <= scores["class_accuracy"] <= 1
+    assert report["golden"]["passed"]
     assert "control: done" in stderr
     work = Path(demo.bundle).with_name("work")
     assert "control: up to date" in run("eval", demo.bundle, *arguments, "--control", "--work", work)[2]
-    assert json.loads(run("eval", demo.bundle, *arguments)[1])["frechet_control"] is None
+    again = json.loads(run("eval", demo.bundle, *arguments)[1])
+    assert again["models"] == [scores for scores in report["models"] if scores["model"] != "control"]
 
 
 def test_a_control_of_another_build_is_refused(run: Any, demo: DemoReport, built: Any) -> None:
@@ -216,7 +221,10 @@ def test_a_control_of_another_build_is_refused(run: Any, demo: DemoReport, built
     assert "is not the one of" in stderr
 
 
-def test_eval_of_anything_but_digits_is_refused(run: Any, built: Any) -> None:
-    code, _, stderr = run("eval", built.root)
-    assert code == 2
-    assert "is not a digits model" in stderr
+def test_a_control_on_another_machine_is_found_in_its_work_directory(
+    run: Any, demo: DemoReport, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(demo.bundle, tmp_path / "copied")
+    code, stdout, stderr = run("eval", copy, "--control")
+    assert (code, stdout) == (1, "")
+    assert stderr.endswith("; give --work DIR, the work directory of its build, or build again\n")

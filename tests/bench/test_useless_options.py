@@ -70,6 +70,13 @@ FROM_LABELS = [("sample", f"--{name}", value) for name, value in (
 )]  # fmt: skip
 FROM_PROMPTS = [("sample", "--labels", "1"), ("sample", "--scheduler", "euler"), ("sample", "--guidance", "2")]
 WITHOUT_CONTROL = [("eval", "--work", "x")]
+EVAL_OF_LABELS = [("eval", f"--{name}", value) for name, value in (
+    ("pipeline", "x"), ("clip", "x"), ("size", "64"), ("vae", "x"), ("prompts", __file__),
+)]  # fmt: skip
+EVAL_OF_PROMPTS = [("eval", f"--{name}", value) for name, value in (
+    ("vae", "x"), ("classifier", "x"), ("scheduler", "euler"), ("guidance", "2"), ("clip", "x"), ("features", "x"),
+    ("subset", "9"),
+)]  # fmt: skip
 OTHERS = [
     ("verify", "--small", None),
     ("deploy triton", "--max-pixels", "4194304"),
@@ -100,7 +107,7 @@ def refused(run: Run, option: Option, *arguments: object) -> None:
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("option", FROM_LABELS + WITHOUT_CONTROL, ids=str)
+@pytest.mark.parametrize("option", FROM_LABELS + WITHOUT_CONTROL + EVAL_OF_LABELS, ids=str)
 def test_what_a_bundle_of_labels_does_not_read(run: Run, digits: TinyBundle, option: Option, tmp_path: Path) -> None:
     refused(run, option, digits.root)
     assert list(tmp_path.iterdir()) == []
@@ -109,6 +116,11 @@ def test_what_a_bundle_of_labels_does_not_read(run: Run, digits: TinyBundle, opt
 @pytest.mark.parametrize("option", FROM_PROMPTS, ids=str)
 def test_what_a_bundle_of_prompts_does_not_read(run: Run, prompted: TinyBundle, option: Option) -> None:
     refused(run, option, prompted.root, "--prompt", "a cat")
+
+
+@pytest.mark.parametrize("option", EVAL_OF_PROMPTS, ids=str)
+def test_what_an_evaluation_of_prompts_does_not_read(run: Run, prompted: TinyBundle, option: Option) -> None:
+    refused(run, option, prompted.root)
 
 
 @pytest.mark.parametrize("option", OTHERS, ids=str)
@@ -188,12 +200,6 @@ def test_debug_is_an_option_and_not_a_word(run: Run, prompted: TinyBundle) -> No
     code, _, err = run("sample", prompted.root, "--labels", "1", "--prompt", "--debug")
     assert (code, err.count("\n")) == (2, 1)
     assert "Traceback" in run("sample", prompted.root, "--labels", "1", "--debug")[2]
-
-
-def test_eval_of_a_model_of_prompts_says_that_it_draws_no_digits(run: Run, prompted: TinyBundle) -> None:
-    code, out, err = run("eval", prompted.root)
-    assert (code, out) == (2, "")
-    assert err.startswith("dyexport: flux-schnell is not a digits model")
 
 
 def test_a_terminal_that_knows_ascii_alone_is_written_to(

@@ -1,0 +1,1 @@
+"""What looks at pictures: feature extractors and classifiers, one module for each kind."""
