@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dyexport.bench.energy import Energy
 from dyexport.bench.environment import Conditions, Environment
-from dyexport.bench.evaluation import EvalReport
-from dyexport.bench.quality import Score
 from dyexport.bench.rows import DENSE, DYNAMIC, BenchReport, Memory, Row, SegmentShare, payload
 from dyexport.bench.statistics import Ratio, Timing
 from dyexport.bundle.reader import Bundle
+from dyexport.evaluation.report import EvalReport, ModelScores, SeedScores
 
 MACHINE = Environment(
     device="cpu", device_name="CPU X", cpu="CPU X", threads=2, python="3.12", system="S", driver=None, versions={}
@@ -69,26 +67,33 @@ def bench_of(bundle: Bundle, *, over_dense: Ratio | None = None) -> BenchReport:
 
 
 def eval_of(bundle: Bundle) -> EvalReport:
+    """Make a report of ``eval`` of two seeds, with the distances of models of digits."""
     plan = bundle.manifest.plan
-    scores = {
-        "dense": (Score(seed=0, frechet=0.1, class_accuracy=0.9), Score(seed=1, frechet=0.2, class_accuracy=0.9)),
-        "dynamic": (Score(seed=0, frechet=0.3, class_accuracy=0.9), Score(seed=1, frechet=0.5, class_accuracy=0.9)),
-    }
+    distances = {"dense": (0.1, 0.2), "dynamic": (0.3, 0.5)}
     return EvalReport(
         model=bundle.manifest.model.name,
+        unit="pixels",
+        conditions="labels",
         samples=1800,
         steps=50,
         guidance=1.0,
+        seeds=(0, 1),
+        size=None,
+        target="onnx",
         flops_ratio=plan.flops_ratio,
         network_flops_ratio=plan.network_flops_ratio,
-        frechet_dense=0.15,
-        frechet_control=None,
-        frechet_dynamic=0.4,
+        features="digits",
+        reference="digits",
+        reference_samples=1438,
+        classifier="digits",
+        clip=None,
         frechet_real=0.44,
-        class_accuracy=0.9,
-        class_accuracy_dense=0.9,
-        class_accuracy_control=None,
-        per_seed=scores,
+        models=tuple(
+            ModelScores.of(name, [SeedScores(seed=i, frechet=value) for i, value in enumerate(values)])
+            for name, values in distances.items()
+        ),
+        paired=None,
+        drift=None,
     )
 
 
@@ -100,5 +105,5 @@ def write_bench(bundle: Bundle, path: Path) -> BenchReport:
 
 def write_eval(bundle: Bundle, path: Path) -> EvalReport:
     report = eval_of(bundle)
-    path.write_text(json.dumps(asdict(report)))
+    path.write_text(json.dumps(report.as_json()))
     return report

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -159,13 +158,12 @@ def test_every_picture_is_described(page: Page) -> None:
 def test_measurements_are_read_as_they_were_written(sit_tiny: Bundle, tmp_path: Path) -> None:
     written = write_bench(sit_tiny, tmp_path / "bench.json")
     assert read_bench(tmp_path / "bench.json", sit_tiny.manifest) == written
-    old = write_eval(sit_tiny, tmp_path / "eval.json")
+    new = write_eval(sit_tiny, tmp_path / "eval.json").as_json()
     scores = read_eval(tmp_path / "eval.json", sit_tiny.manifest)
     assert scores.real == 0.44
-    models = [{"model": name, "seeds": [asdict(score) for score in seeds]} for name, seeds in old.per_seed.items()]
-    new = {**asdict(old), "models": models, "per_seed": {}}
-    (tmp_path / "new.json").write_text(json.dumps(new))
-    assert read_eval(tmp_path / "new.json", sit_tiny.manifest) == scores
+    old = {**new, "models": [], "per_seed": {each["model"]: each["seeds"] for each in new["models"]}}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert read_eval(tmp_path / "old.json", sit_tiny.manifest) == scores
     dynamic = scores.find("dynamic")
     assert dynamic is not None
     assert (dynamic.frechet, dynamic.low, dynamic.high, dynamic.seeds) == (pytest.approx(0.4), 0.3, 0.5, 2)
