@@ -1,8 +1,12 @@
 # Everything a person or CI needs; each target sets up .venv first.
 #   make demo   trains, builds and samples a small model
 #   make check  lint, types and the tests that build nothing
-#   make test   everything that a machine without a GPU can test
+#   make test   every part of the code, on networks as small as can show it: 10 minutes
 #   make docs   the documentation site, in site/
+# What takes long to build has lanes of its own; .ci/run runs all of them.
+#   make plans     TensorRT-RTX plans: every backbone, precision and token path, and full width
+#   make packages  AOTInductor packages: every backbone in fp32 and bf16, every token path, and their engines
+#   make rehearse  the GPU benchmark and the digits benchmark, rehearsed on the CPU at small sizes
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +15,7 @@ PYTEST := time -p $(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
 SHELL := /bin/bash
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo check test lint docs figures plans packages format wheel-check clean
+.PHONY: setup demo check test lint docs figures plans packages rehearse format wheel-check clean
 
 setup: $(INSTALLED)
 
@@ -35,11 +39,14 @@ docs: setup  # seconds; fails at a dead link or anchor, and at a page that no me
 figures: demo  # those of the documentation, in docs/figures: after a change of what they show
 	$(BIN)/python docs/figures.py out/demo
 
-plans: setup  # every TensorRT-RTX plan the tests know, FLUX's full width among them: 10 minutes, 6 GB
-	$(BIN)/python -m pytest -m "tensorrt and slow" tests/exporters
+plans: setup  # FLUX's full width takes 6 GB, so one process: 10 minutes
+	$(BIN)/python -m pytest -m "slow and tensorrt" tests/exporters tests/compilation
 
-packages: setup  # target torch of every backbone, in fp32 and bf16, against the masked model: 10 minutes
-	$(PYTEST) -m slow tests/compilation/test_aot_inductor.py -k test_every_backbone
+packages: setup  # needs g++; the rest of target torch runs in make test
+	$(PYTEST) -m "slow and aot_inductor" tests/compilation tests/engines tests/bench
+
+rehearse: setup
+	$(PYTEST) -m "slow and not gpu" tests/benchmarks
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -78,6 +78,8 @@ def test_pictures_are_timed_from_prompt_to_pixels(flux_tiny: Bundle, tmp_path: P
         assert all(seconds > 0 for seconds in row.parts.values())
 
 
+@pytest.mark.slow
+@pytest.mark.aot_inductor
 def test_several_targets_are_timed_in_one_run(sit_tiny_torch: Bundle) -> None:
     settings = BenchSettings(targets=("onnx", "torch"), rounds=1, steps=2, compiled=False, eager=False)
     report = compare(sit_tiny_torch, settings)

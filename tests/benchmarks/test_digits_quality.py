@@ -24,6 +24,7 @@ def run(folder: Path, *arguments: str) -> dict[str, Any]:
     return whole
 
 
+@pytest.mark.slow
 @pytest.mark.build
 def test_models_trained_one_by_one_are_read_back_as_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

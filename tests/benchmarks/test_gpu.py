@@ -1,4 +1,7 @@
-"""The GPU benchmark on a CPU at small sizes: all of its code but the capture of CUDA graphs."""
+"""The GPU benchmark on a CPU at small sizes: all of its code but the capture of CUDA graphs.
+
+`make rehearse` runs what builds or times.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,8 @@ from dyexport.errors import DyexportError, UsageError
 TINY = ("sit-digits:all:2:2", "dit-digits:capacity:2:2", "flux-tiny:capacity:1:2", "latte-tiny:all:1:2")
 COMPILED = "torch"  # the section that takes minutes to compile on a CPU
 PLANS = ("tensorrt", "tensorrt-rtx")
+QUICK = "finetune"
+FULL_SIZE = ("dit-xl-2:capacity:2", "flux/4+8:all:1:2")
 
 
 def run(folder: Path, *arguments: str) -> dict[str, dict[str, Any]]:
@@ -60,7 +65,14 @@ def test_every_backbone_is_timed(text: str, tmp_path: Path) -> None:
     assert {"command", "date", "device", "torch", "commit", "took"} <= record.keys()
 
 
-@pytest.mark.parametrize("section", [name for name in SECTIONS if name not in (COMPILED, *PLANS)])
+@pytest.mark.parametrize(
+    "section",
+    [
+        name if name == QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in SECTIONS
+        if name not in (COMPILED, *PLANS)
+    ],
+)
 @pytest.mark.build
 def test_every_section_is_rehearsed(section: str, tmp_path: Path) -> None:
     records = run(tmp_path, "--rehearse", "--sections", section)
@@ -112,7 +124,7 @@ def host_operators(module: nn.Module, inputs: dict[str, torch.Tensor]) -> set[st
     return seen.operators
 
 
-@pytest.mark.parametrize("text", ["dit-xl-2:capacity:2", "flux/4+8:all:1:2", *TINY])
+@pytest.mark.parametrize("text", [*(pytest.param(text, marks=pytest.mark.slow) for text in FULL_SIZE), *TINY])
 def test_no_network_touches_the_host(text: str) -> None:
     """A CUDA graph cannot be captured of a copy from the host, nor of reading a value on the device."""
     case = make_case(CaseName.parse(text))
@@ -130,6 +142,7 @@ def test_a_copy_from_the_host_is_seen() -> None:
     assert "aten._to_copy.default" in host_operators(Scaled(), {"x": torch.ones(3)})
 
 
+@pytest.mark.slow
 @pytest.mark.build
 @pytest.mark.skipif(torch.cuda.is_available(), reason="TensorRT may run there")
 def test_a_section_that_fails_is_a_line_and_the_rest_goes_on(tmp_path: Path) -> None:
@@ -140,6 +153,7 @@ def test_a_section_that_fails_is_a_line_and_the_rest_goes_on(tmp_path: Path) -> 
     assert (tmp_path / "gpu.md").read_text().count(f"| {case} |") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.build
 def test_a_step_of_a_bundle_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
     """The target does not run here, so that sampling, verifying and timing fail one by one."""
@@ -150,6 +164,7 @@ def test_a_step_of_a_bundle_that_fails_is_recorded_and_the_rest_goes_on(tmp_path
     assert "torch-tensorrt" in record["steps"]["sample"]["failure"]
 
 
+@pytest.mark.slow
 @pytest.mark.build
 def test_a_command_that_takes_too_long_is_a_failed_step(tmp_path: Path) -> None:
     case = "sit-tiny:fp32:onnx"

@@ -1,4 +1,4 @@
-"""Bundles with engines of target ``torch``: compiled, verified in every precision and on every token path, and run."""
+"""Target ``torch`` in full, for `make packages`: every backbone, in fp32 and bf16, on every token path."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from dyexport.bundle.reader import Bundle
 from dyexport.compilation.api import compile_engines
 from dyexport.engines.registry import make_engines
 from dyexport.engines.torch_rt import incompatibility
-from dyexport.errors import BundleError, EngineBuildError, UsageError
+from dyexport.errors import BundleError, UsageError
 from dyexport.runtime.loading import load
 from dyexport.verification.settings import VerifySettings
 from dyexport.verification.verify import find_reference, verify_bundle
 from tests.manifests import forge
 from tests.pipeline.tiny import build, tamper, tiny_settings
 from tests.runtime.calls import predict
+
+pytestmark = [pytest.mark.slow, pytest.mark.aot_inductor]
 
 
 @pytest.fixture(scope="session")
@@ -133,14 +135,6 @@ def test_another_device_is_refused_with_the_cure(compiled: Bundle) -> None:
         load(compiled.root, target="torch", device="cuda")
 
 
-def test_quantized_bundles_are_refused(tmp_path: Path) -> None:
-    bundle = build(tiny_settings(tmp_path, quantize="int8"))
-    with pytest.raises(EngineBuildError, match="quantized to int8"):
-        compile_engines(bundle, "torch")
-    with pytest.raises(UsageError, match="--quantize is for targets made from graphs, and torch is not"):
-        tiny_settings(tmp_path, quantize="int8", targets=("torch",))
-
-
 def verified(folder: Path, **settings: Any) -> float:
     """Build with target ``torch``, and return the error relative to the tolerance."""
     bundle = build(tiny_settings(folder, targets=("torch",), **settings))
@@ -149,7 +143,6 @@ def verified(folder: Path, **settings: Any) -> float:
     return report.error / report.tolerance
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", ["dit-digits", "sit-tiny", "latte-tiny", "flux-tiny", "qwen-image-tiny"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_backbone(model: str, precision: str, tmp_path: Path) -> None:
@@ -157,18 +150,15 @@ def test_every_backbone(model: str, precision: str, tmp_path: Path) -> None:
     assert 0 < verified(tmp_path, model=model, precision=precision) < 0.5
 
 
-@pytest.mark.slow
 def test_real_size(tmp_path: Path) -> None:
     verified(tmp_path, model="dit-s-2")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", ["masked", "capacity", "dynamic", "compact"])
 @pytest.mark.parametrize("model", ["sit-tiny", "flux-tiny"])
 def test_every_token_path(model: str, path: str, tmp_path: Path) -> None:
     verified(tmp_path, model=model, token_path=path)
 
 
-@pytest.mark.slow
 def test_half_precision(tmp_path: Path) -> None:
     verified(tmp_path, precision="fp16")

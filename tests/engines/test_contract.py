@@ -80,7 +80,7 @@ def tensorrt(folder: Path, flavour: Flavour) -> Engine:
 @pytest.fixture(
     params=[
         *MAKERS,
-        pytest.param("torch", marks=pytest.mark.build),
+        pytest.param("torch", marks=[pytest.mark.build, pytest.mark.slow, pytest.mark.aot_inductor]),
         *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_GPU),
     ]
 )

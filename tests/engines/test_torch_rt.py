@@ -1,4 +1,4 @@
-"""Packages of AOTInductor: weights in place, and code that is refused where it does not fit."""
+"""Packages of AOTInductor: weights in place, and code that is refused where it does not fit; in `make packages`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from dyexport.bundle.package_info import PACKAGE_INFO, Machine, PackageInfo, machine_of
-from dyexport.engines.base import WeightSpan
 from dyexport.engines.torch_rt import TorchEngine, device_of, incompatibility, make_engines, mismatch
-from dyexport.engines.torch_weights import merged
 from dyexport.errors import EngineBuildError, EngineMismatchError
 from tests.engines.tiny import DEPTH, GROUPS, HEADS, make_inputs, make_weights, reference
 from tests.engines.tiny_torch import package_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.aot_inductor]  # they share a package, which takes g++ half a minute
 
 ON = np.ones((DEPTH, HEADS), bool), np.ones((DEPTH, GROUPS), bool)
 
@@ -188,19 +188,3 @@ sys.exit(os.waitstatus_to_exitcode(status) % 256)
 def test_a_forked_process_runs_the_engine(tiny_package: Path) -> None:
     done = subprocess.run([sys.executable, "-c", FORK, str(tiny_package)], capture_output=True, text=True)
     assert done.returncode == 3, done.stderr
-
-
-def test_overlapping_weights_are_one_range() -> None:
-    def span(offset: int, length: int, name: str = "a") -> WeightSpan:
-        return WeightSpan(path=Path(name), offset=offset, length=length)
-
-    whole, prefix, apart, inner = span(0, 100), span(0, 40), span(100, 50), span(120, 10)
-    other = span(0, 10, "b")
-    assert merged([prefix, whole, inner, apart, other]) == {
-        whole: whole,
-        prefix: whole,
-        apart: apart,
-        inner: apart,
-        other: other,
-    }
-    assert merged([span(0, 60), span(50, 50)])[span(50, 50)] == span(0, 100)

@@ -44,23 +44,19 @@ from tests.exporters.networks import (
 )
 from tests.exporters.test_qdq import with_ranges
 from tests.factories import tiny_preset
+from tests.pipeline.tiny import TINY as SIT_TINY
+from tests.pipeline.tiny import shallow
 from tests.slicing.cut import Cutter
 from tests.slicing.test_quantizing import PRESETS
 
-TINY = {
-    "dit": "dit-digits",
-    "sit": "sit-digits",
-    "latte": "latte-tiny",
-    "flux": "flux-tiny",
-    "qwen_image": "qwen-image-tiny",
+TINY: dict[str, Preset] = {
+    "dit": replace(get_preset("dit-digits"), layers=2),
+    "sit": SIT_TINY,
+    "latte": shallow("latte-tiny"),
+    "flux": shallow("flux-tiny"),
+    "qwen_image": shallow("qwen-image-tiny"),
 }
-CASES = [
-    ("sit", "fp32", "dynamic"),
-    ("dit", "fp16", "dynamic"),
-    ("dit", "bf16", "capacity"),
-    ("flux", "fp32", "dynamic"),
-    ("qwen_image", "bf16", "dynamic"),
-]
+CASES = [(backbone, "fp32", "dynamic") for backbone in TINY]
 REST = [
     (backbone, precision, path)
     for backbone in TINY
@@ -68,6 +64,7 @@ REST = [
     for path in ("dynamic", "capacity")
     if (backbone, precision, path) not in CASES
 ]
+FORMS = [("sit", "bf16"), ("flux", "fp32")]
 
 
 @pytest.mark.tensorrt
@@ -77,7 +74,7 @@ REST = [
 def test_segments_of_every_backbone_build(
     rtx: Any, tmp_path: Path, backbone: str, precision: str, path: TokenPath
 ) -> None:
-    preset = get_preset(TINY[backbone])
+    preset = TINY[backbone]
     info = build_segment(preset, tmp_path, path=path, precision=precision)
     assert PlanInfo.read(tmp_path / "plan" / INFO) == info
     assert info.plan_sha256 == sha256_of(tmp_path / "plan" / ENGINE)
@@ -92,19 +89,18 @@ def test_segments_of_every_backbone_build(
 @pytest.mark.parametrize(
     ("backbone", "precision"),
     [
-        *((backbone, "bf16") for backbone in TINY),
-        ("flux", "fp32"),
+        *FORMS,
         *(
             pytest.param(backbone, precision, marks=pytest.mark.slow)
             for backbone in TINY
-            for precision in ("fp32", "fp16")
-            if (backbone, precision) != ("flux", "fp32")
+            for precision in ("fp32", "fp16", "bf16")
+            if (backbone, precision) not in FORMS
         ),
     ],
 )
 def test_both_forms_of_attention_build(rtx: Any, tmp_path: Path, backbone: str, precision: Precision) -> None:
     """In fp32 TensorRT-RTX has no fused kernel, and must be allowed to decompose the layer."""
-    preset = get_preset(TINY[backbone])
+    preset = TINY[backbone]
     context, segment = slice_context(preset, precision), half_width(preset, "dynamic")
     slice_ = slice_segment(context, segment)
     graph, layers = write_graph(slice_, tmp_path), {}
