@@ -31,11 +31,12 @@ from diffusers import DiTTransformer2DModel
 from dyexport.backbones.base import Preset
 from dyexport.bench.report import as_markdown
 from dyexport.console import StageLines, chatter_on_stderr
+from dyexport.evaluation.data_sets import DIGITS
 from dyexport.evaluation.evaluate import score_model
-from dyexport.evaluation.judges import Judges, digit_judges, real_distance
+from dyexport.evaluation.judges import Judges, built_in_judges, real_distance
 from dyexport.evaluation.report import ModelScores
 from dyexport.evaluation.samplers import LabelSampler
-from dyexport.evaluation.settings import DIGITS, EvalSettings, SamplingConfig
+from dyexport.evaluation.settings import EvalSettings, SamplingConfig
 from dyexport.files import write_atomically
 from dyexport.lora import parse_lora
 from dyexport.pipeline.build import build_bundle, make_static_model, opened, train_control
@@ -182,7 +183,7 @@ def judged(
 
 @cache
 def judges() -> Judges:
-    return digit_judges()
+    return built_in_judges(DIGITS)
 
 
 @torch.no_grad()

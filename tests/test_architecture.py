@@ -111,7 +111,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "runtime",
         "samples",
     },
-    "evaluation": {"arguments", "digits", "errors", "files", "bundle", "engines", "noise_schedule", "progress"}
+    "evaluation": {"arguments", "digits", "emoji", "errors", "files", "bundle", "engines", "noise_schedule", "progress"}
     | {"backbones", "backbones.pipeline", "backbones.preset", "bench", "runtime"},
     "doctor": {"errors", "bundle", "engines", "runtime", "tensorrt_api"},
     **{role: CONTRACTS | BUILD_ROLES | {"models", "slicing"} for role in BUILD_ROLES},

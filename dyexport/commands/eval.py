@@ -57,7 +57,7 @@ def eval(
         str | None,
         typer.Option(
             help="Real data: a folder of pictures, searched recursively, or a .safetensors or .npz file of features, "
-            "latents or pictures. Default: the digits of models of digits.",
+            "latents or pictures. Default: digits or emoji for models of those.",
             metavar="PATH",
             rich_help_panel=DISTANCES,
         ),
@@ -65,8 +65,8 @@ def eval(
     features: Annotated[
         str | None,
         typer.Option(
-            help="Feature extractor: digits, a transformers model such as DINOv2 or CLIP, or a TorchScript file, whose "
-            "code is executed. Default: digits for models of digits.",
+            help="Feature extractor: digits, emoji, a transformers model such as DINOv2 or CLIP, or a TorchScript "
+            "file, whose code is executed. Default: digits or emoji for models of those.",
             metavar="NAME|DIR|ID|FILE",
             rich_help_panel=DISTANCES,
         ),
@@ -82,8 +82,8 @@ def eval(
     classifier: Annotated[
         str | None,
         typer.Option(
-            help="Classifier for class accuracy: digits, a transformers image classifier, or a TorchScript file, whose "
-            "code is executed. Default: digits for models of digits.",
+            help="Classifier for class accuracy: digits, emoji, a transformers image classifier, or a TorchScript "
+            "file, whose code is executed. Default: digits or emoji for models of those.",
             metavar="NAME|DIR|ID|FILE",
             rich_help_panel=LABELS,
         ),

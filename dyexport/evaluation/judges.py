@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dyexport.digits import load_digits
 from dyexport.errors import DataError
 from dyexport.evaluation.clip import ClipScore
+from dyexport.evaluation.data_sets import DATA_SETS
 from dyexport.evaluation.extractors.base import Classifier, FeatureExtractor, open_classifier, open_features
 from dyexport.evaluation.extractors.latents import LatentFeatures
 from dyexport.evaluation.reference import read_reference
 from dyexport.evaluation.report import SeedScores
 from dyexport.evaluation.samplers import Rows, Sampler
 from dyexport.evaluation.scores import as_pictures, frechet_distance, kernel_distance
-from dyexport.evaluation.settings import DIGITS, EvalSettings
+from dyexport.evaluation.settings import EvalSettings
 from dyexport.progress import Progress, no_progress
 
 
@@ -112,16 +112,16 @@ def _check_features(
         )
 
 
-def digit_judges() -> Judges:
-    """Return what scores digits: the features and classes of a classifier of real digits, and the training split."""
-    extractor = open_features(DIGITS)
-    reference = extractor(torch.from_numpy(load_digits("train").pictures))  # (n, 64)
-    return Judges(extractor=extractor, reference=reference, classifier=open_classifier(DIGITS))
+def built_in_judges(name: str) -> Judges:
+    """Return what scores samples of a built-in data set: its classifier and the features of its training split."""
+    extractor = open_features(name)
+    reference = extractor(torch.from_numpy(DATA_SETS[name].load("train").pictures))  # (n, 64)
+    return Judges(extractor=extractor, reference=reference, classifier=open_classifier(name))
 
 
 def real_distance(settings: EvalSettings, judges: Judges) -> float | None:
-    """Return the distance of held-out digits, the score of real data; None for any other reference."""
-    if settings.real != DIGITS or judges.extractor is None or judges.reference is None:
+    """Return the distance of held-out pictures of a built-in data set, the score of real data; None for others."""
+    if settings.real is None or settings.real not in DATA_SETS or judges.extractor is None or judges.reference is None:
         return None
-    held_out = torch.from_numpy(load_digits("held-out").pictures)  # (n, 1, 8, 8)
+    held_out = torch.from_numpy(DATA_SETS[settings.real].load("held-out").pictures)  # (n, C, H, W)
     return frechet_distance(judges.extractor(held_out), judges.reference)

@@ -1,4 +1,4 @@
-"""The reference of distances: features of real pictures, from a folder, a file or the built-in digits."""
+"""The reference of distances: features of real pictures, from a folder, a file or a built-in data set."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dyexport.digits import load_digits
 from dyexport.errors import DataError, reason
+from dyexport.evaluation.data_sets import DATA_SETS
 from dyexport.evaluation.extractors.base import FeatureExtractor
-from dyexport.evaluation.settings import DIGITS
 from dyexport.progress import Progress, no_progress
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -48,8 +47,8 @@ def read_reference(
     ``shape`` (C, H, W) is that of the samples, to which pictures are resized: the shorter side, then cropped.
     ``decode`` makes pictures of latents. Raises ``DataError`` for what cannot be read, or does not fit.
     """
-    if source == DIGITS:
-        pictures = torch.from_numpy(load_digits("train").pictures)  # (n, 1, 8, 8)
+    if source in DATA_SETS:
+        pictures = torch.from_numpy(DATA_SETS[source].load("train").pictures)  # (n, C, H, W)
         return Reference(extractor(pictures))
     path = Path(source)
     if path.is_dir():

@@ -14,14 +14,13 @@ from dyexport.bench.settings import parse_sizes
 from dyexport.bench.sizes import PATCH, Size, check_sizes
 from dyexport.bundle.reader import Bundle
 from dyexport.bundle.spec import ModelSpec
-from dyexport.digits import samples_digits
 from dyexport.engines.registry import engine_files
 from dyexport.errors import DataError, UsageError, reason
+from dyexport.evaluation.data_sets import DATA_SETS, data_set_of
 from dyexport.noise_schedule import check_scheduler
 from dyexport.runtime.locating import check_source
 from dyexport.runtime.prompt_settings import prompt_pipeline
 
-DIGITS = "digits"
 MOST_SAMPLES = 100_000
 MOST_SUBSET = 10_000
 SEEDS = 1000  # at most
@@ -71,10 +70,11 @@ class EvalSettings:
     sampling    samples, steps and guidance
     seeds       every model is sampled with each; equal seeds start from equal noise
     target      engine format to run
-    features    what computes features of pictures: ``digits``, a TorchScript file, or a model of transformers
-    real        reference of distances: ``digits``, a folder of pictures, or a file of features, pictures or latents
+    features    what computes features of pictures: a built-in data set, a TorchScript file, or a model of transformers
+    real        reference of distances: a built-in data set, a folder of pictures, or a file of features, pictures or
+                latents
     subset      samples of one estimate of the kernel distance
-    classifier  what names the class of a picture: ``digits``, a TorchScript file, or a model of transformers
+    classifier  what names the class of a picture: a built-in data set, a TorchScript file, or a model of transformers
     clip        a CLIP model of transformers, which compares pictures with their prompts
     prompts     texts; repeated where there are more samples
     pipeline    text encoders and VAE of a model of prompts: a directory or hub repository
@@ -104,16 +104,17 @@ class EvalSettings:
         engine_files(self.target)
 
     def complete(self, spec: ModelSpec) -> EvalSettings:
-        """Return the settings with the defaults of a model filled in: models of digits are scored against digits."""
+        """Return the settings with the defaults of a model filled in: its built-in data set, if it has one."""
         sampling = self.sampling.complete(spec)
-        if not samples_digits(spec):
+        own = data_set_of(spec)
+        if own is None:
             return replace(self, sampling=sampling)
         return replace(
             self,
             sampling=sampling,
-            features=self.features or DIGITS,
-            real=self.real or DIGITS,
-            classifier=self.classifier or DIGITS,
+            features=self.features or own,
+            real=self.real or own,
+            classifier=self.classifier or own,
         )
 
     def check_for(self, bundle: Bundle) -> None:
@@ -148,9 +149,9 @@ def _conflicts(spec: ModelSpec, settings: EvalSettings) -> Iterator[tuple[str, s
     if sampling_defaults(spec).guidance is None and settings.sampling.guidance is not None:
         yield "guidance", f"{spec.name} takes no guidance"
     yield from _without_pixels(spec, settings)
-    if settings.features and not settings.real and not samples_digits(spec):
+    if settings.features and not settings.real and data_set_of(spec) is None:
         yield "features", "features are for distances to --real"
-    if settings.subset != SUBSET and not settings.real and not samples_digits(spec):
+    if settings.subset != SUBSET and not settings.real and data_set_of(spec) is None:
         yield "subset", "it is for the kernel distance to --real"
 
 
@@ -171,21 +172,21 @@ def _check_sources(settings: EvalSettings, spec: ModelSpec) -> None:
     if settings.vae is not None:
         check_source(settings.vae, "an AutoencoderKL")
     for name, what in (("features", "a feature extractor"), ("classifier", "a classifier"), ("clip", "a CLIP model")):
-        if (source := getattr(settings, name)) not in (None, DIGITS):
+        if (source := getattr(settings, name)) not in (None, *DATA_SETS):
             check_source(source, what)
-    if settings.real not in (None, DIGITS) and not Path(settings.real).exists():
+    if settings.real is not None and settings.real not in DATA_SETS and not Path(settings.real).exists():
         raise DataError(
             f"--real is {settings.real}, which does not exist; give a folder of pictures, a .safetensors or a .npz file"
         )
     _check_reference(settings, spec)
     for name in ("features", "real", "classifier"):
-        if getattr(settings, name) == DIGITS and not samples_digits(spec):
-            raise UsageError(f"--{name} is {DIGITS}, and {spec.name} samples none; give a file, a folder or a hub id")
+        if (source := getattr(settings, name)) in DATA_SETS and source != data_set_of(spec):
+            raise UsageError(f"--{name} is {source}, and {spec.name} samples none; give a file, a folder or a hub id")
 
 
 def _check_reference(settings: EvalSettings, spec: ModelSpec) -> None:
     """Raise ``UsageError`` for a reference of pictures that nothing computes features of."""
-    if settings.real is None or samples_digits(spec):
+    if settings.real is None or data_set_of(spec) is not None:
         return
     if has_pixels(spec, settings):
         if settings.features is None:

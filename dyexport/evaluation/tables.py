@@ -71,7 +71,7 @@ def score_rows(report: EvalReport) -> tuple[tuple[str, ...], Rows]:
     kept = [(name, values) for name, values in cells if any(values)]
     rows: Rows = list(zip(*(values for _, values in kept), strict=True))
     if report.frechet_real is not None:
-        real = {"model": "held-out real digits", "Frechet distance": _number(report.frechet_real)}
+        real = {"model": f"held-out real {report.reference}", "Frechet distance": _number(report.frechet_real)}
         rows.append(tuple(real.get(name, "") for name, _ in kept))
     return tuple(name for name, _ in kept), rows
 

@@ -8,7 +8,7 @@ import torch
 
 from dyexport.digits import load_digits
 from dyexport.evaluation.extractors.digits import DigitClassifier
-from dyexport.evaluation.judges import Judges, Tally, digit_judges, real_distance
+from dyexport.evaluation.judges import Judges, Tally, built_in_judges, real_distance
 from dyexport.evaluation.samplers import Rows
 from dyexport.evaluation.scores import frechet_distance
 from dyexport.evaluation.settings import EvalSettings
@@ -19,7 +19,7 @@ HELD_OUT = load_digits("held-out")
 
 @pytest.fixture(scope="module")
 def judges() -> Judges:
-    return digit_judges()
+    return built_in_judges("digits")
 
 
 def distance(judges: Judges, pictures: np.ndarray) -> float:

@@ -13,7 +13,7 @@ from dyexport.bundle.spec import ModelSpec
 from dyexport.digits import Digits, load_digits
 from dyexport.errors import UsageError
 from dyexport.evaluation.evaluate import score_model
-from dyexport.evaluation.judges import Judges, digit_judges
+from dyexport.evaluation.judges import Judges, built_in_judges
 from dyexport.evaluation.paired import KEPT, Trail, compare_latents, compare_samples
 from dyexport.evaluation.report import ModelScores
 from dyexport.evaluation.samplers import LabelSampler, labels_of
@@ -69,7 +69,7 @@ def test_seeds_differ_and_repeat() -> None:
 
 @pytest.mark.build
 def test_scores_by_model_and_seed(real: Digits) -> None:
-    judges = digit_judges()
+    judges = built_in_judges("digits")
     seen: list[tuple[int, int]] = []
     good, bad = (
         ModelScores.of("", score_model(model, sampler_of(40, 2), judges, [0, 1], lambda *call: seen.append(call)))

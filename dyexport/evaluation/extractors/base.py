@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from dyexport.evaluation.settings import DIGITS
+from dyexport.evaluation.data_sets import DIGITS, EMOJI
 
 
 class FeatureExtractor(Protocol):
@@ -31,11 +31,18 @@ class Classifier(Protocol):
 
 
 def open_features(source: str) -> FeatureExtractor:
-    """Open ``digits``, a TorchScript file, or a directory or hub id of transformers. Raises ``CheckpointError``."""
+    """Open a built-in data set's, a TorchScript file, or a directory or hub id of transformers.
+
+    Raises ``CheckpointError``, and ``DataError`` for a data set that cannot be read.
+    """
     if source == DIGITS:
         from dyexport.evaluation.extractors.digits import DigitFeatures
 
         return DigitFeatures()
+    if source == EMOJI:
+        from dyexport.evaluation.extractors.emoji import EmojiFeatures
+
+        return EmojiFeatures()
     if is_torchscript(source):
         from dyexport.evaluation.extractors.torchscript import TorchScriptFeatures
 
@@ -46,11 +53,18 @@ def open_features(source: str) -> FeatureExtractor:
 
 
 def open_classifier(source: str) -> Classifier:
-    """Open ``digits``, a TorchScript file, or a directory or hub id of transformers. Raises ``CheckpointError``."""
+    """Open a built-in data set's, a TorchScript file, or a directory or hub id of transformers.
+
+    Raises ``CheckpointError``, and ``DataError`` for a data set that cannot be read.
+    """
     if source == DIGITS:
         from dyexport.evaluation.extractors.digits import DigitClasses
 
         return DigitClasses()
+    if source == EMOJI:
+        from dyexport.evaluation.extractors.emoji import EmojiClasses
+
+        return EmojiClasses()
     if is_torchscript(source):
         from dyexport.evaluation.extractors.torchscript import TorchScriptClassifier
 
