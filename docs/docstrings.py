@@ -23,13 +23,13 @@ class DocstringMarkdown(Extension):
 def markdown(docstring: str) -> str:
     """Return a docstring with its columns of names and texts as definition lists, and its examples in fences."""
     text = FIELDS.sub(_definitions, docstring.expandtabs())
-    return EXAMPLE.sub(lambda found: f"```python\n{found[0].rstrip()}\n```\n", text)
+    return EXAMPLE.sub(lambda match: f"```python\n{match[0].rstrip()}\n```\n", text)
 
 
-def _definitions(found: re.Match[str]) -> str:
+def _definitions(match: re.Match[str]) -> str:
     """Turn ``name   text`` into a term and its definition; continued lines are indented."""
     terms = []
-    for part in re.split(r"^(?=[a-z_])", found[0], flags=re.MULTILINE):
+    for part in re.split(r"^(?=[a-z_])", match[0], flags=re.MULTILINE):
         if match := FIELD.match(part):
             names = ", ".join(f"`{name}`" for name in match[1].split(", "))
             terms.append(f"{names}\n:   {' '.join(part[match.end() :].split())}\n")

@@ -170,7 +170,7 @@ def plot_errors(bundle: dyexport.Bundle) -> None:
 
 
 def plot_td_lora() -> None:
-    """Draw a linear layer with TD-LoRA."""
+    """Plot a diagram of a linear layer with TD-LoRA."""
     _, axes = plt.subplots(figsize=(7.5, 3.1))
     axes.set(xlim=(0, 10), ylim=(0, 4.2))
     axes.axis("off")

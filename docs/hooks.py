@@ -45,7 +45,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     """Insert the included parts of other files, and turn links into links of the site."""
     source = page.file.abs_src_path
     origin = Path(source).relative_to(ROOT) if source else Path("docs", page.file.src_uri)
-    markdown = INCLUDE.sub(lambda found: included(found[1], found[2], page.file.src_uri), markdown)
+    markdown = INCLUDE.sub(lambda match: included(match[1], match[2], page.file.src_uri), markdown)
     return with_site_links(markdown, origin.parent.as_posix(), page.file.src_uri)
 
 
@@ -62,17 +62,17 @@ def included(name: str, part: str, page: str) -> str:
 def with_site_links(markdown: str, folder: str, page: str) -> str:
     """Rewrite links relative to a ``folder`` of the repository as links relative to a page of the site."""
 
-    def link(found: re.Match[str]) -> str:
-        target = found["target"]
-        if found["code"] or "://" in target or target.startswith(("#", "mailto:")):
-            return found[0]
+    def link(match: re.Match[str]) -> str:
+        target = match["target"]
+        if match["code"] or "://" in target or target.startswith(("#", "mailto:")):
+            return match[0]
         path, hash_sign, anchor = target.partition("#")
         place = site_place(posixpath.normpath(posixpath.join(folder, path)))
-        text = with_site_links(found["text"], folder, page)
+        text = with_site_links(match["text"], folder, page)
         if place is None:
             return text
         moved = posixpath.relpath(place, posixpath.dirname(page) or ".")
-        return f"{found['bang']}[{text}]({moved}{hash_sign}{anchor})"
+        return f"{match['bang']}[{text}]({moved}{hash_sign}{anchor})"
 
     return CODE_OR_LINK.sub(link, markdown)
 

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import dyexport
+from dyexport.bench.rows import BenchReport
 from dyexport.bundle.reader import Bundle
 from dyexport.cli import app
 from dyexport.presets import PRESETS
 from dyexport.training.data import ShardDirectory
+from dyexport.verification.report import VerifyReport
 from tests.test_docs import JSON_KEYS, PAGES, ROOT, fenced, page_name, text_of
 
 NOT_RUN = re.compile(r"<!-- not run: .+ -->\n```python\n.*?^```$", re.MULTILINE | re.DOTALL)
@@ -150,6 +152,11 @@ def test_bundle_format(sit_tiny: Bundle) -> None:
     manifest = json.loads((sit_tiny.root / "manifest.json").read_text())
     for name in (*manifest, *manifest["plan"]["segments"][0], *manifest["files"]):
         assert f"`{name}`" in page or re.fullmatch(r"graphs/segment-\d\d\.onnx", name), name
+
+
+def test_json_keys_of_reports_are_documented() -> None:
+    assert {field.name for field in fields(VerifyReport)} | {"passed", "error"} == JSON_KEYS["verify"]
+    assert {field.name for field in fields(BenchReport)} < JSON_KEYS["bench"]
 
 
 @pytest.mark.parametrize("line", ["inspect BUNDLE", "doctor BUNDLE", "sample BUNDLE --labels 3 --steps 2"])
