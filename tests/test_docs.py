@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import typer
 
-from docs.hooks import COMMANDS, ROOT, commands_page, leaves
+from docs.docstrings import markdown
+from docs.hooks import COMMANDS, ROOT, commands_page, leaves, with_site_links
 from dyexport.cli import app
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -117,6 +118,23 @@ def test_links_lead_somewhere(page: Path) -> None:
 def anchors(text: str) -> set[str]:
     """Return the anchors that GitHub makes of a page's headings."""
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in HEADING.findall(text)}
+
+
+def test_links_become_those_of_the_site() -> None:
+    text = (
+        "[`flops.py`](../../dyexport/flops.py), [a](../../CHANGELOG.md#added), [b](budget.md), `[c](d)`, [e](../no.md)"
+    )
+    linked = "`flops.py`, [a](../changelog.md#added), [b](budget.md), `[c](d)`, [e](../no.md)"
+    assert with_site_links(text, "docs/howto", "howto/lora.md") == linked
+    assert with_site_links("![x](docs/figures/x.png)", "", "index.md") == "![x](figures/x.png)"
+
+
+def test_docstrings_become_markdown() -> None:
+    text = "Summary.\n\nname    a text\n        that goes on\nx, y    two\n\n>>> load()\n1\n\nNo columns here."
+    listed = "`name`\n:   a text that goes on\n\n`x`, `y`\n:   two\n"
+    assert listed in markdown(text)
+    assert "```python\n>>> load()\n1\n```" in markdown(text)
+    assert markdown(text).endswith("No columns here.")
 
 
 def test_the_reference_of_commands_is_complete() -> None:
