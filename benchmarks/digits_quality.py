@@ -1,10 +1,10 @@
-"""Does width that follows t cost quality? Digits at lambda 0.5 against the static model trained as long.
+"""Does width that follows t cost quality? Digits or emoji at lambda 0.5 against the static model trained as long.
 
 One static model is trained from scratch; from it, for each seed, the *control* is trained on, a dynamic model is
 fine-tuned on the same batches (``full``), and so are models with TD-LoRA if ``--models`` lists them. All are
-evaluated in the same way: by the Frechet distance to the training digits, over several evaluations from the same
+evaluated in the same way: by the Frechet distance to the training pictures, over several evaluations from the same
 noise for every model (with thousands of pictures the noise alone moves a model's score by as much as a seed does),
-and by the loss on training and on held-out digits, the same noise and timesteps for every model, which is far quieter.
+and by the loss on training and on held-out pictures, the same noise and timesteps for every model: far less noisy.
 
     python benchmarks/digits_quality.py --train-steps 10000 --models static control full rank=1,experts=4
 
@@ -31,7 +31,6 @@ from diffusers import DiTTransformer2DModel
 from dyexport.backbones.base import Preset
 from dyexport.bench.report import as_markdown
 from dyexport.console import StageLines, chatter_on_stderr
-from dyexport.evaluation.data_sets import DIGITS
 from dyexport.evaluation.evaluate import score_model
 from dyexport.evaluation.judges import Judges, built_in_judges, real_distance
 from dyexport.evaluation.report import ModelScores
@@ -47,12 +46,13 @@ from dyexport.runtime.loading import load
 from dyexport.runtime.sampling import Denoiser, guided
 from dyexport.slicing.slicer import spec_of
 from dyexport.stages.file_records import digest_of
-from dyexport.training.data import Split, digits
+from dyexport.training.data import BUILT_IN, Split
 from dyexport.training.losses import get_objective
 
 RESULTS = Path(__file__).parent / "results"
 STATIC, CONTROL, FULL = "static", "control", "full"  # anything else is what --td-lora takes
 LOSS_TIMESTEPS = 20
+ROWS = 300  # pictures of one forward pass
 GOAL = 1.1  # TD-LoRA's Frechet distance over full fine-tuning's
 
 
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=50, help="of sampling")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    schedule = get_preset(options.model).recipe.from_scratch
+    data, schedule = data_of(get_preset(options.model)), get_preset(options.model).recipe.from_scratch
     if options.train_steps is None and schedule is not None:
         options.train_steps = schedule.steps
     sampling = SamplingConfig(samples=options.samples, steps=options.steps, guidance=1.0)
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "train_steps": options.train_steps,
         "finetune_steps": static.finetune_schedule.steps,
         **asdict(protocol),
-        "frechet_real": real_distance(EvalSettings(real=DIGITS), judges()),
+        "frechet_real": real_distance(EvalSettings(real=data), judges(data)),
         "mean": {name: mean_of(runs, name) for name in options.models},
         "runs": runs,
     }
@@ -169,7 +169,8 @@ def judged(
 ) -> dict[str, Any]:
     spec = spec_of(preset, preset.transformer_config())
     sampler = LabelSampler(spec, EvalSettings(sampling=protocol.sampling))
-    scores = ModelScores.of("", score_model(transformer, sampler, judges(), range(protocol.repeats), progress))
+    judging = judges(data_of(preset))
+    scores = ModelScores.of("", score_model(transformer, sampler, judging, range(protocol.repeats), progress))
     return {
         "frechet": scores.frechet,
         "class_accuracy": scores.class_accuracy,
@@ -181,22 +182,30 @@ def judged(
     }
 
 
+def data_of(preset: Preset) -> str:
+    """The built-in data set that a model is trained on."""
+    assert preset.recipe.data in BUILT_IN, f"{preset.name} has no data set of its own"
+    return preset.recipe.data
+
+
 @cache
-def judges() -> Judges:
-    return built_in_judges(DIGITS)
+def judges(data: str) -> Judges:
+    return built_in_judges(data)
 
 
 @torch.no_grad()
 def loss_of(transformer: Denoiser, preset: Preset, split: Split) -> float:
-    """Mean of the diffusion loss over all digits at evenly spaced timesteps; a learned variance does not count."""
-    objective, source = get_objective(preset.objective), digits(split)
+    """Mean of the diffusion loss over all pictures at evenly spaced timesteps; a learned variance does not count."""
+    objective, source = get_objective(preset.objective), BUILT_IN[data_of(preset)](split)
     spec = spec_of(preset, preset.transformer_config())
     losses = []
     for index in range(LOSS_TIMESTEPS):
-        noise = torch.randn(source.latents.shape, generator=torch.Generator().manual_seed(index))  # (n, 1, 8, 8)
+        noise = torch.randn(source.latents.shape, generator=torch.Generator().manual_seed(index))  # (n, C, H, W)
         uniform = torch.full((len(source),), (index + 0.5) / LOSS_TIMESTEPS)  # (n,)
         noised = objective.noisy(source.latents, noise, uniform)
-        sample = guided(transformer, spec, noised.latents, float(noised.timestep[0]), source.labels, 1.0)
+        t = float(noised.timestep[0])
+        parts = zip(noised.latents.split(ROWS), source.labels.split(ROWS), strict=True)
+        sample = torch.cat([guided(transformer, spec, latents, t, labels, 1.0) for latents, labels in parts])
         losses.append(float(objective.loss(sample, noised).mean()))
     return fmean(losses)
 
@@ -208,6 +217,7 @@ def mean_of(runs: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
 
 def markdown(whole: Mapping[str, Any]) -> str:
     """The table, every number in it: also where the dynamic model or TD-LoRA loses."""
+    data = data_of(get_preset(whole["model"]))
     means, rows = whole["mean"], []
     for name, mean in means.items():
         mine = [run for run in whole["runs"] if run["run"] == name]
@@ -233,8 +243,8 @@ def markdown(whole: Mapping[str, Any]) -> str:
         )
     return (
         f"{whole['model']}, {whole['repeats']} x {whole['sampling']['samples']} samples, "
-        f"{whole['sampling']['steps']} steps, no guidance; Frechet distance to the training digits, on which held-out "
-        f"real digits score {whole['frechet_real']:.3f}.\n"
+        f"{whole['sampling']['steps']} steps, no guidance; Frechet distance to the training {data}, on which "
+        f"held-out real {data} score {whole['frechet_real']:.3f}.\n"
         f"The static model was trained for {whole['train_steps']} steps, all others for {whole['finetune_steps']} more "
         f"on the same batches. Goals: full at most control; TD-LoRA at most {GOAL} of full with less than 5 % "
         "trainable.\n\n"
@@ -246,7 +256,7 @@ def markdown(whole: Mapping[str, Any]) -> str:
                 "Frechet: mean, deviation, each seed",
                 "over control",
                 "over full",
-                "loss, training digits",
+                f"loss, training {data}",
                 "loss, held-out",
                 "class accuracy",
             ),
