@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.digits_quality import loss_of, main
+from dyexport.slicing.slicer import spec_of
 from dyexport.training.data import digits
 from tests.pipeline.tiny import TINY
 
@@ -30,7 +31,7 @@ def test_models_trained_one_by_one_are_read_back_as_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts = [run(tmp_path, "--models", name)["runs"] for name in MODELS]
-    monkeypatch.setattr("benchmarks.digits_quality.judged", lambda *_: pytest.fail("judged again"))
+    monkeypatch.setattr("benchmarks.digits_quality.scores_of", lambda *_: pytest.fail("judged again"))
     capsys.readouterr()
     whole = run(tmp_path, "--models", *MODELS)
     assert whole["runs"] == [each for part in parts for each in part]
@@ -45,7 +46,8 @@ def test_models_trained_one_by_one_are_read_back_as_one(
 
 def test_losses_are_of_the_network_over_all_digits() -> None:
     """A network that says nothing is off by the target: the mean square of data minus noise."""
+    spec = spec_of(TINY, TINY.transformer_config())
     clean = digits("train").latents
     silent = lambda **inputs: SimpleNamespace(sample=torch.zeros_like(inputs["hidden_states"]))  # noqa: E731
     expected = float(clean.square().mean()) + 1.0
-    assert loss_of(silent, TINY, "train") == pytest.approx(expected, rel=0.01)
+    assert loss_of(silent, spec, "train") == pytest.approx(expected, rel=0.01)

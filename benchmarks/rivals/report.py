@@ -1,0 +1,104 @@
+"""Results of one run: JSON, Markdown and CSV, the chart, and the summary in the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import write_results
+from benchmarks.rivals.chart import save_chart
+from benchmarks.rivals.publish import publish
+from benchmarks.rivals.tables import Row, as_csv, markdown_table, summary
+from benchmarks.rivals.timing import Timings
+from dyexport.evaluation.settings import SamplingConfig
+from dyexport.files import write_atomically
+
+BUSY = 0.05  # share of CPU time of other processes from which a table says so
+SUMMARY_STEPS = (4, 8, 25)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All rows, and how they were measured.
+
+    ``made`` describes the machine and the command, ``remarks`` say what is missing. Without ``sampling`` there is no
+    quality.
+    """
+
+    model: str
+    made: dict[str, Any]
+    rows: Sequence[Row]
+    remarks: Sequence[str]
+    timings: Timings | None
+    sampling: SamplingConfig | None = None
+    repeats: int = 0
+    real: float | None = None
+
+    @property
+    def stem(self) -> str:
+        return f"rivals_{self.model}" + ("" if self.sampling else "_times")
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        sampling = (
+            None if self.sampling is None else {"samples": self.sampling.samples, "guidance": self.sampling.guidance}
+        )
+        timings = self.timings
+        return {
+            "model": self.model,
+            **self.made,
+            "sampling": sampling,
+            "repeats": self.repeats,
+            "frechet_real": self.real,
+            "timing": None if timings is None else {"batch": timings.batch, "others": timings.others},
+            "remarks": list(self.remarks),
+            "rows": [row.as_json() for row in self.rows],
+        }
+
+    def markdown(self) -> str:
+        """Return the table with a legend."""
+        return f"{self._legend()}\n\n{markdown_table(self.rows)}" + "".join(f"\n- {each}." for each in self.remarks)
+
+    def _legend(self) -> str:
+        parts = [f"`{self.made['command']}`\n\n{self.model} on {self.made['cpu']}, {self.made['threads']} threads."]
+        if self.sampling is not None:
+            real = "" if self.real is None else f"; held-out real pictures score {self.real:.3f}"
+            parts.append(
+                f"Frechet distance of {self.repeats} x {self.sampling.samples} samples without guidance{real}:\n"
+                "mean, and extremes over training seeds, or over noise where there is one model.\n"
+                "PSNR is to the dense model at the same steps and noise."
+            )
+        parts.append("Cost and time are of one picture, in evaluations of the dense ONNX graph of the same run.")
+        if self.timings is not None:
+            parts.append(f"Timed at batch {self.timings.batch}.")
+            if (self.timings.others or 0) > BUSY:
+                parts.append(f"Other processes took {self.timings.others:.0%} of CPU time meanwhile.")
+        return "\n".join(parts)
+
+    def summary(self) -> str:
+        """Return the four rows for README and docs, with the command that makes them."""
+        budgets = [row.variant.budget for row in self.rows if row.variant.budget is not None]
+        table = summary(self.rows, SUMMARY_STEPS, max(budgets, default=0.5))
+        assert self.sampling is not None, "the summary is of quality"
+        samples = f"{self.repeats} x {self.sampling.samples} samples"
+        return (
+            f"{table}\n`{self.model}`, {samples}, mean of the training seeds; cost and time in dense evaluations.\n"
+            f"Made by `python -m benchmarks.rivals --model {self.model} --publish`."
+        )
+
+
+def write(report: Report, results: Path, charts: Path) -> None:
+    """Write the tables, and the chart where something is scored."""
+    file = results / f"{report.stem}.json"
+    write_results(file, report.as_json(), report.markdown())
+    write_atomically(file.with_suffix(".csv"), as_csv(report.rows).encode())
+    if any(row.frechet is not None for row in report.rows):
+        title = f"{report.model}: what a picture costs and how good it is"
+        save_chart(report.rows, charts / f"{report.stem}.svg", title=title, real=report.real)
+
+
+def publish_summary(report: Report) -> None:
+    """Put the summary into README and docs."""
+    publish(report.model, report.summary())

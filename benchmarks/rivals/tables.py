@@ -1,0 +1,243 @@
+"""Tables of all variants: means over training seeds, with their extremes."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from benchmarks.quality import CONTROL
+from benchmarks.rivals.measure import Point
+from benchmarks.rivals.timing import Timings
+from benchmarks.rivals.variants import DYNAMIC, REUSE, WIDTHS, Variant, equal_flops_steps
+from dyexport.bench.report import as_markdown
+from dyexport.bench.statistics import Ratio
+
+HEADER = (
+    "variant",
+    "steps",
+    "cost",
+    "GFLOPs",
+    "time",
+    "Frechet distance",
+    "class accuracy",
+    "PSNR",
+    "memory",
+    "seeds",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Mean and extremes over training seeds; over repeats of noise where there is one model only."""
+
+    mean: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(mean=fmean(values), low=min(values), high=max(values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One variant at one number of steps.
+
+    cost     of the network, in evaluations of the dense one
+    time     in steps of the dense engine: a ratio that is None inside if it cannot be trusted; None if not timed
+    memory   bytes that a process grows by when each engine has run once
+    missing  seeds that are not trained
+    """
+
+    variant: Variant
+    steps: int
+    cost: float
+    gflops: float
+    time: Ratio | None
+    frechet: Spread | None
+    class_accuracy: Spread | None
+    psnr: Spread | None
+    memory: float | None
+    seeds: tuple[int, ...]
+    missing: tuple[int, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"label": self.variant.label, **_plain(self)}
+
+
+def _plain(value: Any) -> Any:
+    """Return dataclasses as JSON values."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def rows_of(
+    points: Sequence[Point],
+    seeds: Sequence[int],
+    *,
+    dense_gflops: float,
+    timings: Timings | None = None,
+    memory: Mapping[tuple[str, int | None], int] | None = None,
+) -> list[Row]:
+    """Combine the seeds of each variant at each number of steps, in the order of the points.
+
+    ``dense_gflops`` is one dense evaluation, ``memory`` bytes by folder and seed.
+    """
+    groups: dict[tuple[Variant, int], list[Point]] = {}
+    for point in points:
+        groups.setdefault((point.variant, point.steps), []).append(point)
+    return [_row(group, seeds, dense_gflops, timings, memory or {}) for group in groups.values()]
+
+
+def _row(
+    group: Sequence[Point],
+    seeds: Sequence[int],
+    dense_gflops: float,
+    timings: Timings | None,
+    memory: Mapping[tuple[str, int | None], int],
+) -> Row:
+    variant, steps = group[0].variant, group[0].steps
+    cost = fmean(point.cost for point in group)
+    there = [point.seed for point in group if point.seed is not None]
+    sizes = [size for point in group if (size := memory.get((variant.folder, point.seed))) is not None]
+    psnr = [point.psnr for point in group if point.psnr is not None]
+    return Row(
+        variant=variant,
+        steps=steps,
+        cost=cost,
+        gflops=cost * dense_gflops,
+        time=None if timings is None else timings.over_dense([point.parts for point in group], steps),
+        frechet=_spread(group, lambda point: point.frechet),
+        class_accuracy=_spread(group, lambda point: point.class_accuracy),
+        psnr=Spread.of(psnr) if psnr else None,
+        memory=fmean(sizes) if sizes else None,
+        seeds=tuple(there),
+        missing=tuple(seed for seed in seeds if seed not in there) if there else (),
+    )
+
+
+def _spread(group: Sequence[Point], of: Callable[[Point], Sequence[float | None]]) -> Spread | None:
+    """Combine scores: the repeats of each seed are averaged, unless there is one model only."""
+    repeats = [[value for value in of(point) if value is not None] for point in group]
+    if not all(repeats):
+        return None
+    return Spread.of(repeats[0] if group[0].seed is None else [fmean(values) for values in repeats])
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """Return the table of all rows."""
+    return as_markdown(HEADER, [cells(row) for row in rows])
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.variant.label,
+        str(row.steps),
+        f"{row.cost:.2f}",
+        f"{row.gflops:.3g}",
+        time_text(row.time),
+        "" if row.frechet is None else f"{row.frechet.mean:.3f} ({row.frechet.low:.3f} to {row.frechet.high:.3f})",
+        "" if row.class_accuracy is None else f"{row.class_accuracy.mean:.1%}",
+        "" if row.psnr is None else f"{row.psnr.mean:.1f} dB",
+        "" if row.memory is None else f"{row.memory / 1e6:.1f} MB",
+        seeds_text(row),
+    )
+
+
+def time_text(time: Ratio | None) -> str:
+    """Return a time in steps of the dense engine."""
+    if time is None:
+        return ""
+    return "not trusted" if time.value is None else f"{time.value:.2f}"
+
+
+def seeds_text(row: Row) -> str:
+    there = " ".join(map(str, row.seeds))
+    return f"{there} (missing: {' '.join(map(str, row.missing))})" if row.missing else there
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """Return the rows as CSV: means and extremes in columns of their own."""
+    buffer = io.StringIO()
+    flat = [_flat(row) for row in rows]
+    writer = csv.DictWriter(buffer, list(flat[0]) if flat else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return buffer.getvalue()
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    spreads = {
+        f"{name}_{part}": "" if (spread := getattr(row, name)) is None else getattr(spread, part)
+        for name in ("frechet", "class_accuracy", "psnr")
+        for part in ("mean", "low", "high")
+    }
+    return {
+        "variant": row.variant.name,
+        "budget": row.variant.budget,
+        "share": row.variant.share,
+        "steps": row.steps,
+        "cost": row.cost,
+        "gflops": row.gflops,
+        "time": None if row.time is None else row.time.value,
+        **spreads,
+        "memory": row.memory,
+        "seeds": " ".join(map(str, row.seeds)),
+        "missing": " ".join(map(str, row.missing)),
+    }
+
+
+def summary(rows: Sequence[Row], steps: Sequence[int], budget: float) -> str:
+    """Return the four rows that answer "why not something else": what each costs and scores at these steps.
+
+    Fewer steps of the control are those of equal FLOPs. The best distance of each number of steps is bold.
+    """
+    by_name = {(row.variant, row.steps): row for row in rows}
+    shares = sorted({row.variant.share for row in rows if row.variant.name == REUSE and row.variant.share is not None})
+    share = min(shares, key=lambda value: abs(value - budget), default=None)
+    lines: list[tuple[str, list[Row | None]]] = []
+    for title, variant, count in _summarized(budget, share):
+        lines.append((title, [by_name.get((variant, count(each))) for each in steps]))
+    best = [_best([line[column] for _, line in lines]) for column in range(len(steps))]
+    header = ["", *(f"{count} steps: {what}" for count in steps for what in ("cost", "time", "Frechet distance"))]
+    body = [
+        (title, *(cell for row, low in zip(line, best, strict=True) for cell in _summary_cells(row, low)))
+        for title, line in lines
+    ]
+    return as_markdown(header, body)
+
+
+def _summarized(budget: float, share: float | None) -> Iterator[tuple[str, Variant, Callable[[int], int]]]:
+    def fewer(steps: int) -> int:
+        return equal_flops_steps(steps, budget)
+
+    def same(steps: int) -> int:
+        return steps
+
+    yield "fewer steps, the static model trained as long", Variant(name=CONTROL), fewer
+    yield f"static slim network, lambda {budget:g}", Variant(name=WIDTHS, budget=budget), same
+    if share is not None:
+        yield (
+            f"step cache on the dense model, {share:g} of its outputs computed",
+            Variant(name=REUSE, share=share),
+            same,
+        )
+    yield f"**dynamic, lambda {budget:g}**", Variant(name=DYNAMIC, budget=budget), same
+
+
+def _best(rows: Sequence[Row | None]) -> float:
+    return min((row.frechet.mean for row in rows if row is not None and row.frechet is not None), default=0.0)
+
+
+def _summary_cells(row: Row | None, best: float) -> tuple[str, str, str]:
+    if row is None:
+        return "", "", ""
+    score = "" if row.frechet is None else f"{row.frechet.mean:.3f}"
+    if row.frechet is not None and row.frechet.mean == best:
+        score = f"**{score}**"
+    return f"{row.cost:.1f}", time_text(row.time), score

@@ -1,0 +1,100 @@
+"""The variants that are compared, and the numbers of steps at which each is sampled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.quality import BUNDLE, CONTROL, STATIC, Family, Kind
+from dyexport.pipeline.settings import BuildSettings
+
+DENSE, WIDTHS, DYNAMIC = "dense", "static", "dynamic"
+REUSE, CACHE_DIT, DYNAMIC_REUSE, COMPILE = "reuse", "cache-dit", "dynamic-reuse", "compile"
+EAGER_MODULE = "eager"  # of bundles alone
+MODELS = (DENSE, CONTROL, WIDTHS, DYNAMIC, REUSE, CACHE_DIT, DYNAMIC_REUSE, COMPILE)
+
+TITLES = {
+    DENSE: "dense",
+    CONTROL: "control",
+    WIDTHS: "static widths",
+    DYNAMIC: "dynamic",
+    REUSE: "dense, outputs reused",
+    CACHE_DIT: "dense, cache-dit",
+    DYNAMIC_REUSE: "dynamic, outputs reused",
+    COMPILE: "torch.compile",
+    EAGER_MODULE: "diffusers, eager",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to make sampling cheaper, one of ``MODELS`` or a bundle by its name.
+
+    ``budget`` is the lambda of a slim model, ``share`` what a cache computes.
+    """
+
+    name: str
+    budget: float | None = None
+    share: float | None = None
+
+    @property
+    def label(self) -> str:
+        parts = [TITLES.get(self.name, self.name)]
+        if self.budget is not None:
+            parts[0] += f" {self.budget:g}"
+        if self.share is not None:
+            parts.append(f"{self.share:g} computed")
+        return ", ".join(parts)
+
+    @property
+    def kind(self) -> Kind:
+        """What is trained for it."""
+        if self.name == CONTROL:
+            return CONTROL
+        return BUNDLE if self.budget is not None else STATIC
+
+    @property
+    def folder(self) -> str:
+        """Folder of its model, which variants with and without a cache share."""
+        name = DYNAMIC if self.name == DYNAMIC_REUSE else self.name
+        return name if self.budget is None else f"{name}-{self.budget:g}"
+
+    def settings(self, family: Family, static: Any, seed: int) -> BuildSettings:
+        """Return the settings of its model."""
+        if self.kind == STATIC:
+            return family.static
+        slim: dict[str, Any] = {} if self.budget is None else {"budget": self.budget}
+        if self.name == WIDTHS:
+            slim |= {"widths": "static", "engines": 1}
+        return family.tuned(self.folder, static, seed, **slim)
+
+    def seeds(self, seeds: Sequence[int]) -> tuple[int | None, ...]:
+        """Return the seeds of its training; the static model has one only."""
+        return (None,) if self.kind == STATIC else tuple(seeds)
+
+    def steps(self, steps: Sequence[int], budgets: Sequence[float]) -> tuple[int, ...]:
+        """Return the numbers of steps at which it is sampled: dense networks also at equal FLOPs."""
+        if self.name in (DENSE, CONTROL):
+            equal = {equal_flops_steps(count, budget) for count in steps for budget in budgets}
+            return tuple(sorted({*steps, *equal}))
+        return tuple(sorted(set(steps)))
+
+
+def equal_flops_steps(steps: int, budget: float) -> int:
+    """Return the steps of a dense network that cost as much as ``steps`` at a budget: rounded, half of a step up."""
+    return max(math.floor(steps * budget + 0.5), 1)
+
+
+def variants_of(names: Sequence[str], budgets: Sequence[float], shares: Sequence[float]) -> Iterator[Variant]:
+    """Yield the variants of these names, in the order of the tables; caches at every share of computed outputs."""
+    for name in (name for name in MODELS if name in names):
+        if name in (WIDTHS, DYNAMIC):
+            yield from (Variant(name=name, budget=budget) for budget in budgets)
+        elif name in (REUSE, CACHE_DIT):
+            yield from (Variant(name=name, share=share) for share in shares)
+        elif name == DYNAMIC_REUSE:
+            yield from (Variant(name=name, budget=budget, share=max(shares)) for budget in budgets)
+        else:
+            yield Variant(name=name)
