@@ -3,6 +3,7 @@
 #   make check  lint, types and the tests that build nothing
 #   make test   every part of the code, on networks as small as can show it: 10 minutes
 #   make docs   the documentation site, in site/
+#   make bench  dyexport next to its rivals, from models that are trained already
 # What takes long to build has lanes of its own; .ci/run runs all of them.
 #   make plans     TensorRT-RTX plans: every backbone, precision and token path, and full width
 #   make packages  AOTInductor packages: every backbone in fp32 and bf16, every token path, and their engines
@@ -15,7 +16,7 @@ PYTEST := time -p $(BIN)/python -m pytest -n 2 --dist worksteal --durations=20
 SHELL := /bin/bash
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo check test lint docs figures plans packages rehearse format wheel-check clean
+.PHONY: setup demo check test lint docs figures bench plans packages rehearse format wheel-check clean
 
 setup: $(INSTALLED)
 
@@ -38,6 +39,9 @@ docs: setup  # seconds; fails at a dead link or anchor, and at a page that no me
 
 figures: demo  # those of the documentation, in docs/figures: after a change of what they show
 	$(BIN)/python docs/figures.py out/demo
+
+bench: setup  # trains nothing, and names the models that are missing; the same command with --train-only trains them
+	$(BIN)/python -m benchmarks.rivals --no-train
 
 plans: setup  # FLUX's full width takes 6 GB, so one process: 10 minutes
 	$(BIN)/python -m pytest -m "slow and tensorrt" tests/exporters tests/compilation

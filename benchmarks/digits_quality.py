@@ -40,18 +40,17 @@ from benchmarks.quality import (
     train,
     write_results,
 )
-from dyexport.backbones.base import Preset
 from dyexport.bench.report import as_markdown
 from dyexport.bundle.spec import ModelSpec
 from dyexport.console import StageLines, chatter_on_stderr
+from dyexport.digits import Split
 from dyexport.errors import UsageError
 from dyexport.evaluation.data_sets import data_set_of
 from dyexport.evaluation.settings import SamplingConfig
 from dyexport.lora import parse_lora
-from dyexport.presets import get_preset
 from dyexport.progress import Progress
 from dyexport.runtime.sampling import Denoiser, guided
-from dyexport.training.data import BUILT_IN, Split
+from dyexport.training.data import BUILT_IN
 from dyexport.training.losses import get_objective
 
 RESULTS = Path(__file__).parent / "results"
@@ -96,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
     whole = {
         "model": options.model,
+        "data": data_of(family.spec),
         "budget": options.budget,
         "train_steps": train_steps,
         "finetune_steps": family.static.finetune_schedule.steps,
@@ -155,16 +155,16 @@ def scores_of(
     }
 
 
-def data_of(model: Preset | ModelSpec) -> str:
+def data_of(spec: ModelSpec) -> str:
     """Return the built-in data set that a model is trained on. Raises ``UsageError`` for one without."""
-    if (data := data_set_of(model)) is None:
-        raise UsageError(f"{model.name} has no data set of its own; name a model of digits or emoji")
+    if (data := data_set_of(spec)) is None:
+        raise UsageError(f"{spec.name} has no data set of its own; name a model of digits or emoji")
     return data
 
 
 @torch.no_grad()
 def loss_of(transformer: Denoiser, spec: ModelSpec, split: Split) -> float:
-    """Compute the mean of the diffusion loss over all pictures at evenly spaced timesteps, without a learned variance."""
+    """Compute the mean diffusion loss over all pictures at evenly spaced timesteps, without a learned variance."""
     objective, source = get_objective(spec.objective), BUILT_IN[data_of(spec)](split)
     losses = []
     for index in range(LOSS_TIMESTEPS):
@@ -185,8 +185,7 @@ def mean_of(runs: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
 
 def markdown(whole: Mapping[str, Any]) -> str:
     """Return the table, with every number: also where the dynamic model or TD-LoRA loses."""
-    data = data_of(get_preset(whole["model"]))
-    means, rows = whole["mean"], []
+    data, means, rows = whole["data"], whole["mean"], []
     for name, mean in means.items():
         mine = [run for run in whole["runs"] if run["run"] == name]
         each = [run["frechet"] for run in mine]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +13,9 @@ import torch
 
 from dyexport.bundle.manifest import Manifest
 from dyexport.bundle.spec import ModelSpec
+from dyexport.evaluation.data_sets import data_set_of
 from dyexport.evaluation.evaluate import score_model
-from dyexport.evaluation.judges import Judges, open_judges, real_distance
+from dyexport.evaluation.judges import Judges, built_in_judges, real_distance
 from dyexport.evaluation.paired import Trail
 from dyexport.evaluation.report import ModelScores
 from dyexport.evaluation.samplers import Rows, open_sampler
@@ -143,33 +145,32 @@ class Samples(Trail):
 
 
 class Scorer:
-    """Scores of networks of one model, from the same noise and labels, by the same features."""
+    """Scores of networks of one model, from the same noise and labels, by the features of its built-in data set.
+
+    A model without one has no scores but its samples.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
-        self._judges: Judges | None = None
+
+    @cached_property
+    def _judges(self) -> Judges:
+        name = data_set_of(self.spec)
+        return Judges() if name is None else built_in_judges(name)
 
     @property
     def frechet_real(self) -> float | None:
         """Distance of held-out real pictures; None where there are none."""
-        settings = EvalSettings().complete(self.spec)
-        return real_distance(settings, self._opened(settings))
+        return real_distance(EvalSettings().complete(self.spec), self._judges)
 
     def __call__(
         self, network: Denoiser, protocol: Protocol, progress: Progress = no_progress
     ) -> tuple[ModelScores, Samples]:
         """Sample and score a network; also return its first samples."""
-        settings = EvalSettings(sampling=protocol.sampling).complete(self.spec)
-        sampler, samples = open_sampler(self.spec, settings), Samples()
-        seeds = range(protocol.repeats)
-        scores = score_model(network, sampler, self._opened(settings), seeds, progress, samples)
+        sampler = open_sampler(self.spec, EvalSettings(sampling=protocol.sampling).complete(self.spec))
+        samples = Samples()
+        scores = score_model(network, sampler, self._judges, range(protocol.repeats), progress, samples)
         return ModelScores.of("", scores), samples
-
-    def _opened(self, settings: EvalSettings) -> Judges:
-        if self._judges is None:
-            opened = open_judges(open_sampler(self.spec, settings), settings, torch.device("cpu"))
-            self._judges = replace(opened, subset=None)  # no kernel distance, which takes longer than sampling
-        return self._judges
 
 
 @dataclass(frozen=True)

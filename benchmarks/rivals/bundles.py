@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.rivals.costs import (
@@ -54,7 +54,7 @@ def time_bundles(
     return points, timings
 
 
-def _point(name: str, steps: int, cost: float, parts: dict[str, float]) -> Point:
+def _point(name: str, steps: int, cost: float, parts: Mapping[str, float]) -> Point:
     return Point(variant=Variant(name=name), seed=None, steps=steps, cost=cost, parts=parts)
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.quality import CONTROL
 from benchmarks.rivals.tables import Row
 from benchmarks.rivals.variants import CACHE_DIT, DENSE, DYNAMIC, DYNAMIC_REUSE, REUSE, WIDTHS, Variant
 from dyexport.errors import missing_extras
 from dyexport.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLORS = {
     DENSE: "#9a9a9a",
@@ -71,12 +75,12 @@ def _beats(one: Row, other: Row) -> bool:
     return all(left <= right for left, right in pairs) and any(left < right for left, right in pairs)
 
 
-def _style(variant: Variant, variants: Sequence[Variant]) -> object:
+def _style(variant: Variant, variants: Sequence[Variant]) -> Any:
     alike = list(dict.fromkeys(each for each in variants if each.name == variant.name))
     return STYLES[alike.index(variant) % len(STYLES)]
 
 
-def _draw(axes: object, variant: Variant, line: Sequence[Row], best: set[int], style: object) -> None:
+def _draw(axes: Axes, variant: Variant, line: Sequence[Row], best: set[int], style: Any) -> None:
     color = COLORS[variant.name]
     costs = [row.cost for row in line]
     spreads = [row.frechet for row in line if row.frechet is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,7 @@ def equal_flops_steps(steps: int, budget: float) -> int:
     return max(math.floor(steps * budget + 0.5), 1)
 
 
-def variants_of(names: Sequence[str], budgets: Sequence[float], shares: Sequence[float]) -> Iterator[Variant]:
+def variants_of(names: Collection[str], budgets: Sequence[float], shares: Sequence[float]) -> Iterator[Variant]:
     """Yield the variants of these names, in the order of the tables; caches at every share of computed outputs."""
     for name in (name for name in MODELS if name in names):
         if name in (WIDTHS, DYNAMIC):
