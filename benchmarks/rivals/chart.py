@@ -38,7 +38,7 @@ def save_chart(rows: Sequence[Row], path: Path, *, title: str, real: float | Non
     """
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     scored = [row for row in rows if row.frechet is not None]
     best = {id(row) for row in scored if not any(_beats(other, row) for other in scored)}
@@ -52,11 +52,11 @@ def save_chart(rows: Sequence[Row], path: Path, *, title: str, real: float | Non
             axes.axhline(real, color="#777777", linewidth=0.8, linestyle=(0, (1, 3)), label="held-out real pictures")
         axes.set_xscale("log")
         axes.set_yscale("log")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(ScalarFormatter())
-            axis.set_minor_formatter(ScalarFormatter())
-            axis.set_tick_params(which="minor", labelsize=8)
-        axes.grid(which="both", color="#e4e4e4", linewidth=0.6)
+        for axis, places in ((axes.xaxis, (1, 2, 5)), (axes.yaxis, (1, 1.5, 2, 3, 5, 7))):
+            axis.set_major_locator(LogLocator(subs=places))
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.set_minor_locator(NullLocator())
+        axes.grid(color="#e4e4e4", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlabel("FLOPs of one picture, in evaluations of the dense network")

@@ -62,7 +62,7 @@ class Report:
         return f"{self._legend()}\n\n{markdown_table(self.rows)}" + "".join(f"\n- {each}." for each in self.remarks)
 
     def _legend(self) -> str:
-        parts = [f"`{self.made['command']}`\n\n{self.model} on {self.made['cpu']}, {self.made['threads']} threads."]
+        parts = [f"`{self.made['command']}`\n\n{self.model} on {self.made['cpu']}, threads: {self.made['threads']}."]
         if self.sampling is not None:
             real = "" if self.real is None else f"; held-out real pictures score {self.real:.3f}"
             parts.append(
@@ -70,6 +70,7 @@ class Report:
                 "mean, and extremes over training seeds, or over noise where there is one model.\n"
                 "PSNR is to the dense model at the same steps and noise."
             )
+        parts.append("Numbers of variants are lambda, and after + the share of evaluations that a cache computes.")
         parts.append("Cost and time are of one picture, in evaluations of the dense ONNX graph of the same run.")
         if self.timings is not None:
             parts.append(f"Timed at batch {self.timings.batch}.")

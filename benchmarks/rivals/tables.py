@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.quality import CONTROL
 from benchmarks.rivals.measure import Point
 from benchmarks.rivals.timing import Timings
-from benchmarks.rivals.variants import DYNAMIC, REUSE, WIDTHS, Variant, equal_flops_steps
+from benchmarks.rivals.variants import DENSE, DYNAMIC, REUSE, WIDTHS, Variant, equal_flops_steps
 from dyexport.bench.report import as_markdown
 from dyexport.bench.statistics import Ratio
 
@@ -86,7 +86,7 @@ def rows_of(
 ) -> list[Row]:
     """Combine the seeds of each variant at each number of steps, in the order of the points.
 
-    ``dense_gflops`` is one dense evaluation, ``memory`` bytes by folder and seed.
+    ``dense_gflops`` is one dense evaluation, ``memory`` bytes by the network whose engines run, and its seed.
     """
     groups: dict[tuple[Variant, int], list[Point]] = {}
     for point in points:
@@ -104,7 +104,8 @@ def _row(
     variant, steps = group[0].variant, group[0].steps
     cost = fmean(point.cost for point in group)
     there = [point.seed for point in group if point.seed is not None]
-    sizes = [size for point in group if (size := memory.get((variant.folder, point.seed))) is not None]
+    networks = [(variant.engines, None if variant.engines == DENSE else point.seed) for point in group]
+    sizes = [size for network in networks if (size := memory.get(network)) is not None]
     psnr = [point.psnr for point in group if point.psnr is not None]
     return Row(
         variant=variant,

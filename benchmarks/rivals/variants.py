@@ -20,9 +20,9 @@ TITLES = {
     CONTROL: "control",
     WIDTHS: "static widths",
     DYNAMIC: "dynamic",
-    REUSE: "dense, outputs reused",
-    CACHE_DIT: "dense, cache-dit",
-    DYNAMIC_REUSE: "dynamic, outputs reused",
+    REUSE: "dense",
+    CACHE_DIT: "dense",
+    DYNAMIC_REUSE: "dynamic",
     COMPILE: "torch.compile",
     EAGER_MODULE: "diffusers, eager",
 }
@@ -41,12 +41,10 @@ class Variant:
 
     @property
     def label(self) -> str:
-        parts = [TITLES.get(self.name, self.name)]
-        if self.budget is not None:
-            parts[0] += f" {self.budget:g}"
-        if self.share is not None:
-            parts.append(f"{self.share:g} computed")
-        return ", ".join(parts)
+        """Return such as ``dynamic 0.5 + reuse 0.3``: lambda, and the share that the cache computes."""
+        network = TITLES.get(self.name, self.name) + ("" if self.budget is None else f" {self.budget:g}")
+        cache = CACHE_DIT if self.name == CACHE_DIT else REUSE
+        return network if self.share is None else f"{network} + {cache} {self.share:g}"
 
     @property
     def kind(self) -> Kind:
@@ -60,6 +58,11 @@ class Variant:
         """Folder of its model, which variants with and without a cache share."""
         name = DYNAMIC if self.name == DYNAMIC_REUSE else self.name
         return name if self.budget is None else f"{name}-{self.budget:g}"
+
+    @property
+    def engines(self) -> str:
+        """Name of the network whose engines it runs: of the static model in any form those of the dense graph."""
+        return DENSE if self.name in (CONTROL, REUSE) else self.folder
 
     def settings(self, family: Family, static: Any, seed: int) -> BuildSettings:
         """Return the settings of its model."""
