@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 import dyexport
-from dyexport.bench.heatmap import render_image
 from dyexport.bench.pictures import save_png
 from dyexport.bundle.plan import Segment
 from dyexport.calibration.segments import PlanSettings, make_segments
@@ -20,6 +19,8 @@ from dyexport.engines.onnx_file import graph_weights, read_graph
 from dyexport.flops import FlopsModel
 from dyexport.models.inputs import NoisedInputs
 from dyexport.presets import get_preset
+from dyexport.report.width_map import WidthMap
+from dyexport.report.width_map_image import render_image
 from dyexport.training.data import digits
 
 matplotlib.use("agg")
@@ -29,6 +30,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 OUT = Path(__file__).parent / "figures"
 POINTS = 400  # timesteps of a curve
+CELLS = 56  # of the heat map: fewer than `dyexport inspect --png` has, for phones
 TEAL, GRAY, ORANGE = "#009485", "#888888", "#e6550d"
 
 
@@ -37,7 +39,7 @@ def main(demo: Path) -> None:
     bundle = dyexport.Bundle.open(demo / "bundle")
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 130})
     shutil.copyfile(demo / "digits.png", OUT / "digits.png")
-    save_png(render_image(bundle), OUT / "widths.png")
+    save_png(render_image(WidthMap.of(bundle, CELLS)), OUT / "widths.png")
     plot_budget(bundle)
     plot_segments(bundle)
     plot_store(bundle)
@@ -141,14 +143,16 @@ def plot_tokens(checkpoint: Path) -> None:
     timesteps = (0.1, 0.3, 0.5, 0.9)
     with torch.no_grad():
         kept = [model(inputs.at(t)).tokens for t in timesteps]  # each (B, L, N)
+    side = int(kept[0].shape[-1] ** 0.5)  # tokens along an edge of a digit of 8 x 8 pixels
     block = int(torch.stack(kept).mean(dim=(0, 1, 3)).argmin())
     figure, grid = plt.subplots(len(timesteps), 8, figsize=(7.5, 4.1))
     for row, t in enumerate(timesteps):
         pictures, tokens = inputs.at(t)["hidden_states"][:, 0], kept[row][:, block]  # (B, 8, 8), (B, N)
         for column, axes in enumerate(grid[row]):
             axes.imshow(pictures[column], cmap="gray", vmin=-1.5, vmax=1.5)
-            skipped = np.ma.masked_where(tokens[column].reshape(8, 8) > 0, np.ones((8, 8)))
-            axes.imshow(skipped, cmap="autumn", alpha=0.55)
+            skipped = tokens[column].reshape(side, side) == 0
+            red = np.kron(skipped, np.ones((8 // side, 8 // side)))  # (8, 8), as the picture
+            axes.imshow(np.ma.masked_equal(red, 0), cmap="autumn_r", alpha=0.55, vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
         grid[row, 0].set_ylabel(f"t = {t:g}\n{float(tokens.mean()):.0%} kept", fontsize=8)
     figure.suptitle(f"Tokens that skip the MLP of block {block} (red) in noised digits", fontsize=10)

@@ -20,6 +20,7 @@ import dyexport
 from dyexport.bench.rows import BenchReport
 from dyexport.bundle.reader import Bundle
 from dyexport.cli import app
+from dyexport.evaluation.report import EvalReport
 from dyexport.presets import PRESETS
 from dyexport.training.data import ShardDirectory
 from dyexport.verification.report import VerifyReport
@@ -154,9 +155,23 @@ def test_bundle_format(sit_tiny: Bundle) -> None:
         assert f"`{name}`" in page or re.fullmatch(r"graphs/segment-\d\d\.onnx", name), name
 
 
+def test_figures_are_those_of_the_pages(sit_tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    from docs import figures
+
+    monkeypatch.setattr(figures, "OUT", Path("figures"))
+    Path("figures").mkdir()
+    stand_in("demo/bundle", sit_tiny.root)
+    stand_in("demo/work", sit_tiny.root.with_name("work"))
+    Image.new("L", (8, 8)).save("demo/digits.png")
+    figures.main(Path("demo"))
+    shown = {name for page in PAGES for name in re.findall(r"figures/([\w-]+\.png)", text_of(page))}
+    assert {path.name for path in Path("figures").iterdir()} == shown
+
+
 def test_json_keys_of_reports_are_documented() -> None:
     assert {field.name for field in fields(VerifyReport)} | {"passed", "error"} == JSON_KEYS["verify"]
     assert {field.name for field in fields(BenchReport)} < JSON_KEYS["bench"]
+    assert {field.name for field in fields(EvalReport)} == JSON_KEYS["eval"]
 
 
 @pytest.mark.parametrize("line", ["inspect BUNDLE", "doctor BUNDLE", "sample BUNDLE --labels 3 --steps 2"])
