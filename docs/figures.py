@@ -149,8 +149,8 @@ def plot_tokens(checkpoint: Path) -> None:
     for row, t in enumerate(timesteps):
         pictures, tokens = inputs.at(t)["hidden_states"][:, 0], kept[row][:, block]  # (B, 8, 8), (B, N)
         for column, axes in enumerate(grid[row]):
-            axes.imshow(pictures[column], cmap="gray", vmin=-1.5, vmax=1.5)
-            skipped = tokens[column].reshape(side, side) == 0
+            axes.imshow(pictures[column].numpy(), cmap="gray", vmin=-1.5, vmax=1.5)
+            skipped = tokens[column].numpy().reshape(side, side) == 0
             red = np.kron(skipped, np.ones((8 // side, 8 // side)))  # (8, 8), as the picture
             axes.imshow(np.ma.masked_equal(red, 0), cmap="autumn_r", alpha=0.55, vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
