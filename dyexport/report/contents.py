@@ -9,11 +9,12 @@ from dyexport.report.drawing import Chart
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One of the figures at the top: what it is, its value, and a remark; None: not measured."""
+    """One of the figures at the top: what it is, its value, and a remark. ``absent`` is shown where ``value`` is None."""
 
     name: str
     value: str | None
     note: str
+    absent: str = "not measured"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, MUTED, GRID = "#010203", "#040506", "#070809"
-"""Placeholders for the page's colors of text, of secondary text and of lines, in either theme."""
-THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)"}
+INK, MUTED, GRID, DYNAMIC = "#010203", "#040506", "#070809", "#0a0b0c"
+"""Placeholders for the page's colors of text, of secondary text, of lines and of the bundle, in either theme."""
+THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", DYNAMIC: "var(--accent)"}
 
-DENSE, DYNAMIC, OTHER = "#8a8f98", "#0072b2", "#e69f00"
+DENSE, OTHER = "#8a8f98", "#e69f00"
 ENGINES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a100", "#6f6f9d")
 """Okabe and Ito's colors, which differ in lightness too; engines take them in turn."""
 

@@ -58,8 +58,8 @@ def _speed(bench: BenchReport | None) -> Figure:
     if over is None:
         return Figure(name="Speed-up", value=None, note=f"the bundle has no dense network; {where}")
     if over.value is None:
-        note = f"not trusted, since rounds disagree: {over.low:.2f}x to {over.high:.2f}x; {where}"
-        return Figure(name="Speed-up", value=None, note=note)
+        note = f"rounds disagree: {over.low:.2f}x to {over.high:.2f}x over its own dense network; {where}"
+        return Figure(name="Speed-up", value=None, note=note, absent="not trusted")
     return Figure(name="Speed-up", value=f"{over.value:.2f}x", note=f"over its own dense network; {where}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dyexport.report.costs import StepCosts
 from dyexport.report.drawing import DENSE, INK, Chart, canvas, engine_color, to_svg
+from dyexport.report.figures.step_bars import step_bars
 from dyexport.report.trajectory import Trajectory
 
 
@@ -13,17 +14,12 @@ def flops_chart(trajectory: Trajectory, costs: StepCosts) -> Chart:
 
     with canvas(2.5) as (figure, axes):
         places = [step.index + 1 for step in trajectory.steps]
-        colors = [engine_color(step.segment) for step in trajectory.steps]
-        axes.bar(places, [cost.executed for cost in costs.steps], width=0.86, color=colors)
+        step_bars(axes, trajectory, [cost.executed for cost in costs.steps])
         line = axes.step(places, [cost.gated for cost in costs.steps], where="mid", color=INK, linewidth=1.4)
         dense = axes.axhline(1, color=DENSE, linewidth=1.4, linestyle=(0, (5, 3)))
         axes.set_ylim(0, 1.22)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25 %", "50 %", "75 %", "100 %"])
-        axes.set_xlabel("sampling step")
         axes.set_ylabel("of the dense FLOPs")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(axis="y")
-        axes.tick_params(length=0)
         shown = [Patch(color=engine_color(trajectory.steps[0].segment)), line[0], dense]
         axes.legend(
             shown, ["engine, as it runs", "gates at this t", "dense"], ncols=3, loc="upper left", borderaxespad=0

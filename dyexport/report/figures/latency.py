@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 from statistics import fmean
+from typing import Any
 
 from dyexport.bench.rows import DENSE as DENSE_ROW
 from dyexport.bench.rows import BenchReport, Row
 from dyexport.report.drawing import DENSE, Chart, canvas, engine_color, to_svg
+from dyexport.report.figures.step_bars import step_bars
 from dyexport.report.trajectory import Trajectory
 
 
 def latency_chart(trajectory: Trajectory, report: BenchReport) -> Chart:
     """Draw the median time of each step's engine, and that of the dense network."""
+    from matplotlib.patches import Patch
+
     first = report.headline
     rows = {segment_of(row): row for row in report.rows if _same_case(row, first) and row.segment is not None}
     seconds = [rows[step.segment].timing.p50 * 1e3 for step in trajectory.steps]
     dense = next((row for row in report.rows if _same_case(row, first) and row.variant == DENSE_ROW), None)
+    level = None if dense is None else dense.timing.p50 * 1e3
     with canvas(2.5) as (figure, axes):
-        places = [step.index + 1 for step in trajectory.steps]
-        axes.bar(places, seconds, width=0.86, color=[engine_color(step.segment) for step in trajectory.steps])
-        top = max(seconds)
-        if dense is not None:
-            level = dense.timing.p50 * 1e3
-            top = max(top, level)
-            axes.axhline(level, color=DENSE, linewidth=1.4, linestyle=(0, (5, 3)))
-            axes.text(places[-1] + 0.4, level, f"dense, {level:.3g} ms", va="bottom", ha="right", fontsize=10)
-        axes.set_ylim(0, top * 1.2)
-        axes.set_xlabel("sampling step")
+        step_bars(axes, trajectory, seconds)
+        shown: dict[str, Any] = {"engine": Patch(color=engine_color(trajectory.steps[0].segment))}
+        if level is not None:
+            shown[f"dense, {level:.3g} ms"] = axes.axhline(level, color=DENSE, linewidth=1.4, linestyle=(0, (5, 3)))
+        axes.set_ylim(0, max(*seconds, level or 0) * 1.25)
+        axes.legend(shown.values(), shown, ncols=2, loc="upper left", borderaxespad=0)
         axes.set_ylabel("milliseconds")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(axis="y")
-        axes.tick_params(length=0)
-        compared = "" if dense is None else f", the dense network {dense.timing.p50 * 1e3:.3g} ms"
+        compared = "" if level is None else f", the dense network {level:.3g} ms"
         alt = f"Steps take {min(seconds):.3g} to {max(seconds):.3g} ms, mean {fmean(seconds):.3g} ms{compared}."
         return Chart(
             title="Latency of each step",

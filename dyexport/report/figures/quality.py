@@ -53,6 +53,7 @@ def quality_chart(evaluation: Evaluation, speedup: float | None, flops_ratio: fl
         axes.set_xlabel("times faster than dense, measured" if measured else "times fewer FLOPs than dense")
         axes.set_ylabel("Frechet distance")
         axes.grid()
+        axes.locator_params(axis="x", nbins=5)
         axes.tick_params(length=0)
         alt = "; ".join(f"{quality.name}: Frechet distance {quality.frechet:.3f}" for quality in evaluation.qualities)
         seeds = max(quality.seeds for quality in evaluation.qualities)
