@@ -27,9 +27,9 @@ from onnxscript import opset20 as op
 from onnxscript import rewriter
 from onnxscript.rewriter.rules import common as rules
 
+from dyexport.bundle.graph_labels import MODULE
 from dyexport.errors import ExportError
 from dyexport.exporters.examples import dynamic_shapes, example_inputs, example_sizes
-from dyexport.exporters.operator_gate import MODULE
 from dyexport.exporters.qdq import insert_qdq
 from dyexport.slicing.slicer import Slice
 from dyexport.slicing.store_layout import StoreLayout

@@ -9,12 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dyexport.bundle.graph_labels import MODULE
 from dyexport.bundle.onnx_schema import FLOAT8E4M3FN, FLOAT32, INT64, Message
 from dyexport.bundle.plan_info import LARGEST_TOPK, OLDEST_FP8, OLDEST_FP32, Flavour
 from dyexport.errors import EngineBuildError
-
-MODULE = "module"  # key of a node's metadata: the torch module that it came from
-
 
 BOTH: frozenset[Flavour] = frozenset({"tensorrt", "tensorrt-rtx"})
 RTX: frozenset[Flavour] = frozenset({"tensorrt-rtx"})

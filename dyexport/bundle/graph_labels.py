@@ -10,6 +10,7 @@ from dyexport.bundle.spec import ModelSpec
 
 NETWORK = "dyexport/network"
 IDENTITY = "dyexport/sha256"
+MODULE = "module"  # key of a node's metadata: the torch module that it came from
 
 
 def labels_for(network: str, model: ModelSpec, plan: SegmentPlan) -> Mapping[str, str]:

@@ -9,7 +9,7 @@ from dyexport.report.drawing import Chart
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One of the figures at the top: what it is, its value, and a remark. ``absent`` is shown where ``value`` is None."""
+    """One of the figures at the top. ``absent`` is shown where ``value`` is None."""
 
     name: str
     value: str | None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dyexport.exporters.operator_gate import MODULE
+from dyexport.bundle.graph_labels import MODULE
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -11,8 +11,9 @@ from dyexport.report.costs import step_costs
 from dyexport.report.figures.timeline import runs_of
 from dyexport.report.pictures import Call, false_colors, take_samples
 from dyexport.report.settings import ReportSettings
-from dyexport.report.token_masks import tokens_at
+from dyexport.report.token_masks import Compared, kept_tokens, tokens_at
 from dyexport.report.trajectory import Step, Trajectory, trajectory_of
+from tests.runtime.bundles import make_segment, make_widths
 
 
 @pytest.mark.parametrize("name", ["sit_tiny", "dit_tiny", "flux_tiny", "latte_tiny"])
@@ -42,20 +43,40 @@ def test_runs_of_steps_are_joined() -> None:
     assert Trajectory(steps=steps, scheduler="").switches == 2
 
 
-def test_tokens_are_those_that_the_masked_model_keeps(sit_tiny: Bundle) -> None:
+@pytest.mark.parametrize("name", ["sit_tiny", "flux_tiny"])
+def test_tokens_are_those_that_the_masked_model_keeps(name: str, request: pytest.FixtureRequest) -> None:
     """Golden data has the masked model's counts at some timesteps, and the inputs that they are of."""
     import torch
 
-    golden = GoldenData.load(sit_tiny.root / GOLDEN)
+    bundle: Bundle = request.getfixturevalue(name)
+    golden = GoldenData.load(bundle.root / GOLDEN)
     calls = [
         Call(t=sample.timestep, arguments={name: torch.from_numpy(array) for name, array in sample.inputs.items()})
         for sample in golden.samples
     ]
-    steps = tokens_at(sit_tiny, calls)
+    steps = tokens_at(bundle, calls)
     assert steps is not None
     for step, sample in zip(steps, golden.samples, strict=True):
         assert [kept.sum() for kept in step.kept.values()] == sample.kept_tokens[0].tolist()
-        assert all(kept.shape == (sit_tiny.manifest.model.tokens,) for kept in step.kept.values())
+        assert all(kept.shape == (golden.info.tokens,) for kept in step.kept.values())
+
+
+def test_a_block_with_a_capacity_is_read_from_its_router() -> None:
+    """It also compares the tokens that it picked: fewer, or as many in another order; and text comes first."""
+    segment = make_segment(make_widths(1.0), slice(0, 2), "capacity", 3)
+    assert segment.depth == 2
+    kept = np.array([[True, False, True, False], [False] * 4])
+    text = np.concatenate([np.ones((2, 2), bool), kept], axis=1)
+    compared = [
+        Compared("a", np.ones((6, 1), bool)),
+        Compared("a", kept),
+        Compared("b", text[:, ::-1]),
+        Compared("b", text),
+    ]
+    found = kept_tokens(segment, compared, batch=2, tokens=4)
+    assert found is not None
+    assert [found[block].tolist() for block in (0, 1)] == [kept[0].tolist()] * 2
+    assert kept_tokens(segment, compared[:2], batch=2, tokens=4) is None
 
 
 def test_false_colors_are_the_same_for_equal_latents() -> None:

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dyexport.bundle.graph_labels import MODULE
 from dyexport.bundle.plan import segment_name
 from dyexport.bundle.reader import Bundle
 from dyexport.cli import main
-from dyexport.exporters.operator_gate import MODULE
 from dyexport.pipeline.networks import cut_networks
 from dyexport.slicing.recipes import Recipe
 from dyexport.slicing.slicer import SliceContext
