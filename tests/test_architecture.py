@@ -104,6 +104,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "bundle",
         "engines",
         "errors",
+        "evaluation",
         "files",
         "flops",
         "noise_schedule",

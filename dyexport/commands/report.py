@@ -95,7 +95,7 @@ def report(
         Path | None,
         typer.Option(
             "--eval",
-            help="Quality, written by `dyexport eval BUNDLE --json > FILE`.",
+            help="Quality, written by `dyexport eval BUNDLE -o FILE`, as JSON.",
             metavar="FILE",
             rich_help_panel=MEASUREMENTS,
         ),

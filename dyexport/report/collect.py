@@ -9,10 +9,12 @@ from dyexport import __version__
 from dyexport.bench.environment import describe
 from dyexport.bench.rows import BenchReport, trusted
 from dyexport.bundle.reader import Bundle
+from dyexport.evaluation.report import EvalReport
 from dyexport.progress import Progress, no_progress
 from dyexport.report.contents import Report, Samples, TokenMap
 from dyexport.report.costs import StepCosts, step_costs
 from dyexport.report.drawing import Chart
+from dyexport.report.figures.drift import drift_chart
 from dyexport.report.figures.flops import flops_chart
 from dyexport.report.figures.latency import latency_chart
 from dyexport.report.figures.memory import memory_chart
@@ -21,7 +23,6 @@ from dyexport.report.figures.timeline import timeline_chart
 from dyexport.report.figures.token_counts import token_counts_chart
 from dyexport.report.figures.widths import widths_chart
 from dyexport.report.headline import headline_of
-from dyexport.report.measurements import Evaluation
 from dyexport.report.settings import ReportSettings
 from dyexport.report.tables import bytes_table, engines_table, environment_table, layers_table, timeline_table
 from dyexport.report.trajectory import Trajectory, trajectory_of
@@ -40,7 +41,7 @@ class Given:
 
     verified: VerifyReport | str
     bench: BenchReport | None = None
-    evaluation: Evaluation | None = None
+    evaluation: EvalReport | None = None
 
 
 def collect(
@@ -71,7 +72,7 @@ def collect(
         environment=environment_table(machine, "Made on" if bench is None else "Measured on"),
         command=command,
         version=__version__,
-        warnings=() if bench is None else bench.warnings,
+        warnings=(*(bench.warnings if bench else ()), *(given.evaluation.warnings if given.evaluation else ())),
         why=why,
     )
 
@@ -111,8 +112,9 @@ def _measurements(
     if evaluation is not None:
         speedup = None if bench is None else trusted(bench.headline.over_dense)
         charts.append(quality_chart(evaluation, speedup, bundle.manifest.plan.network_flops_ratio))
-        if not evaluation.qualities:
-            why["eval"] = "The evaluation had no data to compare samples with, and has no distances."
+        charts.append(drift_chart(evaluation))
+        if charts[-2] is None:
+            why["eval"] = "eval had no data to compare samples with, so there are no Frechet distances."
     else:
-        why["eval"] = "Quality: not measured. dyexport eval BUNDLE --json > eval.json, then --eval eval.json."
+        why["eval"] = "Quality: not measured. dyexport eval BUNDLE -o eval.json, then --eval eval.json."
     return tuple(chart for chart in charts if chart is not None)

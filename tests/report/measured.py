@@ -11,7 +11,7 @@ from dyexport.bench.environment import Conditions, Environment
 from dyexport.bench.rows import DENSE, DYNAMIC, BenchReport, Memory, Row, SegmentShare, payload
 from dyexport.bench.statistics import Ratio, Timing
 from dyexport.bundle.reader import Bundle
-from dyexport.evaluation.report import EvalReport, ModelScores, SeedScores
+from dyexport.evaluation.report import Drift, EvalReport, ModelScores, PairedScores, SeedScores
 
 MACHINE = Environment(
     device="cpu", device_name="CPU X", cpu="CPU X", threads=2, python="3.12", system="S", driver=None, versions={}
@@ -92,8 +92,19 @@ def eval_of(bundle: Bundle) -> EvalReport:
             ModelScores.of(name, [SeedScores(seed=i, frechet=value) for i, value in enumerate(values)])
             for name, values in distances.items()
         ),
-        paired=None,
-        drift=None,
+        paired=PairedScores(
+            unit="pixels",
+            pairs=8,
+            equal=0,
+            psnr=31.5,
+            psnr_lowest=20.0,
+            ssim=0.97,
+            ssim_lowest=0.9,
+            ssim_window=7,
+            data_range=1.0,
+        ),
+        drift=Drift(samples=8, mean=(0.1, 0.2), largest=(0.15, 0.3)),
+        warnings=("few samples",),
     )
 
 

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,15 @@ from PIL import Image
 
 from dyexport.bundle.reader import Bundle
 from dyexport.errors import DataError, UsageError
+from dyexport.evaluation.report import SeedScores
+from dyexport.report.figures.drift import drift_chart
+from dyexport.report.figures.quality import quality_chart
 from dyexport.report.measurements import read_bench, read_eval
 from dyexport.report.trajectory import trajectory_of
 from dyexport.runtime.loading import load
 from dyexport.samples import sample
 from tests.report.conftest import STEPS, Page, command, parsed
-from tests.report.measured import write_bench, write_eval
+from tests.report.measured import eval_of, write_bench, write_eval
 from tests.runtime.bundles import write_bundle
 from tests.test_runtime_only import without
 
@@ -80,7 +84,10 @@ def test_measurements_are_those_of_the_files(page: Page) -> None:
     assert "dynamic: 30 MB; dense: 20 MB" in page.html
     assert "dense: Frechet distance 0.150; dynamic: Frechet distance 0.400" in page.html
     assert "1800 samples of each network, 2 seeds" in page.text
+    assert "the distance is 20.0% in the mean, 30.0% at most" in page.html
+    assert "Finished pixels: PSNR 31.5 dB, SSIM 0.970." in page.text
     assert "the fan was loud" in page.text
+    assert "few samples" in page.text
     assert "Measured on device CPU X (cpu)" in page.text
 
 
@@ -158,15 +165,15 @@ def test_every_picture_is_described(page: Page) -> None:
 def test_measurements_are_read_as_they_were_written(sit_tiny: Bundle, tmp_path: Path) -> None:
     written = write_bench(sit_tiny, tmp_path / "bench.json")
     assert read_bench(tmp_path / "bench.json", sit_tiny.manifest) == written
-    new = write_eval(sit_tiny, tmp_path / "eval.json").as_json()
-    scores = read_eval(tmp_path / "eval.json", sit_tiny.manifest)
-    assert scores.real == 0.44
-    old = {**new, "models": [], "per_seed": {each["model"]: each["seeds"] for each in new["models"]}}
-    (tmp_path / "old.json").write_text(json.dumps(old))
-    assert read_eval(tmp_path / "old.json", sit_tiny.manifest) == scores
-    dynamic = scores.find("dynamic")
-    assert dynamic is not None
-    assert (dynamic.frechet, dynamic.low, dynamic.high, dynamic.seeds) == (pytest.approx(0.4), 0.3, 0.5, 2)
+    scored = write_eval(sit_tiny, tmp_path / "eval.json")
+    assert read_eval(tmp_path / "eval.json", sit_tiny.manifest) == scored
+
+
+def test_without_distances_there_is_no_chart_of_them(sit_tiny: Bundle) -> None:
+    report = eval_of(sit_tiny)
+    unscored = tuple(replace(scores, seeds=(SeedScores(seed=0, clip=0.3),)) for scores in report.models)
+    assert quality_chart(replace(report, models=unscored), None, 0.5) is None
+    assert drift_chart(replace(report, drift=None)) is None
 
 
 def test_measurements_of_another_bundle_are_refused(sit_tiny: Bundle, dit_tiny: Bundle, tmp_path: Path) -> None:
@@ -186,7 +193,7 @@ def test_other_files_are_refused_with_the_command_that_makes_one(
     path.write_text(content)
     with pytest.raises(DataError, match=r"by: dyexport bench BUNDLE -o m\.json"):
         read_bench(path, sit_tiny.manifest)
-    with pytest.raises(DataError, match=r"by: dyexport eval BUNDLE --json > m\.json"):
+    with pytest.raises(DataError, match=r"by: dyexport eval BUNDLE -o m\.json"):
         read_eval(path, sit_tiny.manifest)
 
 
