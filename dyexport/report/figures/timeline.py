@@ -29,7 +29,7 @@ def timeline_chart(trajectory: Trajectory, engines: int) -> Chart:
         alt = "; ".join(f"steps {a.index + 1} to {b.index + 1}: engine {a.segment}" for a, b in runs)
         used = len({step.segment for step in trajectory.steps})
         return Chart(
-            title="Engines of a trajectory",
+            title="The engine of each step",
             svg=to_svg(figure, "timeline", alt),
             alt=alt,
             caption=f"{trajectory.scheduler}, {count} steps: {used} of {engines} engines run, with "
