@@ -19,5 +19,6 @@ All variants start from the same static model, and are sampled from the same noi
 
 Cost and time are in evaluations of the dense network. Times are of engines that alternate in blocks of one run. They
 are ratios to the dense ONNX graph of that run, and one that rounds disagree about is not printed. Writes
-``benchmarks/results/rivals_MODEL.json``, ``.md`` and ``.csv``, and ``docs/rivals_MODEL.svg``.
+``benchmarks/results/rivals_MODEL.json``, ``.md``, ``.csv`` and ``.svg``; ``--publish`` puts a summary and the chart
+into README and docs.
 """

@@ -44,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             report = _time_only(options, lines, made) if options.bundles else _compare(options, lines, made)
         if report is None:
             return
-        write(report, options.results, options.charts)
+        write(report, options.results)
         print(report.markdown())
         if options.publish:
-            publish_summary(report)
+            publish_summary(report, options.results)
     except DyexportError as error:
         sys.exit(str(error))
 
@@ -72,8 +72,7 @@ def _compare(options: argparse.Namespace, lines: StageLines, made: dict[str, Any
     points = study.points(variants, options.seeds, options.steps)
     timings, memory = None, {}
     if models.bundles:
-        steps = sorted({point.steps for point in points})
-        timings = measured_times(family.work, models, steps, _timing(options), lines, again=not options.no_time)
+        timings = measured_times(family.work, models, points, _timing(options), lines, again=not options.no_time)
         memory = measured_memory(family.work, models, options.batch, lines)
     rows = rows_of(points, options.seeds, dense_gflops=_gflops(study.spec), timings=timings, memory=memory)
     return Report(
@@ -145,9 +144,10 @@ def _parser() -> argparse.ArgumentParser:
     only.add_argument("--train-only", action="store_true", help="train what is missing, and stop")
     only.add_argument("--no-train", action="store_true", help="report what is there, list what is missing")
     parser.add_argument("--no-time", action="store_true", help="keep the times of the last run of the same engines")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of tables")
-    parser.add_argument("--charts", type=Path, default=ROOT / "docs", help="folder of the chart")
-    parser.add_argument("--publish", action="store_true", help="put the summary into README and docs")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of tables and the chart"
+    )
+    parser.add_argument("--publish", action="store_true", help="put summary and chart into README and docs")
     return parser
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.rivals.costs import (
@@ -39,19 +39,22 @@ def time_bundles(
     bundles: dict[str, Bundle], steps: Sequence[int], settings: TimingSettings, progress: Progress
 ) -> tuple[list[Point], Timings]:
     """Time bundles, their dense network and diffusers' module; return what each number of steps consists of."""
-    timings = time_engines(bundles, steps, settings, progress)
-    points = []
+    points = list(_points(bundles, steps, settings))
+    needed = {name for point in points for name in point.parts}
+    return points, time_engines(bundles, steps, needed, settings, progress)
+
+
+def _points(bundles: Mapping[str, Bundle], steps: Sequence[int], settings: TimingSettings) -> Iterator[Point]:
     for count in steps:
         whole = [1.0] * count
         dense, compiled = dense_composition(whole), compiled_composition(count)
-        points.append(_point(DENSE, count, dense.cost, dense.parts))
-        points.append(_point(EAGER_MODULE, count, dense.cost, {part(DIFFUSERS, EAGER): float(count)}))
+        yield _point(DENSE, count, dense.cost, dense.parts)
+        yield _point(EAGER_MODULE, count, dense.cost, {part(DIFFUSERS, EAGER): float(count)})
         if settings.compiled:
-            points.append(_point(COMPILE, count, compiled.cost, compiled.parts))
+            yield _point(COMPILE, count, compiled.cost, compiled.parts)
         for name, bundle in bundles.items():
             slim = slim_composition(name, bundle, whole)
-            points.append(_point(name, count, slim.cost, slim.parts))
-    return points, timings
+            yield _point(name, count, slim.cost, slim.parts)
 
 
 def _point(name: str, steps: int, cost: float, parts: Mapping[str, float]) -> Point:

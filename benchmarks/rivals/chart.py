@@ -62,6 +62,9 @@ def save_chart(rows: Sequence[Row], path: Path, *, title: str, real: float | Non
         axes.set_xlabel("FLOPs of one picture, in evaluations of the dense network")
         axes.set_ylabel("Frechet distance, lower is better")
         axes.set_title(title, loc="left", fontsize=11)
+        axes.annotate(
+            "filled: nothing is both cheaper and better", (0, 0), (4, 4), "axes fraction", "offset points", fontsize=8
+        )
         axes.legend(frameon=False, fontsize=9, loc="upper right")
         with replacing(path) as partial:
             figure.savefig(partial, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})

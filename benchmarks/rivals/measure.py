@@ -95,12 +95,12 @@ def train_all(
     if models.static is None:
         return models
     wanted = {(each.folder, seed): each for each in variants for seed in each.seeds(seeds) if each.kind != STATIC}
-    for done, ((folder, seed), variant) in enumerate(wanted.items(), start=1):
+    lines.started("models", "")
+    for done, ((folder, seed), variant) in enumerate(wanted.items()):
         name = f"{folder}, seed {seed}"
-        lines.started("model", f"{done} of {len(wanted)}: {name}")
+        lines.advanced("models", done, len(wanted), name)
         settings = variant.settings(family, models.static.path, seed or 0)
         found = _model(settings, variant.kind, lines, training, name, models.missing)
-        lines.finished("model", 0.0, reused=True)
         if found is not None:
             models.trained[folder, seed] = found
     return models
@@ -135,6 +135,8 @@ class Study:
         self._bundles = models.bundles
         self.spec = family.spec
         self.scorer = Scorer(self.spec)
+        real = self.scorer.frechet_real
+        self._judge = None if real is None else round(real, 5)  # differs where features do
 
     def points(self, variants: Sequence[Variant], seeds: Sequence[int], steps: Sequence[int]) -> list[Point]:
         """Score every variant with every seed at every number of steps."""
@@ -163,7 +165,7 @@ class Study:
         model = self._models.of(variant, seed)
         assert model is not None, "jobs are of models that are there"
         cache = [variant.name, variant.share] if variant.share is not None else []
-        return self._protocol.at(steps).key(FORMAT, model.digest, self._static.digest, cache)
+        return self._protocol.at(steps).key(FORMAT, self._judge, model.digest, self._static.digest, cache)
 
     def _points(self, variant: Variant, seed: int | None, counts: Sequence[int]) -> Iterator[Point]:
         with self._opened(variant, seed) as network:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from dyexport.errors import UsageError
 from dyexport.files import write_atomically
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "why-not.md")
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", DOCS / "why-not.md")
+ALT = "Frechet distance of {model} and its rivals over the FLOPs of one picture"
 
 
 def marker(model: str) -> tuple[str, str]:
@@ -17,15 +21,17 @@ def marker(model: str) -> tuple[str, str]:
     return f"<!-- rivals {model} -->", f"<!-- /rivals {model} -->"
 
 
-def publish(model: str, text: str, pages: tuple[Path, ...] = PAGES) -> None:
-    """Replace what is between the comments on every page. Raises ``UsageError`` for a page without them."""
+def publish(model: str, text: str, chart: Path, pages: Sequence[Path]) -> None:
+    """Put text and a chart between the comments of every page. Raises ``UsageError`` for a page without them."""
     begin, end = marker(model)
+    place = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
     contents = {}
     for page in pages:
-        place = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
         content = page.read_text(encoding="utf-8")
-        if not place.search(content):
+        if (found := place.search(content)) is None:
             raise UsageError(f"{page} has no place for the summary of {model}; add the lines {begin} and {end}")
-        contents[page] = place.sub(lambda _: f"{begin}\n{text.rstrip()}\n{end}", content)
+        link = f"![{ALT.format(model=model)}]({os.path.relpath(chart, page.parent)})"
+        between = "\n".join([begin, text.rstrip(), "", link, end])
+        contents[page] = content[: found.start()] + between + content[found.end() :]
     for page, content in contents.items():
         write_atomically(page, content.encode())

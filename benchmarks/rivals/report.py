@@ -9,9 +9,10 @@ from typing import Any
 
 from benchmarks.quality import write_results
 from benchmarks.rivals.chart import save_chart
-from benchmarks.rivals.publish import publish
+from benchmarks.rivals.publish import DOCS, PAGES, publish
 from benchmarks.rivals.tables import Row, as_csv, markdown_table, summary
 from benchmarks.rivals.timing import Timings
+from dyexport.errors import UsageError
 from dyexport.evaluation.settings import SamplingConfig
 from dyexport.files import write_atomically
 
@@ -90,16 +91,23 @@ class Report:
         )
 
 
-def write(report: Report, results: Path, charts: Path) -> None:
+def write(report: Report, results: Path) -> None:
     """Write the tables, and the chart where something is scored."""
     file = results / f"{report.stem}.json"
     write_results(file, report.as_json(), report.markdown())
     write_atomically(file.with_suffix(".csv"), as_csv(report.rows).encode())
     if any(row.frechet is not None for row in report.rows):
         title = f"{report.model}: what a picture costs and how good it is"
-        save_chart(report.rows, charts / f"{report.stem}.svg", title=title, real=report.real)
+        save_chart(report.rows, results / f"{report.stem}.svg", title=title, real=report.real)
 
 
-def publish_summary(report: Report) -> None:
-    """Put the summary into README and docs."""
-    publish(report.model, report.summary())
+def publish_summary(report: Report, results: Path, pages: Sequence[Path] = PAGES, docs: Path = DOCS) -> None:
+    """Put the summary and the chart, which is among the results, into README and docs.
+
+    Raises ``UsageError`` for a page without a place for it, and for a report without quality.
+    """
+    chart = docs / f"{report.stem}.svg"
+    if report.sampling is None or not (made := results / chart.name).exists():
+        raise UsageError("--publish is for quality, and nothing is scored; leave it out")
+    publish(report.model, report.summary(), chart, pages)
+    write_atomically(chart, made.read_bytes())

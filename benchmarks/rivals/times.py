@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.quality import Store
-from benchmarks.rivals.measure import TARGET, Models, Seeded, timed_name
+from benchmarks.rivals.measure import TARGET, Models, Point, Seeded, timed_name
 from benchmarks.rivals.timing import Timings, TimingSettings, resident_bytes, time_engines
 from benchmarks.rivals.variants import DENSE
 from dyexport.bench.case import has_dense
@@ -25,15 +25,17 @@ TIMES = "times.json"  # in the work directory
 
 
 def measured_times(
-    work: Path, models: Models, steps: Sequence[int], settings: TimingSettings, lines: StageLines, *, again: bool
+    work: Path, models: Models, points: Sequence[Point], settings: TimingSettings, lines: StageLines, *, again: bool
 ) -> Timings | None:
-    """Time all engines; unless ``again``, return the times of the last run of the same ones, or None."""
+    """Time what trajectories consist of; unless ``again``, return the last run's times of the same parts, or None."""
+    steps = sorted({point.steps for point in points})
+    needed = sorted({name for point in points for name in point.parts})
     digests = {timed_name(*seeded): model.digest for seeded, model in models.trained.items() if model.manifest}
-    key = digest_of([digests, list(steps), asdict(settings), torch.get_num_threads()])
+    key = digest_of([digests, steps, needed, asdict(settings), torch.get_num_threads()])
     if not again:
         return read_times(work / TIMES, key)
     lines.started("times", "")
-    timings = time_engines(models.bundles, steps, settings, lambda done, total: lines.advanced("times", done, total))
+    timings = time_engines(models.bundles, steps, needed, settings, partial(lines.advanced, "times"))
     write_times(work / TIMES, key, timings)
     return timings
 

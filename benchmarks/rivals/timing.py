@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import reduce
@@ -81,12 +81,14 @@ class Timings:
 def time_engines(
     bundles: Mapping[str, Bundle],
     steps: Sequence[int],
+    needed: Collection[str],
     settings: TimingSettings,
     progress: Progress = no_progress,
 ) -> Timings:
     """Time the engines of bundles, of the dense network, and diffusers' module with random weights.
 
-    Raises ``UsageError`` if no bundle has the dense network.
+    Only the parts that are ``needed`` are timed, and the dense engine. Conditioning is of all steps of a trajectory at
+    once. Raises ``UsageError`` if no bundle has the dense network.
     """
     dense = next((bundle for bundle in bundles.values() if has_dense(bundle, TARGET)), None)
     if dense is None:
@@ -102,6 +104,8 @@ def time_engines(
             variants |= {(name, segment_variant(index)): call for index, call in enumerate(calls)}
             variants |= _conditioning_variants(name, opened, batch, steps)
         variants |= _module_variants(dense, settings)
+        wanted = {part(DENSE, STEP), *(part(DENSE, conditioning(count)) for count in steps), *needed}
+        variants = {key: call for key, call in variants.items() if part(*key) in wanted}
         first_calls(variants, clock)
         before = cpu_time()
         timings = time_rounds(variants, Blocks(rounds=settings.rounds), clock=clock, progress=progress)

@@ -158,10 +158,13 @@ def test_the_chart_has_a_line_for_each_variant(rows: list[Row], tmp_path: Path) 
 def test_a_summary_is_put_between_its_marks(tmp_path: Path) -> None:
     page, (begin, end) = tmp_path / "page.md", marker("sit-tiny")
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
-    publish("sit-tiny", "a \\1 table\n", (page,))
-    assert page.read_text() == f"before\n{begin}\na \\1 table\n{end}\nafter\n"
+    for _ in range(2):
+        publish("sit-tiny", "a \\1 table\n", tmp_path / "docs" / "chart.svg", (page,))
+    text = page.read_text()
+    assert text.startswith(f"before\n{begin}\na \\1 table\n\n![Frechet")
+    assert text.endswith(f"(docs/chart.svg)\n{end}\nafter\n")
     with pytest.raises(UsageError, match="has no place for the summary of sit-digits"):
-        publish("sit-digits", "a table", (page,))
+        publish("sit-digits", "a table", tmp_path / "chart.svg", (page,))
 
 
 def test_the_rule_computes_where_changes_since_the_last_output_reach_the_threshold() -> None:
@@ -205,7 +208,7 @@ SHORT = "--train-steps 3 --finetune-steps 3 --samples 20 --repeats 2 --steps 2 4
 
 
 def run(folder: Path, *arguments: str) -> None:
-    places = ("--work", str(folder / "work"), "--results", str(folder), "--charts", str(folder))
+    places = ("--work", str(folder / "work"), "--results", str(folder))
     main(["--model", TINY.name, *SHORT.split(), *places, "--rounds", "4", "--batch", "2", *arguments])
 
 
