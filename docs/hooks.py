@@ -33,9 +33,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that stand elsewhere in the repository, and the list of commands."""
     for source, place in ADDED.items():
         files.append(File.generated(config, place, abs_src_path=str(ROOT / source)))
-    for result in sorted((ROOT / RESULTS).iterdir()):
+    for result in sorted(path for path in (ROOT / RESULTS).rglob("*") if path.is_file()):
         level = InclusionLevel.NOT_IN_NAV
-        place = f"results/{result.name}"
+        place = f"results/{result.relative_to(ROOT / RESULTS).as_posix()}"
         files.append(File.generated(config, place, abs_src_path=str(result), inclusion=level))
     files.append(File.generated(config, COMMANDS, content=commands_page()))
     return files
