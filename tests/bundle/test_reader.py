@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -122,9 +123,9 @@ def test_any_flipped_bit_is_found(root: Path, name: str) -> None:
 
 @pytest.mark.build
 def test_any_flipped_bit_of_the_manifest_is_found(root: Path) -> None:
-    """Every bit of a short manifest: none is read as something else, whether it still parses or not."""
+    """A thousand bits of a short manifest: none is read as something else, whether it still parses or not."""
     content = (root / MANIFEST).read_bytes()
-    for bit in range(8 * len(content)):
+    for bit in random.Random(0).sample(range(8 * len(content)), 1000):
         flipped = bytearray(content)
         flipped[bit // 8] ^= 1 << bit % 8
         (root / MANIFEST).write_bytes(flipped)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +22,16 @@ from dyexport.exporters.onnx_graph import STORE, check_onnx, export_onnx
 from dyexport.exporters.weight_store import write_store
 from dyexport.flops import FlopsModel
 from dyexport.models.inputs import NoisedInputs
+from dyexport.models.random_weights import random_dynamic
 from dyexport.slicing.slicer import Slice, dense_segment, slice_conditioning
 from dyexport.slicing.store_layout import lay_out
 from tests.exporters.networks import ONE_BLOCK_EACH, dense_network
-from tests.factories import random_timesteps, shared_tiny_model, tiny_preset
+from tests.factories import random_timesteps, tiny_preset
 from tests.slicing.cut import Cutter, assert_kept, fits, routed_inputs
 
 PATHS = ["masked", "capacity", "dynamic", "compact"]
-MODEL, PRESET = shared_tiny_model(), tiny_preset()
+PRESET = replace(tiny_preset(), layers=2)
+MODEL = random_dynamic(PRESET)
 CUTTER = Cutter(MODEL, PRESET)
 INPUTS = NoisedInputs(preset=PRESET, batch_size=2)
 WIDTHS = read_widths(MODEL, PRESET.timestep_range)
@@ -52,6 +56,23 @@ def export(slice_: Slice, directory: Path) -> Path:
 
 def dense_slice() -> Slice:
     return CUTTER.cut(dense_segment(CUTTER.spec, UnitOrder.of(WIDTHS)))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The graph of the dense network, next to its store. It is not to be written to."""
+    return export(dense_slice(), tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def conditioning(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The graph of the conditioning network, next to its store. It is not to be written to."""
+    return export(slice_conditioning(CUTTER.context), tmp_path_factory.mktemp("conditioning"))
+
+
+@pytest.fixture
+def copied(dense: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(dense.parent, tmp_path / "copy")) / dense.name
 
 
 def shapes(session: ort.InferenceSession) -> dict[str, list[int | str]]:
@@ -86,10 +107,9 @@ def test_graph_equals_masked_model(stats, path: str, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_conditioning_graph_equals_the_module(tmp_path: Path) -> None:
-    file = export(slice_conditioning(CUTTER.context), tmp_path)
-    check_onnx(file)
-    session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+def test_conditioning_graph_equals_the_module(conditioning: Path) -> None:
+    check_onnx(conditioning)
+    session = ort.InferenceSession(str(conditioning), providers=["CPUExecutionProvider"])
     size = CUTTER.inputs(INPUTS.at(0.0))["modulation"].shape[1]
     assert shapes(session) == {"timestep": ["rows"], "class_labels": ["rows"], "modulation": ["rows", size]}
     for rows in (1, 2, 50):
@@ -99,22 +119,20 @@ def test_conditioning_graph_equals_the_module(tmp_path: Path) -> None:
         np.testing.assert_allclose(modulation, CUTTER.conditioning(t, labels).numpy(), atol=1e-5)
 
 
-def test_two_exports_are_identical_and_name_no_paths(tmp_path: Path) -> None:
-    slice_ = dense_slice()
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    first, second = (export(slice_, tmp_path / name) for name in "ab")
-    assert first.read_bytes() == second.read_bytes()
-    assert (tmp_path / "a" / STORE).read_bytes() == (tmp_path / "b" / STORE).read_bytes()
-    content = first.read_bytes()
+def test_two_exports_are_identical_and_name_no_paths(dense: Path, tmp_path: Path) -> None:
+    again = export(dense_slice(), tmp_path)
+    assert again.read_bytes() == dense.read_bytes()
+    assert again.with_name(STORE).read_bytes() == dense.with_name(STORE).read_bytes()
+    content = dense.read_bytes()
     for private in (b".py", str(Path.home()).encode(), b"torch."):
         assert private not in content
 
 
-@pytest.mark.parametrize("slice_", [dense_slice(), slice_conditioning(CUTTER.context)])
-def test_weights_are_references_only(slice_: Slice, tmp_path: Path) -> None:
-    file = export(slice_, tmp_path)
-    graph = onnx.load(str(file), load_external_data=False).graph
+@pytest.mark.parametrize(
+    ("network", "slice_"), [("dense", dense_slice()), ("conditioning", slice_conditioning(CUTTER.context))]
+)
+def test_weights_are_references_only(network: str, slice_: Slice, request: pytest.FixtureRequest) -> None:
+    graph = onnx.load(str(request.getfixturevalue(network)), load_external_data=False).graph
     inline = [tensor for tensor in graph.initializer if not tensor.external_data]
     assert len(graph.initializer) - len(inline) == len(slice_.recipes)
     assert sum(len(tensor.raw_data) for tensor in inline) < 4096
@@ -124,28 +142,26 @@ def test_weights_are_references_only(slice_: Slice, tmp_path: Path) -> None:
 
 
 def test_a_weight_the_slice_does_not_know_is_an_error(tmp_path: Path) -> None:
-    slice_ = dense_slice()
+    slice_ = slice_conditioning(CUTTER.context)
     layout = lay_out(slice_.recipes.values())
-    slice_.recipes["blocks.9.fc1.weight"] = slice_.recipes["blocks.0.fc1.weight"]  # type: ignore[index]
-    with pytest.raises(ExportError, match=r"blocks\.9\.fc1\.weight"):
+    slice_.recipes["blocks.9.weight"] = slice_.recipes["blocks.0.weight"]  # type: ignore[index]
+    with pytest.raises(ExportError, match=r"blocks\.9\.weight"):
         export_onnx(slice_, layout, tmp_path / "x.onnx")
 
 
-def test_damaged_graph_fails_the_check(stats, tmp_path: Path) -> None:
-    file = export(CUTTER.cut(one_segment(stats, "compact")), tmp_path)
-    (tmp_path / STORE).unlink()
+def test_damaged_graph_fails_the_check(copied: Path) -> None:
+    copied.with_name(STORE).unlink()
     with pytest.raises(ExportError, match="not valid ONNX"):
-        check_onnx(file)
+        check_onnx(copied)
 
 
-def test_a_store_that_is_too_short_fails_the_check(tmp_path: Path) -> None:
-    file = export(dense_slice(), tmp_path)
-    check_onnx(file)
-    short = (tmp_path / STORE).stat().st_size // 2
-    with (tmp_path / STORE).open("r+b") as store:
+def test_a_store_that_is_too_short_fails_the_check(copied: Path) -> None:
+    check_onnx(copied)
+    short = copied.with_name(STORE).stat().st_size // 2
+    with copied.with_name(STORE).open("r+b") as store:
         store.truncate(short)
     with pytest.raises(ExportError, match=rf"end at byte \d+ of weights\.bin, which has {short}$"):
-        check_onnx(file)
+        check_onnx(copied)
 
 
 def test_a_network_of_full_width_is_exported_without_a_weight(tmp_path: Path) -> None:
