@@ -35,22 +35,30 @@ from dyexport.runtime.loading import load
 from dyexport.runtime.stock import example_inputs, stock_transformer
 from tests.bench.text import rendered
 
+PhaseReports = dict[str, list[tuple[int, int]]]
+
 
 @pytest.fixture(scope="module")
-def report(built: Bundle) -> BenchReport:
-    return compare(built, BenchSettings(rounds=4, steps=4, batches=(2, 1), compiled=False, trajectory=True))
-
-
-def test_each_phase_reports_its_progress(built: Bundle) -> None:
-    """The memory phase too, which starts a process for each whole network."""
-    reports: dict[str, list[tuple[int, int]]] = {}
+def measured(built: Bundle) -> tuple[BenchReport, PhaseReports]:
+    """One comparison for all assertions, and the progress that each of its phases reported."""
+    reports: PhaseReports = {}
 
     @contextmanager
     def phase(name: str) -> Iterator[Progress]:
         yield lambda done, total: reports.setdefault(name, []).append((done, total))
 
-    settings = BenchSettings(rounds=2, steps=2, batches=(2, 1), compiled=False, eager=False, trajectory=True)
-    report = compare(built, settings, phase)
+    settings = BenchSettings(rounds=4, steps=4, batches=(2, 1), compiled=False, trajectory=True)
+    return compare(built, settings, phase), reports
+
+
+@pytest.fixture(scope="module")
+def report(measured: tuple[BenchReport, PhaseReports]) -> BenchReport:
+    return measured[0]
+
+
+def test_each_phase_reports_its_progress(measured: tuple[BenchReport, PhaseReports]) -> None:
+    """The memory phase too, which starts a process for each whole network."""
+    report, reports = measured
     for case in ("1 of 2", "2 of 2"):
         for name in ("first calls", "timing", "whole loops", "memory"):
             done, totals = zip(*reports[f"{name} of case {case}"], strict=True)
