@@ -90,3 +90,14 @@ class PromptPipeline(SamplingPipeline):
     @abstractmethod
     def samples(self, output: Any) -> torch.Tensor:
         """Return the pixels or latents of what the pipeline returns."""
+
+
+def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the argument of a pipeline's ``from_pretrained`` that sets its dtype.
+
+    It is ``dtype`` since diffusers 0.40, which deprecates ``torch_dtype``; before, ``dtype`` was ignored.
+    """
+    import diffusers
+
+    major, minor = (int(number) for number in diffusers.__version__.split(".")[:2])
+    return {"dtype" if (major, minor) >= (0, 40) else "torch_dtype": dtype}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from dyexport.arguments import PIXELS, check_pixels
-from dyexport.backbones.sampling import PromptColumns, PromptPipeline
+from dyexport.backbones.sampling import PromptColumns, PromptPipeline, dtype_argument
 from dyexport.errors import CheckpointError, DataError, MissingDependencyError
 from dyexport.progress import Progress
 from dyexport.runtime.prompt_settings import Prompts, prompt_pipeline
@@ -93,8 +93,9 @@ def open_pipeline(transformer: BundleTransformer, source: str, *, texts: bool = 
     """
     kind = prompt_pipeline(transformer.spec)
     absent = {} if texts else dict.fromkeys(kind.text_parts)
+    dtype = dtype_argument(torch.bfloat16)
     try:
-        return _class_of(kind).from_pretrained(source, transformer=transformer, torch_dtype=torch.bfloat16, **absent)
+        return _class_of(kind).from_pretrained(source, transformer=transformer, **dtype, **absent)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from dyexport.backbones import get_conditioning
 from dyexport.backbones.base import Preset, PromptConditioning
+from dyexport.backbones.sampling import dtype_argument
 from dyexport.errors import CheckpointError
 from dyexport.models.conditions import Conditions
 from dyexport.training.state import ORIGIN, origin_of, write_tensors
@@ -30,7 +31,7 @@ def embed_prompts(source: str, prompts: tuple[str, ...], preset: Preset, *, devi
     conditioning = cast("PromptConditioning", get_conditioning(preset))
     try:
         pipe = getattr(diffusers, preset.pipeline).from_pretrained(
-            source, transformer=None, vae=None, torch_dtype=torch.bfloat16
+            source, transformer=None, vae=None, **dtype_argument(torch.bfloat16)
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]

@@ -24,6 +24,7 @@ from diffusers import (
 )
 
 import dyexport
+from dyexport.backbones.sampling import dtype_argument
 from dyexport.errors import EngineMismatchError
 from dyexport.runtime.transformer import BundleTransformer
 from tests.runtime.conftest import Saved
@@ -75,7 +76,7 @@ def draw(pipe: DiffusionPipeline) -> torch.Tensor:
 
 def open_base(saved: Saved, kind: type[DiffusionPipeline], dtype: torch.dtype) -> DiffusionPipeline:
     transformer = dyexport.load(saved.bundle).to(dtype)
-    return kind.from_pretrained(saved.pipeline, transformer=transformer, torch_dtype=dtype)
+    return kind.from_pretrained(saved.pipeline, transformer=transformer, **dtype_argument(dtype))
 
 
 @pytest.fixture(params=CALLS, ids=lambda kind: kind.__name__)
@@ -106,7 +107,7 @@ def test_a_stock_pipeline_draws_what_the_masked_model_draws(
 
 def test_dit_draws_in_half_precision(dit: Saved) -> None:
     """Its pipeline takes the dtype of latents from the transformer, and gives them to the VAE as they are."""
-    pipe = DiTPipeline.from_pretrained(dit.pipeline, torch_dtype=torch.float16)
+    pipe = DiTPipeline.from_pretrained(dit.pipeline, **dtype_argument(torch.float16))
     pipe.transformer = dyexport.load(dit.bundle, dtype=torch.float16)
     drawn = draw(pipe)
     pipe.transformer = Masked(dit.bundle, torch.float16)
@@ -117,7 +118,7 @@ def test_a_pipeline_is_made_from_another(saved: Saved, kind: type[DiffusionPipel
     """The base pipeline's bundle, not a copy, in fp32 again as ``from_pipe`` has it, and then in bf16."""
     base = open_base(saved, BASES[backbone_of(kind)], torch.bfloat16)
     for dtype in TOLERANCE:
-        pipe = kind.from_pipe(base, torch_dtype=dtype)
+        pipe = kind.from_pipe(base, **dtype_argument(dtype))
         assert pipe.transformer is base.transformer
         assert pipe.transformer.dtype == dtype
         drawn = draw(pipe)
@@ -142,7 +143,7 @@ def test_a_saved_pipeline_opens_with_its_bundle(saved: Saved, kind: type[Diffusi
     assert isinstance(again.transformer, BundleTransformer)
     assert type(again.transformer) is type(pipe.transformer)
     np.testing.assert_array_equal(draw(again), draw(pipe))
-    cast = DiffusionPipeline.from_pretrained(tmp_path / "saved", torch_dtype=torch.bfloat16)
+    cast = DiffusionPipeline.from_pretrained(tmp_path / "saved", **dtype_argument(torch.bfloat16))
     assert cast.transformer.dtype == torch.bfloat16
 
 
