@@ -125,7 +125,7 @@ def test_recorded_settings_are_checked_with_the_options(recorded: BuildSettings)
 
 @pytest.mark.build
 def test_stages_one_at_a_time_make_the_bundle_and_say_what_is_next(run: Run) -> None:
-    stages = ("--model", "sit-digits", "--budget", "0.5", "--random-weights", "--work", "w")
+    stages = ("--model", "sit-tiny", "--budget", "0.5", "--random-weights", "--work", "w")
     code, out, err = run("calibrate", *stages, "--json")
     assert code == 0, err
     assert json.loads(out)["work"] == "w"

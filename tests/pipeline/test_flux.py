@@ -22,13 +22,12 @@ from dyexport.bundle.reader import Bundle
 from dyexport.checkpoints.dynamic import load_dynamic
 from dyexport.cli import main
 from dyexport.errors import CheckpointError, DataError, DyexportError, EngineMismatchError, UsageError
-from dyexport.pipeline.settings import BuildSettings
 from dyexport.runtime.loading import load
 from dyexport.runtime.prompt_settings import Prompts
 from dyexport.runtime.prompts import sample_prompts
 from dyexport.verification.settings import VerifySettings
 from dyexport.verification.verify import find_reference, verify_bundle
-from tests.pipeline.tiny import build
+from tests.pipeline.tiny import build, shallow, tiny_settings
 from tests.pipeline.tiny_pipeline import save_pipeline
 from tests.verification.test_layers import assert_every_layer_agrees
 
@@ -112,8 +111,7 @@ def test_equals_the_masked_model_on_small_pictures(built: Bundle, monkeypatch: p
 
 @pytest.mark.parametrize("path", ["capacity", "dynamic"])
 def test_room_for_tokens(tmp_path: Path, path: str) -> None:
-    settings = {"budget": 0.5, "random_weights": True, "engines": 1, "baseline": False, "token_path": path}
-    bundle = build(BuildSettings(model="flux-tiny", out=tmp_path / "bundle", work=tmp_path / "work", **settings))
+    bundle = build(tiny_settings(tmp_path, model=shallow("flux-tiny"), token_path=path))
     report = verify_bundle(bundle.root, VerifySettings(timesteps=16))
     assert report.passed
     assert report.max_abs_error is not None
@@ -121,7 +119,7 @@ def test_room_for_tokens(tmp_path: Path, path: str) -> None:
     assert all(segment.compared for segment in report.segments)
 
 
-@pytest.mark.parametrize(("pixels", "steps", "words"), [(512, 50, 16), (768, 28, 7), (1024, 4, 16)])
+@pytest.mark.parametrize(("pixels", "steps", "words"), [(512, 12, 16), (768, 6, 7), (1024, 2, 16)])
 def test_one_bundle_serves_any_resolution_steps_and_prompt(
     built: Bundle, loaded: FluxBundle, pixels: int, steps: int, words: int
 ) -> None:

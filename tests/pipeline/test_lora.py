@@ -27,7 +27,6 @@ from dyexport.pipeline.build import calibrate_model, finetune_model, make_static
 from dyexport.pipeline.export_stages import planned_networks, segment_plan
 from dyexport.pipeline.networks import STATIC_PREFIX
 from dyexport.pipeline.settings import BuildSettings
-from dyexport.presets import get_preset
 from dyexport.runtime.loading import load
 from dyexport.stages.ledger import NullListener
 from dyexport.training.synthetic import SyntheticConfig, generate
@@ -150,8 +149,7 @@ def test_merging_is_measured_and_then_exact(tmp_path: Path) -> None:
     ],
 )
 def test_other_backbones_too(model: str, tolerance: float | None, tmp_path: Path) -> None:
-    preset = get_preset(model) if tolerance is None else shallow(model)
-    bundle = build(tiny_settings(tmp_path, model=preset, td_lora=SPEC, merge_tolerance=tolerance))
+    bundle = build(tiny_settings(tmp_path, model=shallow(model), td_lora=SPEC, merge_tolerance=tolerance))
     assert [segment.merged for segment in bundle.manifest.plan.segments] == [tolerance is not None]
     assert verify_bundle(bundle.root, VerifySettings(timesteps=6)).passed
 
