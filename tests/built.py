@@ -49,10 +49,10 @@ def sit_tiny(shared_folder: Path) -> Bundle:
 
 @pytest.fixture(scope="session")
 def dit_tiny(shared_folder: Path) -> Bundle:
-    """A small DiT in two engines, with random weights."""
+    """A small DiT in two engines and the dense network, with random weights."""
     from tests.factories import tiny_preset  # here, because it imports torch
 
-    return built_once(shared_folder / "dit-tiny", model=tiny_preset("dit"), engines=2)
+    return built_once(shared_folder / "dit-tiny", model=tiny_preset("dit"), engines=2, baseline=True)
 
 
 @pytest.fixture(scope="session")
@@ -71,14 +71,14 @@ def sit_tiny_torch(sit_tiny: Bundle, shared_folder: Path) -> Bundle:
 
 @pytest.fixture(scope="session")
 def flux_tiny(shared_folder: Path) -> Bundle:
-    """``flux-tiny`` in two engines, with random weights."""
-    return built_once(shared_folder / "flux-tiny", model="flux-tiny", engines=2)
+    """``flux-tiny`` in two engines and the dense network, with random weights."""
+    return built_once(shared_folder / "flux-tiny", model="flux-tiny", engines=2, baseline=True)
 
 
 @pytest.fixture(scope="session")
 def latte_tiny(shared_folder: Path) -> Bundle:
-    """``latte-tiny`` in two engines, with random weights."""
-    return built_once(shared_folder / "latte-tiny", model="latte-tiny", engines=2)
+    """``latte-tiny`` in two engines and the dense network, with random weights."""
+    return built_once(shared_folder / "latte-tiny", model="latte-tiny", engines=2, baseline=True)
 
 
 @pytest.fixture(scope="session")

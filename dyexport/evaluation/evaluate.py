@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any
+
+import torch
 
 from dyexport.bundle.manifest import DENSE as DENSE_NETWORK
 from dyexport.bundle.reader import Bundle
-from dyexport.bundle.spec import ModelSpec
 from dyexport.engines.registry import engine_files
 from dyexport.errors import CheckpointError
 from dyexport.evaluation.caveats import caveats
@@ -36,13 +36,14 @@ def evaluate(bundle: Bundle, settings: EvalSettings, progress: Progress = no_pro
     settings = settings.complete(spec)
     sampler = open_sampler(spec, settings)
     with closing(load(bundle.root, target=settings.target, check_hashes=False)) as transformer:  # reads no weights
-        judges = open_judges(sampler, settings, device_of(transformer), progress)
+        device = device_of(transformer)
+    judges = open_judges(sampler, settings, device, progress)
     names = _models(bundle, settings)
     scores: list[ModelScores] = []
     trails: dict[str, Trail] = {}
     for index, name in enumerate(names):
         trails[name] = Trail()
-        with _opened(bundle, settings, name) as transformer:
+        with _opened(bundle, settings, name) if name != CONTROL else _control(sampler, device) as transformer:
             part = _part(progress, index, len(names))
             seeds = score_model(transformer, sampler, judges, settings.seeds, part, trails[name])
         scores.append(ModelScores.of(name, seeds))
@@ -91,22 +92,22 @@ def _models(bundle: Bundle, settings: EvalSettings) -> list[str]:
 
 @contextmanager
 def _opened(bundle: Bundle, settings: EvalSettings, name: str) -> Iterator[Any]:
-    """Load a model, and free it after the context."""
-    if name == CONTROL:
-        assert settings.control is not None, "there is no model of that name otherwise"
-        yield _load_control(bundle.manifest.model, settings.control)
-        return
+    """Load one of the bundle's networks, and free it after the context."""
     with closing(load(bundle.root, target=settings.target, check_hashes=False, dense=name == DENSE)) as transformer:
         yield transformer
 
 
-def _load_control(spec: ModelSpec, directory: Path) -> Any:
+@contextmanager
+def _control(sampler: Sampler, device: torch.device) -> Iterator[Any]:
+    """Load the control, in the precision of a pipeline's latents. Raises ``CheckpointError``."""
+    spec, directory = sampler.spec, sampler.settings.control
+    dtype = torch.bfloat16 if sampler.conditions == "prompts" else torch.float32
     try:
-        control = stock_class(spec).from_pretrained(directory).eval()
+        control = stock_class(spec).from_pretrained(directory, torch_dtype=dtype).eval().to(device)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read the control in {directory}: {error}") from error
     control.spec = spec  # as a bundle's transformer has it
-    return control
+    yield control
 
 
 def _report(

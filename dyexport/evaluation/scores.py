@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -37,7 +38,9 @@ def kernel_distance(samples: torch.Tensor, real: torch.Tensor, subset: int) -> K
     """Compare features (n, d) and (m, d) by a cubic kernel, over subsets chosen with a fixed seed: KID (1801.01401)."""
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    metric = KernelInceptionDistance(feature=_given(samples.shape[1]), subsets=SUBSETS, subset_size=subset)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it keeps all features, which are small
+        metric = KernelInceptionDistance(feature=_given(samples.shape[1]), subsets=SUBSETS, subset_size=subset)
     metric.update(real.double(), real=True)
     metric.update(samples.double(), real=False)
     with torch.random.fork_rng(devices=[]):

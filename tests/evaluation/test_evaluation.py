@@ -84,6 +84,7 @@ def test_scores_by_model_and_seed(real: Digits) -> None:
     assert seen == [(40, 160), (80, 160), (120, 160), (160, 160)] * 2
 
 
+@pytest.mark.build
 def test_only_the_first_samples_are_compared_pair_by_pair() -> None:
     trails = [Trail(), Trail()]
     for trail, model in zip(trails, (still, Shifted(0.25)), strict=True):
@@ -111,6 +112,7 @@ class Shifted:
         return SimpleNamespace(sample=torch.full_like(inputs["hidden_states"], self.shift))
 
 
+@pytest.mark.build
 def test_equal_models_have_no_distance() -> None:
     trails = [Trail(), Trail()]
     for trail in trails:

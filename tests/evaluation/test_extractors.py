@@ -14,6 +14,8 @@ from dyexport.evaluation.clip import ClipScore
 from dyexport.evaluation.extractors.base import open_classifier, open_features
 from tests.evaluation.networks import Inception, Maps, Means, save_classifier, save_clip, save_dino, save_script
 
+pytestmark = pytest.mark.build  # importing transformers takes seconds
+
 GRAY = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 COLOR = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)).mul(255).round() / 255
 

@@ -19,6 +19,8 @@ from dyexport.evaluation.scores import (
 )
 from tests.evaluation import frechet
 
+pytestmark = pytest.mark.build  # importing torchmetrics takes seconds
+
 spreads = st.lists(st.floats(0, 10), min_size=3, max_size=3)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -56,9 +57,11 @@ class PretrainedClassifier(PretrainedNetwork):
         return classes
 
 
+@missing_extras()
 def image_processor(source: str) -> Any:
     """Open the image processor of a model, in PIL: the fast ones need torchvision, and resize otherwise."""
-    return open_pretrained(source, "AutoImageProcessor", use_fast=False)
+    in_pil = {"backend": "pil"} if int(version("transformers").partition(".")[0]) >= 5 else {"use_fast": False}
+    return open_pretrained(source, "AutoImageProcessor", **in_pil)
 
 
 @missing_extras()
