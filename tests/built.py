@@ -49,10 +49,10 @@ def sit_tiny(shared_folder: Path) -> Bundle:
 
 @pytest.fixture(scope="session")
 def dit_tiny(shared_folder: Path) -> Bundle:
-    """A small DiT in two engines and the dense network, with random weights."""
+    """A small DiT in two engines, with random weights."""
     from tests.factories import tiny_preset  # here, because it imports torch
 
-    return built_once(shared_folder / "dit-tiny", model=tiny_preset("dit"), engines=2, baseline=True)
+    return built_once(shared_folder / "dit-tiny", model=tiny_preset("dit"), engines=2)
 
 
 @pytest.fixture(scope="session")
