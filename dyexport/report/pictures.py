@@ -105,7 +105,7 @@ def _conditions(spec: ModelSpec, settings: ReportSettings) -> tuple[list[str], d
         }
     if settings.pipeline is not None:
         prompts = settings.prompts_for()
-        return prompts, {"prompts": prompts, "pipeline": settings.pipeline}
+        return prompts, {"prompts": prompts, "pipeline": settings.pipeline, **_own_size(spec)}
     count = settings.samples or 2
     return ["random prompt embedding"] * count, {"embed": True, "vae": settings.vae, **_own_size(spec)}
 
@@ -216,7 +216,8 @@ def _caption(taken: Taken) -> str:
         else " These are latents in false color: their three principal components as red, green and blue. "
         "No autoencoder was given to decode them."
     )
-    return f"{pairs}; {how}.{colors}"
+    frame = " One frame is sampled, not a video." if taken.settings.get("frames") == 1 else ""
+    return f"{pairs}; {how}.{frame}{colors}"
 
 
 def _picture(pixels: Array, alt: str) -> Picture:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -91,3 +93,15 @@ def test_false_colors_are_the_same_for_equal_latents() -> None:
     assert false_colors([packed])[0].shape == (2, 3, 2, 3)
     gray = false_colors([latents[:, :1]])[0]
     assert (gray[:, 0] == gray[:, 1]).all()
+
+
+def test_a_vae_decodes_latents(dit_tiny: Bundle, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    channels = dit_tiny.manifest.model.latent_shape[0]
+    vae = AutoencoderKL(latent_channels=channels, block_out_channels=(32,), norm_num_groups=8)
+    vae.save_pretrained(tmp_path / "vae")
+    taken = take_samples(dit_tiny, ReportSettings(samples=1, steps=2, vae=str(tmp_path / "vae")))
+    assert taken.pixels
+    assert taken.slim.shape[:2] == (1, 3)
+    assert 0 <= taken.slim.min() <= taken.slim.max() <= 1
