@@ -38,12 +38,13 @@ from dyexport.checkpoints.static import (
     open_checkpoint,
     read_order,
     save_static,
+    write_config,
 )
 from dyexport.checkpoints.stored_weights import StoredWeights, View
 from dyexport.checkpoints.streaming import meta_parameters, stored_state, stream_routers
 from dyexport.checkpoints.structure import DYNAMIC, read_config
 from dyexport.checkpoints.weight_checks import check_weights
-from dyexport.checkpoints.weight_files import link_weights, write_weights
+from dyexport.checkpoints.weight_files import link_weights, write_shards, write_weights
 from dyexport.errors import BundleError, CheckpointError, UsageError
 from dyexport.lora import LoraSpec
 from dyexport.models.dynamic import DynamicTransformer
@@ -220,12 +221,23 @@ def ranked_biases(static: Path, directory: Path) -> dict[str, Tensor]:
     return {name: state[name] for name in biases}
 
 
-def save_dynamic(model: DynamicTransformer, directory: Path, preset: Preset, *, backbone: Path | None = None) -> None:
+def save_dynamic(
+    model: DynamicTransformer,
+    directory: Path,
+    preset: Preset,
+    *,
+    backbone: Path | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a dynamic checkpoint.
 
-    ``backbone`` is a diffusers directory that already has the model's backbone; the checkpoint links to it.
+    ``backbone`` is a diffusers directory that already has the model's backbone; the checkpoint links to it. ``weights``
+    are written in place of the backbone's, one shard in memory at a time.
     """
-    if backbone is None:
+    if weights is not None:
+        write_config(model.backbone, directory)
+        write_shards(weights, directory)
+    elif backbone is None:
         save_static(model.backbone, directory)
     else:
         directory.mkdir(parents=True, exist_ok=True)

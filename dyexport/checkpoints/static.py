@@ -164,7 +164,7 @@ def adopt_static(
     ``advance`` is that of ``open_checkpoint``. Raises ``CheckpointError``.
     """
     checkpoint = open_checkpoint(source, preset, advance)
-    _write_config(meta_backbone(preset, checkpoint.config), directory)
+    write_config(meta_backbone(preset, checkpoint.config), directory)
     if loras:
         write_shards(_with_loras(checkpoint, preset, loras), directory)
     elif checkpoint.stock:
@@ -217,11 +217,11 @@ def _reorder(backbone: nn.Module, preset: Preset, order: Mapping[str, Tensor]) -
 
 def save_static(backbone: nn.Module, directory: Path) -> None:
     """Write a stock module as a diffusers directory. As in diffusers, each block gets a copy of shared tensors."""
-    _write_config(backbone, directory)
+    write_config(backbone, directory)
     write_weights(backbone.state_dict(), directory / WEIGHTS)
 
 
-def _write_config(backbone: Any, directory: Path) -> None:
+def write_config(backbone: Any, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     config: Any = backbone.config
     settings = {"_class_name": type(backbone).__name__, **{k: v for k, v in config.items() if not k.startswith("_")}}

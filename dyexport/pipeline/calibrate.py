@@ -42,6 +42,7 @@ from dyexport.models.devices import bf16_products
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 from dyexport.pipeline.networks import OwnDense
+from dyexport.pipeline.repair import save_repaired
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.pipeline.steps import trainable
 from dyexport.progress import Progress
@@ -73,10 +74,18 @@ def make_calibrated(
         model.merge_lora()
     with bf16_products(model.device, enabled=settings.calibrates_in_bf16):
         _meet_budget(settings, model, inputs, phases)
-        save_dynamic(model, out, preset, backbone=None if plain else dynamic)
-        tuned = settings.routers == "trained" or lora is not None
-        dense = load_static(str(static), preset, stream=stream) if tuned else model.backbone
-        _measure(settings, model, dense, inputs, phases, out)
+        metrics: dict[str, float] = {}
+        if settings.repairs:
+            metrics["unrepaired_relative_mse"] = _distance(
+                settings, model, model.backbone, inputs, phases("comparison")
+            )
+            save_repaired(settings, model, dynamic, inputs, phases("repair"), out)
+            model, _ = load_dynamic(out, stream=stream)
+        else:
+            save_dynamic(model, out, preset, backbone=None if plain else dynamic)
+        changed = settings.repairs or settings.routers == "trained" or lora is not None
+        dense = load_static(str(static), preset, stream=stream) if changed else model.backbone
+        _measure(settings, model, dense, inputs, phases, out, metrics)
 
 
 def _measure(
@@ -86,8 +95,9 @@ def _measure(
     inputs: NoisedInputs,
     phases: Callable[[str], Progress],
     out: Path,
+    metrics: Mapping[str, float],
 ) -> None:
-    """Write the tables and the metrics."""
+    """Write the tables and the metrics, next to those given."""
     preset, effort = settings.preset, settings.recipe.calibration
     widths = read_widths(model, preset.timestep_range)
     stats = None
@@ -104,12 +114,13 @@ def _measure(
     widths.save(out / WIDTHS)
     if stats is not None:
         stats.save(out / TOKENS)
-    points, compared = (trajectory_points(preset.timestep_range, n) for n in (TRAJECTORY_POINTS, effort.compared))
+    points = trajectory_points(preset.timestep_range, TRAJECTORY_POINTS)
     kept = stats.mean_fraction(points) if stats is not None else np.ones((len(points), model.depth))  # (P, L)
     metrics = {
+        **metrics,
         "flops_ratio": flops_ratio(widths, kept, points, FlopsModel.of_preset(preset)),
         **trainable(settings),
-        "output_relative_mse": _relative_mse(model, dense, inputs, compared.tolist(), phases("comparison")),
+        "output_relative_mse": _distance(settings, model, dense, inputs, phases("comparison")),
     }
     (out / METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -143,10 +154,11 @@ def _meet_budget(
 
 
 @torch.no_grad()
-def _relative_mse(
-    model: DynamicTransformer, dense: nn.Module, inputs: NoisedInputs, points: list[float], progress: Progress
+def _distance(
+    settings: BuildSettings, model: DynamicTransformer, dense: nn.Module, inputs: NoisedInputs, progress: Progress
 ) -> float:
     """Return the squared distance to the static model's output over its squared norm, over the trajectory."""
+    points = trajectory_points(settings.preset.timestep_range, settings.recipe.calibration.compared).tolist()
     distance = norm = torch.zeros((), dtype=torch.float64)
     for chunk in inputs.chunks(points, progress):
         arguments = inputs.over(chunk)

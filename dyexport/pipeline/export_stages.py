@@ -127,7 +127,9 @@ def planned_networks(
 
 
 def _own_dense(settings: BuildSettings, spec: ModelSpec) -> OwnDense:
-    """Return which weights of the dense network differ from the dynamic model's, because training changed them."""
+    """Return which weights of the dense network differ from the dynamic model's: training or repair changed them."""
+    if settings.repairs:
+        return "projections"
     if settings.routers != "trained":
         return "nothing"
     if spec.td_lora is None:

@@ -128,6 +128,8 @@ def calibrated_model(run: Run, static: Outcome, dynamic: Outcome, data: Data) ->
     inputs |= {"budget": settings.budget, "routers": settings.routers, "seed": settings.seed}
     if settings.calibrates_in_bf16:  # omitted at the default, so that older ledgers stay valid
         inputs["products"] = "bf16"
+    if settings.repairs:
+        inputs["repair"] = "projections"
 
     def make(out: Path) -> None:
         noised = steps.calibration_inputs(settings, data.source)

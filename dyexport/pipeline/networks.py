@@ -28,8 +28,11 @@ from dyexport.slicing.store_layout import lay_out
 
 STATIC_PREFIX = "static."  # prefix of the static model's weights that differ from the dynamic one's
 
-OwnDense = Literal["nothing", "biases", "everything"]
-"""Weights that only the dense network has, because training changed them in the dynamic model."""
+OwnDense = Literal["nothing", "biases", "projections", "everything"]
+"""Weights that only the dense network has, because training or repair changed them in the dynamic model.
+
+``projections`` are the linears whose inputs are cut.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +69,8 @@ def cut_networks(
 
 def _dense_networks(context: SliceContext, order: UnitOrder, own: OwnDense) -> list[Network]:
     segment = dense_segment(context.spec, order)
-    if own == "nothing" and context.spec.td_lora is None:
-        return [Network(name=DENSE, segment=segment, slice=slice_segment(context, segment))]
+    if own in ("nothing", "projections") and context.spec.td_lora is None:
+        return [Network(name=DENSE, segment=segment, slice=_static(slice_segment(context, segment), own))]
     spec = context.spec.model_copy(update={"td_lora": None})
     static = replace(context, spec=spec, token_routers=False)
     return [
@@ -78,16 +81,29 @@ def _dense_networks(context: SliceContext, order: UnitOrder, own: OwnDense) -> l
 
 def _static(piece: Slice, own: OwnDense) -> Slice:
     """Return the network with the weights that ``own`` names read from the static model."""
+    cut = {
+        _module(source) for recipe in piece.recipes.values() if recipe.kind == "columns" for source in recipe.sources
+    }
+
+    def source(name: str) -> str:
+        static = {
+            "nothing": False,
+            "biases": name.endswith(BIAS),
+            "projections": _module(name) in cut,
+            "everything": True,
+        }
+        return f"{STATIC_PREFIX}{name}" if static[own] else name
+
     recipes = {
-        name: replace(recipe, sources=tuple(_source(source, own) for source in recipe.sources))
+        name: replace(recipe, sources=tuple(source(name) for name in recipe.sources))
         for name, recipe in piece.recipes.items()
     }
     return replace(piece, recipes=recipes)
 
 
-def _source(name: str, own: OwnDense) -> str:
-    static = own == "everything" or (own == "biases" and name.endswith(BIAS))
-    return f"{STATIC_PREFIX}{name}" if static else name
+def _module(name: str) -> str:
+    """Return the module that a parameter belongs to."""
+    return name.rpartition(".")[0]
 
 
 def store_reader(spec: ModelSpec, dynamic: Read, static: Mapping[str, Tensor]) -> Read:

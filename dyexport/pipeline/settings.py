@@ -140,6 +140,11 @@ class BuildSettings:
             return "none"
         return "random" if self.random_weights and self.finetune_steps is None else "trained"
 
+    @property
+    def repairs(self) -> bool:
+        """True if output projections are repaired, since nothing is trained."""
+        return self.routers == "none" and self.budget is not None and self.lora is None
+
     @cached_property
     def _given_widths(self) -> Widths | None:
         """Widths of a checkpoint that has routers."""

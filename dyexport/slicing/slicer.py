@@ -125,6 +125,13 @@ def dense_segment(spec: ModelSpec, order: UnitOrder) -> Segment:
     )
 
 
+def cut_inputs(context: SliceContext, order: UnitOrder) -> tuple[str, ...]:
+    """Return the stock names of the linears whose inputs are cut to the kept units, in order of execution."""
+    recipes = slice_segment(context, dense_segment(context.spec, order)).recipes.values()
+    sources = [source for recipe in recipes if recipe.kind == "columns" for source in recipe.sources]
+    return tuple(dict.fromkeys(source.removesuffix(".weight") for source in sources))
+
+
 def dense_reader(state: Mapping[str, Tensor], spec: ModelSpec) -> Read:
     """Read from a stock state dict (and ``routers.*``), or else from the tables that few checkpoints store."""
     tables = get_slicer(spec.backbone).tables(spec.config)
