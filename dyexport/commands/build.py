@@ -11,6 +11,7 @@ from rich.console import Console
 
 from dyexport.commands import options
 from dyexport.commands.results import (
+    error_line,
     headroom_lines,
     next_commands,
     next_lines,
@@ -113,7 +114,7 @@ def _build_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         ("attention + MLP FLOPs (lambda)", f"{payload['flops_ratio']:.3f} of dense"),
         ("whole network's FLOPs", f"{payload['network_flops_ratio']:.3f} of dense"),
         ("as executed by these engines", f"{payload['executed_flops_ratio']:.3f} of dense"),
-        ("output error against dense", f"{payload['output_relative_mse']:.4f} (relative MSE)"),
+        error_line(payload),
         *trainable_lines(payload),
         *headroom_lines(payload),
         *_quantization_lines(payload),

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from dyexport.commands import options
-from dyexport.commands.results import headroom_lines, trainable_lines, unbudgeted_line
+from dyexport.commands.results import error_line, headroom_lines, trainable_lines, unbudgeted_line
 from dyexport.commands.stages import building, settings_of
 from dyexport.console import DebugOption, JsonOption, emit, pairs
 
@@ -65,7 +65,7 @@ def _calibration_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     return (
         ("checkpoint", payload["checkpoint"]),
         ("attention + MLP FLOPs (lambda)", f"{payload['flops_ratio']:.3f} of dense"),
-        ("output error against dense", f"{payload['output_relative_mse']:.4f} (relative MSE)"),
+        error_line(payload),
         *trainable_lines(payload),
         *headroom_lines(payload),
         ("work directory", payload["work"]),

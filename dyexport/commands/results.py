@@ -25,6 +25,13 @@ def plan_costs(plan: SegmentPlan) -> dict[str, Any]:
     return {"engines": len(plan.segments), **plan.model_dump(exclude={"segments"})}
 
 
+def error_line(payload: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the distance to the static model's outputs, also before projections were repaired if they were."""
+    before = payload.get("unrepaired_relative_mse")
+    repaired = "" if before is None else f"; {before:.4f} before its projections were repaired"
+    return ("output error against dense", f"{payload['output_relative_mse']:.4f} (relative MSE{repaired})")
+
+
 def headroom_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     """Return the margin to the limit of fp16, with a warning if it is narrow: calibration does not see every input."""
     if "fp16_headroom" not in payload:
