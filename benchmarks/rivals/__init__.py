@@ -1,4 +1,4 @@
-"""dyexport next to what a deployer would pick instead: fewer steps, a static slim network, a step cache, torch.compile.
+"""dyexport next to what else a deployer would run on a CPU: fewer steps, static widths, a step cache, torch.compile.
 
     python -m benchmarks.rivals --model sit-digits --train-only   # hours on a CPU; goes on where it stopped
     python -m benchmarks.rivals --model sit-digits                # samples, scores and times; minutes the second time
@@ -15,7 +15,7 @@ All variants start from the same static model, and are sampled from the same noi
                     relative changes of its input add up, and below a threshold the last output is used again
 ``cache-dit``       the dense diffusers module under cache-dit, eager; needs that package
 ``dynamic-reuse``   the dynamic model under the rule of ``reuse``
-``compile``         the dense diffusers module under torch.compile; only timed
+``compile``         the dense diffusers module under torch.compile, only timed; with bundles if --models has it
 
 Cost and time are in evaluations of the dense network. Times are of engines that alternate in blocks of one run. They
 are ratios to the dense ONNX graph of that run, and one that rounds disagree about is not printed. Writes

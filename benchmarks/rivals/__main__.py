@@ -28,6 +28,7 @@ from dyexport.bundle.spec import ModelSpec
 from dyexport.console import StageLines, chatter_on_stderr
 from dyexport.errors import DataError, DyexportError
 from dyexport.evaluation.settings import SamplingConfig
+from dyexport.presets import get_preset
 
 ROOT = Path(__file__).parents[2]
 STEPS = (2, 4, 8, 25, 50)
@@ -59,6 +60,7 @@ def _compare(options: argparse.Namespace, lines: StageLines, made: dict[str, Any
         work=options.work or Path("out") / "rivals" / options.model,
         train_steps=options.train_steps,
         finetune_steps=options.finetune_steps,
+        engines=get_preset(options.model).engines,
         baseline=True,
     )
     variants, remarks = _variants(options, family)

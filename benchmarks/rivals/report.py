@@ -71,6 +71,7 @@ class Report:
                 "mean, and extremes over training seeds, or over noise where there is one model.\n"
                 "PSNR is to the dense model at the same steps and noise."
             )
+        parts.append("`reuse` is TeaCache's rule on whole outputs; `cache-dit` runs on diffusers' module, eager.")
         parts.append("Numbers of variants are lambda, and after + the share of evaluations that a cache computes.")
         parts.append("Cost and time are of one picture, in evaluations of the dense ONNX graph of the same run.")
         if self.timings is not None:
@@ -82,11 +83,13 @@ class Report:
     def summary(self) -> str:
         """Return the four rows for README and docs, with the command that makes them."""
         budgets = [row.variant.budget for row in self.rows if row.variant.budget is not None]
-        table = summary(self.rows, SUMMARY_STEPS, max(budgets, default=0.5))
+        steps = sorted({row.steps for row in self.rows}.intersection(SUMMARY_STEPS))
+        table = summary(self.rows, steps, max(budgets, default=0.5))
         assert self.sampling is not None, "the summary is of quality"
         samples = f"{self.repeats} x {self.sampling.samples} samples"
         return (
-            f"{table}\n`{self.model}`, {samples}, mean of the training seeds; cost and time in dense evaluations.\n"
+            f"{table}\n`{self.model}`, {samples}: Frechet distance, mean and extremes over training seeds.\n"
+            "Cost and time of a picture are in evaluations of the dense network. "
             f"Made by `python -m benchmarks.rivals --model {self.model} --publish`."
         )
 

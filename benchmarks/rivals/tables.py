@@ -12,7 +12,8 @@ from typing import Any
 from benchmarks.quality import CONTROL
 from benchmarks.rivals.measure import Point
 from benchmarks.rivals.timing import Timings
-from benchmarks.rivals.variants import DENSE, DYNAMIC, REUSE, WIDTHS, Variant, equal_flops_steps
+from benchmarks.rivals.variants import DENSE, DYNAMIC, REUSE, WIDTHS, Variant
+from benchmarks.rivals.variants import equal_flops_steps as fewer
 from dyexport.bench.report import as_markdown
 from dyexport.bench.statistics import Ratio
 
@@ -194,51 +195,40 @@ def _flat(row: Row) -> dict[str, Any]:
 
 
 def summary(rows: Sequence[Row], steps: Sequence[int], budget: float) -> str:
-    """Return the four rows that answer "why not something else": what each costs and scores at these steps.
+    """Return the four rows that answer "why not something else": what each scores, costs and takes at these steps.
 
     Fewer steps of the control are those of equal FLOPs. The best distance of each number of steps is bold.
     """
     by_name = {(row.variant, row.steps): row for row in rows}
-    shares = sorted({row.variant.share for row in rows if row.variant.name == REUSE and row.variant.share is not None})
-    share = min(shares, key=lambda value: abs(value - budget), default=None)
-    lines: list[tuple[str, list[Row | None]]] = []
-    for title, variant, count in _summarized(budget, share):
-        lines.append((title, [by_name.get((variant, count(each))) for each in steps]))
-    best = [_best([line[column] for _, line in lines]) for column in range(len(steps))]
-    header = ["", *(f"{count} steps: {what}" for count in steps for what in ("cost", "time", "Frechet distance"))]
-    body = [
-        (title, *(cell for row, low in zip(line, best, strict=True) for cell in _summary_cells(row, low)))
-        for title, line in lines
-    ]
-    return as_markdown(header, body)
+    lines = {
+        title: [by_name.get((variant, fewer(each, budget) if variant.name == CONTROL else each)) for each in steps]
+        for title, variant in _summarized(rows, budget)
+    }
+    best = [_best([line[column] for line in lines.values()]) for column in range(len(steps))]
+    body = [(title, *map(_summary_cell, line, best)) for title, line in lines.items()]
+    return as_markdown(("", *(f"{count} steps" for count in steps)), body)
 
 
-def _summarized(budget: float, share: float | None) -> Iterator[tuple[str, Variant, Callable[[int], int]]]:
-    def fewer(steps: int) -> int:
-        return equal_flops_steps(steps, budget)
-
-    def same(steps: int) -> int:
-        return steps
-
-    yield "fewer steps, the static model trained as long", Variant(name=CONTROL), fewer
-    yield f"static slim network, lambda {budget:g}", Variant(name=WIDTHS, budget=budget), same
-    if share is not None:
-        yield (
-            f"step cache on the dense model, {share:g} of its outputs computed",
-            Variant(name=REUSE, share=share),
-            same,
-        )
-    yield f"**dynamic, lambda {budget:g}**", Variant(name=DYNAMIC, budget=budget), same
+def _summarized(rows: Sequence[Row], budget: float) -> Iterator[tuple[str, Variant]]:
+    """Yield titles and variants; of the caches the one that computes a share next to lambda."""
+    yield "fewer steps of the static model, trained as long", Variant(name=CONTROL)
+    yield f"static slim network, lambda {budget:g}", Variant(name=WIDTHS, budget=budget)
+    shares = {row.variant.share for row in rows if row.variant.name == REUSE and row.variant.share is not None}
+    if shares:
+        share = min(shares, key=lambda each: abs(each - budget))
+        title = f"step cache on the static model: TeaCache's rule, {share:.0%} of outputs computed"
+        yield title, Variant(name=REUSE, share=share)
+    yield f"dynamic, lambda {budget:g}", Variant(name=DYNAMIC, budget=budget)
 
 
-def _best(rows: Sequence[Row | None]) -> float:
-    return min((row.frechet.mean for row in rows if row is not None and row.frechet is not None), default=0.0)
+def _best(rows: Sequence[Row | None]) -> float | None:
+    return min((row.frechet.mean for row in rows if row is not None and row.frechet is not None), default=None)
 
 
-def _summary_cells(row: Row | None, best: float) -> tuple[str, str, str]:
-    if row is None:
-        return "", "", ""
-    score = "" if row.frechet is None else f"{row.frechet.mean:.3f}"
-    if row.frechet is not None and row.frechet.mean == best:
-        score = f"**{score}**"
-    return f"{row.cost:.1f}", time_text(row.time), score
+def _summary_cell(row: Row | None, best: float | None) -> str:
+    if row is None or row.frechet is None:
+        return ""
+    spread = row.frechet
+    score = f"**{spread.mean:.3f}**" if spread.mean == best else f"{spread.mean:.3f}"
+    time = "" if row.time is None or row.time.value is None else f", time {row.time.value:.1f}"
+    return f"{score} ({spread.low:.3f} to {spread.high:.3f}), cost {row.cost:.1f}{time}"
