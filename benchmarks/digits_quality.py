@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -37,6 +36,7 @@ from benchmarks.quality import (
     Store,
     Trained,
     default_train_steps,
+    reported,
     train,
     write_results,
 )
@@ -119,11 +119,11 @@ def score_run(
     folder = name.replace(",", "-").replace("=", "")
     settings = family.static if name == STATIC else family.tuned(folder, static, seed, td_lora=lora)
     trained = train(settings, kind, lines)
-    lines.started("eval", f"{name}, seed {seed}")
-    progress = partial(lines.advanced, "eval")
 
     def score() -> dict[str, Any]:
-        return {**facts_of(trained), **scores_of(trained.open(family.spec), family.spec, scorer, protocol, progress)}
+        with reported(lines, f"eval of {name}, seed {seed}") as advance:
+            found = scores_of(trained.open(family.spec), family.spec, scorer, protocol, advance)
+        return {**facts_of(trained), **found}
 
     kept = Store(family.work / "scores").read(protocol.key(trained.digest, LOSS_TIMESTEPS), score)
     return {"run": name, "seed": seed, **kept}

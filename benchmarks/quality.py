@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from time import monotonic
 from typing import Any, Literal
 
 import torch
@@ -171,6 +173,15 @@ class Scorer:
         samples = Samples()
         scores = score_model(network, sampler, self._judges, range(protocol.repeats), progress, samples)
         return ModelScores.of("", scores), samples
+
+
+@contextmanager
+def reported(lines: BuildListener, stage: str) -> Iterator[Callable[..., None]]:
+    """Report a stage; yields the function that takes what is done, the total, and a detail."""
+    begin = monotonic()
+    lines.started(stage, "")
+    yield partial(lines.advanced, stage)
+    lines.finished(stage, monotonic() - begin, reused=False)
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import benchmarks.rivals
-from benchmarks.quality import Family, Protocol
+from benchmarks.quality import Family, Protocol, reported
 from benchmarks.rivals.bundles import memory_of, open_bundles, time_bundles
 from benchmarks.rivals.cache_dit_network import PACKAGE, is_installed, supports
 from benchmarks.rivals.costs import flops_of
@@ -92,9 +91,8 @@ def _compare(options: argparse.Namespace, lines: StageLines, made: dict[str, Any
 def _time_only(options: argparse.Namespace, lines: StageLines, made: dict[str, Any]) -> Report:
     """Time bundles that are there."""
     bundles, settings = open_bundles(options.bundles), _timing(options)
-    lines.started("times", "")
-    advance = partial(lines.advanced, "times")
-    points, timings = time_bundles(bundles, options.steps, settings, advance)
+    with reported(lines, "times") as advance:
+        points, timings = time_bundles(bundles, options.steps, settings, advance)
     spec = next(iter(bundles.values())).manifest.model
     memory = memory_of(bundles, settings.batch)
     rows = rows_of(points, (), dense_gflops=_gflops(spec), timings=timings, memory=memory)

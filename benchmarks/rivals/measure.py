@@ -11,7 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.quality import BUNDLE, STATIC, TRAINING, Family, Protocol, Samples, Scorer, Store, Trained, train
+from benchmarks.quality import (
+    BUNDLE,
+    STATIC,
+    TRAINING,
+    Family,
+    Protocol,
+    Samples,
+    Scorer,
+    Store,
+    Trained,
+    reported,
+    train,
+)
 from benchmarks.rivals.cache_dit_network import CacheDitNetwork, cached_step_cost, cost_of, fitted_threshold
 from benchmarks.rivals.costs import (
     Composition,
@@ -95,14 +107,14 @@ def train_all(
     if models.static is None:
         return models
     wanted = {(each.folder, seed): each for each in variants for seed in each.seeds(seeds) if each.kind != STATIC}
-    lines.started("models", "")
-    for done, ((folder, seed), variant) in enumerate(wanted.items()):
-        name = f"{folder}, seed {seed}"
-        lines.advanced("models", done, len(wanted), name)
-        settings = variant.settings(family, models.static.path, seed or 0)
-        found = _model(settings, variant.kind, lines, training, name, models.missing)
-        if found is not None:
-            models.trained[folder, seed] = found
+    with reported(lines, "models") as advance:
+        for done, ((folder, seed), variant) in enumerate(wanted.items()):
+            name = f"{folder}, seed {seed}"
+            advance(done, len(wanted), name)
+            settings = variant.settings(family, models.static.path, seed or 0)
+            found = _model(settings, variant.kind, lines, training, name, models.missing)
+            if found is not None:
+                models.trained[folder, seed] = found
     return models
 
 
@@ -148,9 +160,8 @@ class Study:
             if self._models.of(variant, seed) is not None
         ]
         self._left = self._total = sum(self._work(*job) for job in jobs)
-        if self._total:
-            self._lines.started("scores", "")
-        return [point for variant, seed, counts in jobs for point in self._points(variant, seed, counts)]
+        with reported(self._lines, "scores") as self._advance:
+            return [point for variant, seed, counts in jobs for point in self._points(variant, seed, counts)]
 
     def _work(self, variant: Variant, seed: int | None, counts: Sequence[int]) -> int:
         """Return the denoising steps of all samples that are not scored yet."""
@@ -218,7 +229,7 @@ class Study:
         detail = f"{variant.label}{'' if seed is None else f', seed {seed}'}, {steps} steps"
 
         def progress(done: int, total: int) -> None:
-            self._lines.advanced("scores", before + amount * done // total, self._total, detail)
+            self._advance(before + amount * done // total, self._total, detail)
 
         scores, samples = self.scorer(cached, protocol, progress)
         self._left -= amount

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality import Store
+from benchmarks.quality import Store, reported
 from benchmarks.rivals.measure import TARGET, Models, Point, Seeded, timed_name
 from benchmarks.rivals.timing import Timings, TimingSettings, resident_bytes, time_engines
 from benchmarks.rivals.variants import DENSE
@@ -34,8 +34,8 @@ def measured_times(
     key = digest_of([digests, steps, needed, asdict(settings), torch.get_num_threads()])
     if not again:
         return read_times(work / TIMES, key)
-    lines.started("times", "")
-    timings = time_engines(models.bundles, steps, needed, settings, partial(lines.advanced, "times"))
+    with reported(lines, "times") as advance:
+        timings = time_engines(models.bundles, steps, needed, settings, advance)
     write_times(work / TIMES, key, timings)
     return timings
 
@@ -64,13 +64,13 @@ def measured_memory(work: Path, models: Models, batch: int, lines: StageLines) -
             if has_dense(bundle, TARGET):
                 assert models.static is not None, "others are trained from it"
                 probes[DENSE, None] = (models.static.digest, bundle, True)
-    lines.started("memory", "")
-    for done, (seeded, (digest, bundle, dense)) in enumerate(probes.items()):
-        lines.advanced("memory", done, len(probes))
-        key = digest_of([digest, batch, torch.get_num_threads(), dense])
-        size = store.read(key, partial(_memory, bundle, batch, dense))["bytes"]
-        if size is not None:
-            found[seeded] = size
+    with reported(lines, "memory") as advance:
+        for done, (seeded, (digest, bundle, dense)) in enumerate(probes.items()):
+            advance(done, len(probes))
+            key = digest_of([digest, batch, torch.get_num_threads(), dense])
+            size = store.read(key, partial(_memory, bundle, batch, dense))["bytes"]
+            if size is not None:
+                found[seeded] = size
     return found
 
 
