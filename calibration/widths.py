@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,8 +10,6 @@ import numpy as np
 import torch
 
 from dyexport.bundle.tables import WidthTable
-from dyexport.calibration.shifts import nearest_shift, solve_shift, width_ratio
-from dyexport.calibration.unit_scores import budget_logits
 from dyexport.errors import BudgetError
 from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicTransformer
@@ -138,7 +137,7 @@ def meet_budget(
         if abs(ratio - budget) <= TOLERANCE / 4:
             return
         tokens = attempt < SHIFTS // 2
-        amount = solve_shift(partial(measure, tokens=tokens), budget)
+        amount = _solve(partial(measure, tokens=tokens), budget)
         for router in model.block_routers:
             router.shift(amount, tokens=tokens)
     if abs(ratio - budget) > TOLERANCE:
@@ -155,8 +154,8 @@ def _not_met(budget: float, ratio: float) -> BudgetError:
 def _meet_static(model: DynamicTransformer, budget: float, flops: FlopsModel) -> None:
     """Shift the logits of static widths. Raises ``BudgetError``."""
     logits = _width_shares(model, np.zeros(1, np.float32))  # (1, L, U) each
-    ratio = partial(width_ratio, logits, flops)
-    amount = nearest_shift(ratio, logits, budget)
+    ratio = partial(_width_ratio, logits, flops)
+    amount = _nearest(ratio, logits, budget)
     if abs(ratio(amount) - budget) > _tolerance(model, flops):
         raise _not_met(budget, ratio(amount))
     for router in model.block_routers:
@@ -172,6 +171,21 @@ def _tolerance(model: DynamicTransformer, flops: FlopsModel) -> float:
         return TOLERANCE
     units = np.concatenate([flops.head_cost / model.heads, flops.group_cost / model.groups])
     return max(TOLERANCE, float(units.max()) / flops.gated / 2)
+
+
+def _width_ratio(logits: tuple[np.ndarray, np.ndarray], flops: FlopsModel, shift: float) -> float:
+    """Return lambda with every token if ``shift`` is added to the width logits, (P, L, U) each."""
+    heads, groups = ((units + shift > 0).mean(axis=-1) for units in logits)  # (P, L)
+    return float(flops.flops_ratio(heads, groups, np.ones_like(heads)).mean())
+
+
+def _nearest(ratio: Callable[[float], float], logits: tuple[np.ndarray, np.ndarray], budget: float) -> float:
+    """Return the shift with the ratio nearest to ``budget``, midway between two of the logits."""
+    edges = np.unique(np.concatenate([units[np.isfinite(units)] for units in logits]))  # ascending
+    edges = np.concatenate([edges[:1] - 1, edges, edges[-1:] + 1])
+    shifts = -(edges[:-1] + edges[1:]) / 2
+    distances = [abs(ratio(float(shift)) - budget) for shift in shifts]
+    return float(shifts[np.argmin(distances)])
 
 
 @torch.no_grad()
@@ -196,6 +210,15 @@ def _ratio_at(
     return float(flops.flops_ratio(heads, groups, kept[nearest]).mean())
 
 
+def _solve(ratio: Callable[[float], float], budget: float) -> float:
+    """Solve ``ratio(x) = budget`` for an increasing function by bisection."""
+    low, high = -64.0, 64.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if ratio(middle) < budget else (low, middle)
+    return (low + high) / 2
+
+
 def choose_widths(
     model: DynamicTransformer,
     inputs: NoisedInputs,
@@ -213,8 +236,21 @@ def choose_widths(
     timesteps, and averaged over them for static widths. Raises ``BudgetError``.
     """
     points = trajectory_points(inputs.preset.timestep_range, count)
-    importance = unit_importance(model, inputs, points.tolist(), probes, progress)  # (T, L, H), (T, L, G)
-    kept_heads, kept_groups = (logits > 0 for logits in budget_logits(model, importance, budget, flops))
+    heads, groups = unit_importance(model, inputs, points.tolist(), probes, progress)  # (T, L, H), (T, L, G)
+    if model.router == "static":
+        heads, groups = (values.mean(axis=0, keepdims=True) for values in (heads, groups))  # T is 1 from here on
+    nested = model.router == "ordered"
+    scores = (
+        _scores(heads, flops.head_cost / model.heads, nested=nested),
+        _scores(groups, flops.group_cost / model.groups, nested=nested),
+    )
+    ratio = partial(_width_ratio, scores, flops)
+    if model.router == "static":
+        shift = _nearest(ratio, scores, budget)
+    else:
+        middle = -float(np.median(np.concatenate([units[np.isfinite(units)] for units in scores])))
+        shift = middle + _solve(lambda amount: ratio(middle + amount), budget)
+    kept_heads, kept_groups = (units + shift > 0 for units in scores)
     table = WidthTable(
         grid=np.linspace(*inputs.preset.timestep_range, len(kept_heads), endpoint=False),
         end=inputs.preset.timestep_range[1],
@@ -227,3 +263,23 @@ def choose_widths(
             f"budget {budget:g} cannot be met with whole heads and groups (nearest {reached:.3f}); raise it"
         )
     return table.compressed()
+
+
+def _scores(importance: np.ndarray, costs: np.ndarray, *, nested: bool) -> np.ndarray:
+    """Compute the log of importance (T, L, U) per multiply-add of a unit (L,): (T, L, U).
+
+    The best unit of every block gets +inf: it is never off. With ``nested`` units are on in one order at every t.
+    """
+    scores: np.ndarray = np.log(importance / costs[:, None] + np.finfo(np.float32).tiny)
+    if nested:
+        scores = _nested(scores)
+    best = scores.mean(axis=0).argmax(axis=-1)  # (L,)
+    scores[:, np.arange(len(best)), best] = np.inf
+    return scores
+
+
+def _nested(scores: np.ndarray) -> np.ndarray:
+    """Reassign the scores at each t to units in the order of their mean scores, so that masks nest: (T, L, U)."""
+    ranks = (-scores.mean(axis=0)).argsort(axis=-1, kind="stable").argsort(axis=-1)  # (L, U)
+    descending = -np.sort(-scores, axis=-1)  # (T, L, U)
+    return np.take_along_axis(descending, np.broadcast_to(ranks, scores.shape), axis=-1)

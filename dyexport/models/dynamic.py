@@ -98,7 +98,7 @@ class DynamicTransformer(nn.Module):
     def lora_gates(self, timestep: Tensor) -> Tensor:
         """Compute the gates of every block's experts: (B,) -> (B, L, E)."""
         assert self.td_lora is not None
-        return self.td_lora.gates_at(self.timestep_embedding(timestep))
+        return self.td_lora.gates_at(self._timestep_embedding(timestep))
 
     @torch.no_grad()
     def mean_lora_gates(self, start: float, end: float) -> Tensor:
@@ -157,14 +157,14 @@ class DynamicTransformer(nn.Module):
         device = next(self.backbone.parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
 
-    def timestep_embedding(self, timestep: Tensor) -> Tensor:
+    def _timestep_embedding(self, timestep: Tensor) -> Tensor:
         """Compute the input of width routers: (B,) -> (B, C)."""
         with without_autocast(timestep.device):
             return self.adapter.timestep_embedding(self.backbone, timestep)
 
     def width_logits(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Compute router logits in fp32: (B,) -> (B, L, H), (B, L, G). Unit 0 has +inf: it is always on."""
-        embedding = self.timestep_embedding(timestep).float()  # (B, C)
+        embedding = self._timestep_embedding(timestep).float()  # (B, C)
         heads = torch.stack([router.heads(embedding) for router in self.block_routers], dim=1)
         groups = torch.stack([router.groups(embedding) for router in self.block_routers], dim=1)
         return F.pad(heads, (1, 0), value=torch.inf), F.pad(groups, (1, 0), value=torch.inf)

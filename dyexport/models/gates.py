@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,9 +16,6 @@ from dyexport.backbones.base import RouterKind
 GATE_TEMPERATURE = 5.0  # tau of the Gumbel-sigmoid, arXiv 2410.03456 section 3.4
 WIDTH_BIAS = 15.0  # everything starts on, so fine-tuning starts from the static model
 TOKEN_BIAS = 35.0
-START_LOGIT = 6.0  # largest of routers that start from importance: a gate's temperature from 0, so that it may change
-RIDGE = 1e-3
-LEAST_STEP = 1e-3  # between thresholds of ordered routers that start from importance
 THRESHOLD_SPAN = 10.0  # of new ordered routers: two gate temperatures, so that units close one by one
 
 GateNoise = Callable[[torch.Size], Tensor]
@@ -87,10 +85,6 @@ class WidthRouter(nn.Module, ABC):
     def open(self) -> None:
         """Initialize with every gate on for every input."""
 
-    @abstractmethod
-    def start(self, embeddings: Tensor, logits: Tensor) -> None:
-        """Initialize with logits near those given (T, U - 1) at the timesteps that have these embeddings (T, C)."""
-
     @torch.no_grad()
     def shift(self, amount: float) -> None:
         """Add a constant to the logits."""
@@ -111,10 +105,6 @@ class StaticRouter(WidthRouter):
     def open(self) -> None:
         nn.init.constant_(self.bias, WIDTH_BIAS)
 
-    @torch.no_grad()
-    def start(self, embeddings: Tensor, logits: Tensor) -> None:
-        self.bias.copy_(logits.mean(dim=0))
-
 
 class DynamicRouter(nn.Linear, WidthRouter):
     """Router that decides from the timestep embedding (TDW, section 3.2)."""
@@ -125,26 +115,6 @@ class DynamicRouter(nn.Linear, WidthRouter):
         nn.init.trunc_normal_(self.weight, std=0.02)
         nn.init.constant_(self.bias, WIDTH_BIAS)
 
-    @torch.no_grad()
-    def fit(self, embeddings: Tensor, values: Tensor) -> None:
-        """Fit the linear layer to values (T, out) at embeddings (T, C) by ridge regression."""
-        weight, bias = ridge(embeddings.double(), values.double())
-        self.weight.copy_(weight)
-        self.bias.copy_(bias)
-
-
-def ridge(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit a linear layer to targets (T, D) at inputs (T, C): weight (D, C) and bias (D,).
-
-    The penalty is ``RIDGE`` times the inputs' mean squared norm, after their mean is subtracted.
-    """
-    mean, offset = inputs.mean(dim=0), targets.mean(dim=0)
-    centered = inputs - mean  # (T, C)
-    gram = centered @ centered.T  # (T, T)
-    penalty = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    weight = (centered.T @ torch.linalg.solve(gram + penalty, targets - offset)).T  # (D, C)
-    return weight, offset - weight @ mean
-
 
 class FreeRouter(DynamicRouter):
     """One logit for each unit, as published."""
@@ -154,9 +124,6 @@ class FreeRouter(DynamicRouter):
 
     def forward(self, embedding: Tensor) -> Tensor:
         return fp32_linear(self, embedding)
-
-    def start(self, embeddings: Tensor, logits: Tensor) -> None:
-        self.fit(embeddings, logits)
 
 
 class OrderedRouter(DynamicRouter):
@@ -178,26 +145,13 @@ class OrderedRouter(DynamicRouter):
     @torch.no_grad()
     def spread(self, span: float) -> None:
         """Space the thresholds evenly, the last at ``span``."""
-        self.increments.copy_(_inverse_softplus(torch.full_like(self.increments, span)))
+        nn.init.constant_(self.increments, math.log(math.expm1(span)))
 
     @torch.no_grad()
     def open(self) -> None:
         super().open()
         self.spread(THRESHOLD_SPAN)
         self.shift(THRESHOLD_SPAN)
-
-    @torch.no_grad()
-    def start(self, embeddings: Tensor, logits: Tensor) -> None:
-        """Initialize; ``logits`` fall from the first unit to the last at every t."""
-        first = logits[:, :1]  # (T, 1), the score before thresholds
-        thresholds = (first - logits).mean(dim=0)  # (U - 1,), 0 for the first unit
-        steps = thresholds.diff(prepend=-thresholds.new_full((1,), LEAST_STEP)) * len(thresholds)
-        self.increments.copy_(_inverse_softplus(steps.clamp(min=LEAST_STEP)))
-        self.fit(embeddings, first + LEAST_STEP)
-
-
-def _inverse_softplus(value: Tensor) -> Tensor:
-    return value + torch.log(-torch.expm1(-value))
 
 
 WIDTH_ROUTERS: Mapping[RouterKind, type[FreeRouter | OrderedRouter | StaticRouter]] = {

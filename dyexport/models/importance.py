@@ -78,21 +78,15 @@ def _probe(model: DynamicTransformer, inputs: Inputs, seed: int) -> tuple[Tensor
 
 
 def rank_units(
-    model: DynamicTransformer,
-    inputs: NoisedInputs,
-    timesteps: Sequence[float],
-    probes: int = PROBES,
-    progress: Progress = no_progress,
-) -> tuple[np.ndarray, np.ndarray]:
+    model: DynamicTransformer, inputs: NoisedInputs, timesteps: Sequence[float], progress: Progress = no_progress
+) -> None:
     """Reorder the units of every block, most important first, so that the unit forced on is the best one.
 
-    Returns their importance in the new order: heads (T, L, H), groups (T, L, G). The function computed by the dense
-    model does not change. Routers, which refer to units by position, must not be trained yet.
+    The function computed by the dense model does not change. Routers, which refer to units by position, must not
+    be trained yet.
     """
-    heads, groups = unit_importance(model, inputs, timesteps, probes, progress)
-    orders = [np.argsort(-value.mean(axis=0), kind="stable") for value in (heads, groups)]  # (L, H), (L, G)
-    by_head, by_group = (torch.from_numpy(order) for order in orders)
+    scores = zip(("heads", "groups"), unit_importance(model, inputs, timesteps, progress=progress), strict=True)
+    order = {name: torch.from_numpy(np.argsort(-value.mean(axis=0), kind="stable").copy()) for name, value in scores}
     for block in range(model.depth):
-        model.adapter.permute_units(model.backbone, block, by_head[block], by_group[block])
-    model.order = {"heads": by_head, "groups": by_group}
-    return np.take_along_axis(heads, orders[0][None], axis=-1), np.take_along_axis(groups, orders[1][None], axis=-1)
+        model.adapter.permute_units(model.backbone, block, order["heads"][block], order["groups"][block])
+    model.order = order

@@ -103,7 +103,7 @@ def dynamic_model(run: Run, static: Outcome, data: Data) -> Outcome:
     elif routers != "random":
         inputs["data"] = data.digest
     if routers == "trained":
-        inputs |= {"budget": settings.budget, "distill": settings.recipe.distill, "start": "importance"}
+        inputs |= {"budget": settings.budget, "distill": settings.recipe.distill}
         inputs |= _training(settings.finetune_schedule, data)
     scratch = run.scratch("dynamic", chosen)
     progress = run.training_progress("dynamic")

@@ -14,14 +14,14 @@ from torch import nn
 from dyexport.backbones import get_adapter
 from dyexport.backbones.calibration_effort import CALIBRATION_SAMPLES
 from dyexport.backbones.recipe import Schedule
-from dyexport.calibration.warm_start import start_from_importance
-from dyexport.calibration.widths import trajectory_points
+from dyexport.calibration.widths import (
+    trajectory_points,
+)
 from dyexport.checkpoints.dynamic import load_with_routers, save_dynamic
 from dyexport.checkpoints.locate import find_checkpoint
 from dyexport.checkpoints.static import adopt_static, load_static, save_static
 from dyexport.errors import CheckpointError
 from dyexport.files import hard_linked
-from dyexport.flops import FlopsModel
 from dyexport.models.devices import best_device
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.importance import rank_units
@@ -38,6 +38,7 @@ from dyexport.training.prompts import embed_prompts, kept_prompts
 from dyexport.training.synthetic import generate
 from dyexport.training.trainer import TrainingProgress, train_static
 
+RANKING_POINTS = 8
 SHARDS, PROMPTS = "shards", "prompts.safetensors"  # of synthetic data under way
 
 
@@ -179,19 +180,17 @@ def make_dynamic(
 def _finetuned(
     settings: BuildSettings, static: Path, source: LatentSource, scratch: Path, progress: TrainingProgress
 ) -> DynamicTransformer:
-    """Return the static model, trained under the budget from the widths that its units' importance suggests."""
+    """Return the static model with its most important units first, trained under the budget."""
     assert settings.budget is not None
     preset = settings.preset
     model = attach_routers(load_static(str(static), preset), settings)
-    effort, inputs = settings.recipe.calibration, calibration_inputs(settings, source)
-    points = trajectory_points(preset.timestep_range, effort.importance).tolist()
-    importance = rank_units(model, inputs, points, effort.probes, lambda done, total: progress(done, total, {}))
-    start_from_importance(model, points, importance, settings.budget, FlopsModel.of_preset(preset))
+    points = trajectory_points(preset.timestep_range, RANKING_POINTS)
+    inputs = calibration_inputs(settings, source)
+    rank_units(model, inputs, [float(t) for t in points], lambda done, total: progress(done, total, {}))
     config = FinetuneConfig(
         **asdict(settings.finetune_schedule),
         seed=settings.seed,
         budget=settings.budget,
-        warmup=0.0,
         distill=settings.recipe.distill,
     )
     finetune(model, preset, source, config, work_dir=scratch, progress=progress)

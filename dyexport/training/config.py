@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from dyexport.errors import BudgetError, UsageError
-from dyexport.models.gates import START_LOGIT, WIDTH_BIAS
+from dyexport.models.gates import WIDTH_BIAS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,9 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainConfig):
-    """DyDiT fine-tuning under a FLOPs ratio (lambda) of ``budget``.
+    """DyDiT fine-tuning: the FLOPs ratio (lambda) falls from 1 to ``budget``.
 
-    warmup    share of the run, at its start, over which lambda falls from 1, where routers start with every unit on, as
-              published; 0: they start on budget (``start_from_importance``)
+    warmup    share of the run, at its start, over which lambda falls
     complete  share of the run, at its start, that trains the dense model too
     anneal    share of the run over which gate noise falls to zero; it ends where ``settle`` begins
     settle    share of the run, at its end, in which the gates are those that will run
@@ -72,8 +71,6 @@ class FinetuneConfig(TrainConfig):
 
     def target(self, step: int) -> float:
         """Return lambda at a step: 1 at the start, ``budget`` after the warm-up."""
-        if self.warmup == 0:
-            return self.budget
         progress = min(step / max(self.warmup * self.steps, 1), 1.0)
         return 1.0 + progress * (self.budget - 1.0)
 
@@ -89,13 +86,12 @@ class FinetuneConfig(TrainConfig):
 
     @property
     def router_learning_rate(self) -> float:
-        """Learning rate at which a gate can move from its first logit to zero and back, in the warm-up if there is one.
+        """Learning rate at which a gate can move from its initial logit to zero and back while lambda falls.
 
         At 1e-4 Adam moves a router's bias of +15 by 15 in 150,000 steps, the published length. In a run of a thousand
         steps no gate would close.
         """
-        steps = self.steps if self.warmup == 0 else max(self.warmup * self.steps, 1)
-        return max(self.learning_rate, 2 * (START_LOGIT if self.warmup == 0 else WIDTH_BIAS) / steps)
+        return max(self.learning_rate, 2 * WIDTH_BIAS / max(self.warmup * self.steps, 1))
 
 
 def _require(holds: bool, name: str, value: float, must_be: str) -> None:

@@ -24,12 +24,6 @@ def test_routers_can_close_within_the_warmup_of_a_short_run_and_keep_the_publish
     assert FinetuneConfig(steps=2_000_000).router_learning_rate == 1e-4
 
 
-def test_routers_that_start_on_budget_stay_there_and_can_change_within_the_run() -> None:
-    config = FinetuneConfig(steps=1000, budget=0.4, warmup=0.0)
-    assert [config.target(step) for step in (0, 999)] == [0.4, 0.4]
-    assert config.router_learning_rate * 1000 == pytest.approx(12)
-
-
 @pytest.mark.parametrize("budget", [0, -1, 1.5, float("nan")])
 def test_an_impossible_budget_is_refused(budget: float) -> None:
     with pytest.raises(BudgetError, match="give a FLOPs ratio above 0 and at most 1"):
