@@ -21,7 +21,6 @@ from dyexport.models.inputs import NoisedInputs
 from dyexport.progress import Progress, no_progress
 
 RIDGE = 1e-3  # of the mean squared input, added to the diagonal of the normal equations
-ROWS_PER_INPUT = 4  # rows of activations for each input of the widest linear, at least
 
 Change = Callable[[str, Tensor, Tensor], None]
 """Takes the name of a linear, and what to add to its weight (out, in) and its bias (out,)."""
@@ -34,17 +33,19 @@ def fit_projections(
     inputs: NoisedInputs,
     timesteps: Sequence[float],
     change: Change,
+    *,
+    rows_per_input: int = 4,
     progress: Progress = no_progress,
 ) -> None:
     """Fit the linears that read gated units, ``names`` in the backbone, so that the masked model is near the dense one.
 
     Each gets the weight and bias that bring its outputs in the masked model nearest to those in the dense model, over
     ``inputs`` at all timesteps together: one weight serves every t. Layers are fitted in order of execution, in one
-    pass, so that each corrects what the layers before it left. The model itself does not change; a streamed one is
-    fitted too.
+    pass, so that each corrects what the layers before it left. There are at least ``rows_per_input`` tokens for each
+    input of the widest linear. The model itself does not change; a streamed one is fitted too.
     """
     widest = max(cast(nn.Linear, model.backbone.get_submodule(name)).in_features for name in names)
-    repeats = ceil(ROWS_PER_INPUT * widest / (inputs.rows * len(timesteps)))
+    repeats = ceil(rows_per_input * widest / (inputs.rows * len(timesteps)))
     larger = replace(inputs, batch_size=inputs.batch_size * repeats)
     twice = larger.over((*timesteps, *timesteps), device=model.device)  # the same samples at the same t
     masks = []

@@ -97,6 +97,8 @@ def recipe_line(recipe: Mapping[str, Any]) -> str:
     if (schedule := recipe["finetune"]) is not None:
         lora = "" if recipe["td_lora"] is None else f", TD-LoRA of rank {recipe['td_lora']['rank']}"
         parts.append(f"fine-tuned for {schedule['steps']} steps of {schedule['batch_size']}{lora}")
+    if recipe["repair"]:
+        parts.append("projections repaired by least squares")
     parts.append(f"data {recipe['data'] or 'noise'}")
     parts.append(f"stored in {recipe['precision']}, calibrated in {recipe['calibration_precision']}")
     return f"recipe: {'; '.join(parts)}"

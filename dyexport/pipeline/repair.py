@@ -47,7 +47,8 @@ def save_repaired(
     def change(name: str, weight: Tensor, bias: Tensor) -> None:
         save_file({f"{name}.weight": weight.contiguous(), f"{name}.bias": bias}, folder / f"{name}.safetensors")
 
-    fit_projections(model, names, inputs, points, change, progress)
+    rows = settings.recipe.calibration.repair
+    fit_projections(model, names, inputs, points, change, rows_per_input=rows, progress=progress)
     save_dynamic(model, out, preset, weights=Repaired(StoredWeights(dynamic), folder, names))
     shutil.rmtree(folder)
 

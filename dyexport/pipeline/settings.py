@@ -143,7 +143,7 @@ class BuildSettings:
     @property
     def repairs(self) -> bool:
         """True if output projections are repaired, since nothing is trained."""
-        return self.routers == "none" and self.budget is not None and self.lora is None
+        return self.routers == "none" and bool(self.budget and self.recipe.calibration.repair) and self.lora is None
 
     @cached_property
     def _given_widths(self) -> Widths | None:
@@ -162,7 +162,7 @@ class BuildSettings:
 
     @property
     def data_source(self) -> str | None:
-        """Training and calibration data: 'digits', 'emoji', 'synthetic' or a directory; None means noise."""
+        """Training and calibration data: 'digits', 'emoji', 'synthetic' or a directory; None: noise."""
         if self.data is not None:
             return SYNTHETIC if self.data.startswith(f"{SYNTHETIC}:") else self.data
         if self.routers == "random" or (self.recipe.data == SYNTHETIC and self.routers != "trained"):
@@ -182,12 +182,8 @@ class BuildSettings:
 
     @property
     def lora(self) -> LoraSpec | None:
-        """TD-LoRA that is trained instead of all weights; None without.
-
-        Experts follow the timestep, so with static widths the recipe's has one: a plain LoRA.
-        """
-        recipe = self.recipe.td_lora
-        if self.td_lora is not None or self.routers != "trained" or recipe is None:
+        """TD-LoRA trained in place of all weights. With static widths the recipe's has one expert: a plain LoRA."""
+        if self.td_lora is not None or self.routers != "trained" or (recipe := self.recipe.td_lora) is None:
             return self.td_lora
         return recipe.model_copy(update={"experts": 1}) if self.planned_widths == "static" else recipe
 
@@ -243,6 +239,7 @@ class BuildSettings:
         lora = self.lora
         return {
             "routers": self.routers,
+            "repair": self.repairs,
             "widths": self.planned_widths,
             "data": self.data_source,
             "from_scratch": asdict(self.static_schedule) if self.from_scratch else None,
