@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from benchmarks.rivals.__main__ import main
+from benchmarks.rivals.cache_dit_network import cached_step_cost, cost_of, fitted_threshold
 from benchmarks.rivals.chart import save_chart
-from benchmarks.rivals.costs import dense_composition, part
+from benchmarks.rivals.costs import dense_composition, part, slim_composition
 from benchmarks.rivals.measure import Point
 from benchmarks.rivals.publish import marker, publish
 from benchmarks.rivals.reuse import ReusingNetwork, decisions, relative_change, threshold_for
@@ -22,7 +23,11 @@ from benchmarks.rivals.timing import Timings
 from benchmarks.rivals.variants import CONTROL, DENSE, DYNAMIC, MODELS, REUSE, WIDTHS, Variant, variants_of
 from benchmarks.rivals.variants import equal_flops_steps as equal
 from dyexport.bench.statistics import Timing
+from dyexport.bundle.reader import Bundle
 from dyexport.errors import UsageError
+from dyexport.flops import FlopsModel
+from dyexport.report.costs import step_costs
+from dyexport.report.trajectory import trajectory_of
 from tests.pipeline.tiny import TINY
 
 HALF = Variant(name=DYNAMIC, budget=0.5)
@@ -201,6 +206,28 @@ def test_a_reusing_network_equals_the_direct_computation() -> None:
     composed = dense_composition(network.shares)
     assert composed.cost == sum(network.shares)
     assert composed.parts[part("dense", "reused")] == 6 - composed.cost
+
+
+def test_a_cached_step_of_cache_dit_costs_its_first_block_and_what_is_outside_blocks() -> None:
+    flops = FlopsModel.of_preset(TINY)
+    expected = (flops.gated / TINY.depth + flops.static) / flops.dense
+    assert cached_step_cost(flops) == pytest.approx(expected)
+    assert cost_of([1.0, 0.5, 0.0], 0.2) == pytest.approx(1.0 + 0.6 + 0.2)
+    assert fitted_threshold(lambda threshold: 8 / (1 + threshold), target=4.0) == 1.0
+
+
+def test_every_step_is_served_by_the_engine_of_its_timestep(sit_tiny: Bundle) -> None:
+    """With every second step reused, half of the calls remain, and one of the rule for each step that is left out."""
+    whole = slim_composition("dynamic", sit_tiny, [1.0] * 8)
+    trajectory = trajectory_of(sit_tiny.manifest.model, sit_tiny.manifest.plan, 8)
+    for segment in {step.segment for step in trajectory.steps}:
+        steps = [step for step in trajectory.steps if step.segment == segment]
+        assert whole.parts[part("dynamic", f"segment {segment}")] == len(steps)
+    assert whole.cost == pytest.approx(8 * step_costs(sit_tiny, trajectory).executed)
+    half = slim_composition("dynamic", sit_tiny, [1.0, 0.0] * 4)
+    assert half.parts[part("dense", "reused")] == 4
+    assert sum(count for name, count in half.parts.items() if "segment" in name) == 4
+    assert 0.4 < half.cost / whole.cost < 0.6
 
 
 SHORT = "--train-steps 3 --finetune-steps 3 --samples 20 --repeats 2 --steps 2 4 --seeds 0 --budgets 0.5 --shares 0.5"
