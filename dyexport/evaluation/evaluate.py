@@ -17,6 +17,7 @@ from dyexport.evaluation.judges import Judges, Tally, open_judges, real_distance
 from dyexport.evaluation.paired import Trail, compare_latents, compare_samples
 from dyexport.evaluation.report import CONTROL, DENSE, DYNAMIC, EvalReport, ModelScores, SeedScores
 from dyexport.evaluation.samplers import Sampler, open_sampler
+from dyexport.evaluation.scores import check_installed
 from dyexport.evaluation.settings import EvalSettings
 from dyexport.progress import Progress, no_progress
 from dyexport.runtime.loading import load
@@ -31,6 +32,7 @@ def evaluate(bundle: Bundle, settings: EvalSettings, progress: Progress = no_pro
     ``UsageError`` for settings that do nothing with the bundle, and ``CheckpointError`` and ``DataError`` for networks
     and references that cannot be read or do not fit.
     """
+    check_installed()
     settings.check_for(bundle)
     spec = bundle.manifest.model
     settings = settings.complete(spec)

@@ -23,6 +23,12 @@ class Kernel(NamedTuple):
 
 
 @missing_extras()
+def check_installed() -> None:
+    """Raise ``MissingDependencyError`` without torchmetrics: before samples are made, which may take hours."""
+    import torchmetrics  # noqa: F401
+
+
+@missing_extras()
 def frechet_distance(samples: torch.Tensor, real: torch.Tensor) -> float:
     """Compare Gaussians fitted to features (n, d) and (m, d), in fp64: FID (arXiv 1706.08500)."""
     from torchmetrics.image.fid import FrechetInceptionDistance

@@ -124,7 +124,7 @@ class EvalSettings:
         ``DataError`` for files that do not exist.
         """
         spec = bundle.manifest.model
-        for name, because in useless_settings(spec, self).items():
+        for name, because in _useless(spec, self):
             raise UsageError(f"--{name} does nothing here: {because}; leave it out")
         check_scheduler(spec, self.sampling.scheduler)
         if self.size is not None:
@@ -132,12 +132,8 @@ class EvalSettings:
         _check_sources(self, spec)
 
 
-def useless_settings(spec: ModelSpec, settings: EvalSettings) -> dict[str, str]:
-    """Return the settings that are given and do nothing for a model, each with the reason."""
-    return {name: because for name, because in _conflicts(spec, settings)}
-
-
-def _conflicts(spec: ModelSpec, settings: EvalSettings) -> Iterator[tuple[str, str]]:
+def _useless(spec: ModelSpec, settings: EvalSettings) -> Iterator[tuple[str, str]]:
+    """Yield the settings that are given and do nothing for a model, each with the reason."""
     by_labels = _by_labels(spec)
     for name in ("prompts", "pipeline", "clip", "size") if by_labels else ("vae", "classifier"):
         if getattr(settings, name):
