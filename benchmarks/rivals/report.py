@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import write_results
+from benchmarks.quality import CONTROL, write_results
 from benchmarks.rivals.chart import save_chart
 from benchmarks.rivals.publish import DOCS, PAGES, publish
 from benchmarks.rivals.tables import Row, as_csv, markdown_table, summary
 from benchmarks.rivals.timing import Timings
+from benchmarks.rivals.variants import DYNAMIC, REUSE, WIDTHS
 from dyexport.errors import UsageError
 from dyexport.evaluation.settings import SamplingConfig
 from dyexport.files import write_atomically
@@ -107,10 +108,14 @@ def write(report: Report, results: Path) -> None:
 def publish_summary(report: Report, results: Path, pages: Sequence[Path] = PAGES, docs: Path = DOCS) -> None:
     """Put the summary and the chart, which is among the results, into README and docs.
 
-    Raises ``UsageError`` for a page without a place for it, and for a report without quality.
+    Raises ``UsageError`` for a page without a place for it, and for a report without quality or with missing seeds.
     """
     chart = docs / f"{report.stem}.svg"
     if report.sampling is None or not (made := results / chart.name).exists():
         raise UsageError("--publish is for quality, and nothing is scored; leave it out")
+    there = {row.variant.name for row in report.rows}
+    lacking = {row.variant.name for row in report.rows if row.missing} | ({CONTROL, WIDTHS, REUSE, DYNAMIC} - there)
+    if lacking:
+        raise UsageError(f"--publish needs every seed of {min(lacking)}; train what is missing, or leave it out")
     publish(report.model, report.summary(), chart, pages)
     write_atomically(chart, made.read_bytes())

@@ -211,7 +211,7 @@ def summary(rows: Sequence[Row], steps: Sequence[int], budget: float) -> str:
 
 def _summarized(rows: Sequence[Row], budget: float) -> Iterator[tuple[str, Variant]]:
     """Yield titles and variants; of the caches the one that computes a share next to lambda."""
-    yield "fewer steps of the static model, trained as long", Variant(name=CONTROL)
+    yield "fewer steps of the static model, trained as long, at equal FLOPs", Variant(name=CONTROL)
     yield f"static slim network, lambda {budget:g}", Variant(name=WIDTHS, budget=budget)
     shares = {row.variant.share for row in rows if row.variant.name == REUSE and row.variant.share is not None}
     if shares:

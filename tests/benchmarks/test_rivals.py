@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from benchmarks.rivals.chart import save_chart
 from benchmarks.rivals.costs import dense_composition, part, slim_composition
 from benchmarks.rivals.measure import Point
 from benchmarks.rivals.publish import marker, publish
+from benchmarks.rivals.report import Report, publish_summary
 from benchmarks.rivals.reuse import ReusingNetwork, decisions, relative_change, threshold_for
 from benchmarks.rivals.tables import Row, as_csv, markdown_table, rows_of, summary
 from benchmarks.rivals.timing import Timings
@@ -25,6 +27,7 @@ from benchmarks.rivals.variants import equal_flops_steps as equal
 from dyexport.bench.statistics import Timing
 from dyexport.bundle.reader import Bundle
 from dyexport.errors import UsageError
+from dyexport.evaluation.settings import SamplingConfig
 from dyexport.flops import FlopsModel
 from dyexport.report.costs import step_costs
 from dyexport.report.trajectory import trajectory_of
@@ -169,6 +172,21 @@ def test_a_summary_is_put_between_its_marks(tmp_path: Path) -> None:
     assert text.endswith(f"(docs/chart.svg)\n{end}\nafter\n")
     with pytest.raises(UsageError, match="has no place for the summary of sit-digits"):
         publish("sit-digits", "a table", tmp_path / "chart.svg", (page,))
+
+
+def test_a_summary_that_lacks_seeds_is_not_published(rows: list[Row], tmp_path: Path) -> None:
+    chart, page = "rivals_sit-digits.svg", tmp_path / "page.md"
+    (tmp_path / chart).write_text("<svg/>")
+    page.write_text("\n".join(marker("sit-digits")))
+    settings = {"model": "sit-digits", "made": {}, "remarks": (), "timings": None, "sampling": SamplingConfig()}
+    places = {"pages": (page,), "docs": tmp_path / "docs"}
+    late = [replace(row, missing=(1,)) if row.variant.name == WIDTHS else row for row in rows]
+    with pytest.raises(UsageError, match="needs every seed of static"):
+        publish_summary(Report(rows=late, **settings), tmp_path, **places)
+    assert not (tmp_path / "docs").exists()
+    publish_summary(Report(rows=rows, **settings), tmp_path, **places)
+    assert "| dynamic, lambda 0.5 |" in page.read_text()
+    assert (tmp_path / "docs" / chart).read_text() == "<svg/>"
 
 
 def test_the_rule_computes_where_changes_since_the_last_output_reach_the_threshold() -> None:
