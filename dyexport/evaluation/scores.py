@@ -33,7 +33,7 @@ def frechet_distance(samples: torch.Tensor, real: torch.Tensor) -> float:
     """Compare Gaussians fitted to features (n, d) and (m, d), in fp64: FID (arXiv 1706.08500)."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_given(samples.shape[1]))
+    metric = FrechetInceptionDistance(feature=_passthrough(samples.shape[1]))
     metric.update(real.double(), real=True)
     metric.update(samples.double(), real=False)
     return max(float(metric.compute()), 0.0)
@@ -46,7 +46,7 @@ def kernel_distance(samples: torch.Tensor, real: torch.Tensor, subset: int) -> K
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it keeps all features, which are small
-        metric = KernelInceptionDistance(feature=_given(samples.shape[1]), subsets=SUBSETS, subset_size=subset)
+        metric = KernelInceptionDistance(feature=_passthrough(samples.shape[1]), subsets=SUBSETS, subset_size=subset)
     metric.update(real.double(), real=True)
     metric.update(samples.double(), real=False)
     with torch.random.fork_rng(devices=[]):
@@ -55,7 +55,7 @@ def kernel_distance(samples: torch.Tensor, real: torch.Tensor, subset: int) -> K
     return Kernel(float(mean), float(deviation))
 
 
-def _given(size: int) -> torch.nn.Module:
+def _passthrough(size: int) -> torch.nn.Module:
     """Make the extractor of features that are computed already."""
     module: Any = torch.nn.Identity()
     module.num_features = size

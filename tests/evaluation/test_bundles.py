@@ -78,14 +78,14 @@ def test_digits_are_scored_against_digits(sit_tiny: Bundle) -> None:
     reference = trained_classifier().features(load_digits("train").pictures)
     raw = []
     for model, scores in zip(both(sit_tiny), report.models, strict=True):
-        for seed, found in zip((0, 2), scores.seeds, strict=True):
+        for seed, measured in zip((0, 2), scores.seeds, strict=True):
             values = sample(model, latents, labels, steps=STEPS, guidance_scale=1.0, seed=seed * SEED_STRIDE).numpy()
             pictures = np.clip(values / 2 + 0.5, 0, 1)
             accuracy = (trained_classifier().classes(pictures) == labels).mean()
             expected = frechet.frechet_distance(trained_classifier().features(pictures), reference)
-            assert (found.seed, found.class_accuracy) == (seed, pytest.approx(accuracy))
-            assert found.frechet == pytest.approx(expected, rel=1e-3)
-            assert found.kernel is not None
+            assert (measured.seed, measured.class_accuracy) == (seed, pytest.approx(accuracy))
+            assert measured.frechet == pytest.approx(expected, rel=1e-3)
+            assert measured.kernel is not None
             raw.append(values)
     dense, dynamic = raw[0], raw[2]  # of the first seed
     check_drift(report, dense, dynamic)
