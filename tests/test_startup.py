@@ -137,7 +137,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("bench digits --size 64", 2, "--size does nothing here"),
         ("bench digits --pipeline x", 2, "--pipeline does nothing here"),
         ("bench prompted --pipeline gone/", 1, "cannot read text encoders and VAE from gone/: it does not exist"),
-        ("eval prompted", 2, "own is not a digits model"),
+        ("eval digits --clip x", 2, "--clip does nothing here"),
         ("report digits --prompt x", 2, "--prompt does nothing here: sit-digits samples from class labels"),
         ("report digits --vae x", 2, "--vae does nothing here: sit-digits samples pixels, not latents"),
         ("report digits --scheduler ddim", 2, "use euler"),
