@@ -77,7 +77,7 @@ def make_calibrated(
         metrics: dict[str, float] = {}
         if settings.repairs:
             metrics["unrepaired_relative_mse"] = _distance(
-                settings, model, model.backbone, inputs, phases("comparison")
+                settings, model, model.backbone, inputs, phases("comparison before repair")
             )
             save_repaired(settings, model, dynamic, inputs, phases("repair"), out)
             model, _ = load_dynamic(out, stream=stream)

@@ -138,7 +138,10 @@ class RecordingListener(NullListener):
             self.phases.setdefault(detail, []).append((done, total))
 
 
-@pytest.mark.parametrize(("values", "phases"), [({"finetune_steps": 0}, ["importance"]), ({}, ["budget", "tokens"])])
+@pytest.mark.parametrize(
+    ("values", "phases"),
+    [({"finetune_steps": 0}, ["importance", "comparison before repair", "repair"]), ({}, ["budget", "tokens"])],
+)
 def test_calibration_tells_how_far_it_is(tmp_path: Path, values: dict[str, Any], phases: list[str]) -> None:
     listener = RecordingListener("calibrate")
     with opened(tiny_settings(tmp_path, **values), listener) as run:
