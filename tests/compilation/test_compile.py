@@ -39,7 +39,7 @@ from dyexport.stages.locking import locked_output
 from dyexport.stages.workers import WorkerPool
 from tests.built import built_once
 from tests.compilation.bundles import ADA, RTX, compile_for, copy_of, everything_in
-from tests.pipeline.tiny import build, tamper, tiny_settings
+from tests.pipeline.tiny import BLOCKS, build, shallow, tamper, tiny_settings
 from tests.test_runtime_only import BUILD, without
 
 NETWORKS = ("segment-00", "segment-01", "segment-02", "conditioning")
@@ -63,7 +63,14 @@ def test_a_copied_bundle_gets_the_plans_that_its_build_made(
 ) -> None:
     """Of every network, the dense one too, by the same keys; the bundle with plans, and the copy without them."""
     folder = shared_folder / f"plans-{model}"
-    built = built_once(folder, model=model, engines=2, baseline=True, targets=(RTX,), tensorrt=ADA)
+    built = built_once(
+        folder,
+        model=shallow(model) if model in BLOCKS else model,
+        engines=2,
+        baseline=True,
+        targets=(RTX,),
+        tensorrt=ADA,
+    )
     root = copy_of(built, tmp_path)
     remove_plans(root)
     records = Ledger(folder / "work", NullListener()).records

@@ -25,6 +25,7 @@ from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from dyexport.files import PARTIAL, remove
 from dyexport.stages.ledger import Ledger, NullListener
 from dyexport.stages.locking import LOCK
+from tests.built import built_once
 from tests.compilation.bundles import ADA, RTX, compile_for, copy_of, everything_in
 from tests.pipeline.faults import Fault, Writes, each_write
 from tests.pipeline.tiny import build, hashes, tiny_settings
@@ -103,9 +104,9 @@ class Start(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def start(rtx: Any, static_tokens: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Start:
+def start(rtx: Any, shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
     folder = tmp_path_factory.mktemp("start")
-    root = copy_of(static_tokens, folder)
+    root = copy_of(built_once(shared_folder / "two-networks", token_path="dynamic"), folder)
     compile_for(root, tensorrt=BLACKWELL)
     old = Bundle.open(root)
     compiler = get_compiler(RTX, CompileOptions(tensorrt=ADA), folder / "timings")
