@@ -19,6 +19,7 @@ from dyexport.commands.results import (
     token_path_line,
     trainable_lines,
     unbudgeted_line,
+    untrained_line,
 )
 from dyexport.commands.stages import building, settings_of
 from dyexport.console import DebugOption, JsonOption, emit, format_bytes, pairs, stderr
@@ -97,8 +98,9 @@ def build_bundle(settings: BuildSettings, json: bool, without: frozenset[str] = 
         console.print(pairs(_build_lines(payload)))
         if settings.budget is None:
             console.print(unbudgeted_line(settings.routers, payload["flops_ratio"]), soft_wrap=True)
-        if (line := token_path_line(manifest.plan)) is not None:
-            console.print(line, markup=False, soft_wrap=True)
+        for line in (untrained_line(payload), token_path_line(manifest.plan)):
+            if line is not None:
+                console.print(line, markup=False, soft_wrap=True)
         console.print(next_lines(payload, next_commands(manifest, settings.checkpoint)), markup=False, soft_wrap=True)
 
     if run.replaced:

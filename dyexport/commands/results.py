@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dyexport.bundle.plan import SegmentPlan
 
 NARROW = 4.0  # times below the limit of fp16
+NOTICED = 0.004  # relative MSE that raised the Frechet distance of digits by half (benchmarks/without_training.py)
 
 
 def plan_costs(plan: SegmentPlan) -> dict[str, Any]:
@@ -30,6 +31,17 @@ def error_line(payload: Mapping[str, Any]) -> tuple[str, str]:
     before = payload.get("unrepaired_relative_mse")
     repaired = "" if before is None else f"; {before:.4f} before its projections were repaired"
     return ("output error against dense", f"{payload['output_relative_mse']:.4f} (relative MSE{repaired})")
+
+
+def untrained_line(payload: Mapping[str, Any]) -> str | None:
+    """Return a warning if nothing was trained and the output error is one that samples are known to suffer from."""
+    error = payload["output_relative_mse"]
+    if payload["recipe"]["routers"] != "none" or error < NOTICED:
+        return None
+    return (
+        f"nothing was trained, and an output error of {error:.4f} shows in samples: on digits {NOTICED} raised the "
+        "Frechet distance by half; fine-tune, or raise --budget"
+    )
 
 
 def headroom_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:

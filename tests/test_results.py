@@ -1,0 +1,23 @@
+"""Lines that build commands print about quality."""
+
+from __future__ import annotations
+
+import pytest
+
+from dyexport.commands.results import error_line, untrained_line
+
+
+@pytest.mark.parametrize(
+    ("routers", "error", "warned"), [("none", 0.02, True), ("none", 0.001, False), ("trained", 0.02, False)]
+)
+def test_a_network_that_was_cut_too_far_without_training_is_reported(routers: str, error: float, warned: bool) -> None:
+    line = untrained_line({"recipe": {"routers": routers}, "output_relative_mse": error})
+    assert (line is not None) == warned
+    if line is not None:
+        assert "0.0200" in line
+        assert "raise --budget" in line
+
+
+def test_the_error_before_repair_is_shown() -> None:
+    assert error_line({"output_relative_mse": 0.02})[1] == "0.0200 (relative MSE)"
+    assert "0.1500 before" in error_line({"output_relative_mse": 0.02, "unrepaired_relative_mse": 0.15})[1]
