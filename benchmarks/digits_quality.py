@@ -158,7 +158,7 @@ def scores_of(
 def data_of(spec: ModelSpec) -> str:
     """Return the built-in data set that a model is trained on. Raises ``UsageError`` for one without."""
     if (data := data_set_of(spec)) is None:
-        raise UsageError(f"{spec.name} has no data set of its own; name a model of digits or emoji")
+        raise UsageError(f"{spec.name} has no built-in data set; name a model of digits or emoji")
     return data
 
 

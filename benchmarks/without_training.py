@@ -1,4 +1,4 @@
-"""What a budget costs in quality if nothing is trained: ``--finetune-steps 0``, with and without repair.
+"""Quality of each budget if nothing is trained: ``--finetune-steps 0``, with and without repair.
 
 A static model is cut to each budget by the importance of its units. The scores are the output error that ``dyexport
 build`` prints, and the Frechet distance and the class accuracy of samples, from the same noise for every model.

@@ -1,4 +1,4 @@
-"""What a trajectory consists of: FLOPs in dense evaluations, and the engines that serve its steps."""
+"""Parts of a trajectory: FLOPs in dense evaluations, and the engines that serve its steps."""
 
 from __future__ import annotations
 

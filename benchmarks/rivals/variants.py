@@ -48,7 +48,7 @@ class Variant:
 
     @property
     def kind(self) -> Kind:
-        """What is trained for it."""
+        """Kind of model that is trained for it."""
         if self.name == CONTROL:
             return CONTROL
         return BUNDLE if self.budget is not None else STATIC

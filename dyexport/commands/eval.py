@@ -162,7 +162,7 @@ def eval(
     """Score what a bundle samples, next to its dense network: distances to real data, classes, prompts, and drift.
 
     Quality scores compare two models. Whether the engines compute what the fine-tuned model computes is another
-    question: its answer, the golden check, stands on a line of its own, and the exit code is 1 if it fails.
+    question: its answer, the golden check, is printed on a separate line, and the exit code is 1 if it fails.
     """
     from dyexport.bench.settings import check_output
     from dyexport.evaluation.settings import SEEDS, SUBSET, EvalSettings, SamplingConfig, parse_size, read_prompts

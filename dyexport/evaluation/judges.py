@@ -21,7 +21,7 @@ from dyexport.progress import Progress, no_progress
 
 @dataclass(frozen=True, kw_only=True)
 class Judges:
-    """What scores samples; None for scores that are not computed.
+    """Extractors and references that samples are scored by; None for scores that are not computed.
 
     ``reference`` has the features of real data (n, d), ``resized`` pictures of which were of another size. ``subset``
     is that of the kernel distance.

@@ -20,7 +20,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FILES = (".safetensors", ".npz")
 BATCH = 64
 KEYS = ("features", "latents", "pictures", "arr_0")
-"""What a file may hold: features (n, d), latents (n, ...), or pictures (n, H, W, C) in eight bits, in files of
+"""Contents that a file may have: features (n, d), latents (n, ...), or pictures (n, H, W, C) in eight bits, in files of
 guided-diffusion under ``arr_0``."""
 
 Decoder = Callable[[torch.Tensor], torch.Tensor]

@@ -152,7 +152,7 @@ def labels_of(spec: ModelSpec, samples: int) -> torch.Tensor:
 
 
 class _FromPrompts(Sampler):
-    """What both samplers of models of prompts share."""
+    """Base of both samplers of models of prompts."""
 
     def __init__(self, spec: ModelSpec, settings: EvalSettings) -> None:
         super().__init__(spec, settings)

@@ -37,7 +37,7 @@ POINTS = 128  # cells of the width map
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What other commands found out: the verification or the reason why there is none, and files of measurements."""
+    """Results of other commands: the verification or the reason why there is none, and files of measurements."""
 
     verified: VerifyReport | str
     bench: BenchReport | None = None

@@ -126,7 +126,7 @@ def kept_tokens(
 
     A router's comparison is the largest of its block, and the last of that size: a block with a capacity compares the
     tokens that it picked before it counts those that the router keeps. Where text is routed too, it comes first.
-    None for graphs in which that cannot be told.
+    None for graphs that do not show it.
     """
     routed = [block for block, path in enumerate(segment.token_paths) if path != EVERY_TOKEN]
     by_module: dict[str, np.ndarray] = {}

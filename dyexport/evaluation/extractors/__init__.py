@@ -1,1 +1,1 @@
-"""What looks at pictures: feature extractors and classifiers, one module for each kind."""
+"""Feature extractors and classifiers, one module for each kind."""
