@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from datetime import timedelta
 from typing import Any
@@ -21,6 +22,7 @@ class AccelerateProcesses:
         # By default PartialState ignores the variable by which Accelerator decides to train on CPUs.
         state: Any = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
         self.is_main_process = bool(state.is_main_process)
+        atexit.register(state.destroy_process_group)  # a process that exits with gloo's threads running may abort
 
     def broadcast(self, value: str) -> str:
         from accelerate.utils import broadcast_object_list

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dyexport.training.config import FinetuneConfig
 from dyexport.training.finetuning import finetune
@@ -47,3 +48,4 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
     (directory / f"rank{os.environ['RANK']}.json").write_text(json.dumps(run(directory / "together")))
+    torch.distributed.destroy_process_group()
