@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dyexport.backbones.base import Adapter, Inputs, RouterKind
 from dyexport.bundle.tables import WidthTable
 from dyexport.lora import LoraSpec
+from dyexport.models.checkpointing import BlockCheckpoints, GatedBlock
 from dyexport.models.gates import BlockGates, BlockRouter, GatedPass, GateNoise, hard_gate, without_autocast
 from dyexport.models.hooks import BIAS
 from dyexport.models.td_lora import TdLora
@@ -213,6 +214,13 @@ class DynamicTransformer(nn.Module):
             return self.adapter.run(self.backbone, inputs)
         finally:
             self.td_lora.follow(None)
+
+    def checkpoint_blocks(self) -> None:
+        """Keep the inputs of blocks for a backward pass, which recomputes the rest (gradient checkpointing)."""
+        blocks = self.adapter.blocks(self.backbone)
+        loras = [None] * len(blocks) if self.td_lora is None else self.td_lora.block_loras
+        gated = [GatedBlock(*parts) for parts in zip(blocks, self._gates, loras, strict=True)]
+        cast(Any, self.backbone).enable_gradient_checkpointing(BlockCheckpoints(gated))
 
     @contextmanager
     def _following(self, run: GatedPass) -> Iterator[None]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -215,10 +216,24 @@ class GatedPass:
     route_tokens: bool = True
     tokens: list[Tensor] = field(default_factory=list)  # L x (B, N), without noise
     token_logits: list[Tensor] = field(default_factory=list)
+    sampled: dict[int, Tensor] = field(default_factory=dict)  # noise of each block's token gates
 
     @property
     def batch(self) -> int:
         return len(self.head_masks)
+
+    def again(self) -> GatedPass:
+        """Return a pass for recomputation: with the same masks and noise, and without recorded tokens."""
+        return replace(self, tokens=[], token_logits=[])
+
+    def noise_of(self, block: int) -> GateNoise | None:
+        """Return the noise of a block's token gates, which is sampled once and then kept; None without noise."""
+        return None if self.noise is None else partial(self._sample_once, self.noise, block)
+
+    def _sample_once(self, noise: GateNoise, block: int, shape: torch.Size) -> Tensor:
+        if block not in self.sampled:
+            self.sampled[block] = noise(shape)
+        return self.sampled[block]
 
 
 class BlockGates:
@@ -234,6 +249,11 @@ class BlockGates:
         self.index = index
         self._pass: GatedPass | None = None
         self._token_mask: Tensor | None = None  # (R, N)
+
+    @property
+    def current(self) -> GatedPass | None:
+        """The pass whose gates apply."""
+        return self._pass
 
     def open(self, run: GatedPass | None) -> None:
         """Set the pass whose gates to apply; None for no gates."""
@@ -262,7 +282,8 @@ class BlockGates:
         else:
             logits = self.router.tokens(*inputs)  # (R, N)
             gates = hard_gate(logits)
-            self._token_mask = gates if self._pass.noise is None else hard_gate(logits, self._pass.noise)
+            noise = self._pass.noise_of(self.index)
+            self._token_mask = gates if noise is None else hard_gate(logits, noise)
         self._pass.tokens.append(gates.reshape(self._pass.batch, -1))
         self._pass.token_logits.append(logits.reshape(self._pass.batch, -1))
 

@@ -46,7 +46,7 @@ def _recomputing(model: DynamicTransformer, *, enabled: bool) -> Iterator[None]:
     if not enabled or backbone.is_gradient_checkpointing:  # as a streamed backbone always is
         yield
         return
-    backbone.enable_gradient_checkpointing()
+    model.checkpoint_blocks()
     try:
         yield
     finally:
