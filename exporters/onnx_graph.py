@@ -30,6 +30,7 @@ from onnxscript.rewriter.rules import common as rules
 from dyexport.bundle.graph_labels import MODULE
 from dyexport.errors import ExportError
 from dyexport.exporters.examples import dynamic_shapes, example_inputs, example_sizes
+from dyexport.exporters.operators import operators_read_once
 from dyexport.exporters.qdq import insert_qdq
 from dyexport.slicing.slicer import Slice
 from dyexport.slicing.store_layout import StoreLayout
@@ -117,7 +118,8 @@ def _translate(slice_: Slice) -> ir.Model:
     """Trace the module once, and translate its operators without decomposition."""
     shapes = dynamic_shapes(slice_)
     # With symbolic sizes, filling the cache of fake tensors takes longer than it saves.
-    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False), without_stack_traces():
+    without_cache = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+    with without_cache, without_stack_traces(), operators_read_once():
         traced = torch.export.export(
             slice_.module.eval(),
             (),
