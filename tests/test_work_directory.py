@@ -22,6 +22,7 @@ from dyexport.pipeline.settings import BuildSettings
 from tests.pipeline.tiny_pipeline import save_pipeline
 
 Run = Callable[..., tuple[int, str, str]]
+QUICK = {"bench": ("--rounds", "1", "--steps", "2", "--no-compile", "--no-eager")}  # appended to what is suggested
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ def commands_in(out: str) -> list[list[str]]:
 
 @pytest.mark.build
 def test_a_replaced_bundle_is_reported_and_what_is_suggested_runs(run: Run) -> None:
-    model = ("build", "--model", "sit-digits", "--budget", "0.5", "--random-weights", "--work", "w", "--out", "b")
+    model = ("build", "--model", "sit-tiny", "--budget", "0.5", "--random-weights", "--work", "w", "--out", "b")
     for engines, notice in (("1", None), ("1", None), ("2", "replaced the bundle in b, which had engines 1; ")):
         code, out, err = run(*model, "--engines", engines)
         assert code == 0, err
@@ -155,7 +156,7 @@ def test_a_replaced_bundle_is_reported_and_what_is_suggested_runs(run: Run) -> N
     suggested = commands_in(out)
     assert [words[0] for words in suggested] == ["verify", "sample", "bench"]
     for words in suggested:
-        code, _, err = run(*words)
+        code, _, err = run(*words, *QUICK.get(words[0], ()))
         assert code == 0, err
     code, out, err = run(*model, "--engines", "2", "--precision", "bf16", "--json")
     assert (code, json.loads(out)["replaced"]["precision"]) == (0, "fp32")
