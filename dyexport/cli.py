@@ -27,6 +27,7 @@ COMMANDS = (
     "calibrate",
     "export",
     "plan",
+    "encode",
     "compile",
     "verify",
     "sample",

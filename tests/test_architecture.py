@@ -40,10 +40,10 @@ CONTRACTS = {
     "tensorrt_api",
 }
 BUILD_ROLES = {"backbones.basic_transformer_block", "backbones.conditions", "backbones.cut", "backbones.flops"} | {
-    f"backbones.{role}" for role in ("masked", "published", "slim", "slim_conditioning", "slim_layers")
+    f"backbones.{role}" for role in ("latents", "masked", "published", "slim", "slim_conditioning", "slim_layers")
 }
 RUN_ROLES = {"backbones.pipeline", "backbones.stand_in"}
-BUILD_SIDE = {"models", "checkpoints", "slicing", "calibration", "exporters", "training"} | BUILD_ROLES
+BUILD_SIDE = {"models", "checkpoints", "slicing", "calibration", "exporters", "training", "encoding"} | BUILD_ROLES
 RUN_SIDE = {"engines", "runtime", "serving", "bench", "evaluation", "report"} | RUN_ROLES
 EITHER_SIDE = CONTRACTS | BUILD_SIDE | RUN_SIDE
 PIPELINE = {"pipeline", "verification"}
@@ -75,6 +75,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": CONTRACTS | BUILD_ROLES | {"models", "slicing"},
     "exporters": CONTRACTS | {"models", "slicing"},
     "training": CONTRACTS | BUILD_ROLES | {"models", "slicing"},
+    "encoding": CONTRACTS | BUILD_ROLES | {"checkpoints", "models", "training"},
     "engines": {"errors", "files", "bundle", "tensorrt_api"},
     "runtime": {"arguments", "errors", "files", "bundle", "engines", "progress", "backbones", "backbones.preset"}
     | RUN_ROLES,
@@ -147,6 +148,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 REGISTRY = {
     "get_adapter": "backbones.masked",
     "get_conditioning": "backbones.conditions",
+    "get_latent_format": "backbones.latents",
     "get_slicer": "backbones.cut",
     "get_stand_in": "backbones.stand_in",
     "get_pipeline": "backbones.pipeline",
@@ -165,7 +167,7 @@ def package_files() -> list[Path]:
     return sorted(path for folder in folders for path in folder.rglob("*.py"))
 
 
-SHARED = ("base", "calibration_effort", "dialect", "recipe", "sampling")
+SHARED = ("autoencoders", "base", "calibration_effort", "dialect", "recipe", "sampling")
 """Modules that all backbones share."""
 
 
@@ -427,6 +429,7 @@ def test_other_words_are_allowed(line: str) -> None:
 
 ROLES = {
     "preset": ("PRESETS",),
+    "latents": ("latent_format",),
     "masked": ("ADAPTER",),
     "published": ("DIALECTS", "LORA_LOADER"),
     "conditions": ("Conditioning",),

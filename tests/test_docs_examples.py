@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,7 +21,6 @@ from dyexport.bundle.reader import Bundle
 from dyexport.cli import app
 from dyexport.evaluation.report import EvalReport
 from dyexport.presets import PRESETS
-from dyexport.training.data import ShardDirectory
 from dyexport.verification.report import VerifyReport
 from tests.test_docs import JSON_KEYS, PAGES, ROOT, fenced, page_name, text_of
 
@@ -38,11 +36,11 @@ def _in_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def run(page: str, change: Callable[[str], str] = str) -> dict[str, Any]:
+def run(page: str) -> dict[str, Any]:
     """Run the examples of a page in order, in one namespace, and return it."""
     names: dict[str, Any] = {}
     for block in fenced(NOT_RUN.sub("", text_of(ROOT / page)), "python"):
-        exec(compile(change(block), page, "exec"), names)
+        exec(compile(block, page, "exec"), names)
     return names
 
 
@@ -116,24 +114,6 @@ def test_diffusers_page(flux_tiny: Bundle, flux_pipeline: Path) -> None:
     names = run("docs/howto/diffusers.md")
     assert names["variations"].transformer is not None
     assert type(names["transformer"]).__name__ == type(names["pipe"].transformer).__name__ == "FluxBundle"
-
-
-def test_latents(flux_pipeline: Path) -> None:
-    stand_in(FLUX, flux_pipeline)
-    save_vae(channels=4)
-    for name in ("pictures/cats/1.png", "pictures/cats/2.jpg", "pictures/dogs/1.png", "lighthouse.png"):
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((40, 60, 3), 128, np.uint8)).save(name)
-    run("docs/howto/data.md", lambda block: block.replace("size = 1024", "size = 128"))
-
-    classes = ShardDirectory(Path("latents"), PRESETS["dit-xl-2"])
-    batch = classes.batch(torch.arange(len(classes)))
-    assert batch.latents.shape == (3, 4, 32, 32)
-    assert batch.conditions["class_labels"].tolist() == [0, 0, 1]
-    Path("flux").mkdir()
-    Path("flux.safetensors").rename("flux/0.safetensors")
-    prompted = ShardDirectory(Path("flux"), PRESETS["flux-tiny"]).batch(torch.arange(1))
-    assert prompted.latents.shape == (1, *PRESETS["flux-tiny"].latent_shape)
 
 
 def test_new_engine(sit_tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

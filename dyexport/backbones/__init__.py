@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dyexport.errors import UsageError
 
 if TYPE_CHECKING:
+    from dyexport.backbones.autoencoders import ScaledLatents
     from dyexport.backbones.base import Adapter, Conditioning, EngineSizes, Preset, SamplingDefaults, Slicer
     from dyexport.backbones.sampling import SamplingPipeline
     from dyexport.bundle.spec import ModelSpec
@@ -39,6 +40,12 @@ def get_conditioning(preset: Preset) -> Conditioning:
     """Return the conditioning of a preset's network: its inputs other than latents and t."""
     conditioning: Conditioning = part(preset.backbone, "conditions").Conditioning(preset)
     return conditioning
+
+
+def get_latent_format(preset: Preset) -> ScaledLatents:
+    """Return how pictures become latents of a preset's model. Raises ``DataError`` if pictures alone cannot."""
+    latents: ScaledLatents = part(preset.backbone, "latents").latent_format(preset)
+    return latents
 
 
 def get_slicer(backbone: str) -> Slicer:

@@ -6,6 +6,7 @@
 | ``masked``        | ``ADAPTER``, an ``Adapter``| the masked model, importance, checkpoints    |
 | ``published``     | ``DIALECTS``, ``LORA_LOADER`` | checkpoints with other names than diffusers' |
 | ``conditions``    | ``Conditioning``           | training, calibration, synthetic data        |
+| ``latents``       | ``latent_format``          | encoding of pictures                         |
 | ``cut``, ``slim`` | the functions of ``Slicer``| slicing and export                           |
 | ``flops``         | ``count``                  | budgets, plans                               |
 | ``engine_sizes``  | ``EngineSizes``' functions | TensorRT                                     |

@@ -26,7 +26,7 @@ from dyexport.pipeline.stage_settings import (
 )
 from dyexport.stages.file_records import describe, digest_of
 from dyexport.stages.ledger import Outcome
-from dyexport.training.data import LatentSource, open_source
+from dyexport.training.data import LatentSource, ShardDirectory, open_source
 from dyexport.training.data_files import read_prompts
 
 
@@ -76,7 +76,7 @@ def synthetic_data(run: Run, source: Path | None, static: Outcome) -> Data:
     progress = partial(run.listener.advanced, "synthetic")
     make = partial(steps.make_synthetic, settings, static.path, source, prompts, scratch, progress)
     outcome = run.stage("synthetic", "synthetic", inputs, make, chosen=chosen, scratch=scratch)
-    return Data(source=open_source(str(outcome.path), settings.preset))
+    return Data(source=ShardDirectory(outcome.path, settings.preset))
 
 
 def _prompts_digest(run: Run, source: Path | None) -> str:

@@ -19,9 +19,18 @@ from dyexport.emoji import load_emoji
 from dyexport.errors import DataError
 from dyexport.models.conditions import Batch, Column
 from dyexport.training.data_files import DIGITS, EMOJI, check_source, shard_files
+from dyexport.training.data_record import read_record
 
 FLOATS, INTEGERS = ("F32", "F16", "BF16", "F64"), ("I64", "I32", "I16", "I8", "U8")  # as safetensors names them
 ROWS = 256  # samples read at a time
+SCALE_ROWS = 64  # samples whose standard deviation is taken
+SCALES = (0.5, 2.0)
+"""Standard deviations of latents that training takes.
+
+A VAE's ``scaling_factor`` makes it about 1 (arXiv 2112.10752 appendix G), for which noise schedules are made. Latents
+that were not scaled have the inverse of the factor: 5.5 for 0.18215, 2.8 for 0.3611. Scaled twice, they have the
+factor.
+"""
 
 
 class LatentSource(Protocol):
@@ -43,10 +52,15 @@ class LatentSource(Protocol):
 def open_source(spec: str, preset: Preset) -> LatentSource:
     """Open ``digits``, ``emoji``, or a directory of safetensors files with ``latents`` and conditions.
 
-    Raises ``DataError``.
+    Latents of unknown origin must have the scale that models are trained at. Raises ``DataError``.
     """
     check_source(spec, preset)
-    return BUILT_IN[spec]("train") if spec in BUILT_IN else ShardDirectory(Path(spec), preset)
+    if spec in BUILT_IN:
+        return BUILT_IN[spec]("train")
+    source = ShardDirectory(Path(spec), preset)
+    if read_record(Path(spec)) is None and not preset.pixel_space:
+        source.check_scale()
+    return source
 
 
 class MemorySource:
@@ -129,6 +143,16 @@ class ShardDirectory:
         for shard in self.shards:
             columns = " ".join(column.name for column in shard.columns)
             once(f"finite {sha256_of(shard.path)} {columns}", shard.check_finite)
+
+    def check_scale(self) -> None:
+        """Raise ``DataError`` for latents that were not scaled, or twice, by their standard deviation in some rows."""
+        rows = torch.linspace(0, len(self) - 1, min(len(self), SCALE_ROWS)).long()
+        std = float(self.batch(rows).latents.std())
+        if not SCALES[0] <= std <= SCALES[1]:
+            raise DataError(
+                f"{self.shards[0].path.parent}: latents have a standard deviation of {std:.3g}, and models are trained "
+                f"at about 1; apply the VAE's shift and scaling factor once, as `dyexport encode` does"
+            )
 
     def _check_alike(self, columns: tuple[Column, ...]) -> None:
         """Raise ``DataError`` for shards whose rows cannot share a batch."""

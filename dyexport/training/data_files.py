@@ -10,6 +10,7 @@ from dyexport.digits import SHAPE, samples_digits
 from dyexport.emoji import CLASSES, samples_emoji
 from dyexport.emoji import SHAPE as EMOJI_SHAPE
 from dyexport.errors import DataError
+from dyexport.training.data_record import check_record
 
 DIGITS = "digits"
 EMOJI = "emoji"
@@ -32,6 +33,7 @@ def check_source(spec: str, preset: Preset) -> None:
     """Raise ``DataError`` if ``spec``, a name or a directory, has no training data for a model."""
     if spec not in (DIGITS, EMOJI):
         shard_files(Path(spec))
+        check_record(Path(spec), preset.classes, preset.name)
     elif spec == DIGITS and not samples_digits(preset):
         raise DataError(f"digits are {SHAPE} and {preset.name} takes {preset.latent_shape}; use --model dit-digits")
     elif spec == EMOJI and not samples_emoji(preset):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import ceil
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from dyexport.backbones import get_conditioning
 from dyexport.backbones.base import Preset, PromptConditioning
 from dyexport.backbones.sampling import dtype_argument
-from dyexport.errors import CheckpointError
+from dyexport.errors import CheckpointError, MissingDependencyError, reason
 from dyexport.models.conditions import Conditions
 from dyexport.training.state import ORIGIN, origin_of, write_tensors
 
@@ -21,31 +21,43 @@ EMBEDDED_AT_ONCE = 8
 
 
 def embed_prompts(source: str, prompts: tuple[str, ...], preset: Preset, *, device: str = "cpu") -> Conditions:
-    """Embed prompts with the text encoders of the pipeline in a directory or hub repository.
+    """Embed prompts with the text encoders of the pipeline in a directory or hub repository, in fp32.
 
     A model with classifier-free guidance learns its unconditional prompt too, which is appended. Nothing else of the
     pipeline is read. Raises ``CheckpointError`` where the encoders cannot be read.
     """
+    conditioning = cast("PromptConditioning", get_conditioning(preset))
+    cure = (
+        "without them the model cannot make its own data; give --data with a directory of latents, or "
+        "--finetune-steps 0"
+    )
+    pipe = open_text_encoders(source, preset, device=device, cure=cure)
+    if conditioning.unconditional is not None:
+        prompts = with_unconditional(prompts, conditioning.unconditional)
+    return {name: values.float() for name, values in embed_texts(pipe, prompts, conditioning).items()}
+
+
+def open_text_encoders(source: str, preset: Preset, *, device: str, cure: str) -> Any:
+    """Open a pipeline in bf16 with its text encoders alone. Raises ``CheckpointError`` that ends in ``cure``."""
     import diffusers
 
-    conditioning = cast("PromptConditioning", get_conditioning(preset))
+    if not diffusers.utils.is_transformers_available():  # its place in diffusers is then taken by a dummy
+        raise MissingDependencyError("transformers", "prompts")
     try:
         pipe = getattr(diffusers, preset.pipeline).from_pretrained(
             source, transformer=None, vae=None, **dtype_argument(torch.bfloat16)
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"cannot read text encoders from {source} ({reason}), and without them the model cannot make its own data; "
-            "give --data with a directory of latents, or --finetune-steps 0"
-        ) from error
-    pipe.to(device)
-    if conditioning.unconditional is not None:
-        prompts = with_unconditional(prompts, conditioning.unconditional)
-    parts = [prompts[start : start + EMBEDDED_AT_ONCE] for start in range(0, len(prompts), EMBEDDED_AT_ONCE)]
+        raise CheckpointError(f"cannot read text encoders from {source} ({reason(error)}); {cure}") from error
+    return pipe.to(device)
+
+
+def embed_texts(pipe: Any, texts: Sequence[str], conditioning: PromptConditioning) -> Conditions:
+    """Embed texts a few at a time, on the pipeline's device; returns them on the CPU."""
+    parts = [list(texts[start : start + EMBEDDED_AT_ONCE]) for start in range(0, len(texts), EMBEDDED_AT_ONCE)]
     with torch.inference_mode():
-        rows = [conditioning.embed(pipe, list(texts)) for texts in parts]
-    return {name: torch.cat([row[name].float().cpu() for row in rows]) for name in rows[0]}
+        rows = [conditioning.embed(pipe, part) for part in parts]
+    return {name: torch.cat([row[name].cpu() for row in rows]) for name in rows[0]}
 
 
 def kept_prompts(file: Path, embed: Callable[[], Conditions], origin: str) -> Conditions:

@@ -1,0 +1,156 @@
+"""The networks that encode: a VAE for pictures, text encoders for captions. Each is opened when it is first used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from inspect import Parameter, signature
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from dyexport.backbones import get_conditioning
+from dyexport.backbones.base import Preset, PromptConditioning
+from dyexport.encoding.settings import EncodeSettings, VaeSource
+from dyexport.errors import CheckpointError, UsageError, reason
+from dyexport.models.devices import best_device
+from dyexport.stages.file_records import describe, digest_of
+from dyexport.training.prompts import embed_texts, open_text_encoders
+
+TEXT_PARTS = ("text_encoder*", "tokenizer*", "model_index.json")  # of a pipeline's directory
+
+
+class PictureEncoder:
+    """The VAE of an encoding, or none for a model of pixels. ``height`` and ``width`` are those of its pictures."""
+
+    def __init__(self, settings: EncodeSettings) -> None:
+        self.format = settings.format
+        self.source = settings.vae_source
+        self.config = {} if self.source is None else _read_config(self.source, self.format.vae)
+        side = settings.size or self._default_side(settings.preset)
+        self.height = self.width = side
+        self._check_size(settings)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the latents of one picture."""
+        return self.format.shape(self.config, self.height, self.width)
+
+    @property
+    def grayscale(self) -> bool:
+        """True if pictures have one channel."""
+        return self.source is None and self.shape[0] == 1
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the VAE: its files, or the id of its repository."""
+        if self.source is None:
+            return ""
+        folder = Path(self.source.source, self.source.subfolder or "")
+        return _digest_of_files([folder]) if folder.is_dir() else f"{self.source.source} {self.source.subfolder or ''}"
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Encode pixels (B, C, height, width) to latents (B, ...) in fp32, on the CPU."""
+        if self.source is None:
+            return self.format.encode(None, pixels)
+        return self.format.encode(self._vae, pixels.to(self._vae.device)).float().cpu()
+
+    @cached_property
+    def _vae(self) -> Any:
+        assert self.source is not None
+        import diffusers
+
+        kind, (source, subfolder) = self.format.vae, self.source
+        try:
+            vae = getattr(diffusers, kind).from_pretrained(source, subfolder=subfolder)
+        except (OSError, ValueError) as error:
+            raise _unreadable(kind, self.source, error) from error
+        return vae.eval().to(best_device())
+
+    def _default_side(self, preset: Preset | None) -> int:
+        if preset is not None:
+            return self.format.side(preset, self.config)
+        size = self.config.get("sample_size")
+        if not isinstance(size, int):
+            raise UsageError("the VAE does not say for which size it was trained; give --size, or --model")
+        return size
+
+    def _check_size(self, settings: EncodeSettings) -> None:
+        """Raise ``UsageError`` for a size that the VAE or the model does not take."""
+        multiple, preset = self.format.multiple(self.config), settings.preset
+        if self.height % multiple:
+            raise UsageError(f"--size is {self.height}, and this VAE takes multiples of {multiple}; give one of them")
+        if preset is None or self.shape == preset.latent_shape:
+            return
+        made = f"{self.height} px make latents {self.shape}, and {preset.name} takes {preset.latent_shape}"
+        cure = "give --vae with the model's own" if settings.size is None else "leave --size out"
+        raise UsageError(f"{made}; {cure}")
+
+
+class CaptionEncoder:
+    """The text encoders of a pipeline."""
+
+    def __init__(self, preset: Preset, pipeline: str) -> None:
+        self.preset = preset
+        self.pipeline = pipeline
+        self._conditioning = cast("PromptConditioning", get_conditioning(preset))
+
+    @property
+    def unconditional(self) -> str | None:
+        """Prompt of the unconditional prediction of classifier-free guidance; None where there is none."""
+        return self._conditioning.unconditional
+
+    @property
+    def bytes_of_prompt(self) -> int:
+        """Bytes of one embedded caption, at most."""
+        shapes = (column.shape for column in self._conditioning.columns)
+        return 4 * sum(prod(size or self.preset.text_tokens for size in shape) for shape in shapes)
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of text encoders and tokenizers: their files, or the id of their repository."""
+        parts = sorted(path for kind in TEXT_PARTS for path in Path(self.pipeline).glob(kind))
+        return _digest_of_files(parts) if parts else self.pipeline
+
+    def embed(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
+        """Embed captions to the columns of a data file (n, ...); equal ones are embedded once."""
+        places = {caption: place for place, caption in enumerate(dict.fromkeys(captions))}
+        embedded = embed_texts(self._pipe, tuple(places), self._conditioning)
+        rows = torch.tensor([places[caption] for caption in captions])
+        return {column.name: embedded[column.argument][rows] for column in self._conditioning.columns}
+
+    @cached_property
+    def _pipe(self) -> Any:
+        cure = "give --pipeline with a local copy"
+        return open_text_encoders(self.pipeline, self.preset, device=best_device(), cure=cure)
+
+
+def _digest_of_files(paths: Sequence[Path]) -> str:
+    records = {path.name: {name: record.sha256 for name, record in describe(path).items()} for path in paths}
+    return digest_of(records)
+
+
+def _read_config(source: VaeSource, kind: str) -> dict[str, Any]:
+    """Read the configuration of a VAE, with the defaults of its class. Raises ``CheckpointError``."""
+    import diffusers
+
+    cls = getattr(diffusers, kind)
+    try:
+        stored: dict[str, Any] = cls.load_config(source.source, subfolder=source.subfolder)
+    except (OSError, ValueError) as error:
+        raise _unreadable(kind, source, error) from error
+    if (name := stored.get("_class_name", kind)) != kind:
+        raise CheckpointError(f"{source.source} holds a {name}, and this model takes an {kind}; give another --vae")
+    parameters = signature(cls.__init__).parameters.values()
+    return {
+        parameter.name: parameter.default for parameter in parameters if parameter.default is not Parameter.empty
+    } | stored
+
+
+def _unreadable(kind: str, source: VaeSource, error: Exception) -> CheckpointError:
+    place = "/".join(part for part in source if part)
+    return CheckpointError(f"cannot read an {kind} from {place}: {reason(error)}; give --vae with a local copy")

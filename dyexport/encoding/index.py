@@ -1,0 +1,94 @@
+"""Digests of pictures, each of which was decoded once: a file that did not change is not read again."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from dyexport.errors import DataError, reason
+from dyexport.files import storage_errors
+from dyexport.progress import Progress
+
+CHUNK = 256  # pictures between two reports
+SHOWN = 3  # names in a message
+
+
+class _Read(NamedTuple):
+    """A picture that was read: its digest, or why it cannot be decoded."""
+
+    sha256: str
+    problem: str = ""
+
+
+def digests_of(pictures: Sequence[Path], index: Path, progress: Progress) -> list[str]:
+    """Return the SHA-256 of each picture, having decoded those that ``index`` does not know yet.
+
+    Raises ``DataError`` that names pictures which cannot be decoded.
+    """
+    known = _known(index)
+    seals = [_seal(picture) for picture in pictures]
+    unread = [(picture, seal) for picture, seal in zip(pictures, seals, strict=True) if seal not in known]
+    unreadable: list[tuple[Path, str]] = []
+    progress(len(pictures) - len(unread), len(pictures))
+    with storage_errors(index), index.open("a", encoding="utf-8") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(unread), CHUNK):
+            chunk = unread[start : start + CHUNK]
+            for (picture, seal), read in zip(chunk, pool.map(_read, (one for one, _ in chunk)), strict=True):
+                if read.problem:
+                    unreadable.append((picture, read.problem))
+                else:
+                    known[seal] = read.sha256
+                    file.write(f"{json.dumps([seal, read.sha256])}\n")
+            file.flush()
+            progress(len(pictures) - len(unread) + start + len(chunk), len(pictures))
+    if unreadable:
+        raise _error(unreadable)
+    return [known[seal] for seal in seals]
+
+
+def _error(unreadable: Sequence[tuple[Path, str]]) -> DataError:
+    (first, problem), others = unreadable[0], [str(picture) for picture, _ in unreadable[1:]]
+    rest = f"; so are {', '.join(others[:SHOWN])}" if others else ""
+    more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+    return DataError(f"cannot read the picture {first}: {problem}{rest}{more}; remove it, or save it again")
+
+
+def _read(picture: Path) -> _Read:
+    """Hash a file and decode it. JPEG is decoded in eighths, which reads all of it."""
+    from PIL import Image
+
+    try:
+        content = picture.read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            image.draft("RGB", (1, 1))
+            image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return _Read("", reason(error).removesuffix("."))
+    return _Read(hashlib.sha256(content).hexdigest())
+
+
+def _seal(picture: Path) -> str:
+    """Identify the state of a file by its path, size, and times of modification and of change."""
+    status = picture.stat()
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {picture.absolute()}"
+
+
+def _known(index: Path) -> dict[str, str]:
+    return dict(_lines(index)) if index.exists() else {}
+
+
+def _lines(index: Path) -> Iterator[tuple[str, str]]:
+    """Yield seals and digests; a line that a kill cut short is left out."""
+    with index.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                seal, sha256 = json.loads(line)
+            except ValueError:
+                continue
+            yield seal, sha256

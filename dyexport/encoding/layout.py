@@ -1,0 +1,159 @@
+"""Folders of pictures: subfolders that are classes, or pictures with captions. Imports no torch.
+
+Layouts are those of Hugging Face ``datasets``' imagefolder, whose splits may be the top-level folders. Everything that
+can be told without opening a picture is checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dyexport.encoding.captions import METADATA, SIDECAR, read_captions
+from dyexport.encoding.walking import PICTURES, files_below, is_picture_name, pictures_below
+from dyexport.errors import DataError, UsageError
+
+TRAIN = ("train", "training")
+SPLITS = frozenset({*TRAIN, "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A picture, with its class label or its caption."""
+
+    file: Path
+    label: int | None = None
+    caption: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureFolder:
+    """Pictures in the order of their labels and names. ``classes`` are names by label, () for captions."""
+
+    root: Path
+    pictures: tuple[Picture, ...]
+    classes: tuple[str, ...] = ()
+
+    def name_of(self, picture: Picture) -> str:
+        """Return the name of a picture, relative to the folder."""
+        return picture.file.relative_to(self.root).as_posix()
+
+
+def is_picture_folder(folder: Path) -> bool:
+    """Return whether a directory holds pictures, here or below, and no safetensors files."""
+    try:
+        entries = list(folder.iterdir())
+    except (OSError, ValueError):
+        return False
+    return all(entry.suffix != ".safetensors" for entry in entries) and any(pictures_below(folder))
+
+
+def read_folder(
+    folder: Path, *, takes_labels: bool | None, split: str | None = None, names: Path | None = None
+) -> PictureFolder:
+    """List the pictures of a folder with their labels or captions.
+
+    ``takes_labels`` is None where the model is not known: the folder must then have classes. ``names`` is a file with
+    the name of a class per line, in the order of the labels; by default they are the subfolders' names, sorted.
+    Raises ``DataError`` for anything but one whole layout, and ``UsageError`` for a split that does not exist.
+    """
+    if not folder.is_dir():
+        problem = "is no directory" if folder.exists() else "does not exist"
+        raise DataError(f"{folder} {problem}; give a folder of pictures")
+    root = _split_of(folder, split)
+    if next(pictures_below(root), None) is None:
+        raise DataError(f"{root} holds no pictures ({', '.join(PICTURES)}); give a folder that does")
+    if takes_labels is False:
+        if names is not None:
+            raise UsageError("--classes names class labels, and this model takes captions; leave it out")
+        return _with_captions(root)
+    return _with_labels(root, names, known=takes_labels is not None)
+
+
+def _split_of(folder: Path, split: str | None) -> Path:
+    """Return the folder of a split, by default the one for training; the folder itself if it has no splits."""
+    entries = list(_visible(folder))
+    splits = sorted(entry.name for entry in entries if entry.is_dir() and entry.name.lower() in SPLITS)
+    others = [entry for entry in entries if (entry.is_dir() and entry.name not in splits) or _is_picture(entry)]
+    if not splits or others:
+        if split is not None:
+            raise UsageError(f"--split is {split!r}, and {folder} has no splits as its subfolders; leave it out")
+        return folder
+    chosen = split or next((name for name in splits if name.lower() in TRAIN), None)
+    if chosen not in splits:
+        asked = "" if split is None else f", not {split!r}"
+        raise UsageError(f"{folder} has the splits {', '.join(splits)}{asked}; give one of them as --split")
+    return folder / chosen
+
+
+def _with_labels(root: Path, names: Path | None, *, known: bool) -> PictureFolder:
+    folders = sorted(entry for entry in _visible(root) if entry.is_dir())
+    lone = next((entry for entry in sorted(_visible(root)) if _is_picture(entry)), None)
+    captions = _first_captions(root)
+    if not known and captions is not None:
+        raise DataError(
+            f"{root} has captions ({captions.relative_to(root)}), which a model of prompts takes; "
+            "give --pipeline with its text encoders, or --model with a model of classes to ignore them"
+        )
+    if lone is not None and folders:
+        raise DataError(
+            f"{root} holds pictures in itself ({lone.name}) and in subfolders ({folders[0].name}); "
+            "put each picture into the subfolder of its class"
+        )
+    if lone is not None:
+        raise DataError(f"{root} holds pictures and no subfolders; put each picture into the subfolder of its class")
+    classes = tuple(folder.name for folder in folders) if names is None else _read_names(names)
+    labels = {name: label for label, name in enumerate(classes)}
+    pictures: list[Picture] = []
+    for folder in folders:
+        if folder.name not in labels:
+            raise DataError(f"the subfolder {folder.name!r} is no line of --classes {names}; add it, or remove it")
+        files = sorted(pictures_below(folder))
+        if not files:
+            raise DataError(f"class {folder.name!r} holds no pictures: {folder}; add some, or remove the folder")
+        pictures += [Picture(file=file, label=labels[folder.name]) for file in files]
+    return PictureFolder(
+        root=root, pictures=tuple(sorted(pictures, key=lambda one: (one.label, one.file))), classes=classes
+    )
+
+
+def _read_names(file: Path) -> tuple[str, ...]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read --classes {file}: {error}; give the name of a class per line") from error
+    names = tuple(line for line in lines if line)
+    if not names or len(set(names)) < len(names):
+        problem = "names a class twice" if names else "names no class"
+        raise DataError(f"--classes {file} {problem}; write each class once, one per line")
+    return names
+
+
+def _with_captions(root: Path) -> PictureFolder:
+    files = sorted(pictures_below(root))
+    captions = read_captions(root, files)
+    if missing := [file for file in files if file not in captions]:
+        first, others = missing[0].relative_to(root), f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DataError(
+            f"pictures without captions in {root}: {first}{others}; add a line to metadata.jsonl or "
+            f"metadata.csv, or a text file {first.with_suffix(SIDECAR)}"
+        )
+    return PictureFolder(root=root, pictures=tuple(Picture(file=file, caption=captions[file]) for file in files))
+
+
+def _first_captions(root: Path) -> Path | None:
+    """Return a file of captions; None if there is none."""
+    for file in files_below(root):
+        describes = file.suffix.lower() == SIDECAR and any(file.with_suffix(suffix).exists() for suffix in PICTURES)
+        if file.name in METADATA or describes:
+            return file
+    return None
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    return (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def _is_picture(path: Path) -> bool:
+    return is_picture_name(path) and path.is_file()
