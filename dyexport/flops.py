@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -12,8 +12,22 @@ from dyexport.backbones import part
 from dyexport.backbones.base import Preset
 from dyexport.lora import LoraSpec
 
+if TYPE_CHECKING:
+    from dyexport.bundle.spec import ModelSpec, TokenRouterKind
+
 Array = Any  # numpy array or torch tensor: every method is plain arithmetic
 Config = Mapping[str, Any]
+
+
+class RouterFlops(NamedTuple):
+    """Cost of each block's token router, in multiply-adds: (L,) each.
+
+    ``conditioning`` is computed by the conditioning network, for each timestep and condition, and ``tokens`` at each
+    step, from tokens.
+    """
+
+    conditioning: np.ndarray
+    tokens: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,30 +36,53 @@ class FlopsModel:
 
     With the shares of heads, MLP groups and tokens kept in a block, it costs
     ``heads * (attention + tokens * attention_tokens) + groups * (mlp + tokens * mlp_tokens)``:
-    ``attention`` and ``mlp`` are costs that skipped tokens do not save, such as text. ``router`` is a
-    block's token router. ``low_rank`` are a block's TD-LoRA paths at full width with every token, per channel of
-    ``LoraSpec.width``. ``static`` is the cost of the whole network that no gate touches: embedders, adaLN
-    modulation, the final layer.
+    ``attention`` and ``mlp`` are costs that skipped tokens do not save, such as text. ``routers`` are token routers
+    by kind, oldest first, and ``token_router`` the kind that runs; None: the oldest. ``low_rank`` are a block's TD-LoRA
+    paths at full width with every token, per channel of ``LoraSpec.width``. ``static`` is the cost of the whole network
+    that no gate touches: embedders, adaLN modulation, the final layer. ``conditioning`` is the share of it that the
+    conditioning network computes, without token routers.
     """
 
     attention: np.ndarray
     attention_tokens: np.ndarray
     mlp: np.ndarray
     mlp_tokens: np.ndarray
-    router: np.ndarray
+    routers: Mapping[TokenRouterKind, RouterFlops]
     low_rank: np.ndarray
     static: float
+    conditioning: float
+    token_router: TokenRouterKind | None = None
 
     @classmethod
-    def of(cls, backbone: str, config: Config, *, tokens: int, text_tokens: int = 0) -> FlopsModel:
+    def of(
+        cls,
+        backbone: str,
+        config: Config,
+        *,
+        tokens: int,
+        text_tokens: int = 0,
+        token_router: TokenRouterKind | None = None,
+    ) -> FlopsModel:
         """Count a stock diffusers configuration; ``tokens`` are those that a router may skip."""
         count: Callable[[Config, int, int], FlopsModel] = part(backbone, "flops").count
-        return count(config, tokens, text_tokens)
+        return replace(count(config, tokens, text_tokens), token_router=token_router)
 
     @classmethod
-    def of_preset(cls, preset: Preset) -> FlopsModel:
-        config = preset.transformer_config()
-        return cls.of(preset.backbone, config, tokens=preset.tokens, text_tokens=preset.text_tokens)
+    def of_spec(cls, spec: ModelSpec) -> FlopsModel:
+        """Count a bundle's model."""
+        sizes = {"tokens": spec.tokens, "text_tokens": spec.text_tokens}
+        return cls.of(spec.backbone, spec.config, **sizes, token_router=spec.token_router)
+
+    @classmethod
+    def of_preset(cls, preset: Preset, token_router: TokenRouterKind | None = None) -> FlopsModel:
+        """Count a preset's model; ``token_router`` defaults to the kind of new models."""
+        return cls.of(
+            preset.backbone,
+            preset.transformer_config(),
+            tokens=preset.tokens,
+            text_tokens=preset.text_tokens,
+            token_router=token_router or preset.token_routers[-1],
+        )
 
     @property
     def depth(self) -> int:
@@ -60,6 +97,21 @@ class FlopsModel:
     def group_cost(self) -> np.ndarray:
         """Return the cost of all MLP groups of each block, every token running: (L,)."""
         return self.mlp + self.mlp_tokens
+
+    @property
+    def router(self) -> np.ndarray:
+        """Return the cost of each block's token router: (L,)."""
+        return self._routers.conditioning + self._routers.tokens
+
+    @property
+    def routed_conditioning(self) -> float:
+        """Return the cost of the conditioning network with what token routers take there."""
+        return self.conditioning + float(self._routers.conditioning.sum())
+
+    @property
+    def _routers(self) -> RouterFlops:
+        oldest: TokenRouterKind = next(iter(self.routers))
+        return self.routers[self.token_router or oldest]
 
     @property
     def gated(self) -> float:

@@ -12,7 +12,7 @@ from dyexport.backbones.base import Preset
 from dyexport.backbones.dit.preset import DiTPreset
 from dyexport.backbones.latte.preset import LattePreset
 from dyexport.bundle.spec import ModelSpec
-from dyexport.flops import FlopsModel
+from dyexport.flops import FlopsModel, RouterFlops
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.random_weights import random_dynamic
 from dyexport.presets import PRESETS
@@ -74,9 +74,10 @@ def uniform_flops(*, depth: int, attention: float, mlp: float, static: float = 0
         attention_tokens=0 * blocks,
         mlp=0 * blocks,
         mlp_tokens=mlp * blocks,
-        router=router * blocks,
+        routers={"published": RouterFlops(0 * blocks, router * blocks)},
         low_rank=0 * blocks,
         static=static,
+        conditioning=0.0,
     )
 
 

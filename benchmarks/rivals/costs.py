@@ -73,4 +73,4 @@ def compiled_composition(steps: int) -> Composition:
 
 
 def flops_of(spec: ModelSpec) -> FlopsModel:
-    return FlopsModel.of(spec.backbone, spec.config, tokens=spec.tokens, text_tokens=spec.text_tokens)
+    return FlopsModel.of_spec(spec)

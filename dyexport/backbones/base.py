@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 from dyexport.backbones.recipe import FULL_FINETUNING, Recipe, recipe_for
+from dyexport.bundle.spec import TokenRouterKind
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from dyexport.bundle.plan_info import Profile
     from dyexport.bundle.spec import ModelSpec
     from dyexport.models.conditions import Column, Conditions
-    from dyexport.models.gates import BlockGates, TokenRouter
+    from dyexport.models.gates import BlockGates, TokenRouters
     from dyexport.slicing.slicer import Slice, SliceContext
 
 Inputs = Mapping[str, "Tensor"]
@@ -90,6 +91,9 @@ class Preset(ABC):
 
     rescales_guidance: ClassVar[bool] = False
     """True if its pipeline scales a guided prediction back to the norm of the conditional one, token by token."""
+
+    token_routers: ClassVar[tuple[TokenRouterKind, ...]] = ("published",)
+    """Kinds of token routers, oldest first: a checkpoint that records none has the first, new models get the last."""
 
     name: str
     backbone: str
@@ -193,6 +197,9 @@ class Adapter(Protocol):
     stock: type[nn.Module]
     """The diffusers class; its arguments are the entries of a checkpoint's configuration."""
 
+    token_routers: ClassVar[TokenRouters]
+    """Constructors of token routers by kind, in the order of ``Preset.token_routers``."""
+
     def build(self, config: Mapping[str, Any]) -> nn.Module:
         """Make a stock module with torch's default initialization; blocks that share an embedder share one module."""
 
@@ -207,9 +214,6 @@ class Adapter(Protocol):
 
     def blocks(self, backbone: Any) -> list[nn.Module]:
         """Return the blocks that have gates, in order of execution."""
-
-    def token_router(self, channels: int) -> TokenRouter:
-        """Make the token router of one block, with torch's default initialization."""
 
     def attach(self, block: Any, gates: BlockGates) -> None:
         """Hook a block's gates into the stock block. Each gate multiplies, so slicing at a gate is exact."""

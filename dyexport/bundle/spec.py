@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, SerializerFunctionWrapHandler, model_serializer
 
 from dyexport.bundle.records import Frozen
 from dyexport.lora import LoraSpec
@@ -14,6 +14,9 @@ Quantization = Literal["int8", "fp8"]  # fp8 is E4M3: four bits of exponent, thr
 
 Widths = Literal["dynamic", "static"]
 """Widths that follow the timestep, with token routers; or one slim network for all timesteps and every token."""
+
+TokenRouterKind = Literal["published", "compact"]
+"""Kind of token routers: the published form, or ``compact``: C -> C / 16 -> 1 on the modulated input of the MLP."""
 
 
 class ModelSpec(Frozen):
@@ -37,7 +40,16 @@ class ModelSpec(Frozen):
     precision: Precision = "fp32"
     quantization: Quantization | None = None
     td_lora: LoraSpec | None = None  # whose gates the conditioning network computes
+    token_router: TokenRouterKind | None = None  # None: without routers, of one possible kind, or older than the choice
     hub_id: str | None = None  # repository that the model came from, with its text encoders and VAE
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave ``token_router`` out where it is None: hashes of older graphs do not cover it."""
+        values: dict[str, Any] = handler(self)
+        if values.get("token_router") is None:
+            values.pop("token_router", None)
+        return values
 
     @property
     def number_formats(self) -> str:

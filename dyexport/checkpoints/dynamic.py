@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from dyexport.backbones import get_adapter
 from dyexport.backbones.base import Preset, RouterKind
 from dyexport.bundle.records import Frozen, first_problem
+from dyexport.bundle.spec import TokenRouterKind
 from dyexport.bundle.tables import WidthTable
 from dyexport.checkpoints.locate import CONFIG
 from dyexport.checkpoints.static import (
@@ -60,7 +61,8 @@ TABLE = "widths.safetensors"
 class DynamicSpec(Frozen):
     """Contents of ``dynamic.json``: the preset, and the shape of the routers.
 
-    ``model`` has the fields of a preset that dyexport does not know by name.
+    ``model`` has the fields of a preset that dyexport does not know by name. ``token_router`` is the kind of the token
+    routers; None: there are none, or the backbone has one kind only, or the file is older than the choice.
     """
 
     preset: str
@@ -70,6 +72,7 @@ class DynamicSpec(Frozen):
     tokens: bool
     router: RouterKind = "free"
     td_lora: LoraSpec | None = None
+    token_router: TokenRouterKind | None = None
 
     @model_validator(mode="after")
     def _static_is_static(self) -> DynamicSpec:
@@ -96,6 +99,7 @@ class DynamicSpec(Frozen):
             tokens=self.tokens,
             router=self.router,
             td_lora=self.td_lora,
+            token_router=self.token_router or preset.token_routers[0],
         )
 
 
@@ -185,6 +189,11 @@ def read_spec(directory: Path) -> DynamicSpec:
         raise CheckpointError(f"{directory / DYNAMIC} is of no dynamic checkpoint: {first_problem(error)}") from error
     except (OSError, CheckpointError, UsageError) as error:
         raise CheckpointError(f"{directory} is not a dynamic checkpoint: {error}") from error
+    if spec.token_router not in (None, *preset.token_routers):
+        raise CheckpointError(
+            f"{directory / DYNAMIC} has {spec.token_router} token routers; {preset.name} has "
+            f"{' or '.join(preset.token_routers)} ones"
+        )
     if spec.heads != preset.heads or 4 * preset.hidden_size % spec.groups:
         raise CheckpointError(
             f"{directory / DYNAMIC} has {spec.heads} heads and {spec.groups} groups; {preset.name} has {preset.heads} "
@@ -252,6 +261,7 @@ def save_dynamic(
         tokens=model.has_token_routers,
         router=model.router,
         td_lora=None if model.td_lora is None else model.td_lora.spec,
+        token_router=model.token_router if len(preset.token_routers) > 1 else None,
     )
     (directory / DYNAMIC).write_text(spec.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
     if model.table is not None:

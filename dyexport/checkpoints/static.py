@@ -110,7 +110,8 @@ def _target(preset: Preset, config: Mapping[str, Any], *, routers: bool) -> dict
     if not routers:
         return dict(backbone.state_dict())
     with torch.device("meta"):
-        model = DynamicTransformer(backbone, get_adapter(preset.backbone), heads=preset.heads)
+        adapter, kind = get_adapter(preset.backbone), preset.token_routers[0]
+        model = DynamicTransformer(backbone, adapter, heads=preset.heads, token_router=kind)
     return model.all_weights()
 
 

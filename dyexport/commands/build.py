@@ -55,6 +55,7 @@ def build(
     profile: options.ProfileOption = None,
     stream_weights: options.StreamWeightsOption = None,
     router: options.RouterOption = None,
+    token_router: options.TokenRouterOption = None,
     synthetic: options.SyntheticOption = None,
     token_path: options.TokenPathOption = None,
     baseline: options.BaselineOption = None,

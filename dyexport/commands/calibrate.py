@@ -34,6 +34,7 @@ def calibrate(
     td_lora: options.TdLoraOption = None,
     precision: options.PrecisionOption = None,
     router: options.RouterOption = None,
+    token_router: options.TokenRouterOption = None,
     synthetic: options.SyntheticOption = None,
     memory: options.BuildMemoryOption = None,
     seed: options.SeedOption = None,

@@ -31,6 +31,7 @@ def finetune(
     finetune_steps: options.FinetuneStepsOption = None,
     td_lora: options.TdLoraOption = None,
     router: options.RouterOption = None,
+    token_router: options.TokenRouterOption = None,
     synthetic: options.SyntheticOption = None,
     seed: options.SeedOption = None,
     json: JsonOption = False,

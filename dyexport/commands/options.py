@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from dyexport.backbones.base import UnitChoice
-from dyexport.bundle.spec import Precision, Quantization, Widths
+from dyexport.bundle.spec import Precision, Quantization, TokenRouterKind, Widths
 
 MODEL, BUDGET, TRAINING, ENGINES = "Model", "Budget", "Training", "Engines"
 OUTPUT, TENSORRT, ADVANCED = "Output", "TensorRT", "Advanced"
@@ -178,6 +178,14 @@ RouterOption = Annotated[
         ADVANCED,
         "Units that routers may switch on: any of them, or always the first ones, so that engines share more weights. "
         "Default: free.",
+    ),
+]
+TokenRouterOption = Annotated[
+    TokenRouterKind | None,
+    _option(
+        ADVANCED,
+        "Kind of new token routers, for models that have both: a small bottleneck, or those of the published code. "
+        "Default: compact.",
     ),
 ]
 SyntheticOption = Annotated[

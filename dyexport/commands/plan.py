@@ -43,6 +43,7 @@ def plan(
     precision: options.PrecisionOption = None,
     quantize: options.QuantizeOption = None,
     router: options.RouterOption = None,
+    token_router: options.TokenRouterOption = None,
     synthetic: options.SyntheticOption = None,
     token_path: options.TokenPathOption = None,
     baseline: options.BaselineOption = None,

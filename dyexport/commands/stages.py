@@ -12,6 +12,7 @@ import typer
 from dyexport.arguments import parse_bytes
 from dyexport.commands.options import split
 from dyexport.commands.parsing import ExplicitOptions
+from dyexport.commands.results import trainable_lines
 from dyexport.console import Interrupted, StageLines, chatter_on_stderr, stderr
 
 if TYPE_CHECKING:
@@ -35,13 +36,15 @@ def settings_of(context: typer.Context) -> BuildSettings:
     if work is not None and not {"model", "checkpoint"} & options.keys():
         recorded = BuildSettings.load(work)
         changes = _changes(options, recorded)
+        if changes.get("finetune_steps") == 0 or changes.get("widths") == "static":
+            changes.setdefault("token_router", None)  # that of the work directory: now every token runs
         if "widths" in changes and changes["widths"] != recorded.planned_widths:
             changes.setdefault("engines", default_engines(recorded.preset, changes["widths"]))
         settings = replace(recorded, **changes)
     else:
         settings = BuildSettings.complete(**_changes(options), work=work)
     kept = f"{settings.checkpoint} has routers already and is taken as it is"
-    explicit.refuse(settings.routers == "given", kept, "router", "td_lora", "finetune_steps")
+    explicit.refuse(settings.routers == "given", kept, "router", "token_router", "td_lora", "finetune_steps")
     explicit.refuse(settings.routers == "none", "with --finetune-steps 0 every token runs", "token_path")
     return settings
 
@@ -89,14 +92,19 @@ def stage_lines() -> Iterator[StageLines]:
         raise Interrupted("interrupted; the same command goes on after the last finished stage") from error
 
 
-def recipe_line(recipe: Mapping[str, Any]) -> str:
-    """Describe in one line the choices that a build makes, where its options and the model's recipe leave them."""
-    parts = [f"routers {recipe['routers']}, {recipe['widths']} widths"]
+def recipe_line(recipe: Mapping[str, Any], trainable: Mapping[str, float]) -> str:
+    """Describe in one line the choices that a build makes, where its options and the model's recipe leave them.
+
+    ``trainable`` are the trained parameters and their share, or empty.
+    """
+    tokens = "" if recipe["token_router"] is None else f", {recipe['token_router']} token routers"
+    parts = [f"routers {recipe['routers']}, {recipe['widths']} widths{tokens}"]
     if (scratch := recipe["from_scratch"]) is not None:
         parts.append(f"the static model trained for {scratch['steps']} steps of {scratch['batch_size']}")
     if (schedule := recipe["finetune"]) is not None:
         lora = "" if recipe["td_lora"] is None else f", TD-LoRA of rank {recipe['td_lora']['rank']}"
         parts.append(f"fine-tuned for {schedule['steps']} steps of {schedule['batch_size']}{lora}")
+        parts += [f"{name} {value}" for name, value in trainable_lines(trainable)]
     if recipe["repair"]:
         parts.append("projections repaired by least squares")
     parts.append(f"data {recipe['data'] or 'noise'}")
@@ -109,10 +117,10 @@ def building(settings: BuildSettings, without: frozenset[str] = frozenset()) -> 
     """Open a build. Stages in ``without`` must have been done before; they are not run."""
     with stage_lines() as lines:
         from dyexport.pipeline.build import opened
-        from dyexport.pipeline.steps import check_training
+        from dyexport.pipeline.steps import check_training, trainable
 
         if not without and (note := check_training(settings)):
             stderr().print(note, soft_wrap=True)
-        stderr().print(recipe_line(settings.effective_recipe()), soft_wrap=True, markup=False)
+        stderr().print(recipe_line(settings.effective_recipe(), trainable(settings)), soft_wrap=True, markup=False)
         with opened(settings, lines, without=without) as run:
             yield run

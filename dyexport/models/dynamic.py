@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyexport.backbones.base import Adapter, Inputs, RouterKind
+from dyexport.bundle.spec import TokenRouterKind
 from dyexport.bundle.tables import WidthTable
 from dyexport.lora import LoraSpec
 from dyexport.models.checkpointing import BlockCheckpoints, GatedBlock
@@ -45,7 +46,8 @@ class DynamicTransformer(nn.Module):
     """A stock diffusers transformer with timestep-wise widths and spatial-wise tokens.
 
     ``groups`` MLP groups per block default to the number of heads, as published. With ``tokens``
-    False there is no token router and every token runs. With ``router`` 'ordered' the units that are
+    False there is no token router and every token runs. ``token_router`` is their kind; None: the kind of
+    new models. With ``router`` 'ordered' the units that are
     on at a timestep are always the first of their block. With 'static' they are the same at every timestep, and there
     is no token router: the model is one slim network. ``table``, if set, replaces the width
     routers' decisions: a model calibrated without training has no trained routers. With ``td_lora`` the
@@ -67,6 +69,7 @@ class DynamicTransformer(nn.Module):
         tokens: bool = True,
         router: RouterKind = "free",
         td_lora: LoraSpec | None = None,
+        token_router: TokenRouterKind | None = None,
     ) -> None:
         super().__init__()
         adapter.share_embedders(backbone)
@@ -77,9 +80,11 @@ class DynamicTransformer(nn.Module):
         self.router = router
         blocks = adapter.blocks(backbone)
         channels = self.config["num_attention_heads"] * self.config["attention_head_dim"]
-        token_router = adapter.token_router if tokens and router != "static" else None
+        routed = tokens and router != "static"
+        self.token_router = (token_router or [*adapter.token_routers][-1]) if routed else None
+        make_tokens = None if self.token_router is None else adapter.token_routers[self.token_router]
         self.routers = nn.ModuleList(
-            BlockRouter(channels=channels, heads=heads, groups=self.groups, token_router=token_router, kind=router)
+            BlockRouter(channels=channels, heads=heads, groups=self.groups, token_router=make_tokens, kind=router)
             for _ in blocks
         )
         self._gates = [BlockGates(router, index) for index, router in enumerate(self.block_routers)]

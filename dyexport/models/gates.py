@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyexport.backbones.base import RouterKind
+from dyexport.bundle.spec import TokenRouterKind
 
 GATE_TEMPERATURE = 5.0  # tau of the Gumbel-sigmoid, arXiv 2410.03456 section 3.4
 WIDTH_BIAS = 15.0  # everything starts on, so fine-tuning starts from the static model
@@ -68,6 +69,10 @@ class TokenRouter(nn.Module, ABC):
     @abstractmethod
     def forward(self, *inputs: Tensor) -> Tensor:
         """Compute logits (B, N) of the tokens (B, N, C) that come first among ``inputs``."""
+
+
+TokenRouters = Mapping[TokenRouterKind, Callable[[int], TokenRouter]]
+"""Constructors of a block's token router from its channels C, with torch's default initialization, by kind."""
 
 
 class WidthRouter(nn.Module, ABC):

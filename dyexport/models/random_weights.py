@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dyexport.backbones import get_adapter
 from dyexport.backbones.base import Preset, RouterKind
+from dyexport.bundle.spec import TokenRouterKind
 from dyexport.lora import LoraSpec
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.gates import DynamicRouter, OrderedRouter, StaticRouter, WidthRouter
@@ -75,6 +76,7 @@ def random_dynamic(
     seed: int = 0,
     router: RouterKind = "free",
     td_lora: LoraSpec | None = None,
+    token_router: TokenRouterKind | None = None,
 ) -> DynamicTransformer:
     """Return a dynamic model with random weights, whose widths and tokens vary with t unless they are static."""
     backbone = random_backbone(preset, seed)
@@ -82,7 +84,13 @@ def random_dynamic(
         torch.manual_seed(seed + 1)
         adapter = get_adapter(preset.backbone)
         model = DynamicTransformer(
-            backbone, adapter, heads=preset.heads, tokens=tokens, router=router, td_lora=td_lora
+            backbone,
+            adapter,
+            heads=preset.heads,
+            tokens=tokens,
+            router=router,
+            td_lora=td_lora,
+            token_router=token_router,
         ).eval()
         waves = SlowWaves.fit(model, preset)
         _set_widths(model, waves)

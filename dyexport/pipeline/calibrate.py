@@ -182,7 +182,9 @@ def read_calibrated(
     directory: Path, preset: Preset, precision: Precision, quantization: Quantization | None
 ) -> tuple[ModelSpec, WidthTable, TokenStats | None]:
     """Read the specification, widths and token statistics of a calibrated model, without its weights."""
-    spec = spec_of(preset, read_config(directory, preset), read_spec(directory).td_lora, precision, quantization)
+    stored = read_spec(directory)
+    config = read_config(directory, preset)
+    spec = spec_of(preset, config, stored.td_lora, precision, quantization, stored.token_router)
     stats = TokenStats.load(directory / TOKENS) if (directory / TOKENS).is_file() else None
     return spec, WidthTable.load(directory / WIDTHS), stats
 

@@ -23,6 +23,7 @@ from dyexport.pipeline.stage_settings import (
     dynamic_settings,
     model_key,
     static_settings,
+    token_router_settings,
 )
 from dyexport.stages.file_records import describe, digest_of
 from dyexport.stages.ledger import Outcome
@@ -96,6 +97,7 @@ def dynamic_model(run: Run, static: Outcome, data: Data) -> Outcome:
     inputs: dict[str, Any] = {"static": static.digest, "routers": routers, "seed": settings.seed}
     if settings.router_kind != "free":  # omitted at the default, so that older ledgers stay valid
         inputs["router"] = settings.router_kind
+    inputs |= token_router_settings(settings)
     if settings.lora is not None:
         inputs["td_lora"] = settings.lora.model_dump()
     if routers == "given":

@@ -122,18 +122,14 @@ def identity(recipe: Recipe) -> dict[str, Any]:
 
 def plan_for(spec: ModelSpec, widths: WidthTable, stats: TokenStats | None, settings: PlanSettings) -> SegmentPlan:
     """Choose the segments of K engines and price them."""
-    return plan_of(make_segments(widths, stats, _flops_of(spec), settings), spec, widths, stats)
-
-
-def _flops_of(spec: ModelSpec) -> FlopsModel:
-    return FlopsModel.of(spec.backbone, spec.config, tokens=spec.tokens, text_tokens=spec.text_tokens)
+    return plan_of(make_segments(widths, stats, FlopsModel.of_spec(spec), settings), spec, widths, stats)
 
 
 def plan_of(
     segments: tuple[Segment, ...], spec: ModelSpec, widths: WidthTable, stats: TokenStats | None
 ) -> SegmentPlan:
     """Price segments in FLOPs and bytes; ``resident_bytes`` counts a copy of the weights for each engine."""
-    flops = _flops_of(spec)
+    flops = FlopsModel.of_spec(spec)
     context = SliceContext.of(spec, widths, stats)
     slices = [slice_segment(context, segment) for segment in segments] + [slice_conditioning(context)]
     layout = lay_out(recipe for piece in slices for recipe in piece.recipes.values())

@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dyexport.backbones.base import Preset, RouterKind, UnitChoice
 from dyexport.backbones.recipe import Recipe, Schedule
-from dyexport.bundle.spec import Precision, Quantization, Widths
+from dyexport.bundle.spec import Precision, Quantization, TokenRouterKind, Widths
 from dyexport.bundle.targets import ONNX, TARGETS
 from dyexport.checkpoints.stored_routers import stored_widths
 from dyexport.checkpoints.structure import resolve_preset
@@ -23,6 +23,7 @@ from dyexport.errors import UsageError
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from dyexport.files import write_atomically
 from dyexport.lora import LoraFile, LoraSpec
+from dyexport.pipeline.effective_recipe import recipe_values
 from dyexport.pipeline.output import default_out, default_work
 from dyexport.pipeline.settings_checks import check, check_values
 from dyexport.presets import Model
@@ -44,6 +45,7 @@ class BuildSettings:
     budget           FLOPs ratio lambda in (0, 1]; None keeps the routers of a dynamic checkpoint as they are
     widths           'dynamic' or 'static'; None: those of a dynamic checkpoint, otherwise dynamic
     router           which units may be on at a timestep: 'free' or 'ordered'
+    token_router     kind of new token routers, 'compact' or 'published'; None: that of new models
     td_lora          low-rank updates that are trained instead of all weights
     merge_tolerance  relative error up to which TD-LoRA is merged into a segment's weights; None never merges
     loras            LoRA files that are merged into the static model
@@ -73,6 +75,7 @@ class BuildSettings:
     budget: float | None = None
     widths: Widths | None = None
     router: UnitChoice = "free"
+    token_router: TokenRouterKind | None = None
     td_lora: LoraSpec | None = None
     merge_tolerance: float | None = None
     loras: tuple[LoraFile, ...] = ()
@@ -161,6 +164,13 @@ class BuildSettings:
         return "static" if self.planned_widths == "static" else self.router
 
     @property
+    def token_router_kind(self) -> TokenRouterKind | None:
+        """Kind of new token routers; None for a build that makes none."""
+        if self.routers not in ("trained", "random") or self.planned_widths == "static":
+            return None
+        return self.token_router or self.preset.token_routers[-1]
+
+    @property
     def data_source(self) -> str | None:
         """Training and calibration data: 'digits', 'emoji', 'synthetic' or a directory; None: noise."""
         if self.data is not None:
@@ -235,22 +245,7 @@ class BuildSettings:
 
     def effective_recipe(self) -> dict[str, Any]:
         """Return what this build does, by its settings and the model's recipe, as JSON values."""
-        trained = self.routers == "trained"
-        lora = self.lora
-        return {
-            "routers": self.routers,
-            "repair": self.repairs,
-            "widths": self.planned_widths,
-            "data": self.data_source,
-            "from_scratch": asdict(self.static_schedule) if self.from_scratch else None,
-            "finetune": asdict(self.finetune_schedule) if trained else None,
-            "td_lora": None if lora is None else lora.model_dump(),
-            "distill": self.recipe.distill and trained,
-            "needs_gpu": self.recipe.needs_gpu and trained,
-            "precision": self.stored_precision,
-            "calibration_precision": "bf16" if self.calibrates_in_bf16 else "fp32",
-            "calibration": asdict(self.recipe.calibration),
-        }
+        return recipe_values(self)
 
     def save(self) -> None:
         """Write the settings to the work directory, with absolute paths."""
@@ -276,7 +271,11 @@ class BuildSettings:
             raise UsageError(f"--work {work} records no settings; give those of its build, such as --model") from error
         if version != SETTINGS_VERSION:
             raise UsageError(f"--work {work} has settings of version {version}; use a newer dyexport")
-        return cls._validated(work, values)
+        settings = cls._validated(work, values)
+        oldest = settings.preset.token_routers[0]
+        if "token_router" in values or settings.token_router_kind in (None, oldest):
+            return settings
+        return replace(settings, token_router=oldest)  # recorded before there was a choice
 
     @classmethod
     def _validated(cls, work: Path, values: Mapping[str, Any]) -> BuildSettings:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 from dyexport.arguments import check_memory, check_seed, whole_number
 from dyexport.backbones.base import UnitChoice
 from dyexport.bundle.plan_info import OLDEST_FP8
-from dyexport.bundle.spec import Precision, Quantization, Widths
+from dyexport.bundle.spec import Precision, Quantization, TokenRouterKind, Widths
 from dyexport.bundle.targets import TARGETS, Option
 from dyexport.calibration.segments import PlanSettings
 from dyexport.errors import BudgetError, UsageError
@@ -78,6 +78,7 @@ VALUE_CHECKS: Mapping[str, Callable[[Any], object]] = {
     "budget": _check_budget,
     "widths": lambda value: _check_choice("--widths", value, Widths),
     "router": lambda value: _check_choice("--router", value, UnitChoice),
+    "token_router": lambda value: _check_choice("--token-router", value, TokenRouterKind),
     "precision": lambda value: _check_choice("--precision", value, Precision),
     "quantize": lambda value: _check_choice("--quantize", value, Quantization),
     "seed": lambda value: check_seed(value, "--seed"),
@@ -233,6 +234,15 @@ RULES = (
     Rule(
         lambda s: _is_static(s) and s.token_path != "auto",
         "--token-path {s.token_path} skips tokens, and with static widths every token runs; use --token-path auto",
+    ),
+    Rule(lambda s: s.token_router is not None and s.routers == "given", _leave_out("--token-router")),
+    Rule(
+        lambda s: s.token_router is not None and len(s.preset.token_routers) == 1,
+        "{s.preset.name} has one kind of token routers, {s.preset.token_routers[0]}; leave --token-router out",
+    ),
+    Rule(
+        lambda s: s.token_router is not None and s.token_router_kind is None,
+        "--token-router {s.token_router} is about new token routers, and every token runs; leave it out",
     ),
     Rule(lambda s: bool(s.finetune_steps) and s.routers == "given", _leave_out("--finetune-steps")),
     Rule(

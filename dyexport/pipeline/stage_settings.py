@@ -48,10 +48,16 @@ def dynamic_settings(settings: BuildSettings) -> dict[str, Any]:
     """Return the settings of the dynamic model before calibration."""
     lora = None if settings.lora is None else settings.lora.model_dump()
     chosen: dict[str, Any] = {"seed": settings.seed, "routers": settings.routers, "router": settings.router_kind}
-    chosen["td_lora"] = lora
+    chosen |= {"td_lora": lora, **token_router_settings(settings)}
     if settings.routers == "trained":
         chosen |= {"budget": settings.budget, "finetune_steps": settings.finetune_schedule.steps}
     return static_settings(settings) | data_settings(settings) | chosen
+
+
+def token_router_settings(settings: BuildSettings) -> dict[str, Any]:
+    """Return the kind of new token routers; omitted for the oldest, so that older work directories stay valid."""
+    kind = settings.token_router_kind
+    return {} if kind in (None, settings.preset.token_routers[0]) else {"token_router": kind}
 
 
 def calibrated_settings(settings: BuildSettings) -> dict[str, Any]:

@@ -167,7 +167,13 @@ def make_dynamic(
         model = load_with_routers(Path(str(settings.checkpoint)), preset, stream=True)
         save_dynamic(model, out, preset, backbone=static)
     elif settings.routers == "random":
-        model = random_dynamic(preset, seed=settings.seed, router=settings.router_kind, td_lora=settings.lora)
+        model = random_dynamic(
+            preset,
+            seed=settings.seed,
+            router=settings.router_kind,
+            td_lora=settings.lora,
+            token_router=settings.token_router_kind,
+        )
         save_dynamic(model, out, preset, backbone=static)
     elif settings.routers == "none":
         backbone = load_static(str(static), preset, stream=True)
@@ -213,6 +219,7 @@ def _untrained(settings: BuildSettings, backbone: nn.Module) -> DynamicTransform
         tokens=settings.routers == "trained",
         router=settings.router_kind,
         td_lora=settings.lora,
+        token_router=settings.token_router_kind,
     )
 
 
@@ -224,6 +231,7 @@ def finetuning_run(settings: BuildSettings) -> FinetuningRun | None:
         preset=settings.preset,
         schedule=settings.finetune_schedule,
         router=settings.router_kind,
+        token_router=settings.token_router_kind,
         td_lora=settings.lora,
         distill=settings.recipe.distill,
         synthetic=settings.sampling if settings.data_source == SYNTHETIC else None,

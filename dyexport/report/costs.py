@@ -40,7 +40,7 @@ class StepCosts:
 def step_costs(bundle: Bundle, trajectory: Trajectory) -> StepCosts:
     """Compute the cost of each step of a trajectory."""
     spec = bundle.manifest.model
-    flops = FlopsModel.of(spec.backbone, spec.config, tokens=spec.tokens, text_tokens=spec.text_tokens)
+    flops = FlopsModel.of_spec(spec)
     costs = tuple(
         StepCost(gated=_gated(bundle, flops, step.t), executed=_executed(bundle, flops, step.t, step.segment))
         for step in trajectory.steps

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dyexport.backbones import get_slicer
 from dyexport.backbones.base import Preset
 from dyexport.bundle.plan import EVERY_TOKEN, Segment
-from dyexport.bundle.spec import ModelSpec, Precision, Quantization
+from dyexport.bundle.spec import ModelSpec, Precision, Quantization, TokenRouterKind
 from dyexport.bundle.tables import TokenStats, UnitOrder, WidthTable
 from dyexport.bundle.tensors import TensorSpec
 from dyexport.lora import LoraSpec
@@ -87,6 +87,7 @@ def spec_of(
     td_lora: LoraSpec | None = None,
     precision: Precision = "fp32",
     quantization: Quantization | None = None,
+    token_router: TokenRouterKind | None = None,
 ) -> ModelSpec:
     """Return a bundle's description of a preset's model; ``config`` is the checkpoint's configuration."""
     return ModelSpec(
@@ -104,6 +105,7 @@ def spec_of(
         td_lora=td_lora,
         precision=precision,
         quantization=quantization,
+        token_router=token_router,
     )
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from dyexport.backbones.base import channels_of
 from dyexport.bundle.plan import Segment, TokenPath
@@ -83,6 +84,22 @@ def gate_units(activations: Tensor, gate: Tensor | None) -> Tensor:
 def gate_heads(mixed: Tensor, gate: Tensor | None) -> Tensor:
     """Multiply heads by their gates: (B, H', N, D), (H',) -> (B, H', N, D)."""
     return mixed if gate is None else mixed * gate.view(1, -1, 1, 1).to(mixed.dtype)
+
+
+class CompactRouter(nn.Module):
+    """Token router of the kind ``compact``: Linear -> ReLU -> Linear on the modulated input of the MLP, in fp32."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        bottleneck = max(channels // 16, 1)
+        self.inner = nn.Linear(channels, bottleneck, dtype=torch.float32)
+        self.outer = nn.Linear(bottleneck, 1, dtype=torch.float32)
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """Compute logits (B, N) of tokens (B, N, C)."""
+        rows = normed.flatten(0, 1).float()  # (B * N, C)
+        logits: Tensor = self.outer(F.relu(self.inner(rows)))  # (B * N, 1)
+        return logits.view(normed.shape[:2])
 
 
 class Selection(NamedTuple):

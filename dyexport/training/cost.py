@@ -14,6 +14,7 @@ import torch
 from dyexport.backbones import get_adapter, get_conditioning
 from dyexport.backbones.base import Preset, RouterKind
 from dyexport.backbones.recipe import Schedule
+from dyexport.bundle.spec import TokenRouterKind
 from dyexport.errors import DyexportError
 from dyexport.flops import FlopsModel
 from dyexport.lora import LoraSpec
@@ -30,12 +31,14 @@ TRAINED = 20  # bytes of a trained weight, in fp32: itself, its gradient, two mo
 class FinetuningRun:
     """Settings of a fine-tuning run that its cost depends on.
 
-    ``synthetic`` says how its data are sampled first; None: the data exist.
+    ``token_router`` is the kind of its token routers; None: that of new models. ``synthetic`` says how its data are
+    sampled first; None: the data exist.
     """
 
     preset: Preset
     schedule: Schedule
     router: RouterKind = "free"
+    token_router: TokenRouterKind | None = None
     td_lora: LoraSpec | None = None
     distill: bool = False
     synthetic: SyntheticConfig | None = None
@@ -64,7 +67,13 @@ def count_trainable(run: FinetuningRun) -> dict[str, float]:
     with torch.device("meta"):
         backbone = adapter.build(run.preset.transformer_config())
         model = DynamicTransformer(
-            backbone, adapter, heads=run.preset.heads, tokens=True, router=run.router, td_lora=run.td_lora
+            backbone,
+            adapter,
+            heads=run.preset.heads,
+            tokens=True,
+            router=run.router,
+            td_lora=run.td_lora,
+            token_router=run.token_router,
         )
     trained, full = (
         sum(parameter.numel() for parameter in (*parameters, *model.routers.parameters()))

@@ -54,6 +54,14 @@ def test_parameters_are_counted(backbone: str) -> None:
     assert preset.depth == len(get_adapter(backbone).blocks(module))
 
 
+def test_kinds_of_token_routers_are_the_same_everywhere(backbone: str) -> None:
+    """In presets, in the masked model and in FLOPs: the oldest first."""
+    preset = tiny_preset(backbone)
+    assert preset.token_routers == tuple(get_adapter(backbone).token_routers)
+    assert preset.token_routers == tuple(FlopsModel.of_preset(preset).routers)
+    assert tiny_model(backbone).token_router == preset.token_routers[-1]
+
+
 @torch.no_grad()
 def test_training_from_scratch_starts_from_zero(backbone: str) -> None:
     module = random_backbone(tiny_preset(backbone))

@@ -14,6 +14,7 @@ from torch import Tensor
 from dyexport.backbones import get_adapter
 from dyexport.backbones.base import Inputs
 from dyexport.backbones.flux.preset import FluxPreset
+from dyexport.bundle.spec import TokenRouterKind
 from dyexport.calibration.widths import read_widths
 from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicTransformer
@@ -29,8 +30,8 @@ HEAD, GROUP = 32, 128  # channels
 FLOPS = FlopsModel.of_preset(PRESET)
 
 
-def model(*, tokens: bool = True) -> DynamicTransformer:
-    return random_dynamic(PRESET, tokens=tokens)
+def model(*, tokens: bool = True, token_router: TokenRouterKind | None = None) -> DynamicTransformer:
+    return random_dynamic(PRESET, tokens=tokens, token_router=token_router)
 
 
 def blocks(dynamic: DynamicTransformer) -> list[torch.nn.Module]:
@@ -68,9 +69,10 @@ def test_masks_equal_zeroed_weights(t: float) -> None:
 
 
 @torch.no_grad()
-def test_skipped_image_tokens_miss_what_they_should() -> None:
+@pytest.mark.parametrize("kind", PRESET.token_routers)
+def test_skipped_image_tokens_miss_what_they_should(kind: TokenRouterKind) -> None:
     """With every image token off, double blocks lose the image MLP and single blocks the image's whole update."""
-    dynamic = model()
+    dynamic = model(token_router=kind)
     for router in dynamic.block_routers:
         router.tokens.last.bias.fill_(-1e4)
     inputs = INPUTS.at(0.4)
@@ -127,7 +129,7 @@ def residuals(dynamic: DynamicTransformer, inputs: Inputs) -> list[tuple[Tensor,
 @torch.no_grad()
 def test_token_router_reads_what_the_published_one_reads() -> None:
     """Double blocks: both streams after attention. Single blocks: their inputs."""
-    dynamic = model()
+    dynamic = model(token_router="published")
     for router in dynamic.block_routers:
         for value in (router.tokens.norm.weight, router.tokens.norm.bias):
             value.add_(torch.randn_like(value) * 0.3)
@@ -194,7 +196,7 @@ def test_ranking_puts_the_most_important_unit_first() -> None:
 
 def test_token_router_decides_in_fp32() -> None:
     """A logit of 0.005 is on; in bf16 its sigmoid rounds to one half."""
-    router = model().block_routers[0].tokens.bfloat16()
+    router = model(token_router="published").block_routers[0].tokens.bfloat16()
     with torch.no_grad():
         router.router.weight.zero_()
         router.router.bias.fill_(0.005)

@@ -210,6 +210,8 @@ def test_flops_are_what_slim_networks_multiply(backbone: str) -> None:
     model, preset = shared_tiny_model(backbone), tiny_preset(backbone)
     flops = FlopsModel.of_preset(preset)
     static, dynamic = Cutter(model, preset, token_routers=False), Cutter(model, preset)
+    assert conditioning_products(static) == flops.conditioning
+    assert conditioning_products(dynamic) == pytest.approx(flops.routed_conditioning, rel=0.01)
     assert products(static, static.dense_segment) == flops.dense
     routers = products(dynamic, routed(dynamic.dense_segment)) - flops.dense
     assert routers == pytest.approx(flops.router.sum(), rel=0.01)
@@ -236,6 +238,15 @@ def products(cutter: Cutter, segment: Segment) -> int:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         conditioning(*conditions_of(cutter, inputs))
         network(**arguments)
+    return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def conditioning_products(cutter: Cutter) -> int:
+    """Multiply-adds of one sample through a conditioning network."""
+    inputs = NoisedInputs(preset=cutter.preset, batch_size=1).at(cutter.preset.timestep_range[0])
+    with FlopCounterMode(display=False) as counter:
+        cutter.conditioning(*conditions_of(cutter, inputs))
     return counter.get_total_flops() // 2
 
 

@@ -64,10 +64,13 @@ def test_finetuning_on_synthetic_data_moves_lambda(backbone: str, tmp_path: Path
     model = random_dynamic(preset)
     for router in model.block_routers:
         router.open()
+    start = {name: value.clone() for name, value in model.routers.named_parameters()}
     config = FinetuneConfig(steps=60, batch_size=4, budget=0.6, warmup=0.5)
     history = finetune(model, preset, source, config, work_dir=tmp_path).history
     assert history[0].flops_ratio > 0.95
     assert history[-1].flops_ratio < 0.9
+    still = {name for name, value in model.routers.named_parameters() if torch.equal(value, start[name])}
+    assert not still, "every router moves"
 
 
 def test_the_static_model_trains(backbone: str, tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import torch
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
+from dyexport.bundle.spec import TokenRouterKind
 from dyexport.checkpoints.dynamic import load_dynamic, save_dynamic
 from dyexport.checkpoints.static import WEIGHTS, load_static, save_static
 from dyexport.errors import CheckpointError
 from dyexport.models.inputs import NoisedInputs
-from dyexport.models.random_weights import random_backbone
+from dyexport.models.random_weights import random_backbone, random_dynamic
 from tests.factories import tiny_model, tiny_preset
 
 ARGUMENTS = NoisedInputs(preset=tiny_preset(), batch_size=2).at(10.0)
@@ -55,6 +56,36 @@ def test_dynamic_round_trip(tmp_path: Path, tokens: bool) -> None:
     assert loaded.has_token_routers is tokens
     for one, other in zip(loaded(ARGUMENTS), model(ARGUMENTS), strict=True):
         assert torch.equal(one, other)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["published", "compact"])
+def test_the_kind_of_token_routers_is_recorded(tmp_path: Path, kind: TokenRouterKind) -> None:
+    preset = tiny_preset("flux")
+    inputs = NoisedInputs(preset=preset, batch_size=1).at(0.5)
+    model = random_dynamic(preset, token_router=kind)
+    save_dynamic(model, tmp_path, preset)
+    loaded, _ = load_dynamic(tmp_path)
+    assert loaded.token_router == kind
+    assert torch.equal(loaded(inputs).tokens, model(inputs).tokens)
+
+
+def test_a_checkpoint_that_records_no_kind_has_published_token_routers(tmp_path: Path) -> None:
+    preset = tiny_preset("flux")
+    save_dynamic(random_dynamic(preset, token_router="published"), tmp_path, preset)
+    record = json.loads((tmp_path / "dynamic.json").read_text())
+    del record["token_router"]
+    (tmp_path / "dynamic.json").write_text(json.dumps(record))
+    assert load_dynamic(tmp_path)[0].token_router == "published"
+
+
+def test_token_routers_that_a_backbone_does_not_have_are_refused(tmp_path: Path) -> None:
+    save_dynamic(tiny_model(), tmp_path, tiny_preset())
+    record = json.loads((tmp_path / "dynamic.json").read_text())
+    assert "token_router" not in record, "DiT has one kind, and older versions read the file"
+    (tmp_path / "dynamic.json").write_text(json.dumps({**record, "token_router": "compact"}))
+    with pytest.raises(CheckpointError, match="has compact token routers; dit-tiny has published ones"):
+        load_dynamic(tmp_path)
 
 
 def test_another_size_is_named(static: Path, tmp_path: Path) -> None:

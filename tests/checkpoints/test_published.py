@@ -200,7 +200,7 @@ def test_files_of_another_kind_are_refused(name: str, tmp_path: Path) -> None:
 
 def dyflux_state() -> tuple[DynamicTransformer, State]:
     """A model of two double and three single blocks, and its file as DyFLUX would write it."""
-    model = random_dynamic(get_preset("flux-tiny"))
+    model = random_dynamic(get_preset("flux-tiny"), token_router="published")
     state = dict(model.backbone.state_dict())
     for name, tensor in model.routers.state_dict().items():
         block, kind, rest = name.split(".", maxsplit=2)

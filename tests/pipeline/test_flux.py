@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from dyexport.backbones.flux.preset import FluxPreset
 from dyexport.backbones.flux.stand_in import FluxBundle
 from dyexport.bundle.reader import Bundle
+from dyexport.bundle.spec import TokenRouterKind
 from dyexport.checkpoints.dynamic import load_dynamic
 from dyexport.cli import main
 from dyexport.errors import CheckpointError, DataError, DyexportError, EngineMismatchError, UsageError
@@ -109,9 +110,12 @@ def test_equals_the_masked_model_on_small_pictures(built: Bundle, monkeypatch: p
     assert small.relative_error != usual.relative_error, "the largest error is a few steps of fp32 in both"
 
 
-@pytest.mark.parametrize("path", ["capacity", "dynamic"])
-def test_room_for_tokens(tmp_path: Path, path: str) -> None:
-    bundle = build(tiny_settings(tmp_path, model=shallow("flux-tiny"), token_path=path))
+@pytest.mark.parametrize(("path", "kind"), [("capacity", "published"), ("dynamic", "compact")])
+def test_room_for_tokens(tmp_path: Path, path: str, kind: TokenRouterKind) -> None:
+    settings = tiny_settings(tmp_path, model=shallow("flux-tiny"), token_path=path, token_router=kind)
+    bundle = build(settings)
+    assert bundle.manifest.model.token_router == kind
+    assert load_dynamic(find_reference(bundle))[0].token_router == kind
     report = verify_bundle(bundle.root, VerifySettings(timesteps=16))
     assert report.passed
     assert report.max_abs_error is not None

@@ -21,6 +21,7 @@ from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from dyexport.lora import LoraFile, LoraSpec, parse_lora_file
 from dyexport.pipeline.output import default_out
 from dyexport.pipeline.settings import SETTINGS, BuildSettings
+from dyexport.pipeline.stage_settings import dynamic_settings
 from dyexport.pipeline.steps import checkpoint_source
 from dyexport.presets import PRESETS, get_preset
 from dyexport.training.data import open_source
@@ -58,6 +59,16 @@ def settings(tmp_path: Path, **values: Any) -> BuildSettings:
         ({"targets": ("onnx", "paper")}, "unknown target 'paper'; known: onnx"),
         ({"targets": ("",)}, "unknown target ''"),
         ({"token_path": "some"}, "--token-path is 'some'"),
+        ({"model": "flux-tiny", "token_router": "small"}, "--token-router is 'small'; use published or compact"),
+        ({"token_router": "compact"}, "dit-s-2 has one kind of token routers, published; leave --token-router out"),
+        (
+            {"model": "flux-tiny", "token_router": "compact", "finetune_steps": 0},
+            "--token-router compact is about new token routers, and every token runs",
+        ),
+        (
+            {"model": "flux-tiny", "token_router": "published", "widths": "static", "engines": 1},
+            "--token-router published is about new token routers, and every token runs",
+        ),
         ({"precision": "fp8"}, "--precision is 'fp8'; use fp32, fp16 or bf16"),
         ({"seed": -1}, "--seed is -1"),
         ({"seed": 2**64}, f"--seed is {2**64}"),
@@ -332,3 +343,26 @@ def test_names_that_nothing_can_have_are_refused(tmp_path: Path, name: str) -> N
         open_source(str(place), get_preset("dit-digits"))
     with pytest.raises(DyexportError):
         checkpoint_source(settings(tmp_path, **given, random_weights=False, checkpoint=str(place)))
+
+
+def test_new_token_routers_are_compact_where_there_is_a_choice(tmp_path: Path) -> None:
+    flux = settings(tmp_path, model="flux-tiny")
+    assert flux.token_router_kind == "compact"
+    assert replace(flux, token_router="published").token_router_kind == "published"
+    assert replace(flux, finetune_steps=0).token_router_kind is None
+    assert settings(tmp_path, model="qwen-image-tiny").token_router_kind == "compact"
+    assert settings(tmp_path).token_router_kind == "published"
+
+
+def test_work_directories_older_than_compact_token_routers_keep_theirs(tmp_path: Path) -> None:
+    """Their settings name no kind, and their finished stages were recorded without one."""
+    flux = settings(tmp_path, model="flux-tiny")
+    assert dynamic_settings(flux)["token_router"] == "compact"
+    flux.save()
+    assert BuildSettings.load(flux.work) == flux
+    record = json.loads((flux.work / SETTINGS).read_text())
+    del record["settings"]["token_router"]
+    (flux.work / SETTINGS).write_text(json.dumps(record))
+    older = BuildSettings.load(flux.work)
+    assert older.token_router_kind == "published"
+    assert "token_router" not in dynamic_settings(older)

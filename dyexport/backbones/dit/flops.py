@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dyexport.backbones.base import channels_of
-from dyexport.flops import Config, FlopsModel
+from dyexport.flops import Config, FlopsModel, RouterFlops
 
 
 def count(config: Config, tokens: int, text_tokens: int) -> FlopsModel:
@@ -21,7 +21,8 @@ def count(config: Config, tokens: int, text_tokens: int) -> FlopsModel:
         attention_tokens=0 * blocks,
         mlp=0 * blocks,
         mlp_tokens=8 * channels**2 * tokens * blocks,
-        router=tokens * (channels * (channels // 16) + channels // 16) * blocks,
+        routers={"published": RouterFlops(0 * blocks, tokens * (channels + 1) * (channels // 16) * blocks)},
         low_rank=18 * channels * tokens * blocks,
-        static=embedders + modulation + pixels,
+        static=float(embedders + modulation + pixels),
+        conditioning=float(embedders + modulation),
     )

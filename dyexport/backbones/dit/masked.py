@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,14 @@ from dyexport.backbones.base import Inputs
 from dyexport.backbones.basic_transformer_block import LORA_TARGETS, attach_gates, permute_block, xavier_linears
 from dyexport.backbones.dit.preset import FREQ_SHIFT, STORED_POSITIONS
 from dyexport.errors import CheckpointError
-from dyexport.models.gates import BlockGates, TokenRouter, fp32_linear
+from dyexport.models.gates import BlockGates, TokenRouter, TokenRouters, fp32_linear
 
 
 class DiTTokenRouter(TokenRouter):
-    """Token router as published: Linear -> ReLU -> Linear on the residual after attention."""
+    """Token router as published (arXiv 2410.03456 section 3.3): Linear -> ReLU -> Linear, with C / 16 inner channels.
+
+    DyDiT's reads the residual after attention. Compact routers of other backbones read the modulated input of the MLP.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -32,15 +35,16 @@ class DiTTokenRouter(TokenRouter):
         return self.outer
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Compute residual (B, N, C) -> logits (B, N)."""
-        (residual,) = inputs
-        return fp32_linear(self.outer, F.relu(fp32_linear(self.inner, residual))).squeeze(-1)
+        """Compute tokens (B, N, C) -> logits (B, N)."""
+        (tokens,) = inputs
+        return fp32_linear(self.outer, F.relu(fp32_linear(self.inner, tokens))).squeeze(-1)
 
 
 class DiTAdapter:
     """Backbone adapter for ``DiTTransformer2DModel`` (DiT, arXiv 2212.09748; SiT, arXiv 2401.08740)."""
 
     stock = DiTTransformer2DModel
+    token_routers: ClassVar[TokenRouters] = {"published": DiTTokenRouter}
 
     def build(self, config: Mapping[str, Any]) -> DiTTransformer2DModel:
         extra = {name: config[name] for name in (FREQ_SHIFT, STORED_POSITIONS) if name in config}
@@ -85,9 +89,6 @@ class DiTAdapter:
 
     def blocks(self, backbone: DiTTransformer2DModel) -> list[nn.Module]:
         return list(backbone.transformer_blocks)
-
-    def token_router(self, channels: int) -> DiTTokenRouter:
-        return DiTTokenRouter(channels)
 
     def attach(self, block: BasicTransformerBlock, gates: BlockGates) -> None:
         attach_gates(block, gates, mlp_norm=block.norm3)

@@ -44,7 +44,7 @@ def slice_network(context: SliceContext, segment: Segment) -> Slice:
         config,
         segment,
         group_size=_group_size(context),
-        token_routers=context.token_routers,
+        published_routers=_has_published_routers(context),
         td_lora=context.spec.td_lora,
         text_tokens=context.spec.text_tokens,
     )
@@ -73,7 +73,7 @@ def slice_network(context: SliceContext, segment: Segment) -> Slice:
 
 def _inputs(context: SliceContext) -> tuple[TensorSpec, ...]:
     config, td_lora = context.spec.config, context.spec.td_lora
-    size = FluxLayout.of(config, token_routers=context.token_routers, td_lora=td_lora).size
+    size = FluxLayout.of(config, published_routers=_has_published_routers(context), td_lora=td_lora).size
     shapes: dict[str, tuple[int | str, ...]] = {
         "hidden_states": ("batch", "image_tokens", config["in_channels"]),
         "encoder_hidden_states": ("batch", "text_tokens", config["joint_attention_dim"]),
@@ -87,7 +87,8 @@ def _inputs(context: SliceContext) -> tuple[TensorSpec, ...]:
 def slice_conditioning(context: SliceContext) -> Slice:
     """Cut the conditioning network."""
     config, td_lora = context.spec.config, context.spec.td_lora
-    settings: dict[str, Any] = {"token_routers": context.token_routers, "td_lora": td_lora}
+    published = _has_published_routers(context)
+    settings: dict[str, Any] = {"published_routers": published, "td_lora": td_lora}
     module = on_meta(context, FluxConditioning, config, **settings)
     embedder = "time_text_embed"
     sources = {
@@ -107,7 +108,7 @@ def slice_conditioning(context: SliceContext) -> Slice:
             sources |= linear_names(f"streams.{2 * index + stream}", f"transformer_blocks.{index}.{norm}.linear")
     for index in range(config["num_single_layers"]):
         sources |= linear_names(f"singles.{index}", f"single_transformer_blocks.{index}.norm.linear")
-    if context.token_routers:
+    if published:
         for index in range(depth_of(config)):
             sources |= dict(_router_names(index))
     if td_lora is not None:
@@ -120,6 +121,11 @@ def slice_conditioning(context: SliceContext) -> Slice:
         rows["guidance"] = ("rows",)
     inputs = tuple(TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in rows.items())
     return Slice(module=module, recipes=copies(module, sources), inputs=inputs, outputs=("modulation",))
+
+
+def _has_published_routers(context: SliceContext) -> bool:
+    """Return True if the conditioning network makes the weights of the token routers."""
+    return context.token_routers and context.spec.token_router != "compact"
 
 
 def _router_names(index: int) -> Iterator[tuple[str, str]]:
@@ -158,6 +164,10 @@ class _Cut:
         self.recipes: dict[str, Recipe] = {}
 
     def all(self) -> dict[str, Recipe]:
+        for layer in ("inner", "outer"):
+            for name, source in linear_names(f"router.{layer}", f"routers.{self.index}.tokens.{layer}").items():
+                if f"blocks.{self.index}.{name}" in self.weights:
+                    self.add(name, "copy", source)
         if self.index < self.doubles:
             self.double(f"transformer_blocks.{self.index}")
         else:

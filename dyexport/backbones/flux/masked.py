@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,9 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import Tensor, nn
 
 from dyexport.backbones.base import Inputs
-from dyexport.models.gates import BlockGates, Fp32Linear, TokenRouter, fp32_linear
-from dyexport.models.hooks import on_input, on_output, permute_inputs, permute_outputs, unit_channels
+from dyexport.backbones.dit.masked import DiTTokenRouter
+from dyexport.models.gates import BlockGates, Fp32Linear, TokenRouter, TokenRouters, fp32_linear
+from dyexport.models.hooks import on_input, on_output, permute_inputs, permute_outputs, unit_channels, watch_input
 
 BLOCK_INPUTS = ("hidden_states", "encoder_hidden_states", "temb")
 TIMESTEP_SCALE = 1000.0  # the network is called with sigma in [0, 1] and embeds it times this
@@ -26,7 +27,7 @@ DOUBLE_TARGETS = (
 
 
 class FluxTokenRouter(TokenRouter):
-    """Token router as published for DyFLUX: a Linear on each image token plus the mean text token.
+    """Token router of DyFLUX (arXiv 2504.06803 section 6): a Linear on each image token plus the mean text token.
 
     Both are normalized by one affine LayerNorm, then modulated by a shift and a scale each, from the conditioning
     that the block's modulation reads (timestep, guidance and pooled text).
@@ -62,9 +63,15 @@ class FluxAdapter:
     In a double block image and text share the gates of heads and of the groups of their two MLPs. Skipped image
     tokens miss the MLP. In a single block attention and MLP share ``proj_out``: skipped image tokens miss all of
     it, including their attention update. Text is never skipped.
+
+    Published token routers (DyFLUX: DyDiT++, arXiv 2504.06803 section 6) have 4 C^2 parameters in each block. Compact
+    ones have the form of DiT's, C^2 / 16 parameters, and read the modulated input of the image MLP: it is normalized,
+    and follows timestep, guidance and pooled text by the block's own shift and scale. They do not read the text. Not
+    in the paper.
     """
 
     stock = FluxTransformer2DModel
+    token_routers: ClassVar[TokenRouters] = {"published": FluxTokenRouter, "compact": DiTTokenRouter}
 
     def build(self, config: Mapping[str, Any]) -> FluxTransformer2DModel:
         return FluxTransformer2DModel(**config)
@@ -90,9 +97,6 @@ class FluxAdapter:
 
     def blocks(self, backbone: FluxTransformer2DModel) -> list[nn.Module]:
         return [*backbone.transformer_blocks, *backbone.single_transformer_blocks]
-
-    def token_router(self, channels: int) -> FluxTokenRouter:
-        return FluxTokenRouter(channels)
 
     def attach(self, block: FluxTransformerBlock | FluxSingleTransformerBlock, gates: BlockGates) -> None:
         if isinstance(block, FluxSingleTransformerBlock):
@@ -143,18 +147,26 @@ def _attach_double(block: FluxTransformerBlock, gates: BlockGates) -> None:
         on_input(linear, gates.heads)
     for mlp in (block.ff, block.ff_context):
         on_output(mlp.net[0].proj, gates.groups)
-    reader = _DoubleReader(gates)
-    block.register_forward_pre_hook(reader.enter, with_kwargs=True)
-    block.norm1_context.register_forward_hook(reader.modulated)
-    block.attn.register_forward_hook(reader.attended)
-    block.norm2.register_forward_pre_hook(reader.route)
+    if isinstance(gates.router.tokens, FluxTokenRouter):
+        reader = _DoubleReader(gates)
+        block.register_forward_pre_hook(reader.enter, with_kwargs=True)
+        block.norm1_context.register_forward_hook(reader.modulated)
+        block.attn.register_forward_hook(reader.attended)
+        block.norm2.register_forward_pre_hook(reader.route)
+    else:
+        watch_input(block.ff, gates.route)  # normed and modulated, (B, N, C)
     on_output(block.ff, gates.tokens)
 
 
 def _attach_single(block: FluxSingleTransformerBlock, gates: BlockGates) -> None:
     on_output(block.attn, gates.heads)
     on_output(block.proj_mlp, gates.groups)
-    block.register_forward_pre_hook(_SingleReader(gates).enter, with_kwargs=True)
+    if isinstance(gates.router.tokens, FluxTokenRouter):
+        block.register_forward_pre_hook(_SingleReader(gates).enter, with_kwargs=True)
+    else:
+        image = _ImageRows(gates)
+        block.register_forward_pre_hook(image.enter, with_kwargs=True)
+        watch_input(block.proj_mlp, image.route)
     on_output(block.proj_out, gates.tokens)  # text rows first
 
 
@@ -164,8 +176,22 @@ def _block_inputs(positional: tuple[Any, ...], named: Mapping[str, Any]) -> list
     return [inputs[name] for name in BLOCK_INPUTS]
 
 
+class _ImageRows:
+    """Input of a single block's compact token router: the image rows of the MLP's input, which text rows precede."""
+
+    def __init__(self, gates: BlockGates) -> None:
+        self.gates = gates
+        self.tokens = 0  # N
+
+    def enter(self, block: nn.Module, positional: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        self.tokens = _block_inputs(positional, named)[0].shape[1]
+
+    def route(self, normed: Tensor) -> None:
+        self.gates.route(normed[:, -self.tokens :])  # (B, T + N, C) -> (B, N, C)
+
+
 class _SingleReader:
-    """Inputs of a single block's token router: those of the block."""
+    """Inputs of a single block's published token router: those of the block."""
 
     def __init__(self, gates: BlockGates) -> None:
         self.gates = gates
@@ -175,7 +201,7 @@ class _SingleReader:
 
 
 class _DoubleReader:
-    """Inputs of a double block's token router: image and text after attention.
+    """Inputs of a double block's published token router: image and text after attention.
 
     The stock block runs the image MLP before it adds attention to the text, so that hooks collect the terms of
     that sum.

@@ -39,6 +39,7 @@ class FluxPreset(Preset):
     stock: ClassVar[str] = "FluxTransformer2DModel"
     pipeline: ClassVar[str] = "FluxPipeline"
     guidance_kind: ClassVar[Guidance] = "embedded"
+    token_routers = ("published", "compact")
 
     backbone: Literal["flux"] = "flux"
     hidden_size: int = 3072

@@ -20,16 +20,45 @@ from dyexport.bundle.plan import Segment
 from dyexport.lora import LoraSpec
 from dyexport.slicing.linears import SlimLinear, TransposedLinear
 from dyexport.slicing.modulation import Modulation, gated_update, modulated_norm
-from dyexport.slicing.slim_layers import BlockSizes, Gates, Selection, gate_units, run_selected, split_gates
+from dyexport.slicing.slim_layers import (
+    BlockSizes,
+    CompactRouter,
+    Gates,
+    Selection,
+    gate_units,
+    run_selected,
+    split_gates,
+)
 from dyexport.slicing.slim_lora import lora_paths
 
 
-class DoubleBlock(nn.Module):
-    """Joint attention, then a separate FFN for image and text. Image tokens may skip theirs."""
+class RoutedBlock(nn.Module):
+    """The token router of a block, which scores its image tokens.
 
-    def __init__(self, sizes: BlockSizes, td_lora: LoraSpec | None) -> None:
+    A compact router is a layer of the block; the weights of a published one are made by the conditioning network.
+    """
+
+    def __init__(self, sizes: BlockSizes, *, compact_router: bool) -> None:
         super().__init__()
         self.sizes = sizes
+        self.router = CompactRouter(sizes.channels) if compact_router and sizes.tokens.routed else None
+
+    def scores(self, normed: Tensor, image: Tensor, text: Tensor, published: RouterWeights | None) -> Tensor | None:
+        """Compute logits (B, N), or None where every token runs.
+
+        Reads the input of the image MLP (B, N, C), or the streams (B, N, C) and (B, T, C).
+        """
+        if self.router is not None:
+            logits: Tensor = self.router(normed)
+            return logits
+        return published.scores(image, text) if self.sizes.tokens.routed and published is not None else None
+
+
+class DoubleBlock(RoutedBlock):
+    """Joint attention, then a separate FFN for image and text. Image tokens may skip theirs."""
+
+    def __init__(self, sizes: BlockSizes, td_lora: LoraSpec | None, *, compact_router: bool) -> None:
+        super().__init__(sizes, compact_router=compact_router)
         attended = sizes.heads * sizes.head_dim
         self.image = Projection(sizes, td_lora)
         self.text = Projection(sizes, td_lora)
@@ -53,11 +82,13 @@ class DoubleBlock(nn.Module):
         mixed_image, mixed_text = self.mix(image, text, modulation, rotary, gates)
         image = gated_update(image, image_mod.attention.gate, project(self.image_out, mixed_image, gates))  # (B, N, C)
         text = gated_update(text, text_mod.attention.gate, project(self.text_out, mixed_text, gates))  # (B, T, C)
-        selection = Selection()
-        if self.sizes.tokens.routed and router is not None:
-            selection = self.sizes.tokens.select(router.scores(image, text), slots)
-        image = feed(self.image_mlp, image, image_mod.mlp, gates, selection)  # (B, N, C)
-        text = feed(self.text_mlp, text, text_mod.mlp, gates, Selection())  # (B, T, C)
+        normed = modulated_norm(image, image_mod.mlp)  # (B, N, C)
+        scores = self.scores(normed, image, text, router)
+        selection = Selection() if scores is None else self.sizes.tokens.select(scores, slots)
+        update = run_selected(selection, lambda rows: self.image_mlp(rows, gates), normed.flatten(0, 1))  # (B * N, C)
+        image = gated_update(image, image_mod.mlp.gate, update.view(image.shape))  # (B, N, C)
+        update = self.text_mlp(modulated_norm(text, text_mod.mlp).flatten(0, 1), gates)  # (B * T, C)
+        text = gated_update(text, text_mod.mlp.gate, update.view(text.shape))  # (B, T, C)
         return image, text, selection.kept
 
     def mix(
@@ -77,22 +108,14 @@ def project(out: TransposedLinear, mixed: Tensor, gates: Gates) -> Tensor:
     return update.view(*mixed.shape[:2], -1)
 
 
-def feed(mlp: FeedForward, stream: Tensor, modulation: Modulation, gates: Gates, selection: Selection) -> Tensor:
-    """Run the FFN of one stream: (B, N, C) -> (B, N, C)."""
-    normed = modulated_norm(stream, modulation).flatten(0, 1)  # (B * N, C)
-    update = run_selected(selection, lambda rows: mlp(rows, gates), normed)  # (B * N, C)
-    return gated_update(stream, modulation.gate, update.view(stream.shape))
-
-
-class SingleBlock(nn.Module):
+class SingleBlock(RoutedBlock):
     """Attention and MLP in parallel with one output projection. A skipped image token misses both updates.
 
     The stock block's ``proj_out`` is cut into ``out``, which reads attention, and ``fc2``, which reads the MLP.
     """
 
-    def __init__(self, sizes: BlockSizes, td_lora: LoraSpec | None) -> None:
-        super().__init__()
-        self.sizes = sizes
+    def __init__(self, sizes: BlockSizes, td_lora: LoraSpec | None, *, compact_router: bool) -> None:
+        super().__init__(sizes, compact_router=compact_router)
         self.projection = Projection(sizes, td_lora)
         self.fc1 = SlimLinear(sizes.channels, sizes.hidden, td_lora)
         self.out = TransposedLinear(sizes.heads * sizes.head_dim, sizes.channels, td_lora, bias=False)
@@ -115,8 +138,9 @@ class SingleBlock(nn.Module):
         query, key, value = self.projection(normed, gates)  # (B, H', T + N, D)
         mixed = attend(query, key, value, rotary, gates)  # (B, T + N, H' * D)
         selection, kept = Selection(), None
-        if self.sizes.tokens.routed and router is not None:
-            selection, kept = self.select(router.scores(image, text), words, slots)
+        scores = self.scores(normed[:, words:], image, text, router)
+        if scores is not None:
+            selection, kept = self.select(scores, words, slots)
         update = run_selected(
             selection,
             lambda rows, attended: self.update(rows, attended, gates),
@@ -149,13 +173,13 @@ class SlimFlux(nn.Module):
         segment: Segment,
         *,
         group_size: int,
-        token_routers: bool,
+        published_routers: bool,
         td_lora: LoraSpec | None,
         text_tokens: int,
     ) -> None:
         super().__init__()
         self.segment = segment
-        self.layout = FluxLayout.of(config, token_routers=token_routers, td_lora=td_lora)
+        self.layout = FluxLayout.of(config, published_routers=published_routers, td_lora=td_lora)
         channels, doubles = channels_of(config), config["num_layers"]
         self.axes = tuple(size // 2 for size in config["axes_dims_rope"])
         self.image_in = nn.Linear(config["in_channels"], channels)
@@ -166,7 +190,8 @@ class SlimFlux(nn.Module):
             double = index < doubles
             always_on = 0 if double else text_tokens
             sizes = BlockSizes.of(config, segment, index, group_size=group_size, always_on=always_on)
-            self.blocks.append((DoubleBlock if double else SingleBlock)(sizes, lora_paths(td_lora, segment)))
+            kind = DoubleBlock if double else SingleBlock
+            self.blocks.append(kind(sizes, lora_paths(td_lora, segment), compact_router=not published_routers))
         self.final = nn.Linear(channels, config.get("out_channels") or config["in_channels"])
 
     def forward(

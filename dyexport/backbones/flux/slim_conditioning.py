@@ -1,6 +1,7 @@
 """FLUX's conditioning network: everything that depends on sigma, guidance and the pooled text alone.
 
-A quarter of FLUX's weights. It computes the adaLN modulation of every block and the weights of token routers.
+A quarter of FLUX's weights. It computes the adaLN modulation of every block, and the weights of token routers of the
+published kind.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class DoubleModulation(NamedTuple):
 
 
 class RouterWeights(NamedTuple):
-    """A token router's weights at one sigma: (R, C) in the conditioning network, (B, 1, C) in a block."""
+    """Weights of a published token router at one sigma: (R, C) in the conditioning network, (B, 1, C) in a block."""
 
     image: Tensor
     text: Tensor
@@ -65,37 +66,37 @@ class FluxModulation(NamedTuple):
 
     doubles: list[DoubleModulation]
     singles: list[Modulation]
-    routers: list[RouterWeights]  # of every block; empty where tokens are not routed
+    routers: list[RouterWeights]  # of every block; empty without published token routers
     final: FinalModulation
     experts: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class FluxLayout(ModulationLayout):
-    """Double blocks (image, text), single blocks, token routers, the final layer; then the routers' constants."""
+    """Double blocks (image, text), single blocks, published token routers, the final layer; then their constants."""
 
     doubles: int
-    token_routers: bool
+    published_routers: bool
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], *, token_routers: bool, td_lora: LoraSpec | None) -> Self:
+    def of(cls, config: Mapping[str, Any], *, published_routers: bool, td_lora: LoraSpec | None) -> Self:
         """Return the layout of a configuration."""
         return cls(
             channels=channels_of(config),
             depth=depth_of(config),
             experts=experts_in(td_lora),
             doubles=config["num_layers"],
-            token_routers=token_routers,
+            published_routers=published_routers,
         )
 
     @property
     def vectors(self) -> int:
-        routers = 2 * self.depth if self.token_routers else 0
+        routers = 2 * self.depth if self.published_routers else 0
         return 12 * self.doubles + 3 * (self.depth - self.doubles) + routers + 2
 
     @property
     def values(self) -> int:
-        return self.depth if self.token_routers else 0
+        return self.depth if self.published_routers else 0
 
     def pack(self, modulation: FluxModulation) -> Tensor:
         """Pack vectors (R, C), constants (R, 1) and expert gates (R, L * E) to (R, M)."""
@@ -112,7 +113,7 @@ class FluxLayout(ModulationLayout):
             DoubleModulation(BlockModulation.take(vectors), BlockModulation.take(vectors)) for _ in range(self.doubles)
         ]
         singles = [take_modulation(vectors) for _ in range(self.depth - self.doubles)]
-        constants = self.values_of(modulation) if self.token_routers else ()
+        constants = self.values_of(modulation) if self.published_routers else ()
         routers = [RouterWeights(next(vectors), next(vectors), constant) for constant in constants]
         return FluxModulation(doubles, singles, routers, take_final(vectors), self.experts_of(modulation))
 
@@ -132,7 +133,7 @@ class Embedder(nn.Module):
 
 
 class RouterConditioning(nn.Module):
-    """A token router's weights: logit = norm(image) . a + mean(norm(text)) . b + c."""
+    """Weights of a published token router: logit = norm(image) . a + mean(norm(text)) . b + c."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -151,18 +152,18 @@ class RouterConditioning(nn.Module):
 
 
 class FluxConditioning(TimestepConditioning):
-    """adaLN modulation and token routers' weights of every block, from sigma, guidance and the pooled text."""
+    """adaLN modulation and published token routers' weights of every block, from sigma, guidance, the pooled text."""
 
-    def __init__(self, config: Mapping[str, Any], *, token_routers: bool, td_lora: LoraSpec | None) -> None:
+    def __init__(self, config: Mapping[str, Any], *, published_routers: bool, td_lora: LoraSpec | None) -> None:
         channels, depth = channels_of(config), depth_of(config)
         super().__init__(channels, depth, td_lora)
-        self.layout = FluxLayout.of(config, token_routers=token_routers, td_lora=td_lora)
+        self.layout = FluxLayout.of(config, published_routers=published_routers, td_lora=td_lora)
         self.guidance = Embedder(256, channels) if config["guidance_embeds"] else None
         self.pooled = Embedder(config["pooled_projection_dim"], channels)
         self.streams = nn.ModuleList(nn.Linear(channels, 6 * channels) for _ in range(2 * config["num_layers"]))
         self.singles = nn.ModuleList(nn.Linear(channels, 3 * channels) for _ in range(config["num_single_layers"]))
         self.final = nn.Linear(channels, 2 * channels)
-        self.routers = nn.ModuleList(RouterConditioning(channels) for _ in range(depth if token_routers else 0))
+        self.routers = nn.ModuleList(RouterConditioning(channels) for _ in range(depth if published_routers else 0))
 
     def forward(self, timestep: Tensor, pooled_projections: Tensor, guidance: Tensor | None = None) -> Tensor:
         """Compute sigma (R,), pooled text (R, P), guidance (R,) -> modulation (R, M)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dyexport.backbones.base import channels_of
-from dyexport.flops import Config, FlopsModel
+from dyexport.flops import Config, FlopsModel, RouterFlops
 
 
 def count(config: Config, tokens: int, text_tokens: int) -> FlopsModel:
@@ -19,14 +19,16 @@ def count(config: Config, tokens: int, text_tokens: int) -> FlopsModel:
     row = np.tile([tokens // frames, frames], pairs)  # (L,), tokens that attend to each other
     blocks = np.ones(2 * pairs)
     pixels = tokens * channels * config["patch_size"] ** 2 * (config["in_channels"] + config["out_channels"])
-    embedders = (256 + 7 * channels) * channels + text_tokens * channels * (config["caption_channels"] + channels)
+    conditioning = (256 + 7 * channels) * channels  # timestep, and the modulation that blocks share
+    captions = text_tokens * channels * (config["caption_channels"] + channels)
     to_text = 2 * channels**2 * (tokens + text_tokens) + 2 * tokens * text_tokens * channels
     return FlopsModel(
         attention=4.0 * channels**2 * tokens + 2.0 * row * tokens * channels,
         attention_tokens=0 * blocks,
         mlp=0 * blocks,
         mlp_tokens=8 * channels**2 * tokens * blocks,
-        router=tokens * (channels * (channels // 16) + channels // 16) * blocks,
+        routers={"published": RouterFlops(0 * blocks, tokens * (channels + 1) * (channels // 16) * blocks)},
         low_rank=18 * channels * tokens * blocks,
-        static=float(pixels + embedders + pairs * to_text),
+        static=float(pixels + captions + conditioning + pairs * to_text),
+        conditioning=float(conditioning),
     )

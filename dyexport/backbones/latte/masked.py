@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import LatteTransformer3DModel
 from diffusers.models.attention import BasicTransformerBlock
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dyexport.backbones.base import Inputs
 from dyexport.backbones.basic_transformer_block import LORA_TARGETS, attach_gates, permute_block, xavier_linears
 from dyexport.backbones.dit.masked import DiTTokenRouter
-from dyexport.models.gates import BlockGates
+from dyexport.models.gates import BlockGates, TokenRouters
 
 
 class LatteAdapter:
@@ -26,6 +26,7 @@ class LatteAdapter:
     """
 
     stock = LatteTransformer3DModel
+    token_routers: ClassVar[TokenRouters] = {"published": DiTTokenRouter}
 
     def build(self, config: Mapping[str, Any]) -> LatteTransformer3DModel:
         return LatteTransformer3DModel(**config)
@@ -52,9 +53,6 @@ class LatteAdapter:
     def blocks(self, backbone: LatteTransformer3DModel) -> list[nn.Module]:
         pairs = zip(backbone.transformer_blocks, backbone.temporal_transformer_blocks, strict=True)
         return list(chain.from_iterable(pairs))
-
-    def token_router(self, channels: int) -> DiTTokenRouter:
-        return DiTTokenRouter(channels)
 
     def attach(self, block: BasicTransformerBlock, gates: BlockGates) -> None:
         attach_gates(block, gates, mlp_norm=block.norm2)  # with adaLN-single there is no norm before attn2

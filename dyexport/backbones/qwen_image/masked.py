@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import QwenImageTransformer2DModel
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dyexport.backbones.base import Inputs
 from dyexport.backbones.dit.masked import DiTTokenRouter
-from dyexport.models.gates import BlockGates
+from dyexport.models.gates import BlockGates, TokenRouters
 from dyexport.models.hooks import on_input, on_output, permute_inputs, permute_outputs, unit_channels, watch_input
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -30,6 +30,7 @@ class QwenImageAdapter:
     """
 
     stock = QwenImageTransformer2DModel
+    token_routers: ClassVar[TokenRouters] = {"compact": DiTTokenRouter}
 
     def build(self, config: Mapping[str, Any]) -> QwenImageTransformer2DModel:
         return QwenImageTransformer2DModel(**config)
@@ -55,9 +56,6 @@ class QwenImageAdapter:
 
     def blocks(self, backbone: QwenImageTransformer2DModel) -> list[nn.Module]:
         return list(backbone.transformer_blocks)
-
-    def token_router(self, channels: int) -> DiTTokenRouter:
-        return DiTTokenRouter(channels)
 
     def attach(self, block: QwenImageTransformerBlock, gates: BlockGates) -> None:
         for linear in (block.attn.to_out[0], block.attn.to_add_out):

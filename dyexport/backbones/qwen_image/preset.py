@@ -43,6 +43,7 @@ class QwenImagePreset(Preset):
     stock: ClassVar[str] = "QwenImageTransformer2DModel"
     pipeline: ClassVar[str] = "QwenImagePipeline"
     rescales_guidance: ClassVar[bool] = True
+    token_routers = ("compact",)
 
     backbone: Literal["qwen_image"] = "qwen_image"
     hidden_size: int = 3072
