@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,24 +17,53 @@ from tests.runtime.bundles import write_bundle
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "tests/bundle/schema-3/calibration/widths.safetensors"
-SCRIPT = """
-import sys
+SERVER = """
+import json, os, sys
+import dyexport.bench.settings, dyexport.bundle.reader, dyexport.pipeline.settings, typer.main  # once for all commands
 from dyexport.cli import main
 
-sys.argv = ["dyexport", *sys.argv[1:]]
-try:
-    main()
-finally:
-    print("torch" in sys.modules, file=sys.stderr)
+def run(request):
+    sys.argv = ["dyexport", *request["arguments"]]
+    os.chdir(request["cwd"])
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT), number)
+    try:
+        main()
+    finally:
+        print("torch" in sys.modules, file=sys.stderr)
+
+for line in sys.stdin:
+    if (child := os.fork()) == 0:
+        run(json.loads(line))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+Run = Callable[..., tuple[int, str, bool]]
 
 
-def run(*arguments: str, cwd: Path, stream: str = "stdout") -> tuple[int, str, bool]:
-    """Run ``dyexport``: exit code, what it printed, and whether torch was imported."""
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Run ``dyexport`` in a fork of one process: exit code, what it printed, and whether torch was imported."""
+    folder = tmp_path_factory.mktemp("printed")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", SCRIPT, *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    return done.returncode, getattr(done, stream), {"True": True, "False": False}[done.stderr.splitlines()[-1]]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", SERVER], env=environment, **pipes) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        stdin, stdout = server.stdin, server.stdout
+
+        def command(*arguments: str, cwd: Path, stream: str = "out") -> tuple[int, str, bool]:
+            printed = {name: folder / name for name in ("out", "err")}
+            for file in printed.values():
+                file.unlink(missing_ok=True)
+            request = {"arguments": arguments, "cwd": cwd, **printed}
+            stdin.write(json.dumps(request, default=str) + "\n")
+            stdin.flush()
+            code = int(stdout.readline())
+            last = printed["err"].read_text().splitlines()[-1]
+            return code, printed[stream].read_text(), {"True": True, "False": False}[last]
+
+        yield command
+        stdin.close()
 
 
 @pytest.mark.parametrize(
@@ -89,7 +120,7 @@ def run(*arguments: str, cwd: Path, stream: str = "stdout") -> tuple[int, str, b
         ("report nowhere", 1),
     ],
 )
-def test_torch_is_not_imported(line: str, code: int, tmp_path: Path) -> None:
+def test_torch_is_not_imported(run: Run, line: str, code: int, tmp_path: Path) -> None:
     found, _, torch = run(*line.split(), cwd=tmp_path)
     assert (found, torch) == (code, False)
     assert list(tmp_path.iterdir()) == []
@@ -150,15 +181,15 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("deploy triton prompted models", 2, "own samples from prompts; give --pipeline"),
     ],
 )
-def test_a_manifest_is_enough_to_refuse(line: str, code: int, message: str, bundles: Path) -> None:
+def test_a_manifest_is_enough_to_refuse(run: Run, line: str, code: int, message: str, bundles: Path) -> None:
     before = sorted(bundles.iterdir())
-    found, err, torch = run(*line.split(), cwd=bundles, stream="stderr")
+    found, err, torch = run(*line.split(), cwd=bundles, stream="err")
     assert (found, torch) == (code, False)
     assert message in err
     assert sorted(bundles.iterdir()) == before
 
 
-def test_inspect_imports_no_torch(tmp_path: Path) -> None:
+def test_inspect_imports_no_torch(run: Run, tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle", objective="flow", segments=2)
     code, out, torch = run("inspect", str(bundle.root), "--json", cwd=tmp_path)
     assert (code, torch) == (0, False)
