@@ -56,6 +56,7 @@ def build(
     stream_weights: options.StreamWeightsOption = None,
     router: options.RouterOption = None,
     token_router: options.TokenRouterOption = None,
+    vae: options.VaeOption = None,
     synthetic: options.SyntheticOption = None,
     token_path: options.TokenPathOption = None,
     baseline: options.BaselineOption = None,

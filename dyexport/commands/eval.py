@@ -227,7 +227,7 @@ def _control(bundle: Path, work: Path | None) -> Path:
     from dyexport.verification.verify import find_reference
 
     work = find_reference(open_bundle(bundle), work, cure=NO_WORK).parent
-    with building(BuildSettings.load(work), without=frozenset({"static", "synthetic", "dynamic"})) as run:
+    with building(BuildSettings.load(work), without=frozenset({"encoded", "static", "synthetic", "dynamic"})) as run:
         from dyexport.pipeline.build import finetune_model, train_control
 
         finetune_model(run)  # raises unless the model of these settings is there

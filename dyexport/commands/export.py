@@ -15,7 +15,7 @@ EXAMPLES = (
     "dyexport export --work work/ --target onnx,tensorrt-rtx --compute-capability 8.9,12.0",
 )
 
-BEFORE_EXPORT = frozenset({"static", "synthetic", "dynamic", "calibrate"})
+BEFORE_EXPORT = frozenset({"encoded", "static", "synthetic", "dynamic", "calibrate"})
 
 
 def export(

@@ -32,6 +32,7 @@ def finetune(
     td_lora: options.TdLoraOption = None,
     router: options.RouterOption = None,
     token_router: options.TokenRouterOption = None,
+    vae: options.VaeOption = None,
     synthetic: options.SyntheticOption = None,
     seed: options.SeedOption = None,
     json: JsonOption = False,

@@ -107,8 +107,8 @@ DataOption = Annotated[
     str | None,
     _option(
         TRAINING,
-        "Training and calibration data: a directory of safetensors latents, digits, emoji, synthetic (sampled from the "
-        "model itself), or synthetic:FILE with one prompt a line. Default: the recipe's.",
+        "Training and calibration data: a directory of safetensors latents or of pictures, digits, emoji, synthetic "
+        "(sampled from the model itself), or synthetic:FILE with one prompt a line. Default: the recipe's.",
         metavar="SOURCE",
     ),
 ]
@@ -186,6 +186,12 @@ TokenRouterOption = Annotated[
         ADVANCED,
         "Kind of new token routers, for models that have both: a small bottleneck, or those of the published code. "
         "Default: compact.",
+    ),
+]
+VaeOption = Annotated[
+    str | None,
+    _option(
+        ADVANCED, "VAE for --data of pictures. Default: that of the checkpoint's pipeline.", "--vae", metavar="DIR|ID"
     ),
 ]
 SyntheticOption = Annotated[

@@ -25,6 +25,7 @@ from dyexport.training.data_record import DataRecord, read_record
 from dyexport.training.state import ORIGIN, origin_of, write_tensors
 
 INDEX = "pictures.jsonl"  # next to the shards
+READING, ENCODING = "reading pictures", "encoding"  # phases of progress
 SHARD = "latents-{:06d}.safetensors"
 SHARD_BYTES = 2**26
 FEWEST, MOST = 16, 256  # samples of a shard
@@ -119,7 +120,7 @@ class Encoding:
     def samples(self, index: Path, progress: EncodingProgress) -> list[Sample]:
         """Read all pictures that ``index`` does not know, and list the samples. Raises ``DataError``."""
         pictures = self.folder.pictures
-        reading = partial(progress, "reading pictures")
+        reading = partial(progress, READING)
         digests = digests_of([one.file for one in pictures], index, lambda done, total: reading(done, total, ""))
         mirrored = (False, True) if self.settings.flip else (False,)
         samples = [
@@ -245,4 +246,4 @@ def _check_finite(latents: Tensor, samples: Sequence[Sample]) -> None:
 
 
 def _advance(progress: EncodingProgress, before: int, total: int, done: int) -> None:
-    progress("encoding", before + done, total, f"{before + done} of {total} samples")
+    progress(ENCODING, before + done, total, f"{before + done} of {total} samples")

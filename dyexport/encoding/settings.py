@@ -65,11 +65,14 @@ class EncodeSettings:
                     f"{self.preset.name} samples pixels, which no VAE encodes; leave --vae and --pipeline out"
                 )
         elif self.vae is None and self.pipeline is None:
-            raise UsageError("no VAE is given; give --vae, or --pipeline, a diffusers pipeline that has one")
+            raise UsageError(
+                "encoding pictures takes a VAE; give --vae, or the diffusers pipeline of a model that has one"
+            )
         if self.takes_labels is False and self.pipeline is None:
             assert self.preset is not None
             raise UsageError(
-                f"captions of {self.preset.name} are embedded by its text encoders; give the --pipeline that has them"
+                f"captions of {self.preset.name} are embedded by its text encoders; give a diffusers pipeline that has "
+                "them: --pipeline, or --checkpoint of a build"
             )
 
     @classmethod

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from dyexport.backbones.recipe import Schedule
 from dyexport.calibration.precision import headroom
 from dyexport.checkpoints.locate import CONFIG
 from dyexport.digests import sha256_of
+from dyexport.encoding.encode import INDEX, READING, Encoding
 from dyexport.lora import LoraFile, lora_sources
 from dyexport.pipeline import calibrate, steps
+from dyexport.pipeline.pictures import picture_folder, picture_settings
 from dyexport.pipeline.run import Run
 from dyexport.pipeline.settings import SYNTHETIC
 from dyexport.pipeline.stage_settings import (
@@ -43,8 +46,13 @@ class Data:
 
 
 def open_given_data(run: Run) -> Data | None:
-    """Open data that exists; None if it is sampled later. Raises ``DataError`` for data that does not fit the model."""
+    """Open data that exists, and encode pictures; None if it is sampled later.
+
+    Raises ``DataError`` for data that does not fit the model.
+    """
     settings = run.settings
+    if picture_folder(settings) is not None:
+        return encoded_data(run)
     if settings.data_source == SYNTHETIC:
         return None
     return Data(source=None if settings.data_source is None else open_source(settings.data_source, settings.preset))
@@ -66,6 +74,34 @@ def static_model(run: Run, source: Path | None, data: Data | None) -> Outcome:
     scratch = run.scratch("static", chosen)
     make = partial(steps.make_static, settings, source, training_data, scratch, run.training_progress("static"))
     return run.stage("static", "static", inputs, make, chosen=chosen, scratch=scratch, shared=True)
+
+
+def encoded_data(run: Run) -> Data:
+    """Encode pictures."""
+    settings, group = run.settings, run.ledger.group
+    chosen = {**model_key(settings), **data_settings(settings)}
+    scratch, digest = run.scratch("encoded", chosen), ""
+    make: Callable[[Path], None] = _not_here
+    if group.is_main_process:
+        run.listener.started(READING, "")
+        begin = perf_counter()
+        encoding = Encoding(picture_settings(settings))
+        samples = encoding.samples(settings.work / INDEX, run.listener.advanced)
+        run.listener.finished(READING, perf_counter() - begin, reused=False)
+        digest = encoding.digest_of(samples)
+        progress = partial(_encoding_progress, run)
+        make = partial(steps.make_encoded, encoding, samples, scratch, progress)
+    inputs = {"samples": group.broadcast(digest)}
+    outcome = run.stage("encoded", "encoded", inputs, make, chosen=chosen, scratch=scratch)
+    return Data(source=open_source(str(outcome.path), settings.preset))
+
+
+def _not_here(out: Path) -> None:
+    raise AssertionError("the main process encodes")
+
+
+def _encoding_progress(run: Run, phase: str, done: int, total: int, detail: str) -> None:
+    run.listener.advanced("encoded", done, total, detail)
 
 
 def synthetic_data(run: Run, source: Path | None, static: Outcome) -> Data:

@@ -51,7 +51,8 @@ class BuildSettings:
     loras            LoRA files that are merged into the static model
     checkpoint       diffusers directory, file or hub id; None: published weights, or training from scratch
     random_weights   True to make the weights at random, to measure speed
-    data             'digits', 'emoji', 'synthetic', 'synthetic:FILE' with one prompt a line, or a directory of latents
+    data             'digits', 'emoji', 'synthetic', 'synthetic:FILE' of prompts, or a directory of latents or pictures
+    vae              VAE for pictures, a directory or hub id; None: that of the checkpoint's pipeline
     synthetic        how synthetic data is sampled
     engines          K, the number of engines
     targets          engine formats
@@ -82,6 +83,7 @@ class BuildSettings:
     checkpoint: str | None = None
     random_weights: bool = False
     data: str | None = None
+    vae: str | None = None
     synthetic: SyntheticConfig | None = None
     engines: int = 4
     targets: tuple[str, ...] = (ONNX,)
@@ -199,10 +201,9 @@ class BuildSettings:
 
     @property
     def slow_stages(self) -> frozenset[str]:
-        """Stages that train, that sample training data, or that come before one that does."""
-        if self.routers == "trained":
-            return frozenset({"static", "synthetic", "dynamic"})
-        return frozenset({"static", "synthetic"} if self.from_scratch else {"synthetic"})
+        """Stages that train, that make training data, or that come before one that does."""
+        trained = {"static", "dynamic"} if self.routers == "trained" else {"static"} if self.from_scratch else set()
+        return frozenset({"encoded", "synthetic"} | trained)
 
     @property
     def static_schedule(self) -> Schedule:
@@ -251,7 +252,7 @@ class BuildSettings:
         """Write the settings to the work directory, with absolute paths."""
         values = _ADAPTER.dump_python(self, mode="json", exclude={"work"})
         values["out"] = os.path.abspath(self.out)
-        for name in ("checkpoint", "data"):
+        for name in ("checkpoint", "data", "vae"):
             if values[name] is not None and Path(values[name]).exists():
                 values[name] = os.path.abspath(values[name])
         if self.prompts is not None:

@@ -15,6 +15,7 @@ from dyexport.bundle.targets import TARGETS, Option
 from dyexport.calibration.segments import PlanSettings
 from dyexport.errors import BudgetError, UsageError
 from dyexport.pipeline.output import check_ours
+from dyexport.pipeline.pictures import picture_folder, picture_settings
 from dyexport.training.data_files import check_source, read_prompts
 
 if TYPE_CHECKING:
@@ -114,7 +115,9 @@ def _check_data(settings: BuildSettings) -> None:
     """Raise ``DataError`` for training data that does not exist or is of another model."""
     if settings.prompts is not None:
         read_prompts(settings.prompts)
-    if settings.data_source not in (None, "synthetic"):
+    if picture_folder(settings) is not None:
+        picture_settings(settings).read_folder()
+    elif settings.data_source not in (None, "synthetic"):
         check_source(settings.data_source, settings.preset)
 
 
@@ -212,6 +215,10 @@ RULES = (
     Rule(
         lambda s: s.prompts is not None and bool(s.preset.classes),
         "--data {s.data} names prompts, and {s.preset.name} samples from class labels; give --data synthetic",
+    ),
+    Rule(
+        lambda s: s.vae is not None and picture_folder(s) is None,
+        "--vae encodes pictures, and --data is {s.data_source}; give a folder of pictures, or leave --vae out",
     ),
     Rule(
         lambda s: s.synthetic is not None and s.data_source != "synthetic",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from dyexport.pipeline.pictures import picture_folder
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import stored_fields
 
@@ -32,6 +33,8 @@ def static_settings(settings: BuildSettings) -> dict[str, Any]:
 
 def data_settings(settings: BuildSettings) -> dict[str, Any]:
     """Return the settings of training and calibration data."""
+    if picture_folder(settings) is not None:
+        return {"data": settings.data_source, "vae": settings.vae}
     if settings.data_source != "synthetic":
         return {"data": settings.data_source}
     prompts = None if settings.prompts is None else str(settings.prompts)

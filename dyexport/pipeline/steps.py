@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from dyexport.calibration.widths import (
 from dyexport.checkpoints.dynamic import load_with_routers, save_dynamic
 from dyexport.checkpoints.locate import find_checkpoint
 from dyexport.checkpoints.static import adopt_static, load_static, save_static
+from dyexport.encoding.encode import Encoding, EncodingProgress, Sample
 from dyexport.errors import CheckpointError
 from dyexport.files import hard_linked
 from dyexport.models.devices import best_device
@@ -39,7 +40,7 @@ from dyexport.training.synthetic import generate
 from dyexport.training.trainer import TrainingProgress, train_static
 
 RANKING_POINTS = 8
-SHARDS, PROMPTS = "shards", "prompts.safetensors"  # of synthetic data under way
+SHARDS, PROMPTS = "shards", "prompts.safetensors"  # of data under way
 
 
 def checkpoint_source(settings: BuildSettings) -> Path | None:
@@ -120,10 +121,23 @@ def make_synthetic(
         embedded = kept_prompts(scratch / PROMPTS, embed, prompts)
     backbone = load_static(str(static), preset).to(best_device())
     generate(backbone, preset, settings.sampling, shards, progress, prompts=embedded)
+    _link(shards, out)
+
+
+def make_encoded(
+    encoding: Encoding, samples: Sequence[Sample], scratch: Path, progress: EncodingProgress, out: Path
+) -> None:
+    """Encode pictures. Finished shards are kept in ``scratch``, where a stopped run resumes."""
+    encoding.write(samples, scratch / SHARDS, progress)
+    _link(scratch / SHARDS, out)
+
+
+def _link(shards: Path, out: Path) -> None:
+    """Make a directory of links to finished files, so that a kill before the stage is recorded loses none."""
     out.mkdir()
-    for shard in sorted(shards.iterdir()):  # links, so that a kill before the stage is recorded loses no shard
-        if not hard_linked(shard, out / shard.name):
-            shutil.copyfile(shard, out / shard.name)
+    for file in sorted(shards.iterdir()):
+        if not hard_linked(file, out / file.name):
+            shutil.copyfile(file, out / file.name)
 
 
 def text_encoders(settings: BuildSettings, source: Path | None) -> str | None:

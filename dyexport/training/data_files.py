@@ -14,6 +14,7 @@ from dyexport.training.data_record import check_record
 
 DIGITS = "digits"
 EMOJI = "emoji"
+BUILT_IN = (DIGITS, EMOJI)
 SHOWN = 200  # characters of a name in a message
 SUBJECTS = (
     "a red fox", "an old sailor", "a glass of water", "a steam train", "a city street in the rain", "a bowl of fruit",
@@ -31,7 +32,7 @@ SETTINGS = (
 
 def check_source(spec: str, preset: Preset) -> None:
     """Raise ``DataError`` if ``spec``, a name or a directory, has no training data for a model."""
-    if spec not in (DIGITS, EMOJI):
+    if spec not in BUILT_IN:
         shard_files(Path(spec))
         check_record(Path(spec), preset.classes, preset.name)
     elif spec == DIGITS and not samples_digits(preset):
@@ -53,7 +54,9 @@ def shard_files(directory: Path) -> list[Path]:
         raise DataError(f"cannot read {str(directory)[:SHOWN]!r}: {str(error)[:SHOWN]}; give another") from error
     if not files:
         problem = "holds no .safetensors files" if directory.is_dir() else "is no directory"
-        raise DataError(f"{directory} {problem}; give a directory of latents, or 'digits', 'emoji' or 'synthetic'")
+        raise DataError(
+            f"{directory} {problem}; give a directory of latents or pictures, or 'digits', 'emoji' or 'synthetic'"
+        )
     return files
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from dyexport.backbones.base import Preset
 from dyexport.checkpoints.static import save_static
 from dyexport.cli import app
 from dyexport.digits import load_digits
+from dyexport.errors import DataError, UsageError
 from dyexport.models.random_weights import random_backbone
+from dyexport.pipeline.build import make_static_model, opened
+from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import get_preset
+from dyexport.stages.ledger import NullListener
 from dyexport.verification.verify import verify
 from tests.encoding.folders import class_folder
 from tests.pipeline.tiny_pipeline import small_vae
@@ -78,3 +83,70 @@ def test_encoding_prints_what_it_made(tmp_path: Path) -> None:
     for line in ("6 of shape (4, 2, 2)", "6 of shape (4, 2, 2) (1 of 1 shards were there)"):
         done = CliRunner().invoke(app, [*map(str, words), "-o", str(tmp_path / "latents")])
         assert line in " ".join(done.stdout.split())
+
+
+def stages_of(built: dict[str, Any]) -> dict[str, str]:
+    return {name: stage["status"] for name, stage in built["stages"].items()}
+
+
+def test_a_build_encodes_pictures_itself_and_once(digits: Path, pipeline: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(digits, tmp_path / "pictures")
+    build = ["finetune", "--checkpoint", pipeline, "--data", folder, "--budget", "0.5", "--finetune-steps", "0"]
+    work = tmp_path / "work"
+    first = run(*build, "--work", work)
+    assert stages_of(first)["encoded"] == "done"
+    assert stages_of(run(*build, "--work", work))["encoded"] == "reused"
+    assert not (work / "training").exists()
+    run("encode", folder, "--pipeline", pipeline, "-o", tmp_path / "latents")
+    for name in ("latents-000000.safetensors", "encoding.json"):
+        assert (work / "encoded" / name).read_bytes() == (tmp_path / "latents" / name).read_bytes()
+    next(folder.rglob("*.png")).unlink()
+    again = run("finetune", "--work", work)
+    assert (stages_of(again)["encoded"], stages_of(again)["static"]) == ("done", "reused")
+
+
+class StopsAt(NullListener):
+    """Presses Ctrl-C where encoding has come so far, and remembers where it began."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+        self.reports: list[int] = []
+
+    def advanced(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        if stage == "encoded":
+            self.reports.append(done)
+            if done >= self.samples:
+                raise KeyboardInterrupt
+
+
+def test_an_interrupted_build_keeps_the_shards_that_it_has(pipeline: Path, tmp_path: Path) -> None:
+    folder = class_folder(tmp_path / "pictures", count=30, classes=tuple("0123456789"))
+    settings = BuildSettings(
+        checkpoint=str(pipeline),
+        budget=0.5,
+        out=tmp_path / "out",
+        work=tmp_path / "work",
+        data=str(folder),
+        finetune_steps=0,
+    )
+    begins = []
+    for samples in (256, 300):
+        listener = StopsAt(samples)
+        with pytest.raises(KeyboardInterrupt), opened(settings, listener) as run_:
+            make_static_model(run_)
+        begins.append(listener.reports[:2])
+    assert begins[0][1] < 256
+    assert begins[1] == [256, 256]
+
+
+def test_what_a_build_cannot_encode_is_refused_early(digits: Path, pipeline: Path, tmp_path: Path) -> None:
+    settings = {"model": MODEL, "budget": 0.5, "out": tmp_path / "out", "work": tmp_path / "work", "data": str(digits)}
+    with pytest.raises(UsageError, match="encoding pictures takes a VAE; give --vae"):
+        BuildSettings(**settings, checkpoint=str(pipeline / "transformer" / "diffusion_pytorch_model.safetensors"))
+    few = class_folder(tmp_path / "pictures")
+    with pytest.raises(DataError, match=r"has 2 classes \(cats, dogs\) and dit-encoded 10"):
+        BuildSettings(**{**settings, "data": str(few)}, checkpoint=str(pipeline))
+    with pytest.raises(UsageError, match="--vae encodes pictures, and --data is digits"):
+        BuildSettings(**{**settings, "model": "dit-digits", "data": "digits"}, vae=str(pipeline))
+    with pytest.raises(DataError, match="latte-tiny makes videos"):
+        BuildSettings(**{**settings, "model": "latte-tiny"}, random_weights=True, vae=str(pipeline))

@@ -255,10 +255,10 @@ def test_latents_of_other_options_are_not_replaced(vae: Path, tmp_path: Path) ->
         ({"preset": get_preset("flux-fill")}, "flux-fill edits pictures"),
         (
             {"preset": get_preset("flux-tiny")},
-            "captions of flux-tiny are embedded by its text encoders; give the --pip",
+            "captions of flux-tiny are embedded by its text encoders; give a diff",
         ),
         ({"preset": get_preset("sit-digits")}, "sit-digits samples pixels, which no VAE encodes; leave --vae"),
-        ({"vae": None}, "no VAE is given; give --vae"),
+        ({"vae": None}, "encoding pictures takes a VAE; give --vae"),
         ({"vae": "gone/"}, "--vae gone/ does not exist"),
         ({"size": 0}, "--size is 0"),
         ({"size": 30}, "--size is 30, and this VAE takes multiples of 8"),

@@ -1,0 +1,43 @@
+"""Settings for encoding the pictures of a build. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dyexport.checkpoints.locate import is_hub_id
+from dyexport.encoding.layout import is_picture_folder
+from dyexport.encoding.settings import CONFIG, VAE, EncodeSettings
+from dyexport.training.data_files import BUILT_IN
+
+if TYPE_CHECKING:
+    from dyexport.pipeline.settings import BuildSettings
+
+
+def picture_folder(settings: BuildSettings) -> Path | None:
+    """Return the folder of pictures that become the data of a build; None for other data."""
+    source = settings.data_source
+    if source is None or source in (*BUILT_IN, "synthetic"):
+        return None
+    return Path(source) if is_picture_folder(Path(source)) else None
+
+
+def picture_settings(settings: BuildSettings) -> EncodeSettings:
+    """Return how a build encodes the pictures of its data.
+
+    Raises ``UsageError`` where no VAE is given or known, and ``DataError`` for a model that pictures are no data for.
+    """
+    preset = settings.preset
+    pipeline = None if preset.pixel_space else _pipeline_of(settings)
+    return EncodeSettings(folder=Path(str(settings.data_source)), preset=preset, vae=settings.vae, pipeline=pipeline)
+
+
+def _pipeline_of(settings: BuildSettings) -> str | None:
+    """Return the pipeline with the VAE of a checkpoint, or of the published model; None if none is known."""
+    if settings.checkpoint is not None:
+        for folder in (Path(settings.checkpoint), Path(settings.checkpoint).parent):
+            if (folder / VAE / CONFIG).is_file():
+                return str(folder)
+        if not Path(settings.checkpoint).exists() and is_hub_id(settings.checkpoint):
+            return settings.checkpoint
+    return settings.preset.hub_id
