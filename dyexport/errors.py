@@ -90,6 +90,7 @@ class MissingDependencyError(DyexportError):
 
 
 EXTRAS = dict.fromkeys(("accelerate", "onnx", "onnx_ir", "onnxscript", "peft"), "build") | {
+    "bitsandbytes": "low-memory",
     "onnxruntime": "cpu",
     "torchmetrics": "eval",
     "transformers": "prompts",

@@ -100,9 +100,7 @@ def new_model(preset: Preset, device: str) -> DynamicTransformer:
 def time_step(trainer: DynamicTrainer, device: str) -> float:
     """Return the seconds of one step, from sampling noise to the average of the weights."""
     begin = perf_counter()
-    losses = trainer.losses(trainer.batches.at(trainer.step))
-    trainer.update(trainer.total(losses))
-    trainer.record(losses)
+    trainer.advance()
     if device != "cpu":
         torch.cuda.synchronize()
     return perf_counter() - begin

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from dyexport.backbones.calibration_effort import DEFAULT_EFFORT, SPARSE, CalibrationEffort
 from dyexport.bundle.spec import Precision
 from dyexport.lora import LoraSpec
+
+BasePrecision = Literal["fp32", "bf16", "int8", "nf4"]
+"""Storage of the frozen base under TD-LoRA. bf16 is exact for weights that are published in bf16."""
+
+Optimizer = Literal["adamw", "adamw-8bit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +42,8 @@ class Recipe:
     weights, ``finetune_lora`` a TD-LoRA, for which ``td_lora`` is the default. The bundle is stored in ``precision``;
     calibration multiplies in ``calibration_precision`` where the bundle is stored in that. ``data`` is the source of
     latents, such as 'synthetic'; None: training needs ``--data``. With ``distill``, the dynamic path learns from the
-    complete model. With ``needs_gpu``, fine-tuning without a GPU is refused.
+    complete model. With ``needs_gpu``, fine-tuning without a GPU is refused. ``base_precision`` is that of the frozen
+    base under TD-LoRA.
     """
 
     finetune: Schedule = PUBLISHED
@@ -50,6 +56,7 @@ class Recipe:
     calibration: CalibrationEffort = DEFAULT_EFFORT
     distill: bool = False
     needs_gpu: bool = False
+    base_precision: BasePrecision = "fp32"
 
     def as_json(self) -> dict[str, Any]:
         values = asdict(replace(self, td_lora=None))
@@ -65,6 +72,7 @@ LOW_RANK_FINETUNING = Recipe(
     calibration_precision="bf16",
     data="synthetic",
     needs_gpu=True,
+    base_precision="bf16",
 )
 LOW_RANK_FROM = 2_000_000_000  # parameters: training all of more, with gradients and moments, does not fit on a GPU
 SPARSE_FROM = 1e12  # parameters x tokens: calibrating one sample of more takes minutes on a CPU

@@ -6,13 +6,22 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
+from dyexport.backbones.recipe import BasePrecision, Optimizer
 from dyexport.errors import BudgetError, UsageError
 from dyexport.models.gates import WIDTH_BIAS
+
+WITHOUT_EFFECT = ("checkpoint_every", "checkpointing", "micro_batch")  # on the trained weights, apart from rounding
+ADDED = {"optimizer": "adamw", "base_precision": "fp32"}  # hashed where they differ, so that older states stay valid
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Diffusion training of a static backbone; ``batch_size`` is global, over all processes."""
+    """Diffusion training of a static backbone; ``batch_size`` is global, over all processes.
+
+    checkpointing   recompute blocks in the backward pass
+    micro_batch     samples of one pass of a process, which accumulates gradients; None: its whole share of a batch
+    base_precision  storage of weights that are not trained
+    """
 
     steps: int
     batch_size: int = 256
@@ -23,6 +32,10 @@ class TrainConfig:
     label_dropout: float = 0.1  # share of labels replaced by the null class, for classifier-free guidance
     seed: int = 0
     checkpoint_every: int = 500
+    checkpointing: bool = False
+    micro_batch: int | None = None
+    optimizer: Optimizer = "adamw"
+    base_precision: BasePrecision = "fp32"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "learning_rate", "grad_clip", "checkpoint_every"):
@@ -31,14 +44,31 @@ class TrainConfig:
         _require(0 <= self.lr_decay <= 1, "lr_decay", self.lr_decay, "in [0, 1], a share of the run")
         _require(0 <= self.label_dropout < 1, "label_dropout", self.label_dropout, "in [0, 1)")
         _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        if self.micro_batch is not None:
+            _require(self.micro_batch > 0, "micro_batch", self.micro_batch, "above 0")
 
     def rate_scale(self, step: int) -> float:
         """Return the factor of the learning rates at a step."""
         return min((self.steps - step) / max(self.lr_decay * self.steps, 1), 1.0)
 
+    def passes(self, processes: int) -> int:
+        """Return the number of passes that a process makes for its share of a batch. Raises ``UsageError``."""
+        if self.batch_size % processes:
+            raise UsageError(
+                f"batch_size {self.batch_size} does not divide by {processes} processes; use a multiple of it"
+            )
+        share = self.batch_size // processes
+        if share % (self.micro_batch or share):
+            raise UsageError(
+                f"a process has {share} samples of a batch, which micro-batches of {self.micro_batch} do not divide; "
+                f"use a divisor of {share}"
+            )
+        return share // (self.micro_batch or share)
+
     def digest(self) -> str:
         """Hash every setting that affects the trained weights."""
-        values = {name: value for name, value in asdict(self).items() if name != "checkpoint_every"}
+        values = {name: value for name, value in asdict(self).items() if name not in WITHOUT_EFFECT}
+        values = {name: value for name, value in values.items() if name not in ADDED or value != ADDED[name]}
         return hashlib.sha256(json.dumps([type(self).__name__, values], sort_keys=True).encode()).hexdigest()
 
 

@@ -15,6 +15,7 @@ from dyexport.models.dynamic import DynamicTransformer
 from dyexport.training.config import FinetuneConfig
 from dyexport.training.data import LatentSource
 from dyexport.training.losses import DynamicLosses, Losses, NoisyBatch, flops_penalty, flops_ratio
+from dyexport.training.optimizers import new_optimizer
 from dyexport.training.randomness import LogisticNoise, Share, step_generator
 from dyexport.training.state import SavedState
 from dyexport.training.teacher import Teacher
@@ -22,6 +23,7 @@ from dyexport.training.trainer import Trainer, TrainingProgress, TrainResult
 
 MEASURED_SAMPLES = 512
 TEACHER = "teacher."  # prefix of its weights in a saved state
+ROUTERS = "routers."  # prefix of parameters
 
 
 def finetune(
@@ -42,6 +44,7 @@ class DynamicTrainer(Trainer[FinetuneConfig]):
 
     model: DynamicTransformer
     teacher: Teacher | None = None  # with ``distill``, once the dense model is no longer trained
+    overall: Tensor | None = None  # FLOPs ratio of the batch; None: one pass sees all of this process's share
 
     def loss_module(self) -> nn.Module:
         return DynamicLosses(self.model, self.batches.objective, self.flops, distill=self.config.distill)
@@ -51,20 +54,45 @@ class DynamicTrainer(Trainer[FinetuneConfig]):
             {"params": self.model.trainable},
             {"params": self.model.routers.parameters(), "lr": self.config.router_learning_rate},
         ]
-        return torch.optim.AdamW(groups, lr=self.config.learning_rate, weight_decay=0, fused=True)
+        return new_optimizer(self.config.optimizer, groups, self.config.learning_rate)
 
-    def losses(self, batch: NoisyBatch) -> Losses:
+    def checkpoint_blocks(self) -> None:
+        self.model.checkpoint_blocks()
+
+    def begin_step(self) -> None:
+        """Measure the FLOPs ratio of the whole batch first, where no pass sees all of it."""
+        self.overall = self.ratio_of_batch() if self.passes > 1 else None
+
+    @torch.no_grad()
+    def ratio_of_batch(self) -> Tensor:
+        """Return the mean ratio over all micro-batches and processes, under the gate noise of this step: ()."""
+        ratios = []
+        for share in self.shares():
+            with self.products():
+                output = self.model(self.batch(share).inputs, noise=self.gate_noise(share))
+            ratios.append(flops_ratio(output, self.flops).mean())
+        overall: Tensor = self.accelerator.reduce(torch.stack(ratios).mean(), "mean")
+        return overall
+
+    def gate_noise(self, share: Share) -> LogisticNoise:
+        """Return this step's gate noise, which is the same however the batch is divided."""
         generator = step_generator(self.config.seed, self.step, "gates", self.accelerator.device)
-        noise = LogisticNoise(generator, self.share, self.config.noise_scale(self.step))
+        return LogisticNoise(generator, share, self.config.noise_scale(self.step))
+
+    def losses(self, batch: NoisyBatch, share: Share) -> Losses:
         complete = self.step < self.config.complete_steps
         if self.config.distill and not complete and self.teacher is None:
             self.teacher = Teacher(self.model, self._averages())
-        losses: Losses = self.module(batch, noise, complete=complete, teacher=self.teacher)
+        noise = self.gate_noise(share)
+        with self.products():
+            losses: Losses = self.module(batch, noise, complete=complete, teacher=self.teacher)
         return losses
 
     def total(self, losses: Losses) -> Tensor:
         assert losses.flops_ratio is not None
-        overall = self.accelerator.reduce(losses.flops_ratio.detach(), "mean")
+        overall = self.overall
+        if overall is None:
+            overall = self.accelerator.reduce(losses.flops_ratio.detach(), "mean")
         total = losses.diffusion + flops_penalty(losses.flops_ratio, overall, self.config.target(self.step))
         return total if losses.complete is None else total + losses.complete
 
@@ -76,7 +104,8 @@ class DynamicTrainer(Trainer[FinetuneConfig]):
                 value.copy_(state.tensors[f"{TEACHER}{name}"])
 
     def _averages(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self.ema.averages.items()}
+        """Return the averages of what the dense model reads: all but the routers of widths and tokens."""
+        return {name: value.clone() for name, value in self.ema.averages.items() if not name.startswith(ROUTERS)}
 
     def tensors(self) -> dict[str, Tensor]:
         frozen = {} if self.teacher is None else self.teacher.weights
@@ -92,5 +121,7 @@ class DynamicTrainer(Trainer[FinetuneConfig]):
         count = math.ceil(MEASURED_SAMPLES / self.config.batch_size)
         ratios = []
         for step in range(self.config.steps, self.config.steps + count):
-            ratios.append(flops_ratio(self.model(global_batches.at(step).inputs), self.flops).mean())
+            with self.products():
+                output = self.model(global_batches.at(step).inputs)
+            ratios.append(flops_ratio(output, self.flops).mean())
         return float(torch.stack(ratios).mean())

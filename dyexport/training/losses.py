@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -38,11 +39,26 @@ class NoisyBatch(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Means over the samples of this process; scalars that carry gradients."""
+    """Means over samples of this process; scalars that carry gradients."""
 
     diffusion: Tensor
     complete: Tensor | None  # of the dense model; None once it is no longer trained
     flops_ratio: Tensor | None  # None for a static model
+
+    def detached(self) -> Losses:
+        rest = (None if value is None else value.detach() for value in self[1:])
+        return Losses(self.diffusion.detach(), *rest)
+
+    @staticmethod
+    def mean(parts: Sequence[Losses]) -> Losses:
+        """Return the means of micro-batches of the same size."""
+        rest = (_mean_of([part[index] for part in parts]) for index in (1, 2))
+        return Losses(torch.stack([part.diffusion for part in parts]).mean(), *rest)
+
+
+def _mean_of(values: Sequence[Tensor | None]) -> Tensor | None:
+    present = [value for value in values if value is not None]
+    return torch.stack(present).mean() if present else None
 
 
 class DiffusionObjective(Protocol):

@@ -34,13 +34,17 @@ def stratified_uniform(count: int, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """The part of a global batch that one process works on."""
+    """A part of a global batch: what one process works on, or one of its micro-batches."""
 
     index: int = 0
     count: int = 1
 
+    def split(self, parts: int) -> list[Share]:
+        """Divide this share into ``parts`` of the same size."""
+        return [Share(index=self.index * parts + part, count=self.count * parts) for part in range(parts)]
+
     def of(self, values: Tensor) -> Tensor:
-        """Return this process's rows: (B, ...) -> (B / count, ...)."""
+        """Return the rows of this share: (B, ...) -> (B / count, ...)."""
         return values.chunk(self.count)[self.index]
 
 
@@ -58,7 +62,7 @@ class NoisyBatches:
     device: torch.device
 
     def at(self, step: int) -> NoisyBatch:
-        """Return this process's share of the batch of one step."""
+        """Return this share of the batch of one step."""
         data = step_generator(self.seed, step, "data")
         indices = self.share.of(torch.randint(len(self.source), (self.batch_size,), generator=data))
         uniform = self.share.of(stratified_uniform(self.batch_size, data))

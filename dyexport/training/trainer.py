@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from dyexport.backbones import get_adapter, get_conditioning
 from dyexport.backbones.base import Preset
-from dyexport.errors import DataError, DyexportError, UsageError
+from dyexport.errors import DataError, DyexportError
 from dyexport.flops import FlopsModel
+from dyexport.models.devices import bf16_products
 from dyexport.training.accelerating import check_accelerate
 from dyexport.training.config import TrainConfig
 from dyexport.training.data import LatentSource
@@ -27,6 +29,7 @@ from dyexport.training.losses import (
     StaticLosses,
     get_objective,
 )
+from dyexport.training.optimizers import new_optimizer, restored_moments, stored_moments
 from dyexport.training.randomness import NoisyBatches, Share
 from dyexport.training.state import SavedState, fingerprint, load_state, save_state
 
@@ -77,8 +80,8 @@ def train_static(
 class Trainer(Generic[Config]):
     """Trains ``model`` in place. A killed run of the same settings resumes; the result has averaged weights.
 
-    A subclass overrides ``losses`` and ``total``, the loss that is minimized, and ``tensors`` and ``restore``, the
-    state that a resumed run needs.
+    A subclass overrides ``losses`` and ``total``, the loss that is minimized, ``begin_step``, and ``tensors`` and
+    ``restore``, the state that a resumed run needs.
     """
 
     def __init__(
@@ -91,10 +94,13 @@ class Trainer(Generic[Config]):
         work_dir: Path,
         progress: TrainingProgress | None = None,
     ) -> None:
-        check_accelerate()
+        check_accelerate(config.base_precision)
         self.accelerator = Accelerator()
         self.share = Share(index=self.accelerator.process_index, count=self.accelerator.num_processes)
-        _check_shapes(source, config, self.share)
+        self.passes = config.passes(self.share.count)  # of a step
+        self.accelerator.gradient_accumulation_steps = self.passes
+        if len(source) == 0:
+            raise DataError(f"{source.name} holds no samples; give at least one")
         self.model = model.eval()  # in train mode diffusers drops labels at random, which is all that differs
         self.adapter = get_adapter(preset.backbone)
         self.config = config
@@ -112,6 +118,8 @@ class Trainer(Generic[Config]):
             device=self.accelerator.device,
         )
         self.flops = FlopsModel.of_preset(preset)
+        if config.checkpointing:
+            self.checkpoint_blocks()
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.module, self.optimizer = self.accelerator.prepare(self.loss_module(), self.new_optimizer())
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -119,35 +127,70 @@ class Trainer(Generic[Config]):
         self.step = 0  # steps done
         self.history: list[HistoryPoint] = []
         self._unread: list[Tensor] = []  # metrics of the latest steps, still on the device
+        self._norms: list[Tensor] = []  # of their gradients
 
     def train(self) -> TrainResult:
         self.batches.source.check_finite()
         self.resume()
         self._report()
         while self.step < self.config.steps:
-            losses = self.losses(self.batches.at(self.step))
-            self.update(self.total(losses))
-            self.record(losses)
+            self.advance()
             self._report()
             self.checkpoint()
         return self.finish()
+
+    def advance(self) -> None:
+        """Take one step: gradients of all micro-batches, then the optimizer."""
+        self.begin_step()
+        parts = []
+        for share in self.shares():
+            with self.accelerator.accumulate(self.module):
+                losses = self.losses(self.batch(share), share)
+                self.accelerator.backward(self.total(losses))
+            parts.append(losses.detached())
+        self.update()
+        self.record(Losses.mean(parts))
+
+    def shares(self) -> list[Share]:
+        """Return this process's micro-batches, as shares of the batch."""
+        return self.share.split(self.passes)
+
+    def batch(self, share: Share) -> NoisyBatch:
+        """Return a share of this step's batch."""
+        return replace(self.batches, share=share).at(self.step)
+
+    def begin_step(self) -> None:
+        """Compute what the losses of all micro-batches depend on."""
+
+    def checkpoint_blocks(self) -> None:
+        cast(Any, self.model).enable_gradient_checkpointing()
 
     def loss_module(self) -> nn.Module:
         return StaticLosses(self.model, self.adapter, self.batches.objective)
 
     def new_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.model.parameters(), lr=self.config.learning_rate, weight_decay=0, fused=True)
+        return new_optimizer(self.config.optimizer, self.model.parameters(), self.config.learning_rate)
 
-    def losses(self, batch: NoisyBatch) -> Losses:
-        losses: Losses = self.module(batch)
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        """Multiply in the precision of training: accelerate's, or bf16 for a base in lower precision."""
+        with ExitStack() as stack:
+            stack.enter_context(self.accelerator.autocast())
+            if self.config.base_precision != "fp32":
+                stack.enter_context(bf16_products(self.accelerator.device, enabled=True))
+            yield
+
+    def losses(self, batch: NoisyBatch, share: Share) -> Losses:
+        with self.products():
+            losses: Losses = self.module(batch)
         return losses
 
     def total(self, losses: Losses) -> Tensor:
         return losses.diffusion
 
-    def update(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.grad_clip)
+    def update(self) -> None:
+        norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.grad_clip)
+        self._norms.append(norm.detach())
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self.config.rate_scale(self.step)
         self.optimizer.step()
@@ -167,23 +210,28 @@ class Trainer(Generic[Config]):
         if not self._unread:
             return
         rows = self.accelerator.reduce(torch.stack(self._unread), "mean").tolist()  # S x 3
+        norms = torch.stack(self._norms).tolist()  # S, of all processes together
         first = self.step - len(rows)
         self._unread.clear()
+        self._norms.clear()
         self.history += [HistoryPoint(first + offset, *row) for offset, row in enumerate(rows)]
-        for point in self.history[-len(rows) :]:
-            self._check_finite(point)
+        for point, norm in zip(self.history[-len(rows) :], norms, strict=True):
+            self._check_finite(point, norm)
 
     def _report(self) -> None:
         """Report every step, which may take minutes, with the latest metrics that were read."""
         if self.progress is not None and self.accelerator.is_main_process:
             self.progress(self.step, self.config.steps, self.history[-1].metrics() if self.history else {})
 
-    def _check_finite(self, point: HistoryPoint) -> None:
-        if not math.isfinite(point.diffusion):
-            raise DyexportError(
-                f"the loss is {point.diffusion} at step {point.step}; lower the learning rate"
-                f" ({self.config.learning_rate:g}) and check the checkpoint's weights"
-            )
+    def _check_finite(self, point: HistoryPoint, norm: float) -> None:
+        """Raise ``DyexportError`` for a step that spoils the weights. It is not saved: the last state is a good one."""
+        scaled = self.accelerator.scaler is not None  # which leaves out steps whose gradients overflow
+        for name, value in (("loss", point.diffusion), ("norm of the gradients", 0.0 if scaled else norm)):
+            if not math.isfinite(value):
+                raise DyexportError(
+                    f"the {name} is {value} at step {point.step}; lower the learning rate"
+                    f" ({self.config.learning_rate:g}) and check the checkpoint's weights"
+                )
 
     def checkpoint(self) -> None:
         if self.step % self.config.checkpoint_every and self.step != self.config.steps:
@@ -205,8 +253,8 @@ class Trainer(Generic[Config]):
             self.ema.averages[name].copy_(state.tensors[f"ema.{name}"])
             prefix = f"optimizer.{name}."
             names = [key for key in state.tensors if key.startswith(prefix)]
-            moments = {key.removeprefix(prefix): state.tensors[key].to(parameter.device) for key in names}
-            self.optimizer.state[parameter] = moments
+            moments = {key.removeprefix(prefix): state.tensors[key] for key in names}
+            self.optimizer.state[parameter] = restored_moments(moments, parameter.device)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state that a resumed run needs."""
@@ -214,22 +262,13 @@ class Trainer(Generic[Config]):
         for name, parameter in self.parameters.items():
             tensors[f"model.{name}"] = parameter
             tensors[f"ema.{name}"] = self.ema.averages[name]
-            moments = self.optimizer.state[parameter]
+            moments = stored_moments(self.optimizer.state[parameter])
             tensors.update({f"optimizer.{name}.{key}": value for key, value in moments.items()})
         return tensors
 
     def finish(self) -> TrainResult:
         self.ema.apply()
         return TrainResult(steps=self.step, history=tuple(self.history), flops_ratio=None)
-
-
-def _check_shapes(source: LatentSource, config: TrainConfig, share: Share) -> None:
-    if len(source) == 0:
-        raise DataError(f"{source.name} holds no samples; give at least one")
-    if config.batch_size % share.count:
-        raise UsageError(
-            f"batch_size {config.batch_size} does not divide by {share.count} processes; use a multiple of it"
-        )
 
 
 def _run_digest(config: TrainConfig, preset: Preset, source: LatentSource, model: nn.Module) -> str:

@@ -67,14 +67,14 @@ def test_distilled_the_dynamic_path_learns_what_the_complete_model_predicts(tmp_
     run = trainer(tmp_path, replace(DYNAMIC, distill=True, complete=0.0, settle=0.0))
     run.step = DYNAMIC.steps - 1  # noise is annealed to zero
     batch = run.batches.at(run.step)
-    whole = run.losses(batch)
+    whole = run.losses(batch, run.share)
     assert whole.complete is not None
     assert whole.diffusion.item() < 1e-9  # every gate is open: nothing to learn
     with torch.no_grad():
         for router in run.model.routers:
             router.shift(-40.0, tokens=True)
     cut = run.model(batch.inputs).sample - run.model.forward_dense(batch.inputs)
-    assert torch.allclose(run.losses(batch).diffusion, cut.square().mean())
+    assert torch.allclose(run.losses(batch, run.share).diffusion, cut.square().mean())
     assert cut.any()
 
 
@@ -90,7 +90,7 @@ def test_once_gates_settle_the_complete_model_of_before_teaches_and_the_data_cou
     assert (taught - now).abs().max() > 1e-4  # the model has moved on, its teacher has not
     output = run.model(batch.inputs).sample
     apart, data = (output - taught).square().mean(), run.batches.objective.loss(output, batch.noised).mean()
-    assert torch.allclose(run.losses(batch).diffusion, (apart + data) / 2)
+    assert torch.allclose(run.losses(batch, run.share).diffusion, (apart + data) / 2)
     assert torch.equal(run.model.forward_dense(batch.inputs), now)
     names = dict(run.model.named_parameters(remove_duplicate=False))
     assert all(names[name] is value for name, value in run.model.named_parameters())
@@ -99,9 +99,9 @@ def test_once_gates_settle_the_complete_model_of_before_teaches_and_the_data_cou
 def test_the_teacher_is_the_average_of_the_complete_model(tmp_path: Path) -> None:
     run = trainer(tmp_path, DISTILLED)
     while run.step < DISTILLED.complete_steps:
-        run.update(run.total(run.losses(run.batches.at(run.step))))
+        run.advance()
     batch = run.batches.at(run.step)
-    run.losses(batch)
+    run.losses(batch, run.share)
     assert run.teacher is not None
     taught = run.teacher.predict(batch.inputs)
     run.ema.apply()
@@ -115,11 +115,11 @@ def test_without_noise_the_gates_trained_are_the_gates_run(tmp_path: Path) -> No
         for router in run.model.routers:
             router.shift(-15.0, tokens=True)  # logits near zero, where noise would decide
     batch = run.batches.at(run.step)
-    trained = run.losses(batch)
+    trained = run.losses(batch, run.share)
     evaluated = run.model(batch.inputs)
     assert torch.equal(trained.diffusion, run.batches.objective.loss(evaluated.sample, batch.noised).mean())
     run.step = 0
-    assert not torch.equal(run.losses(batch).diffusion, trained.diffusion)
+    assert not torch.equal(run.losses(batch, run.share).diffusion, trained.diffusion)
 
 
 def test_a_run_stopped_while_it_is_taught_resumes_to_the_same_bits(tmp_path: Path) -> None:

@@ -68,9 +68,9 @@ def test_weights_settle_as_the_learning_rate_decays(tmp_path: Path) -> None:
     moved: list[float] = []
     update = run.update
 
-    def note(loss: torch.Tensor) -> None:
+    def note() -> None:
         before = weights(run.model)
-        update(loss)
+        update()
         moved.append(max(float((value.detach() - before[name]).abs().max()) for name, value in run.parameters.items()))
 
     run.update = note  # type: ignore[method-assign]
@@ -192,7 +192,7 @@ def test_labels_are_dropped_at_the_configured_rate_and_never_by_diffusers(tmp_pa
     assert int(batch.inputs["class_labels"].max()) < SIT.classes
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    run.losses(batch)
+    run.losses(batch, run.share)
     assert torch.equal(torch.get_rng_state(), before)
 
 
