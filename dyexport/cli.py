@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -102,6 +103,7 @@ def main() -> None:
     Exit codes: 0, 1 (failed), 2 (bad usage), 130 (Ctrl-C).
     """
     escape_what_streams_cannot_hold()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it, and it warns of absent kernels
     session, interrupted = Session(), Event()
     try:
         with recording_interrupts(interrupted), missing_extras():

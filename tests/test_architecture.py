@@ -290,7 +290,9 @@ def test_what_is_imported_is_declared(path: Path) -> None:
     builds = unit_of(path) in BUILD_SIDE | PIPELINE | {"demo"}
     source = path.read_text()
     assert third_party(source, at_once=True) <= declared() | (declared("build") if builds else set())
-    assert third_party(source, at_once=False) <= declared() | declared(*RUN_EXTRAS, *(("build",) if builds else ()))
+    assert third_party(source, at_once=False) <= declared() | declared(
+        *RUN_EXTRAS, *(("build", "low-memory") if builds else ())
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,10 @@ BasePrecision = Literal["fp32", "bf16", "int8", "nf4"]
 """Storage of the frozen base under TD-LoRA. bf16 is exact for weights that are published in bf16."""
 
 Optimizer = Literal["adamw", "adamw-8bit"]
+"""Optimizer of training; with ``adamw-8bit`` the moments are stored in 8 bits."""
+
+Checkpointing = Literal["auto", "on", "off"]
+"""Whether a backward pass recomputes blocks; ``auto``: where the activations of a batch do not fit in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

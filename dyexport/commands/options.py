@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from dyexport.backbones.base import UnitChoice
+from dyexport.backbones.recipe import BasePrecision, Checkpointing, Optimizer
 from dyexport.bundle.spec import Precision, Quantization, TokenRouterKind, Widths
 
 MODEL, BUDGET, TRAINING, ENGINES = "Model", "Budget", "Training", "Engines"
@@ -171,6 +172,35 @@ WorkOption = Annotated[
 RecordedWorkOption = Annotated[
     Path,
     _option(OUTPUT, "Work directory of the earlier stages, which records their settings.", "--work", metavar="DIR"),
+]
+BasePrecisionOption = Annotated[
+    BasePrecision | None,
+    _option(
+        ADVANCED,
+        "Storage of the frozen weights while a TD-LoRA is trained. bf16 is exact for weights published in bf16. "
+        "Default: fp32, or bf16 for models of billions.",
+    ),
+]
+OptimizerOption = Annotated[
+    Optimizer | None,
+    _option(ADVANCED, "AdamW with moments in fp32 or in 8 bits. Default: adamw."),
+]
+CheckpointingOption = Annotated[
+    Checkpointing | None,
+    _option(
+        ADVANCED,
+        "Recompute blocks in the backward pass: a third more time, and a fraction of the memory for activations. "
+        "Default: auto, where a batch does not fit.",
+        "--gradient-checkpointing",
+    ),
+]
+MicroBatchOption = Annotated[
+    int | None,
+    _option(
+        ADVANCED,
+        "Samples of one pass in a process; gradients of a batch are accumulated. Default: as many as fit.",
+        metavar="N",
+    ),
 ]
 RouterOption = Annotated[
     UnitChoice | None,

@@ -61,6 +61,7 @@ def _changes(options: Mapping[str, Any], recorded: BuildSettings | None = None) 
         "synthetic": ("synthetic", parse_synthetic),
         "target": ("targets", split),
         "memory": ("memory", parse_bytes),
+        "gradient_checkpointing": ("checkpointing", _same),
     }
     tensorrt_parsers: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "compute_capability": ("compute_capabilities", split),
@@ -102,7 +103,9 @@ def recipe_line(recipe: Mapping[str, Any], trainable: Mapping[str, float]) -> st
     if (scratch := recipe["from_scratch"]) is not None:
         parts.append(f"the static model trained for {scratch['steps']} steps of {scratch['batch_size']}")
     if (schedule := recipe["finetune"]) is not None:
-        lora = "" if recipe["td_lora"] is None else f", TD-LoRA of rank {recipe['td_lora']['rank']}"
+        lora = ""
+        if recipe["td_lora"] is not None:
+            lora = f", TD-LoRA of rank {recipe['td_lora']['rank']} on a base in {recipe['base_precision']}"
         parts.append(f"fine-tuned for {schedule['steps']} steps of {schedule['batch_size']}{lora}")
         parts += [f"{name} {value}" for name, value in trainable_lines(trainable)]
     if recipe["repair"]:

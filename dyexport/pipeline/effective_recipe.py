@@ -22,6 +22,8 @@ def recipe_values(settings: BuildSettings) -> dict[str, Any]:
         "from_scratch": asdict(settings.static_schedule) if settings.from_scratch else None,
         "finetune": asdict(settings.finetune_schedule) if trained else None,
         "td_lora": None if lora is None else lora.model_dump(),
+        "base_precision": settings.frozen_precision if trained else None,
+        "optimizer": settings.optimizer if trained else None,
         "distill": recipe.distill and trained,
         "needs_gpu": recipe.needs_gpu and trained,
         "precision": settings.stored_precision,

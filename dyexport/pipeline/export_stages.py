@@ -132,7 +132,8 @@ def _own_dense(settings: BuildSettings, spec: ModelSpec) -> OwnDense:
         return "projections"
     if settings.routers != "trained":
         return "nothing"
-    if spec.td_lora is None:
+    rounded = settings.frozen_precision not in ("fp32", settings.stored_precision)  # as far as the bundle shows it
+    if spec.td_lora is None or rounded:
         return "everything"
     return "biases" if spec.td_lora.bias == "all" else "nothing"
 

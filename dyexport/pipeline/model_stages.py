@@ -24,6 +24,7 @@ from dyexport.pipeline.stage_settings import (
     control_settings,
     data_settings,
     dynamic_settings,
+    memory_settings,
     model_key,
     static_settings,
     token_router_settings,
@@ -141,7 +142,7 @@ def dynamic_model(run: Run, static: Outcome, data: Data) -> Outcome:
     elif routers != "random":
         inputs["data"] = data.digest
     if routers == "trained":
-        inputs |= {"budget": settings.budget, "distill": settings.recipe.distill}
+        inputs |= {"budget": settings.budget, "distill": settings.recipe.distill, **memory_settings(settings)}
         inputs |= _training(settings.finetune_schedule, data)
     scratch = run.scratch("dynamic", chosen)
     progress = run.training_progress("dynamic")

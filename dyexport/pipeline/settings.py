@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from dyexport.backbones.base import Preset, RouterKind, UnitChoice
-from dyexport.backbones.recipe import Recipe, Schedule
+from dyexport.backbones.recipe import BasePrecision, Checkpointing, Optimizer, Recipe, Schedule
 from dyexport.bundle.spec import Precision, Quantization, TokenRouterKind, Widths
 from dyexport.bundle.targets import ONNX, TARGETS
 from dyexport.checkpoints.stored_routers import stored_widths
@@ -25,7 +24,7 @@ from dyexport.files import write_atomically
 from dyexport.lora import LoraFile, LoraSpec
 from dyexport.pipeline.effective_recipe import recipe_values
 from dyexport.pipeline.output import default_out, default_work
-from dyexport.pipeline.settings_checks import check, check_values
+from dyexport.pipeline.settings_checks import check, check_names, check_values
 from dyexport.presets import Model
 from dyexport.training.synthetic_config import SyntheticConfig
 
@@ -47,6 +46,10 @@ class BuildSettings:
     router           which units may be on at a timestep: 'free' or 'ordered'
     token_router     kind of new token routers, 'compact' or 'published'; None: that of new models
     td_lora          low-rank updates that are trained instead of all weights
+    base_precision   storage of the frozen base under TD-LoRA; None: the recipe's
+    optimizer        'adamw' or 'adamw-8bit'
+    checkpointing    'on', 'off' or 'auto': whether fine-tuning recomputes blocks in the backward pass
+    micro_batch      samples of one pass of fine-tuning in a process; None: as many as fit
     merge_tolerance  relative error up to which TD-LoRA is merged into a segment's weights; None never merges
     loras            LoRA files that are merged into the static model
     checkpoint       diffusers directory, file or hub id; None: published weights, or training from scratch
@@ -78,6 +81,10 @@ class BuildSettings:
     router: UnitChoice = "free"
     token_router: TokenRouterKind | None = None
     td_lora: LoraSpec | None = None
+    base_precision: BasePrecision | None = None
+    optimizer: Optimizer = "adamw"
+    checkpointing: Checkpointing = "auto"
+    micro_batch: int | None = None
     merge_tolerance: float | None = None
     loras: tuple[LoraFile, ...] = ()
     checkpoint: str | None = None
@@ -200,6 +207,13 @@ class BuildSettings:
         return recipe.model_copy(update={"experts": 1}) if self.planned_widths == "static" else recipe
 
     @property
+    def frozen_precision(self) -> BasePrecision:
+        """Storage of the frozen base in fine-tuning; fp32 where all weights are trained."""
+        if self.lora is None or self.routers != "trained":
+            return "fp32"
+        return self.base_precision or self.recipe.base_precision
+
+    @property
     def slow_stages(self) -> frozenset[str]:
         """Stages that train, that make training data, or that come before one that does."""
         trained = {"static", "dynamic"} if self.routers == "trained" else {"static"} if self.from_scratch else set()
@@ -223,12 +237,7 @@ class BuildSettings:
 
         Raises ``UsageError`` for an unknown name.
         """
-        known = [setting.name for setting in fields(cls)]
-        for name in values:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-                raise UsageError(f"unknown setting {name!r}; {hint}")
+        check_names(values, [setting.name for setting in fields(cls)])
         check_values(values)
         model, checkpoint = values.get("model"), None if values.get("random_weights") else values.get("checkpoint")
         if model is None and values.get("random_weights") and values.get("checkpoint"):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from dyexport.arguments import check_memory, check_seed, whole_number
 from dyexport.backbones.base import UnitChoice
+from dyexport.backbones.recipe import BasePrecision, Checkpointing, Optimizer
 from dyexport.bundle.plan_info import OLDEST_FP8
 from dyexport.bundle.spec import Precision, Quantization, TokenRouterKind, Widths
 from dyexport.bundle.targets import TARGETS, Option
@@ -41,6 +43,15 @@ def check(settings: BuildSettings) -> None:
     _ = settings.sampling  # raises for guidance that the model does not take
     _check_places(settings.out, settings.work)
     _check_data(settings)
+
+
+def check_names(names: Iterable[str], known: Sequence[str]) -> None:
+    """Raise ``UsageError`` for a name of a setting that is not ``known``."""
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise UsageError(f"unknown setting {name!r}; {hint}")
 
 
 def check_values(values: Mapping[str, Any]) -> None:
@@ -82,13 +93,17 @@ VALUE_CHECKS: Mapping[str, Callable[[Any], object]] = {
     "token_router": lambda value: _check_choice("--token-router", value, TokenRouterKind),
     "precision": lambda value: _check_choice("--precision", value, Precision),
     "quantize": lambda value: _check_choice("--quantize", value, Quantization),
+    "base_precision": lambda value: _check_choice("--base-precision", value, BasePrecision),
+    "optimizer": lambda value: _check_choice("--optimizer", value, Optimizer),
+    "checkpointing": lambda value: _check_choice("--gradient-checkpointing", value, Checkpointing),
+    "micro_batch": lambda value: whole_number("--micro-batch", value, least=1, most=MOST_STEPS),
     "seed": lambda value: check_seed(value, "--seed"),
     "memory": check_memory,
     "train_steps": lambda value: whole_number("--train-steps", value, least=1, most=MOST_STEPS),
     "finetune_steps": lambda value: whole_number("--finetune-steps", value, least=0, most=MOST_STEPS),
     "merge_tolerance": _check_tolerance,
 }
-NEVER_NONE = frozenset({"engines", "token_path", "targets", "router", "seed"})
+NEVER_NONE = frozenset({"engines", "token_path", "targets", "router", "seed", "optimizer", "checkpointing"})
 
 
 def _check_lora_file(lora: LoraFile) -> None:
@@ -139,7 +154,19 @@ def _named(settings: BuildSettings) -> dict[str, str]:
         "module_target": next(iter(_module_targets(settings)), ""),
         "old_gpu": next(iter(_without_fp8(settings)), ""),
         "oldest_fp8": str(OLDEST_FP8),
+        "memory_option": next(iter(_memory_options(settings)), ""),
     }
+
+
+def _memory_options(settings: BuildSettings) -> list[str]:
+    """Return the options given that say how fine-tuning uses memory."""
+    given = {
+        "--base-precision": settings.base_precision is not None,
+        "--optimizer": settings.optimizer != "adamw",
+        "--gradient-checkpointing": settings.checkpointing != "auto",
+        "--micro-batch": settings.micro_batch is not None,
+    }
+    return [option for option, is_given in given.items() if is_given]
 
 
 def _static_targets(settings: BuildSettings) -> list[str]:
@@ -261,6 +288,20 @@ RULES = (
         lambda s: s.data_source is None and s.routers == "trained",
         "fine-tuning {s.preset.name} needs --data, such as a directory of latents or 'synthetic'; "
         "to do without, give --finetune-steps 0",
+    ),
+    # Memory of fine-tuning
+    Rule(
+        lambda s: s.routers != "trained" and bool(_memory_options(s)),
+        "{memory_option} is for fine-tuning, and this build trains nothing; leave it out",
+    ),
+    Rule(
+        lambda s: s.base_precision not in (None, "fp32") and s.lora is None,
+        "--base-precision {s.base_precision} is of a frozen base, and {s.preset.name} trains all weights; "
+        "give --td-lora, such as rank=16,experts=4, or leave it out",
+    ),
+    Rule(
+        lambda s: bool(s.micro_batch and s.routers == "trained" and s.finetune_schedule.batch_size % s.micro_batch),
+        "--micro-batch {s.micro_batch} does not divide the batch of {s.finetune_schedule.batch_size}; use a divisor",
     ),
     # LoRA
     Rule(lambda s: s.td_lora is not None and s.routers == "given", _leave_out("--td-lora")),

@@ -52,6 +52,7 @@ def dynamic_settings(settings: BuildSettings) -> dict[str, Any]:
     lora = None if settings.lora is None else settings.lora.model_dump()
     chosen: dict[str, Any] = {"seed": settings.seed, "routers": settings.routers, "router": settings.router_kind}
     chosen |= {"td_lora": lora, **token_router_settings(settings)}
+    chosen |= memory_settings(settings)
     if settings.routers == "trained":
         chosen |= {"budget": settings.budget, "finetune_steps": settings.finetune_schedule.steps}
     return static_settings(settings) | data_settings(settings) | chosen
@@ -61,6 +62,16 @@ def token_router_settings(settings: BuildSettings) -> dict[str, Any]:
     """Return the kind of new token routers; omitted for the oldest, so that older work directories stay valid."""
     kind = settings.token_router_kind
     return {} if kind in (None, settings.preset.token_routers[0]) else {"token_router": kind}
+
+
+def memory_settings(settings: BuildSettings) -> dict[str, Any]:
+    """Return the settings of memory that change what is trained; none at the defaults, so that ledgers stay valid."""
+    chosen: dict[str, Any] = {}
+    if settings.frozen_precision != "fp32":
+        chosen["base_precision"] = settings.frozen_precision
+    if settings.optimizer != "adamw":
+        chosen["optimizer"] = settings.optimizer
+    return chosen
 
 
 def calibrated_settings(settings: BuildSettings) -> dict[str, Any]:

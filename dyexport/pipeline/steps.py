@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dyexport.backbones import get_adapter
 from dyexport.backbones.calibration_effort import CALIBRATION_SAMPLES
@@ -25,6 +25,7 @@ from dyexport.errors import CheckpointError
 from dyexport.files import hard_linked
 from dyexport.models.devices import best_device
 from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.frozen_base import BaseWeights, check_base_precision, lower_base
 from dyexport.models.importance import rank_units
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic
@@ -35,6 +36,7 @@ from dyexport.training.cost import FinetuningRun, check_gpu, count_trainable
 from dyexport.training.data import LatentSource
 from dyexport.training.data_files import read_prompts
 from dyexport.training.finetuning import finetune
+from dyexport.training.optimizers import check_optimizer
 from dyexport.training.prompts import embed_prompts, kept_prompts
 from dyexport.training.synthetic import generate
 from dyexport.training.trainer import TrainingProgress, train_static
@@ -194,7 +196,8 @@ def make_dynamic(
         save_dynamic(attach_routers(backbone, settings), out, preset, backbone=static)
     else:
         assert source is not None
-        save_dynamic(_finetuned(settings, static, source, scratch, progress), out, preset)
+        model = _finetuned(settings, static, source, scratch, progress)
+        save_dynamic(model, out, preset, weights=trained_weights(model))
 
 
 def _finetuned(
@@ -207,14 +210,25 @@ def _finetuned(
     points = trajectory_points(preset.timestep_range, RANKING_POINTS)
     inputs = calibration_inputs(settings, source)
     rank_units(model, inputs, [float(t) for t in points], lambda done, total: progress(done, total, {}))
+    lower_base(model, settings.frozen_precision, best_device())
     config = FinetuneConfig(
         **asdict(settings.finetune_schedule),
         seed=settings.seed,
         budget=settings.budget,
         distill=settings.recipe.distill,
+        base_precision=settings.frozen_precision,
+        optimizer=settings.optimizer,
+        checkpointing=settings.checkpointing == "on",
+        micro_batch=settings.micro_batch,
     )
     finetune(model, preset, source, config, work_dir=scratch, progress=progress)
     return model
+
+
+def trained_weights(model: DynamicTransformer) -> Mapping[str, Tensor] | None:
+    """Return the weights of a base in lower precision, dequantized; None for one in fp32."""
+    weights = BaseWeights(model.backbone)
+    return weights if weights.frozen else None
 
 
 def attach_routers(backbone: nn.Module, settings: BuildSettings) -> DynamicTransformer:
@@ -266,5 +280,7 @@ def check_training(settings: BuildSettings) -> str | None:
     """
     run = finetuning_run(settings)
     if run is not None or settings.from_scratch:
-        check_accelerate()
+        check_accelerate(settings.frozen_precision)
+        check_base_precision(settings.frozen_precision)
+        check_optimizer(settings.optimizer)
     return check_gpu(run) if run is not None and settings.recipe.needs_gpu else None

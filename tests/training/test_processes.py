@@ -1,4 +1,4 @@
-"""One process and two must train the same model."""
+"""One process and two must train the same model, in one pass or in several, and resume to the same bits."""
 
 from __future__ import annotations
 
@@ -6,26 +6,60 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from dyexport.training.config import FinetuneConfig
-from dyexport.training.finetuning import finetune
-from tests.training.helpers import SIT, blobs, dynamic
+from dyexport.training.finetuning import DynamicTrainer
+from tests.training.helpers import SIT, blobs, dynamic, same, weights
 
 ROOT = Path(__file__).parents[2]
+Weights = dict[str, torch.Tensor]
 
 
-def run(work_dir: Path) -> list[list[float]]:
-    """Loss and ratio of every step; noisy gates, so that noise must be shared out too."""
+CONFIG = FinetuneConfig(steps=8, batch_size=8, complete=0.5, warmup=0.5, learning_rate=1e-3, checkpoint_every=3)
+
+
+class Stopped(Exception):
+    """A run that ended early."""
+
+
+def run(work_dir: Path, micro_batch: int | None = None, stop: int | None = None) -> tuple[list[list[float]], Weights]:
+    """Loss and ratio of every step; noisy gates, so that noise must be shared out too.
+
+    Raises ``Stopped`` in every process after step ``stop``.
+    """
     model = dynamic(SIT)
     for router in model.routers:
         router.shift(-14.0, tokens=True)
-    config = FinetuneConfig(steps=8, batch_size=8, complete=0.5, warmup=0.5, learning_rate=1e-3)
-    result = finetune(model, SIT, blobs(SIT), config, work_dir=work_dir)
-    return [[point.diffusion, point.flops_ratio] for point in result.history]
+    trainer = DynamicTrainer(
+        model, SIT, blobs(SIT), replace(CONFIG, micro_batch=micro_batch, checkpointing=True), work_dir=work_dir
+    )
+    advance = trainer.advance
+
+    def advance_or_stop() -> None:
+        if trainer.step == stop:
+            raise Stopped
+        advance()
+
+    trainer.advance = advance_or_stop  # type: ignore[method-assign]
+    result = trainer.train()
+    return [[point.diffusion, point.flops_ratio] for point in result.history], weights(model)
+
+
+def runs(directory: Path) -> dict[str, list[list[float]]]:
+    """Run with a whole share a pass, and in micro-batches, once undisturbed and once stopped and resumed."""
+    whole, _ = run(directory / "whole")
+    divided, expected = run(directory / "divided", micro_batch=2)
+    with pytest.raises(Stopped):
+        run(directory / "stopped", micro_batch=2, stop=5)
+    resumed, found = run(directory / "stopped", micro_batch=2)
+    assert same(found, expected)
+    assert resumed == divided
+    return {"whole": whole, "divided": divided}
 
 
 @pytest.mark.build
@@ -37,15 +71,15 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     script = ["-m", "tests.training.test_processes", str(tmp_path)]
     subprocess.run([*launch, *script], cwd=ROOT, env=environment, check=True, timeout=300)
-    alone = run(tmp_path / "alone")
+    alone, _ = run(tmp_path / "alone")
     for rank in range(2):
-        together = json.loads((tmp_path / f"rank{rank}.json").read_text())
-        for left, right in zip(together, alone, strict=True):
-            assert left == pytest.approx(right, abs=1e-5)
+        for together in json.loads((tmp_path / f"rank{rank}.json").read_text()).values():
+            for left, right in zip(together, alone, strict=True):
+                assert left == pytest.approx(right, abs=1e-5)
     assert any(0.1 < ratio < 0.99 for _, ratio in alone)
 
 
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
-    (directory / f"rank{os.environ['RANK']}.json").write_text(json.dumps(run(directory / "together")))
+    (directory / f"rank{os.environ['RANK']}.json").write_text(json.dumps(runs(directory)))
     torch.distributed.destroy_process_group()
