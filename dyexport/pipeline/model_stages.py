@@ -112,8 +112,8 @@ def synthetic_data(run: Run, source: Path | None, static: Outcome) -> Data:
     scratch, prompts = run.scratch("synthetic", chosen), _prompts_digest(run, source)
     inputs = {"static": static.digest, "sampling": asdict(settings.sampling), "prompts": prompts}
     progress = partial(run.listener.advanced, "synthetic")
-    make = partial(steps.make_synthetic, settings, static.path, source, prompts, scratch, progress)
-    outcome = run.stage("synthetic", "synthetic", inputs, make, chosen=chosen, scratch=scratch)
+    make = partial(steps.make_synthetic, settings, static.path, source, prompts, scratch, progress, run.ledger.group)
+    outcome = run.stage("synthetic", "synthetic", inputs, make, chosen=chosen, scratch=scratch, shared=True)
     return Data(source=ShardDirectory(outcome.path, settings.preset))
 
 

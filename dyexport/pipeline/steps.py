@@ -30,6 +30,7 @@ from dyexport.models.importance import rank_units
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic
 from dyexport.pipeline.settings import SYNTHETIC, BuildSettings
+from dyexport.stages.ledger import ProcessGroup
 from dyexport.training.accelerating import check_accelerate
 from dyexport.training.config import FinetuneConfig, TrainConfig
 from dyexport.training.cost import FinetuningRun, check_gpu, count_trainable
@@ -109,21 +110,27 @@ def make_synthetic(
     prompts: str,
     scratch: Path,
     progress: Callable[..., None],
+    group: ProcessGroup,
     out: Path,
 ) -> None:
     """Sample latents from the static model, for prompts that the pipeline of its checkpoint embeds.
 
-    ``prompts`` identifies the embeddings. Finished shards are kept in ``scratch``, where a stopped run resumes.
+    ``prompts`` identifies the embeddings, which the main process makes. Finished shards are kept in ``scratch``, where
+    a stopped run resumes; there the processes of a group share the work.
     """
     preset, shards, embedded = settings.preset, scratch / SHARDS, None
     shards.mkdir(parents=True, exist_ok=True)
     if (encoders := text_encoders(settings, source)) is not None:
         texts = read_prompts(settings.prompts)
         embed = partial(embed_prompts, encoders, texts, preset, device=best_device())
+        if group.is_main_process:
+            kept_prompts(scratch / PROMPTS, embed, prompts)
+        group.broadcast("embedded")
         embedded = kept_prompts(scratch / PROMPTS, embed, prompts)
     backbone = load_static(str(static), preset).to(best_device())
-    generate(backbone, preset, settings.sampling, shards, progress, prompts=embedded)
-    _link(shards, out)
+    generate(backbone, preset, settings.sampling, shards, progress, prompts=embedded, group=group)
+    if group.is_main_process:
+        _link(shards, out)
 
 
 def make_encoded(

@@ -30,9 +30,15 @@ KEY_LENGTH = 8  # of a digest of settings, in the name of what they made
 
 
 class ProcessGroup(Protocol):
-    """The processes of a run; ``is_main_process`` is true in one of them, which alone writes to the work directory."""
+    """The processes of a run, ``count`` of them; ``index`` is this one's place.
+
+    ``is_main_process`` is true in one of them, which alone writes to the work directory, but for the scratch of stages
+    whose work is shared.
+    """
 
     is_main_process: bool
+    index: int
+    count: int
 
     def broadcast(self, value: str) -> str:
         """Wait for all processes, and return the main process's value in each."""
@@ -42,6 +48,7 @@ class SingleProcess:
     """A run in one process."""
 
     is_main_process = True
+    index, count = 0, 1
 
     def broadcast(self, value: str) -> str:
         return value

@@ -1,4 +1,4 @@
-"""Several processes on one build, as ``accelerate launch`` starts them: all train, one does the rest."""
+"""Several processes on one build, as ``accelerate launch`` starts them: all train and sample, one does the rest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from dyexport.stages.ledger import ProcessGroup, SingleProcess
 
-PATIENCE = timedelta(days=2)  # the others wait while the main process samples data
+PATIENCE = timedelta(days=2)  # the others wait while the main process encodes data
 
 
 class AccelerateProcesses:
@@ -22,6 +22,7 @@ class AccelerateProcesses:
         # By default PartialState ignores the variable by which Accelerator decides to train on CPUs.
         state: Any = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
         self.is_main_process = bool(state.is_main_process)
+        self.index, self.count = int(state.process_index), int(state.num_processes)
         atexit.register(state.destroy_process_group)  # a process that exits with gloo's threads running may abort
 
     def broadcast(self, value: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from dyexport.backbones import get_adapter, get_conditioning
 from dyexport.backbones.base import Preset
 from dyexport.models.conditions import Conditions
 from dyexport.noise_schedule import make_scheduler
+from dyexport.stages.ledger import ProcessGroup, SingleProcess
 from dyexport.training.data import ShardDirectory
 from dyexport.training.randomness import step_generator
 from dyexport.training.state import ORIGIN, fingerprint, origin_of, write_tensors
@@ -35,40 +36,49 @@ def generate(
     progress: SamplingProgress | None = None,
     *,
     prompts: Conditions | None = None,
+    group: ProcessGroup | None = None,
 ) -> ShardDirectory:
     """Sample latents into safetensors shards and open them.
 
     Samples cycle through the class labels, or through embedded ``prompts``, of which the last one is the unconditional
     prompt where guidance is classifier-free. Without ``prompts`` their embeddings are random. Shards that exist and
-    were made by the same weights and settings are kept, so a killed run continues where it stopped.
+    were made by the same weights and settings are kept, so a killed run continues where it stopped. The processes of a
+    group take turns with the shards and return when all are done; each reports its own.
     """
-    backbone, config = backbone.eval(), config.resolved(preset)
+    backbone, config, group = backbone.eval(), config.resolved(preset), group or SingleProcess()
     origin = _digest(backbone, preset, config, prompts)
     starts = {
         directory / f"synthetic-{start:08d}.safetensors": start for start in range(0, config.samples, SHARD_SAMPLES)
     }
-    for path in set(directory.glob("synthetic-*.safetensors")) - set(starts):
+    for path in set(directory.glob("synthetic-*.safetensors")) - set(starts) if group.is_main_process else ():
         path.unlink()
-    missing = {path: start for path, start in starts.items() if origin_of(path) != origin}
-    for index, (path, start) in enumerate(missing.items(), start=len(starts) - len(missing)):
-        advance = partial(_advance, progress, index, len(starts), config)
+    own = list(starts.items())[group.index :: group.count]
+    done = [start for path, start in own if origin_of(path) == origin]
+    report = partial(_report, progress, config, [start for _, start in own], done)
+    for path, start in own:
+        if start in done:
+            continue
         stop = min(start + SHARD_SAMPLES, config.samples)
         conditions = _conditions(preset, torch.arange(start, stop), prompts, config.seed)
         generator = step_generator(config.seed, start, "noise")
         denoise = _denoiser(backbone, preset, conditions, prompts, config.guidance)
-        latents = _sample(denoise, config, generator, advance)
+        latents = _sample(denoise, config, generator, report)
         stored = {column.name: conditions[column.argument] for column in get_conditioning(preset).columns}
         write_tensors(path, {"latents": latents.cpu(), **stored}, {ORIGIN: origin})
-    _advance(progress, len(starts), len(starts), config, 0)
+        done.append(start)
+    report(0)
+    group.broadcast("sampled")
     return ShardDirectory(directory, preset)
 
 
-def _advance(progress: SamplingProgress | None, shards: int, of: int, config: SyntheticConfig, step: int) -> None:
-    """Report finished shards, and the steps of the next one."""
+def _report(
+    progress: SamplingProgress | None, config: SyntheticConfig, own: Sequence[int], done: Sequence[int], step: int
+) -> None:
+    """Report finished shards, by the samples that they begin at, and the steps of the next one."""
     if progress is not None:
         assert config.steps is not None
-        made = min(shards * SHARD_SAMPLES, config.samples)
-        progress(shards * config.steps + step, of * config.steps, f"{made} of {config.samples} samples")
+        made, total = (sum(min(SHARD_SAMPLES, config.samples - start) for start in starts) for starts in (done, own))
+        progress(len(done) * config.steps + step, len(own) * config.steps, f"{made} of {total} samples")
 
 
 def _digest(backbone: nn.Module, preset: Preset, config: SyntheticConfig, prompts: Conditions | None) -> str:

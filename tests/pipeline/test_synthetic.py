@@ -5,8 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from dyexport.checkpoints.static import WEIGHTS, save_static
 from dyexport.errors import UsageError
 from dyexport.models.random_weights import random_backbone
 from dyexport.pipeline.build import build_bundle, finetune_model, make_static_model, opened
+from dyexport.pipeline.run import Run
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.stages.ledger import NullListener
 from dyexport.training.prompts import kept_prompts
@@ -178,6 +181,41 @@ def test_every_slow_stage_says_how_far_it_is(tmp_path: Path) -> None:
     assert set(total) == {done[-1]}
     graphs = [report for stage, report in listener.reports.items() if stage.startswith("onnx ")]
     assert graphs == [[(place, len(graphs))] for place in range(len(graphs))]
+
+
+class Member:
+    """One thread of a group that works as processes do."""
+
+    def __init__(self, index: int, barrier: Barrier, said: list[str]) -> None:
+        self.index, self.count, self.is_main_process = index, barrier.parties, index == 0
+        self._barrier, self._said = barrier, said
+
+    def broadcast(self, value: str) -> str:
+        if self.is_main_process:
+            self._said[:] = [value]
+        self._barrier.wait(60)
+        (value,) = self._said
+        self._barrier.wait(60)
+        return value
+
+
+def test_the_members_of_a_group_share_the_shards(tmp_path: Path) -> None:
+    sampled = SyntheticConfig(samples=2 * SHARD_SAMPLES + 2, steps=2)
+    settings = tiny_settings(tmp_path / "group", **SYNTHETIC, synthetic=sampled)
+    listeners, barrier, said = [RecordingListener(), RecordingListener()], Barrier(2), [""]
+    settings.work.mkdir(parents=True)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [Run(settings, listeners[place], group=Member(place, barrier, said)) for place in range(2)]
+        models = list(pool.map(make_static_model, runs))
+    assert [listener.reports["synthetic"][-1] for listener in listeners] == [(4, 4), (2, 2)]
+    alone = tiny_settings(tmp_path / "alone", **SYNTHETIC, synthetic=sampled)
+    with opened(alone, NullListener()) as run:
+        make_static_model(run)
+    expected = {path.name: path.read_bytes() for path in (alone.work / "synthetic").iterdir()}
+    assert {path.name: path.read_bytes() for path in (settings.work / "synthetic").iterdir()} == expected
+    assert len(expected) == 3
+    assert not (settings.work / "training").exists()
+    assert {model.data.digest for model in models} == {models[0].data.digest}
 
 
 def test_a_checkpoint_is_checked_tensor_by_tensor(tmp_path: Path) -> None:

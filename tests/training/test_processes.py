@@ -1,4 +1,4 @@
-"""One process and two must train the same model, in one pass or in several, and resume to the same bits."""
+"""One process and two train the same model, in one pass or in several, resume to the same bits, and sample the same."""
 
 from __future__ import annotations
 
@@ -12,15 +12,29 @@ from pathlib import Path
 import pytest
 import torch
 
+from dyexport.stages.ledger import ProcessGroup
 from dyexport.training.config import FinetuneConfig
 from dyexport.training.finetuning import DynamicTrainer
-from tests.training.helpers import SIT, blobs, dynamic, same, weights
+from dyexport.training.processes import find_process_group
+from dyexport.training.synthetic import SHARD_SAMPLES, generate
+from dyexport.training.synthetic_config import SyntheticConfig
+from tests.training.helpers import SIT, backbone, blobs, dynamic, same, weights
 
 ROOT = Path(__file__).parents[2]
 Weights = dict[str, torch.Tensor]
 
 
 CONFIG = FinetuneConfig(steps=8, batch_size=8, complete=0.5, warmup=0.5, learning_rate=1e-3, checkpoint_every=3)
+SHARDS = 3
+SAMPLES = SyntheticConfig(samples=(SHARDS - 1) * SHARD_SAMPLES + 2, steps=2)
+
+
+def sample(directory: Path, group: ProcessGroup | None = None) -> int:
+    """Sample data into a directory, and return the number of denoising steps that this process made."""
+    reports: list[int] = []
+    directory.mkdir(exist_ok=True)
+    generate(backbone(SIT), SIT, SAMPLES, directory, lambda done, *_: reports.append(done), group=group)
+    return reports[-1]
 
 
 class Stopped(Exception):
@@ -73,13 +87,20 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     subprocess.run([*launch, *script], cwd=ROOT, env=environment, check=True, timeout=300)
     alone, _ = run(tmp_path / "alone")
     for rank in range(2):
-        for together in json.loads((tmp_path / f"rank{rank}.json").read_text()).values():
+        found = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        for together in found["trained"].values():
             for left, right in zip(together, alone, strict=True):
                 assert left == pytest.approx(right, abs=1e-5)
+        assert found["sampled"] == 2 * (2, 1)[rank]
+    assert sample(tmp_path / "sampled-alone") == 2 * SHARDS
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "sampled-alone").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "sampled-together").iterdir()} == expected
+    assert len(expected) == SHARDS
     assert any(0.1 < ratio < 0.99 for _, ratio in alone)
 
 
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
-    (directory / f"rank{os.environ['RANK']}.json").write_text(json.dumps(runs(directory)))
+    result = {"sampled": sample(directory / "sampled-together", find_process_group()), "trained": runs(directory)}
+    (directory / f"rank{os.environ['RANK']}.json").write_text(json.dumps(result))
     torch.distributed.destroy_process_group()
