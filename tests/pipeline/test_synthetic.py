@@ -19,6 +19,7 @@ from dyexport.checkpoints.static import WEIGHTS, save_static
 from dyexport.errors import UsageError
 from dyexport.models.random_weights import random_backbone
 from dyexport.pipeline.build import build_bundle, finetune_model, make_static_model, opened
+from dyexport.pipeline.model_stages import static_model
 from dyexport.pipeline.run import Run
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.stages.ledger import NullListener
@@ -204,6 +205,7 @@ def test_the_members_of_a_group_share_the_shards(tmp_path: Path) -> None:
     settings = tiny_settings(tmp_path / "group", **SYNTHETIC, synthetic=sampled)
     listeners, barrier, said = [RecordingListener(), RecordingListener()], Barrier(2), [""]
     settings.work.mkdir(parents=True)
+    static_model(Run(settings, NullListener()), None, None)  # beforehand: threads share torch's random numbers
     with ThreadPoolExecutor(2) as pool:
         runs = [Run(settings, listeners[place], group=Member(place, barrier, said)) for place in range(2)]
         models = list(pool.map(make_static_model, runs))
