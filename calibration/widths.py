@@ -145,10 +145,12 @@ def meet_budget(
 
 
 def _not_met(budget: float, ratio: float) -> BudgetError:
-    return BudgetError(
+    error = BudgetError(
         f"budget {budget:g} cannot be met by shifting these routers (nearest {ratio:.3f}); "
         "fine-tune under that budget for longer, or build without --budget"
     )
+    error.nearest = ratio
+    return error
 
 
 def _meet_static(model: DynamicTransformer, budget: float, flops: FlopsModel) -> None:

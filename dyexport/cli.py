@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -20,7 +21,7 @@ from typer.core import TyperGroup
 from dyexport import __version__
 from dyexport.commands.parsing import StrictCommand, epilog
 from dyexport.console import Interrupted, Session, escape_what_streams_cannot_hold, stderr
-from dyexport.errors import DyexportError, missing_extras
+from dyexport.errors import DyexportError, DyexportWarning, missing_extras
 
 COMMANDS = (
     "build",
@@ -106,7 +107,7 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it, and it warns of absent kernels
     session, interrupted = Session(), Event()
     try:
-        with recording_interrupts(interrupted), missing_extras():
+        with recording_interrupts(interrupted), warnings_as_lines(), missing_extras():
             code = app(standalone_mode=False, obj=session)
             sys.stdout.flush()
     except KeyboardInterrupt:
@@ -141,6 +142,28 @@ def recording_interrupts(interrupted: Event) -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Print dyexport's own warnings as one line each, without the place in the source code."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def line(message: Warning | str, category: type[Warning], *place: Any, **rest: Any) -> None:
+            if issubclass(category, DyexportWarning):
+                stderr().print(f"warning: {one_line(str(message))}", markup=False, soft_wrap=True)
+            else:
+                show(message, category, *place, **rest)
+
+        warnings.showwarning = line
+        yield
+
+
+def one_line(message: str) -> str:
+    """Return a message on one line, its longest words cut."""
+    words = (word if len(word) <= LONGEST_WORD else f"{word[:LONGEST_WORD]}..." for word in message.split())
+    return " ".join(words)
+
+
 def _report(error: Exception) -> int:
     """Print one sentence about the error and return its exit code."""
     if isinstance(error, DyexportError):
@@ -151,6 +174,5 @@ def _report(error: Exception) -> int:
         message, code = f"{error.filename or 'input/output'}: {error.strerror or error}", 1
     else:
         message, code = f"{type(error).__name__}: {error} (this is a bug; --debug shows where)", 1
-    words = (word if len(word) <= LONGEST_WORD else f"{word[:LONGEST_WORD]}..." for word in message.split())
-    stderr().print(f"dyexport: {' '.join(words)}", markup=False, soft_wrap=True)
+    stderr().print(f"dyexport: {one_line(message)}", markup=False, soft_wrap=True)
     return code

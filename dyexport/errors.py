@@ -15,7 +15,7 @@
     └── MissingDependencyError   an optional library is absent; the message says how to install it
 
 Messages are one sentence that names the offending value and the cure. Vendor errors are mapped
-once, where they enter, with ``raise ... from``.
+once, where they enter, with ``raise ... from``. Warnings are ``DyexportWarning``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ class DyexportError(Exception):
     exit_code = 1
 
 
+class DyexportWarning(UserWarning):
+    """A decision of dyexport that the caller may want to change; the command line prints it as one line."""
+
+
 class UsageError(DyexportError):
     """A value the caller passed is out of range or unknown."""
 
@@ -42,7 +46,12 @@ class UsageError(DyexportError):
 
 
 class BudgetError(UsageError):
-    """The FLOPs budget cannot be read, or no configuration of the model meets it."""
+    """The FLOPs budget cannot be read, or no configuration of the model meets it.
+
+    ``nearest`` is the FLOPs ratio that routers come nearest to it.
+    """
+
+    nearest: float | None = None
 
 
 class CheckpointError(DyexportError):

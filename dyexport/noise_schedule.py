@@ -28,11 +28,12 @@ class Sampled(Protocol):
     def pixel_space(self) -> bool: ...
 
 
-def check_scheduler(model: Sampled, name: str | None) -> None:
-    """Raise ``UsageError`` for a scheduler that does not sample a model."""
+def check_scheduler(model: Sampled, name: str | None) -> str:
+    """Return a scheduler's name, or the default's for None. Raises ``UsageError`` if it does not sample the model."""
     known = DDPM_SCHEDULERS if model.objective == "ddpm" else FLOW_SCHEDULERS
     if name is not None and name not in known:
         raise UsageError(f"scheduler {name!r} does not sample {model.name}; use {' or '.join(known)}")
+    return name or known[0]
 
 
 def make_scheduler(model: Sampled, name: str | None = None, **arguments: Any) -> Any:
@@ -42,7 +43,7 @@ def make_scheduler(model: Sampled, name: str | None = None, **arguments: Any) ->
     """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-    check_scheduler(model, name)
+    name = check_scheduler(model, name)
     if model.objective != "ddpm":
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=DDPM_STEPS, **arguments)
     start, end = DDPM_BETAS

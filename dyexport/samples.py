@@ -198,6 +198,7 @@ def _sample_labels(transformer: BundleTransformer, arguments: Mapping[str, Any],
         "steps": steps,
         "guidance": guidance,
         "seed": arguments["seed"],
+        "scheduler": check_scheduler(spec, arguments["scheduler"]),
     }
     return Samples(values=values, pixels=vae is not None or spec.pixel_space, settings=settings)
 
@@ -229,6 +230,7 @@ def _sample_prompts(transformer: BundleTransformer, prompts: Prompts, progress: 
 
     result = sample_prompts(transformer, prompts, progress)
     used = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(prompts).items() if v is not None}
+    used |= {name: value for name, value in result.settings.items() if value is not None}
     return Samples(values=result.values, pixels=result.pixels, settings=used)
 
 

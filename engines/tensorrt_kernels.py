@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from dyexport.errors import StorageError
+from dyexport.errors import DyexportWarning, StorageError
 from dyexport.files import user_cache, write_atomically
 
 
@@ -42,7 +42,8 @@ class KernelCache:
         try:
             write_atomically(self.path, content)
         except StorageError as error:
-            warnings.warn(f"compiled kernels are not kept for the next start: {error}", stacklevel=2)
+            notice = f"compiled kernels are not kept for the next start: {error}"
+            warnings.warn(notice, DyexportWarning, stacklevel=2)
 
 
 def kernel_file(plan_sha256: str, version: str, gpu: str) -> Path:

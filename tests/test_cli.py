@@ -8,13 +8,15 @@ import resource
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from dyexport.cli import main
+from dyexport.cli import main, warnings_as_lines
+from dyexport.errors import DyexportWarning
 from dyexport.pipeline.work_directory import locked
 from dyexport.presets import PRESETS
 
@@ -156,6 +158,15 @@ def test_debug_shows_the_traceback(run: Run) -> None:
     assert result.code == 1
     assert "Traceback" in result.err
     assert "Traceback" not in run("verify", "nowhere").err
+
+
+def test_warnings_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of dyexport; other libraries' are shown as Python shows them."""
+    with warnings.catch_warnings(record=True) as caught, warnings_as_lines():
+        warnings.warn("widths are\n  chosen [red]", DyexportWarning, stacklevel=1)
+        warnings.warn("of a library", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err == "warning: widths are chosen [red]\n"
+    assert [str(warning.message) for warning in caught] == ["of a library"]
 
 
 def test_help_names_every_command(run: Run) -> None:

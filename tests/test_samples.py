@@ -65,6 +65,7 @@ def test_the_command_line_samples_the_same_with_the_same_defaults(
         main()
     said = json.loads(capsys.readouterr().out)
     assert {**samples.settings, "path": str(tmp_path / "command.png")} == said
+    assert said["scheduler"] == "euler"
     assert (tmp_path / "python.png").read_bytes() == (tmp_path / "command.png").read_bytes()
 
 

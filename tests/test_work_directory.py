@@ -187,11 +187,13 @@ def test_without_a_budget_the_share_is_printed(run: Run, command: str) -> None:
     assert re.search(sentence, out)
 
 
-def test_the_table_of_a_plan_fits(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", ["sit-digits", "sit-tiny"])
+def test_the_table_of_a_plan_fits(run: Run, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    model = ("--model", "sit-digits", "--budget", "0.5", "--random-weights")
-    code, out, err = run("plan", *model, "--work", "w")
+    code, out, err = run("plan", "--model", model, "--budget", "0.5", "--random-weights", "--work", "w")
     assert code == 0, err
     assert max(map(len, out.splitlines())) <= 60
     assert "…" not in out
-    assert [line.split()[0] for line in out.splitlines() if line.strip()[:1].isdigit()] == ["1", "2", "4", "8", "16"]
+    rows = [line.split()[0] for line in out.splitlines() if line.strip()[:1].isdigit()]
+    assert rows[:4] == ["1", "2", "4", "8"]
+    assert rows[4:] == ["16"] or model == "sit-tiny", "whose widths change at fewer timesteps"

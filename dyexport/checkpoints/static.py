@@ -126,7 +126,8 @@ def _check_copies(weights: Mapping[str, Tensor], preset: Preset, config: Mapping
         original = first.setdefault(id(tensor), name)
         if original != name and not torch.equal(weights[name], weights[original]):
             raise CheckpointError(
-                f"{source}: {name} differs from {original}; dyexport needs one embedder for all blocks, as in DiT"
+                f"{source}: {name} differs from {original}; dyexport needs one embedder for all blocks, as in DiT: "
+                "train with one that they share, or store one block's weights under all names"
             )
 
 

@@ -20,7 +20,7 @@ from dyexport.checkpoints.locate import (
     is_hub_id,
     read_json,
 )
-from dyexport.errors import CheckpointError, UsageError
+from dyexport.errors import CheckpointError, DyexportWarning, UsageError
 from dyexport.presets import CLASS_NAME, PRESETS, get_preset, preset_class, preset_from_config, stored_preset
 
 DYNAMIC = "dynamic.json"  # next to config.json in a dynamic checkpoint
@@ -91,7 +91,9 @@ def _static(checkpoint: str, path: Path, named: Preset | None) -> Preset:
     if named is None:
         known = next((preset for preset in PRESETS.values() if preset.hub_id == checkpoint), None)
         if known is None:
-            return _with_hub_id(_new_preset(config, file, _name(checkpoint, path)), checkpoint)
+            made = _new_preset(config, file, _name(checkpoint, path))
+            _tell_assumption(made, config, file)
+            return _with_hub_id(made, checkpoint)
         named = known
     return _adapted(checkpoint, path, named, config, file)
 
@@ -102,6 +104,20 @@ def _new_preset(config: Mapping[str, Any], file: Path, name: str) -> Preset:
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from error
     return preset if PRESETS.get(name, preset) == preset else replace(preset, name=f"{name}-custom")
+
+
+def _tell_assumption(made: Preset, config: Mapping[str, Any], file: Path) -> None:
+    """Warn if models of another backbone have the same diffusers class: a configuration does not tell them apart."""
+    others = [preset for preset in PRESETS.values() if preset.stock == made.stock and preset.backbone != made.backbone]
+    if not others:
+        return
+    other = next((preset for preset in others if preset.with_config(config) is preset), others[0])
+    warnings.warn(
+        f"{file} fits {made.backbone} and {other.backbone}; the model is built as {made.backbone}, objective "
+        f"{made.objective}; for {other.backbone}, objective {other.objective}, give --model {other.name}",
+        DyexportWarning,
+        stacklevel=2,
+    )
 
 
 def _adapted(checkpoint: str, path: Path, named: Preset, config: Mapping[str, Any], file: Path) -> Preset:
@@ -119,7 +135,8 @@ def _adapted(checkpoint: str, path: Path, named: Preset, config: Mapping[str, An
         return named
     name = _name(checkpoint, path)
     adapted = _with_hub_id(replace(adapted, name=f"{name}-custom" if name in PRESETS else name), checkpoint)
-    warnings.warn(f"{file}: {difference(config, named)}; the model is built as {adapted.name}", stacklevel=2)
+    notice = f"{file}: {difference(config, named)}; the model is built as {adapted.name}"
+    warnings.warn(notice, DyexportWarning, stacklevel=2)
     return adapted
 
 

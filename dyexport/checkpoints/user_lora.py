@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dyexport.backbones.base import Preset
 from dyexport.checkpoints.lora_files import BIAS, Factors, read_lora
 from dyexport.checkpoints.weight_files import listed
-from dyexport.errors import CheckpointError
+from dyexport.errors import CheckpointError, DyexportWarning
 from dyexport.lora import LoraFile
 
 LAYER = "layer"
@@ -39,6 +39,7 @@ class UserLora:
             warnings.warn(
                 f"{self.file}: only the transformer's LoRA is merged; left out are {listed(left_out)}, "
                 "for text encoders, which are not part of a bundle",
+                DyexportWarning,
                 stacklevel=1,
             )
 

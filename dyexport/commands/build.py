@@ -13,6 +13,7 @@ from dyexport.commands import options
 from dyexport.commands.results import (
     error_line,
     headroom_lines,
+    missed_line,
     next_commands,
     next_lines,
     plan_costs,
@@ -104,7 +105,7 @@ def build_bundle(settings: BuildSettings, json: bool, without: frozenset[str] = 
         console.print(pairs(_build_lines(payload)))
         if settings.budget is None:
             console.print(unbudgeted_line(settings.routers, payload["flops_ratio"]), soft_wrap=True)
-        for line in (untrained_line(payload), token_path_line(manifest.plan)):
+        for line in (missed_line(payload), untrained_line(payload), token_path_line(manifest.plan)):
             if line is not None:
                 console.print(line, markup=False, soft_wrap=True)
         console.print(next_lines(payload, next_commands(manifest, settings.checkpoint)), markup=False, soft_wrap=True)

@@ -81,7 +81,10 @@ def _predictions(costs: Mapping[str, PlanCost]) -> dict[str, dict[str, Any]]:
 def _plan_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return FLOPs as shares of the dense model's, and sizes of weights."""
     table = Table(
-        title="FLOPs relative to dense, and size of weights", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+        title="FLOPs relative to dense, and size of weights",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
     )
     for header in ("engines", "lambda", "network", "executed", "disk", "resident"):
         table.add_column(header, justify="right", no_wrap=True)

@@ -44,6 +44,17 @@ def untrained_line(payload: Mapping[str, Any]) -> str | None:
     )
 
 
+def missed_line(payload: Mapping[str, Any]) -> str | None:
+    """Return a warning if trained routers could not meet the budget, so that the bundle meets it without them."""
+    if "missed_flops_ratio" not in payload:
+        return None
+    return (
+        f"the trained routers are not used: the nearest to the budget of {payload['budget']:g} that they reach is "
+        f"{payload['missed_flops_ratio']:.3f}; widths were chosen by importance, and every token runs; "
+        "fine-tune for longer"
+    )
+
+
 def headroom_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
     """Return the margin to the limit of fp16, with a warning if it is narrow: calibration does not see every input."""
     if "fp16_headroom" not in payload:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -163,6 +164,27 @@ class _FromPrompts(Sampler):
     def batch(self) -> int:
         return self._kind.max_batch if self._kind.batches else 1
 
+    def __call__(
+        self,
+        transformer: BundleTransformer,
+        rows: range,
+        seed: int,
+        *,
+        progress: Progress = no_progress,
+        observe: Observer = no_observer,
+    ) -> Rows:
+        with self._chosen(rows, _seeds(rows, seed)) as prompts:
+            result = sample_prompts(transformer, prompts, progress, pipe=self._around(transformer), observe=observe)
+        return Rows(result.values, pixels=result.pixels, prompts=prompts.texts)
+
+    @abstractmethod
+    def _chosen(self, rows: range, seeds: tuple[int, ...]) -> AbstractContextManager[Prompts]:
+        """Return the prompts of some rows, whose files exist inside the context."""
+
+    def _around(self, transformer: BundleTransformer) -> Any:
+        """Return the pipeline around a transformer, on its device; None to have one opened for the call."""
+        return None
+
     def _prompts(self, seeds: tuple[int, ...], **source: Any) -> Prompts:
         assert self.size is not None, "models of prompts have sizes"
         sampling = self.settings.sampling
@@ -193,22 +215,12 @@ class PromptSampler(_FromPrompts):
         assert self.size is not None, "models of prompts have sizes"
         return (3, *self.size)
 
-    def __call__(
-        self,
-        transformer: BundleTransformer,
-        rows: range,
-        seed: int,
-        *,
-        progress: Progress = no_progress,
-        observe: Observer = no_observer,
-    ) -> Rows:
+    @contextmanager
+    def _chosen(self, rows: range, seeds: tuple[int, ...]) -> Iterator[Prompts]:
         texts = tuple(self._texts[row % len(self._texts)] for row in rows)
-        prompts = self._prompts(_seeds(rows, seed), texts=texts, pipeline=self._source)
-        result = sample_prompts(transformer, prompts, progress, pipe=self._around(transformer), observe=observe)
-        return Rows(*result, prompts=texts)
+        yield self._prompts(seeds, texts=texts, pipeline=self._source)
 
     def _around(self, transformer: BundleTransformer) -> Any:
-        """Return the pipeline around a transformer, on its device."""
         if self._pipe is None:
             assert self._source is not None, "sources are checked"
             self._pipe = open_pipeline(transformer, self._source)
@@ -230,22 +242,15 @@ class RandomPromptSampler(_FromPrompts):
         latents = torch.empty(1, *spec_at(self.spec, self.size).latent_shape, device="meta")
         return tuple(as_pictures(latents, self.size[0] / self.size[1], pixels=False).shape[1:])
 
-    def __call__(
-        self,
-        transformer: BundleTransformer,
-        rows: range,
-        seed: int,
-        *,
-        progress: Progress = no_progress,
-        observe: Observer = no_observer,
-    ) -> Rows:
+    @contextmanager
+    def _chosen(self, rows: range, seeds: tuple[int, ...]) -> Iterator[Prompts]:
         from safetensors.torch import save_file
 
         with TemporaryDirectory() as folder:
-            file, seeds = Path(folder) / "prompts.safetensors", _seeds(rows, seed)
+            file = Path(folder) / "prompts.safetensors"
             prompts = self._prompts(seeds, embedded=file)
             save_file(self._embedded(prompts, seeds), file)
-            return Rows(*sample_prompts(transformer, prompts, progress, observe=observe))
+            yield prompts
 
     def _embedded(self, prompts: Prompts, seeds: Sequence[int]) -> dict[str, torch.Tensor]:
         guidance = prompts.guidance_for(self.spec)

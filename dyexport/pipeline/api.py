@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dyexport.bundle.reader import Bundle
-from dyexport.errors import missing_extras
+from dyexport.errors import DyexportWarning, missing_extras
 from dyexport.pipeline.build import build_bundle, opened
 from dyexport.pipeline.output import replaced_notice
 from dyexport.pipeline.settings import BuildSettings
@@ -53,5 +53,6 @@ def build(
     with opened(chosen, NullListener() if progress is None else Reporter(progress)) as run:
         build_bundle(run)
     if run.replaced:
-        warnings.warn(replaced_notice(chosen.out, run.replaced), stacklevel=3)  # the caller of the decorated function
+        notice = replaced_notice(chosen.out, run.replaced)
+        warnings.warn(notice, DyexportWarning, stacklevel=3)  # the caller of the decorated function
     return Bundle.open(chosen.out)

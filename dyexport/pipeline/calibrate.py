@@ -36,7 +36,7 @@ from dyexport.checkpoints.static import load_static
 from dyexport.checkpoints.stored_weights import StoredWeights
 from dyexport.checkpoints.streaming import must_stream
 from dyexport.checkpoints.structure import read_config
-from dyexport.errors import BudgetError
+from dyexport.errors import BudgetError, DyexportWarning
 from dyexport.flops import FlopsModel
 from dyexport.models.devices import bf16_products
 from dyexport.models.dynamic import DynamicTransformer
@@ -73,8 +73,8 @@ def make_calibrated(
     if plain:
         model.merge_lora()
     with bf16_products(model.device, enabled=settings.calibrates_in_bf16):
-        _meet_budget(settings, model, inputs, phases)
-        metrics: dict[str, float] = {}
+        missed = _meet_budget(settings, model, inputs, phases)
+        metrics = {} if missed is None else {"missed_flops_ratio": missed}
         if settings.repairs:
             metrics["unrepaired_relative_mse"] = _distance(
                 settings, model, model.backbone, inputs, phases("comparison before repair")
@@ -127,19 +127,25 @@ def _measure(
 
 def _meet_budget(
     settings: BuildSettings, model: DynamicTransformer, inputs: NoisedInputs, phases: Callable[[str], Progress]
-) -> None:
-    """Bring the model onto the budget, if there is one: shift its routers, or without trained routers make a table."""
+) -> float | None:
+    """Bring the model onto the budget, if there is one: shift its routers, or make a table of widths by importance.
+
+    Trained routers that cannot meet the budget give way to a table; the result is then the FLOPs ratio nearest to the
+    budget that they reach. Other routers raise ``BudgetError``.
+    """
+    missed = None
     if settings.budget is None:
-        return
+        return None
     flops, effort = FlopsModel.of_preset(settings.preset), settings.recipe.calibration
     if settings.routers != "none" and model.table is None:
         try:
             meet_budget(model, inputs, settings.budget, flops, phases("budget"))
-            return
+            return None
         except BudgetError as error:
             if settings.routers != "trained":
                 raise
-            warnings.warn(f"{error}; until then widths are chosen by importance and all tokens run", stacklevel=1)
+            warnings.warn(_unused_routers(error), DyexportWarning, stacklevel=1)
+            missed = error.nearest
             for router in model.block_routers:
                 router.run_all_tokens()
     model.table = choose_widths(
@@ -150,6 +156,16 @@ def _meet_budget(
         count=effort.importance,
         probes=effort.probes,
         progress=phases("importance"),
+    )
+    return missed
+
+
+def _unused_routers(error: BudgetError) -> str:
+    """Describe what a build does with trained routers that miss its budget: it meets the budget without them."""
+    missed, _, cure = str(error).partition("; ")
+    return (
+        f"{missed}; widths chosen by importance meet it instead, every token runs, and the trained routers are not "
+        f"used; to use them, {cure}"
     )
 
 

@@ -20,7 +20,7 @@ from dyexport.engines.held import HeldEngine
 from dyexport.engines.networks import check_networks
 from dyexport.engines.registry import EngineOptions, engine_files, get_backend, make_engines
 from dyexport.engines.switching import SwitchingEngine
-from dyexport.errors import BundleError, UsageError
+from dyexport.errors import BundleError, DyexportWarning, UsageError
 from dyexport.runtime.conditioning import Conditioner
 from dyexport.runtime.locating import find_bundle
 from dyexport.runtime.memory import Placement, WeightBytes, place
@@ -140,7 +140,8 @@ def _open(path: str | Path, target: str, *, check_hashes: bool, dense: bool, fal
     while _incompatibility(opened) is not None:
         opened = _Opened(get_backend(opened.target).fallback, _engine_paths(bundle, "onnx", dense))
         check_networks(bundle, "onnx")
-    warnings.warn(f"{bundle.root}: {reason}; running its ONNX graphs as target {opened.target!r}", stacklevel=3)
+    decision = f"{bundle.root}: {reason}; running its ONNX graphs as target {opened.target!r}"
+    warnings.warn(decision, DyexportWarning, stacklevel=3)
     return bundle, opened
 
 

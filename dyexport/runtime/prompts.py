@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,14 @@ from dyexport.runtime.transformer import BundleTransformer
 
 
 class PromptSamples(NamedTuple):
-    """Pixels in [0, 1], (B, 3, H, W) or (B, F, 3, H, W); without a VAE the pipeline's latents."""
+    """Pixels in [0, 1], (B, 3, H, W) or (B, F, 3, H, W); without a VAE the pipeline's latents.
+
+    ``settings`` are the steps, the guidance scale and the class of the scheduler.
+    """
 
     values: torch.Tensor
     pixels: bool
+    settings: Mapping[str, Any]
 
 
 @torch.inference_mode()
@@ -73,7 +78,8 @@ def sample_prompts(
     values = kind.samples(output).float()
     for checked in (*latents, values):  # decoding ends in a clamp, which would hide an infinity
         check_finite(checked)
-    return PromptSamples(values, pixels=pipe.vae is not None)
+    settings = {"steps": steps, "guidance": guidance, "scheduler": type(pipe.scheduler).__name__}
+    return PromptSamples(values, pipe.vae is not None, settings)
 
 
 def _pipeline(transformer: BundleTransformer, kind: PromptPipeline, prompts: Prompts) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +17,7 @@ from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, LatteTransf
 from dyexport.backbones import get_adapter, part
 from dyexport.checkpoints.static import save_static
 from dyexport.checkpoints.structure import resolve_preset
-from dyexport.errors import CheckpointError, UsageError
+from dyexport.errors import CheckpointError, DyexportWarning, UsageError
 from dyexport.models.random_weights import random_backbone
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.presets import PRESETS, get_preset, preset_of
@@ -120,9 +121,25 @@ def test_a_name_and_a_checkpoint_of_another_class_exclude_each_other(tmp_path: P
 
 def test_the_structure_of_the_checkpoint_goes_before_that_of_the_name(tmp_path: Path) -> None:
     write("dit", DIT, tmp_path / "mine")
-    with pytest.warns(UserWarning, match=r"num_attention_heads is 4, sit-s-2 has 6; the model is built as mine"):
+    with pytest.warns(DyexportWarning, match=r"num_attention_heads is 4, sit-s-2 has 6; the model is built as mine"):
         preset = resolve_preset("sit-s-2", str(tmp_path / "mine"))
     assert (preset.name, preset.backbone, preset.classes) == ("mine", "sit", 7)
+
+
+def test_what_a_configuration_does_not_tell_is_assumed_with_a_warning(tmp_path: Path) -> None:
+    """And a name decides."""
+    write("dit", DIT, tmp_path / "mine")
+    said = r"json fits dit and sit; the model is built as dit, objective ddpm; for sit, objective flow, give --model"
+    with pytest.warns(DyexportWarning, match=rf"{said} sit-s-2$"):
+        assert resolve_preset(None, str(tmp_path / "mine")).backbone == "dit"
+    write("dit", get_preset("sit-digits").transformer_config(), tmp_path / "small")
+    with pytest.warns(DyexportWarning, match=rf"{said} sit-digits$"):
+        resolve_preset(None, str(tmp_path / "small"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolve_preset("sit-digits", str(tmp_path / "small")).backbone == "sit"
+        write("flux", FLUX, tmp_path / "flux")
+        resolve_preset(None, str(tmp_path / "flux"))
 
 
 def test_a_name_is_kept_where_the_structure_is_its_own(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from dyexport.bundle.manifest_file import MANIFEST
 from dyexport.bundle.reader import Bundle
 from dyexport.checkpoints.dynamic import load_dynamic
 from dyexport.checkpoints.static import load_static, save_static
-from dyexport.errors import BudgetError, CheckpointError, DyexportError, StorageError, UsageError
+from dyexport.commands.results import missed_line
+from dyexport.errors import BudgetError, CheckpointError, DyexportError, DyexportWarning, StorageError, UsageError
 from dyexport.models.random_weights import random_backbone
 from dyexport.pipeline.build import build_bundle, calibrate_model, opened, price_plans, train_control
 from dyexport.pipeline.settings import BuildSettings
@@ -276,8 +277,15 @@ def test_widths_change_with_t(settings: BuildSettings) -> None:
 def test_routers_of_too_short_a_run_give_way_to_importance(tmp_path: Path) -> None:
     """After three steps all gates switch at once: no shift meets the budget, and the build says what it did."""
     settings = tiny_settings(tmp_path, budget=0.7, random_weights=False, train_steps=2, finetune_steps=3)
-    with pytest.warns(UserWarning, match=r"budget 0\.7 cannot be met .* chosen by importance"):
+    with pytest.warns(
+        DyexportWarning, match=r"budget 0\.7 cannot be met .* chosen by importance meet it instead, .*; "
+    ):
         bundle = build(settings)
+    missed = bundle.manifest.metrics["missed_flops_ratio"]
+    assert abs(missed - 0.7) > 0.01
+    line = missed_line({"budget": 0.7, **bundle.manifest.metrics})
+    assert line is not None
+    assert f"nearest to the budget of 0.7 that they reach is {missed:.3f}" in line
     assert bundle.manifest.plan.flops_ratio == pytest.approx(0.7, abs=0.01)
     assert bundle.token_stats is not None
     assert bundle.token_stats.mean_fraction([0.5]).min() == 1

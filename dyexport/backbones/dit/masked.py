@@ -79,7 +79,8 @@ class DiTAdapter:
                 if not tensor.is_meta and not torch.equal(tensor, reference[name]):
                     raise CheckpointError(
                         f"transformer_blocks.{index}.norm1.emb.{name} differs from block 0's; "
-                        "dyexport needs one embedder for all blocks, as in DiT"
+                        "dyexport needs one embedder for all blocks, as in DiT: train with one that they share, or "
+                        "store one block's weights under all names"
                     )
             block.norm1.emb = shared
 
