@@ -51,17 +51,22 @@ class _Atoms:
 
 
 def make_segments(
-    widths: WidthTable, stats: TokenStats | None, flops: FlopsModel, settings: PlanSettings
+    widths: WidthTable,
+    stats: TokenStats | None,
+    flops: FlopsModel,
+    settings: PlanSettings,
+    order: UnitOrder | None = None,
 ) -> tuple[Segment, ...]:
     """Return the K segments with the least expected FLOPs, every t of the range being equally likely.
 
+    ``order`` is the storage order of units; None: the one that suits ``widths``.
     Samplers space their steps evenly in t, or nearly so. For one that does not, the plan is correct but not
     optimal.
     """
     atoms = _make_atoms(widths, stats, settings)
     cost = _interval_costs(atoms, flops, settings)
     cuts = _best_cuts(cost, min(settings.engines, len(atoms.measure)))
-    order = UnitOrder.of(widths)
+    order = order or UnitOrder.of(widths)
     return tuple(
         _segment(widths, stats, order, settings, float(atoms.edges[i]), float(atoms.edges[j]))
         for i, j in pairwise(cuts)

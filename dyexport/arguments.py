@@ -57,6 +57,11 @@ def check_guidance(value: Any, name: str = "guidance") -> float:
     return real_number(name, value, least=0, most=GUIDANCE, cure=f"give a number from 0 to {GUIDANCE:g}, 1 being none")
 
 
+def check_budget(value: Any, name: str = "budget") -> float:
+    """Check a FLOPs ratio."""
+    return real_number(name, value, least=1e-6, most=1, cure="give a FLOPs ratio in (0, 1], such as 0.5")
+
+
 def check_seed(value: Any, name: str = "seed") -> int:
     """Check a seed of random numbers, a non-negative INT64."""
     return whole_number(name, value, least=0, most=SEEDS - 1, cure="give 0 or more, below 2**63")

@@ -36,7 +36,7 @@ class HeldEngine(Engine):
 
     @cached_property
     def _weight_files(self) -> frozenset[str]:
-        return frozenset(span.path.relative_to(self._bundle.root).as_posix() for span in self.weights)
+        return frozenset(span.path.relative_to(self._bundle.base).as_posix() for span in self.weights)
 
     @property
     def shares_weights(self) -> bool:

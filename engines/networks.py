@@ -81,4 +81,4 @@ def _cure(bundle: Bundle, target: str) -> str:
 
 
 def _name(bundle: Bundle, path: Path) -> str:
-    return path.relative_to(bundle.root).as_posix()
+    return path.relative_to(bundle.base).as_posix()

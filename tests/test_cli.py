@@ -72,7 +72,7 @@ BUILD = ["build", "--model", "dit-s-2", "--random-weights"]
         (["build", "--model", "dit-x", "--budget", "0.5"], "unknown model 'dit-x'"),
         ([*BUILD, "--budget", "0"], "budget is 0; give a FLOPs ratio"),
         ([*BUILD, "--budget", "1.5"], "budget is 1.5; give a FLOPs ratio"),
-        ([*BUILD, "--budget", "abc"], "--budget is 'abc'; give a number"),
+        ([*BUILD, "--budget", "abc"], "--budget is 'abc'; give a FLOPs ratio"),
         ([*BUILD, "--budget", "0.5", "--router", "fre"], "--router is 'fre'; did you mean 'free'?"),
         ([*BUILD, "--budget", "0.5", "--quantize", "x"], "--quantize is 'x'; use int8 or fp8"),
         ([*BUILD, "--budget", "0.5", "--engines", "0"], "--engines is 0"),

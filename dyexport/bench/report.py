@@ -34,8 +34,10 @@ def inspect_table(bundle: Bundle) -> Table:
     units = (bundle.widths.heads[0].size, bundle.widths.groups[0].size)
     rows = [(str(i), *_segment_row(bundle, segment, units)) for i, segment in enumerate(manifest.plan.segments)]
     plan = manifest.plan
+    budgets = f" (budget {manifest.budget:g} of {', '.join(map(str, bundle.budgets))})" if manifest.budgets else ""
     title = (
-        f"{manifest.model.name}: lambda as run {plan.flops_ratio:.3f}, whole network {plan.network_flops_ratio:.3f}, "
+        f"{manifest.model.name}{budgets}: lambda as run {plan.flops_ratio:.3f}, "
+        f"whole network {plan.network_flops_ratio:.3f}, "
         f"as executed {plan.executed_flops_ratio:.3f}, {megabytes(plan.disk_bytes)} of weights "
         f"({manifest.model.number_formats}{', static widths' if manifest.widths == 'static' else ''})"
     )
@@ -50,6 +52,7 @@ def inspect_payload(bundle: Bundle) -> dict[str, Any]:
     return {
         "model": manifest.model.name,
         "budget": manifest.budget,
+        "budgets": list(bundle.budgets),
         "static": manifest.widths == "static",
         "precision": manifest.model.precision,
         "quantization": manifest.model.quantization,

@@ -17,6 +17,7 @@ SCHEMA_VERSION = 3
 CONDITIONING = "conditioning"
 DENSE = "dense"
 DENSE_CONDITIONING = "dense-conditioning"  # absent where the static model's is the dynamic one's
+BUDGETS = "budgets"  # folder of the other budgets, each a folder with a manifest
 
 
 def _inside(path: str) -> str:
@@ -50,13 +51,25 @@ class FileRecord(Frozen):
     bytes: NonNegativeInt
 
 
+def budget_folder(budget: float) -> str:
+    """Return the folder of a budget that is not the bundle's default, from the root of the bundle."""
+    return f"{BUDGETS}/{budget:g}"
+
+
 class Manifest(Frozen):
-    """Contents of a bundle: the model, the plan of its engines, and the hash of every file."""
+    """Contents of a bundle: the model, the plan of its engines, and the hash of every file.
+
+    A bundle of several ``budgets`` has a manifest for each. That of the default one is at the root and has the hashes
+    of all files. Each other one is in its ``folder``, and can be opened as a bundle of that budget alone. Paths are
+    relative to the root.
+    """
 
     schema_version: int
     dyexport_version: str
     model: ModelSpec
     budget: Annotated[float, Field(gt=0, le=1)] | None
+    budgets: tuple[float, ...] = ()
+    folder: BundlePath | None = None
     widths: Widths = "dynamic"
     plan: SegmentPlan
     engines: tuple[EngineRecord, ...]
@@ -73,10 +86,18 @@ class Manifest(Frozen):
                 raise ValueError(f"a capacity of {max(segment.capacities)} is more than {self.model.tokens} tokens")
         if self.widths == "static" and not self.plan.is_static:
             raise ValueError("static widths need one segment without gates and token routers")
+        if self.budgets and self.budget not in self.budgets:
+            raise ValueError(f"the budget {self.budget} is none of {list(self.budgets)}")
+        if self.folder is not None and (self.budget is None or self.folder != budget_folder(self.budget)):
+            raise ValueError(f"{self.folder} is not the folder of budget {self.budget}")
         problem = next(self._engine_problems(), None)
         if problem is not None:
             raise ValueError(problem)
         return self
+
+    def place(self, name: str) -> str:
+        """Return the path, from the root, of a file of which each budget has one."""
+        return name if self.folder is None else f"{self.folder}/{name}"
 
     def _engine_problems(self) -> Iterator[str]:
         known = {segment_name(index) for index in range(len(self.plan.segments))}

@@ -89,10 +89,10 @@ def check_folder(root: Path) -> None:
 
 def required_files(manifest: Manifest) -> list[str]:
     """Return the files that a bundle needs, in addition to its engines."""
-    files = [WEIGHTS, WIDTHS]
+    files = [WEIGHTS, manifest.place(WIDTHS)]
     if any(segment.slot_buckets for segment in manifest.plan.segments):
-        files.append(TOKENS)
-    return files if manifest.model.quantization is None else [*files, RANGES]
+        files.append(manifest.place(TOKENS))
+    return files if manifest.model.quantization is None else [*files, manifest.place(RANGES)]
 
 
 def files_of(folder: Path) -> set[str] | None:

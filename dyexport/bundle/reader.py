@@ -8,6 +8,7 @@ graphs/weights.bin            the weight store
 calibration/widths.safetensors, calibration/tokens.safetensors
 calibration/ranges.json       largest input magnitudes of quantized linear layers
 golden.safetensors            inputs and the outputs of the masked model, for ``dyexport verify``; absent in old bundles
+budgets/0.3/ ...              of a bundle of several budgets: the manifest, calibration and golden data of another one
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dyexport.bundle.manifest import FileRecord, Manifest
+from dyexport.bundle.manifest import FileRecord, Manifest, budget_folder
 from dyexport.bundle.manifest_file import MANIFEST, TOKENS, WIDTHS, read_manifest
 from dyexport.bundle.plan import ALLOCATES
 from dyexport.bundle.records import REPLACE
 from dyexport.bundle.tables import BoolArray, TokenStats, WidthTable
 from dyexport.bundle.targets import TARGETS
 from dyexport.digests import sha256_of
-from dyexport.errors import BundleError, TargetError
+from dyexport.errors import BundleError, TargetError, UsageError
 
 
 class Stamp(NamedTuple):
@@ -57,20 +58,28 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Bundle:
-    """An opened bundle. Use ``Bundle.open``, which checks it. ``stamps`` are of its files at that time."""
+    """An opened bundle. Use ``Bundle.open``, which checks it. ``stamps`` are of its files at that time.
+
+    ``root`` is the folder of its manifest, and ``base`` the one that paths are relative to. They differ for a budget
+    other than the default of a bundle of several.
+    """
 
     root: Path
     manifest: Manifest
     stamps: dict[str, Stamp] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, root: str | Path, *, check_hashes: bool = True) -> Bundle:
+    def open(cls, root: str | Path, *, budget: float | None = None, check_hashes: bool = True) -> Bundle:
         """Read the manifest and check every file against it, and the tables against the plan.
 
+        ``budget`` is one of a bundle of several; None: that of the manifest at ``root``, by default the default one.
+
         Raises ``BundleError`` for a missing, truncated or altered file, a path outside the bundle,
-        or a schema newer than this version of dyexport reads.
+        or a schema newer than this version of dyexport reads, and ``UsageError`` for a budget that it lacks.
         """
         root = Path(os.path.realpath(root))
+        if budget is not None:
+            root = root_at(root, budget)
         before = Stamp.find(root / MANIFEST)
         bundle = cls(root, read_manifest(root / MANIFEST))
         for name, record in bundle.manifest.files.items():
@@ -87,8 +96,27 @@ class Bundle:
         engines = "static" if manifest.widths == "static" else f"K = {len(manifest.plan.segments)}"
         return f"Bundle({str(self.root)!r}, {manifest.model.name}{budget}, {engines}, {targets})"
 
+    @property
+    def base(self) -> Path:
+        """The folder that paths of files are relative to."""
+        return base_of(self.root, self.manifest)
+
+    def whole(self) -> Bundle:
+        """Return the bundle at its default budget, whose files are all files. Hashes are not checked again."""
+        return self if self.base == self.root else Bundle.open(self.base, check_hashes=False)
+
+    def path(self, name: str) -> Path:
+        """Return the path of a file of which each budget has one, such as its tables."""
+        return self.base / self.manifest.place(name)
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """All budgets of the bundle, ascending; () if it keeps the routers of a checkpoint."""
+        one = () if self.manifest.budget is None else (self.manifest.budget,)
+        return tuple(sorted(self.manifest.budgets)) or one
+
     def _check(self, name: str, record: FileRecord, check_hashes: bool) -> None:
-        path = self.root / name
+        path = self.base / name
         try:
             real = Path(os.path.realpath(path, strict=True))
             if not self._holds(real):
@@ -107,7 +135,7 @@ class Bundle:
 
     def _holds(self, real: Path) -> bool:
         """Return whether a resolved file is in the bundle or among the files of its Hugging Face cache."""
-        return real.is_relative_to(self.root) or real.parent == hub_blobs(self.root)
+        return real.is_relative_to(self.base) or real.parent == hub_blobs(self.base)
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -122,11 +150,11 @@ class Bundle:
         """Raise ``BundleError`` if files have changed since the bundle was opened."""
         for name in names:
             if not self._is_same(name):
-                raise BundleError(f"{self.root / name} has changed since the bundle was loaded; load it again")
+                raise BundleError(f"{self.base / name} has changed since the bundle was loaded; load it again")
 
     def _is_same(self, name: str) -> bool:
         """Return False for a file with other contents; another name or owner does not count."""
-        path, before = self.root / name, self.stamps[name]
+        path, before = self.base / name, self.stamps[name]
         now = Stamp.find(path)
         if now is None or now == before:
             return now == before
@@ -146,7 +174,7 @@ class Bundle:
 
     def engine_paths(self, target: str) -> dict[str, Path]:
         """Return the engine files of one target, by network."""
-        paths = {e.network: self.root / e.path for e in self.manifest.engines if e.target == target}
+        paths = {e.network: self.base / e.path for e in self.manifest.engines if e.target == target}
         if not paths:
             built = ", ".join(sorted({e.target for e in self.manifest.engines}))
             cure = f"run: dyexport compile {self.root} --target {target}"
@@ -157,12 +185,28 @@ class Bundle:
 
     @cached_property
     def widths(self) -> WidthTable:
-        return WidthTable.load(self.root / WIDTHS)
+        return WidthTable.load(self.path(WIDTHS))
 
     @cached_property
     def token_stats(self) -> TokenStats | None:
-        path = self.root / TOKENS
-        return TokenStats.load(path) if TOKENS in self.manifest.files else None
+        return TokenStats.load(self.path(TOKENS)) if self.manifest.place(TOKENS) in self.manifest.files else None
+
+
+def base_of(root: Path, manifest: Manifest) -> Path:
+    """Return the folder that a manifest's paths are relative to; ``root`` is the manifest's own folder."""
+    return root if manifest.folder is None else root.parents[manifest.folder.count("/")]
+
+
+def root_at(root: Path, budget: float) -> Path:
+    """Return the folder of a budget's manifest, from that of any. Raises ``UsageError`` for a budget it lacks."""
+    manifest = read_manifest(root / MANIFEST)
+    if budget == manifest.budget:
+        return root
+    if budget not in manifest.budgets:
+        raise UsageError(f"budget is {budget:g}; {root} {_known_budgets(manifest)}")
+    base = base_of(root, manifest)
+    default = read_manifest(base / MANIFEST).budget
+    return base if budget == default else base / budget_folder(budget)
 
 
 def _digest(path: Path) -> str | None:
@@ -171,6 +215,14 @@ def _digest(path: Path) -> str | None:
         return sha256_of(path)
     except OSError:
         return None
+
+
+def _known_budgets(manifest: Manifest) -> str:
+    if manifest.budget is None:
+        return "has the routers of a checkpoint; leave the budget out"
+    if not manifest.budgets:
+        return f"has one budget, {manifest.budget:g}; leave the budget out, or build the bundle with several"
+    return f"has {', '.join(f'{each:g}' for each in manifest.budgets)}; give one of these"
 
 
 def hub_blobs(root: Path) -> Path | None:

@@ -103,13 +103,19 @@ class UnitOrder:
     groups: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, widths: WidthTable) -> UnitOrder:
-        """Order units by how long they are on, so that the unions of segments tend to be prefixes."""
-        return cls(heads=_longest_first(widths, widths.heads), groups=_longest_first(widths, widths.groups))
+    def of(cls, *tables: WidthTable) -> UnitOrder:
+        """Order units by how long they are on in all tables, so that the unions of segments tend to be prefixes."""
+        heads = np.sum([_time_on(widths, widths.heads) for widths in tables], axis=0)
+        groups = np.sum([_time_on(widths, widths.groups) for widths in tables], axis=0)
+        return cls(heads=_largest_first(heads), groups=_largest_first(groups))
 
 
-def _longest_first(widths: WidthTable, masks: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    time_on = np.tensordot(widths.measure(), masks, axes=1)  # (L, U)
+def _time_on(widths: WidthTable, masks: np.ndarray) -> np.ndarray:
+    """Return the measure of t at which each unit is on: (L, U)."""
+    return np.tensordot(widths.measure(), masks, axes=1)
+
+
+def _largest_first(time_on: np.ndarray) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int(unit) for unit in np.argsort(-row, kind="stable")) for row in time_on)
 
 

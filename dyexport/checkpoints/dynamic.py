@@ -16,11 +16,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, PositiveInt, ValidationError, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -58,8 +58,14 @@ PARTS = {"routers": "routers.safetensors", "td_lora": TD_LORA}  # file of each p
 TABLE = "widths.safetensors"
 
 
+def _ascending(budgets: tuple[float, ...]) -> tuple[float, ...]:
+    if len(budgets) < 2 or list(budgets) != sorted(set(budgets)) or not 0 < budgets[0] <= budgets[-1] <= 1:
+        raise ValueError(f"budgets {list(budgets)} must be two or more in (0, 1], ascending")
+    return budgets
+
+
 class DynamicSpec(Frozen):
-    """Contents of ``dynamic.json``: the preset, and the shape of the routers.
+    """Contents of ``dynamic.json``: the preset, the shape of the routers, and the budgets of a model for several.
 
     ``model`` has the fields of a preset that dyexport does not know by name. ``token_router`` is the kind of the token
     routers; None: there are none, or the backbone has one kind only, or the file is older than the choice.
@@ -73,6 +79,7 @@ class DynamicSpec(Frozen):
     router: RouterKind = "free"
     td_lora: LoraSpec | None = None
     token_router: TokenRouterKind | None = None
+    budgets: Annotated[tuple[float, ...], AfterValidator(_ascending)] | None = None
 
     @model_validator(mode="after")
     def _static_is_static(self) -> DynamicSpec:
@@ -100,6 +107,7 @@ class DynamicSpec(Frozen):
             router=self.router,
             td_lora=self.td_lora,
             token_router=self.token_router or preset.token_routers[0],
+            budgets=self.budgets or (),
         )
 
 
@@ -262,6 +270,7 @@ def save_dynamic(
         router=model.router,
         td_lora=None if model.td_lora is None else model.td_lora.spec,
         token_router=model.token_router if len(preset.token_routers) > 1 else None,
+        budgets=model.budgets or None,
     )
     (directory / DYNAMIC).write_text(spec.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
     if model.table is not None:

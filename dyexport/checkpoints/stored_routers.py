@@ -21,6 +21,12 @@ def stored_widths(checkpoint: str | None) -> Widths | None:
     return "static" if stored.is_file() and read_json(stored).get("router") == "static" else "dynamic"
 
 
+def stored_budgets(checkpoint: str | None) -> tuple[float, ...]:
+    """Return the budgets of a dynamic checkpoint that was trained for several; () for any other."""
+    stored = Path(checkpoint) / DYNAMIC if checkpoint is not None else None
+    return tuple(read_json(stored).get("budgets") or ()) if stored is not None and stored.is_file() else ()
+
+
 def _has_routers(checkpoint: Path) -> bool:
     try:
         if not checkpoint.is_file():

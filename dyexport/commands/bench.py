@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dyexport.arguments import parse_bytes
 from dyexport.commands import options
-from dyexport.commands.bundles import open_bundle
+from dyexport.commands.bundles import at_budget, open_bundle
 from dyexport.commands.parsing import ExplicitOptions
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar, stderr
 
@@ -33,6 +33,7 @@ CASES, VARIANTS, OUTPUT = "Cases", "Variants", "Output"
 def bench(
     context: typer.Context,
     bundle: options.BundleArgument,
+    budget: options.BundleBudgetOption = None,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -119,6 +120,7 @@ def bench(
     debug: DebugOption = False,
 ) -> None:
     """Time a bundle over the sampling trajectory, alternating with its dense network and the diffusers module."""
+    bundle = at_budget(bundle, budget)
     from dyexport.bench.settings import BenchSettings, check_output, parse_batches, parse_sizes
     from dyexport.bundle.reader import Bundle
 

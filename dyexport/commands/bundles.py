@@ -9,6 +9,14 @@ if TYPE_CHECKING:
     from dyexport.bundle.reader import Bundle
 
 
+def at_budget(path: Path, budget: float | None) -> Path:
+    """Return the folder of one budget of a bundle of several. Raises ``BundleError`` and ``UsageError``."""
+    from dyexport.arguments import check_budget
+    from dyexport.bundle.reader import root_at
+
+    return path if budget is None else root_at(path.resolve(), check_budget(budget, "--budget"))
+
+
 def open_bundle(path: Path, target: str | None = None) -> Bundle:
     """Open a bundle without hashing its files. Imports no torch.
 

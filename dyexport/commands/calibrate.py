@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from dyexport.commands import options
-from dyexport.commands.results import error_line, headroom_lines, trainable_lines, unbudgeted_line
+from dyexport.commands.results import error_line, headroom_lines, other_budget_lines, trainable_lines, unbudgeted_line
 from dyexport.commands.stages import building, settings_of
 from dyexport.console import DebugOption, JsonOption, emit, pairs
 
@@ -44,13 +44,14 @@ def calibrate(
     """Meet the budget and read widths and token counts off the routers, after fine-tuning if that is not done."""
     settings = settings_of(context)
     with building(settings) as run:
-        from dyexport.pipeline.build import calibrate_model
+        from dyexport.pipeline.build import calibrate_models
 
-        calibrated = calibrate_model(run)
+        calibrated, *others = calibrate_models(run)
         payload: dict[str, Any] = {
             "checkpoint": str(calibrated.path),
             "work": str(settings.work),
             **calibrated.metrics,
+            "budgets": [{"budget": each.budget, "checkpoint": str(each.path), **each.metrics} for each in others],
             "stages": run.stage_report,
         }
 
@@ -69,5 +70,6 @@ def _calibration_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
         error_line(payload),
         *trainable_lines(payload),
         *headroom_lines(payload),
+        *other_budget_lines(payload),
         ("work directory", payload["work"]),
     )

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dyexport.arguments import whole_number
 from dyexport.commands import options
-from dyexport.commands.bundles import open_bundle
+from dyexport.commands.bundles import at_budget, open_bundle
 from dyexport.commands.parsing import ExplicitOptions
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
 
@@ -35,6 +35,7 @@ NO_WORK = "give --work DIR, the work directory of its build"
 def eval(
     context: typer.Context,
     bundle: options.BundleArgument,
+    budget: options.BundleBudgetOption = None,
     samples: Annotated[
         int | None,
         typer.Option(
@@ -164,6 +165,7 @@ def eval(
     Quality scores compare two models. Whether the engines compute what the fine-tuned model computes is another
     question: its answer, the golden check, is printed on a separate line, and the exit code is 1 if it fails.
     """
+    bundle = at_budget(bundle, budget)
     from dyexport.bench.settings import check_output
     from dyexport.evaluation.settings import SEEDS, SUBSET, EvalSettings, SamplingConfig, parse_size, read_prompts
 

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from dyexport.commands import options
+from dyexport.commands.bundles import at_budget
 from dyexport.commands.parsing import ExplicitOptions
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit
 from dyexport.errors import UsageError
@@ -26,6 +27,7 @@ EXAMPLES = (
 def inspect(
     context: typer.Context,
     bundle: options.BundleArgument,
+    budget: options.BundleBudgetOption = None,
     png: Annotated[Path | None, typer.Option(help="Also write the heat map as a picture.", metavar="FILE")] = None,
     engine: Annotated[
         str | None,
@@ -36,6 +38,7 @@ def inspect(
 ) -> None:
     """Show the segments of a bundle and a heat map of its widths over t and depth."""
     ExplicitOptions(context).refuse(engine is not None, "--engine shows a plan, which has no heat map", "png")
+    bundle = at_budget(bundle, budget)
     if engine is not None:
         _inspect_plan(bundle, engine, json)
         return

@@ -87,15 +87,20 @@ RandomWeightsOption = Annotated[
     bool, _flag(MODEL, "Use random weights instead of a checkpoint, to measure speed.", "--random-weights")
 ]
 BudgetOption = Annotated[
-    float | None,
+    str | None,
     _option(
         BUDGET,
-        "Attention and MLP FLOPs as a share of the dense model's, such as 0.5. Default: what a checkpoint with routers "
-        "was trained for.",
+        "Attention and MLP FLOPs as a share of the dense model's, such as 0.5. Several, such as 0.5,0.3,0.7, train one "
+        "model and make one bundle, which runs at any of them, by default at the first. Default: what a checkpoint "
+        "with routers was trained for.",
         "--budget",
         "-b",
         metavar="RATIO",
     ),
+]
+BundleBudgetOption = Annotated[
+    float | None,
+    typer.Option("--budget", "-b", help="One of a bundle's several budgets. Default: its first.", metavar="RATIO"),
 ]
 WidthsOption = Annotated[
     Widths | None,

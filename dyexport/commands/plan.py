@@ -62,12 +62,18 @@ def plan(
 
         static = settings.planned_widths == "static"
         plans = price_plans(run, (settings.engines,) if static else PLANNED_ENGINES)
-    rows = [{**plan_costs(priced.plan), "tensorrt": _predictions(priced.tensorrt)} for priced in plans]
+    rows = [
+        {"budget": priced.budget, **plan_costs(priced.plan), "tensorrt": _predictions(priced.tensorrt)}
+        for priced in plans
+    ]
     formats = {"precision": settings.stored_precision, "quantization": settings.quantize}
     payload = {"model": settings.preset.name, **formats, "plans": rows}
 
     def show(console: Console) -> None:
-        console.print(_plan_table(rows), *_tensorrt_lines(rows))
+        for budget in dict.fromkeys(row["budget"] for row in rows):
+            same = [row for row in rows if row["budget"] == budget]
+            console.print(_plan_table(same, f"budget {budget:g}, " if settings.budgets else ""))
+            console.print(*_tensorrt_lines(same))
         if settings.budget is None:
             console.print(unbudgeted_line(settings.routers, rows[0]["flops_ratio"]), soft_wrap=True)
 
@@ -78,10 +84,10 @@ def _predictions(costs: Mapping[str, PlanCost]) -> dict[str, dict[str, Any]]:
     return {target: asdict(cost) for target, cost in costs.items()}
 
 
-def _plan_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _plan_table(rows: Sequence[Mapping[str, Any]], budget: str) -> Table:
     """Return FLOPs as shares of the dense model's, and sizes of weights."""
     table = Table(
-        title="FLOPs relative to dense, and size of weights",
+        title=f"{budget}FLOPs relative to dense, and size of weights",
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 0, 0, 1),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dyexport.commands import options
-from dyexport.commands.bundles import open_bundle
+from dyexport.commands.bundles import at_budget, open_bundle
 from dyexport.commands.parsing import ExplicitOptions
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, format_bytes, progress_bar
 
@@ -32,6 +32,7 @@ SKIPPED = "skipped by --no-verify"
 def report(
     context: typer.Context,
     bundle: options.BundleArgument,
+    budget: options.BundleBudgetOption = None,
     target: options.TargetOption = "onnx",
     pictures: Annotated[
         bool,
@@ -123,6 +124,7 @@ def report(
     One HTML file with everything in it, for any browser. It shows latency, memory and quality from files of
     `dyexport bench` and `dyexport eval`, and measures none of them itself.
     """
+    bundle = at_budget(bundle, budget)
     from dyexport.report.page import check_libraries
     from dyexport.report.settings import ReportSettings, check_output
 
@@ -170,7 +172,8 @@ def _verified(bundle: Path, target: str) -> VerifyReport | str:
     from dyexport.verification.settings import VerifySettings
     from dyexport.verification.verify import verify_bundle
 
-    if GOLDEN not in open_bundle(bundle).manifest.files:
+    manifest = open_bundle(bundle).manifest
+    if manifest.place(GOLDEN) not in manifest.files:
         return "an older dyexport built this bundle, without golden data"
     with progress_bar("verifying") as advance:
         return verify_bundle(bundle, VerifySettings(target=target), golden_only=True, progress=advance)

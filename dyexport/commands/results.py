@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyexport.bundle.manifest import DENSE
+from dyexport.bundle.manifest import DENSE, budget_folder
+from dyexport.bundle.manifest_file import MANIFEST, read_manifest
 from dyexport.bundle.plan import ALLOCATES
 from dyexport.bundle.targets import TARGETS
 from dyexport.console import format_bytes
@@ -24,6 +25,25 @@ NOTICED = 0.004  # relative MSE that raised the Frechet distance of digits by ha
 def plan_costs(plan: SegmentPlan) -> dict[str, Any]:
     """Return the number of engines, FLOPs ratios and sizes of a plan."""
     return {"engines": len(plan.segments), **plan.model_dump(exclude={"segments"})}
+
+
+def other_budgets(out: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """Return FLOPs ratios and metrics of a bundle's budgets other than its default one."""
+    folders = [out / budget_folder(budget) for budget in manifest.budgets if budget != manifest.budget]
+    others = [read_manifest(folder / MANIFEST) for folder in folders]
+    return [{"budget": other.budget, **plan_costs(other.plan), **other.metrics} for other in others]
+
+
+def other_budget_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
+    """Return a line for each budget other than the default one."""
+    return [
+        (
+            f"at budget {other['budget']:g}",
+            f"lambda {other['flops_ratio']:.3f}, output error {other['output_relative_mse']:.4f}"
+            + (f", {other['executed_flops_ratio']:.3f} as executed" if "executed_flops_ratio" in other else ""),
+        )
+        for other in payload["budgets"]
+    ]
 
 
 def error_line(payload: Mapping[str, Any]) -> tuple[str, str]:

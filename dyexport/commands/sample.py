@@ -9,7 +9,7 @@ import typer
 
 from dyexport.arguments import SAMPLES, check_guidance, check_seed, check_steps, shown
 from dyexport.commands import options
-from dyexport.commands.bundles import open_bundle
+from dyexport.commands.bundles import at_budget, open_bundle
 from dyexport.commands.parsing import ExplicitOptions
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
 from dyexport.errors import UsageError
@@ -31,6 +31,7 @@ LABELS, PROMPTS, OUTPUT = "Class-conditional models", "Text-to-image and text-to
 def sample(
     context: typer.Context,
     bundle: options.BundleArgument,
+    budget: options.BundleBudgetOption = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's.", metavar="N")] = None,
     guidance: Annotated[
         float | None,
@@ -108,6 +109,7 @@ def sample(
     from dyexport.backbones import get_pipeline
     from dyexport.samples import check_arguments
 
+    bundle = at_budget(bundle, budget)
     spec = open_bundle(bundle, target).manifest.model
     _refuse_useless(ExplicitOptions(context), spec)
     arguments: dict[str, Any] = {

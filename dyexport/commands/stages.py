@@ -14,6 +14,7 @@ from dyexport.commands.options import split
 from dyexport.commands.parsing import ExplicitOptions
 from dyexport.commands.results import trainable_lines
 from dyexport.console import Interrupted, StageLines, chatter_on_stderr, stderr
+from dyexport.errors import BudgetError
 
 if TYPE_CHECKING:
     from dyexport.pipeline.run import Run
@@ -26,7 +27,7 @@ def settings_of(context: typer.Context) -> BuildSettings:
     Options that are not given keep the defaults of ``BuildSettings``. If neither a model nor a checkpoint is given,
     the settings recorded in the work directory take the place of the defaults. Raises ``UsageError``.
     """
-    from dyexport.pipeline.settings import BuildSettings, default_engines
+    from dyexport.pipeline.settings import BuildSettings, budget_settings, default_engines
 
     explicit = ExplicitOptions(context)
     options = dict(explicit.values())
@@ -40,6 +41,8 @@ def settings_of(context: typer.Context) -> BuildSettings:
             changes.setdefault("token_router", None)  # that of the work directory: now every token runs
         if "widths" in changes and changes["widths"] != recorded.planned_widths:
             changes.setdefault("engines", default_engines(recorded.preset, changes["widths"]))
+        if "budget" in changes:
+            changes |= budget_settings(changes["budget"])
         settings = replace(recorded, **changes)
     else:
         settings = BuildSettings.complete(**_changes(options), work=work)
@@ -62,6 +65,7 @@ def _changes(options: Mapping[str, Any], recorded: BuildSettings | None = None) 
         "target": ("targets", split),
         "memory": ("memory", parse_bytes),
         "gradient_checkpointing": ("checkpointing", _same),
+        "budget": ("budget", parse_budgets),
     }
     tensorrt_parsers: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "compute_capability": ("compute_capabilities", split),
@@ -77,6 +81,15 @@ def _changes(options: Mapping[str, Any], recorded: BuildSettings | None = None) 
     if tensorrt:
         fields["tensorrt"] = replace(recorded.tensorrt if recorded else TensorrtSettings(), **tensorrt)
     return fields
+
+
+def parse_budgets(text: str) -> float | tuple[float, ...]:
+    """Parse one FLOPs ratio, or several with commas between. Raises ``BudgetError``."""
+    try:
+        budgets = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise BudgetError(f"--budget is {text!r}; give a FLOPs ratio, such as 0.5, or several: 0.5,0.3") from error
+    return budgets if len(budgets) > 1 else budgets[0]
 
 
 def _same(value: Any) -> Any:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from dyexport.commands import options
-from dyexport.commands.bundles import open_bundle
+from dyexport.commands.bundles import at_budget, open_bundle
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, pairs, progress_bar
+from dyexport.errors import UsageError
 
 EXAMPLES = (
     "dyexport verify sit-digits-0.5",
@@ -21,6 +23,7 @@ EXAMPLES = (
 
 def verify(
     bundle: options.BundleArgument,
+    budget: options.BundleBudgetOption = None,
     timesteps: Annotated[
         int | None,
         typer.Option(help="Number of random timesteps to compare with the reference at. Default: 64.", metavar="N"),
@@ -67,24 +70,46 @@ def verify(
     """Compare a bundle with its golden data, and with the masked torch model that it was cut from.
 
     Golden data is in the bundle: inputs, and the masked model's outputs. It needs nothing else. Where the bundle was
-    built, the model itself is run at random timesteps, too.
+    built, the model itself is run at random timesteps, too. Of a bundle of several budgets, all are compared.
     """
     from dyexport.verification.settings import VerifySettings, check_reference
 
     settings = VerifySettings(
         timesteps=timesteps, tolerance=tolerance, target=target, device=device, seed=seed, layers=layers, small=small
     )
-    opened = open_bundle(bundle, target)
-    settings.check_for(opened)
-    check_reference(opened, settings, reference)
-    with chatter_on_stderr(), progress_bar("verifying") as advance:
-        from dyexport.verification.verify import verify_bundle
+    roots = _roots(bundle, budget)
+    if reference is not None and len(roots) > 1:
+        raise UsageError(f"--reference is of one budget, and {bundle} has {', '.join(roots)}; give --budget too")
+    for root in roots.values():
+        opened = open_bundle(root, target)
+        settings.check_for(opened)
+        check_reference(opened, settings, reference)
+    payloads = {}
+    for name, root in roots.items():
+        with chatter_on_stderr(), progress_bar("verifying" if len(roots) == 1 else f"budget {name}") as advance:
+            from dyexport.verification.verify import verify_bundle
 
-        report = verify_bundle(bundle, settings, reference=reference, progress=advance)
-    payload = report.as_json()
-    emit(payload, as_json=json, human=lambda console: console.print(pairs(_verify_lines(payload))))
-    if not report.passed:
+            payloads[name] = verify_bundle(root, settings, reference=reference, progress=advance).as_json()
+    first, passed = next(iter(payloads.values())), all(payload["passed"] for payload in payloads.values())
+
+    def show(console: Console) -> None:
+        for name, payload in payloads.items():
+            lines = _verify_lines(payload)
+            console.print(pairs(lines if len(payloads) == 1 else (("budget", name), *lines)))
+
+    emit(first if len(payloads) == 1 else {"passed": passed, "budgets": payloads}, as_json=json, human=show)
+    if not passed:
         raise typer.Exit(1)
+
+
+def _roots(bundle: Path, budget: float | None) -> dict[str, Path]:
+    """Return what to verify, by budget: all of a bundle of several, unless one of them is given."""
+    from dyexport.bundle.manifest_file import MANIFEST, read_manifest
+
+    manifest = read_manifest((root := at_budget(bundle, budget)) / MANIFEST)
+    if budget is not None or manifest.folder is not None or not manifest.budgets:
+        return {f"{manifest.budget or ''}": root}
+    return {f"{each:g}": at_budget(bundle, each) for each in manifest.budgets}
 
 
 def _verify_lines(payload: Mapping[str, Any]) -> Sequence[tuple[str, str]]:

@@ -46,14 +46,15 @@ def compile_jobs(
     *,
     memory: int | None = None,
     at_once: int | None = None,
+    label: str = "",
 ) -> dict[str, Outcome]:
     """Compile every job that the ledger does not have, several at a time; return the outcomes by network.
 
     ``progress`` returns where a stage reports its progress. ``memory`` bounds the bytes that all builders take
-    (default: what is free); ``at_once`` is the number of builders instead.
+    (default: what is free); ``at_once`` is the number of builders instead. ``label`` is that of one of several budgets.
     """
     pool = WorkerPool(builders_at_once(compiler, jobs, memory, at_once))
-    stages = [engine_stage(compiler, job, pool, progress) for job in jobs]
+    stages = [engine_stage(compiler, job, pool, progress, label) for job in jobs]
     outcomes = pool.run([partial(ledger.run, stage) for stage in stages])
     return {job.network: outcome for job, outcome in zip(jobs, outcomes, strict=True)}
 
@@ -69,9 +70,12 @@ def builders_at_once(
     return max_workers([sum(span.length for span in job.weights) for job in jobs], memory)
 
 
-def engine_stage(compiler: Compiler, job: EngineJob, pool: WorkerPool, progress: Callable[[str], Progress]) -> Stage:
+def engine_stage(
+    compiler: Compiler, job: EngineJob, pool: WorkerPool, progress: Callable[[str], Progress], label: str = ""
+) -> Stage:
     """Return the stage of one engine: it depends on the graph, its own weights, the builder and the request."""
     name = f"{compiler.target} {job.network}"
+    full_name = f"{name}@{label}" if label else name
     inputs = {
         "graph": digest_of({".": job.graph_sha256}),  # as a ledger identifies a stage of one file
         "weights": weights_digest(job.weights),
@@ -80,9 +84,10 @@ def engine_stage(compiler: Compiler, job: EngineJob, pool: WorkerPool, progress:
     }
 
     def make(out: Path) -> None:
-        pool.submit(name, run_compiler, compiler, job, out, progress=progress(name))
+        pool.submit(full_name, run_compiler, compiler, job, out, progress=progress(name))
 
-    return Stage(name=name, output=f"{ENGINES}/{compiler.target}/{job.network}", inputs=inputs, make=make)
+    folder = f"{label}-{job.network}" if label else job.network
+    return Stage(name=full_name, output=f"{ENGINES}/{compiler.target}/{folder}", inputs=inputs, make=make)
 
 
 def run_compiler(compiler: Compiler, job: EngineJob, out: Path, *, progress: Progress) -> None:

@@ -6,7 +6,7 @@ unmodified diffusers module through forward hooks, so with every gate open it *i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +18,7 @@ from dyexport.backbones.base import Adapter, Inputs, RouterKind
 from dyexport.bundle.spec import TokenRouterKind
 from dyexport.bundle.tables import WidthTable
 from dyexport.lora import LoraSpec
+from dyexport.models.budgets import budget_shares
 from dyexport.models.checkpointing import BlockCheckpoints, GatedBlock
 from dyexport.models.gates import BlockGates, BlockRouter, GatedPass, GateNoise, hard_gate, without_autocast
 from dyexport.models.hooks import BIAS
@@ -53,10 +54,13 @@ class DynamicTransformer(nn.Module):
     routers' decisions: a model calibrated without training has no trained routers. With ``td_lora`` the
     backbone is frozen, except its biases if ``td_lora.bias`` is 'all', and low-rank updates that follow the
     timestep are trained instead.
+    ``budgets``, if any, are the FLOPs budgets, ascending, that one model is trained for; ``budget`` is the one whose
+    gates apply.
     ``order``, if set, is the place of every unit before ranking: ``heads`` (L, H), ``groups`` (L, G).
     """
 
     table: WidthTable | None = None
+    budget: float | None = None
     order: Mapping[str, Tensor] | None = None
 
     def __init__(
@@ -70,6 +74,7 @@ class DynamicTransformer(nn.Module):
         router: RouterKind = "free",
         td_lora: LoraSpec | None = None,
         token_router: TokenRouterKind | None = None,
+        budgets: Sequence[float] = (),
     ) -> None:
         super().__init__()
         adapter.share_embedders(backbone)
@@ -78,13 +83,21 @@ class DynamicTransformer(nn.Module):
         self.heads = heads
         self.groups = groups or heads
         self.router = router
+        self.budgets = tuple(budgets)
         blocks = adapter.blocks(backbone)
         channels = self.config["num_attention_heads"] * self.config["attention_head_dim"]
         routed = tokens and router != "static"
         self.token_router = (token_router or [*adapter.token_routers][-1]) if routed else None
         make_tokens = None if self.token_router is None else adapter.token_routers[self.token_router]
         self.routers = nn.ModuleList(
-            BlockRouter(channels=channels, heads=heads, groups=self.groups, token_router=make_tokens, kind=router)
+            BlockRouter(
+                channels=channels,
+                heads=heads,
+                groups=self.groups,
+                token_router=make_tokens,
+                kind=router,
+                budgets=len(self.budgets),
+            )
             for _ in blocks
         )
         self._gates = [BlockGates(router, index) for index, router in enumerate(self.block_routers)]
@@ -171,9 +184,22 @@ class DynamicTransformer(nn.Module):
     def width_logits(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Compute router logits in fp32: (B,) -> (B, L, H), (B, L, G). Unit 0 has +inf: it is always on."""
         embedding = self._timestep_embedding(timestep).float()  # (B, C)
-        heads = torch.stack([router.heads(embedding) for router in self.block_routers], dim=1)
-        groups = torch.stack([router.groups(embedding) for router in self.block_routers], dim=1)
+        shares = self._budget_shares()
+        logits = [router.width_logits(embedding, shares) for router in self.block_routers]
+        heads, groups = (torch.stack(values, dim=1) for values in zip(*logits, strict=True))
         return F.pad(heads, (1, 0), value=torch.inf), F.pad(groups, (1, 0), value=torch.inf)
+
+    def _budget_shares(self) -> Tensor | None:
+        if not self.budgets:
+            return None
+        assert self.budget is not None, "a model of several budgets runs at one of them"
+        return budget_shares(self.budgets, self.budget).to(self.device)
+
+    def fix_budget(self, budget: float) -> None:
+        """Keep the routers of one budget; one between two of ``budgets`` gets logits between theirs."""
+        for router in self.block_routers:
+            router.fix_budget(budget_shares(self.budgets, budget))
+        self.budgets, self.budget = (), None
 
     def width_gates(self, timestep: Tensor, noise: GateNoise | None = None) -> tuple[Tensor, Tensor]:
         """Compute hard head and group gates: (B,) -> (B, L, H), (B, L, G)."""
@@ -195,7 +221,7 @@ class DynamicTransformer(nn.Module):
         """Run the model with routed gates; ``inputs`` are those of the stock module."""
         heads, groups = self.width_gates(inputs["timestep"])
         masks = (heads, groups) if noise is None else self.width_gates(inputs["timestep"], noise)
-        run = GatedPass(head_masks=masks[0], group_masks=masks[1], noise=noise)
+        run = GatedPass(head_masks=masks[0], group_masks=masks[1], noise=noise, budget_shares=self._budget_shares())
         with self._following(run):
             sample = self.forward_dense(inputs)
         tokens = torch.stack(run.tokens, dim=1)  # (B, L, N)

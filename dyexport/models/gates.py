@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dyexport.backbones.base import RouterKind
 from dyexport.bundle.spec import TokenRouterKind
+from dyexport.models.budgets import BudgetOffsets
 
 GATE_TEMPERATURE = 5.0  # tau of the Gumbel-sigmoid, arXiv 2410.03456 section 3.4
 WIDTH_BIAS = 15.0  # everything starts on, so fine-tuning starts from the static model
@@ -168,7 +169,10 @@ WIDTH_ROUTERS: Mapping[RouterKind, type[FreeRouter | OrderedRouter | StaticRoute
 
 
 class BlockRouter(nn.Module):
-    """Routers of one block: two for its widths (TDW), one on every token (SDT)."""
+    """Routers of one block: two for its widths (TDW), one on every token (SDT).
+
+    ``budgets`` is the number of FLOPs budgets that have offsets of their logits; 0 for a model of one budget.
+    """
 
     def __init__(
         self,
@@ -178,11 +182,16 @@ class BlockRouter(nn.Module):
         groups: int,
         token_router: Callable[[int], TokenRouter] | None,
         kind: RouterKind = "free",
+        budgets: int = 0,
     ) -> None:
         super().__init__()
         self.heads: WidthRouter = WIDTH_ROUTERS[kind](channels, heads)
         self.groups: WidthRouter = WIDTH_ROUTERS[kind](channels, groups)
         self.tokens = token_router(channels) if token_router is not None else None
+        self.offsets: BudgetOffsets | None = None
+        if budgets:
+            sizes = {"heads": len(self.heads.bias), "groups": len(self.groups.bias)}
+            self.offsets = BudgetOffsets(budgets, **sizes, tokens=self.tokens is not None)
         self.open()
 
     @torch.no_grad()
@@ -192,6 +201,38 @@ class BlockRouter(nn.Module):
         self.groups.open()
         if self.tokens is not None:
             nn.init.constant_(self.tokens.last.bias, TOKEN_BIAS)
+
+    def width_logits(self, embedding: Tensor, shares: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compute logits from the timestep embedding (B, C): (B, H - 1), (B, G - 1).
+
+        ``shares`` are those of ``budget_shares``; None for a model of one budget.
+        """
+        heads, groups = self.heads(embedding), self.groups(embedding)
+        if self.offsets is None:
+            return heads, groups
+        assert shares is not None
+        return heads + shares @ self.offsets.heads.float(), groups + shares @ self.offsets.groups.float()
+
+    def token_logits(self, inputs: Sequence[Tensor], shares: Tensor | None) -> Tensor:
+        """Compute logits of the tokens (R, N, C) that come first among ``inputs``: (R, N)."""
+        assert self.tokens is not None
+        logits: Tensor = self.tokens(*inputs)
+        if self.offsets is None:
+            return logits
+        assert shares is not None
+        assert self.offsets.tokens is not None
+        return logits + shares @ self.offsets.tokens.float()
+
+    @torch.no_grad()
+    def fix_budget(self, shares: Tensor) -> None:
+        """Add the offsets at one budget to the biases, and drop them."""
+        if self.offsets is None:
+            return
+        self.heads.bias.add_(shares @ self.offsets.heads)
+        self.groups.bias.add_(shares @ self.offsets.groups)
+        if self.tokens is not None and self.offsets.tokens is not None:
+            self.tokens.last.bias.add_(shares @ self.offsets.tokens)
+        self.offsets = None
 
     def run_all_tokens(self) -> None:
         """Keep every token, overwriting what was trained."""
@@ -219,6 +260,7 @@ class GatedPass:
     group_masks: Tensor  # (B, L, G)
     noise: GateNoise | None
     route_tokens: bool = True
+    budget_shares: Tensor | None = None  # (B,) of B budgets
     tokens: list[Tensor] = field(default_factory=list)  # L x (B, N), without noise
     token_logits: list[Tensor] = field(default_factory=list)
     sampled: dict[int, Tensor] = field(default_factory=dict)  # noise of each block's token gates
@@ -285,7 +327,7 @@ class BlockGates:
             logits = torch.full(inputs[0].shape[:2], torch.inf, device=inputs[0].device)  # (R, N)
             gates = torch.ones_like(logits)
         else:
-            logits = self.router.tokens(*inputs)  # (R, N)
+            logits = self.router.token_logits(inputs, self._pass.budget_shares)  # (R, N)
             gates = hard_gate(logits)
             noise = self._pass.noise_of(self.index)
             self._token_mask = gates if noise is None else hard_gate(logits, noise)

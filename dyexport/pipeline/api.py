@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ Progress = Callable[[str, int, int], None]
 def build(
     model: str | None = None,
     *,
-    budget: float | None = None,
+    budget: float | Sequence[float] | None = None,
     checkpoint: str | Path | None = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
@@ -32,7 +32,8 @@ def build(
     """Turn a checkpoint into a bundle of slim engines. A stopped build resumes after its last finished stage.
 
     ``model`` is the name of a preset, ``budget`` the FLOPs of attention and MLP relative to the static model, in
-    (0, 1]. The bundle is written to ``out``, by default ``MODEL-BUDGET`` in the current directory; finished stages are
+    (0, 1]. Several budgets are trained as one model, and the bundle runs at any of them, by default at the first. The
+    bundle is written to ``out``, by default ``MODEL-BUDGET`` in the current directory; finished stages are
     kept in ``work``, by default ``out`` with ``.work`` added. ``progress(stage, done, total)`` is called as work
     proceeds. Other ``settings`` are those of ``BuildSettings``, with the defaults of the command line. A warning names
     what differs if a bundle of other settings is replaced.

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
 from dyexport import __version__
 from dyexport.bundle.golden import GOLDEN
-from dyexport.bundle.manifest import SCHEMA_VERSION, EngineRecord, FileRecord, Manifest, Reference
+from dyexport.bundle.manifest import (
+    DENSE,
+    DENSE_CONDITIONING,
+    SCHEMA_VERSION,
+    EngineRecord,
+    FileRecord,
+    Manifest,
+    Reference,
+    budget_folder,
+)
 from dyexport.bundle.manifest_file import MANIFEST, RANGES, TOKENS, WIDTHS, manifest_text, read_manifest
 from dyexport.bundle.plan import SegmentPlan
 from dyexport.bundle.reader import Bundle
@@ -22,7 +32,7 @@ from dyexport.compilation.jobs import ENGINES
 from dyexport.digests import remember
 from dyexport.errors import BundleError, StorageError
 from dyexport.exporters.onnx_graph import STORE
-from dyexport.files import hard_linked, remove, replacing, storage_errors
+from dyexport.files import hard_linked, remove, replacing, storage_errors, write_atomically
 from dyexport.pipeline.export_stages import GRAPHS, CalibratedModel
 from dyexport.pipeline.output import STAGING, replaced_settings, staged
 from dyexport.pipeline.run import Run
@@ -42,47 +52,37 @@ class Source(NamedTuple):
         return cls(outcome.path / name, outcome.files[name], linked)
 
 
-def assemble_bundle(
-    run: Run,
-    model: CalibratedModel,
-    plan: SegmentPlan,
-    ranges: Outcome | None,
-    store: Outcome,
-    graphs: Mapping[str, Outcome],
-    engines: Mapping[str, Mapping[str, Outcome]],
-    golden: Outcome,
-) -> Manifest:
-    """Put the outputs of all stages together at ``settings.out``; ``engines`` are TensorRT plans by target."""
+@dataclass(frozen=True, kw_only=True)
+class BudgetParts:
+    """The outputs of the stages of one budget; ``engines`` are compiled ones by target and network."""
+
+    run: Run
+    model: CalibratedModel
+    plan: SegmentPlan
+    ranges: Outcome | None
+    golden: Outcome
+    graphs: Mapping[str, Outcome]
+    engines: Mapping[str, Mapping[str, Outcome]]
+
+
+def assemble_bundle(run: Run, store: Outcome, parts: Sequence[BudgetParts]) -> Manifest:
+    """Put the outputs of all stages together at ``settings.out``; return the manifest of the default budget.
+
+    ``parts`` has the default budget first.
+    """
     settings, start = run.settings, perf_counter()
     linked = store.files["."].bytes >= run.link_store_from
-    files = {f"{GRAPHS}/{STORE}": Source.of(store, linked=linked)}
-    files |= {name: Source.of(model.calibrated, name) for name in (WIDTHS, TOKENS) if name in model.calibrated.files}
-    files[GOLDEN] = Source.of(golden)
-    files |= {f"{GRAPHS}/{outcome.path.name}": Source.of(outcome) for outcome in graphs.values()}
-    paths = {(ONNX, name): f"{GRAPHS}/{outcome.path.name}" for name, outcome in graphs.items()}
-    for target, plans in engines.items():
-        for name, outcome in plans.items():
-            folder = f"{ENGINES}/{target}/{name}"
-            files |= {f"{folder}/{part}": Source.of(outcome, part) for part in outcome.files}
-            paths[target, name] = f"{folder}/{TARGETS[target].file}"
-    compiled = compiled_engines(settings.out, {name: source.record for name, source in files.items()}, set(engines))
-    paths |= {(engine.target, engine.network): engine.path for engine, _ in compiled}
-    files |= {name: Source(settings.out / name, record) for _, records in compiled for name, record in records.items()}
-    if ranges is not None:
-        files[RANGES] = Source.of(ranges)
-        plan = plan.model_copy(update={"quantization_errors": Ranges.read(ranges.path).errors})
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        dyexport_version=__version__,
-        model=model.spec,
-        budget=settings.budget,
-        widths=settings.planned_widths,
-        plan=plan,
-        engines=tuple(EngineRecord(target=t, network=name, path=path) for (t, name), path in paths.items()),
-        reference=Reference(path=os.path.relpath(model.path, settings.out), sha256=model.calibrated.digest),
-        metrics=dict(model.metrics),
-        files={name: source.record for name, source in sorted(files.items())},
-    )
+    stored = {f"{GRAPHS}/{STORE}": Source.of(store, linked=linked)}
+    default, *others = parts
+    files = {**stored, **_files(default, None)}
+    paths, dense = _engine_paths(default), _dense_engines(default)
+    if not settings.budgets:
+        kept = compiled_engines(settings.out, _records(files), set(default.engines))
+        paths |= {(engine.target, engine.network): engine.path for engine, _ in kept}
+        files |= {name: Source(settings.out / name, record) for _, found in kept for name, record in found.items()}
+    for other in others:
+        files |= _other_budget(other, stored | {path: files[path] for path in dense.values()}, dense)
+    manifest = _manifest(default, None, paths, files)
     run.replaced = replaced_settings(settings.out, manifest)
     reused = assemble(settings.out, manifest, files)
     seconds = perf_counter() - start
@@ -96,6 +96,77 @@ def assemble_bundle(
     )
     run.ledger.note("bundle", outcome)
     return manifest
+
+
+def _other_budget(
+    parts: BudgetParts, shared: Mapping[str, Source], dense: Mapping[tuple[str, str], str]
+) -> dict[str, Source]:
+    """Return the files of a budget that is not the default one, and its manifest, which it writes.
+
+    ``shared`` are files of the default budget, among them the engines ``dense``.
+    """
+    assert parts.run.settings.budget is not None
+    folder = budget_folder(parts.run.settings.budget)
+    files = _files(parts, folder)
+    manifest = _manifest(parts, folder, {**dense, **_engine_paths(parts)}, {**shared, **files})
+    path = parts.run.settings.work / parts.run.file(MANIFEST)
+    write_atomically(path, manifest_text(manifest))
+    return {**files, f"{folder}/{MANIFEST}": Source(path, describe(path)["."])}
+
+
+def _manifest(
+    parts: BudgetParts, folder: str | None, paths: Mapping[tuple[str, str], str], files: Mapping[str, Source]
+) -> Manifest:
+    settings, model, plan = parts.run.settings, parts.model, parts.plan
+    if parts.ranges is not None:
+        plan = plan.model_copy(update={"quantization_errors": Ranges.read(parts.ranges.path).errors})
+    reference = os.path.relpath(model.path, settings.out / (folder or ""))
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        dyexport_version=__version__,
+        model=model.spec,
+        budget=settings.budget,
+        budgets=tuple(sorted(settings.budgets)),
+        folder=folder,
+        widths=settings.planned_widths,
+        plan=plan,
+        engines=tuple(EngineRecord(target=t, network=name, path=path) for (t, name), path in paths.items()),
+        reference=Reference(path=reference, sha256=model.calibrated.digest),
+        metrics=dict(model.metrics),
+        files=dict(sorted(_records(files).items())),
+    )
+
+
+def _records(files: Mapping[str, Source]) -> dict[str, FileRecord]:
+    return {name: source.record for name, source in files.items()}
+
+
+def _files(parts: BudgetParts, folder: str | None) -> dict[str, Source]:
+    """Return the files of one budget by their place in the bundle; tables and golden data are in ``folder``."""
+    calibrated, prefix = parts.model.calibrated, "" if folder is None else f"{folder}/"
+    files = {f"{prefix}{name}": Source.of(calibrated, name) for name in (WIDTHS, TOKENS) if name in calibrated.files}
+    files[f"{prefix}{GOLDEN}"] = Source.of(parts.golden)
+    if parts.ranges is not None:
+        files[f"{prefix}{RANGES}"] = Source.of(parts.ranges)
+    files |= {f"{GRAPHS}/{outcome.path.name}": Source.of(outcome) for outcome in parts.graphs.values()}
+    for target, engines in parts.engines.items():
+        for engine in engines.values():
+            files |= {f"{ENGINES}/{target}/{engine.path.name}/{part}": Source.of(engine, part) for part in engine.files}
+    return files
+
+
+def _engine_paths(parts: BudgetParts) -> dict[tuple[str, str], str]:
+    """Return the place of each engine, by target and network."""
+    paths = {(ONNX, name): f"{GRAPHS}/{outcome.path.name}" for name, outcome in parts.graphs.items()}
+    for target, engines in parts.engines.items():
+        for name, outcome in engines.items():
+            paths[target, name] = f"{ENGINES}/{target}/{outcome.path.name}/{TARGETS[target].file}"
+    return paths
+
+
+def _dense_engines(parts: BudgetParts) -> dict[tuple[str, str], str]:
+    """Return the places of the engines of the dense network, which all budgets share."""
+    return {key: path for key, path in _engine_paths(parts).items() if key[1] in (DENSE, DENSE_CONDITIONING)}
 
 
 def compiled_engines(

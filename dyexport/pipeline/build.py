@@ -11,20 +11,22 @@ from pathlib import Path
 
 from dyexport.bundle.manifest import Manifest
 from dyexport.bundle.plan import SegmentPlan
+from dyexport.bundle.tables import UnitOrder
 from dyexport.bundle.targets import compiled_targets, plan_targets
 from dyexport.compilation.install import finish_install
 from dyexport.exporters.plan_cost import PlanCost, estimate_plans
 from dyexport.files import check_writable
 from dyexport.pipeline import export_stages, model_stages, steps
-from dyexport.pipeline.assemble import assemble_bundle
+from dyexport.pipeline.assemble import BudgetParts, assemble_bundle
 from dyexport.pipeline.calibrate import METRICS, read_calibrated, read_metrics
 from dyexport.pipeline.export_stages import CalibratedModel
 from dyexport.pipeline.golden import golden_data
 from dyexport.pipeline.model_stages import Data
+from dyexport.pipeline.networks import Network
 from dyexport.pipeline.run import Run
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.pipeline.work_directory import locked
-from dyexport.slicing.store_layout import lay_out
+from dyexport.slicing.store_layout import StoreLayout, lay_out
 from dyexport.stages.ledger import BuildListener, NullListener, Outcome
 from dyexport.stages.locking import locked_output
 from dyexport.training.processes import find_process_group
@@ -49,12 +51,14 @@ class TrainedModel(StaticModel):
 class PricedPlan:
     """A plan that was not exported, and estimates of its TensorRT plans by target."""
 
+    budget: float | None
     plan: SegmentPlan
     tensorrt: dict[str, PlanCost]
 
 
 def make_static_model(run: Run) -> StaticModel:
     """Get the static model from its checkpoint, or train it, or make it at random."""
+    run = run.whole
     run.ledger.check_allowed("static")
     data = model_stages.open_given_data(run)  # before a download
     source = steps.checkpoint_source(run.settings)
@@ -66,6 +70,7 @@ def make_static_model(run: Run) -> StaticModel:
 
 def finetune_model(run: Run) -> TrainedModel:
     """Attach routers to the static model and train them. Processes other than the main one take part up to here."""
+    run = run.whole
     model = make_static_model(run)
     dynamic = model_stages.dynamic_model(run, model.static, model.data)
     run.leave_group()
@@ -85,6 +90,11 @@ def calibrate_model(run: Run) -> CalibratedModel:
     return replace(model, metrics={**model.metrics, **headroom})
 
 
+def calibrate_models(run: Run) -> list[CalibratedModel]:
+    """Calibrate at every budget, the default one first."""
+    return [calibrate_model(each) for each in run.by_budget()]
+
+
 def _calibrated(run: Run) -> CalibratedModel:
     trained = finetune_model(run)
     calibrated = model_stages.calibrated_model(run, trained.static, trained.dynamic, trained.data)
@@ -92,15 +102,26 @@ def _calibrated(run: Run) -> CalibratedModel:
     tables = read_calibrated(calibrated.path, settings.preset, settings.stored_precision, settings.quantize)
     metrics = read_metrics(calibrated.path / METRICS)
     return CalibratedModel(
-        static=trained.static, data=trained.data, calibrated=calibrated, tables=tables, metrics=metrics
+        static=trained.static,
+        data=trained.data,
+        calibrated=calibrated,
+        tables=tables,
+        metrics=metrics,
+        budget=settings.budget,
     )
 
 
 def price_plans(run: Run, engines: Sequence[int]) -> list[PricedPlan]:
-    """Price plans of several numbers of engines; exports nothing."""
+    """Price plans of several numbers of engines, at each budget; exports nothing."""
+    return [plan for each in run.by_budget() for plan in _price_plans(each, engines)]
+
+
+def _price_plans(run: Run, engines: Sequence[int]) -> list[PricedPlan]:
     settings, model = run.settings, _calibrated(run)
     plans = [export_stages.priced_plan(settings, model, count) for count in engines]
-    return [PricedPlan(plan=priced, tensorrt=_estimates(run, model, priced)) for priced in plans]
+    return [
+        PricedPlan(budget=settings.budget, plan=priced, tensorrt=_estimates(run, model, priced)) for priced in plans
+    ]
 
 
 def _estimates(run: Run, model: CalibratedModel, priced: SegmentPlan) -> dict[str, PlanCost]:
@@ -117,21 +138,53 @@ def build_bundle(run: Run) -> Manifest:
         finish_install(Path(os.path.realpath(settings.out)))
         for target in compiled_targets(settings.targets):
             export_stages.compiler_of(settings, target)  # raises if it cannot be used, before hours of work
-        model = calibrate_model(run)
-        plan = export_stages.segment_plan(run, model)
-        ranges = export_stages.quantization_ranges(run, model, plan)
-        golden = golden_data(run, model, plan, ranges)
-        networks = export_stages.planned_networks(settings, model, plan, ranges)
-        layout = lay_out(recipe for network in networks for recipe in network.slice.recipes.values())
-        store = export_stages.weight_store(run, model, layout)
-        graphs = export_stages.onnx_graphs(run, model.spec, plan, networks, layout)
-        engines = {
-            target: export_stages.compiled_engines(run, target, model, plan, graphs)
-            for target in compiled_targets(settings.formats)
-        }
-        manifest = assemble_bundle(run, model, plan, ranges, store, graphs, engines, golden)
+        cuts = _cut(run)
+        recipes = [recipe for cut in cuts for each in cut.networks for recipe in each.slice.recipes.values()]
+        layout = lay_out(recipes)
+        store = export_stages.weight_store(run, {cut.run.label: cut.model for cut in cuts}, layout)
+        manifest = assemble_bundle(run, store, [_exported(cut, layout) for cut in cuts])
         run.remember_digests()
     return manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """The networks of one budget, and what they were cut from."""
+
+    run: Run
+    model: CalibratedModel
+    plan: SegmentPlan
+    ranges: Outcome | None
+    golden: Outcome
+    networks: list[Network]
+
+
+def _cut(run: Run) -> list[_Cut]:
+    """Cut the networks of every budget, the default one first."""
+    runs = run.by_budget()
+    models = [calibrate_model(each) for each in runs]
+    order = UnitOrder.of(*(model.tables[1] for model in models)) if len(models) > 1 else None
+    cuts = []
+    for each, model in zip(runs, models, strict=True):
+        plan = export_stages.segment_plan(each, model, order)
+        ranges = export_stages.quantization_ranges(each, model, plan)
+        golden = golden_data(each, model, plan, ranges)
+        networks = export_stages.planned_networks(each.settings, model, plan, ranges, each.label)
+        cuts.append(_Cut(run=each, model=model, plan=plan, ranges=ranges, golden=golden, networks=networks))
+    return cuts
+
+
+def _exported(cut: _Cut, layout: StoreLayout) -> BudgetParts:
+    """Export the graphs of one budget, and compile its engines."""
+    run, model, plan = cut.run, cut.model, cut.plan
+    graphs = export_stages.onnx_graphs(run, model.spec, plan, cut.networks, layout)
+    engines = {
+        target: export_stages.compiled_engines(run, target, model, plan, graphs)
+        for target in compiled_targets(run.settings.formats)
+    }
+    return BudgetParts(
+        run=run, model=model, plan=plan, ranges=cut.ranges, golden=cut.golden, graphs=graphs, engines=engines
+    )
 
 
 @contextmanager

@@ -70,6 +70,9 @@ def make_calibrated(
     plain = lora is not None and lora.experts == 1
     stream = must_stream(preset.parameters, settings.memory) and not plain
     model, _ = load_dynamic(dynamic, stream=stream)
+    if model.budgets:
+        assert settings.budget is not None
+        model.fix_budget(settings.budget)
     if plain:
         model.merge_lora()
     with bf16_products(model.device, enabled=settings.calibrates_in_bf16):

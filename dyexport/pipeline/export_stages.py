@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from dyexport.bundle.graph_labels import labels_for
 from dyexport.bundle.manifest import DENSE_CONDITIONING
 from dyexport.bundle.plan import SegmentPlan
 from dyexport.bundle.spec import ModelSpec
+from dyexport.bundle.tables import UnitOrder
 from dyexport.bundle.targets import ONNX
 from dyexport.calibration.quantization import Ranges, Tables
 from dyexport.calibration.segments import PlanSettings
@@ -31,9 +32,11 @@ from dyexport.pipeline.networks import (
     OwnDense,
     cut_networks,
     identity,
+    labeled_reader,
     plan_for,
     plan_of,
     store_reader,
+    with_own_routers,
 )
 from dyexport.pipeline.run import Run
 from dyexport.pipeline.settings import BuildSettings
@@ -55,6 +58,7 @@ class CalibratedModel:
     calibrated: Outcome
     tables: Tables
     metrics: dict[str, float]
+    budget: float | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -67,17 +71,22 @@ class CalibratedModel:
         return self.calibrated.path
 
 
-def segment_plan(run: Run, model: CalibratedModel) -> SegmentPlan:
-    """Choose the segments of K engines, and merge TD-LoRA where the tolerance allows it."""
+def segment_plan(run: Run, model: CalibratedModel, order: UnitOrder | None = None) -> SegmentPlan:
+    """Choose the segments of K engines, and merge TD-LoRA where the tolerance allows it.
+
+    ``order`` is the storage order of units of several budgets; None: the one that suits this model.
+    """
     settings = run.settings
     chosen: dict[str, Any] = {"engines": settings.engines, "token_path": settings.planned_token_path}
     chosen |= {"precision": settings.stored_precision, "quantize": settings.quantize}
     inputs: dict[str, Any] = {"calibrated": model.calibrated.digest, "dyexport": __version__, **chosen}
     if merges(settings, model):
         inputs |= {"merge_tolerance": settings.merge_tolerance, "data": model.data.digest}
+    if order is not None:
+        inputs["order"] = asdict(order)
 
     def make(out: Path) -> None:
-        plan = priced_plan(settings, model, settings.engines)
+        plan = priced_plan(settings, model, settings.engines, order)
         if merges(settings, model):
             noised = steps.calibration_inputs(settings, model.data.source)
             segments, errors = calibrate.merge_lora(settings, model.path, plan.segments, noised)
@@ -97,20 +106,27 @@ def merges(settings: BuildSettings, model: CalibratedModel) -> bool:
     return True
 
 
-def priced_plan(settings: BuildSettings, model: CalibratedModel, engines: int) -> SegmentPlan:
-    """Plan K engines, with TD-LoRA merged in every segment if merging is on."""
-    plan = plan_for(*model.tables, PlanSettings(engines=engines, token_path=settings.planned_token_path))
+def priced_plan(
+    settings: BuildSettings, model: CalibratedModel, engines: int, order: UnitOrder | None = None
+) -> SegmentPlan:
+    """Plan K engines, with TD-LoRA merged in every segment if merging is on. ``order`` is that of ``segment_plan``."""
+    plan = plan_for(*model.tables, PlanSettings(engines=engines, token_path=settings.planned_token_path), order)
     if not merges(settings, model):
         return plan
     return plan_of(tuple(s.model_copy(update={"merged": True}) for s in plan.segments), *model.tables)
 
 
 def planned_networks(
-    settings: BuildSettings, model: CalibratedModel, plan: SegmentPlan, ranges: Outcome | None = None
+    settings: BuildSettings,
+    model: CalibratedModel,
+    plan: SegmentPlan,
+    ranges: Outcome | None = None,
+    label: str = "",
 ) -> list[Network]:
     """Cut the networks of a plan: its segments, the conditioning network and, with the baseline, the dense network.
 
-    ``ranges`` is the outcome of ``quantization_ranges``, which quantized networks need.
+    ``ranges`` is the outcome of ``quantization_ranges``, which quantized networks need. ``label`` is that of one budget
+    among several.
     """
     spec, widths, stats = model.tables
     networks = cut_networks(
@@ -120,6 +136,8 @@ def planned_networks(
         baseline=settings.baseline,
         own_dense=_own_dense(settings, spec),
     )
+    if label:
+        networks = [with_own_routers(network, label) for network in networks]
     if ranges is None:
         return networks
     measured = Ranges.read(ranges.path)
@@ -158,15 +176,25 @@ def quantization_ranges(run: Run, model: CalibratedModel, plan: SegmentPlan) -> 
     return run.stage("ranges", "ranges.json", inputs, make)
 
 
-def weight_store(run: Run, model: CalibratedModel, layout: StoreLayout) -> Outcome:
-    """Write the file with the weights of all networks."""
+def weight_store(run: Run, models: Mapping[str, CalibratedModel], layout: StoreLayout) -> Outcome:
+    """Write the file with the weights of all networks; ``models`` are the calibrated ones by the label of their budget.
+
+    They have the same weights, except for their routers.
+    """
     places = [(identity(recipe), layout.offsets[recipe]) for recipe in layout.owners]
-    inputs = {"calibrated": model.calibrated.digest, "static": model.static.digest, "layout": digest_of(places)}
+    calibrated = [model.calibrated.digest for model in models.values()]
+    model = next(iter(models.values()))
+    inputs = {
+        "calibrated": calibrated[0] if len(calibrated) == 1 else calibrated,
+        "static": model.static.digest,
+        "layout": digest_of(places),
+    }
 
     def make(out: Path) -> None:
         own = _own_dense(run.settings, model.spec)
         static = calibrate.static_weights(own, model.static.path, model.path)
-        read = store_reader(model.spec, calibrate.calibrated_reader(model.path, model.spec), static)
+        readers = {label: calibrate.calibrated_reader(each.path, each.spec) for label, each in models.items()}
+        read = store_reader(model.spec, labeled_reader(readers), static)
         write_store(layout, read, out, run.progress("weights"))
 
     return run.stage("weights", f"{GRAPHS}/{STORE}", inputs, make)
@@ -218,4 +246,4 @@ def compiled_engines(
     )
     jobs = make_jobs(networks, {name: outcome.path for name, outcome in graphs.items()})
     compiler = compiler_of(run.settings, target)
-    return compile_jobs(run.ledger, compiler, jobs, run.progress, memory=run.settings.memory)
+    return compile_jobs(run.ledger, compiler, jobs, run.progress, memory=run.settings.memory, label=run.label)

@@ -28,6 +28,7 @@ from dyexport.pipeline.stage_settings import (
     model_key,
     static_settings,
     token_router_settings,
+    trained_budget,
 )
 from dyexport.stages.file_records import describe, digest_of
 from dyexport.stages.ledger import Outcome
@@ -142,7 +143,7 @@ def dynamic_model(run: Run, static: Outcome, data: Data) -> Outcome:
     elif routers != "random":
         inputs["data"] = data.digest
     if routers == "trained":
-        inputs |= {"budget": settings.budget, "distill": settings.recipe.distill, **memory_settings(settings)}
+        inputs |= {**trained_budget(settings), "distill": settings.recipe.distill, **memory_settings(settings)}
         inputs |= _training(settings.finetune_schedule, data)
     scratch = run.scratch("dynamic", chosen)
     progress = run.training_progress("dynamic")

@@ -26,6 +26,7 @@ from dyexport.slicing.slicer import (
 )
 from dyexport.slicing.store_layout import lay_out
 
+ROUTERS = "routers."  # prefix of routers among the weights of a dynamic model
 STATIC_PREFIX = "static."  # prefix of the static model's weights that differ from the dynamic one's
 
 OwnDense = Literal["nothing", "biases", "projections", "everything"]
@@ -106,6 +107,30 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def with_own_routers(network: Network, label: str) -> Network:
+    """Return a network that reads its routers under ``label``: those of one budget among several."""
+
+    def source(name: str) -> str:
+        return f"{label}/{name}" if name.startswith(ROUTERS) else name
+
+    recipes = {
+        name: replace(recipe, sources=tuple(source(name) for name in recipe.sources))
+        for name, recipe in network.slice.recipes.items()
+    }
+    return replace(network, slice=replace(network.slice, recipes=recipes))
+
+
+def labeled_reader(readers: Mapping[str, Read]) -> Read:
+    """Return a reader of the weights of several budgets: routers as ``with_own_routers`` names them, others of any."""
+    first = next(iter(readers.values()))
+
+    def read(name: str) -> Tensor:
+        label, slash, own = name.partition("/")
+        return readers[label](own) if slash else first(name)
+
+    return read
+
+
 def store_reader(spec: ModelSpec, dynamic: Read, static: Mapping[str, Tensor]) -> Read:
     """Return a reader of the dynamic model's weights and, under ``STATIC_PREFIX``, of the static model's.
 
@@ -120,9 +145,15 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     return {**asdict(recipe), "dtype": str(recipe.dtype)}
 
 
-def plan_for(spec: ModelSpec, widths: WidthTable, stats: TokenStats | None, settings: PlanSettings) -> SegmentPlan:
-    """Choose the segments of K engines and price them."""
-    return plan_of(make_segments(widths, stats, FlopsModel.of_spec(spec), settings), spec, widths, stats)
+def plan_for(
+    spec: ModelSpec,
+    widths: WidthTable,
+    stats: TokenStats | None,
+    settings: PlanSettings,
+    order: UnitOrder | None = None,
+) -> SegmentPlan:
+    """Choose the segments of K engines and price them. ``order`` is that of ``make_segments``."""
+    return plan_of(make_segments(widths, stats, FlopsModel.of_spec(spec), settings, order), spec, widths, stats)
 
 
 def plan_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from dyexport.stages.locking import renamable
 STAGING = f"{PARTIAL}bundle"  # inside a folder that cannot be renamed
 
 
-def default_out(model: str, budget: float | None, widths: Widths | None = None) -> Path:
+def default_out(model: str, budgets: Sequence[float | None], widths: Widths | None = None) -> Path:
     """Return the default directory of a bundle."""
-    parts = [model, *([] if budget is None else [f"{budget:g}"]), *(["static"] if widths == "static" else [])]
+    shares = [f"{budget:g}" for budget in budgets if budget is not None]
+    parts = [model, *shares, *(["static"] if widths == "static" else [])]
     return Path("-".join(parts))
 
 
@@ -72,6 +73,7 @@ def _settings_of(manifest: Manifest) -> dict[str, Any]:
     return {
         "model": spec.name,
         "budget": manifest.budget,
+        "budgets": list(manifest.budgets),
         "widths": manifest.widths,
         "weights": None if manifest.reference is None else manifest.reference.sha256,
         "precision": spec.precision,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from copy import copy
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dyexport.digests import sha256_of
@@ -30,9 +31,34 @@ class Run:
     ) -> None:
         self.settings = settings
         self.listener = listener
+        self.label = ""  # of the stages of one budget among several
+        self.whole = self  # the run of all budgets
         self.replaced: Mapping[str, Any] = {}  # settings of the bundle that this run replaced, where they differ
         self.link_store_from = LINK_STORE_FROM
         self.ledger = Ledger(settings.work, listener, without=without, group=group)
+
+    def at(self, budget: float) -> Run:
+        """Return the run of one of several budgets: its stages have names and outputs of that budget.
+
+        ``whole`` stays the run of all budgets, which makes what they share.
+        """
+        run = copy(self)
+        run.settings, run.label = self.settings.at(budget), f"{budget:g}"
+        return run
+
+    def by_budget(self) -> list[Run]:
+        """Return the run of each budget, the default one first; of a single budget this run."""
+        others = [budget for budget in self.settings.budgets if budget != self.settings.budget]
+        return [self] if not others else [self.at(budget) for budget in (self.settings.budget, *others) if budget]
+
+    def named(self, stage: str) -> str:
+        """Return the full name of a stage."""
+        return f"{stage}@{self.label}" if self.label else stage
+
+    def file(self, output: str) -> str:
+        """Return the output of a stage, relative to the work directory."""
+        path = PurePosixPath(output)
+        return str(path.with_name(f"{self.label}-{path.name}")) if self.label else output
 
     def stage(
         self,
@@ -50,6 +76,7 @@ class Run:
         Outputs of other ``chosen`` settings are kept next to it. ``scratch`` is what a stopped run resumes from; it is
         removed afterwards. All processes of a group make a ``shared`` stage.
         """
+        name, output = self.named(name), self.file(output)
         stage = Stage(name=name, output=output, inputs=inputs, make=make, settings=chosen, shared=shared)
         outcome = self.ledger.run(stage)
         if scratch is not None and self.ledger.group.is_main_process:
@@ -64,7 +91,7 @@ class Run:
 
     def progress(self, stage: str, phase: str = "") -> Progress:
         """Return the function to which a stage, or one phase of it, reports its progress."""
-        return partial(self.listener.advanced, stage, detail=phase)
+        return partial(self.listener.advanced, self.named(stage), detail=phase)
 
     def training_progress(self, stage: str) -> Callable[[int, int, Mapping[str, float]], None]:
         """Return the function to which a stage that trains reports its progress and metrics."""

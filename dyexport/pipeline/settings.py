@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +42,7 @@ class BuildSettings:
     model            a preset or its name; None: the model of the checkpoint
     out, work        directories of the bundle and of finished stages
     budget           FLOPs ratio lambda in (0, 1]; None keeps the routers of a dynamic checkpoint as they are
+    budgets          several, of a bundle that has engines for each; ``budget`` is the one that runs by default
     widths           'dynamic' or 'static'; None: those of a dynamic checkpoint, otherwise dynamic
     router           which units may be on at a timestep: 'free' or 'ordered'
     token_router     kind of new token routers, 'compact' or 'published'; None: that of new models
@@ -77,6 +78,7 @@ class BuildSettings:
     out: Path
     work: Path
     budget: float | None = None
+    budgets: tuple[float, ...] = ()
     widths: Widths | None = None
     router: UnitChoice = "free"
     token_router: TokenRouterKind | None = None
@@ -106,6 +108,10 @@ class BuildSettings:
 
     def __post_init__(self) -> None:
         check(self)
+
+    def at(self, budget: float) -> BuildSettings:
+        """Return the settings of one of ``budgets``. The dense network is that of the default budget."""
+        return replace(self, budget=budget, baseline=self.baseline and budget == self.budget)
 
     @cached_property
     def preset(self) -> Preset:
@@ -235,9 +241,12 @@ class BuildSettings:
     def complete(cls, **values: Any) -> BuildSettings:
         """Make settings, with the model's defaults for ``out``, ``work`` and ``engines``.
 
+        ``budget`` may be several numbers, of which the first is the default one.
         Raises ``UsageError`` for an unknown name.
         """
         check_names(values, [setting.name for setting in fields(cls)])
+        if not values.get("budgets"):
+            values |= budget_settings(values.get("budget"))
         check_values(values)
         model, checkpoint = values.get("model"), None if values.get("random_weights") else values.get("checkpoint")
         if model is None and values.get("random_weights") and values.get("checkpoint"):
@@ -248,7 +257,8 @@ class BuildSettings:
             )
         preset = resolve_preset(model, checkpoint)
         widths = stored_widths(checkpoint) or values.get("widths")
-        out = Path(values.get("out") or default_out(preset.name, values.get("budget"), widths))
+        budgets = values["budgets"] or (values["budget"],)
+        out = Path(values.get("out") or default_out(preset.name, budgets, widths))
         work = Path(values.get("work") or default_work(out))
         engines = default_engines(preset, widths)
         return cls(**{"engines": engines, **values, "out": out, "work": work})
@@ -298,6 +308,14 @@ class BuildSettings:
 
 
 _ADAPTER = TypeAdapter(BuildSettings)
+
+
+def budget_settings(budget: float | Sequence[float] | None) -> dict[str, Any]:
+    """Return the fields of one budget, or of several, of which the first is the default one."""
+    if budget is None or isinstance(budget, (int, float)):
+        return {"budget": budget, "budgets": ()}
+    budgets = tuple(budget)
+    return {"budget": budgets[0] if budgets else None, "budgets": budgets if len(budgets) > 1 else ()}
 
 
 def default_engines(preset: Preset, widths: Widths | None) -> int:

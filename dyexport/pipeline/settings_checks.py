@@ -15,6 +15,7 @@ from dyexport.bundle.plan_info import OLDEST_FP8
 from dyexport.bundle.spec import Precision, Quantization, TokenRouterKind, Widths
 from dyexport.bundle.targets import TARGETS, Option
 from dyexport.calibration.segments import PlanSettings
+from dyexport.checkpoints.stored_routers import stored_budgets
 from dyexport.errors import BudgetError, UsageError
 from dyexport.pipeline.output import check_ours
 from dyexport.pipeline.pictures import picture_folder, picture_settings
@@ -72,6 +73,13 @@ def _check_budget(budget: float) -> None:
         raise BudgetError(f"budget is {budget:g}; give a FLOPs ratio in (0, 1], such as 0.5")
 
 
+def _check_budgets(budgets: Sequence[float]) -> None:
+    for budget in budgets:
+        _check_budget(budget)
+    if len(budgets) == 1 or len(set(budgets)) < len(budgets):
+        raise BudgetError(f"budgets are {', '.join(f'{b:g}' for b in budgets)}; give two or more, each once")
+
+
 def _check_choice(option: str, value: str, kind: object) -> None:
     choices = get_args(kind)
     if value not in choices:
@@ -88,6 +96,7 @@ VALUE_CHECKS: Mapping[str, Callable[[Any], object]] = {
     "token_path": lambda value: PlanSettings(engines=1, token_path=value),
     "targets": _check_targets,
     "budget": _check_budget,
+    "budgets": _check_budgets,
     "widths": lambda value: _check_choice("--widths", value, Widths),
     "router": lambda value: _check_choice("--router", value, UnitChoice),
     "token_router": lambda value: _check_choice("--token-router", value, TokenRouterKind),
@@ -282,6 +291,22 @@ RULES = (
     Rule(
         lambda s: s.budget is None and s.routers in ("trained", "none"),
         "{s.preset.name} has no routers yet, so it needs a --budget, such as 0.5",
+        BudgetError,
+    ),
+    Rule(
+        lambda s: bool(s.budgets) and s.budget not in s.budgets,
+        "the default budget {s.budget} is none of {s.budgets}; give one of them",
+        BudgetError,
+    ),
+    Rule(
+        lambda s: bool(s.budgets) and s.routers == "none",
+        "several budgets share the weights of one model that is trained for all of them, and nothing is trained here; "
+        "give one --budget, or fine-tune",
+        BudgetError,
+    ),
+    Rule(
+        lambda s: s.budget is None and bool(stored_budgets(s.checkpoint)),
+        "{s.checkpoint} was trained for several budgets; give one of them, or all, as --budget",
         BudgetError,
     ),
     Rule(

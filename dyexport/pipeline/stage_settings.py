@@ -54,7 +54,7 @@ def dynamic_settings(settings: BuildSettings) -> dict[str, Any]:
     chosen |= {"td_lora": lora, **token_router_settings(settings)}
     chosen |= memory_settings(settings)
     if settings.routers == "trained":
-        chosen |= {"budget": settings.budget, "finetune_steps": settings.finetune_schedule.steps}
+        chosen |= {**trained_budget(settings), "finetune_steps": settings.finetune_schedule.steps}
     return static_settings(settings) | data_settings(settings) | chosen
 
 
@@ -72,6 +72,11 @@ def memory_settings(settings: BuildSettings) -> dict[str, Any]:
     if settings.optimizer != "adamw":
         chosen["optimizer"] = settings.optimizer
     return chosen
+
+
+def trained_budget(settings: BuildSettings) -> dict[str, Any]:
+    """Return the budget that a model is trained for, or all of them."""
+    return {"budgets": sorted(settings.budgets)} if settings.budgets else {"budget": settings.budget}
 
 
 def calibrated_settings(settings: BuildSettings) -> dict[str, Any]:

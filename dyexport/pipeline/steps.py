@@ -222,6 +222,7 @@ def _finetuned(
         **asdict(settings.finetune_schedule),
         seed=settings.seed,
         budget=settings.budget,
+        budgets=tuple(sorted(settings.budgets)),
         distill=settings.recipe.distill,
         base_precision=settings.frozen_precision,
         optimizer=settings.optimizer,
@@ -255,6 +256,7 @@ def _untrained(settings: BuildSettings, backbone: nn.Module) -> DynamicTransform
         router=settings.router_kind,
         td_lora=settings.lora,
         token_router=settings.token_router_kind,
+        budgets=sorted(settings.budgets),
     )
 
 

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import torch
 
-from dyexport.arguments import check_device, check_memory, shown, whole_number
+from dyexport.arguments import check_budget, check_device, check_memory, shown, whole_number
 from dyexport.backbones import BACKBONES, get_stand_in
 from dyexport.bundle.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING
 from dyexport.bundle.plan import segment_name
-from dyexport.bundle.reader import Bundle
+from dyexport.bundle.reader import Bundle, root_at
 from dyexport.engines.held import HeldEngine
 from dyexport.engines.networks import check_networks
 from dyexport.engines.registry import EngineOptions, engine_files, get_backend, make_engines
@@ -42,6 +42,7 @@ def load(
     check_hashes: bool = True,
     dense: bool = False,
     fallback: bool = True,
+    budget: float | None = None,
 ) -> BundleTransformer:
     """Open a bundle as the transformer of a diffusers pipeline. No weights are read before the first call.
 
@@ -58,20 +59,22 @@ def load(
     check_hashes   check the hash of every file
     dense          open the static model that a bundle keeps for comparison
     fallback       where the target does not run on this machine, warn and run the ONNX graphs; else raise
+    budget         one of a bundle of several; ``transformer.budget = 0.3`` changes it later
 
     Raises ``BundleError`` for a damaged bundle, ``EngineMismatchError`` for a target that it was not built for or that
     does not run here, ``UsageError`` for an argument out of range, ``MissingDependencyError`` for an absent backend.
     """
-    limit, budget = _bounds(max_resident, memory)
+    limit, most_bytes = _bounds(max_resident, memory)
     root = find_bundle(bundle_path)
+    if budget is not None:
+        root = root_at(root, check_budget(budget))
     bundle, opened = _open(root, target, check_hashes=check_hashes, dense=dense, fallback=fallback)
     chosen = _device(opened, device)
     options = EngineOptions(device=chosen, share_weights=share_weights, cuda_graphs=cuda_graphs)
-    placement = _place(opened, options, limit, budget)
+    placement = _place(opened, options, limit, most_bytes)
     options = replace(options, streaming_budget=placement.streaming_budget)
     reopen = partial(
         load,
-        root,
         target=target,
         device=device,
         max_resident=max_resident,
@@ -93,6 +96,7 @@ def load(
         target=opened.target,
         device=torch.device(options.device),
         dtype=_checked_dtype(dtype),
+        keep_budgets=limit is None and most_bytes is None,
     )
 
 

@@ -18,11 +18,12 @@ CARD = "README.md"
 
 
 def save_bundle(bundle: Bundle, directory: Path, config: str) -> None:
-    """Copy a bundle to a directory; an earlier bundle there is replaced atomically.
+    """Copy a bundle to a directory, with all its budgets; an earlier bundle there is replaced atomically.
 
     Raises ``StorageError`` for a directory that holds anything else, and ``BundleError`` for a bundle that has changed
     since it was opened.
     """
+    bundle = bundle.whole()
     if directory.resolve() == bundle.root:
         return
     with storage_errors(directory):
@@ -49,6 +50,8 @@ def model_card(manifest: Manifest) -> str:
         library_name="dyexport", pipeline_tag=get_pipeline(spec.backbone).task, tags=tags, base_model=spec.hub_id
     )
     budget = "that of the checkpoint" if manifest.budget is None else f"{manifest.budget:g}"
+    if manifest.budgets:
+        budget += f" (default) of {', '.join(f'{each:g}' for each in manifest.budgets)}"
     paths = sorted({path for segment in plan.segments for path in segment.token_paths})
     note = (
         " It needs nothing else: the bundle has inputs and the outputs of the reference for them."

@@ -16,8 +16,9 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from pydantic import ByteSize
 
+from dyexport.arguments import check_budget
 from dyexport.bundle.manifest_file import manifest_text
-from dyexport.bundle.reader import Bundle
+from dyexport.bundle.reader import Bundle, root_at
 from dyexport.bundle.spec import ModelSpec
 from dyexport.engines.base import Tensors
 from dyexport.engines.switching import SwitchingEngine
@@ -41,6 +42,10 @@ NOT_COMPILED = torch.compiler.disable(reason="the layers of a bundle are inside 
 def offloading_placeholder(dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
     """Make a parameter without elements: accelerate's offloading reads a module's device from its first parameter."""
     return torch.nn.Parameter(torch.empty(0, dtype=dtype, device="cpu"), requires_grad=False)
+
+
+OF_ONE_BUDGET = ("_bundle", "_start", "engine", "conditioner", "_routes", "_overflow", "_step_seconds")
+"""Attributes of a transformer that another budget has others of."""
 
 
 class Running(NamedTuple):
@@ -75,6 +80,7 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
         target: str,
         device: torch.device,
         dtype: torch.dtype,
+        keep_budgets: bool = True,
     ) -> None:
         ModelMixin.__init__(self)  # not the stock class's: that makes all its layers
         self.spec = bundle.manifest.model
@@ -82,6 +88,8 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
         self._bundle = bundle
         self._start = start
         self._reopen = reopen
+        self._keep_budgets = keep_budgets
+        self._others: dict[float, BundleTransformer] = {}  # opened for other budgets
         self._target = target
         self._device = device
         self.placeholder = offloading_placeholder(dtype)
@@ -113,7 +121,7 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
         raise NotImplementedError
 
     def __reduce__(self) -> tuple[Callable[..., BundleTransformer], tuple[Any, ...]]:
-        return _opened_again, (self._reopen, self.dtype, _fingerprint(self._bundle))
+        return _opened_again, (self._reopen, self._bundle.root, self.dtype, _fingerprint(self._bundle))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -135,6 +143,38 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
             f"  {engines}, {resident} of weights resident,\n"
             f"  FLOPs ratio {manifest.plan.flops_ratio:.3f}{budget}{static})"
         )
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """FLOPs budgets that the bundle has engines for, ascending."""
+        return self._bundle.budgets
+
+    @property
+    def budget(self) -> float | None:
+        """FLOPs budget whose engines run; None for the routers of a checkpoint.
+
+        Setting it to another of ``budgets`` switches all engines, between two calls. Those of the earlier budget stay
+        in memory until ``close``, so that switching back loads nothing, unless the transformer was loaded with
+        ``memory`` or ``max_resident``. Raises ``UsageError`` for any other value.
+        """
+        return self._bundle.manifest.budget
+
+    @budget.setter
+    def budget(self, budget: float) -> None:
+        with self._lock:
+            if (chosen := check_budget(budget)) != self.budget:
+                self._switch_to(chosen)
+
+    def _switch_to(self, budget: float) -> None:
+        other = self._others.pop(budget, None)
+        if other is None:
+            other = self._reopen(root_at(self._bundle.root, budget), dtype=self.dtype)
+        for name in OF_ONE_BUDGET:
+            self.__dict__[name], other.__dict__[name] = other.__dict__[name], self.__dict__[name]
+        if not self._keep_budgets:
+            other.close()
+        elif other.budget is not None:
+            self._others[other.budget] = other
 
     @property
     def device(self) -> torch.device:
@@ -203,6 +243,8 @@ class BundleTransformer(FixedNetwork, ModelMixin, ConfigMixin, metaclass=EqualsS
         with self._lock:
             self.engine.close()
             self.conditioner.close()
+            for other in self._others.values():
+                other.close()
 
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **options: Any
@@ -270,9 +312,11 @@ def _begin_all() -> None:
 os.register_at_fork(after_in_child=_begin_all)
 
 
-def _opened_again(reopen: Callable[..., BundleTransformer], dtype: torch.dtype, fingerprint: str) -> BundleTransformer:
+def _opened_again(
+    reopen: Callable[..., BundleTransformer], root: Path, dtype: torch.dtype, fingerprint: str
+) -> BundleTransformer:
     """Open a copy or a pickle. Raises ``BundleError`` if its directory holds another bundle by now."""
-    transformer = reopen(dtype=dtype)
+    transformer = reopen(root, dtype=dtype)
     if _fingerprint(transformer._bundle) != fingerprint:
         raise BundleError(f"{transformer._bundle.root} has changed since the original was loaded; load it again")
     return transformer

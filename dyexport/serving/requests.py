@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ Arrays = Mapping[str, np.ndarray]
 
 LABEL, PROMPT, SEED = "label", "prompt", "seed"
 CHARACTER = 4  # bytes of UTF-8 at most
+FP32_ROUNDING = 1e-6  # relative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +27,14 @@ class Settings:
     """Sampling settings. Requests with equal settings share a batch.
 
     ``guidance`` is None for a model that takes none; ``height`` and ``width``, in pixels, for a model of class labels,
-    which has one size.
+    which has one size; ``budget`` for a bundle of one.
     """
 
     steps: int
     guidance: float | None
     height: int | None = None
     width: int | None = None
+    budget: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +60,12 @@ class RequestParser:
 
     classes   number of class labels, without the null class; 0: the model takes prompts
     defaults  settings where a request has none
+    budgets   of a bundle of several
     """
 
     classes: int
     defaults: Settings
+    budgets: tuple[float, ...] = ()
     limits: Limits = field(default_factory=Limits)
 
     @property
@@ -100,12 +105,23 @@ class RequestParser:
         whole_number("steps", steps, least=1, most=most, cure=f"this server takes 1 to {most}")
         if guidance is not None:
             check_guidance(guidance)
+        budget = self._budget(arrays)
         if self.classes:
-            return Settings(steps=steps, guidance=guidance)
+            return Settings(steps=steps, guidance=guidance, budget=budget)
         height = check_side(_shared(arrays, "height", int, defaults.height), "height")
         width = check_side(_shared(arrays, "width", int, defaults.width), "width")
         check_pixels(height, width, self.limits.max_pixels, "this server")
-        return Settings(steps=steps, guidance=guidance, height=height, width=width)
+        return Settings(steps=steps, guidance=guidance, height=height, width=width, budget=budget)
+
+    def _budget(self, arrays: Arrays) -> float | None:
+        """Return one of ``budgets``, from a value in single precision."""
+        value = _shared(arrays, "budget", float, self.defaults.budget)
+        if value is None:
+            return None
+        for budget in self.budgets:
+            if math.isclose(budget, value, rel_tol=FP32_ROUNDING):
+                return budget
+        raise UsageError(f"budget is {value:g}; this model has {', '.join(f'{each:g}' for each in self.budgets)}")
 
     def _text(self, value: Any) -> str:
         most = self.limits.max_prompt

@@ -59,13 +59,19 @@ class LabelSampler:
     def __init__(self, transformer: BundleTransformer, config: ServedModelConfig, vae: torch.nn.Module | None) -> None:
         spec = transformer.spec
         model = sampling_defaults(spec)
-        defaults = Settings(steps=min(model.steps, config.max_steps), guidance=model.guidance)
-        self.parser = RequestParser(classes=spec.classes, defaults=defaults, limits=config.limits)
+        defaults = Settings(
+            steps=min(model.steps, config.max_steps), guidance=model.guidance, budget=default_budget(transformer)
+        )
+        self.parser = RequestParser(
+            classes=spec.classes, defaults=defaults, budgets=transformer.budgets, limits=config.limits
+        )
         self.output = output_of(spec, decoded=spec.pixel_space or vae is not None)
         self._transformer, self._vae, self._scheduler = transformer, vae, config.scheduler
 
     def sample(self, requests: Sequence[Request], after_step: AfterStep) -> np.ndarray:
         settings, rows = requests[0].settings, [row for request in requests for row in request.rows]
+        if settings.budget is not None:
+            self._transformer.budget = settings.budget
         values = sample(
             self._transformer,
             self._transformer.spec,
@@ -92,11 +98,14 @@ class PromptSampler:
         self._pipe.set_progress_bar_config(disable=True)
         model, side = self._kind.defaults(spec), self._kind.side(spec, self._pipe.vae_scale_factor)
         steps = min(model.steps, config.max_steps)
-        defaults = Settings(steps=steps, guidance=model.guidance, height=side, width=side)
-        self.parser = RequestParser(classes=0, defaults=defaults, limits=config.limits)
+        budget = default_budget(transformer)
+        defaults = Settings(steps=steps, guidance=model.guidance, height=side, width=side, budget=budget)
+        self.parser = RequestParser(classes=0, defaults=defaults, budgets=transformer.budgets, limits=config.limits)
         self.output = output_of(spec, decoded=True)
 
     def sample(self, requests: Sequence[Request], after_step: AfterStep) -> np.ndarray:
+        if (budget := requests[0].settings.budget) is not None:
+            self._transformer.budget = budget
         rows = [(str(prompt), seed) for request in requests for prompt, seed in request.rows]
         batches = [rows] if self._kind.batches else [[row] for row in rows]
         return np.concatenate([self._sample_batch(batch, requests[0].settings, after_step) for batch in batches])
@@ -112,6 +121,11 @@ class PromptSampler:
         )
         samples = sample_prompts(self._transformer, prompts, lambda _done, _total: after_step(), pipe=self._pipe)
         return to_bytes(samples.values)
+
+
+def default_budget(transformer: BundleTransformer) -> float | None:
+    """Return the budget of a request that names none; None for a bundle of one budget."""
+    return transformer.budget if len(transformer.budgets) > 1 else None
 
 
 def to_bytes(values: torch.Tensor) -> np.ndarray:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from pathlib import Path
 from dyexport.arguments import PIXELS, STEPS, shown, whole_number
 from dyexport.backbones import get_pipeline, sampling_defaults
 from dyexport.backbones.sampling import VAE_SCALE, PromptPipeline
+from dyexport.bundle.manifest import Manifest
 from dyexport.bundle.manifest_file import MANIFEST
 from dyexport.bundle.reader import Bundle
 from dyexport.bundle.spec import ModelSpec
@@ -93,6 +94,8 @@ def deploy(deployment: Deployment, progress: Progress | None = None) -> Path:
     that do not belong to the model, ``StorageError`` if the directory cannot be written.
     """
     bundle = Bundle.open(deployment.bundle)
+    if bundle.root != bundle.base:
+        raise UsageError(f"{bundle.root} is one budget of {bundle.base}; deploy that, where requests choose a budget")
     check_networks(bundle, engine_files(deployment.target))
     spec, model = bundle.manifest.model, deployment.repository / deployment.name
     _check_parts(deployment, spec)
@@ -117,7 +120,7 @@ def _write(deployment: Deployment, bundle: Bundle, model: Path, progress: Progre
             progress(done, len(files))
         link_or_copy(source, folder / name)
     served = _served(deployment)
-    (model / "config.pbtxt").write_text(config_text(deployment, bundle.manifest.model, served))
+    (model / "config.pbtxt").write_text(config_text(deployment, bundle.manifest, served))
     (folder / "model.py").write_text(MODEL_PY)
     (folder / NO_BYTECODE).write_text(NO_BYTECODE_TEXT)
 
@@ -183,7 +186,7 @@ def _check_ours(model: Path) -> None:
 
 def _files(deployment: Deployment, bundle: Bundle) -> dict[str, Path]:
     """List the files of the version's folder by name, with their sources. A pipeline's own transformer is left out."""
-    files = {f"{BUNDLE}/{name}": bundle.root / name for name in (MANIFEST, *bundle.manifest.files)}
+    files = {f"{BUNDLE}/{name}": bundle.base / name for name in (MANIFEST, *bundle.manifest.files)}
     for folder, source in ((PIPELINE, deployment.pipeline), (VAE, deployment.vae)):
         if source is not None and (root := Path(source)).is_dir():
             inner = [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
@@ -220,15 +223,16 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def config_text(deployment: Deployment, spec: ModelSpec, served: ServedModelConfig) -> str:
+def config_text(deployment: Deployment, manifest: Manifest, served: ServedModelConfig) -> str:
     """Write ``config.pbtxt``: inputs, outputs, batching and parameters."""
+    spec = manifest.model
     output = output_of(spec, decoded=spec.pixel_space or served.vae is not None or served.pipeline is not None)
     batch = deployment.max_batch or get_pipeline(spec.backbone).max_batch
     lines = [
         f"# {MARK}. Edit what you like: parameters, batching, instances.",
         'backend: "python"',
         f"max_batch_size: {batch}",
-        *_inputs(spec),
+        *_inputs(spec, manifest.budgets),
         *_tensor("output", output.name, output.data_type, output.dims),
         *_tensor("output", SEED, "TYPE_INT64", (1,)),
         f"instance_group [ {{ count: {deployment.instances} }} ]",
@@ -238,7 +242,7 @@ def config_text(deployment: Deployment, spec: ModelSpec, served: ServedModelConf
     return "\n".join(lines) + "\n"
 
 
-def _inputs(spec: ModelSpec) -> Iterable[str]:
+def _inputs(spec: ModelSpec, budgets: Sequence[float]) -> Iterable[str]:
     """Write the inputs, one row per sample; optional ones default to the model's."""
     labels = get_pipeline(spec.backbone).takes == "labels"
     required = (LABEL, "TYPE_INT64") if labels else (PROMPT, "TYPE_STRING")
@@ -248,6 +252,8 @@ def _inputs(spec: ModelSpec) -> Iterable[str]:
         optional["guidance"] = "TYPE_FP32"
     if not labels:
         optional |= {"height": "TYPE_INT32", "width": "TYPE_INT32"}
+    if budgets:
+        optional["budget"] = "TYPE_FP32"
     for name, data_type in optional.items():
         yield from _tensor("input", name, data_type, (1,), "optional: true")
 

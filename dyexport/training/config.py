@@ -11,7 +11,11 @@ from dyexport.errors import BudgetError, UsageError
 from dyexport.models.gates import WIDTH_BIAS
 
 WITHOUT_EFFECT = ("checkpoint_every", "checkpointing", "micro_batch")  # on the trained weights, apart from rounding
-ADDED = {"optimizer": "adamw", "base_precision": "fp32"}  # hashed where they differ, so that older states stay valid
+ADDED = {
+    "budgets": (),
+    "optimizer": "adamw",
+    "base_precision": "fp32",
+}  # hashed where they differ, so that older states stay valid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,7 @@ class TrainConfig:
 class FinetuneConfig(TrainConfig):
     """DyDiT fine-tuning: the FLOPs ratio (lambda) falls from 1 to ``budget``.
 
+    budgets   two or more, ascending, that the model is trained for in place of ``budget``: one at each step, in turn
     warmup    share of the run, at its start, over which lambda falls
     complete  share of the run, at its start, that trains the dense model too
     anneal    share of the run over which gate noise falls to zero; it ends where ``settle`` begins
@@ -86,6 +91,7 @@ class FinetuneConfig(TrainConfig):
     """
 
     budget: float = 0.5
+    budgets: tuple[float, ...] = ()
     warmup: float = 0.2
     complete: float = 0.2
     distill: bool = False
@@ -94,15 +100,20 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.budget <= 1:
-            raise BudgetError(f"budget is {self.budget!r}; give a FLOPs ratio above 0 and at most 1, such as 0.5")
+        for budget in self.budgets or (self.budget,):
+            if not 0 < budget <= 1:
+                raise BudgetError(f"budget is {budget!r}; give a FLOPs ratio above 0 and at most 1, such as 0.5")
         for name in ("warmup", "complete", "anneal", "settle"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1], a share of the run")
 
+    def budget_at(self, step: int) -> float:
+        """Return the budget that a step trains for."""
+        return self.budgets[step % len(self.budgets)] if self.budgets else self.budget
+
     def target(self, step: int) -> float:
-        """Return lambda at a step: 1 at the start, ``budget`` after the warm-up."""
+        """Return lambda at a step: 1 at the start, the step's budget after the warm-up."""
         progress = min(step / max(self.warmup * self.steps, 1), 1.0)
-        return 1.0 + progress * (self.budget - 1.0)
+        return 1.0 + progress * (self.budget_at(step) - 1.0)
 
     def noise_scale(self, step: int) -> float:
         """Return the scale of gate noise at a step: 1, falling to 0 where the gates settle."""

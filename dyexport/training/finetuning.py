@@ -60,7 +60,9 @@ class DynamicTrainer(Trainer[FinetuneConfig]):
         self.model.checkpoint_blocks()
 
     def begin_step(self) -> None:
-        """Measure the FLOPs ratio of the whole batch first, where no pass sees all of it."""
+        """Choose the step's budget, and measure the FLOPs ratio of the whole batch where no pass sees all of it."""
+        if self.config.budgets:
+            self.model.budget = self.config.budget_at(self.step)
         self.overall = self.ratio_of_batch() if self.passes > 1 else None
 
     @torch.no_grad()
@@ -116,12 +118,14 @@ class DynamicTrainer(Trainer[FinetuneConfig]):
 
     @torch.no_grad()
     def measured_ratio(self) -> float:
-        """Measure lambda under hard gates, on noisy batches that training has not used."""
+        """Measure lambda under hard gates, on noisy batches that training has not used: the mean over ``budgets``."""
         global_batches = replace(self.batches, share=Share())
         count = math.ceil(MEASURED_SAMPLES / self.config.batch_size)
         ratios = []
-        for step in range(self.config.steps, self.config.steps + count):
-            with self.products():
-                output = self.model(global_batches.at(step).inputs)
-            ratios.append(flops_ratio(output, self.flops).mean())
+        for budget in self.config.budgets or (None,):
+            self.model.budget = budget
+            for step in range(self.config.steps, self.config.steps + count):
+                with self.products():
+                    output = self.model(global_batches.at(step).inputs)
+                ratios.append(flops_ratio(output, self.flops).mean())
         return float(torch.stack(ratios).mean())

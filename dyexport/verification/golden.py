@@ -21,9 +21,9 @@ def read_golden(bundle: Bundle) -> GoldenData | None:
     Raises ``BundleError`` for data of another bundle.
     """
     manifest = bundle.manifest
-    if GOLDEN not in manifest.files:
+    if manifest.place(GOLDEN) not in manifest.files:
         return None
-    path = bundle.root / GOLDEN
+    path = bundle.path(GOLDEN)
     golden = GoldenData.load(path)
     reference = None if manifest.reference is None else manifest.reference.sha256
     if golden.info.identity != reference_identity(reference, manifest.model, manifest.plan.segments):
@@ -38,7 +38,7 @@ def _check_shapes(bundle: Bundle, golden: GoldenData) -> None:
     for sample in golden.samples:
         shapes = sample.heads.shape, sample.groups.shape, sample.kept_tokens.shape[1:]
         if shapes != (table.heads.shape[1:], table.groups.shape[1:], table.heads.shape[1:2]):
-            raise BundleError(f"{bundle.root / GOLDEN} is of another model; build the bundle again")
+            raise BundleError(f"{bundle.path(GOLDEN)} is of another model; build the bundle again")
 
 
 def compare_golden(bundle: Bundle, golden: GoldenData, transformer: BundleTransformer) -> Iterator[Comparison]:

@@ -72,7 +72,7 @@ def bundle_reference(
     manifest, quantized = bundle.manifest, None
     if manifest.model.quantization is not None:
         tables = manifest.model, bundle.widths, bundle.token_stats
-        quantized = QuantizedModel(model, manifest.plan, tables, Ranges.read(bundle.root / RANGES))
+        quantized = QuantizedModel(model, manifest.plan, tables, Ranges.read(bundle.path(RANGES)))
     return ReferenceModel(model, manifest.plan, _inputs(preset, seed or 0), quantized)
 
 

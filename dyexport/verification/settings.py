@@ -117,7 +117,7 @@ def golden_instead(bundle: Bundle, settings: VerifySettings, error: DyexportErro
     Raises ``BundleError`` for a bundle without golden data, and ``UsageError`` for options that only a reference reads.
     """
     reason, _, cure = str(error).partition("; ")
-    if GOLDEN not in bundle.manifest.files:
+    if bundle.manifest.place(GOLDEN) not in bundle.manifest.files:
         raise BundleError(
             f"{reason}, and {bundle.root} has no golden data, since an older dyexport built it; {cure}"
         ) from error

@@ -125,9 +125,10 @@ def test_presets_follow_the_rule_for_any_checkpoint(preset: Preset) -> None:
 
 
 def test_a_bundle_is_named_after_model_and_budget() -> None:
-    assert default_out("dit-s-2", 0.5) == Path("dit-s-2-0.5")
-    assert default_out("dit-s-2", None) == Path("dit-s-2")
-    assert default_out("dit-s-2", 0.5, "static") == Path("dit-s-2-0.5-static")
+    assert default_out("dit-s-2", [0.5]) == Path("dit-s-2-0.5")
+    assert default_out("dit-s-2", [0.5, 0.3]) == Path("dit-s-2-0.5-0.3")
+    assert default_out("dit-s-2", [None]) == Path("dit-s-2")
+    assert default_out("dit-s-2", [0.5], "static") == Path("dit-s-2-0.5-static")
 
 
 def test_a_work_directory_records_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

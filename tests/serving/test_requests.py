@@ -105,3 +105,15 @@ def test_rows_go_back_to_their_orders() -> None:
     parts = split_rows(rows, [1, 3, 2])
     assert [len(part) for part in parts] == [1, 3, 2]
     np.testing.assert_array_equal(np.concatenate(parts), rows)
+
+
+def test_a_request_chooses_one_of_the_budgets() -> None:
+    several = RequestParser(classes=10, defaults=Settings(steps=50, guidance=1.5, budget=0.5), budgets=(0.3, 0.5))
+    assert several.parse(arrays(label=1)).settings.budget == 0.5
+    low = several.parse({**arrays(label=1), "budget": np.array([[0.3]], np.float32)})
+    assert low.settings.budget == 0.3
+    with pytest.raises(UsageError, match=r"budget is 0\.4; this model has 0\.3, 0\.5"):
+        several.parse(arrays(label=1, budget=0.4))
+    with pytest.raises(UsageError, match="budget differs between the rows"):
+        several.parse(arrays(label=[1, 2], budget=[0.3, 0.5]))
+    assert group_by_settings({0: several.parse(arrays(label=1)), 1: low}) == [[0], [1]]
