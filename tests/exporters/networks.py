@@ -39,7 +39,8 @@ def half_width(preset: Preset, path: TokenPath) -> Segment:
 
 
 def slice_context(preset: Preset, precision: Precision = "fp32", *, token_routers: bool = True) -> SliceContext:
-    spec = spec_of(preset, preset.transformer_config(), precision=precision)
+    kind = preset.token_routers[-1] if len(preset.token_routers) > 1 else None
+    spec = spec_of(preset, preset.transformer_config(), precision=precision, token_router=kind)
     return SliceContext(spec=spec, groups=preset.heads, token_routers=token_routers)
 
 
