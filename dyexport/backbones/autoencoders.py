@@ -23,6 +23,8 @@ class ScaledLatents:
     """Latents of diffusers' ``AutoencoderKL``, shifted and scaled by its configuration: (B, C, H, W)."""
 
     vae: str = "AutoencoderKL"
+    several_sizes: bool = False
+    """True if a model takes pictures of several sizes, whose latents are then tokens."""
 
     def scale(self, config: Config) -> int:
         """Return the pixels along an edge of a latent."""
@@ -58,6 +60,8 @@ class ScaledLatents:
 
 class PackedLatents(ScaledLatents):
     """Scaled latents in tokens of 2 x 2: (B, N, 4 C)."""
+
+    several_sizes = True
 
     def multiple(self, config: Config) -> int:
         return 2 * self.scale(config)

@@ -72,6 +72,14 @@ def encode(
             metavar="PIXELS",
         ),
     ] = None,
+    buckets: Annotated[
+        bool,
+        typer.Option(
+            "--buckets",
+            help="Crop each picture to the nearest of several aspect ratios from 1:2 to 2:1, for models of prompts.",
+            metavar="",
+        ),
+    ] = False,
     flip: Annotated[bool, typer.Option("--flip", help="Add the latents of mirrored pictures.", metavar="")] = False,
     split: Annotated[
         str | None,
@@ -95,7 +103,15 @@ def encode(
     from dyexport.encoding.settings import EncodeSettings
 
     settings = EncodeSettings.complete(
-        folder, model=model, vae=vae, pipeline=pipeline, size=size, flip=flip, split=split, classes=classes
+        folder,
+        model=model,
+        vae=vae,
+        pipeline=pipeline,
+        size=size,
+        buckets=buckets,
+        flip=flip,
+        split=split,
+        classes=classes,
     )
     check_writable(out)
     with _phases() as progress:
@@ -120,7 +136,8 @@ def _payload(encoding: Encoding, encoded: Encoded) -> Mapping[str, Any]:
         "samples": record.samples,
         "classes": None if record.classes is None else list(record.classes),
         "size": record.options["size"],
-        "shape": list(encoding.pictures.shape),
+        "shape": list(encoding.pictures.shape()),
+        "sizes": encoded.sizes,
         "flip": encoding.settings.flip,
         **{"scaling": record.scaling, "mean": record.mean, "std": record.std},
         "shards": encoded.shards,

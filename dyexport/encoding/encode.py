@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import groupby
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dyexport.encoding.buckets import Size, nearest
 from dyexport.encoding.encoders import CaptionEncoder, PictureEncoder
-from dyexport.encoding.index import digests_of
+from dyexport.encoding.index import Contents, read_contents
 from dyexport.encoding.layout import Picture, PictureFolder
 from dyexport.encoding.pixels import read_pixels
 from dyexport.encoding.settings import EncodeSettings
@@ -40,17 +43,18 @@ EncodingProgress = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One row of the data: a picture, perhaps mirrored, with the digest of its file."""
+    """One row of the data: a picture, perhaps mirrored, with the digest of its file and the size it is cropped to."""
 
     picture: Picture
     sha256: str
+    size: Size
     mirrored: bool = False
     caption: str | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What the row depends on."""
-        return self.sha256, self.mirrored, self.picture.label, self.caption
+        return self.sha256, *self.size, self.mirrored, self.picture.label, self.caption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +86,11 @@ class Moments:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """A directory of latents, its record, and how many of its shards were there before."""
+    """A directory of latents, its record, the number of sizes of pictures, and how many shards were there before."""
 
     directory: Path
     record: DataRecord
+    sizes: int
     shards: int
     reused: int
 
@@ -110,7 +115,8 @@ class Encoding:
     def options(self) -> dict[str, Any]:
         """What all shards depend on."""
         return {
-            "size": [self.pictures.height, self.pictures.width],
+            "size": self.pictures.side,
+            "buckets": self.settings.buckets,
             "flip": self.settings.flip,
             "format": type(self.pictures.format).__name__,
             "vae": self.pictures.digest,
@@ -121,14 +127,21 @@ class Encoding:
         """Read all pictures that ``index`` does not know, and list the samples. Raises ``DataError``."""
         pictures = self.folder.pictures
         reading = partial(progress, READING)
-        digests = digests_of([one.file for one in pictures], index, lambda done, total: reading(done, total, ""))
+        files = [picture.file for picture in pictures]
+        contents = read_contents(files, index, lambda done, total: reading(done, total, ""))
         mirrored = (False, True) if self.settings.flip else (False,)
         samples = [
-            Sample(picture=picture, sha256=sha256, mirrored=flip, caption=picture.caption)
-            for picture, sha256 in zip(pictures, digests, strict=True)
+            Sample(picture=picture, sha256=sha256, size=size, mirrored=flip, caption=picture.caption)
+            for picture, sha256, size in self._sized(pictures, contents)
             for flip in mirrored
         ]
         return samples if self.captions is None else list(_with_unconditional(samples, self.captions.unconditional))
+
+    def _sized(self, pictures: Sequence[Picture], contents: Sequence[Contents]) -> list[tuple[Picture, str, Size]]:
+        """Return pictures with the sizes that they are cropped to, those of one size next to each other."""
+        sizes = (nearest(content.size, self.pictures.buckets) for content in contents)
+        sized = zip(pictures, (content.sha256 for content in contents), sizes, strict=True)
+        return sorted(sized, key=lambda row: self.pictures.buckets.index(row[2]))
 
     def digest_of(self, samples: Sequence[Sample]) -> str:
         """Identify samples by everything that they depend on."""
@@ -160,26 +173,44 @@ class Encoding:
         record = record.model_copy(
             update={
                 "complete": True,
+                "grids": self._grids(shards),
                 "samples": len(samples),
                 "mean": round(moments.mean, DIGITS),
                 "std": round(moments.std, DIGITS),
             }
         )
         record.save(out)
-        return Encoded(directory=out, record=record, shards=len(shards), reused=reused)
+        return Encoded(
+            directory=out,
+            record=record,
+            sizes=len({sample.size for sample in samples}),
+            shards=len(shards),
+            reused=reused,
+        )
 
     def _shards(self, samples: Sequence[Sample], out: Path) -> Iterator[tuple[Path, Sequence[Sample]]]:
         size = max(min(SHARD_BYTES // self._bytes_of_sample(), MOST), FEWEST)
-        for number, start in enumerate(range(0, len(samples), size)):
-            yield out / SHARD.format(number), samples[start : start + size]
+        groups = (list(rows) for _, rows in groupby(samples, key=lambda sample: sample.size))
+        parts = (rows[start : start + size] for rows in groups for start in range(0, len(rows), size))
+        for number, part in enumerate(parts):
+            yield out / SHARD.format(number), part
+
+    def _grids(self, shards: Sequence[tuple[Path, Sequence[Sample]]]) -> dict[str, tuple[int, int]]:
+        """Return the rows and columns of tokens of shards, by name, where they are not the model's own."""
+        preset = self.settings.preset
+        if preset is None or not self.pictures.format.several_sizes:
+            return {}
+        grids = {path.name: self.pictures.grid(rows[0].size) for path, rows in shards}
+        own = isqrt(preset.tokens)
+        return {name: grid for name, grid in grids.items() if grid != (own, own)}
 
     def _bytes_of_sample(self) -> int:
-        latents = 4 * math.prod(self.pictures.shape)
+        latents = 4 * math.prod(self.pictures.shape())
         return latents if self.captions is None else latents + self.captions.bytes_of_prompt
 
     def _encode(self, samples: Sequence[Sample], advance: Callable[[int], None]) -> Mapping[str, Tensor]:
         """Encode the rows of one shard, by the columns of a data file."""
-        height, width = self.pictures.height, self.pictures.width
+        height, width = samples[0].size
         size = max(min(BATCH_PIXELS // (height * width), MOST_AT_ONCE), 1)
         batches = [samples[start : start + size] for start in range(0, len(samples), size)]
         read = partial(read_pixels, height=height, width=width, grayscale=self.pictures.grayscale)
@@ -207,6 +238,7 @@ def check_output(out: Path, encoding: Encoding) -> None:
         return
     names = {
         "size": "size",
+        "buckets": "choice of --buckets",
         "flip": "choice of --flip",
         "format": "kind of model",
         "vae": "VAE",
@@ -222,7 +254,7 @@ def _with_unconditional(samples: Sequence[Sample], prompt: str | None) -> Iterat
     for place, sample in enumerate(samples):
         yield sample
         if prompt is not None and place % WITH_CAPTION == 0:
-            yield Sample(picture=sample.picture, sha256=sample.sha256, mirrored=sample.mirrored, caption=prompt)
+            yield replace(sample, caption=prompt)
 
 
 def _ahead(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dyexport.backbones import get_conditioning
 from dyexport.backbones.base import Preset, PromptConditioning
+from dyexport.encoding.buckets import Size, bucket_sizes
 from dyexport.encoding.settings import EncodeSettings, VaeSource
 from dyexport.errors import CheckpointError, UsageError, reason
 from dyexport.models.devices import best_device
@@ -24,25 +25,32 @@ TEXT_PARTS = ("text_encoder*", "tokenizer*", "model_index.json")  # of a pipelin
 
 
 class PictureEncoder:
-    """The VAE of an encoding, or none for a model of pixels. ``height`` and ``width`` are those of its pictures."""
+    """The VAE of an encoding, or none for a model of pixels.
+
+    Pictures are squares of ``side`` pixels, or of the sizes of ``buckets``, all multiples of ``multiple``.
+    """
 
     def __init__(self, settings: EncodeSettings) -> None:
         self.format = settings.format
         self.source = settings.vae_source
         self.config = {} if self.source is None else _read_config(self.source, self.format.vae)
-        side = settings.size or self._default_side(settings.preset)
-        self.height = self.width = side
+        self.side = settings.size or self._default_side(settings.preset)
+        self.multiple = self.format.multiple(self.config)
         self._check_size(settings)
+        self.buckets = bucket_sizes(self.side, self.multiple) if settings.buckets else (Size(self.side, self.side),)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the latents of one picture."""
-        return self.format.shape(self.config, self.height, self.width)
+    def shape(self, size: Size | None = None) -> tuple[int, ...]:
+        """Return the shape of the latents of one picture, by default of a square one."""
+        return self.format.shape(self.config, *(size or (self.side, self.side)))
+
+    def grid(self, size: Size) -> tuple[int, int]:
+        """Return the rows and columns of tokens of a picture."""
+        return size.height // self.multiple, size.width // self.multiple
 
     @property
     def grayscale(self) -> bool:
         """True if pictures have one channel."""
-        return self.source is None and self.shape[0] == 1
+        return self.source is None and self.shape()[0] == 1
 
     @cached_property
     def digest(self) -> str:
@@ -54,7 +62,7 @@ class PictureEncoder:
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Encode pixels (B, C, height, width) to latents (B, ...) in fp32, on the CPU."""
+        """Encode pixels (B, C, H, W) to latents (B, ...) in fp32, on the CPU."""
         if self.source is None:
             return self.format.encode(None, pixels)
         return self.format.encode(self._vae, pixels.to(self._vae.device)).float().cpu()
@@ -81,12 +89,19 @@ class PictureEncoder:
 
     def _check_size(self, settings: EncodeSettings) -> None:
         """Raise ``UsageError`` for a size that the VAE or the model does not take."""
-        multiple, preset = self.format.multiple(self.config), settings.preset
-        if self.height % multiple:
-            raise UsageError(f"--size is {self.height}, and this VAE takes multiples of {multiple}; give one of them")
-        if preset is None or self.shape == preset.latent_shape:
+        preset = settings.preset
+        if self.side % self.multiple:
+            raise UsageError(
+                f"--size is {self.side}, and this VAE takes multiples of {self.multiple}; give one of them"
+            )
+        if settings.buckets and not self.format.several_sizes:
+            name = "a model of classes" if preset is None else preset.name
+            raise UsageError(f"--buckets is for models that take several sizes, and {name} takes one; leave it out")
+        if preset is None or self.shape() == preset.latent_shape:
             return
-        made = f"{self.height} px make latents {self.shape}, and {preset.name} takes {preset.latent_shape}"
+        if self.format.several_sizes and self.shape()[1:] == preset.latent_shape[1:]:
+            return
+        made = f"{self.side} px make latents {self.shape()}, and {preset.name} takes {preset.latent_shape}"
         cure = "give --vae with the model's own" if settings.size is None else "leave --size out"
         raise UsageError(f"{made}; {cure}")
 

@@ -1,4 +1,4 @@
-"""Digests of pictures, each of which was decoded once: a file that did not change is not read again."""
+"""Contents of pictures, each of which was decoded once: a file that did not change is not read again."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from dyexport.encoding.buckets import Size
 from dyexport.errors import DataError, reason
 from dyexport.files import storage_errors
 from dyexport.progress import Progress
 
 CHUNK = 256  # pictures between two reports
 SHOWN = 3  # names in a message
+ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # of EXIF
 
 
-class _Read(NamedTuple):
-    """A picture that was read: its digest, or why it cannot be decoded."""
+class Contents(NamedTuple):
+    """A picture that was read: its SHA-256, and its size when it is upright."""
 
     sha256: str
-    problem: str = ""
+    size: Size
 
 
-def digests_of(pictures: Sequence[Path], index: Path, progress: Progress) -> list[str]:
-    """Return the SHA-256 of each picture, having decoded those that ``index`` does not know yet.
+def read_contents(pictures: Sequence[Path], index: Path, progress: Progress) -> list[Contents]:
+    """Return the contents of each picture, having decoded those that ``index`` does not know yet.
 
     Raises ``DataError`` that names pictures which cannot be decoded.
     """
@@ -40,11 +42,11 @@ def digests_of(pictures: Sequence[Path], index: Path, progress: Progress) -> lis
         for start in range(0, len(unread), CHUNK):
             chunk = unread[start : start + CHUNK]
             for (picture, seal), read in zip(chunk, pool.map(_read, (one for one, _ in chunk)), strict=True):
-                if read.problem:
-                    unreadable.append((picture, read.problem))
+                if isinstance(read, str):
+                    unreadable.append((picture, read))
                 else:
-                    known[seal] = read.sha256
-                    file.write(f"{json.dumps([seal, read.sha256])}\n")
+                    known[seal] = read
+                    file.write(f"{json.dumps([seal, read.sha256, *read.size])}\n")
             file.flush()
             progress(len(pictures) - len(unread) + start + len(chunk), len(pictures))
     if unreadable:
@@ -59,18 +61,20 @@ def _error(unreadable: Sequence[tuple[Path, str]]) -> DataError:
     return DataError(f"cannot read the picture {first}: {problem}{rest}{more}; remove it, or save it again")
 
 
-def _read(picture: Path) -> _Read:
-    """Hash a file and decode it. JPEG is decoded in eighths, which reads all of it."""
+def _read(picture: Path) -> Contents | str:
+    """Hash a file and decode it; return why if that is not possible. JPEG is decoded in eighths, which reads all."""
     from PIL import Image
 
     try:
         content = picture.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
+            width, height = image.size
+            turned = image.getexif().get(ORIENTATION) in QUARTER_TURNS
             image.draft("RGB", (1, 1))
             image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return _Read("", reason(error).removesuffix("."))
-    return _Read(hashlib.sha256(content).hexdigest())
+        return reason(error).removesuffix(".")
+    return Contents(hashlib.sha256(content).hexdigest(), Size(width, height) if turned else Size(height, width))
 
 
 def _seal(picture: Path) -> str:
@@ -79,16 +83,16 @@ def _seal(picture: Path) -> str:
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {picture.absolute()}"
 
 
-def _known(index: Path) -> dict[str, str]:
+def _known(index: Path) -> dict[str, Contents]:
     return dict(_lines(index)) if index.exists() else {}
 
 
-def _lines(index: Path) -> Iterator[tuple[str, str]]:
-    """Yield seals and digests; a line that a kill cut short is left out."""
+def _lines(index: Path) -> Iterator[tuple[str, Contents]]:
+    """Yield seals and contents; a line that a kill cut short is left out."""
     with index.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                seal, sha256 = json.loads(line)
+                seal, sha256, height, width = json.loads(line)
             except ValueError:
                 continue
-            yield seal, sha256
+            yield seal, Contents(sha256, Size(height, width))

@@ -36,6 +36,7 @@ class EncodeSettings:
     vae        directory or hub id of the VAE; None: that of ``pipeline``
     pipeline   directory or hub id of the model's diffusers pipeline, whose text encoders embed captions
     size       height and width of the pictures; None: the model's, or the VAE's
+    buckets    True to crop each picture to one of several sizes by its aspect ratio
     flip       True to add the latents of mirrored pictures
     split      folder of a split; None: the one for training, if the folder has splits
     classes    file of class names in the order of the labels; None: names of the subfolders, sorted
@@ -48,6 +49,7 @@ class EncodeSettings:
     vae: str | None = None
     pipeline: str | None = None
     size: int | None = None
+    buckets: bool = False
     flip: bool = False
     split: str | None = None
     classes: Path | None = None

@@ -10,6 +10,18 @@ Conditions = dict[str, Tensor]
 """One row per sample, by the names of the stock module's arguments."""
 
 
+GRID = "grid"
+"""Condition of samples that are not of the model's own size: rows and columns of tokens, (B, 2), equal in a batch."""
+
+
+def grid_of(conditions: Conditions, side: int) -> tuple[int, int]:
+    """Return the rows and columns of tokens of a batch, by default ``side`` of each."""
+    if GRID not in conditions:
+        return side, side
+    rows, columns = conditions[GRID][0].tolist()
+    return rows, columns
+
+
 class Batch(NamedTuple):
     """Clean samples and their conditions."""
 

@@ -34,7 +34,7 @@ from dyexport.stages.ledger import ProcessGroup
 from dyexport.training.accelerating import check_accelerate
 from dyexport.training.config import FinetuneConfig, TrainConfig
 from dyexport.training.cost import FinetuningRun, check_gpu, count_trainable
-from dyexport.training.data import LatentSource
+from dyexport.training.data import LatentSource, ShardDirectory
 from dyexport.training.data_files import read_prompts
 from dyexport.training.finetuning import finetune
 from dyexport.training.optimizers import check_optimizer
@@ -168,12 +168,17 @@ def text_encoders(settings: BuildSettings, source: Path | None) -> str | None:
 
 
 def calibration_inputs(settings: BuildSettings, source: LatentSource | None) -> NoisedInputs:
-    """Return calibration inputs: noised training latents if there are any, else noise."""
+    """Return calibration inputs: noised training latents of the model's own size if there are any, else noise."""
     batch = settings.recipe.calibration.samples
-    if source is None:
+    own = torch.empty(0) if source is None else _own_rows(source)
+    if source is None or not len(own):
         return NoisedInputs(preset=settings.preset.for_noise(), batch_size=batch, seed=settings.seed)
-    rows = torch.linspace(0, len(source) - 1, min(len(source), CALIBRATION_SAMPLES)).long()
+    rows = own[torch.linspace(0, len(own) - 1, min(len(own), CALIBRATION_SAMPLES)).long()]
     return NoisedInputs(preset=settings.preset, batch_size=batch, seed=settings.seed, clean=source.batch(rows))
+
+
+def _own_rows(source: LatentSource) -> torch.Tensor:
+    return source.own_rows() if isinstance(source, ShardDirectory) else torch.arange(len(source))
 
 
 def make_dynamic(

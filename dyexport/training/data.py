@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -17,11 +18,12 @@ from dyexport.digests import once, sha256_of
 from dyexport.digits import Split, load_digits
 from dyexport.emoji import load_emoji
 from dyexport.errors import DataError
-from dyexport.models.conditions import Batch, Column
+from dyexport.models.conditions import GRID, Batch, Column
 from dyexport.training.data_files import DIGITS, EMOJI, check_source, shard_files
 from dyexport.training.data_record import read_record
 
 FLOATS, INTEGERS = ("F32", "F16", "BF16", "F64"), ("I64", "I32", "I16", "I8", "U8")  # as safetensors names them
+Grid = tuple[int, int]  # rows and columns of tokens
 ROWS = 256  # samples read at a time
 SCALE_ROWS = 64  # samples whose standard deviation is taken
 SCALES = (0.5, 2.0)
@@ -57,8 +59,9 @@ def open_source(spec: str, preset: Preset) -> LatentSource:
     check_source(spec, preset)
     if spec in BUILT_IN:
         return BUILT_IN[spec]("train")
-    source = ShardDirectory(Path(spec), preset)
-    if read_record(Path(spec)) is None and not preset.pixel_space:
+    record = read_record(Path(spec))
+    source = ShardDirectory(Path(spec), preset, {} if record is None else record.grids)
+    if record is None and not preset.pixel_space:
         source.check_scale()
     return source
 
@@ -113,15 +116,18 @@ class ShardDirectory:
     """A directory of safetensors shards, memory-mapped: only the rows of a batch are read.
 
     Each shard holds ``latents`` (n, *latent_shape) of any float type and the columns of the model's conditioning, such
-    as ``labels`` (n,). Shapes and labels are checked when opened, finiteness when read. Raises ``DataError`` naming the
-    file.
+    as ``labels`` (n,). Those in ``grids``, by name, have other numbers of rows and columns of tokens than the model.
+    Shapes and labels are checked when opened, finiteness when read. Raises ``DataError`` naming the file.
     """
 
-    def __init__(self, directory: Path, preset: Preset) -> None:
-        columns = (Column("latents", "latents", preset.latent_shape), *get_conditioning(preset).columns)
-        self.shards = [_Shard(path, preset.name, columns) for path in shard_files(directory)]
+    def __init__(self, directory: Path, preset: Preset, grids: Mapping[str, Grid] = MappingProxyType({})) -> None:
+        conditions = get_conditioning(preset).columns
+        self.shards = [
+            _Shard(path, preset.name, (_latents_of(preset, grids.get(path.name)), *conditions), grids.get(path.name))
+            for path in shard_files(directory)
+        ]
         self.starts = torch.tensor([0, *(len(shard) for shard in self.shards)]).cumsum(0)  # (S + 1,)
-        self._check_alike(columns)
+        self._check_alike(conditions)
 
     @cached_property
     def name(self) -> str:
@@ -137,6 +143,24 @@ class ShardDirectory:
         rows = [self.shards[s].row(i) for s, i in zip(shards.tolist(), offsets.tolist(), strict=True)]
         values = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         return Batch(values.pop("latents"), values)
+
+    def random_rows(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return random indices (count,) of samples that can share a batch: those of one grid."""
+        if len({shard.grid for shard in self.shards}) == 1:
+            return torch.randint(len(self), (count,), generator=generator)
+        first = torch.randint(len(self), (1,), generator=generator)
+        grid = self.shards[int(torch.bucketize(first, self.starts, right=True)) - 1].grid
+        rows = self._rows_of(grid)
+        return rows[torch.randint(len(rows), (count,), generator=generator)]
+
+    def own_rows(self) -> Tensor:
+        """Return the indices (n,) of the samples that are of the model's own size."""
+        return self._rows_of(None)
+
+    def _rows_of(self, grid: Grid | None) -> Tensor:
+        spans = zip(self.shards, self.starts.tolist(), strict=False)
+        ranges = [torch.arange(start, start + len(shard)) for shard, start in spans if shard.grid == grid]
+        return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.long)
 
     def check_finite(self) -> None:
         """Read everything, to find a value that is not finite before training. Raises ``DataError``."""
@@ -169,8 +193,9 @@ class ShardDirectory:
 class _Shard:
     """One open file of a ``ShardDirectory``."""
 
-    def __init__(self, path: Path, model: str, columns: tuple[Column, ...]) -> None:
+    def __init__(self, path: Path, model: str, columns: tuple[Column, ...], grid: Grid | None = None) -> None:
         self.path = path
+        self.grid = grid
         self.model = model
         self.columns = columns
         try:
@@ -220,7 +245,8 @@ class _Shard:
 
     def row(self, index: int) -> dict[str, Tensor]:
         """Return one sample by the network's arguments, each (1, ...)."""
-        return {column.argument: self._value(column, index) for column in self.columns}
+        values = {column.argument: self._value(column, index) for column in self.columns}
+        return values if self.grid is None else {**values, GRID: torch.tensor([self.grid])}
 
     def _value(self, column: Column, index: int) -> Tensor:
         value: Tensor = self.values[column.name][index : index + 1]
@@ -229,6 +255,19 @@ class _Shard:
         if not value.float().isfinite().all():
             raise DataError(_not_finite(self.path, column.name, index))
         return value.float()
+
+
+def _latents_of(preset: Preset, grid: Grid | None) -> Column:
+    """Return the column of latents, whose tokens make up a grid."""
+    shape = preset.latent_shape if grid is None else (grid[0] * grid[1], *preset.latent_shape[1:])
+    return Column("latents", "latents", shape)
+
+
+def random_rows(source: LatentSource, count: int, generator: torch.Generator) -> Tensor:
+    """Return random indices (count,) of samples that can share a batch."""
+    if isinstance(source, ShardDirectory):
+        return source.random_rows(count, generator)
+    return torch.randint(len(source), (count,), generator=generator)
 
 
 def _not_finite(path: Path, name: str, index: int) -> str:

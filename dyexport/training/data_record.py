@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from dyexport.bundle.records import Frozen, first_problem
 from dyexport.errors import DataError
@@ -19,7 +19,8 @@ class DataRecord(Frozen):
     """What latents were encoded from.
 
     ``options`` decide what all shards hold, ``scaling`` what latents were shifted and scaled by. ``classes`` are names
-    by label; None for captions. ``samples``, ``mean`` and ``std`` are those of the latents, None until ``complete``.
+    by label; None for captions. ``grids`` are rows and columns of tokens by shard, of those that are not of the model's
+    own size. ``samples``, ``mean`` and ``std`` are those of the latents, None until ``complete``.
     """
 
     version: int = VERSION
@@ -27,6 +28,7 @@ class DataRecord(Frozen):
     options: dict[str, Any]
     scaling: dict[str, Any]
     classes: tuple[str, ...] | None = None
+    grids: dict[str, tuple[int, int]] = Field(default_factory=dict)
     samples: int | None = None
     mean: float | None = None
     std: float | None = None

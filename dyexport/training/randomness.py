@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dyexport.backbones.base import Conditioning
 from dyexport.models.inputs import seeded_generator
-from dyexport.training.data import LatentSource
+from dyexport.training.data import LatentSource, random_rows
 from dyexport.training.losses import DiffusionObjective, NoisyBatch
 
 Stream = Literal["data", "noise", "gates"]
@@ -64,7 +64,7 @@ class NoisyBatches:
     def at(self, step: int) -> NoisyBatch:
         """Return this share of the batch of one step."""
         data = step_generator(self.seed, step, "data")
-        indices = self.share.of(torch.randint(len(self.source), (self.batch_size,), generator=data))
+        indices = self.share.of(random_rows(self.source, self.batch_size, data))
         uniform = self.share.of(stratified_uniform(self.batch_size, data))
         dropped = self.share.of(torch.rand(self.batch_size, generator=data) < self.dropout)
         clean, conditions = self.source.batch(indices)

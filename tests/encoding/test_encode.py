@@ -51,10 +51,10 @@ def rows_of(directory: Path) -> dict[str, torch.Tensor]:
     return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
 
 
-def pixels_of(files: list[Path], size: int) -> torch.Tensor:
-    """Pixels (B, 3, size, size) as diffusers makes them."""
+def pixels_of(files: list[Path], height: int, width: int | None = None) -> torch.Tensor:
+    """Pixels (B, 3, height, width) as diffusers makes them, by default of squares."""
     images = [Image.open(file).convert("RGB") for file in files]
-    return VaeImageProcessor(vae_scale_factor=1).preprocess(images, size, size, resize_mode="crop")
+    return VaeImageProcessor(vae_scale_factor=1).preprocess(images, height, width or height, resize_mode="crop")
 
 
 def test_latents_are_those_of_diffusers(vae: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dyexport.backbones.base import Inputs
 from dyexport.backbones.flux.preset import FluxPreset
-from dyexport.models.conditions import Column, Conditions
+from dyexport.models.conditions import GRID, Column, Conditions, grid_of
 
 CONTEXT = "context"  # a masked picture and its mask, or a control picture, as packed latents
 
@@ -57,13 +57,13 @@ class Prompts:
     def inputs(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Inputs:
         device = latents.device
         text_tokens = conditions["encoder_hidden_states"].shape[1]
-        arguments = {name: values for name, values in conditions.items() if name != CONTEXT}
+        arguments = {name: values for name, values in conditions.items() if name not in (CONTEXT, GRID)}
         context = [conditions[CONTEXT]] if CONTEXT in conditions else []  # (B, N, C_context)
         inputs = {
             "hidden_states": torch.cat([latents, *context], dim=2),  # (B, N, C_in)
             "timestep": timestep,
             **arguments,
-            "img_ids": grid_positions(self.preset.side, device),  # (N, 3)
+            "img_ids": grid_positions(*grid_of(conditions, self.preset.side), device),  # (N, 3)
             "txt_ids": torch.zeros(text_tokens, 3, device=device),  # (T, 3)
         }
         if self.preset.guidance is not None:
@@ -71,9 +71,9 @@ class Prompts:
         return inputs
 
 
-def grid_positions(side: int, device: torch.device) -> Tensor:
-    """Compute the positions of a square picture's tokens: (side * side, 3), the first axis unused."""
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+def grid_positions(height: int, width: int, device: torch.device) -> Tensor:
+    """Compute the positions of a picture's tokens: (height * width, 3), the first axis unused."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float().to(device)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dyexport.backbones.base import Inputs
 from dyexport.backbones.qwen_image.preset import UNCONDITIONAL, QwenImagePreset
-from dyexport.models.conditions import Column, Conditions
+from dyexport.models.conditions import GRID, Column, Conditions, grid_of
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class Prompts:
         return conditions
 
     def inputs(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Inputs:
-        side = self.preset.side
+        height, width = grid_of(conditions, self.preset.side)
         return {
             "hidden_states": latents,  # (B, N, C)
             "timestep": timestep,
-            **conditions,
+            **{name: values for name, values in conditions.items() if name != GRID},
             "encoder_hidden_states_mask": conditions["encoder_hidden_states_mask"].ne(0).float(),  # (B, T)
-            "img_shapes": torch.tensor([1, side, side], device=latents.device),  # (3,)
+            "img_shapes": torch.tensor([1, height, width], device=latents.device),  # (3,)
         }
 
 
