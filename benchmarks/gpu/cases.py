@@ -138,10 +138,11 @@ def make_case(name: CaseName, precision: Precision = "bf16") -> Case:
     stats = synthetic_tokens(preset) if name.tokens == "capacity" else None
     widths = synthetic_widths(preset, name.budget, stats)
     settings = PlanSettings(engines=name.engines, token_path="auto" if stats is None else "capacity")
+    kind = None if stats is None else preset.recorded(preset.token_routers[-1])
     return Case(
         name=name,
         preset=preset,
-        spec=spec_of(preset, preset.transformer_config(), precision=precision),
+        spec=spec_of(preset, preset.transformer_config(), precision=precision, token_router=kind),
         widths=widths,
         stats=stats,
         segments=make_segments(widths, stats, FlopsModel.of_preset(preset), settings),

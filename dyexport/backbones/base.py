@@ -186,6 +186,10 @@ class Preset(ABC):
         """Return the preset at the size that makes so many tokens, where the configuration does not fix it."""
         return self
 
+    def recorded(self, token_router: TokenRouterKind | None) -> TokenRouterKind | None:
+        """Return a kind of token routers as files record it: None where the backbone has no other."""
+        return token_router if len(self.token_routers) > 1 else None
+
     def for_noise(self) -> Self:
         """Return a smaller variant for calibration on noise, since widths do not depend on the resolution."""
         return self

@@ -269,7 +269,7 @@ def save_dynamic(
         tokens=model.has_token_routers,
         router=model.router,
         td_lora=None if model.td_lora is None else model.td_lora.spec,
-        token_router=model.token_router if len(preset.token_routers) > 1 else None,
+        token_router=preset.recorded(model.token_router),
         budgets=model.budgets or None,
     )
     (directory / DYNAMIC).write_text(spec.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")

@@ -39,7 +39,7 @@ def half_width(preset: Preset, path: TokenPath) -> Segment:
 
 
 def slice_context(preset: Preset, precision: Precision = "fp32", *, token_routers: bool = True) -> SliceContext:
-    kind = preset.token_routers[-1] if len(preset.token_routers) > 1 else None
+    kind = preset.recorded(preset.token_routers[-1])
     spec = spec_of(preset, preset.transformer_config(), precision=precision, token_router=kind)
     return SliceContext(spec=spec, groups=preset.heads, token_routers=token_routers)
 

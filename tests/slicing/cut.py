@@ -43,7 +43,7 @@ class Cutter:
             None if self.model.td_lora is None else self.model.td_lora.spec,
             self.precision,
             self.quantization,
-            self.model.token_router if len(self.preset.token_routers) > 1 else None,
+            self.preset.recorded(self.model.token_router),
         )
 
     @cached_property
