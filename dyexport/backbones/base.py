@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from dyexport.bundle.plan_info import Profile
     from dyexport.bundle.spec import ModelSpec
     from dyexport.models.conditions import Column, Conditions
-    from dyexport.models.gates import BlockGates, TokenRouters
+    from dyexport.models.gates import BlockGates
+    from dyexport.models.routers import TokenRouters
     from dyexport.slicing.slicer import Slice, SliceContext
 
 Inputs = Mapping[str, "Tensor"]

@@ -49,8 +49,8 @@ from dyexport.checkpoints.weight_files import link_weights, write_shards, write_
 from dyexport.errors import BundleError, CheckpointError, UsageError
 from dyexport.lora import LoraSpec
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.gates import WIDTH_BIAS, FreeRouter
 from dyexport.models.hooks import BIAS
+from dyexport.models.routers import WIDTH_BIAS, FreeRouter
 from dyexport.presets import stored_fields, stored_preset
 
 TD_LORA = "td_lora.safetensors"

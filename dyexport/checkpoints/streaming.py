@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dyexport.backbones.base import Adapter
-from dyexport.models.gates import BlockRouter, Fp32Linear
+from dyexport.models.routers import BlockRouter, Fp32Linear
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
 SHARE = 0.6  # of the free memory, for weights; the rest is for activations and other processes

@@ -20,8 +20,9 @@ from dyexport.bundle.tables import WidthTable
 from dyexport.lora import LoraSpec
 from dyexport.models.budgets import budget_shares
 from dyexport.models.checkpointing import BlockCheckpoints, GatedBlock
-from dyexport.models.gates import BlockGates, BlockRouter, GatedPass, GateNoise, hard_gate, without_autocast
+from dyexport.models.gates import BlockGates, GatedPass, GateNoise, hard_gate
 from dyexport.models.hooks import BIAS
+from dyexport.models.routers import BlockRouter, without_autocast
 from dyexport.models.td_lora import TdLora
 
 MEAN_POINTS = 64  # timesteps that gates are averaged over

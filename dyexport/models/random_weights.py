@@ -17,8 +17,8 @@ from dyexport.backbones.base import Preset, RouterKind
 from dyexport.bundle.spec import TokenRouterKind
 from dyexport.lora import LoraSpec
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.gates import DynamicRouter, OrderedRouter, StaticRouter, WidthRouter
 from dyexport.models.inputs import NoisedInputs
+from dyexport.models.routers import DynamicRouter, OrderedRouter, StaticRouter, WidthRouter
 from dyexport.models.td_lora import TdLora
 
 TREND = 0.5  # amplitude of the first wave, which all units share: widths grow towards one end of the trajectory

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dyexport.lora import LoraSpec
-from dyexport.models.gates import fp32_linear
+from dyexport.models.routers import fp32_linear
 
 
 class LowRank(nn.Module):

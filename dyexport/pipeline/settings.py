@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
-
-from pydantic import TypeAdapter, ValidationError
 
 from dyexport.backbones.base import Preset, RouterKind, UnitChoice
 from dyexport.backbones.recipe import BasePrecision, Checkpointing, Optimizer, Recipe, Schedule
@@ -20,18 +16,16 @@ from dyexport.checkpoints.stored_routers import stored_widths
 from dyexport.checkpoints.structure import resolve_preset
 from dyexport.errors import UsageError
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings
-from dyexport.files import write_atomically
 from dyexport.lora import LoraFile, LoraSpec
 from dyexport.pipeline.effective_recipe import recipe_values
 from dyexport.pipeline.output import default_out, default_work
 from dyexport.pipeline.settings_checks import check, check_names, check_values
+from dyexport.pipeline.settings_file import load_settings, save_settings
 from dyexport.presets import Model
 from dyexport.training.synthetic_config import SyntheticConfig
 
 Routers = Literal["given", "random", "trained", "none"]
 
-SETTINGS = "settings.json"  # in a work directory
-SETTINGS_VERSION = 1
 SYNTHETIC = "synthetic"
 
 
@@ -269,45 +263,12 @@ class BuildSettings:
 
     def save(self) -> None:
         """Write the settings to the work directory, with absolute paths."""
-        values = _ADAPTER.dump_python(self, mode="json", exclude={"work"})
-        values["out"] = os.path.abspath(self.out)
-        for name in ("checkpoint", "data", "vae"):
-            if values[name] is not None and Path(values[name]).exists():
-                values[name] = os.path.abspath(values[name])
-        if self.prompts is not None:
-            values["data"] = f"{SYNTHETIC}:{os.path.abspath(self.prompts)}"
-        for lora, file in zip(values["loras"], self.loras, strict=True):
-            lora["file"] = os.path.abspath(file.file)
-        record = {"version": SETTINGS_VERSION, "settings": values}
-        write_atomically(self.work / SETTINGS, f"{json.dumps(record, indent=1)}\n".encode())
+        save_settings(self)
 
     @classmethod
     def load(cls, work: Path) -> BuildSettings:
         """Read the settings of a work directory. Raises ``UsageError`` if it has none, or those of a newer version."""
-        try:
-            record = json.loads((work / SETTINGS).read_bytes())
-            version, values = record["version"], record["settings"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"--work {work} records no settings; give those of its build, such as --model") from error
-        if version != SETTINGS_VERSION:
-            raise UsageError(f"--work {work} has settings of version {version}; use a newer dyexport")
-        settings = cls._validated(work, values)
-        oldest = settings.preset.token_routers[0]
-        if "token_router" in values or settings.token_router_kind in (None, oldest):
-            return settings
-        return replace(settings, token_router=oldest)  # recorded before there was a choice
-
-    @classmethod
-    def _validated(cls, work: Path, values: Mapping[str, Any]) -> BuildSettings:
-        try:
-            return _ADAPTER.validate_python({**values, "work": work})
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            raise UsageError(f"{work / SETTINGS}: {name} is wrong ({first['msg']}); give the settings again") from error
-
-
-_ADAPTER = TypeAdapter(BuildSettings)
+        return load_settings(cls, work)
 
 
 def budget_settings(budget: float | Sequence[float] | None) -> dict[str, Any]:

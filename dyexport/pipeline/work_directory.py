@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dyexport.errors import UsageError
 from dyexport.files import storage_errors
-from dyexport.pipeline.settings import SETTINGS
+from dyexport.pipeline.settings_file import SETTINGS
 from dyexport.stages.ledger import Ledger, NullListener
 from dyexport.stages.locking import held
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from dyexport.backbones.recipe import BasePrecision, Optimizer
 from dyexport.errors import BudgetError, UsageError
-from dyexport.models.gates import WIDTH_BIAS
+from dyexport.models.routers import WIDTH_BIAS
 
 WITHOUT_EFFECT = ("checkpoint_every", "checkpointing", "micro_batch")  # on the trained weights, apart from rounding
 ADDED = {

@@ -13,8 +13,8 @@ from dyexport.calibration.widths import choose_widths, flops_ratio, meet_budget,
 from dyexport.errors import BudgetError
 from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.gates import FreeRouter
 from dyexport.models.inputs import NoisedInputs
+from dyexport.models.routers import FreeRouter
 from dyexport.pipeline.build import calibrate_model, opened, price_plans
 from dyexport.stages.ledger import NullListener
 from tests.factories import random_timesteps, shared_tiny_model, tiny_model, tiny_preset

@@ -8,9 +8,9 @@ import torch
 from dyexport.backbones import get_adapter
 from dyexport.models.budgets import budget_shares
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.gates import WIDTH_ROUTERS
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone
+from dyexport.models.routers import WIDTH_ROUTERS
 from dyexport.presets import get_preset
 
 PRESET = get_preset("sit-tiny")

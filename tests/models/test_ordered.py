@@ -15,9 +15,9 @@ from dyexport.calibration.widths import meet_budget, read_widths
 from dyexport.checkpoints.dynamic import DYNAMIC, load_dynamic, save_dynamic
 from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.gates import OrderedRouter
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic
+from dyexport.models.routers import OrderedRouter
 from dyexport.pipeline.networks import plan_for
 from dyexport.presets import PRESETS
 from tests.factories import random_timesteps, spec_of, tiny_preset

@@ -9,7 +9,7 @@ import pytest
 
 from dyexport.errors import StorageError, UsageError
 from dyexport.files import check_writable
-from dyexport.pipeline.settings import SETTINGS
+from dyexport.pipeline.settings_file import SETTINGS
 from dyexport.pipeline.work_directory import LOCK, locked
 from dyexport.stages.file_records import digest_of
 from dyexport.stages.ledger import LEDGER, Ledger, Outcome, Stage

@@ -20,7 +20,8 @@ from dyexport.errors import CheckpointError, DataError, DyexportError, UsageErro
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from dyexport.lora import LoraFile, LoraSpec, parse_lora_file
 from dyexport.pipeline.output import default_out
-from dyexport.pipeline.settings import SETTINGS, BuildSettings
+from dyexport.pipeline.settings import BuildSettings
+from dyexport.pipeline.settings_file import SETTINGS
 from dyexport.pipeline.stage_settings import dynamic_settings
 from dyexport.pipeline.steps import checkpoint_source
 from dyexport.presets import PRESETS, get_preset

@@ -15,7 +15,8 @@ from dyexport.backbones.base import Inputs
 from dyexport.backbones.basic_transformer_block import LORA_TARGETS, attach_gates, permute_block, xavier_linears
 from dyexport.backbones.dit.preset import FREQ_SHIFT, STORED_POSITIONS
 from dyexport.errors import CheckpointError
-from dyexport.models.gates import BlockGates, TokenRouter, TokenRouters, fp32_linear
+from dyexport.models.gates import BlockGates
+from dyexport.models.routers import TokenRouter, TokenRouters, fp32_linear
 
 
 class DiTTokenRouter(TokenRouter):

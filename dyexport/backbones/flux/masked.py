@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from dyexport.backbones.base import Inputs
 from dyexport.backbones.dit.masked import DiTTokenRouter
-from dyexport.models.gates import BlockGates, Fp32Linear, TokenRouter, TokenRouters, fp32_linear
+from dyexport.models.gates import BlockGates
 from dyexport.models.hooks import on_input, on_output, permute_inputs, permute_outputs, unit_channels, watch_input
+from dyexport.models.routers import Fp32Linear, TokenRouter, TokenRouters, fp32_linear
 
 BLOCK_INPUTS = ("hidden_states", "encoder_hidden_states", "temb")
 TIMESTEP_SCALE = 1000.0  # the network is called with sigma in [0, 1] and embeds it times this

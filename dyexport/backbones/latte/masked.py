@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from dyexport.backbones.base import Inputs
 from dyexport.backbones.basic_transformer_block import LORA_TARGETS, attach_gates, permute_block, xavier_linears
 from dyexport.backbones.dit.masked import DiTTokenRouter
-from dyexport.models.gates import BlockGates, TokenRouters
+from dyexport.models.gates import BlockGates
+from dyexport.models.routers import TokenRouters
 
 
 class LatteAdapter:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from dyexport.backbones.base import Inputs
 from dyexport.backbones.dit.masked import DiTTokenRouter
-from dyexport.models.gates import BlockGates, TokenRouters
+from dyexport.models.gates import BlockGates
 from dyexport.models.hooks import on_input, on_output, permute_inputs, permute_outputs, unit_channels, watch_input
+from dyexport.models.routers import TokenRouters
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 TARGETS = (
