@@ -7,6 +7,7 @@
 # What takes long to build has lanes of its own; .ci/run runs all of them.
 #   make plans     TensorRT-RTX plans: every backbone, precision and token path, and full width
 #   make packages  AOTInductor packages: every backbone in fp32 and bf16, every token path, and their engines
+#   make sweeps    kills at random, a failure at every write, a model of every size: tests that take minutes each
 #   make rehearse  the GPU benchmark and the digits benchmark, rehearsed on the CPU at small sizes
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE  # hundreds of processes import the same module
 SHELL := /bin/bash
 INSTALLED := $(VENV)/.installed
 
-.PHONY: setup demo check test lint docs figures bench plans packages rehearse format wheel-check clean
+.PHONY: setup demo check test lint docs figures bench plans packages sweeps rehearse format wheel-check clean
 
 setup: $(INSTALLED)
 
@@ -52,6 +53,9 @@ plans: setup  # FLUX's full width takes 6 GB, so one process: 10 minutes
 
 packages: setup  # needs g++; the rest of target torch runs in make test
 	$(PYTEST) -m "slow and aot_inductor" tests/compilation tests/engines tests/bench
+
+sweeps: setup  # what no other lane has
+	$(PYTEST) -m "slow and not gpu and not tensorrt and not aot_inductor" --ignore tests/benchmarks tests
 
 rehearse: setup
 	$(PYTEST) -m "slow and not gpu" tests/benchmarks

@@ -110,8 +110,10 @@ def main() -> None:
         with recording_interrupts(interrupted), warnings_as_lines(), missing_extras():
             code = app(standalone_mode=False, obj=session)
             sys.stdout.flush()
+            if code == Interrupted.exit_code:  # the parser turns Ctrl-C into a result
+                raise KeyboardInterrupt
     except KeyboardInterrupt:
-        code = 130
+        code = _report(Interrupted("interrupted; repeat the command to start again"))
     except BrokenPipeError:  # the reader of stdout is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1

@@ -20,6 +20,7 @@ GRAPH_HASHES: Mapping[str, Callable[[Path], str]] = {
     "tensorrt": lambda path: plan_info(path).graph_sha256,
     "tensorrt-rtx": lambda path: plan_info(path).graph_sha256,
     "torch": lambda path: package_info(path).graph_sha256,
+    "torch-tensorrt": lambda path: plan_info(path).graph_sha256,
 }
 """Targets whose engines record the hash of their graph."""
 

@@ -76,9 +76,13 @@ def _parse_one(part: str) -> tuple[str, Profile]:
 
 
 def check_profiles(spec: ModelSpec, segments: Sequence[Segment], settings: TensorrtSettings) -> None:
-    """Raise ``UsageError`` for a profile with a dimension that the networks of a bundle do not have."""
-    for segment in (*segments, None):
-        profiles_for(spec, segment, parse_profiles(settings.profiles))
+    """Raise ``UsageError`` for a profile with a dimension that no network of a bundle has."""
+    sizes: dict[str, Profile] = {}
+    for segment in (None, *segments):
+        sizes |= _default_sizes(spec, segment)
+    for profiles in parse_profiles(settings.profiles):
+        for name in profiles.keys() - sizes.keys():
+            raise UsageError(f"--profile names {name!r}; {spec.name} has {', '.join(sizes)}")
 
 
 def profiles_for(
@@ -86,12 +90,9 @@ def profiles_for(
 ) -> tuple[dict[str, Profile], ...]:
     """Complete optimization profiles with the model's default sizes; without any, return one of defaults.
 
-    Raises ``UsageError`` for a dimension that this model does not have.
+    Dimensions that the network of this segment does not have are left out: ``check_profiles`` knows all of them.
     """
     default = _default_sizes(spec, segment)
-    for profiles in requested:
-        if unknown := [name for name in profiles if name not in _default_sizes(spec, None) and name not in default]:
-            raise UsageError(f"--profile names {unknown[0]!r}; {spec.name} has {', '.join(default)}")
     return tuple(default | {k: v for k, v in profiles.items() if k in default} for profiles in requested or ({},))
 
 

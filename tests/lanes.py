@@ -30,8 +30,13 @@ BUILDERS = {
 """Functions that take seconds; a test that can reach one belongs to the lane of builds."""
 
 
+COLLECTED = pytest.StashKey[list[pytest.Item]]()
+"""All tests of a run, before ``-m`` selects."""
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[COLLECTED] = [*items]
     reached: dict[Any, bool] = {}
     for item in items:
         if _marked(item) or _reaches(item, reached):

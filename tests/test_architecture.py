@@ -124,9 +124,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": EITHER_SIDE | PIPELINE,
     "samples": {"arguments", "errors", "progress", "bundle", "runtime", "bench", "noise_schedule"}
     | {"backbones", "backbones.preset", "backbones.pipeline"},
+    "evaluating": {"bench", "bundle", "evaluation", "progress", "runtime", "verification"},
     "progress": set(),
     "console": {"errors", "progress"},
-    "commands": EITHER_SIDE | PIPELINE | FROM_BUNDLES | {"demo", "doctor", "samples", "console", "progress"},
+    "commands": EITHER_SIDE
+    | PIPELINE
+    | FROM_BUNDLES
+    | {"demo", "doctor", "evaluating", "samples", "console", "progress"},
     "cli": {"errors", "console", "commands"},
     "__main__": {"cli"},
     "__init__": {
@@ -136,6 +140,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "compilation",
         "engines",
         "errors",
+        "evaluating",
+        "evaluation",
         "exporters",
         "lora",
         "pipeline",

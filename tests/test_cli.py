@@ -135,6 +135,7 @@ def test_bad_usage_is_one_sentence_and_exit_code_2(
         (["build", "--model", "dit-s-2", "--budget", "0.5", "--finetune-steps", "0"], "pass --checkpoint"),
         ([*BUILD, "--budget", "0.5", "-o", "/proc/bundle"], "cannot write /proc/bundle"),
         (["verify", "nowhere"], "nowhere does not exist; give the directory of a bundle"),
+        (["compile", "me/b", "--target", "torch"], "if it is on the hub: hf download me/b --local-dir b"),
         (
             ["build", "--model", "dit-s-2", "-b", "0.5", "--checkpoint", "./gone", "--finetune-steps", "0"],
             "./gone does not exist",
@@ -196,13 +197,13 @@ def test_tables_fit_and_cut_no_name(run: Run, monkeypatch: pytest.MonkeyPatch, c
 
 
 @pytest.mark.build
-def test_a_build_names_the_targets_that_its_token_path_rules_out(tmp_path: Path) -> None:
+def test_a_build_names_the_targets_that_its_token_path_rules_out(run: Run) -> None:
     targets = "tensorrt-rtx or torch-tensorrt"
     sentence = f"To compile this model for {targets}, build with --token-path dynamic instead of compact."
     for path, printed in (("compact", True), ("dynamic", False)):
-        out, err = tiny(tmp_path, "-o", path, "--work", "work", "--token-path", path).communicate()
-        assert "Next:" in out, err
-        assert (sentence in out.splitlines()) is printed
+        result = run("build", *TINY, "-o", path, "--work", "work", "--token-path", path)
+        assert "Next:" in result.out, result.err
+        assert (sentence in result.out.splitlines()) is printed
 
 
 @pytest.mark.build
@@ -263,9 +264,13 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     assert list(tmp_path.rglob(".partial*")) == []
 
 
-def test_ctrl_c_that_a_library_turns_into_an_error_is_ctrl_c() -> None:
-    """As torch does where Python runs inside it: what arrives is a ``RuntimeError`` with a page of C++."""
-    script = """
+@pytest.mark.parametrize(
+    ("arrives", "cure"),
+    [('RuntimeError("KeyboardInterrupt: <no message>")', "go on"), ("KeyboardInterrupt", "start again")],
+)
+def test_ctrl_c_prints_one_sentence(arrives: str, cure: str) -> None:
+    """Where Python runs inside torch, what arrives is a ``RuntimeError`` with a page of C++."""
+    script = f"""
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from dyexport.cli import app, main
@@ -275,14 +280,14 @@ def interrupted():
     try:
         os.kill(os.getpid(), signal.SIGINT)
     except KeyboardInterrupt as error:
-        raise RuntimeError("KeyboardInterrupt: <no message>") from None
+        raise {arrives} from None
 
 sys.argv = ["dyexport", "interrupted"]
 main()
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr == "dyexport: interrupted; repeat the command to go on\n"
+    assert done.stderr == f"dyexport: interrupted; repeat the command to {cure}\n"
 
 
 @pytest.mark.build

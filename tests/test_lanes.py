@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
+from pathlib import Path
+
 import pytest
 
 import dyexport
 from dyexport.pipeline.build import opened
 from tests.built import built_once
-from tests.lanes import builds
+from tests.lanes import COLLECTED, builds
 from tests.manifests import forge
 from tests.pipeline.tiny import build, hashes, tiny_settings
 
@@ -78,3 +82,21 @@ def test_only_the_lane_of_builds_has_the_shared_bundles(request: pytest.FixtureR
             *(m.name for m in item.iter_markers()),
         }:
             assert item.get_closest_marker("build") is not None, item.nodeid
+
+
+def lanes() -> list[tuple[str, list[str]]]:
+    """Marker expressions of the lanes that run slow tests, and the folders that they are run in."""
+    text = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    found = re.findall(r'^\t.*-m "(slow[^"]*)"(?: --ignore \S+)? (.+)$', text, re.MULTILINE)
+    return [(markers, folders.split()) for markers, folders in found]
+
+
+def test_every_slow_test_that_needs_no_gpu_has_a_lane(request: pytest.FixtureRequest) -> None:
+    assert len(lanes()) == 4
+    for item in request.config.stash[COLLECTED]:
+        marks = defaultdict(bool, {mark.name: True for mark in item.iter_markers()})
+        if marks["slow"] and not marks["gpu"]:
+            assert any(
+                item.nodeid.startswith(tuple(folders)) and eval(markers, {"__builtins__": {}}, marks)
+                for markers, folders in lanes()
+            ), f"no target of the Makefile runs {item.nodeid}"

@@ -51,7 +51,7 @@ def examples() -> list[doctest.DocTest]:
 
 
 def test_everything_that_does_something_has_an_example() -> None:
-    assert {test.name for test in examples()} >= {"dyexport", "build", "sample", "verify"}
+    assert {test.name for test in examples()} >= {"dyexport", "build", "evaluate", "sample", "verify"}
 
 
 @pytest.mark.parametrize("test", examples(), ids=lambda test: test.name)

@@ -23,6 +23,7 @@ TOKENS = "calibration/tokens.safetensors"
 RANGES = "calibration/ranges.json"
 WORK = ".work"  # added to a bundle's name, the default name of the work directory of its build
 PIPELINE_PART = "transformer"  # folder of a saved pipeline that can be a bundle
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # of a repository of the Hugging Face hub
 SEALED = re.compile(rb'\{\n "sha256": "(?P<sha256>[0-9a-f]{64})",(?P<body>.*)', re.DOTALL)
 LARGEST_MANIFEST = 2**26  # bytes; 64 engines of a 12-billion-parameter model take four million
 
@@ -72,7 +73,7 @@ def check_folder(root: Path) -> None:
             return
         mode = root.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise BundleError(f"{root} does not exist; give the directory of a bundle") from error
+        raise BundleError(f"{root} does not exist; give the directory of a bundle{_download(root)}") from error
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise BundleError(f"cannot read {root}: {why}; give the directory of a bundle") from error
@@ -85,6 +86,12 @@ def check_folder(root: Path) -> None:
     if root.name.endswith(WORK) and os.path.isfile(built / MANIFEST):
         raise BundleError(f"{root} is the work directory of a build, whose bundle is next to it; give {built}")
     raise BundleError(f"{root} is not a bundle: it has no {MANIFEST}; give a directory that `dyexport build` wrote")
+
+
+def _download(root: Path) -> str:
+    """Return how to get a bundle from the hub, for a path that may be the id of a repository."""
+    name = str(root)
+    return f"; if it is on the hub: hf download {name} --local-dir {root.name}" if HUB_ID.fullmatch(name) else ""
 
 
 def required_files(manifest: Manifest) -> list[str]:

@@ -16,10 +16,7 @@ from dyexport.commands.parsing import ExplicitOptions
 from dyexport.console import DebugOption, JsonOption, chatter_on_stderr, emit, progress_bar
 
 if TYPE_CHECKING:
-    from dyexport.bundle.reader import Bundle
-    from dyexport.evaluation.report import EvalReport, GoldenCheck
-    from dyexport.evaluation.settings import EvalSettings
-    from dyexport.progress import Progress
+    from dyexport.evaluation.report import EvalReport
 
 EXAMPLES = (
     "dyexport eval sit-digits-0.5",
@@ -191,7 +188,10 @@ def eval(
     if control:
         settings = replace(settings, control=_control(bundle, work))
     with chatter_on_stderr(), progress_bar("evaluating") as advance:
-        report = _evaluate(bundle, settings, advance)
+        from dyexport.bundle.reader import Bundle
+        from dyexport.evaluating import evaluate_bundle
+
+        report = evaluate_bundle(Bundle.open(bundle), settings, advance)
     if out is not None:
         from dyexport.evaluation.tables import save_report
 
@@ -199,27 +199,6 @@ def eval(
     emit(report.as_json(), as_json=json, human=lambda console: _show(console, report))
     if report.golden is not None and not report.golden.passed:
         raise typer.Exit(1)
-
-
-def _evaluate(bundle: Path, settings: EvalSettings, progress: Progress) -> EvalReport:
-    """Check the engines against the golden data, then score samples."""
-    from dyexport.bundle.reader import Bundle
-    from dyexport.evaluation.evaluate import evaluate
-
-    opened = Bundle.open(bundle)
-    golden = _golden(opened, settings.target)
-    return replace(evaluate(opened, settings, progress), golden=golden)
-
-
-def _golden(bundle: Bundle, target: str) -> GoldenCheck | None:
-    from dyexport.evaluation.report import GoldenCheck
-    from dyexport.verification.settings import VerifySettings
-    from dyexport.verification.verify import verify_golden
-
-    report = verify_golden(bundle, VerifySettings(target=target))
-    if report is None:
-        return None
-    return GoldenCheck(passed=report.passed, error=report.error, tolerance=report.tolerance, timesteps=report.timesteps)
 
 
 def _control(bundle: Path, work: Path | None) -> Path:

@@ -11,9 +11,9 @@ from time import perf_counter
 
 from dyexport.bundle.manifest import Manifest
 from dyexport.bundle.manifest_file import MANIFEST, read_manifest
-from dyexport.bundle.plan import ALLOCATES
 from dyexport.bundle.reader import Bundle
 from dyexport.bundle.targets import ONNX, TARGETS
+from dyexport.bundle.token_paths import token_path_refusal
 from dyexport.compilation.base import Compiler, EngineJob
 from dyexport.compilation.install import check_can_grow, finish_install, install, work_folder, working_folder
 from dyexport.compilation.jobs import ENGINES, builders_at_once, bundle_jobs, compile_jobs
@@ -196,16 +196,14 @@ def _progress(listener: BuildListener, stage: str) -> Progress:
 
 
 def _check_token_path(bundle: Bundle, target: str) -> None:
-    if TARGETS[target].static_tokens and bundle.manifest.plan.allocates:
-        raise EngineBuildError(
-            f"{bundle.root} skips tokens on the path {ALLOCATES!r}, which allocates by data, and {target} cannot; "
-            "build the bundle with --token-path dynamic"
-        )
+    if (refusal := token_path_refusal(bundle.manifest.plan, target)) is not None:
+        raise EngineBuildError(f"{bundle.root} {refusal}")
 
 
 def _warm(
     bundle: Bundle, target: str, settings: CompileSettings, listener: BuildListener, announce: Announce
 ) -> CompiledTarget:
+    _check_token_path(bundle, target)
     begin = perf_counter()
     seconds = warm_engines(bundle, target, settings.device or "cuda", listener, announce)
     return CompiledTarget(target=target, seconds=seconds, elapsed=perf_counter() - begin, up_to_date=(), bytes=0)

@@ -109,7 +109,7 @@ def _torch(target: str, machine: Machine) -> Verdict:
     if machine.host.compiler is None:
         needs.append(Need(what="g++, for `dyexport compile` only", install="sudo apt-get install g++"))
     device = "cuda" if machine.accelerators.gpus else "cpu"
-    return Verdict(target=target, device=device, compiles=True, needs=tuple(needs))
+    return Verdict(target=target, device=device, compiles=machine.host.compiler is not None, needs=tuple(needs))
 
 
 def _rtx_plans(target: str, machine: Machine) -> Verdict:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from dyexport.arguments import shown
-from dyexport.bundle.manifest_file import check_folder
+from dyexport.bundle.manifest_file import HUB_ID, check_folder
 from dyexport.errors import BundleError, CheckpointError, UsageError
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def find_bundle(

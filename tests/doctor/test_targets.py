@@ -133,5 +133,5 @@ def test_a_compiler_is_needed_to_compile_alone(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("PATH", str(tmp_path))
     described: Machine = machine(tmp_path)
     verdict = judge("torch", described)
-    assert verdict.device == "cpu"
+    assert (verdict.device, verdict.compiles) == ("cpu", False)
     assert list(needs(verdict).values()) == ["sudo apt-get install g++"]

@@ -14,9 +14,10 @@ import pytest
 from dyexport.bundle.manifest import CONDITIONING, DENSE_CONDITIONING, EngineRecord
 from dyexport.bundle.manifest_file import MANIFEST, read_manifest
 from dyexport.bundle.plan import segment_name
-from dyexport.bundle.plan_info import ENGINE, INFO
+from dyexport.bundle.plan_info import INFO
 from dyexport.bundle.reader import Bundle
-from dyexport.engines.networks import check_networks
+from dyexport.bundle.targets import TARGETS, plan_targets
+from dyexport.engines.networks import GRAPH_HASHES, check_networks
 from dyexport.errors import BundleError, DyexportError, EngineBuildError
 from tests.engines.test_tensorrt_rt import info
 from tests.engines.tiny import Store, make_weights, write_conditioning_onnx
@@ -244,19 +245,25 @@ def test_a_graph_with_any_bit_flipped_is_refused_or_read(root: Path) -> None:
             check(root)
 
 
-def test_a_plan_is_of_the_bundles_graph(root: Path) -> None:
+def test_every_compiled_target_records_its_graph() -> None:
+    assert GRAPH_HASHES.keys() == {name for name, target in TARGETS.items() if target.compiled}
+
+
+@pytest.mark.parametrize("target", plan_targets(tuple(TARGETS)))
+def test_a_plan_is_of_the_bundles_graph(root: Path, target: str) -> None:
+    file = TARGETS[target].file
     bundle = read_manifest(root / MANIFEST)
     engines = list(bundle.engines)
     graphs = {engine.network: bundle.files[engine.path].sha256 for engine in engines}
     for name in graphs:
-        folder = root / "engines/tensorrt-rtx" / name
+        folder = root / "engines" / target / name
         folder.mkdir(parents=True)
-        (folder / ENGINE).write_bytes(name.encode())
-        (folder / INFO).write_text(info(graph_sha256=graphs[name]).model_dump_json())
-        engines.append(EngineRecord(target="tensorrt-rtx", network=name, path=f"engines/tensorrt-rtx/{name}/{ENGINE}"))
+        (folder / file).write_bytes(name.encode())
+        (folder / INFO).write_text(info(flavour=target, graph_sha256=graphs[name]).model_dump_json())
+        engines.append(EngineRecord(target=target, network=name, path=f"engines/{target}/{name}/{file}"))
     write_manifest(root, bundle.model, bundle.plan, engines)
-    check_networks(Bundle.open(root), "tensorrt-rtx")
-    paths = [f"engines/tensorrt-rtx/{segment_name(index)}/{ENGINE}" for index in range(2)]
+    check_networks(Bundle.open(root), target)
+    paths = [f"engines/{target}/{segment_name(index)}/{file}" for index in range(2)]
 
     def exchange(manifest: Content) -> None:
         for engine in manifest["engines"]:
@@ -265,4 +272,4 @@ def test_a_plan_is_of_the_bundles_graph(root: Path) -> None:
 
     forge(root, exchange)
     with pytest.raises(BundleError, match="was not built from the bundle's graph of 'segment-00'"):
-        check_networks(Bundle.open(root), "tensorrt-rtx")
+        check_networks(Bundle.open(root), target)

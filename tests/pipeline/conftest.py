@@ -13,7 +13,7 @@ from dyexport.errors import StorageError
 from dyexport.pipeline.settings import BuildSettings
 from tests.pipeline.tiny import build, tiny_settings
 
-VARIANTS = {"masked": 8, "compact": 4, "capacity": 1, "dynamic": 2}  # token path: engines
+VARIANTS = {"masked": 3, "compact": 4, "capacity": 1, "dynamic": 2}  # token path: engines
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -12,6 +12,7 @@ from dyexport.bundle.spec import ModelSpec
 from dyexport.errors import UsageError
 from dyexport.exporters.tensorrt_profiles import (
     TensorrtSettings,
+    check_profiles,
     largest_topk,
     parse_profiles,
     plan_request,
@@ -34,7 +35,22 @@ def test_profiles_are_the_models_own_sizes_unless_given() -> None:
     assert limited["image_tokens"].min == 3072
     assert limited["batch"].max == 1
     with pytest.raises(UsageError, match="'pixels'; flux has batch"):
-        profiles_for(spec, None, parse_profiles(("pixels=1:2:3",)))
+        check_profiles(spec, [half_width(flux, "masked")], TensorrtSettings(profiles=("pixels=1:2:3",)))
+
+
+def test_a_dimension_of_some_networks_is_taken() -> None:
+    """Slots are those of segments with the dynamic path alone; conditioning has none, and is built without."""
+    preset = get_preset("sit-digits")
+    spec = spec_of(preset, preset.transformer_config())
+    segments = [half_width(preset, "masked"), half_width(preset, "dynamic")]
+    settings = TensorrtSettings(profiles=("slots=4:4:16,rows=1:2:2",))
+    check_profiles(spec, segments, settings)
+    given = parse_profiles(settings.profiles)
+    masked, dynamic, conditioning = (profiles_for(spec, segment, given)[0] for segment in (*segments, None))
+    assert dynamic["slots"] == Profile(min=4, opt=4, max=16)
+    assert "slots" not in masked.keys() | conditioning.keys()
+    with pytest.raises(UsageError, match="'slots'; sit-digits has batch"):
+        check_profiles(spec, segments[:1], settings)
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen-image", "latte"])

@@ -17,8 +17,9 @@ import dyexport
 from dyexport.bundle.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING, EngineRecord
 from dyexport.bundle.manifest_file import MANIFEST, read_manifest
 from dyexport.bundle.tables import WidthTable
+from dyexport.compilation.api import compile_engines
 from dyexport.engines.fake import FakeEngine
-from dyexport.errors import BundleError, EngineMismatchError, UsageError
+from dyexport.errors import BundleError, EngineBuildError, EngineMismatchError, UsageError
 from dyexport.runtime.loading import BundleTransformer, load
 from tests.engines.tiny import CLASSES, Store, modulate, reference, write_conditioning_onnx
 from tests.manifests import forge
@@ -50,6 +51,17 @@ def test_every_kind_of_bundle(own: Path, segments: int, path: str, capacity: int
     for t in random_times(bundle, 4):
         inputs = make_inputs(2, t=t)
         torch.testing.assert_close(predict(transformer, inputs), predict(bundle, inputs), atol=1e-4, rtol=0)
+
+
+def test_a_target_that_cannot_allocate_by_data_is_refused(own: Path) -> None:
+    write_bundle(own, segments=2, path="compact", capacity=8)
+    refused = (
+        "skips tokens on the path 'compact', .* onnx-rtx cannot; .*--token-path dynamic, or load it with target 'onnx'"
+    )
+    with pytest.raises(EngineMismatchError, match=refused):
+        load(own, target="onnx-rtx")
+    with pytest.raises(EngineBuildError, match="onnx-rtx cannot"):
+        compile_engines(own, "onnx-rtx")
 
 
 def test_a_flipped_gate_changes_the_output(own: Path) -> None:
