@@ -19,6 +19,7 @@ from dyexport.console import (
     emit,
     format_bytes,
     pairs,
+    stderr,
 )
 from dyexport.files import check_writable
 
@@ -113,17 +114,20 @@ def encode(
         split=split,
         classes=classes,
     )
+    folder_of_pictures = settings.read_folder()  # before torch is imported
     check_writable(out)
     with _phases() as progress:
         from dyexport.encoding.encode import INDEX, Encoding, check_output
         from dyexport.stages.locking import locked_output
 
-        encoding = Encoding(settings)
+        encoding = Encoding(settings, folder_of_pictures)
         check_output(out, encoding)
         with locked_output(out):
             out.mkdir(parents=True, exist_ok=True)
             encoded = encoding.write(encoding.samples(out / INDEX, progress), out, progress)
     payload = _payload(encoding, encoded)
+    if (warning := _warning(payload)) is not None:
+        stderr().print(warning, markup=False, soft_wrap=True)
     emit(payload, as_json=json, human=lambda console: console.print(pairs([*_lines(payload)])))
 
 
@@ -144,6 +148,18 @@ def _payload(encoding: Encoding, encoded: Encoded) -> Mapping[str, Any]:
         "reused": encoded.reused,
         "bytes": sum(file.stat().st_size for file in encoded.directory.iterdir()),
     }
+
+
+def _warning(payload: Mapping[str, Any]) -> str | None:
+    """Return a warning if a VAE made latents of another scale than models are trained at."""
+    from dyexport.training.data import SCALES
+
+    if not payload["scaling"] or SCALES[0] <= payload["std"] <= SCALES[1]:
+        return None
+    return (
+        f"Warning: the latents have a standard deviation of {payload['std']:.3g}, and models are trained at about 1; "
+        "check that the VAE is the model's and that its config.json has its scaling_factor."
+    )
 
 
 def _lines(payload: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -96,14 +96,14 @@ class Encoded:
 
 
 class Encoding:
-    """One encoding: settings and the pictures of their folder, checked as far as that needs no picture's contents.
+    """One encoding: settings and the pictures of their ``folder``, checked as far as that needs no picture's contents.
 
     Raises ``UsageError``, ``DataError`` and ``CheckpointError``.
     """
 
-    def __init__(self, settings: EncodeSettings) -> None:
+    def __init__(self, settings: EncodeSettings, folder: PictureFolder | None = None) -> None:
         self.settings = settings
-        self.folder: PictureFolder = settings.read_folder()
+        self.folder = folder or settings.read_folder()
         self.pictures = PictureEncoder(settings)
         self.captions: CaptionEncoder | None = None
         if settings.takes_labels is False:

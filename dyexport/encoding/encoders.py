@@ -168,4 +168,6 @@ def _read_config(source: VaeSource, kind: str) -> dict[str, Any]:
 
 def _unreadable(kind: str, source: VaeSource, error: Exception) -> CheckpointError:
     place = "/".join(part for part in source if part)
-    return CheckpointError(f"cannot read an {kind} from {place}: {reason(error)}; give --vae with a local copy")
+    return CheckpointError(
+        f"cannot read an {kind} from {place}: {reason(error).removesuffix('.')}; give --vae with a local copy"
+    )

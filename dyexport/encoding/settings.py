@@ -61,6 +61,11 @@ class EncodeSettings:
         for option, source in (("--vae", self.vae), ("--pipeline", self.pipeline)):
             if source is not None and not Path(source).exists() and not is_hub_id(source):
                 raise CheckpointError(f"{option} {source} does not exist; give a directory, or the id of a repository")
+        self._check_vae()
+        if self.takes_labels is False:
+            self._check_text_encoders()
+
+    def _check_vae(self) -> None:
         if self.preset is not None and self.preset.pixel_space:
             if self.vae is not None or self.pipeline is not None:
                 raise UsageError(
@@ -70,11 +75,17 @@ class EncodeSettings:
             raise UsageError(
                 "encoding pictures takes a VAE; give --vae, or the diffusers pipeline of a model that has one"
             )
-        if self.takes_labels is False and self.pipeline is None:
+
+    def _check_text_encoders(self) -> None:
+        if self.pipeline is None:
             assert self.preset is not None
             raise UsageError(
                 f"captions of {self.preset.name} are embedded by its text encoders; give a diffusers pipeline that has "
                 "them: --pipeline, or --checkpoint of a build"
+            )
+        if Path(self.pipeline).is_dir() and not Path(self.pipeline, "model_index.json").is_file():
+            raise CheckpointError(
+                f"{self.pipeline} has no model_index.json, so it has no text encoders; give a whole pipeline"
             )
 
     @classmethod
@@ -94,7 +105,7 @@ class EncodeSettings:
             needs_pipeline = not preset.pixel_space and (vae is None or not preset.classes)
             pipeline = preset.hub_id if pipeline is None and needs_pipeline else pipeline
         elif pipeline is not None:
-            preset = resolve_preset(None, pipeline)
+            preset = _preset_of(pipeline)
         return cls(folder=folder, preset=preset, pipeline=pipeline, vae=vae, **options)
 
     @property
@@ -120,3 +131,13 @@ class EncodeSettings:
         if self.preset is not None and self.preset.classes:
             check_classes(folder.classes, self.preset.classes, str(folder.root), self.preset.name)
         return folder
+
+
+def _preset_of(pipeline: str) -> Preset:
+    try:
+        return resolve_preset(None, pipeline)
+    except CheckpointError as error:
+        why = str(error).partition(";")[0]
+        raise CheckpointError(
+            f"--pipeline {pipeline} does not say which model it is of ({why}); give --model too, or a local copy"
+        ) from error

@@ -83,6 +83,7 @@ def test_encoding_prints_what_it_made(tmp_path: Path) -> None:
     for line in ("6 of shape (4, 2, 2)", "6 of shape (4, 2, 2) (1 of 1 shards were there)"):
         done = CliRunner().invoke(app, [*map(str, words), "-o", str(tmp_path / "latents")])
         assert line in " ".join(done.stdout.split())
+        assert "Warning: the latents have a standard deviation of 0." in done.stderr
 
 
 def stages_of(built: dict[str, Any]) -> dict[str, str]:

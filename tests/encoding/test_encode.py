@@ -278,6 +278,16 @@ def test_what_cannot_be_encoded_is_refused_early(
         Encoding(settings_of(folder, vae, **changed))
 
 
+def test_a_pipeline_without_a_transformer_needs_a_model(vae: Path, tmp_path: Path) -> None:
+    folder = captioned(tmp_path / "pictures")
+    with pytest.raises(
+        CheckpointError, match=r"does not say which model it is of \(.*has no config.json\); give --model"
+    ):
+        EncodeSettings.complete(folder, pipeline=str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"has no model_index\.json, so it has no text encoders; give"):
+        EncodeSettings.complete(folder, model="flux-tiny", pipeline=str(tmp_path), vae=str(vae))
+
+
 def test_a_vae_of_nan_is_named_with_the_picture(tmp_path: Path) -> None:
     broken = small_vae()
     torch.nn.init.constant_(broken.quant_conv.bias, torch.nan)
