@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from dyexport.encoding.buckets import Size, nearest
@@ -163,7 +163,7 @@ class Encoding:
             origin = self.digest_of(rows)
             if origin_of(path) == origin:
                 reused += 1
-                moments += Moments.of(load_file(path)["latents"])
+                moments += Moments.of(_latents_of(path))
             else:
                 tensors = self._encode(rows, advance)
                 write_tensors(path, tensors, {ORIGIN: origin})
@@ -268,6 +268,13 @@ def _ahead(
             if place + 1 < len(batches):
                 coming = pool.submit(read, batches[place + 1])
             yield batch, pixels
+
+
+def _latents_of(shard: Path) -> Tensor:
+    """Read the latents of a shard, and not its embedded captions."""
+    with safe_open(shard, framework="pt") as file:
+        latents: Tensor = file.get_tensor("latents")
+    return latents
 
 
 def _check_finite(latents: Tensor, samples: Sequence[Sample]) -> None:

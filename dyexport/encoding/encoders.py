@@ -58,7 +58,9 @@ class PictureEncoder:
         if self.source is None:
             return ""
         folder = Path(self.source.source, self.source.subfolder or "")
-        return _digest_of_files([folder]) if folder.is_dir() else f"{self.source.source} {self.source.subfolder or ''}"
+        if not folder.is_dir():
+            return f"{self.source.source} {self.source.subfolder or ''}"
+        return _digest_of_files(sorted(file for file in folder.iterdir() if file.is_file()))
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Folders of pictures: subfolders that are classes, or pictures with captions. Imports no torch.
 
-Layouts are those of Hugging Face ``datasets``' imagefolder, whose splits may be the top-level folders. Everything that
-can be told without opening a picture is checked here.
+Layouts are those of Hugging Face ``datasets``' imagefolder, whose splits may be the top-level folders. What can be
+checked without opening a picture is checked here.
 """
 
 from __future__ import annotations
