@@ -134,10 +134,11 @@ def test_torch_is_not_imported(run: Run, line: str, code: int, tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with bundles: ``digits``, ``prompted``, and a work directory."""
+    """A folder with bundles: ``digits``, ``prompted``, ``compact``, and a work directory."""
     root: Path = tmp_path_factory.mktemp("bundles")
     write_as(root / "digits", pixels=True, name="sit-digits")
     write_as(root / "prompted", pixels=False, name="own", backbone="flux", classes=0, config={"guidance_embeds": True})
+    write_bundle(root / "compact", segments=2, path="compact", capacity=8)
     (root / "digits.work").mkdir()
     return root
 
@@ -184,6 +185,14 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("deploy triton digits models --scheduler ddim", 2, "use euler"),
         ("deploy triton digits models --instances 0", 2, "--instances is 0"),
         ("deploy triton digits models --target tensorrt", 2, " --target tensorrt"),
+        *(
+            (
+                f"{line} --target onnx-rtx",
+                2,
+                "skips tokens on the path 'compact', which allocates by data, and onnx-rtx",
+            )
+            for line in ("sample compact", "bench compact", "eval compact", "deploy triton compact models")
+        ),
         ("deploy triton prompted models", 2, "own samples from prompts; give --pipeline"),
     ],
 )

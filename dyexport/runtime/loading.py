@@ -16,12 +16,12 @@ from dyexport.backbones import BACKBONES, get_stand_in
 from dyexport.bundle.manifest import CONDITIONING, DENSE, DENSE_CONDITIONING
 from dyexport.bundle.plan import segment_name
 from dyexport.bundle.reader import Bundle, root_at
-from dyexport.bundle.token_paths import token_path_refusal
+from dyexport.bundle.token_paths import check_token_path
 from dyexport.engines.held import HeldEngine
 from dyexport.engines.networks import check_networks
 from dyexport.engines.registry import EngineOptions, engine_files, get_backend, make_engines
 from dyexport.engines.switching import SwitchingEngine
-from dyexport.errors import BundleError, DyexportWarning, EngineMismatchError, UsageError
+from dyexport.errors import BundleError, DyexportWarning, UsageError
 from dyexport.runtime.conditioning import Conditioner
 from dyexport.runtime.locating import find_bundle
 from dyexport.runtime.memory import Placement, WeightBytes, place
@@ -139,8 +139,8 @@ def _open(path: str | Path, target: str, *, check_hashes: bool, dense: bool, fal
     # A graph is data. The engines of every other target are code, which runs only if its hash is right.
     bundle = Bundle.open(path, check_hashes=check_hashes or files != "onnx")
     opened = _Opened(target, _engine_paths(bundle, files, dense))
-    if not dense and (refusal := token_path_refusal(bundle.manifest.plan, target)) is not None:
-        raise EngineMismatchError(f"{bundle.root} {refusal}, or load it with target 'onnx'")
+    if not dense:
+        check_token_path(bundle, target)
     check_networks(bundle, files)
     if not fallback or (reason := _incompatibility(opened)) is None:
         return bundle, opened

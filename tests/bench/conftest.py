@@ -11,6 +11,7 @@ from dyexport.bundle.reader import Bundle
 from dyexport.console import StageLines
 from dyexport.demo import DemoReport, demo_settings, run_demo
 from dyexport.evaluation.settings import SamplingConfig
+from dyexport.presets import get_preset
 from tests.built import built_once, in_turn
 from tests.factories import tiny_preset
 from tests.runtime.bundles import TinyBundle, write_bundle
@@ -35,12 +36,13 @@ def built(shared_folder: Path) -> Bundle:
 
 @pytest.fixture(scope="session")
 def demo(shared_folder: Path) -> DemoReport:
-    """The demo, all of it, but hardly trained."""
+    """The demo, all of it, but with half of the blocks, and hardly trained."""
     folder = shared_folder / "demo"
     with in_turn(folder):
         if (kept := folder / "report.json").exists():
             return DemoReport(**json.loads(kept.read_text()))
-        settings = replace(demo_settings(folder), train_steps=2, finetune_steps=12, engines=2)
+        shallow = replace(get_preset("sit-digits"), name="sit-digits-shallow", layers=2)
+        settings = replace(demo_settings(folder), model=shallow, train_steps=2, finetune_steps=12, engines=2)
         bench = BenchSettings(rounds=4, steps=2, compiled=False, eager=False, threads=1)
         report = run_demo(settings, StageLines(), sampling=SamplingConfig(samples=20, steps=2), bench=bench)
         kept.write_text(json.dumps(asdict(report)))

@@ -55,9 +55,7 @@ def test_every_kind_of_bundle(own: Path, segments: int, path: str, capacity: int
 
 def test_a_target_that_cannot_allocate_by_data_is_refused(own: Path) -> None:
     write_bundle(own, segments=2, path="compact", capacity=8)
-    refused = (
-        "skips tokens on the path 'compact', .* onnx-rtx cannot; .*--token-path dynamic, or load it with target 'onnx'"
-    )
+    refused = "skips tokens on the path 'compact', .* onnx-rtx cannot; .*--token-path dynamic, or use target 'onnx'"
     with pytest.raises(EngineMismatchError, match=refused):
         load(own, target="onnx-rtx")
     with pytest.raises(EngineBuildError, match="onnx-rtx cannot"):
