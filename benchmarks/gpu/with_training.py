@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -22,8 +23,9 @@ from dyexport.lora import LoraSpec
 from dyexport.models.conditions import Batch
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.training.config import FinetuneConfig
-from dyexport.training.cost import FinetuningRun, count_trainable, estimate, launch_settings
+from dyexport.training.cost import count_trainable
 from dyexport.training.finetuning import DynamicTrainer
+from dyexport.training.memory import Division, FinetuningRun, Launch, memory_of
 
 CASE = re.compile(r"(?P<model>[^:@]+):(?P<batch>[1-9]\d*)")
 STEPS = 10  # of the run that the measured steps belong to; the first two train the complete model too
@@ -73,9 +75,9 @@ def time_finetuning(text: str, settings: Settings) -> dict[str, Any]:
         "seconds_complete": seconds[config.complete_steps - 1],
         "seconds_dynamic": seconds[-1],
         "peak_bytes": peak_bytes(settings.device),
-        "estimated_bytes": estimated_bytes(run, batch),
+        "estimated_bytes": memory_of(run, Division(micro_batch=batch, checkpointing=False), Launch.current()).total,
         **count_trainable(run),
-        **launch_settings(),
+        **asdict(Launch.current()),
     }
 
 
@@ -104,9 +106,3 @@ def time_step(trainer: DynamicTrainer, device: str) -> float:
     if device != "cpu":
         torch.cuda.synchronize()
     return perf_counter() - begin
-
-
-def estimated_bytes(run: FinetuningRun, batch: int) -> float:
-    """Return the memory that a build would announce for this batch."""
-    share = run.schedule.batch_size / batch
-    return estimate(run, processes=int(share) or 1, precision=launch_settings()["precision"]).device_bytes

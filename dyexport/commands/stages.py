@@ -133,8 +133,10 @@ def building(settings: BuildSettings, without: frozenset[str] = frozenset()) -> 
     """Open a build. Stages in ``without`` must have been done before; they are not run."""
     with stage_lines() as lines:
         from dyexport.pipeline.build import opened
-        from dyexport.pipeline.steps import check_training, trainable
+        from dyexport.pipeline.steps import check_training, trainable, training_memory
 
+        if not without and (memory := training_memory(settings)):
+            stderr().print(memory, soft_wrap=True, markup=False)
         if not without and (note := check_training(settings)):
             stderr().print(note, soft_wrap=True)
         stderr().print(recipe_line(settings.effective_recipe(), trainable(settings)), soft_wrap=True, markup=False)

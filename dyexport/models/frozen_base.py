@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
+from dyexport.backbones.base import Adapter
 from dyexport.backbones.recipe import BasePrecision
 from dyexport.errors import missing_extras
 from dyexport.models.dynamic import DynamicTransformer
 
+BITS: Mapping[BasePrecision, float] = {"fp32": 32, "bf16": 16, "int8": 8, "nf4": 4.5}  # of a weight
 BLOCK = 64  # weights that share a scale in nf4
 INT8_LEVELS = 127
 NF4 = "nf4"
@@ -142,9 +144,24 @@ def lower_base(model: DynamicTransformer, precision: BasePrecision, device: torc
     """
     if precision == "fp32":
         return
+    for linear in list(frozen_linears(model)):
+        FrozenLinear.of(linear, precision, torch.device(device))
+
+
+def lower_static(backbone: nn.Module, adapter: Adapter, precision: BasePrecision, device: torch.device | str) -> None:
+    """Freeze a stock module on ``device``, with the linear layers of its blocks stored in ``precision``."""
+    backbone.requires_grad_(False)
+    if precision != "fp32":
+        for block in adapter.blocks(backbone):
+            for linear in list(_frozen_linears(block)):
+                FrozenLinear.of(linear, precision, torch.device(device))
+    backbone.to(device)
+
+
+def frozen_linears(model: DynamicTransformer) -> Iterator[nn.Linear]:
+    """Yield the linear layers of blocks whose weight is not trained."""
     for block in model.adapter.blocks(model.backbone):
-        for linear in list(_frozen_linears(block)):
-            FrozenLinear.of(linear, precision, torch.device(device))
+        yield from _frozen_linears(block)
 
 
 def _frozen_linears(module: nn.Module) -> Iterator[nn.Linear]:

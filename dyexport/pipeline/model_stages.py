@@ -26,6 +26,7 @@ from dyexport.pipeline.stage_settings import (
     dynamic_settings,
     memory_settings,
     model_key,
+    sampling_precision,
     static_settings,
     token_router_settings,
     trained_budget,
@@ -109,9 +110,10 @@ def _encoding_progress(run: Run, phase: str, done: int, total: int, detail: str)
 def synthetic_data(run: Run, source: Path | None, static: Outcome) -> Data:
     """Sample data from the static model."""
     settings = run.settings
-    chosen = {**static_settings(settings), **data_settings(settings)}
+    chosen = {**static_settings(settings), **data_settings(settings), **sampling_precision(settings)}
     scratch, prompts = run.scratch("synthetic", chosen), _prompts_digest(run, source)
     inputs = {"static": static.digest, "sampling": asdict(settings.sampling), "prompts": prompts}
+    inputs |= sampling_precision(settings)
     progress = partial(run.listener.advanced, "synthetic")
     make = partial(steps.make_synthetic, settings, static.path, source, prompts, scratch, progress, run.ledger.group)
     outcome = run.stage("synthetic", "synthetic", inputs, make, chosen=chosen, scratch=scratch, shared=True)

@@ -64,11 +64,14 @@ def token_router_settings(settings: BuildSettings) -> dict[str, Any]:
     return {} if kind in (None, settings.preset.token_routers[0]) else {"token_router": kind}
 
 
+def sampling_precision(settings: BuildSettings) -> dict[str, Any]:
+    """Return the storage of the model that samples synthetic data: that of the frozen base; none for fp32."""
+    return {} if settings.frozen_precision == "fp32" else {"base_precision": settings.frozen_precision}
+
+
 def memory_settings(settings: BuildSettings) -> dict[str, Any]:
     """Return the settings of memory that change what is trained; none at the defaults, so that ledgers stay valid."""
-    chosen: dict[str, Any] = {}
-    if settings.frozen_precision != "fp32":
-        chosen["base_precision"] = settings.frozen_precision
+    chosen = sampling_precision(settings)
     if settings.optimizer != "adamw":
         chosen["optimizer"] = settings.optimizer
     return chosen

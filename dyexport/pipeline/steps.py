@@ -23,9 +23,9 @@ from dyexport.checkpoints.static import adopt_static, load_static, save_static
 from dyexport.encoding.encode import Encoding, EncodingProgress, Sample
 from dyexport.errors import CheckpointError
 from dyexport.files import hard_linked
-from dyexport.models.devices import best_device
+from dyexport.models.devices import best_device, bf16_products
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.frozen_base import BaseWeights, check_base_precision, lower_base
+from dyexport.models.frozen_base import BaseWeights, check_base_precision, lower_base, lower_static
 from dyexport.models.importance import rank_units
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic
@@ -33,11 +33,13 @@ from dyexport.pipeline.settings import SYNTHETIC, BuildSettings
 from dyexport.stages.ledger import ProcessGroup
 from dyexport.training.accelerating import check_accelerate
 from dyexport.training.config import FinetuneConfig, TrainConfig
-from dyexport.training.cost import FinetuningRun, check_gpu, count_trainable
+from dyexport.training.cost import check_gpu, count_trainable, describe_memory
 from dyexport.training.data import LatentSource, ShardDirectory
 from dyexport.training.data_files import read_prompts
 from dyexport.training.finetuning import finetune
+from dyexport.training.memory import FinetuningRun, Launch, choose_division, free_memory, release_memory
 from dyexport.training.optimizers import check_optimizer
+from dyexport.training.processes import agreed
 from dyexport.training.prompts import embed_prompts, kept_prompts
 from dyexport.training.synthetic import generate
 from dyexport.training.trainer import TrainingProgress, train_static
@@ -127,8 +129,12 @@ def make_synthetic(
             kept_prompts(scratch / PROMPTS, embed, prompts)
         group.broadcast("embedded")
         embedded = kept_prompts(scratch / PROMPTS, embed, prompts)
-    backbone = load_static(str(static), preset).to(best_device())
-    generate(backbone, preset, settings.sampling, shards, progress, prompts=embedded, group=group)
+        release_memory()  # of the text encoders
+    precision, device = settings.frozen_precision, torch.device(best_device())
+    backbone = load_static(str(static), preset)
+    lower_static(backbone, get_adapter(preset.backbone), precision, device)
+    with bf16_products(device, enabled=precision != "fp32"):
+        generate(backbone, preset, settings.sampling, shards, progress, prompts=embedded, group=group)
     if group.is_main_process:
         _link(shards, out)
 
@@ -222,6 +228,9 @@ def _finetuned(
     points = trajectory_points(preset.timestep_range, RANKING_POINTS)
     inputs = calibration_inputs(settings, source)
     rank_units(model, inputs, [float(t) for t in points], lambda done, total: progress(done, total, {}))
+    run = finetuning_run(settings)
+    assert run is not None
+    division = agreed(choose_division(run, free_memory(), Launch.current()))
     lower_base(model, settings.frozen_precision, best_device())
     config = FinetuneConfig(
         **asdict(settings.finetune_schedule),
@@ -231,8 +240,7 @@ def _finetuned(
         distill=settings.recipe.distill,
         base_precision=settings.frozen_precision,
         optimizer=settings.optimizer,
-        checkpointing=settings.checkpointing == "on",
-        micro_batch=settings.micro_batch,
+        **asdict(division),
     )
     finetune(model, preset, source, config, work_dir=scratch, progress=progress)
     return model
@@ -276,6 +284,10 @@ def finetuning_run(settings: BuildSettings) -> FinetuningRun | None:
         token_router=settings.token_router_kind,
         td_lora=settings.lora,
         distill=settings.recipe.distill,
+        base_precision=settings.frozen_precision,
+        optimizer=settings.optimizer,
+        checkpointing=settings.checkpointing,
+        micro_batch=settings.micro_batch,
         synthetic=settings.sampling if settings.data_source == SYNTHETIC else None,
     )
 
@@ -284,6 +296,12 @@ def trainable(settings: BuildSettings) -> dict[str, float]:
     """Count trained parameters; {} for a build that does not fine-tune."""
     run = finetuning_run(settings)
     return {} if run is None else count_trainable(run)
+
+
+def training_memory(settings: BuildSettings) -> str | None:
+    """Describe the memory that fine-tuning takes here; None for a build that does not fine-tune."""
+    run = finetuning_run(settings)
+    return None if run is None else describe_memory(run, free_memory(), Launch.current())
 
 
 def check_training(settings: BuildSettings) -> str | None:

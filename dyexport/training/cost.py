@@ -2,59 +2,38 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from time import perf_counter
-from typing import Any
 
 import torch
 
-from dyexport.backbones import get_adapter, get_conditioning
-from dyexport.backbones.base import Preset, RouterKind
-from dyexport.backbones.recipe import Schedule
-from dyexport.bundle.spec import TokenRouterKind
+from dyexport.backbones import get_conditioning
+from dyexport.backbones.base import Preset
 from dyexport.errors import DyexportError
 from dyexport.flops import FlopsModel
-from dyexport.lora import LoraSpec
-from dyexport.models.dynamic import DynamicTransformer
-from dyexport.training.synthetic_config import SyntheticConfig
+from dyexport.training.memory import (
+    SLACK,
+    Division,
+    FinetuningRun,
+    Launch,
+    TrainingMemory,
+    alternatives,
+    choose_division,
+    memory_of,
+    sizes_of,
+)
 
 FORWARD, BACKWARD = 1, 2  # a backward pass computes gradients of activations and of weights: two forward passes
-ACTIVATIONS = 40  # values of C channels that a block keeps for its backward pass, per token; 26 to 31 were counted
-WEIGHT = 4  # bytes of a frozen weight, in fp32
-TRAINED = 20  # bytes of a trained weight, in fp32: itself, its gradient, two moments, its average
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuningRun:
-    """Settings of a fine-tuning run that its cost depends on.
-
-    ``token_router`` is the kind of its token routers; None: that of new models. ``synthetic`` says how its data are
-    sampled first; None: the data exist.
-    """
-
-    preset: Preset
-    schedule: Schedule
-    router: RouterKind = "free"
-    token_router: TokenRouterKind | None = None
-    td_lora: LoraSpec | None = None
-    distill: bool = False
-    synthetic: SyntheticConfig | None = None
-
-    @property
-    def size(self) -> str:
-        return f"{self.preset.parameters / 1e9:.1f} billion parameters"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingCost:
-    """Floating-point operations, bytes of device memory and bytes of data on disk of a fine-tuning run."""
+    """Floating-point operations, device memory and bytes of data on disk of a fine-tuning run."""
 
     synthetic_flops: float
     training_flops: float
-    device_bytes: float
+    memory: TrainingMemory
     data_bytes: float
 
     def hours(self, flops_per_second: float) -> float:
@@ -63,45 +42,26 @@ class TrainingCost:
 
 def count_trainable(run: FinetuningRun) -> dict[str, float]:
     """Count the parameters that a run trains, and their share of what full fine-tuning trains."""
-    adapter = get_adapter(run.preset.backbone)
-    with torch.device("meta"):
-        backbone = adapter.build(run.preset.transformer_config())
-        model = DynamicTransformer(
-            backbone,
-            adapter,
-            heads=run.preset.heads,
-            tokens=True,
-            router=run.router,
-            td_lora=run.td_lora,
-            token_router=run.token_router,
-        )
-    trained, full = (
-        sum(parameter.numel() for parameter in (*parameters, *model.routers.parameters()))
-        for parameters in (model.trainable, backbone.parameters())
-    )
-    return {"trainable_parameters": trained, "trainable_share": trained / full}
+    sizes = sizes_of(run)
+    return {"trainable_parameters": sizes.trained, "trainable_share": sizes.trained / sizes.full}
 
 
-def estimate(run: FinetuningRun, *, processes: int = 1, precision: str = "no") -> TrainingCost:
-    """Estimate a run from its sizes, to within 50 %. Masks save nothing in training, so every pass is dense.
-
-    ``processes`` share a batch, one GPU each; ``precision`` is accelerate's mixed precision.
-    """
+def estimate(run: FinetuningRun, division: Division, launch: Launch | None = None) -> TrainingCost:
+    """Estimate a run from its sizes, to within 50 %. Masks save nothing in training, so every pass is dense."""
+    launch = launch or Launch()
     preset, schedule, synthetic = run.preset, run.schedule, run.synthetic
     forward = 2 * FlopsModel.of_preset(preset).dense  # a multiply-add is two operations
     samples, steps = (0, 0) if synthetic is None else (synthetic.samples, synthetic.steps or 0)
     passes_per_step = 2 if preset.guidance_kind == "classifier-free" else 1
     passes = 2 if run.distill else 1.2  # the dynamic path, and the complete model for a share of the run
     backward = BACKWARD if run.td_lora is None else FORWARD  # frozen weights need no gradients
-    tokens = preset.tokens + preset.text_tokens
-    trained = count_trainable(run)["trainable_parameters"]
-    value_bytes = 4 if precision == "no" else 2
-    local_batch = schedule.batch_size / processes
-    activations = local_batch * ACTIVATIONS * preset.hidden_size * tokens * preset.depth * value_bytes
+    recomputed = FORWARD if division.checkpointing else 0
+    divided = FORWARD if division.micro_batch * launch.processes < schedule.batch_size else 0  # the batch's ratio
+    per_sample = passes * (FORWARD + backward + recomputed) + divided
     return TrainingCost(
         synthetic_flops=samples * steps * passes_per_step * forward,
-        training_flops=schedule.steps * schedule.batch_size * passes * (FORWARD + backward) * forward,
-        device_bytes=preset.parameters * WEIGHT + trained * TRAINED + activations,
+        training_flops=schedule.steps * schedule.batch_size * per_sample * forward,
+        memory=memory_of(run, division, launch),
         data_bytes=samples * 4 * _values_per_sample(preset),
     )
 
@@ -114,47 +74,72 @@ def _values_per_sample(preset: Preset) -> int:
     )
 
 
+def describe_memory(run: FinetuningRun, free: float, launch: Launch) -> str:
+    """Describe in one line what fine-tuning takes of a device with ``free`` bytes, and how it divides a batch."""
+    division = choose_division(run, free, launch)
+    memory = memory_of(run, division, launch)
+    other = memory_of(run, replace(division, checkpointing=not division.checkpointing), launch).activations
+    kept = f"{_gb(other)} if kept" if division.checkpointing else f"{_gb(other)} if recomputed"
+    how = "recomputed" if division.checkpointing else "kept"
+    share = run.schedule.batch_size // launch.processes
+    return (
+        f"memory of fine-tuning, estimated: {_gb(memory.total)} ({_gb(memory.weights)} weights, "
+        f"{_gb(memory.gradients)} gradients, {_gb(memory.optimizer)} optimizer and averages, "
+        f"{_gb(memory.activations)} activations, {how}; {kept}), {division.micro_batch} of {share} samples at a time; "
+        f"{_gb(free)} free"
+    )
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count < 1e10 else f"{count / 1e9:.0f} GB"
+
+
 def check_gpu(run: FinetuningRun) -> str:
     """Describe in one sentence what a run takes. Raises ``DyexportError`` without a GPU with enough free memory."""
-    cost = estimate(run, **launch_settings())
     if not torch.cuda.is_available():
         raise DyexportError(
             f"fine-tuning {run.preset.name} ({run.size}) takes a GPU and torch sees none; give --finetune-steps 0 to "
             "choose widths by importance instead, and --checkpoint DIR where the model hub cannot be reached"
         )
-    check_fits(run, cost, *torch.cuda.mem_get_info())
+    launch, (free, total) = Launch.current(), torch.cuda.mem_get_info()
+    check_fits(run, free, total, launch)
+    cost = estimate(run, choose_division(run, free, launch), launch)
     speed = measured_speed(torch.device("cuda"))
     return (
         f"fine-tuning {run.preset.name}: about {cost.hours(speed):.0f} hours at the {speed / 1e12:.0f} TFLOP/s that "
-        f"this GPU does now, {cost.device_bytes / 1e9:.0f} GB of its memory, {cost.data_bytes / 1e9:.1f} GB of data; "
+        f"this GPU does now, {cost.memory.total / 1e9:.0f} GB of its memory, {cost.data_bytes / 1e9:.1f} GB of data; "
         "--finetune-steps 0 skips it"
     )
 
 
-def launch_settings(environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Return the settings of `accelerate launch` that memory depends on."""
-    return {
-        "processes": int(environment.get("WORLD_SIZE", "1")),
-        "precision": environment.get("ACCELERATE_MIXED_PRECISION", "no"),
-    }
-
-
-def check_fits(run: FinetuningRun, cost: TrainingCost, free: int, total: int) -> None:
+def check_fits(run: FinetuningRun, free: float, total: float, launch: Launch) -> None:
     """Raise ``DyexportError`` if a run takes more than the ``free`` bytes of a GPU that has ``total``."""
-    if cost.device_bytes <= free:
+    least = memory_of(run, choose_division(run, free, launch), launch)
+    if least.fits(free):
         return
     cure = "give --finetune-steps 0 to choose widths by importance instead"
-    processes = run.schedule.batch_size
-    if estimate(run, processes=processes, precision="bf16").device_bytes <= total:
-        cure = (
-            f"`accelerate launch --mixed_precision bf16` on up to {processes} GPUs shares a batch among them, or {cure}"
-        )
-    if cost.device_bytes <= total:
+    if least.fits(total):
         cure = f"end what takes the rest of its {total / 1e9:.0f} GB, or {cure}"
+    elif (change := smaller(run, free, launch)) is not None:
+        cure = f"{change}, or {cure}"
     raise DyexportError(
-        f"fine-tuning {run.preset.name} ({run.size}) takes about {cost.device_bytes / 1e9:.0f} GB of GPU memory and "
-        f"this GPU has {free / 1e9:.0f} free; {cure}"
+        f"fine-tuning {run.preset.name} ({run.size}) takes about {least.total / 1e9:.0f} GB of GPU memory, "
+        f"{SLACK - 1:.0%} more with fragments, and this GPU has {free / 1e9:.0f} free; {cure}"
     )
+
+
+def smaller(run: FinetuningRun, free: float, launch: Launch) -> str | None:
+    """Return a change of options with which a run fits in ``free`` bytes; None if there is none."""
+    free_run = replace(run, checkpointing="auto", micro_batch=None)
+    for other in (free_run, *alternatives(free_run)):
+        if memory_of(other, choose_division(other, free, launch), launch).fits(free):
+            given = {
+                "--base-precision": (other.base_precision, run.base_precision),
+                "--optimizer": (other.optimizer, run.optimizer),
+            }
+            options = [f"{option} {new}" for option, (new, old) in given.items() if new != old]
+            return f"give {' '.join(options)}" if options else "leave out --gradient-checkpointing and --micro-batch"
+    return None
 
 
 def measured_speed(device: torch.device, *, size: int = 4096, seconds: float = 1.0) -> float:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import atexit
 import os
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from dyexport.stages.ledger import ProcessGroup, SingleProcess
 
+T = TypeVar("T")
 PATIENCE = timedelta(days=2)  # the others wait while the main process encodes data
 
 
@@ -26,11 +27,18 @@ class AccelerateProcesses:
         atexit.register(state.destroy_process_group)  # a process that exits with gloo's threads running may abort
 
     def broadcast(self, value: str) -> str:
-        from accelerate.utils import broadcast_object_list
+        return agreed(value)
 
-        values = [value]
-        broadcast_object_list(values)
-        return values[0]
+
+def agreed(value: T) -> T:
+    """Return the main process's value in every process, of those that ``accelerate launch`` started."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
 
 
 def find_process_group() -> ProcessGroup:

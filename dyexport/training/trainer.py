@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -106,7 +107,7 @@ class Trainer(Generic[Config]):
         self.config = config
         self.progress = progress
         self.path = work_dir / "training-state.safetensors"
-        self.run = _run_digest(config, preset, source, model)
+        self.preset = preset
         self.batches = NoisyBatches(
             source=source,
             objective=get_objective(preset.objective),
@@ -128,6 +129,11 @@ class Trainer(Generic[Config]):
         self.history: list[HistoryPoint] = []
         self._unread: list[Tensor] = []  # metrics of the latest steps, still on the device
         self._norms: list[Tensor] = []  # of their gradients
+
+    @cached_property
+    def run(self) -> str:
+        """Hash of the model before its first step, the settings and the data."""
+        return _run_digest(self.config, self.preset, self.batches.source, self.model)
 
     def train(self) -> TrainResult:
         self.batches.source.check_finite()

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dyexport.backbones import BACKBONES
+from dyexport.backbones import BACKBONES, get_adapter
 from dyexport.backbones.recipe import BasePrecision
 from dyexport.lora import LoraSpec
 from dyexport.models.devices import bf16_products
 from dyexport.models.dynamic import DynamicOutput, DynamicTransformer
-from dyexport.models.frozen_base import BaseWeights, FrozenLinear, lower_base
-from dyexport.models.random_weights import random_dynamic
+from dyexport.models.frozen_base import BaseWeights, FrozenLinear, lower_base, lower_static
+from dyexport.models.random_weights import random_backbone, random_dynamic
 from tests.backbones.tiny import noised
 from tests.factories import tiny_preset
 
@@ -87,6 +87,18 @@ def test_embedders_that_routers_read_stay_in_fp32() -> None:
         before = model.width_logits(t)
         lower_base(model, "nf4")
         assert all(torch.equal(a, b) for a, b in zip(model.width_logits(t), before, strict=True))
+
+
+@torch.no_grad()
+def test_a_static_model_samples_data_in_the_storage_of_the_base() -> None:
+    preset = tiny_preset("flux")
+    lower, static = random_backbone(preset), random_backbone(preset)
+    lower_static(lower, get_adapter("flux"), "nf4", "cpu")
+    assert sum(value.nbytes for value in lower.parameters()) < sum(value.nbytes for value in static.parameters()) / 3
+    assert not any(value.requires_grad for value in lower.parameters())
+    static.load_state_dict({name: value.float() for name, value in BaseWeights(lower).items()})
+    with bf16_products(torch.device("cpu"), enabled=True):
+        assert torch.equal(*(get_adapter("flux").run(model, noised("flux")) for model in (lower, static)))
 
 
 def test_nothing_is_frozen_where_everything_is_trained() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from transformers import CLIPTextModel, T5EncoderModel
 
 from dyexport.backbones.recipe import LOW_RANK_FINETUNING
 from dyexport.errors import CheckpointError, DataError, DyexportError, UsageError
@@ -16,9 +18,19 @@ from dyexport.lora import LoraSpec
 from dyexport.pipeline import steps
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.pipeline.steps import check_training
+from dyexport.presets import get_preset
 from dyexport.training import cost
-from dyexport.training.cost import TRAINED, FinetuningRun, TrainingCost, measured_speed
+from dyexport.training.cost import TrainingCost, check_fits, measured_speed
 from dyexport.training.data_files import read_prompts
+from dyexport.training.memory import (
+    Division,
+    FinetuningRun,
+    Launch,
+    choose_division,
+    divisions,
+    memory_of,
+    release_memory,
+)
 from dyexport.training.prompts import embed_prompts
 from tests.pipeline.tiny_pipeline import save_latte_pipeline, save_pipeline
 
@@ -31,12 +43,12 @@ def run_of(settings: BuildSettings) -> FinetuningRun:
     return run
 
 
-def estimate(settings: BuildSettings, **launched: Any) -> TrainingCost:
-    return cost.estimate(run_of(settings), **launched)
+ONE = Division(micro_batch=1, checkpointing=True)
+WHOLE = Division(micro_batch=SCHEDULE.batch_size, checkpointing=False)
 
 
-def check_fits(settings: BuildSettings, effort: TrainingCost, *, free: int, total: int) -> None:
-    cost.check_fits(run_of(settings), effort, free, total)
+def estimate(settings: BuildSettings, division: Division = ONE) -> TrainingCost:
+    return cost.estimate(run_of(settings), division)
 
 
 @pytest.fixture
@@ -79,20 +91,24 @@ def test_no_gpu_is_one_sentence_with_the_ways_out(flux: BuildSettings) -> None:
 
 
 def test_effort_grows_with_what_is_asked(flux: BuildSettings, latents: str) -> None:
-    default = estimate(flux)
-    assert estimate(replace(flux, finetune_steps=2 * SCHEDULE.steps)).training_flops == pytest.approx(
+    default = estimate(flux, WHOLE)
+    assert estimate(replace(flux, finetune_steps=2 * SCHEDULE.steps), WHOLE).training_flops == pytest.approx(
         2 * default.training_flops
     )
-    given = estimate(replace(flux, data=latents))
+    given = estimate(replace(flux, data=latents), WHOLE)
     assert (given.synthetic_flops, given.data_bytes) == (0, 0)
     assert given.training_flops == default.training_flops
     # One dense pass of FLUX.1-dev at 1024 px is about 60 teraflops: 24 billion operations a token, and attention.
-    passes = SCHEDULE.steps * SCHEDULE.batch_size * 2 * 1.2
-    assert 5e13 < default.training_flops / passes < 8e13
-    assert default.device_bytes > 2 * flux.preset.parameters
-    published = estimate(replace(flux, token_router="published"))
+    dense = default.training_flops / (SCHEDULE.steps * SCHEDULE.batch_size * 2 * 1.2)
+    assert 5e13 < dense < 8e13
+    recomputed = estimate(flux, replace(WHOLE, checkpointing=True)).training_flops - default.training_flops
+    divided = estimate(flux, replace(WHOLE, micro_batch=4)).training_flops - default.training_flops
+    samples = SCHEDULE.steps * SCHEDULE.batch_size
+    assert recomputed == pytest.approx(1.2 * dense * samples)
+    assert divided == pytest.approx(dense * samples)
+    published = estimate(replace(flux, token_router="published"), WHOLE).memory.total - default.memory.total
     routers = 57 * 4 * 3072**2  # parameters of DyFLUX's token routers, in place of a sixtieth of that
-    assert published.device_bytes - default.device_bytes == pytest.approx(TRAINED * routers, rel=0.02)
+    assert published == pytest.approx(20 * routers, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -101,18 +117,64 @@ def test_effort_grows_with_what_is_asked(flux: BuildSettings, latents: str) -> N
 def test_memory_is_that_of_the_rank_asked_for(flux: BuildSettings, spec: LoraSpec) -> None:
     asked = replace(flux, td_lora=spec)
     trained = {settings: steps.trainable(settings)["trainable_parameters"] for settings in (flux, asked)}
-    more = estimate(asked).device_bytes - estimate(flux).device_bytes
-    assert more == pytest.approx(TRAINED * (trained[asked] - trained[flux]))
+    more = estimate(asked).memory.total - estimate(flux).memory.total
+    assert more == pytest.approx(20 * (trained[asked] - trained[flux]))  # weight, gradient, two moments, average
 
 
-def test_memory_is_that_of_the_whole_batch(flux: BuildSettings) -> None:
-    """Each GPU has the weights in fp32 and its share of the batch's activations."""
-    alone, eight = (estimate(flux, processes=count).device_bytes for count in (1, 8))
-    half = estimate(flux, processes=8, precision="bf16").device_bytes
-    fixed = 2 * half - eight
-    trained = steps.trainable(flux)["trainable_parameters"]
-    assert fixed == pytest.approx(4 * flux.preset.parameters + TRAINED * trained)
-    assert alone - fixed == pytest.approx(8 * (eight - fixed))
+def test_memory_is_that_of_a_pass_and_of_the_base(flux: BuildSettings) -> None:
+    run = run_of(flux)
+    assert run.base_precision == "bf16"
+    one, four = (memory_of(run, replace(ONE, micro_batch=samples)) for samples in (1, 4))
+    assert four.activations == pytest.approx(4 * one.activations)
+    assert replace(four, activations=0) == replace(one, activations=0)
+    kept = memory_of(run, replace(ONE, checkpointing=False))
+    assert kept.activations > 15 * one.activations
+    weights = {base: memory_of(replace(run, base_precision=base), ONE).weights for base in ("fp32", "bf16", "nf4")}
+    parameters = flux.preset.parameters
+    assert weights["fp32"] - weights["bf16"] == pytest.approx(2 * parameters, rel=0.02)
+    assert weights["bf16"] - weights["nf4"] == pytest.approx(11.5 / 8 * parameters, rel=0.02)
+    whole = replace(run, td_lora=None, base_precision="fp32")
+    assert memory_of(whole, ONE).weights == pytest.approx(4 * parameters, rel=0.02)
+    exchanged = memory_of(run, ONE, Launch(processes=2)).gradients
+    assert exchanged == 2 * one.gradients
+
+
+def test_it_is_trained_on_the_cards_that_people_have(flux: BuildSettings) -> None:
+    """The goal: FLUX.1-dev with a base in bf16 on 48 GB, and with one of 4 bits on 24 GB."""
+    smallest = {
+        base: memory_of(replace(run_of(flux), base_precision=base), ONE).total for base in ("fp32", "bf16", "nf4")
+    }
+    assert smallest["nf4"] < 20e9 < smallest["bf16"] < 40e9 < smallest["fp32"]
+
+
+def test_a_batch_is_divided_no_more_than_it_must(flux: BuildSettings) -> None:
+    run = run_of(flux)
+    order = list(divisions(run))
+    assert order[0] == WHOLE
+    assert order[1:] == [Division(micro_batch=samples, checkpointing=True) for samples in (8, 4, 2, 1)]
+    assert next(divisions(run, processes=4)) == replace(WHOLE, micro_batch=2)
+    totals = [memory_of(run, division).total for division in order]
+    assert totals == sorted(totals, reverse=True)
+    for division, total in zip(order, totals, strict=True):
+        assert choose_division(run, 1.2 * total) == division
+    assert choose_division(run, 0.0) == order[-1]
+    kept = replace(run, checkpointing="off")
+    assert not any(division.checkpointing for division in divisions(kept))
+    assert list(divisions(replace(run, micro_batch=2, checkpointing="on"))) == [
+        Division(micro_batch=2, checkpointing=True)
+    ]
+    assert choose_division(replace(run, preset=get_preset("flux-tiny")), 1e9) == WHOLE
+
+
+def test_it_is_described_on_every_machine(flux: BuildSettings) -> None:
+    text = cost.describe_memory(run_of(flux), 48e9, Launch())
+    assert re.fullmatch(
+        r"memory of fine-tuning, estimated: \d+ GB \(\d+ GB weights, .* GB gradients, .* GB optimizer and averages, "
+        r".* GB activations, recomputed; \d+ GB if kept\), 2 of 8 samples at a time; 48 GB free",
+        text,
+    )
+    assert steps.training_memory(flux) is not None
+    assert steps.training_memory(replace(flux, finetune_steps=0)) is None
 
 
 def test_the_text_of_videos_is_data_too(tmp_path: Path) -> None:
@@ -123,14 +185,18 @@ def test_the_text_of_videos_is_data_too(tmp_path: Path) -> None:
 
 
 def test_memory_that_others_hold_is_not_free(flux: BuildSettings) -> None:
-    effort = replace(estimate(flux), device_bytes=70e9)
-    check_fits(flux, effort, free=80_000_000_000, total=80_000_000_000)
-    with pytest.raises(DyexportError, match=r"about 70 GB .* has 10 free; end what takes the rest of its 80"):
-        check_fits(flux, effort, free=10_000_000_000, total=80_000_000_000)
-    with pytest.raises(DyexportError, match=r"has 40 free; give --finetune-steps 0"):
-        check_fits(flux, effort, free=40_000_000_000, total=48_000_000_000)
-    with pytest.raises(DyexportError, match=r"--mixed_precision bf16` on up to 8 GPUs"):
-        check_fits(flux, replace(effort, device_bytes=1e12), free=200_000_000_000, total=200_000_000_000)
+    run, alone = run_of(flux), Launch()
+    check_fits(run, 48e9, 48e9, alone)
+    with pytest.raises(DyexportError, match=r"about 33 GB .* has 10 free; end what takes the rest of its 48"):
+        check_fits(run, 10e9, 48e9, alone)
+    with pytest.raises(DyexportError, match=r"has 24 free; give --base-precision int8, or give --finetune-steps 0"):
+        check_fits(run, 24e9, 24e9, alone)
+    with pytest.raises(DyexportError, match=r"has 23 free; give --base-precision nf4, or"):
+        check_fits(replace(run, base_precision="int8", distill=True), 23e9, 24e9, alone)
+    with pytest.raises(DyexportError, match=r"leave out --gradient-checkpointing and --micro-batch, or"):
+        check_fits(replace(run, checkpointing="off"), 48e9, 48e9, alone)
+    with pytest.raises(DyexportError, match=r"has 8 free; give --finetune-steps 0"):
+        check_fits(run, 8e9, 8e9, alone)
 
 
 def test_what_accelerate_cannot_do_here_is_said_before_anything_is_sampled(
@@ -169,6 +235,8 @@ def test_prompts_are_embedded_by_the_pipeline_beside_the_transformer(tmp_path: P
     assert embedded["encoder_hidden_states"].shape == (10, 16, 64)
     assert embedded["pooled_projections"].shape == (10, 32)
     assert not torch.equal(embedded["encoder_hidden_states"][0], embedded["encoder_hidden_states"][9])
+    release_memory()
+    assert not any(isinstance(held, CLIPTextModel | T5EncoderModel) for held in gc.get_objects())
     alone = embed_prompts(found, ("j",), tiny.preset)
     torch.testing.assert_close(embedded["encoder_hidden_states"][9:], alone["encoder_hidden_states"])
 
