@@ -7,7 +7,7 @@ averages.
 traced    all tensors that are alive, under torch's fake tensors: sizes are real, arithmetic is left out. Exact but for
           kernels' workspaces and fragments. Every depth is possible.
 resident  the same step with arithmetic, on a CPU: peak of resident memory (VmHWM), less that before the model was
-          made. At 512 px, where a step takes minutes.
+          made. At 256 px, where a step takes minutes.
 
     python -m benchmarks.training_memory
 
@@ -57,7 +57,7 @@ FULL = 19
 STEPS = 2
 CASES = {
     "traced": [(base, size) for size in (512, 1024) for base in ("bf16", "int8", "nf4")],
-    "resident": [(base, 512) for base in ("bf16", "nf4")],
+    "resident": [(base, 256) for base in ("bf16", "nf4")],
 }
 DEPTHS = {"traced": (1, 2, 3), "resident": (1, 2)}
 
@@ -231,26 +231,29 @@ def main() -> None:
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--methods", nargs="+", default=["traced", "resident"], choices=["traced", "resident"])
     parser.add_argument("--full", action="store_true", help="also trace all 19 + 38 blocks at 1024 px")
+    parser.add_argument("--bases", nargs="+", default=["bf16", "int8", "nf4"], choices=["bf16", "int8", "nf4"])
+    parser.add_argument("--sizes", nargs="+", default=[256, 512, 1024], type=int)
+    parser.add_argument("--depths", nargs="+", default=[1, 2, 3], type=int)
     options = parser.parse_args()
     if options.one:
         method, base, size, depth = options.one
         print(json.dumps(one(method, base, int(size), int(depth))))
         return
-    file = RESULTS / "training_memory.json"
-    points = json.loads(file.read_text())["points"] if file.exists() else []
     cases = [
         (method, base, size, depth)
         for method in options.methods
         for base, size in CASES[method]
         for depth in DEPTHS[method]
+        if base in options.bases and size in options.sizes and depth in options.depths
     ]
     cases += [("traced", base, 1024, FULL) for base in ("bf16", "nf4")] if options.full else []
+    file, names = RESULTS / "training_memory.json", ("method", "base", "size", "depth")
     for case in cases:
         print(*case, file=sys.stderr, flush=True)
-        names = ("method", "base", "size", "depth")
+        measured = in_process(*case)
+        points = json.loads(file.read_text())["points"] if file.exists() else []
         points = [point for point in points if tuple(point[name] for name in names) != case]
-        points.append(in_process(*case))
-        write(points)
+        write([*points, measured])
 
 
 if __name__ == "__main__":
