@@ -91,6 +91,8 @@ def describe_memory(run: FinetuningRun, free: float, launch: Launch) -> str:
 
 
 def _gb(count: float) -> str:
+    if count < 1e8:
+        return f"{count / 1e6:.1f} MB"
     return f"{count / 1e9:.1f} GB" if count < 1e10 else f"{count / 1e9:.0f} GB"
 
 
