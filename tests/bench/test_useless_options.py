@@ -91,7 +91,7 @@ NOT_READ = {
     "calibrate": OF_PLANS | OF_ENGINES | {"out": "x"},
     "plan": OF_PLANS | {"out": "x"},
     "export": OF_MODEL,
-    "bench": {"model": "dit-digits", "budget": "0.5", "random-weights": None, "engines": "2"},
+    "bench": {"model": "dit-digits", "random-weights": None, "engines": "2"},
 }
 STAGES = [(command, f"--{name}", value) for command, names in NOT_READ.items() for name, value in names.items()]
 
