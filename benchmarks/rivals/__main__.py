@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--train-steps", type=int, help="of the static model; default: its recipe's")
     parser.add_argument("--finetune-steps", type=int, help="of all others; default: the recipe's")
     parser.add_argument("--samples", type=int, default=1800, help="pictures of one evaluation")
-    parser.add_argument("--repeats", type=int, default=2, help="evaluations of every variant, from different noise")
+    parser.add_argument("--repeats", type=int, default=1, help="evaluations of every variant, from different noise")
     parser.add_argument("--batch", type=int, default=64, help="of timed calls")
     parser.add_argument("--rounds", type=int, default=10, help="of alternating blocks")
     parser.add_argument("--threads", type=int, help="of torch and of ONNX Runtime; default: torch's")

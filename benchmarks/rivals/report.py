@@ -82,10 +82,10 @@ class Report:
         return "\n".join(parts)
 
     def summary(self) -> str:
-        """Return the four rows for README and docs, with the command that makes them."""
-        budgets = [row.variant.budget for row in self.rows if row.variant.budget is not None]
+        """Return the table for README and docs, with the command that makes it."""
+        budgets = {row.variant.budget for row in self.rows if row.variant.budget is not None}
         steps = sorted({row.steps for row in self.rows}.intersection(SUMMARY_STEPS))
-        table = summary(self.rows, steps, max(budgets, default=0.5))
+        table = summary(self.rows, steps, sorted(budgets))
         assert self.sampling is not None, "the summary is of quality"
         samples = f"{self.repeats} x {self.sampling.samples} samples"
         return (

@@ -194,31 +194,33 @@ def _flat(row: Row) -> dict[str, Any]:
     }
 
 
-def summary(rows: Sequence[Row], steps: Sequence[int], budget: float) -> str:
-    """Return the four rows that answer "why not something else": what each scores, costs and takes at these steps.
+def summary(rows: Sequence[Row], steps: Sequence[int], budgets: Sequence[float]) -> str:
+    """Return four rows for each budget that answer "why not something else": what each scores, costs and takes.
 
-    Fewer steps of the control are those of equal FLOPs. The best distance of each number of steps is bold.
+    Fewer steps of the control are those of equal FLOPs. The best distance of each budget and number of steps is bold.
     """
     by_name = {(row.variant, row.steps): row for row in rows}
-    lines = {
-        title: [by_name.get((variant, fewer(each, budget) if variant.name == CONTROL else each)) for each in steps]
-        for title, variant in _summarized(rows, budget)
-    }
-    best = [_best([line[column] for line in lines.values()]) for column in range(len(steps))]
-    body = [(title, *map(_summary_cell, line, best)) for title, line in lines.items()]
+    body = []
+    for budget in sorted(budgets, reverse=True):
+        lines = {
+            title: [by_name.get((variant, fewer(each, budget) if variant.name == CONTROL else each)) for each in steps]
+            for title, variant in _summarized(rows, budget)
+        }
+        best = [_best([line[column] for line in lines.values()]) for column in range(len(steps))]
+        body += [(title, *map(_summary_cell, line, best)) for title, line in lines.items()]
     return as_markdown(("", *(f"{count} steps" for count in steps)), body)
 
 
 def _summarized(rows: Sequence[Row], budget: float) -> Iterator[tuple[str, Variant]]:
     """Yield titles and variants; of the caches the one that computes a share next to lambda."""
-    yield "fewer steps of the static model, trained as long, at equal FLOPs", Variant(name=CONTROL)
-    yield f"static slim network, lambda {budget:g}", Variant(name=WIDTHS, budget=budget)
+    yield f"as many FLOPs as lambda {budget:g}: fewer steps of the static model, trained as long", Variant(name=CONTROL)
     shares = {row.variant.share for row in rows if row.variant.name == REUSE and row.variant.share is not None}
     if shares:
         share = min(shares, key=lambda each: abs(each - budget))
         title = f"step cache on the static model: TeaCache's rule, {share:.0%} of outputs computed"
         yield title, Variant(name=REUSE, share=share)
-    yield f"dynamic, lambda {budget:g}", Variant(name=DYNAMIC, budget=budget)
+    yield f"static slim network, lambda {budget:g}", Variant(name=WIDTHS, budget=budget)
+    yield f"**dynamic, lambda {budget:g}**", Variant(name=DYNAMIC, budget=budget)
 
 
 def _best(rows: Sequence[Row | None]) -> float | None:

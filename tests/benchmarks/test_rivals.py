@@ -137,12 +137,12 @@ def rows() -> list[Row]:
     return rows_of(points, (0, 1), dense_gflops=0.01)
 
 
-def test_the_summary_has_four_rows_and_marks_the_best_whoever_it_is(rows: list[Row]) -> None:
-    lines = summary(rows, (8,), 0.5).splitlines()[2:]
-    assert len(lines) == 4
-    assert [("**0.130**" in line, "**0." in line) for line in lines] == [(False, False)] * 2 + [(True, True)] + [
+def test_the_summary_has_four_rows_for_each_budget_and_marks_the_best_whoever_it_is(rows: list[Row]) -> None:
+    lines = summary(rows, (8,), (0.5,)).splitlines()[2:]
+    assert [("**0.130**" in line, "**0." in line) for line in lines] == [(False, False), (True, True)] + [
         (False, False)
-    ]
+    ] * 2
+    assert len(summary(rows, (8,), (0.3, 0.5)).splitlines()[2:]) == 8
     assert "| 0.355 (0.350 to 0.360), cost 4.0 |" in lines[0]
 
 
