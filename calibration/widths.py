@@ -27,15 +27,18 @@ IMPORTANCE_POINTS = 32
 def read_widths(model: DynamicTransformer, timestep_range: tuple[float, float]) -> WidthTable:
     """Read the routers' decisions as a step function of t, its steps exact to fp32 resolution by bisection.
 
-    A gate that switches on and off again between two of the ``SAMPLES`` timesteps is not seen.
+    The end of the range is a timestep too: flow matching starts there. A gate that switches on and off again between
+    two of the ``SAMPLES`` timesteps is not seen.
     """
     if model.table is not None:
         return model.table.compressed()
     start, end = timestep_range
-    coarse = np.linspace(start, end, SAMPLES, endpoint=False, dtype=np.float32)
+    coarse = np.linspace(start, end, SAMPLES + 1, dtype=np.float32)
     masks = _gates(model, coarse)  # (S, U)
     cells, units = np.nonzero(masks[1:] != masks[:-1])
-    breaks = _bisect(model, coarse, masks, cells, units)
+    breaks = _bisect(model, coarse, masks, cells, units).astype(np.float64)
+    last = (float(np.nextafter(np.float32(end), np.float32(start))) + end) / 2  # between the last two values of fp32
+    breaks = np.minimum(breaks, last)  # a gate may switch at the end itself
     grid = np.unique(np.concatenate([[start], breaks]).astype(np.float64))
     middles = (grid + np.append(grid[1:], end)) / 2  # at the steps themselves rounding would decide
     heads, groups = _split(_gates(model, middles.astype(np.float32)), model)

@@ -139,7 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=1, help="evaluations of every variant, from different noise")
     parser.add_argument("--batch", type=int, default=64, help="of timed calls")
     parser.add_argument("--rounds", type=int, default=10, help="of alternating blocks")
-    parser.add_argument("--threads", type=int, default=1, help="of torch and of ONNX Runtime; pools of several engines spin")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of torch and of ONNX Runtime; pools of several engines spin"
+    )
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--train-only", action="store_true", help="train what is missing, and stop")
     only.add_argument("--no-train", action="store_true", help="report what is there, list what is missing")

@@ -185,7 +185,7 @@ def test_a_summary_that_lacks_seeds_is_not_published(rows: list[Row], tmp_path: 
         publish_summary(Report(rows=late, **settings), tmp_path, **places)
     assert not (tmp_path / "docs").exists()
     publish_summary(Report(rows=rows, **settings), tmp_path, **places)
-    assert "| dynamic, lambda 0.5 |" in page.read_text()
+    assert "| **dynamic, lambda 0.5** |" in page.read_text()
     assert (tmp_path / "docs" / chart).read_text() == "<svg/>"
 
 

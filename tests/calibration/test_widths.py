@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 
 from dyexport.calibration.tokens import measure_tokens
-from dyexport.calibration.widths import choose_widths, flops_ratio, meet_budget, read_widths, trajectory_points
+from dyexport.calibration.widths import (
+    SAMPLES,
+    choose_widths,
+    flops_ratio,
+    meet_budget,
+    read_widths,
+    trajectory_points,
+)
 from dyexport.errors import BudgetError
 from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicTransformer
@@ -34,6 +42,32 @@ def ratio_as_run(model: DynamicTransformer, inputs: NoisedInputs, points: int = 
         heads, groups, kept = output.heads.mean(-1), output.groups.mean(-1), output.tokens.mean(-1)
         ratios.append(float(((attention * heads + mlp * groups * kept) / (attention + mlp)).mean()))
     return float(np.mean(ratios))
+
+
+class SwitchingModel:
+    """One block, whose second head goes on at ``switch`` and whose second group goes off, for ``read_widths``."""
+
+    table, depth, heads, groups, device = None, 1, 2, 2, torch.device("cpu")
+
+    def __init__(self, switch: np.float32) -> None:
+        self.switch = float(switch)
+
+    def width_logits(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        on = torch.where(timestep >= self.switch, 1.0, -1.0)  # (B,)
+        first = torch.full_like(on, torch.inf)
+        return torch.stack([first, on], dim=-1)[:, None], torch.stack([first, -on], dim=-1)[:, None]
+
+
+@pytest.mark.parametrize("end", [1.0, 1000.0])
+@pytest.mark.parametrize("cells", [0.0, 0.3, 1.0, 1.5])
+def test_the_table_sees_a_switch_near_the_end_of_the_range(end: float, cells: float) -> None:
+    switch = np.float32(end * (1 - cells / SAMPLES))
+    before = np.nextafter(switch, np.float32(0))
+    table = read_widths(cast(DynamicTransformer, SwitchingModel(switch)), (0.0, end))
+    for t, on in ((before, False), (switch, True), (np.float32(end), True)):
+        row = table.row(float(t))
+        assert table.heads[row, 0].tolist() == [True, on], t
+        assert table.groups[row, 0].tolist() == [True, not on], t
 
 
 @torch.no_grad()
