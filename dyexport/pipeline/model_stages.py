@@ -168,6 +168,7 @@ def calibrated_model(run: Run, static: Outcome, dynamic: Outcome, data: Data) ->
     settings = run.settings
     inputs: dict[str, Any] = {"static": static.digest, "dynamic": dynamic.digest, "data": data.digest}
     inputs |= {"budget": settings.budget, "routers": settings.routers, "seed": settings.seed}
+    inputs["widths"] = "up to the end"  # older tables may lack a switch there
     if settings.calibrates_in_bf16:  # omitted at the default, so that older ledgers stay valid
         inputs["products"] = "bf16"
     if settings.repairs:
