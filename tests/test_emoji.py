@@ -173,4 +173,4 @@ def test_the_real_packages_fill_every_class() -> None:
     for split, count in emoji.QUOTA.items():
         loaded = load_emoji(split)  # type: ignore[arg-type]
         assert np.bincount(loaded.labels).tolist() == [count] * len(CLASSES)
-        assert loaded.pictures.std() > 0.3
+        assert loaded.pictures.std() > 0.2  # of [0, 1]; an empty canvas has 0
