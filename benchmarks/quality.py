@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -202,6 +202,28 @@ class Store:
             write_atomically(self.path(key), (json.dumps(make(), indent=1) + "\n").encode())
         value: dict[str, Any] = json.loads(self.path(key).read_text())
         return value
+
+
+def scores_by_steps(
+    trained: Trained,
+    spec: ModelSpec,
+    scorer: Scorer,
+    protocol: Protocol,
+    steps: Sequence[int],
+    store: Store,
+    lines: BuildListener,
+) -> dict[str, Any]:
+    """Return the scores of a model at each number of steps, as JSON values; those that the store has are not made."""
+    scores = {}
+    for count in steps:
+        at = protocol.at(count)
+
+        def make(at: Protocol = at) -> Mapping[str, Any]:
+            with reported(lines, "eval") as progress:
+                return asdict(scorer(trained.open(spec), at, progress)[0])
+
+        scores[str(count)] = store.read(at.key(trained.digest), make)
+    return scores
 
 
 def write_results(file: Path, value: Mapping[str, Any], markdown: str) -> None:

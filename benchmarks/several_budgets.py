@@ -27,7 +27,7 @@ from benchmarks.quality import (
     Store,
     Trained,
     default_train_steps,
-    reported,
+    scores_by_steps,
     train,
     write_results,
 )
@@ -70,9 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         protocol = Protocol(sampling=SamplingConfig(samples=options.samples, guidance=1.0), repeats=options.repeats)
         scorer, store = Scorer(family.spec), Store(family.work / "scores")
-        rows = [
-            scored(trained, labels, family, scorer, protocol, options.steps, store, lines) for labels, trained in models
-        ]
+        rows = []
+        for labels, trained in models:
+            assert trained.manifest is not None
+            scores = scores_by_steps(trained, family.spec, scorer, protocol, options.steps, store, lines)
+            rows.append({**labels, "flops_ratio": trained.manifest.plan.flops_ratio, "scores": scores})
     whole = {"model": options.model, **asdict(protocol), "steps": options.steps, "rows": rows, **stored_bytes(models)}
     write_results(options.results / f"several_budgets_{options.model}.json", whole, markdown(whole))
     print(markdown(whole))
@@ -100,30 +102,6 @@ def _opened(root: Path, budget: float) -> Trained:
     bundle = Bundle.open(root, budget=budget)
     digest = digest_of({name: record.sha256 for name, record in bundle.manifest.files.items()})
     return Trained(path=bundle.root, digest=digest, manifest=bundle.manifest)
-
-
-def scored(
-    trained: Trained,
-    labels: Mapping[str, Any],
-    family: Family,
-    scorer: Scorer,
-    protocol: Protocol,
-    steps: Sequence[int],
-    store: Store,
-    lines: StageLines,
-) -> dict[str, Any]:
-    """Return the labels of a model, its lambda, and its scores by number of steps."""
-    assert trained.manifest is not None
-    scores = {}
-    for count in steps:
-        at = protocol.at(count)
-
-        def make(at: Protocol = at) -> Mapping[str, Any]:
-            with reported(lines, "eval") as progress:
-                return asdict(scorer(trained.open(family.spec), at, progress)[0])
-
-        scores[str(count)] = store.read(at.key(trained.digest), make)
-    return {**labels, "flops_ratio": trained.manifest.plan.flops_ratio, "scores": scores}
 
 
 def stored_bytes(models: Sequence[tuple[Mapping[str, Any], Trained]]) -> dict[str, int]:

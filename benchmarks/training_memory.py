@@ -1,4 +1,4 @@
-"""What fine-tuning FLUX.1-dev takes: memory of a step against depth, at the model's real width.
+"""Memory of a step of fine-tuning FLUX.1-dev against depth, at the model's real width.
 
 For each storage of the base, picture size and depth a fresh process takes the first two steps of TD-LoRA fine-tuning
 with a micro-batch of one, recomputed blocks and random weights: dynamic and dense model, backward pass, AdamW and

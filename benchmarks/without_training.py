@@ -26,7 +26,7 @@ from benchmarks.quality import (
     Store,
     Trained,
     default_train_steps,
-    reported,
+    scores_by_steps,
     train,
     write_results,
 )
@@ -101,19 +101,13 @@ def scored(
     lines: StageLines,
 ) -> dict[str, Any]:
     """Return what a model costs, and its scores at each number of steps."""
-    row: dict[str, Any] = {"name": name, "flops_ratio": 1.0, "output_relative_mse": 0.0, "scores": {}}
-    if trained.manifest is not None:
-        row["flops_ratio"] = trained.manifest.plan.flops_ratio
-        row["output_relative_mse"] = trained.manifest.metrics["output_relative_mse"]
-    for count in steps:
-        at = protocol.at(count)
-
-        def make(at: Protocol = at) -> Mapping[str, Any]:
-            with reported(lines, "eval") as progress:
-                return asdict(scorer(trained.open(family.spec), at, progress)[0])
-
-        row["scores"][str(count)] = store.read(at.key(trained.digest), make)
-    return row
+    manifest = trained.manifest
+    return {
+        "name": name,
+        "flops_ratio": 1.0 if manifest is None else manifest.plan.flops_ratio,
+        "output_relative_mse": 0.0 if manifest is None else manifest.metrics["output_relative_mse"],
+        "scores": scores_by_steps(trained, family.spec, scorer, protocol, steps, store, lines),
+    }
 
 
 def markdown(whole: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ Optimizer = Literal["adamw", "adamw-8bit"]
 """Optimizer of training; with ``adamw-8bit`` the moments are stored in 8 bits."""
 
 Checkpointing = Literal["auto", "on", "off"]
-"""Whether a backward pass recomputes blocks; ``auto``: where the activations of a batch do not fit in memory."""
+"""Recomputation of blocks in a backward pass; ``auto``: where the activations of a batch do not fit in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

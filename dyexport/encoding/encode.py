@@ -53,7 +53,7 @@ class Sample:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What the row depends on."""
+        """Inputs that the row depends on."""
         return self.sha256, *self.size, self.mirrored, self.picture.label, self.caption
 
 
@@ -113,7 +113,7 @@ class Encoding:
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """What all shards depend on."""
+        """Inputs that all shards depend on."""
         return {
             "size": self.pictures.side,
             "buckets": self.settings.buckets,

@@ -22,7 +22,7 @@ CONFIG = "config.json"
 
 
 class VaeSource(NamedTuple):
-    """Where a VAE is: a directory or hub id, and a folder in it."""
+    """Place of a VAE: a directory or hub id, and a folder in it."""
 
     source: str
     subfolder: str | None
@@ -110,7 +110,7 @@ class EncodeSettings:
 
     @property
     def format(self) -> ScaledLatents:
-        """How pictures become latents."""
+        """Settings by which pictures become latents."""
         return ScaledLatents() if self.preset is None else get_latent_format(self.preset)
 
     @property

@@ -16,7 +16,7 @@ VERSION = 1
 
 
 class DataRecord(Frozen):
-    """What latents were encoded from.
+    """Record of what latents were encoded from.
 
     ``options`` decide what all shards hold, ``scaling`` what latents were shifted and scaled by. ``classes`` are names
     by label; None for captions. ``grids`` are rows and columns of tokens by shard, of those that are not of the model's

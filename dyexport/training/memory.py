@@ -61,7 +61,7 @@ class FinetuningRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """What ``accelerate launch`` decides: processes that share a batch, one device each, and mixed precision."""
+    """Choices of ``accelerate launch``: processes that share a batch, one device each, and mixed precision."""
 
     processes: int = 1
     precision: str = "no"
@@ -78,7 +78,7 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class Division:
-    """How a process runs its share of a batch: samples of one pass, and whether blocks are recomputed."""
+    """Division of a process's share of a batch: samples of one pass, and whether blocks are recomputed."""
 
     micro_batch: int
     checkpointing: bool
