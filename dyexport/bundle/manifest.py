@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Annotated
@@ -17,6 +18,7 @@ SCHEMA_VERSION = 3
 CONDITIONING = "conditioning"
 DENSE = "dense"
 DENSE_CONDITIONING = "dense-conditioning"  # absent where the static model's is the dynamic one's
+SHARED = frozenset({DENSE, DENSE_CONDITIONING})  # networks that all budgets of a bundle have in common
 BUDGETS = "budgets"  # folder of the other budgets, each a folder with a manifest
 
 
@@ -51,9 +53,16 @@ class FileRecord(Frozen):
     bytes: NonNegativeInt
 
 
-def budget_folder(budget: float) -> str:
-    """Return the folder of a budget that is not the bundle's default, from the root of the bundle."""
-    return f"{BUDGETS}/{budget:g}"
+def budget_folder(budget: float, version: int = 1) -> str:
+    """Return a folder for a budget that is not the bundle's default, from the root of the bundle.
+
+    Engines that are added to a bundle change its manifests, which then get folders of the next free version.
+    """
+    return f"{BUDGETS}/{budget:g}" if version == 1 else f"{BUDGETS}/{budget:g}-{version}"
+
+
+def _is_folder_of(folder: str, budget: float) -> bool:
+    return re.fullmatch(rf"{re.escape(budget_folder(budget))}(-[1-9]\d*)?", folder) is not None
 
 
 class Manifest(Frozen):
@@ -88,16 +97,28 @@ class Manifest(Frozen):
             raise ValueError("static widths need one segment without gates and token routers")
         if self.budgets and self.budget not in self.budgets:
             raise ValueError(f"the budget {self.budget} is none of {list(self.budgets)}")
-        if self.folder is not None and (self.budget is None or self.folder != budget_folder(self.budget)):
+        if self.folder is not None and (self.budget is None or not _is_folder_of(self.folder, self.budget)):
             raise ValueError(f"{self.folder} is not the folder of budget {self.budget}")
         problem = next(self._engine_problems(), None)
         if problem is not None:
             raise ValueError(problem)
         return self
 
+    @property
+    def own_engines(self) -> list[EngineRecord]:
+        """The engines of this budget: without those of networks that all budgets share, if it is not the default."""
+        return [engine for engine in self.engines if self.folder is None or engine.network not in SHARED]
+
     def place(self, name: str) -> str:
         """Return the path, from the root, of a file of which each budget has one."""
         return name if self.folder is None else f"{self.folder}/{name}"
+
+    def folder_of(self, budget: float) -> str | None:
+        """Return the folder of one of ``budgets``; None for the default one. Asks the manifest at the root."""
+        if budget == self.budget:
+            return None
+        folders = ("/".join(PurePosixPath(name).parts[:2]) for name in self.files)
+        return next((folder for folder in folders if _is_folder_of(folder, budget)), budget_folder(budget))
 
     def _engine_problems(self) -> Iterator[str]:
         known = {segment_name(index) for index in range(len(self.plan.segments))}

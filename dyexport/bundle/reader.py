@@ -8,7 +8,8 @@ graphs/weights.bin            the weight store
 calibration/widths.safetensors, calibration/tokens.safetensors
 calibration/ranges.json       largest input magnitudes of quantized linear layers
 golden.safetensors            inputs and the outputs of the masked model, for ``dyexport verify``; absent in old bundles
-budgets/0.3/ ...              of a bundle of several budgets: the manifest, calibration and golden data of another one
+budgets/0.3/ ...              of a bundle of several budgets: the manifest, calibration and golden data of another one;
+                              budgets/0.3-2 once engines were added
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dyexport.bundle.manifest import FileRecord, Manifest, budget_folder
+from dyexport.bundle.manifest import FileRecord, Manifest
 from dyexport.bundle.manifest_file import MANIFEST, TOKENS, WIDTHS, read_manifest
 from dyexport.bundle.plan import ALLOCATES
 from dyexport.bundle.records import REPLACE
@@ -104,6 +105,17 @@ class Bundle:
     def whole(self) -> Bundle:
         """Return the bundle at its default budget, whose files are all files. Hashes are not checked again."""
         return self if self.base == self.root else Bundle.open(self.base, check_hashes=False)
+
+    def at_each_budget(self) -> list[Bundle]:
+        """Return the bundle at each of its budgets, the default one first. Hashes are not checked again."""
+        default = self.whole()
+        others = [budget for budget in default.manifest.budgets if budget != default.manifest.budget]
+        return [default, *(Bundle.open(default.root, budget=budget, check_hashes=False) for budget in others)]
+
+    @property
+    def label(self) -> str:
+        """What tells the files of one of several budgets apart: ``0.3``; '' for the default budget."""
+        return "" if self.manifest.folder is None else f"{self.manifest.budget:g}"
 
     def path(self, name: str) -> Path:
         """Return the path of a file of which each budget has one, such as its tables."""
@@ -205,8 +217,8 @@ def root_at(root: Path, budget: float) -> Path:
     if budget not in manifest.budgets:
         raise UsageError(f"budget is {budget:g}; {root} {_known_budgets(manifest)}")
     base = base_of(root, manifest)
-    default = read_manifest(base / MANIFEST).budget
-    return base if budget == default else base / budget_folder(budget)
+    folder = read_manifest(base / MANIFEST).folder_of(budget)
+    return base if folder is None else base / folder
 
 
 def _digest(path: Path) -> str | None:

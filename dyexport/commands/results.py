@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dyexport.bundle.manifest import DENSE, budget_folder
+from dyexport.bundle.manifest import DENSE
 from dyexport.bundle.manifest_file import MANIFEST, read_manifest
 from dyexport.bundle.plan import ALLOCATES
 from dyexport.bundle.targets import TARGETS
@@ -29,8 +29,8 @@ def plan_costs(plan: SegmentPlan) -> dict[str, Any]:
 
 def other_budgets(out: Path, manifest: Manifest) -> list[dict[str, Any]]:
     """Return FLOPs ratios and metrics of a bundle's budgets other than its default one."""
-    folders = [out / budget_folder(budget) for budget in manifest.budgets if budget != manifest.budget]
-    others = [read_manifest(folder / MANIFEST) for folder in folders]
+    folders = [folder for budget in manifest.budgets if (folder := manifest.folder_of(budget)) is not None]
+    others = [read_manifest(out / folder / MANIFEST) for folder in folders]
     return [{"budget": other.budget, **plan_costs(other.plan), **other.metrics} for other in others]
 
 

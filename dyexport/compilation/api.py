@@ -9,14 +9,13 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 
-from dyexport.bundle.manifest import Manifest
 from dyexport.bundle.manifest_file import MANIFEST, read_manifest
-from dyexport.bundle.reader import Bundle
+from dyexport.bundle.reader import Bundle, base_of
 from dyexport.bundle.targets import ONNX, TARGETS
 from dyexport.bundle.token_paths import token_path_refusal
 from dyexport.compilation.base import Compiler, EngineJob
 from dyexport.compilation.install import check_can_grow, finish_install, install, work_folder, working_folder
-from dyexport.compilation.jobs import ENGINES, builders_at_once, bundle_jobs, compile_jobs
+from dyexport.compilation.jobs import ENGINES, builders_at_once, bundle_jobs, compile_jobs, network_name
 from dyexport.compilation.registry import CompileOptions, get_compiler
 from dyexport.compilation.settings import CompileSettings
 from dyexport.compilation.warming import Announce, announce_nothing, warm_engines
@@ -34,8 +33,9 @@ from dyexport.stages.locking import locked_output
 class CompiledTarget:
     """Result for one target: the networks that were compiled, with seconds, and those that were ``up_to_date``.
 
-    ``elapsed`` is the wall time of this run in seconds; engines are compiled at the same time. ``bytes`` are those of
-    the target's engines in the bundle.
+    Networks of a budget that is not the default one have its label: ``segment-00@0.3``. ``elapsed`` is the wall time of
+    this run in seconds; engines are compiled at the same time. ``bytes`` are those of the target's engines in the
+    bundle.
     """
 
     target: str
@@ -72,7 +72,7 @@ def compile_engines(
     Raises ``UsageError`` for an option that no target has, ``StorageError`` for a bundle that is read-only or being
     written, ``MissingDependencyError`` without a builder, and ``EngineBuildError`` if it refuses a graph.
     """
-    root = bundle.root if isinstance(bundle, Bundle) else Path(bundle)
+    root = bundle.base if isinstance(bundle, Bundle) else Path(bundle)
     settings = CompileSettings(
         targets=(target,) if isinstance(target, str) else tuple(target),
         tensorrt=TensorrtSettings(
@@ -91,33 +91,37 @@ def compile_bundle(
     """Compile the graphs of a bundle for each target of ``settings``. Raises as ``compile_engines`` does."""
     root = Path(os.path.realpath(path))
     manifest = read_manifest(root / MANIFEST)  # refuses anything else before a builder is loaded
+    root = base_of(root, manifest)
     settings.check_for(manifest)
     targets = tuple(dict.fromkeys(settings.targets))
     compilers = {target: _compiler(target, settings) for target in targets if TARGETS[target].compiled}
     if len(compilers) == len(targets) and not work_folder(root).exists():
-        bundle = _checked(root)
-        if not any(stale_jobs(bundle, compiler) for compiler in compilers.values()):
-            return [_up_to_date(bundle, target, listener) for target in targets]
+        bundles = _checked(root)
+        if not any(stale_jobs(bundle, compiler) for compiler in compilers.values() for bundle in bundles):
+            return [_up_to_date(bundles, target, listener) for target in targets]
     if not compilers:  # nothing is added to the bundle
-        bundle = _checked(root)
-        return [_warm(bundle, target, settings, listener, announce) for target in targets]
+        bundles = _checked(root)
+        return [_warm(bundles, target, settings, listener, announce) for target in targets]
     check_can_grow(root)
     with locked_output(root):
         finish_install(root)
         _checked(root)
         with working_folder(root) as work:
             return [
-                _compile_target(Bundle.open(root), compilers[target], work, settings, listener, announce)
+                _compile_target(
+                    Bundle.open(root).at_each_budget(), compilers[target], work, settings, listener, announce
+                )
                 if target in compilers
-                else _warm(Bundle.open(root), target, settings, listener, announce)
+                else _warm(Bundle.open(root).at_each_budget(), target, settings, listener, announce)
                 for target in targets
             ]
 
 
-def _checked(root: Path) -> Bundle:
-    bundle = Bundle.open(root)
-    check_networks(bundle, ONNX)
-    return bundle
+def _checked(root: Path) -> list[Bundle]:
+    bundles = Bundle.open(root).at_each_budget()
+    for bundle in bundles:
+        check_networks(bundle, ONNX)
+    return bundles
 
 
 def _compiler(target: str, settings: CompileSettings) -> Compiler:
@@ -126,34 +130,47 @@ def _compiler(target: str, settings: CompileSettings) -> Compiler:
 
 
 def _compile_target(
-    bundle: Bundle,
+    bundles: Sequence[Bundle],
     compiler: Compiler,
     work: Path,
     settings: CompileSettings,
     listener: BuildListener,
     announce: Announce,
 ) -> CompiledTarget:
+    """Compile the networks of a bundle at each budget, the default one first, for one target."""
     target = compiler.target
-    _check_token_path(bundle, target)
-    stale = stale_jobs(bundle, compiler)
-    if not stale:
-        return _up_to_date(bundle, target, listener)
-    at_once = builders_at_once(compiler, stale, at_once=settings.jobs)
-    announce(target, len(stale), at_once, other_options(bundle, compiler, stale))
-    begin = perf_counter()
-    outcomes = compile_jobs(Ledger(work, listener), compiler, stale, partial(_progress, listener), at_once=at_once)
-    current = frozenset(engines_of(bundle, target)) - {job.network for job in stale}
-    manifest = install(bundle, target, outcomes, current)
+    _check_token_path(bundles, target)
+    before = _networks(bundles, target)
+    stale = [stale_jobs(bundle, compiler) for bundle in bundles]
+    jobs = [job for each in stale for job in each]
+    if not jobs:
+        return _up_to_date(bundles, target, listener)
+    options = (
+        option for bundle, each in zip(bundles, stale, strict=True) for option in other_options(bundle, compiler, each)
+    )
+    announce(target, len(jobs), builders_at_once(compiler, jobs, at_once=settings.jobs), tuple(dict.fromkeys(options)))
+    begin, ledger = perf_counter(), Ledger(work, listener)
+    progress = partial(_progress, listener)
+    outcomes = [
+        compile_jobs(ledger, compiler, each, progress, at_once=settings.jobs, label=bundle.label)
+        for bundle, each in zip(bundles, stale, strict=True)
+    ]
+    manifest = install(target, list(zip(bundles, outcomes, strict=True)))
     with storage_errors(work):
         remove(work / ENGINES / target)
-    for name in manifest.files.keys() - bundle.manifest.files.keys():
-        remember(bundle.root / name, manifest.files[name].sha256)
+    for name in manifest.files.keys() - bundles[0].manifest.files.keys():
+        remember(bundles[0].root / name, manifest.files[name].sha256)
+    seconds = {
+        network_name(name, bundle.label): outcome.made_in or outcome.seconds
+        for bundle, each in zip(bundles, outcomes, strict=True)
+        for name, outcome in each.items()
+    }
     return CompiledTarget(
         target=target,
-        seconds={name: outcome.made_in or outcome.seconds for name, outcome in outcomes.items()},
+        seconds=seconds,
         elapsed=perf_counter() - begin,
-        up_to_date=tuple(sorted(current)),
-        bytes=_bytes(manifest, target),
+        up_to_date=tuple(sorted(name for name in before if name not in seconds)),
+        bytes=_bytes(Bundle.open(bundles[0].root, check_hashes=False).at_each_budget(), target),
     )
 
 
@@ -175,35 +192,46 @@ def other_options(bundle: Bundle, compiler: Compiler, stale: Sequence[EngineJob]
 
 
 def engines_of(bundle: Bundle, target: str) -> dict[str, Path]:
-    """Return the engine files of a target, by network; none if the bundle has none."""
-    return {e.network: bundle.root / e.path for e in bundle.manifest.engines if e.target == target}
+    """Return the engine files of a target, by network, that are of the bundle's budget; none if it has none."""
+    return {e.network: bundle.base / e.path for e in bundle.manifest.own_engines if e.target == target}
 
 
-def _up_to_date(bundle: Bundle, target: str, listener: BuildListener) -> CompiledTarget:
-    engines = engines_of(bundle, target)
-    for network in engines:
+def _networks(bundles: Sequence[Bundle], target: str) -> list[str]:
+    """Return the networks that have engines, at each budget."""
+    return [network_name(name, bundle.label) for bundle in bundles for name in engines_of(bundle, target)]
+
+
+def _up_to_date(bundles: Sequence[Bundle], target: str, listener: BuildListener) -> CompiledTarget:
+    networks = _networks(bundles, target)
+    for network in networks:
         listener.finished(f"{target} {network}", 0.0, reused=True)
-    size = _bytes(bundle.manifest, target)
-    return CompiledTarget(target=target, seconds={}, elapsed=0.0, up_to_date=tuple(engines), bytes=size)
+    size = _bytes(bundles, target)
+    return CompiledTarget(target=target, seconds={}, elapsed=0.0, up_to_date=tuple(networks), bytes=size)
 
 
-def _bytes(manifest: Manifest, target: str) -> int:
-    return sum(manifest.files[engine.path].bytes for engine in manifest.engines if engine.target == target)
+def _bytes(bundles: Sequence[Bundle], target: str) -> int:
+    files = bundles[0].manifest.files
+    engines = (engine for bundle in bundles for engine in bundle.manifest.engines if engine.target == target)
+    return sum(files[path].bytes for path in {engine.path for engine in engines})
 
 
 def _progress(listener: BuildListener, stage: str) -> Progress:
     return partial(listener.advanced, stage)
 
 
-def _check_token_path(bundle: Bundle, target: str) -> None:
-    if (refusal := token_path_refusal(bundle.manifest.plan, target)) is not None:
-        raise EngineBuildError(f"{bundle.root} {refusal}")
+def _check_token_path(bundles: Sequence[Bundle], target: str) -> None:
+    for bundle in bundles:
+        if (refusal := token_path_refusal(bundle.manifest.plan, target)) is not None:
+            raise EngineBuildError(f"{bundle.root} {refusal}")
 
 
 def _warm(
-    bundle: Bundle, target: str, settings: CompileSettings, listener: BuildListener, announce: Announce
+    bundles: Sequence[Bundle], target: str, settings: CompileSettings, listener: BuildListener, announce: Announce
 ) -> CompiledTarget:
-    _check_token_path(bundle, target)
+    _check_token_path(bundles, target)
     begin = perf_counter()
-    seconds = warm_engines(bundle, target, settings.device or "cuda", listener, announce)
+    seconds: dict[str, float] = {}
+    for bundle in bundles:
+        warmed = warm_engines(bundle, target, settings.device or "cuda", listener, announce)
+        seconds |= {network_name(name, bundle.label): taken for name, taken in warmed.items()}
     return CompiledTarget(target=target, seconds=seconds, elapsed=perf_counter() - begin, up_to_date=(), bytes=0)

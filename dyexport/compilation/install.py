@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from pydantic import ValidationError
 
-from dyexport.bundle.manifest import BundlePath, EngineRecord, FileRecord, Manifest
+from dyexport.bundle.manifest import BundlePath, Manifest
 from dyexport.bundle.manifest_file import MANIFEST, files_of, manifest_text
 from dyexport.bundle.reader import Bundle, hub_blobs
 from dyexport.bundle.records import Frozen
-from dyexport.bundle.targets import TARGETS
-from dyexport.compilation.jobs import ENGINES
+from dyexport.compilation.additions import Addition, default_manifest
+from dyexport.compilation.jobs import ENGINES, engine_folder
 from dyexport.digests import remember
 from dyexport.errors import StorageError
 from dyexport.files import (
@@ -88,39 +88,45 @@ def check_can_grow(root: Path) -> None:
         ) from error
 
 
-def install(bundle: Bundle, target: str, engines: Mapping[str, Outcome], keep: frozenset[str]) -> Manifest:
-    """Add engines to a bundle, by network, instead of those of ``target`` whose networks are not in ``keep``.
+def install(target: str, engines: Sequence[tuple[Bundle, Mapping[str, Outcome]]]) -> Manifest:
+    """Add engines to a bundle, instead of those of ``target`` of the same networks.
 
-    Returns the new manifest. Raises ``StorageError`` if the disk is full.
+    ``engines`` are those of the bundle at each budget, the default one first, by network. Returns the manifest of the
+    default budget. Raises ``StorageError`` if the disk is full.
     """
-    root, old = bundle.root, bundle.manifest
-    journal = work_folder(root) / JOURNAL
-    folder = _free_folder(root, f"{ENGINES}/{target}", engines)
-    places = {name: f"{folder}/{name}" for name in engines}
-    kept = [engine for engine in old.engines if engine.target != target or engine.network in keep]
-    added = [
-        EngineRecord(target=target, network=name, path=f"{place}/{TARGETS[target].file}")
-        for name, place in places.items()
-    ]
-    replaced = files_of_engines(old, [engine for engine in old.engines if engine not in kept])
-    files = {name: record for name, record in old.files.items() if name not in replaced}
-    for name, place in places.items():
-        files |= {f"{place}/{part}": record for part, record in engines[name].files.items()}
-    new = _manifest_with(old, [*kept, *added], files)
+    root = engines[0][0].root
+    folders = [engine_folder(name, bundle.label) for bundle, outcomes in engines for name in outcomes]
+    place = _free_folder(root, f"{ENGINES}/{target}", folders)
+    default, *others = (
+        Addition(bundle=bundle, target=target, engines=outcomes, place=place) for bundle, outcomes in engines
+    )
+    manifests = {each.folder: each.manifest_at(each.folder, default) for each in others}
+    new = default_manifest(default, others, manifests)
+    added = [name for each in (default, *others) for name in each.places.values()]
+    replaced = {name for each in (default, *others) for name in each.replaced}
     with storage_errors(root):
-        planned = Journal(added=tuple(places.values()), replaced=tuple(sorted(replaced)))
-        write_atomically(journal, planned.model_dump_json(indent=1).encode())
-        for name, place in places.items():
-            _place(engines[name], root / place)
+        planned = Journal(added=(*added, *manifests), replaced=tuple(sorted(replaced)))
+        write_atomically(work_folder(root) / JOURNAL, planned.model_dump_json(indent=1).encode())
+        for each in (default, *others):
+            for name, folder in each.places.items():
+                _place(each.engines[name], root / folder)
+        for each in others:
+            _place_manifest(each, manifests[each.folder])
         write_atomically(root / MANIFEST, manifest_text(new))
     finish_install(root)
     return new
 
 
-def _manifest_with(manifest: Manifest, engines: list[EngineRecord], files: dict[str, FileRecord]) -> Manifest:
-    """Return a manifest with other engines, checked."""
-    changed = {"engines": tuple(engines), "files": dict(sorted(files.items()))}
-    return Manifest.model_validate(manifest.model_copy(update=changed).model_dump())
+def _place_manifest(addition: Addition, manifest: Manifest) -> None:
+    """Write the new manifest of a budget that is not the default one, with its tables, into a new folder."""
+    root, old = addition.bundle.base, addition.bundle.root
+    with replacing(root / addition.folder) as partial:
+        for name in addition.tables:
+            copy = partial / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if not hard_linked(old / name, copy):
+                shutil.copyfile(old / name, copy)
+        (partial / MANIFEST).write_bytes(manifest_text(manifest))
 
 
 def finish_install(root: Path) -> None:
@@ -148,21 +154,10 @@ def _read_journal(journal: Path) -> Journal:
         return Journal()
 
 
-def _free_folder(root: Path, wanted: str, networks: Iterable[str]) -> str:
-    """Return a folder in which no network has a folder yet: the one wanted, or one with a number."""
+def _free_folder(root: Path, wanted: str, engines: Iterable[str]) -> str:
+    """Return a folder in which no engine has a folder yet: the one wanted, or one with a number."""
     names = (wanted if number == 1 else f"{wanted}-{number}" for number in count(1))
-    return next(name for name in names if not any(os.path.lexists(root / name / network) for network in networks))
-
-
-def files_of_engines(manifest: Manifest, engines: list[EngineRecord]) -> set[str]:
-    """Return the files of engines: each engine file, and in a folder of engines its description."""
-    return {name for engine in engines for name in _files_of_engine(manifest, PurePosixPath(engine.path))}
-
-
-def _files_of_engine(manifest: Manifest, path: PurePosixPath) -> Iterator[str]:
-    yield str(path)
-    if path.parts[0] == ENGINES and len(path.parts) > 3:
-        yield from (name for name in manifest.files if PurePosixPath(name).parent == path.parent)
+    return next(name for name in names if not any(os.path.lexists(root / name / engine) for engine in engines))
 
 
 def _place(engine: Outcome, place: Path) -> None:

@@ -34,8 +34,10 @@ def make_jobs(networks: BundleNetworks, graphs: Mapping[str, Path]) -> list[Engi
 
 
 def bundle_jobs(bundle: Bundle) -> list[EngineJob]:
-    """Return the jobs of an opened bundle."""
-    return make_jobs(BundleNetworks.of(bundle), bundle.engine_paths(ONNX))
+    """Return the jobs of an opened bundle. Networks that all budgets share are those of the default budget."""
+    own = {engine.network for engine in bundle.manifest.own_engines}
+    graphs = {name: path for name, path in bundle.engine_paths(ONNX).items() if name in own}
+    return make_jobs(BundleNetworks.of(bundle), graphs)
 
 
 def compile_jobs(
@@ -75,7 +77,7 @@ def engine_stage(
 ) -> Stage:
     """Return the stage of one engine: it depends on the graph, its own weights, the builder and the request."""
     name = f"{compiler.target} {job.network}"
-    full_name = f"{name}@{label}" if label else name
+    full_name = f"{compiler.target} {network_name(job.network, label)}"
     inputs = {
         "graph": digest_of({".": job.graph_sha256}),  # as a ledger identifies a stage of one file
         "weights": weights_digest(job.weights),
@@ -86,8 +88,18 @@ def engine_stage(
     def make(out: Path) -> None:
         pool.submit(full_name, run_compiler, compiler, job, out, progress=progress(name))
 
-    folder = f"{label}-{job.network}" if label else job.network
+    folder = engine_folder(job.network, label)
     return Stage(name=full_name, output=f"{ENGINES}/{compiler.target}/{folder}", inputs=inputs, make=make)
+
+
+def network_name(network: str, label: str = "") -> str:
+    """Return the name of a network in reports; ``label`` is that of one of several budgets."""
+    return f"{network}@{label}" if label else network
+
+
+def engine_folder(network: str, label: str = "") -> str:
+    """Return the name of the folder of one engine; ``label`` is that of one of several budgets."""
+    return f"{label}-{network}" if label else network
 
 
 def run_compiler(compiler: Compiler, job: EngineJob, out: Path, *, progress: Progress) -> None:

@@ -42,15 +42,7 @@ class CompileSettings:
                 raise UsageError(f"{name} does nothing for {' and '.join(self.targets)}; leave it out")
 
     def check_for(self, manifest: Manifest) -> None:
-        """Raise ``UsageError`` for a profile with a dimension that the networks of a bundle do not have.
-
-        Engines cannot be added to a bundle of several budgets.
-        """
-        if manifest.budgets:
-            raise UsageError(
-                f"the bundle has {len(manifest.budgets)} budgets, and engines are added to bundles of one; "
-                "give --target to `dyexport build` instead, or build each budget by itself"
-            )
+        """Raise ``UsageError`` for a profile with a dimension that the networks of a bundle do not have."""
         check_profiles(manifest.model, manifest.plan.segments, self.tensorrt)
 
     def _given(self) -> list[tuple[Option, str]]:

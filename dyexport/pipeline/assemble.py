@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -13,9 +13,8 @@ from typing import NamedTuple
 from dyexport import __version__
 from dyexport.bundle.golden import GOLDEN
 from dyexport.bundle.manifest import (
-    DENSE,
-    DENSE_CONDITIONING,
     SCHEMA_VERSION,
+    SHARED,
     EngineRecord,
     FileRecord,
     Manifest,
@@ -24,10 +23,10 @@ from dyexport.bundle.manifest import (
 )
 from dyexport.bundle.manifest_file import MANIFEST, RANGES, TOKENS, WIDTHS, manifest_text, read_manifest
 from dyexport.bundle.plan import SegmentPlan
-from dyexport.bundle.reader import Bundle
+from dyexport.bundle.reader import Bundle, root_at
 from dyexport.bundle.targets import ONNX, TARGETS
 from dyexport.calibration.quantization import Ranges
-from dyexport.compilation.install import files_of_engines
+from dyexport.compilation.additions import files_of_engine, files_of_engines
 from dyexport.compilation.jobs import ENGINES
 from dyexport.digests import remember
 from dyexport.errors import BundleError, StorageError
@@ -74,15 +73,13 @@ def assemble_bundle(run: Run, store: Outcome, parts: Sequence[BudgetParts]) -> M
     linked = store.files["."].bytes >= run.link_store_from
     stored = {f"{GRAPHS}/{STORE}": Source.of(store, linked=linked)}
     default, *others = parts
-    files = {**stored, **_files(default, None)}
-    paths, dense = _engine_paths(default), _dense_engines(default)
-    if not settings.budgets:
-        kept = compiled_engines(settings.out, _records(files), set(default.engines))
-        paths |= {(engine.target, engine.network): engine.path for engine, _ in kept}
-        files |= {name: Source(settings.out / name, record) for _, found in kept for name, record in found.items()}
+    engines, own = _engines(default, stored, None)
+    files = {**stored, **own}
+    dense = [engine for engine in engines if engine.network in SHARED]
+    shared = {name: files[name] for engine in dense for name in files_of_engine(_records(files), engine)}
     for other in others:
-        files |= _other_budget(other, stored | {path: files[path] for path in dense.values()}, dense)
-    manifest = _manifest(default, None, paths, files)
+        files |= _other_budget(other, stored, dense, shared)
+    manifest = _manifest(default, None, engines, files)
     run.replaced = replaced_settings(settings.out, manifest)
     reused = assemble(settings.out, manifest, files)
     seconds = perf_counter() - start
@@ -99,23 +96,23 @@ def assemble_bundle(run: Run, store: Outcome, parts: Sequence[BudgetParts]) -> M
 
 
 def _other_budget(
-    parts: BudgetParts, shared: Mapping[str, Source], dense: Mapping[tuple[str, str], str]
+    parts: BudgetParts, stored: Mapping[str, Source], dense: Sequence[EngineRecord], shared: Mapping[str, Source]
 ) -> dict[str, Source]:
     """Return the files of a budget that is not the default one, and its manifest, which it writes.
 
-    ``shared`` are files of the default budget, among them the engines ``dense``.
+    ``stored`` is the weight store; ``dense`` are engines of the default budget, with the files ``shared``.
     """
     assert parts.run.settings.budget is not None
     folder = budget_folder(parts.run.settings.budget)
-    files = _files(parts, folder)
-    manifest = _manifest(parts, folder, {**dense, **_engine_paths(parts)}, {**shared, **files})
+    engines, files = _engines(parts, stored, folder)
+    manifest = _manifest(parts, folder, [*dense, *engines], {**stored, **shared, **files})
     path = parts.run.settings.work / parts.run.file(MANIFEST)
     write_atomically(path, manifest_text(manifest))
     return {**files, f"{folder}/{MANIFEST}": Source(path, describe(path)["."])}
 
 
 def _manifest(
-    parts: BudgetParts, folder: str | None, paths: Mapping[tuple[str, str], str], files: Mapping[str, Source]
+    parts: BudgetParts, folder: str | None, engines: Sequence[EngineRecord], files: Mapping[str, Source]
 ) -> Manifest:
     settings, model, plan = parts.run.settings, parts.model, parts.plan
     if parts.ranges is not None:
@@ -130,7 +127,7 @@ def _manifest(
         folder=folder,
         widths=settings.planned_widths,
         plan=plan,
-        engines=tuple(EngineRecord(target=t, network=name, path=path) for (t, name), path in paths.items()),
+        engines=tuple(engines),
         reference=Reference(path=reference, sha256=model.calibrated.digest),
         metrics=dict(model.metrics),
         files=dict(sorted(_records(files).items())),
@@ -155,46 +152,67 @@ def _files(parts: BudgetParts, folder: str | None) -> dict[str, Source]:
     return files
 
 
-def _engine_paths(parts: BudgetParts) -> dict[tuple[str, str], str]:
-    """Return the place of each engine, by target and network."""
-    paths = {(ONNX, name): f"{GRAPHS}/{outcome.path.name}" for name, outcome in parts.graphs.items()}
-    for target, engines in parts.engines.items():
-        for name, outcome in engines.items():
-            paths[target, name] = f"{ENGINES}/{target}/{outcome.path.name}/{TARGETS[target].file}"
-    return paths
+def _engines(
+    parts: BudgetParts, stored: Mapping[str, Source], folder: str | None
+) -> tuple[list[EngineRecord], dict[str, Source]]:
+    """Return the engines of one budget, those too that ``dyexport compile`` has added, and the files of the budget.
 
-
-def _dense_engines(parts: BudgetParts) -> dict[tuple[str, str], str]:
-    """Return the places of the engines of the dense network, which all budgets share."""
-    return {key: path for key, path in _engine_paths(parts).items() if key[1] in (DENSE, DENSE_CONDITIONING)}
+    ``stored`` is the weight store; tables and golden data are in ``folder``.
+    """
+    out, files = parts.run.settings.out, _files(parts, folder)
+    engines = [
+        EngineRecord(target=ONNX, network=name, path=f"{GRAPHS}/{outcome.path.name}")
+        for name, outcome in parts.graphs.items()
+    ]
+    graphs = {name: source.record for name, source in files.items() if name.startswith(f"{GRAPHS}/")}
+    engines += [
+        EngineRecord(target=target, network=name, path=f"{ENGINES}/{target}/{outcome.path.name}/{TARGETS[target].file}")
+        for target, outcomes in parts.engines.items()
+        for name, outcome in outcomes.items()
+    ]
+    for engine, records in compiled_engines(parts, graphs | _records(stored)):
+        engines.append(engine)
+        files |= {name: Source(out / name, record) for name, record in records.items()}
+    return engines, files
 
 
 def compiled_engines(
-    out: Path, files: Mapping[str, FileRecord], targets: Collection[str]
+    parts: BudgetParts, graphs: Mapping[str, FileRecord]
 ) -> list[tuple[EngineRecord, dict[str, FileRecord]]]:
-    """Return the engines of other ``targets`` that the bundle at ``out`` has for the same graphs, and their files.
+    """Return the engines of other targets that the bundle has for the same ``graphs`` of a budget, and their files.
 
     ``dyexport compile`` adds such engines to a bundle; a build that leaves its graphs as they are keeps them, unless
     their files are damaged.
     """
-    try:
-        old = read_manifest(out / MANIFEST)
-    except BundleError:
+    settings = parts.run.settings
+    old = _manifest_at(settings.out, settings.budget)
+    if old is None or _graphs(old) != graphs:
         return []
-    if _graphs(old.files) != _graphs(files):
-        return []
-    engines = [engine for engine in old.engines if engine.target not in {ONNX, *targets}]
-    kept = [(engine, {name: old.files[name] for name in files_of_engines(old, [engine])}) for engine in engines]
+    others = [engine for engine in old.own_engines if engine.target not in {ONNX, *parts.engines}]
+    kept = [(engine, {name: old.files[name] for name in files_of_engines(old, [engine])}) for engine in others]
     damaged = {
         engine.target
         for engine, records in kept
-        if any(any(damage(out / name, {".": record})) for name, record in records.items())
+        if any(any(damage(settings.out / name, {".": record})) for name, record in records.items())
     }
     return [(engine, records) for engine, records in kept if engine.target not in damaged]
 
 
-def _graphs(files: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
-    return {name: record for name, record in files.items() if name.startswith(f"{GRAPHS}/")}
+def _manifest_at(out: Path, budget: float | None) -> Manifest | None:
+    """Return the manifest of a budget of the bundle at ``out``, where there is one."""
+    try:
+        manifest = read_manifest(out / MANIFEST)
+        if budget is None or budget == manifest.budget:
+            return manifest
+        return read_manifest(root_at(out, budget) / MANIFEST) if budget in manifest.budgets else None
+    except BundleError:
+        return None
+
+
+def _graphs(manifest: Manifest) -> dict[str, FileRecord]:
+    """Return the records of the weight store and of the graphs of a budget."""
+    graphs = [engine.path for engine in manifest.own_engines if engine.target == ONNX]
+    return {name: manifest.files[name] for name in (f"{GRAPHS}/{STORE}", *graphs)}
 
 
 def assemble(out: Path, manifest: Manifest, files: Mapping[str, Source]) -> bool:

@@ -42,6 +42,11 @@ def describe(path: Path) -> dict[str, FileRecord]:
     }
 
 
+def record_of(content: bytes) -> FileRecord:
+    """Return the record of a file with these bytes."""
+    return FileRecord(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+
+
 def damage(path: Path, records: Mapping[str, FileRecord]) -> Iterator[str]:
     """Yield what differs between ``path`` and the records of its files."""
     for name, record in records.items():

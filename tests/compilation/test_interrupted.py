@@ -103,17 +103,24 @@ class Start(NamedTuple):
     undisturbed: dict[str, str]
 
 
-@pytest.fixture(scope="module")
-def start(rtx: Any, shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
-    folder = tmp_path_factory.mktemp("start")
-    root = copy_of(built_once(shared_folder / "two-networks", token_path="dynamic"), folder)
+SEVERAL = pytest.param((0.5, 0.3), marks=pytest.mark.slow, id="budgets")
+
+
+@pytest.fixture(scope="module", params=[pytest.param((), id="one"), SEVERAL])
+def start(
+    rtx: Any, shared_folder: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Start:
+    folder, budgets = tmp_path_factory.mktemp("start"), request.param
+    built = built_once(shared_folder / f"two-networks-{len(budgets)}", token_path="dynamic", budgets=budgets)
+    root = copy_of(built, folder)
     compile_for(root, tensorrt=BLACKWELL)
     old = Bundle.open(root)
     compiler = get_compiler(RTX, CompileOptions(tensorrt=ADA), folder / "timings")
     ledger = Ledger(work_folder(root), NullListener())
-    compile_jobs(ledger, compiler, bundle_jobs(old), lambda stage: lambda done, total: None)
+    for each in old.at_each_budget():
+        compile_jobs(ledger, compiler, bundle_jobs(each), lambda stage: lambda done, total: None, label=each.label)
     (root / "notes.txt").write_text("mine")
-    place = folder.with_name("undisturbed")
+    place = folder.with_name(f"{folder.name}-undisturbed")
     shutil.copytree(folder, place)
     compile_for(place / "bundle")
     return Start(folder, old.manifest, Bundle.open(place / "bundle").manifest, hashes(place))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ import torch
 import dyexport
 from dyexport.bundle.reader import Bundle
 from dyexport.checkpoints.dynamic import load_dynamic
-from dyexport.compilation.api import compile_engines
 from dyexport.errors import BudgetError, BundleError, UsageError
 from dyexport.models.inputs import NoisedInputs
 from dyexport.pipeline.build import finetune_model, opened
@@ -57,6 +57,16 @@ def test_every_budget_equals_its_masked_model(bundle: Bundle, budget: float) -> 
     assert report.passed
     assert report.max_abs_error < 1e-4
     assert verify_bundle(root, VerifySettings(), golden_only=True).passed
+
+
+@pytest.mark.parametrize("form", [{"widths": "static"}, {"quantize": "int8"}], ids=["static", "int8"])
+def test_every_budget_of_other_forms_equals_its_masked_model(form: dict[str, Any], tmp_path: Path) -> None:
+    built = build(tiny_settings(tmp_path, budgets=BUDGETS, **form))
+    for budget in BUDGETS:
+        opened = Bundle.open(built.root, budget=budget)
+        assert opened.manifest.plan.flops_ratio == pytest.approx(budget, abs=0.02)
+        assert opened.manifest.plan.is_static == ("widths" in form)
+        assert verify_bundle(opened.root, VerifySettings(timesteps=4)).passed
 
 
 def test_a_transformer_switches_between_budgets(bundle: Bundle) -> None:
@@ -133,11 +143,6 @@ def test_a_server_takes_the_budget_of_a_request(bundle: Bundle, tmp_path: Path) 
     assert not np.array_equal(samples[0.3], samples[0.5])
     with pytest.raises(UsageError, match="is one budget of"):
         deploy(Deployment(bundle=bundle.root / "budgets" / "0.3", repository=tmp_path, name="other"))
-
-
-def test_engines_are_not_added_to_a_bundle_of_several(bundle: Bundle) -> None:
-    with pytest.raises(UsageError, match="the bundle has 2 budgets"):
-        compile_engines(bundle, "torch")
 
 
 def test_the_same_build_again_makes_nothing(settings: BuildSettings, bundle: Bundle) -> None:
