@@ -57,6 +57,12 @@ class ScaledLatents:
         latents = vae.encode(pixels).latent_dist.mode()  # (B, C, H / scale, W / scale)
         return (latents - scaling["shift_factor"]) * scaling["scaling_factor"]
 
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        """Decode latents to pixels (B, 3, H, W) in [-1, 1] and somewhat beyond; packed ones are of a square."""
+        scaling = self.scaling(vae.config)
+        pixels: Tensor = vae.decode(latents / scaling["scaling_factor"] + scaling["shift_factor"]).sample
+        return pixels
+
 
 class PackedLatents(ScaledLatents):
     """Scaled latents in tokens of 2 x 2: (B, N, 4 C)."""
@@ -75,6 +81,9 @@ class PackedLatents(ScaledLatents):
 
     def encode(self, vae: Any, pixels: Tensor) -> Tensor:
         return pack(super().encode(vae, pixels))
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        return super().decode(vae, unpack(latents))
 
 
 class PixelLatents(ScaledLatents):
@@ -95,9 +104,20 @@ class PixelLatents(ScaledLatents):
     def encode(self, vae: Any, pixels: Tensor) -> Tensor:
         return pixels
 
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        return latents
+
 
 def pack(latents: Tensor) -> Tensor:
     """Gather 2 x 2 latents into a token: (B, C, H, W) -> (B, H W / 4, 4 C)."""
     batch, channels, height, width = latents.shape
     split = latents.reshape(batch, channels, height // 2, 2, width // 2, 2)
     return split.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, 4 * channels)
+
+
+def unpack(tokens: Tensor) -> Tensor:
+    """Return the inverse of ``pack`` for a square: (B, N, 4 C) -> (B, C, 2 sqrt(N), 2 sqrt(N))."""
+    batch, count, channels = tokens.shape
+    side = isqrt(count)
+    split = tokens.reshape(batch, side, side, channels // 4, 2, 2)
+    return split.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels // 4, 2 * side, 2 * side)

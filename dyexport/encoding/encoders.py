@@ -72,14 +72,7 @@ class PictureEncoder:
     @cached_property
     def _vae(self) -> Any:
         assert self.source is not None
-        import diffusers
-
-        kind, (source, subfolder) = self.format.vae, self.source
-        try:
-            vae = getattr(diffusers, kind).from_pretrained(source, subfolder=subfolder)
-        except (OSError, ValueError) as error:
-            raise _unreadable(kind, self.source, error) from error
-        return vae.eval().to(best_device())
+        return open_vae(self.source, self.format.vae).to(best_device())
 
     def _default_side(self, preset: Preset | None) -> int:
         if preset is not None:
@@ -149,6 +142,17 @@ class CaptionEncoder:
 def _digest_of_files(paths: Sequence[Path]) -> str:
     records = {path.name: {name: record.sha256 for name, record in describe(path).items()} for path in paths}
     return digest_of(records)
+
+
+def open_vae(source: VaeSource, kind: str) -> Any:
+    """Open a VAE of a class in diffusers, on the CPU. Raises ``CheckpointError``."""
+    import diffusers
+
+    try:
+        vae = getattr(diffusers, kind).from_pretrained(source.source, subfolder=source.subfolder)
+    except (OSError, ValueError) as error:
+        raise _unreadable(kind, source, error) from error
+    return vae.eval()
 
 
 def _read_config(source: VaeSource, kind: str) -> dict[str, Any]:

@@ -28,6 +28,13 @@ class VaeSource(NamedTuple):
     subfolder: str | None
 
 
+def find_vae(vae: str | None, pipeline: str | None) -> VaeSource | None:
+    """Return the place of a VAE that is given, or of a pipeline's; None for neither."""
+    if vae is not None:
+        return VaeSource(vae, VAE if (Path(vae) / VAE / CONFIG).is_file() else None)
+    return None if pipeline is None else VaeSource(pipeline, VAE)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncodeSettings:
     """Settings of one encoding of a folder of pictures.
@@ -121,9 +128,7 @@ class EncodeSettings:
     @property
     def vae_source(self) -> VaeSource | None:
         """Place of the VAE; None for a model of pixels."""
-        if self.vae is not None:
-            return VaeSource(self.vae, VAE if (Path(self.vae) / VAE / CONFIG).is_file() else None)
-        return None if self.pipeline is None else VaeSource(self.pipeline, VAE)
+        return find_vae(self.vae, self.pipeline)
 
     def read_folder(self) -> PictureFolder:
         """List the pictures. Raises ``DataError`` for a layout or classes that do not fit the model."""

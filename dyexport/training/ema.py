@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -31,3 +32,16 @@ class Ema:
         """Overwrite the parameters with their averages."""
         for name, value in self.parameters.items():
             value.copy_(self.averages[name])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Exchange the parameters and their averages inside the context. Nothing is copied, so every bit returns."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for name, value in self.parameters.items():
+            value.data, self.averages[name] = self.averages[name], value.data

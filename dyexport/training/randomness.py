@@ -16,8 +16,8 @@ from dyexport.models.inputs import seeded_generator
 from dyexport.training.data import LatentSource, random_rows
 from dyexport.training.losses import DiffusionObjective, NoisyBatch
 
-Stream = Literal["data", "noise", "gates"]
-_STREAMS: tuple[Stream, ...] = ("data", "noise", "gates")
+Stream = Literal["data", "noise", "gates", "evaluation"]
+_STREAMS: tuple[Stream, ...] = ("data", "noise", "gates", "evaluation")
 TIMESTEP_BINS = 4
 
 

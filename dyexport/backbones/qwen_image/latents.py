@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dyexport.backbones.autoencoders import Config, PackedLatents, pack
+from dyexport.backbones.autoencoders import Config, PackedLatents, pack, unpack
 from dyexport.backbones.base import Preset
 
 if TYPE_CHECKING:
@@ -27,8 +27,18 @@ class NormalizedLatents(PackedLatents):
 
     def encode(self, vae: Any, pixels: Tensor) -> Tensor:
         latents = vae.encode(pixels.unsqueeze(2)).latent_dist.mode().squeeze(2)  # (B, C, H / scale, W / scale)
-        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in self.scaling(vae.config).values())
+        mean, std = self._statistics(vae, latents)
         return pack((latents - mean) / std)
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        mean, std = self._statistics(vae, latents)
+        pixels: Tensor = vae.decode((unpack(latents) * std + mean).unsqueeze(2)).sample.squeeze(2)
+        return pixels
+
+    def _statistics(self, vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation by channel: (1, C, 1, 1)."""
+        mean, std = (like.new_tensor(values).view(1, -1, 1, 1) for values in self.scaling(vae.config).values())
+        return mean, std
 
 
 def latent_format(preset: Preset) -> NormalizedLatents:
