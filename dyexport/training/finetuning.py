@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from dyexport.backbones.base import Preset
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.training.config import FinetuneConfig
 from dyexport.training.data import LatentSource
+from dyexport.training.evaluation import DynamicNetworks, Networks
 from dyexport.training.losses import DynamicLosses, Losses, NoisyBatch, flops_penalty, flops_ratio
+from dyexport.training.metrics import HistoryPoint, TrainResult, of_budget
 from dyexport.training.optimizers import new_optimizer
 from dyexport.training.randomness import LogisticNoise, Share, step_generator
 from dyexport.training.state import SavedState
 from dyexport.training.teacher import Teacher
-from dyexport.training.trainer import Trainer, TrainingProgress, TrainResult
+from dyexport.training.tracking import Monitoring
+from dyexport.training.trainer import Trainer, TrainingProgress
 
 MEASURED_SAMPLES = 512
 TEACHER = "teacher."  # prefix of its weights in a saved state
@@ -34,9 +38,11 @@ def finetune(
     *,
     work_dir: Path,
     progress: TrainingProgress | None = None,
+    monitoring: Monitoring | None = None,
 ) -> TrainResult:
     """Fine-tune a dynamic model in place until its FLOPs ratio meets the budget (arXiv 2410.03456 section 3.5)."""
-    return DynamicTrainer(model, preset, source, config, work_dir=work_dir, progress=progress).train()
+    run = DynamicTrainer(model, preset, source, config, work_dir=work_dir, progress=progress, monitoring=monitoring)
+    return run.train()
 
 
 class DynamicTrainer(Trainer[FinetuneConfig]):
@@ -97,6 +103,32 @@ class DynamicTrainer(Trainer[FinetuneConfig]):
             overall = self.accelerator.reduce(losses.flops_ratio.detach(), "mean")
         total = losses.diffusion + flops_penalty(losses.flops_ratio, overall, self.config.target(self.step))
         return total if losses.complete is None else total + losses.complete
+
+    def metrics(self, points: Sequence[HistoryPoint]) -> dict[str, float]:
+        """Return the metrics of any trainer, and FLOPs ratio and target of each of several budgets."""
+        config, metrics = self.config, super().metrics(points)
+        scale = config.rate_scale(points[-1].step)
+        metrics["router_learning_rate"] = self.rates[1] * scale
+        if not config.budgets:
+            return {**metrics, "target": config.target(points[-1].step)}
+        del metrics["flops_ratio"]
+        for point in points:  # the latest of each budget
+            budget = config.budget_at(point.step)
+            metrics[of_budget("flops_ratio", budget)] = point.flops_ratio
+            metrics[of_budget("target", budget)] = config.target(point.step)
+        return metrics
+
+    def hyperparameters(self) -> dict[str, Any]:
+        return {**super().hyperparameters(), "router_learning_rate": self.config.router_learning_rate}
+
+    def networks(self) -> Networks:
+        return DynamicNetworks(
+            model=self.model,
+            objective=self.batches.objective,
+            flops=self.flops,
+            products=self.products,
+            complete=0 < self.config.complete_steps >= self.step,
+        )
 
     def restore(self, state: SavedState) -> None:
         super().restore(state)

@@ -64,3 +64,8 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def run_digest(*parts: str, model: nn.Module) -> str:
+    """Hash a run: its settings and data, and the weights that it begins with."""
+    return hashlib.sha256("\n".join((*parts, fingerprint(model))).encode()).hexdigest()

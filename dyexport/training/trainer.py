@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import asdict, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -17,22 +15,26 @@ from torch import Tensor, nn
 
 from dyexport.backbones import get_adapter, get_conditioning
 from dyexport.backbones.base import Preset
-from dyexport.errors import DataError, DyexportError
+from dyexport.errors import DataError
 from dyexport.flops import FlopsModel
 from dyexport.models.devices import bf16_products
 from dyexport.training.accelerating import check_accelerate
 from dyexport.training.config import TrainConfig
 from dyexport.training.data import LatentSource
 from dyexport.training.ema import Ema
+from dyexport.training.evaluation import Evaluation, Networks, StaticNetwork
 from dyexport.training.losses import (
     Losses,
     NoisyBatch,
     StaticLosses,
     get_objective,
 )
+from dyexport.training.metrics import HistoryPoint, TrainResult, check_finite, mean_metrics
 from dyexport.training.optimizers import new_optimizer, restored_moments, stored_moments
+from dyexport.training.processes import agreed
 from dyexport.training.randomness import NoisyBatches, Share
-from dyexport.training.state import SavedState, fingerprint, load_state, save_state
+from dyexport.training.state import SavedState, load_state, run_digest, save_state
+from dyexport.training.tracking import Monitoring, RunLog, opened_log
 
 LOG_EVERY = 10  # steps; reading losses waits for the device
 
@@ -40,28 +42,6 @@ TrainingProgress = Callable[[int, int, Mapping[str, float]], None]
 """Called with steps done, steps in total, and the latest metrics that were read."""
 
 Config = TypeVar("Config", bound=TrainConfig)
-
-
-class HistoryPoint(NamedTuple):
-    """Losses at one step, averaged over all processes; NaN for a loss that is not trained."""
-
-    step: int
-    diffusion: float
-    complete: float
-    flops_ratio: float
-
-    def metrics(self) -> dict[str, float]:
-        """Return the metrics of this step by name."""
-        return {name: value for name, value in self._asdict().items() if name != "step" and not math.isnan(value)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """Result of a run. ``flops_ratio`` is lambda of the averaged weights under hard gates; None for a static model."""
-
-    steps: int
-    history: tuple[HistoryPoint, ...] = field(repr=False)
-    flops_ratio: float | None
 
 
 def train_static(
@@ -72,10 +52,12 @@ def train_static(
     *,
     work_dir: Path,
     progress: TrainingProgress | None = None,
+    monitoring: Monitoring | None = None,
 ) -> TrainResult:
     """Train a stock backbone in place: from scratch, or as the control of a dynamic model."""
     get_adapter(preset.backbone).share_embedders(backbone)
-    return Trainer(backbone, preset, source, config, work_dir=work_dir, progress=progress).train()
+    run = Trainer(backbone, preset, source, config, work_dir=work_dir, progress=progress, monitoring=monitoring)
+    return run.train()
 
 
 class Trainer(Generic[Config]):
@@ -94,6 +76,7 @@ class Trainer(Generic[Config]):
         *,
         work_dir: Path,
         progress: TrainingProgress | None = None,
+        monitoring: Monitoring | None = None,
     ) -> None:
         check_accelerate(config.base_precision)
         self.accelerator = Accelerator()
@@ -106,6 +89,7 @@ class Trainer(Generic[Config]):
         self.adapter = get_adapter(preset.backbone)
         self.config = config
         self.progress = progress
+        self.monitoring = monitoring
         self.path = work_dir / "training-state.safetensors"
         self.preset = preset
         self.batches = NoisyBatches(
@@ -127,22 +111,29 @@ class Trainer(Generic[Config]):
         self.ema = Ema(self.parameters, config.ema_decay)
         self.step = 0  # steps done
         self.history: list[HistoryPoint] = []
+        self.log = RunLog()
         self._unread: list[Tensor] = []  # metrics of the latest steps, still on the device
         self._norms: list[Tensor] = []  # of their gradients
 
     @cached_property
     def run(self) -> str:
         """Hash of the model before its first step, the settings and the data."""
-        return _run_digest(self.config, self.preset, self.batches.source, self.model)
+        source = self.batches.source
+        return run_digest(self.config.digest(), self.preset.name, source.name, str(len(source)), model=self.model)
 
     def train(self) -> TrainResult:
         self.batches.source.check_finite()
         self.resume()
-        self._report()
-        while self.step < self.config.steps:
-            self.advance()
+        kept = self.monitoring if self.accelerator.is_main_process else None
+        with opened_log(kept, self.run, self.step, self.hyperparameters()) as self.log:
             self._report()
-            self.checkpoint()
+            self.log.evaluated = agreed(self.log.evaluated)
+            self.evaluate()
+            while self.step < self.config.steps:
+                self.advance()
+                self._report()
+                self.checkpoint()
+                self.evaluate()
         return self.finish()
 
     def advance(self) -> None:
@@ -220,32 +211,60 @@ class Trainer(Generic[Config]):
         first = self.step - len(rows)
         self._unread.clear()
         self._norms.clear()
-        self.history += [HistoryPoint(first + offset, *row) for offset, row in enumerate(rows)]
-        for point, norm in zip(self.history[-len(rows) :], norms, strict=True):
-            self._check_finite(point, norm)
+        points = [HistoryPoint(first + offset, *row) for offset, row in enumerate(rows)]
+        self.history += points
+        scaled = self.accelerator.scaler is not None  # which leaves out steps whose gradients overflow
+        for point, norm in zip(points, norms, strict=True):
+            check_finite(point, 0.0 if scaled else norm, self.config.learning_rate)
+        values = {**self.metrics(points), "gradient_norm": sum(norms) / len(norms)}
+        self.log.training(self.step, len(points) * self.config.batch_size, values)
+
+    def metrics(self, points: Sequence[HistoryPoint]) -> dict[str, float]:
+        """Return what is logged of the latest steps, by name."""
+        return {**mean_metrics(points), "learning_rate": self.rates[0] * self.config.rate_scale(points[-1].step)}
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return what is logged of the run as a whole."""
+        trained = sum(value.numel() for value in self.parameters.values())
+        sizes = {"samples": len(self.batches.source), "processes": self.share.count, "trained_parameters": trained}
+        return {"model": self.preset.name, **sizes, **asdict(self.config)}
+
+    def networks(self) -> Networks:
+        """Return the networks that an evaluation runs."""
+        return StaticNetwork(
+            model=self.model, adapter=self.adapter, objective=self.batches.objective, products=self.products
+        )
+
+    @cached_property
+    def evaluation(self) -> Evaluation | None:
+        settings = None if self.monitoring is None else self.monitoring.evaluation
+        per_pass = self.config.batch_size // (self.share.count * self.passes)
+        return None if settings is None else Evaluation(self.batches, self.preset, settings, per_pass)
+
+    def evaluate(self) -> None:
+        """Evaluate the averaged weights, where this is due. All processes take part; nothing in training changes."""
+        evaluation = self.evaluation
+        if evaluation is None or not evaluation.due(self.step, self.config.steps, self.log.evaluated):
+            return
+        with self.log.paused(), self.ema.applied():
+            networks = self.networks()
+            values = evaluation.metrics(networks, partial(self.accelerator.reduce, reduction="sum"))
+            picture = evaluation.picture(networks) if self.accelerator.is_main_process else None
+        self.log.evaluation(self.step, values, picture)
 
     def _report(self) -> None:
         """Report every step, which may take minutes, with the latest metrics that were read."""
         if self.progress is not None and self.accelerator.is_main_process:
             self.progress(self.step, self.config.steps, self.history[-1].metrics() if self.history else {})
 
-    def _check_finite(self, point: HistoryPoint, norm: float) -> None:
-        """Raise ``DyexportError`` for a step that spoils the weights. It is not saved: the last state is a good one."""
-        scaled = self.accelerator.scaler is not None  # which leaves out steps whose gradients overflow
-        for name, value in (("loss", point.diffusion), ("norm of the gradients", 0.0 if scaled else norm)):
-            if not math.isfinite(value):
-                raise DyexportError(
-                    f"the {name} is {value} at step {point.step}; lower the learning rate"
-                    f" ({self.config.learning_rate:g}) and check the checkpoint's weights"
-                )
-
     def checkpoint(self) -> None:
         if self.step % self.config.checkpoint_every and self.step != self.config.steps:
             return
         self._read_metrics()
-        if self.accelerator.is_main_process:
-            save_state(self.path, SavedState(self.step, self.tensors()), self.run)
-        self.accelerator.wait_for_everyone()
+        with self.log.paused():
+            if self.accelerator.is_main_process:
+                save_state(self.path, SavedState(self.step, self.tensors()), self.run)
+            self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:
         if (state := load_state(self.path, self.run)) is not None:
@@ -275,9 +294,3 @@ class Trainer(Generic[Config]):
     def finish(self) -> TrainResult:
         self.ema.apply()
         return TrainResult(steps=self.step, history=tuple(self.history), flops_ratio=None)
-
-
-def _run_digest(config: TrainConfig, preset: Preset, source: LatentSource, model: nn.Module) -> str:
-    """Hash the model, the settings and the data of a run."""
-    parts = (config.digest(), preset.name, source.name, str(len(source)), fingerprint(model))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
