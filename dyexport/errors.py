@@ -91,10 +91,11 @@ class StorageError(DyexportError):
 
 
 class MissingDependencyError(DyexportError):
-    """An optional library is absent; ``install`` is the command that installs it."""
+    """An optional library is absent; ``install`` is the command that installs it, by itself where no extra has it."""
 
-    def __init__(self, library: str, extra: str) -> None:
-        self.library, self.install = library, f"pip install 'dyexport[{extra}]'"
+    def __init__(self, library: str, extra: str | None) -> None:
+        package = library if extra is None else f"'dyexport[{extra}]'"
+        self.library, self.install = library, f"pip install {package}"
         super().__init__(f"{library} is not installed; run: {self.install}")
 
 

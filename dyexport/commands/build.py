@@ -47,6 +47,8 @@ def build(
     widths: options.WidthsOption = None,
     data: options.DataOption = None,
     finetune_steps: options.FinetuneStepsOption = None,
+    tracker: options.TrackerOption = None,
+    evaluate_every: options.EvaluateEveryOption = None,
     td_lora: options.TdLoraOption = None,
     base_precision: options.BasePrecisionOption = None,
     optimizer: options.OptimizerOption = None,

@@ -29,6 +29,8 @@ def finetune(
     widths: options.WidthsOption = None,
     data: options.DataOption = None,
     finetune_steps: options.FinetuneStepsOption = None,
+    tracker: options.TrackerOption = None,
+    evaluate_every: options.EvaluateEveryOption = None,
     td_lora: options.TdLoraOption = None,
     base_precision: options.BasePrecisionOption = None,
     optimizer: options.OptimizerOption = None,

@@ -38,6 +38,13 @@ def compiled_target_names() -> list[str]:
     return [name for name in target_names() if name != "onnx"]
 
 
+def tracker_names() -> list[str]:
+    """Return what completion offers for ``--tracker``."""
+    from dyexport.training.trackers import NONE, TRACKERS
+
+    return [*TRACKERS, NONE]
+
+
 def split(text: str) -> tuple[str, ...]:
     """Return the parts of a list that is separated by commas."""
     return tuple(part.strip() for part in text.split(",")) if text else ()
@@ -123,6 +130,25 @@ FinetuneStepsOption = Annotated[
     _option(
         TRAINING,
         "Fine-tuning steps; 0 trains nothing and chooses units by importance. Default: the recipe's.",
+        metavar="N",
+    ),
+]
+TrackerOption = Annotated[
+    str | None,
+    _option(
+        TRAINING,
+        "Send the curves of training to a tracker of accelerate, such as tensorboard, trackio or wandb; none stops a "
+        "recorded one. Default: curves are files in the work directory alone.",
+        metavar="NAME",
+        complete=tracker_names,
+    ),
+]
+EvaluateEveryOption = Annotated[
+    int | None,
+    _option(
+        TRAINING,
+        "Evaluate the averaged weights every N steps of training: losses on fixed samples, and a picture of samples. "
+        "Default: 0, never.",
         metavar="N",
     ),
 ]
@@ -226,7 +252,11 @@ TokenRouterOption = Annotated[
 VaeOption = Annotated[
     str | None,
     _option(
-        ADVANCED, "VAE for --data of pictures. Default: that of the checkpoint's pipeline.", "--vae", metavar="DIR|ID"
+        ADVANCED,
+        "VAE for --data of pictures, and for the pictures of --evaluate-every. Default: that of the checkpoint's "
+        "pipeline.",
+        "--vae",
+        metavar="DIR|ID",
     ),
 ]
 SyntheticOption = Annotated[

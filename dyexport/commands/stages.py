@@ -43,6 +43,8 @@ def settings_of(context: typer.Context) -> BuildSettings:
             changes.setdefault("engines", default_engines(recorded.preset, changes["widths"]))
         if "budget" in changes:
             changes |= budget_settings(changes["budget"])
+        for name, value in _without_training(changes, recorded).items():
+            changes.setdefault(name, value)
         settings = replace(recorded, **changes)
     else:
         settings = BuildSettings.complete(**_changes(options), work=work)
@@ -52,11 +54,24 @@ def settings_of(context: typer.Context) -> BuildSettings:
     return settings
 
 
+def _without_training(changes: Mapping[str, Any], recorded: BuildSettings) -> dict[str, Any]:
+    """Return defaults in place of recorded settings of training runs that other options leave without effect."""
+    from dyexport.pipeline.pictures import picture_folder
+
+    defaults: dict[str, Any] = {}
+    if changes.get("finetune_steps") == 0 and not recorded.from_scratch:
+        defaults |= {"tracker": None, "evaluate_every": 0}
+    if {**changes, **defaults}.get("evaluate_every") == 0 and picture_folder(recorded) is None:
+        defaults["vae"] = None  # that of evaluations
+    return defaults
+
+
 def _changes(options: Mapping[str, Any], recorded: BuildSettings | None = None) -> dict[str, Any]:
     """Return fields of ``BuildSettings``, parsed from the options that are given."""
     from dyexport.exporters.tensorrt_profiles import TensorrtSettings
     from dyexport.lora import parse_lora, parse_lora_file
     from dyexport.training.synthetic_config import parse_synthetic
+    from dyexport.training.trackers import NONE
 
     parsers: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "td_lora": ("td_lora", parse_lora),
@@ -66,6 +81,7 @@ def _changes(options: Mapping[str, Any], recorded: BuildSettings | None = None) 
         "memory": ("memory", parse_bytes),
         "gradient_checkpointing": ("checkpointing", _same),
         "budget": ("budget", parse_budgets),
+        "tracker": ("tracker", lambda name: None if name == NONE else name),
     }
     tensorrt_parsers: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "compute_capability": ("compute_capabilities", split),
@@ -128,6 +144,14 @@ def recipe_line(recipe: Mapping[str, Any], trainable: Mapping[str, float]) -> st
     return f"recipe: {'; '.join(parts)}"
 
 
+def tracking_line(settings: BuildSettings) -> str:
+    """Say where the curves and pictures of training can be seen."""
+    from dyexport.training.trackers import TENSORBOARD
+
+    line = f"training is recorded in {settings.tracking}"
+    return f"{line}; tensorboard --logdir {settings.tracking}" if settings.tracker == TENSORBOARD else line
+
+
 @contextmanager
 def building(settings: BuildSettings, without: frozenset[str] = frozenset()) -> Iterator[Run]:
     """Open a build. Stages in ``without`` must have been done before; they are not run."""
@@ -140,5 +164,7 @@ def building(settings: BuildSettings, without: frozenset[str] = frozenset()) -> 
         if not without and (note := check_training(settings)):
             stderr().print(note, soft_wrap=True)
         stderr().print(recipe_line(settings.effective_recipe(), trainable(settings)), soft_wrap=True, markup=False)
+        if settings.trains and not without and (settings.tracker or settings.evaluate_every):
+            stderr().print(tracking_line(settings), soft_wrap=True, markup=False)
         with opened(settings, lines, without=without) as run:
             yield run

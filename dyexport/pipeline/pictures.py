@@ -28,11 +28,11 @@ def picture_settings(settings: BuildSettings) -> EncodeSettings:
     Raises ``UsageError`` where no VAE is given or known, and ``DataError`` for a model that pictures are no data for.
     """
     preset = settings.preset
-    pipeline = None if preset.pixel_space else _pipeline_of(settings)
+    pipeline = None if preset.pixel_space else pipeline_of(settings)
     return EncodeSettings(folder=Path(str(settings.data_source)), preset=preset, vae=settings.vae, pipeline=pipeline)
 
 
-def _pipeline_of(settings: BuildSettings) -> str | None:
+def pipeline_of(settings: BuildSettings) -> str | None:
     """Return the pipeline with the VAE of a checkpoint, or of the published model; None if none is known."""
     if settings.checkpoint is not None:
         for folder in (Path(settings.checkpoint), Path(settings.checkpoint).parent):

@@ -50,13 +50,16 @@ class BuildSettings:
     checkpoint       diffusers directory, file or hub id; None: published weights, or training from scratch
     random_weights   True to make the weights at random, to measure speed
     data             'digits', 'emoji', 'synthetic', 'synthetic:FILE' of prompts, or a directory of latents or pictures
-    vae              VAE for pictures, a directory or hub id; None: that of the checkpoint's pipeline
+    vae              VAE for pictures, of the data or of evaluations, a directory or hub id; None: that of the
+                     checkpoint's pipeline
     synthetic        how synthetic data is sampled
     engines          K, the number of engines
     targets          engine formats
     tensorrt         settings of TensorRT plans
     train_steps      steps of training from scratch, and
     finetune_steps   of fine-tuning, which 0 leaves out; None: the recipe's
+    tracker          tracker of accelerate that gets the curves of training; None: they are kept as files alone
+    evaluate_every   steps of training between evaluations; 0: none
     seed             of initialization, data and noise
     precision        number format of the bundle; None: the recipe's
     quantize         format of the linear layers of attention and MLP; None: that of ``precision``
@@ -94,6 +97,8 @@ class BuildSettings:
     tensorrt: TensorrtSettings = field(default_factory=TensorrtSettings)
     train_steps: int | None = None
     finetune_steps: int | None = None
+    tracker: str | None = None
+    evaluate_every: int = 0
     seed: int = 0
     baseline: bool = True
     precision: Precision | None = None
@@ -212,6 +217,16 @@ class BuildSettings:
         if self.lora is None or self.routers != "trained":
             return "fp32"
         return self.base_precision or self.recipe.base_precision
+
+    @property
+    def trains(self) -> bool:
+        """True if a stage of the build trains."""
+        return self.routers == "trained" or self.from_scratch
+
+    @property
+    def tracking(self) -> Path:
+        """Directory of the curves and pictures of training, with a folder for each run."""
+        return self.work / "tracking"
 
     @property
     def slow_stages(self) -> frozenset[str]:

@@ -19,6 +19,7 @@ from dyexport.pipeline.output import check_ours
 from dyexport.pipeline.pictures import picture_folder, picture_settings
 from dyexport.pipeline.settings_rules import RULES, named
 from dyexport.training.data_files import check_source, read_prompts
+from dyexport.training.trackers import check_tracker
 
 if TYPE_CHECKING:
     from dyexport.lora import LoraFile
@@ -105,13 +106,17 @@ VALUE_CHECKS: Mapping[str, Callable[[Any], object]] = {
     "optimizer": lambda value: _check_choice("--optimizer", value, Optimizer),
     "checkpointing": lambda value: _check_choice("--gradient-checkpointing", value, Checkpointing),
     "micro_batch": lambda value: whole_number("--micro-batch", value, least=1, most=MOST_STEPS),
+    "tracker": check_tracker,
+    "evaluate_every": lambda value: whole_number("--evaluate-every", value, least=0, most=MOST_STEPS),
     "seed": lambda value: check_seed(value, "--seed"),
     "memory": check_memory,
     "train_steps": lambda value: whole_number("--train-steps", value, least=1, most=MOST_STEPS),
     "finetune_steps": lambda value: whole_number("--finetune-steps", value, least=0, most=MOST_STEPS),
     "merge_tolerance": _check_tolerance,
 }
-NEVER_NONE = frozenset({"engines", "token_path", "targets", "router", "seed", "optimizer", "checkpointing"})
+NEVER_NONE = frozenset(
+    {"engines", "token_path", "targets", "router", "evaluate_every", "seed", "optimizer", "checkpointing"}
+)
 
 
 def _check_lora_file(lora: LoraFile) -> None:

@@ -34,6 +34,7 @@ def named(settings: BuildSettings) -> dict[str, str]:
         "old_gpu": next(iter(_without_fp8(settings)), ""),
         "oldest_fp8": str(OLDEST_FP8),
         "memory_option": next(iter(_memory_options(settings)), ""),
+        "tracking_option": "--tracker" if settings.tracker else "--evaluate-every",
     }
 
 
@@ -123,8 +124,12 @@ RULES = (
         "--data {s.data} names prompts, and {s.preset.name} samples from class labels; give --data synthetic",
     ),
     Rule(
-        lambda s: s.vae is not None and picture_folder(s) is None,
+        lambda s: s.vae is not None and picture_folder(s) is None and not s.evaluate_every,
         "--vae encodes pictures, and --data is {s.data_source}; give a folder of pictures, or leave --vae out",
+    ),
+    Rule(
+        lambda s: s.vae is not None and picture_folder(s) is None and s.preset.pixel_space,
+        "{s.preset.name} samples pixels, which no VAE decodes; leave --vae out",
     ),
     Rule(
         lambda s: s.synthetic is not None and s.data_source != "synthetic",
@@ -197,6 +202,11 @@ RULES = (
     Rule(
         lambda s: bool(s.micro_batch and s.routers == "trained" and s.finetune_schedule.batch_size % s.micro_batch),
         "--micro-batch {s.micro_batch} does not divide the batch of {s.finetune_schedule.batch_size}; use a divisor",
+    ),
+    # Training runs
+    Rule(
+        lambda s: not s.trains and bool(s.tracker or s.evaluate_every),
+        "{tracking_option} is for training, and this build trains nothing; leave it out",
     ),
     # LoRA
     Rule(lambda s: s.td_lora is not None and s.routers == "given", _leave_out("--td-lora")),

@@ -29,6 +29,7 @@ from dyexport.models.frozen_base import BaseWeights, check_base_precision, lower
 from dyexport.models.importance import rank_units
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic
+from dyexport.pipeline.monitoring import monitoring_of
 from dyexport.pipeline.settings import SYNTHETIC, BuildSettings
 from dyexport.stages.ledger import ProcessGroup
 from dyexport.training.accelerating import check_accelerate
@@ -42,6 +43,7 @@ from dyexport.training.optimizers import check_optimizer
 from dyexport.training.processes import agreed
 from dyexport.training.prompts import embed_prompts, kept_prompts
 from dyexport.training.synthetic import generate
+from dyexport.training.trackers import check_installed
 from dyexport.training.trainer import TrainingProgress, train_static
 
 RANKING_POINTS = 8
@@ -93,7 +95,8 @@ def train_on(
 ) -> None:
     """Train a static model in place."""
     config = TrainConfig(**asdict(schedule), seed=settings.seed)
-    train_static(backbone, settings.preset, source, config, work_dir=scratch, progress=progress)
+    monitoring = monitoring_of(settings, scratch)
+    train_static(backbone, settings.preset, source, config, work_dir=scratch, progress=progress, monitoring=monitoring)
 
 
 def make_control(
@@ -242,7 +245,8 @@ def _finetuned(
         optimizer=settings.optimizer,
         **asdict(division),
     )
-    finetune(model, preset, source, config, work_dir=scratch, progress=progress)
+    monitoring = monitoring_of(settings, scratch)
+    finetune(model, preset, source, config, work_dir=scratch, progress=progress, monitoring=monitoring)
     return model
 
 
@@ -307,12 +311,14 @@ def training_memory(settings: BuildSettings) -> str | None:
 def check_training(settings: BuildSettings) -> str | None:
     """Describe what fine-tuning a model that needs a GPU takes; None for any other build.
 
-    Raises ``DyexportError`` without a GPU with enough free memory, and ``UsageError`` for settings of accelerate that
-    training does not support.
+    Raises ``DyexportError`` without a GPU with enough free memory, ``UsageError`` for settings of accelerate that
+    training does not support, and ``MissingDependencyError``.
     """
     run = finetuning_run(settings)
     if run is not None or settings.from_scratch:
         check_accelerate(settings.frozen_precision)
         check_base_precision(settings.frozen_precision)
         check_optimizer(settings.optimizer)
+        if settings.tracker is not None:
+            check_installed(settings.tracker)
     return check_gpu(run) if run is not None and settings.recipe.needs_gpu else None

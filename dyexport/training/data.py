@@ -103,9 +103,9 @@ BUILT_IN: Mapping[str, Callable[[Split], MemorySource]] = {DIGITS: digits, EMOJI
 """Data sets by the name that ``--data`` takes."""
 
 
-def held_out(spec: str) -> MemorySource | None:
+def held_out(spec: str | None) -> MemorySource | None:
     """Return the part of a data set that is never trained on; None for data of the user, which has no such part."""
-    return BUILT_IN[spec]("held-out") if spec in BUILT_IN else None
+    return None if spec is None or spec not in BUILT_IN else BUILT_IN[spec]("held-out")
 
 
 def _reason(path: Path, error: Exception) -> str:

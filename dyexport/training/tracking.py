@@ -19,6 +19,7 @@ from uuid import uuid4
 
 from dyexport.errors import DyexportError, DyexportWarning, reason
 from dyexport.files import remove, replacing, storage_errors, write_atomically
+from dyexport.training.trackers import TENSORBOARD
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 METRICS, RECORD, PICTURES = "metrics.jsonl", "run.json", "pictures"
 PROJECT = "dyexport"  # of trackers that have projects
 TRAIN, EVALUATION = "train", "evaluation"  # prefixes of metrics
-TENSORBOARD = "tensorboard"
 
 Values = Mapping[str, float]
 Point = dict[str, float]

@@ -32,7 +32,11 @@ def backbone(preset: Preset, seed: int = 0) -> nn.Module:
 
 
 def dynamic(
-    preset: Preset, seed: int = 0, router: RouterKind = "free", td_lora: LoraSpec | None = None
+    preset: Preset,
+    seed: int = 0,
+    router: RouterKind = "free",
+    td_lora: LoraSpec | None = None,
+    budgets: tuple[float, ...] = (),
 ) -> DynamicTransformer:
     """Every gate matters: the layers that adaLN-Zero starts at zero are random."""
     module = backbone(preset, seed)
@@ -40,7 +44,7 @@ def dynamic(
         if not value.any():
             torch.nn.init.normal_(value, std=0.1)
     adapter = get_adapter(preset.backbone)
-    return DynamicTransformer(module, adapter, heads=preset.heads, router=router, td_lora=td_lora)
+    return DynamicTransformer(module, adapter, heads=preset.heads, router=router, td_lora=td_lora, budgets=budgets)
 
 
 def blobs(preset: Preset, count: int = 64) -> MemorySource:
@@ -61,3 +65,12 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def same(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+class Pixels:
+    """Decodes latents that are pixels."""
+
+    def open(self) -> None: ...
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.clamp(-1, 1)

@@ -14,11 +14,13 @@ import torch
 
 from dyexport.stages.ledger import ProcessGroup
 from dyexport.training.config import FinetuneConfig
+from dyexport.training.evaluation import EvaluationSettings
 from dyexport.training.finetuning import DynamicTrainer
 from dyexport.training.processes import find_process_group
 from dyexport.training.synthetic import SHARD_SAMPLES, generate
 from dyexport.training.synthetic_config import SyntheticConfig
-from tests.training.helpers import SIT, backbone, blobs, dynamic, same, weights
+from dyexport.training.tracking import METRICS, Monitoring
+from tests.training.helpers import SIT, Pixels, backbone, blobs, dynamic, same, weights
 
 ROOT = Path(__file__).parents[2]
 Weights = dict[str, torch.Tensor]
@@ -41,7 +43,9 @@ class Stopped(Exception):
     """A run that ended early."""
 
 
-def run(work_dir: Path, micro_batch: int | None = None, stop: int | None = None) -> tuple[list[list[float]], Weights]:
+def run(
+    work_dir: Path, micro_batch: int | None = None, stop: int | None = None, monitoring: Monitoring | None = None
+) -> tuple[list[list[float]], Weights]:
     """Loss and ratio of every step; noisy gates, so that noise must be shared out too.
 
     Raises ``Stopped`` in every process after step ``stop``.
@@ -49,9 +53,8 @@ def run(work_dir: Path, micro_batch: int | None = None, stop: int | None = None)
     model = dynamic(SIT)
     for router in model.routers:
         router.shift(-14.0, tokens=True)
-    trainer = DynamicTrainer(
-        model, SIT, blobs(SIT), replace(CONFIG, micro_batch=micro_batch, checkpointing=True), work_dir=work_dir
-    )
+    config = replace(CONFIG, micro_batch=micro_batch, checkpointing=True)
+    trainer = DynamicTrainer(model, SIT, blobs(SIT), config, work_dir=work_dir, monitoring=monitoring)
     advance = trainer.advance
 
     def advance_or_stop() -> None:
@@ -64,6 +67,21 @@ def run(work_dir: Path, micro_batch: int | None = None, stop: int | None = None)
     return [[point.diffusion, point.flops_ratio] for point in result.history], weights(model)
 
 
+def evaluated(directory: Path, expected: Weights) -> None:
+    """Run with evaluations, stopped and resumed where one is due: the weights are those without."""
+    settings = EvaluationSettings(every=3, source=None, decoder=Pixels())
+    monitoring = Monitoring(directory=directory / "curves", evaluation=settings)
+    with pytest.raises(Stopped):
+        run(directory / "evaluated", micro_batch=2, stop=6, monitoring=monitoring)
+    _, found = run(directory / "evaluated", micro_batch=2, monitoring=monitoring)
+    assert same(found, expected)
+
+
+def evaluations(directory: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (directory / "curves" / METRICS).read_text().splitlines()]
+    return [line for line in lines if "evaluation/diffusion" in line]
+
+
 def runs(directory: Path) -> dict[str, list[list[float]]]:
     """Run with a whole share a pass, and in micro-batches, once undisturbed and once stopped and resumed."""
     whole, _ = run(directory / "whole")
@@ -73,6 +91,7 @@ def runs(directory: Path) -> dict[str, list[list[float]]]:
     resumed, found = run(directory / "stopped", micro_batch=2)
     assert same(found, expected)
     assert resumed == divided
+    evaluated(directory, expected)
     return {"whole": whole, "divided": divided}
 
 
@@ -86,6 +105,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     script = ["-m", "tests.training.test_processes", str(tmp_path)]
     subprocess.run([*launch, *script], cwd=ROOT, env=environment, check=True, timeout=300)
     alone, _ = run(tmp_path / "alone")
+    evaluated(tmp_path / "one", run(tmp_path / "divided-alone", micro_batch=2)[1])
     for rank in range(2):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())
         for together in found["trained"].values():
@@ -96,6 +116,10 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     expected = {path.name: path.read_bytes() for path in (tmp_path / "sampled-alone").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "sampled-together").iterdir()} == expected
     assert len(expected) == SHARDS
+    together, alone_too = (evaluations(tmp_path / name) for name in ("", "one"))
+    assert [line["step"] for line in together] == [0, 3, 6, 8]
+    for left, right in zip(together, alone_too, strict=True):
+        assert left == pytest.approx(right, abs=1e-5)
     assert any(0.1 < ratio < 0.99 for _, ratio in alone)
 
 
