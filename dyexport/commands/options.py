@@ -133,25 +133,6 @@ FinetuneStepsOption = Annotated[
         metavar="N",
     ),
 ]
-TrackerOption = Annotated[
-    str | None,
-    _option(
-        TRAINING,
-        "Send the curves of training to a tracker of accelerate, such as tensorboard, trackio or wandb; none stops a "
-        "recorded one. Default: curves are files in the work directory alone.",
-        metavar="NAME",
-        complete=tracker_names,
-    ),
-]
-EvaluateEveryOption = Annotated[
-    int | None,
-    _option(
-        TRAINING,
-        "Evaluate the averaged weights every N steps of training: losses on fixed samples, and a picture of samples. "
-        "Default: 0, never.",
-        metavar="N",
-    ),
-]
 TdLoraOption = Annotated[
     str | None,
     _option(
@@ -247,6 +228,25 @@ TokenRouterOption = Annotated[
         ADVANCED,
         "Kind of new token routers, for models that have both: a small bottleneck, or those of the published code. "
         "Default: compact.",
+    ),
+]
+TrackerOption = Annotated[
+    str | None,
+    _option(
+        ADVANCED,
+        "Send the curves of training to a tracker of accelerate, such as tensorboard, trackio or wandb; none stops a "
+        "recorded one. Default: curves are files in the work directory alone.",
+        metavar="NAME",
+        complete=tracker_names,
+    ),
+]
+EvaluateEveryOption = Annotated[
+    int | None,
+    _option(
+        ADVANCED,
+        "Evaluate the averaged weights every N steps of training: losses on fixed samples, and a picture of samples. "
+        "Default: 0, never.",
+        metavar="N",
     ),
 ]
 VaeOption = Annotated[
