@@ -17,7 +17,7 @@ from dyexport.calibration.segments import PlanSettings, make_segments
 from dyexport.checkpoints.dynamic import load_dynamic
 from dyexport.engines.onnx_file import graph_weights, read_graph
 from dyexport.flops import FlopsModel
-from dyexport.models.inputs import NoisedInputs
+from dyexport.models.inputs import Chosen, NoisedInputs
 from dyexport.presets import get_preset
 from dyexport.report.width_map import WidthMap
 from dyexport.report.width_map_image import render_image
@@ -139,7 +139,7 @@ def plot_tokens(checkpoint: Path) -> None:
     model, preset = load_dynamic(checkpoint)
     model.eval()
     data = digits("held-out")
-    inputs = NoisedInputs(preset=preset, batch_size=8, seed=1, clean=data.batch(torch.arange(64)))
+    inputs = NoisedInputs(preset=preset, batch_size=8, seed=1, clean=Chosen(source=data, rows=torch.arange(64)))
     timesteps = (0.1, 0.3, 0.5, 0.9)
     with torch.no_grad():
         kept = [model(inputs.at(t)).tokens for t in timesteps]  # each (B, L, N)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Literal
 
@@ -14,6 +15,8 @@ from dyexport.backbones.latte.preset import LattePreset
 from dyexport.bundle.spec import ModelSpec
 from dyexport.flops import FlopsModel, RouterFlops
 from dyexport.models.dynamic import DynamicTransformer
+from dyexport.models.importance import order_of, unit_importance
+from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
 from dyexport.presets import PRESETS
 from dyexport.slicing import slicer
@@ -92,3 +95,11 @@ def random_timesteps(preset: Preset, count: int, seed: int = 0) -> list[float]:
 def shared_tiny_model(backbone: str = "dit", tokens: bool = True) -> DynamicTransformer:
     """One model for tests that only read it."""
     return tiny_model(backbone, tokens=tokens)
+
+
+def rank_units(model: DynamicTransformer, inputs: NoisedInputs, timesteps: Sequence[float]) -> None:
+    """Reorder the units of a model in memory, most important first."""
+    order = order_of(*unit_importance(model, inputs, timesteps))
+    for block in range(model.depth):
+        model.adapter.permute_units(model.backbone, block, order["heads"][block], order["groups"][block])
+    model.order = order

@@ -36,15 +36,21 @@ def must_stream(parameters: int, memory: int | None = None) -> bool:
 
 def stream_backbone(adapter: Adapter, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
     """Make a stock module in fp32 whose weights stay on disk, and its buffers in memory."""
-    _return_freed_memory()
-    with init_empty_weights(include_buffers=False):
-        backbone: Any = adapter.build(config)
-    for name, buffer in backbone.named_buffers():
-        if name in weights:
-            buffer.copy_(weights[name])
+    backbone: Any = empty_backbone(adapter, config, weights)
     _stream(backbone.named_modules(), weights)
     # Stopping a recomputation as early as possible would leave a layer's weights behind.
     backbone.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, early_stop=False))
+    return backbone
+
+
+def empty_backbone(adapter: Adapter, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
+    """Make a stock module in fp32 with its buffers in memory, and its parameters on the meta device."""
+    _return_freed_memory()
+    with init_empty_weights(include_buffers=False):
+        backbone = adapter.build(config)
+    for name, buffer in backbone.named_buffers():
+        if name in weights:
+            buffer.copy_(weights[name])
     return backbone
 
 

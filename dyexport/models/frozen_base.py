@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
-from dyexport.backbones.base import Adapter
 from dyexport.backbones.recipe import BasePrecision
 from dyexport.errors import missing_extras
 from dyexport.models.dynamic import DynamicTransformer
@@ -142,20 +141,16 @@ def lower_base(model: DynamicTransformer, precision: BasePrecision, device: torc
     Timestep embedders stay in fp32, since routers read them, as do norms and what is outside of the blocks.
     Raises ``MissingDependencyError``.
     """
+    for block in model.adapter.blocks(model.backbone):
+        lower_block(block, precision, device)
+
+
+def lower_block(block: nn.Module, precision: BasePrecision, device: torch.device | str) -> None:
+    """Store the frozen weights of one block's linear layers as ``lower_base`` does."""
     if precision == "fp32":
         return
-    for linear in list(frozen_linears(model)):
+    for linear in list(_frozen_linears(block)):
         FrozenLinear.of(linear, precision, torch.device(device))
-
-
-def lower_static(backbone: nn.Module, adapter: Adapter, precision: BasePrecision, device: torch.device | str) -> None:
-    """Freeze a stock module on ``device``, with the linear layers of its blocks stored in ``precision``."""
-    backbone.requires_grad_(False)
-    if precision != "fp32":
-        for block in adapter.blocks(backbone):
-            for linear in list(_frozen_linears(block)):
-                FrozenLinear.of(linear, precision, torch.device(device))
-    backbone.to(device)
 
 
 def frozen_linears(model: DynamicTransformer) -> Iterator[nn.Linear]:

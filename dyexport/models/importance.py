@@ -32,11 +32,27 @@ def unit_importance(
     the unit is removed. It is estimated with random output probes v as E[(d (v . f) / d m_u)^2]. Masks are per
     sample, so one backward pass serves a whole batch.
     """
+    passes = importance_by_pass(model, inputs, timesteps, probes, progress)
+    heads, groups = zip(*passes, strict=True)
+    return torch.cat(heads).numpy(), torch.cat(groups).numpy()
+
+
+def importance_by_pass(
+    model: DynamicTransformer,
+    inputs: NoisedInputs,
+    timesteps: Sequence[float],
+    probes: int = PROBES,
+    progress: Progress = no_progress,
+    done: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the importance at the timesteps of one pass after the other: heads (T', L, H), groups (T', L, G).
+
+    The first ``done`` timesteps, those of whole passes, are left out.
+    """
     rows = min(len(timesteps), inputs.per_pass) * inputs.rows
     with _recomputing(model, enabled=rows * model.depth * inputs.preset.hidden_size > KEPT):
-        chunks = inputs.chunks(timesteps, progress)
-        heads, groups = zip(*(_at(model, inputs, chunk, probes) for chunk in chunks), strict=True)
-    return torch.cat(heads).numpy(), torch.cat(groups).numpy()
+        for chunk in inputs.chunks(timesteps[done:], lambda now, _: progress(done + now, len(timesteps))):
+            yield _at(model, inputs, chunk, probes)
 
 
 @contextmanager
@@ -77,16 +93,12 @@ def _probe(model: DynamicTransformer, inputs: Inputs, seed: int) -> tuple[Tensor
     return gradients[0].cpu(), gradients[1].cpu()
 
 
-def rank_units(
-    model: DynamicTransformer, inputs: NoisedInputs, timesteps: Sequence[float], progress: Progress = no_progress
-) -> None:
-    """Reorder the units of every block, most important first, so that the unit forced on is the best one.
+def order_of(heads: np.ndarray, groups: np.ndarray) -> dict[str, Tensor]:
+    """Return the units by importance, most important first, from importance (T, L, H) and (T, L, G).
 
-    The function computed by the dense model does not change. Routers, which refer to units by position, must not
-    be trained yet.
+    The order has ``heads`` (L, H) and ``groups`` (L, G): the place of every unit before ranking.
     """
-    scores = zip(("heads", "groups"), unit_importance(model, inputs, timesteps, progress=progress), strict=True)
-    order = {name: torch.from_numpy(np.argsort(-value.mean(axis=0), kind="stable").copy()) for name, value in scores}
-    for block in range(model.depth):
-        model.adapter.permute_units(model.backbone, block, order["heads"][block], order["groups"][block])
-    model.order = order
+    scores = {"heads": heads, "groups": groups}
+    return {
+        name: torch.from_numpy(np.argsort(-value.mean(axis=0), kind="stable").copy()) for name, value in scores.items()
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,17 +25,40 @@ def seeded_generator(*numbers: int, device: torch.device | str = "cpu") -> torch
     return torch.Generator(device).manual_seed(int(entropy >> np.uint64(1)))
 
 
+class Samples(Protocol):
+    """Clean samples, read when they are needed."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Tensor) -> Batch:
+        """Return the samples at indices (B,)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The samples of ``source`` at ``rows`` (n,)."""
+
+    source: Samples
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Tensor) -> Batch:
+        return self.source.batch(self.rows[indices])
+
+
 @dataclass(frozen=True, kw_only=True)
 class NoisedInputs:
     """Random inputs at any t: the same seed and t give the same tensors.
 
-    ``clean`` holds latents to which noise is added; without them the inputs are pure noise.
+    ``clean`` has latents to which noise is added; without them the inputs are pure noise.
     """
 
     preset: Preset
     batch_size: int
     seed: int = 0
-    clean: Batch | None = None
+    clean: Samples | None = None
 
     def at(self, t: float, repeat: int = 0, device: torch.device | str = "cpu") -> Inputs:
         """Return one batch at ``t``; every ``repeat`` is another random batch."""
@@ -71,9 +95,9 @@ class NoisedInputs:
         if self.clean is None:
             conditions = get_conditioning(self.preset).random(self.batch_size, generator)
             return Batch(torch.randn(self.batch_size, *self.preset.latent_shape, generator=generator), conditions)
-        rows = torch.randint(len(self.clean.latents), (self.batch_size,), generator=generator)
-        conditions = {name: values[rows] for name, values in self.clean.conditions.items()}
-        return Batch(self._noised(self.clean.latents[rows], t, generator), conditions)
+        rows = torch.randint(len(self.clean), (self.batch_size,), generator=generator)
+        clean = self.clean.batch(rows)
+        return Batch(self._noised(clean.latents, t, generator), clean.conditions)
 
     def _noised(self, latents: Tensor, t: float, generator: torch.Generator) -> Tensor:
         noise = torch.randn(latents.shape, generator=generator)  # (B, ...)

@@ -25,7 +25,8 @@ from dyexport.compilation.registry import CompileOptions, get_compiler
 from dyexport.errors import UsageError
 from dyexport.exporters.onnx_graph import STORE, check_onnx, export_onnx
 from dyexport.exporters.weight_store import write_store
-from dyexport.pipeline import calibrate, steps
+from dyexport.pipeline import calibrate
+from dyexport.pipeline.calibration_inputs import calibration_inputs
 from dyexport.pipeline.model_stages import Data
 from dyexport.pipeline.networks import (
     Network,
@@ -88,7 +89,7 @@ def segment_plan(run: Run, model: CalibratedModel, order: UnitOrder | None = Non
     def make(out: Path) -> None:
         plan = priced_plan(settings, model, settings.engines, order)
         if merges(settings, model):
-            noised = steps.calibration_inputs(settings, model.data.source)
+            noised = calibration_inputs(settings, model.data.source)
             segments, errors = calibrate.merge_lora(settings, model.path, plan.segments, noised)
             plan = plan_of(segments, *model.tables).model_copy(update={"merge_errors": errors})
         out.write_text(plan.model_dump_json(indent=1), encoding="utf-8")
@@ -169,7 +170,7 @@ def quantization_ranges(run: Run, model: CalibratedModel, plan: SegmentPlan) -> 
     }
 
     def make(out: Path) -> None:
-        noised = steps.calibration_inputs(settings, model.data.source)
+        noised = calibration_inputs(settings, model.data.source)
         progress = run.progress("ranges")
         calibrate.make_ranges(settings, model.static.path, model.path, plan, model.tables, noised, progress, out)
 

@@ -21,7 +21,7 @@ from dyexport.checkpoints.dynamic import load_dynamic
 from dyexport.checkpoints.static import load_static
 from dyexport.checkpoints.streaming import must_stream
 from dyexport.digits import samples_digits
-from dyexport.models.inputs import NoisedInputs
+from dyexport.models.inputs import Chosen, NoisedInputs
 from dyexport.pipeline.export_stages import CalibratedModel
 from dyexport.pipeline.reference_model import (
     ReferenceModel,
@@ -107,7 +107,7 @@ class GoldenSampler:
         if self.source != "noise":
             data = digits("held-out") if self.source == "digits" else self.model.data.source
             assert data is not None
-            clean = data.batch(torch.arange(min(len(data), CLEAN)))
+            clean = Chosen(source=data, rows=torch.arange(min(len(data), CLEAN)))
         return NoisedInputs(preset=self.preset, batch_size=BATCH, seed=self.settings.seed, clean=clean)
 
     def _sample(self, reference: ReferenceModel, progress: Progress) -> tuple[list[ReferenceSample], int]:

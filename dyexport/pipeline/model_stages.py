@@ -16,7 +16,9 @@ from dyexport.digests import sha256_of
 from dyexport.encoding.encode import INDEX, READING, Encoding
 from dyexport.lora import LoraFile, lora_sources
 from dyexport.pipeline import calibrate, steps
+from dyexport.pipeline.calibration_inputs import calibration_inputs
 from dyexport.pipeline.pictures import picture_folder, picture_settings
+from dyexport.pipeline.ranking import RANKING, UnitRanking
 from dyexport.pipeline.run import Run
 from dyexport.pipeline.settings import SYNTHETIC
 from dyexport.pipeline.stage_settings import (
@@ -148,8 +150,17 @@ def dynamic_model(run: Run, static: Outcome, data: Data) -> Outcome:
         inputs |= {**trained_budget(settings), "distill": settings.recipe.distill, **memory_settings(settings)}
         inputs |= _training(settings.finetune_schedule, data)
     scratch = run.scratch("dynamic", chosen)
-    progress = run.training_progress("dynamic")
-    make = partial(steps.make_dynamic, settings, static.path, data.source, scratch, progress)
+    ranking = UnitRanking(
+        settings=settings,
+        static=static.path,
+        source=data.source,
+        file=scratch / RANKING,
+        origin=digest_of(inputs),
+        group=run.ledger.group,
+        progress=run.progress("dynamic", "ranking of units"),
+    )
+    loading, progress = run.progress("dynamic", "loading of weights"), run.training_progress("dynamic")
+    make = partial(steps.make_dynamic, settings, static.path, data.source, ranking, scratch, loading, progress)
     return run.stage("dynamic", "dynamic", inputs, make, chosen=chosen, scratch=scratch, shared=True)
 
 
@@ -175,7 +186,7 @@ def calibrated_model(run: Run, static: Outcome, dynamic: Outcome, data: Data) ->
         inputs["repair"] = "projections"
 
     def make(out: Path) -> None:
-        noised = steps.calibration_inputs(settings, data.source)
+        noised = calibration_inputs(settings, data.source)
         phases = partial(run.progress, "calibrate")
         calibrate.make_calibrated(settings, static.path, dynamic.path, noised, phases, out)
 
@@ -193,7 +204,7 @@ def fp16_headroom(run: Run, calibrated: Outcome, data: Data) -> dict[str, float]
     inputs = {"calibrated": calibrated.digest, "data": data.digest, "seed": settings.seed}
 
     def make(out: Path) -> None:
-        noised = steps.calibration_inputs(settings, data.source)
+        noised = calibration_inputs(settings, data.source)
         calibrate.make_magnitudes(settings, calibrated.path, noised, run.progress("precision"), out)
 
     outcome = run.stage("precision", "magnitudes.json", inputs, make)

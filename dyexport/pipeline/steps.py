@@ -12,11 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dyexport.backbones import get_adapter
-from dyexport.backbones.calibration_effort import CALIBRATION_SAMPLES
 from dyexport.backbones.recipe import Schedule
-from dyexport.calibration.widths import (
-    trajectory_points,
-)
+from dyexport.checkpoints.blockwise import BlockLoader
 from dyexport.checkpoints.dynamic import load_with_routers, save_dynamic
 from dyexport.checkpoints.locate import find_checkpoint
 from dyexport.checkpoints.static import adopt_static, load_static, save_static
@@ -25,17 +22,17 @@ from dyexport.errors import CheckpointError
 from dyexport.files import hard_linked
 from dyexport.models.devices import best_device, bf16_products
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.frozen_base import BaseWeights, check_base_precision, lower_base, lower_static
-from dyexport.models.importance import rank_units
-from dyexport.models.inputs import NoisedInputs
+from dyexport.models.frozen_base import BaseWeights, check_base_precision
 from dyexport.models.random_weights import random_backbone, random_dynamic
 from dyexport.pipeline.monitoring import monitoring_of
+from dyexport.pipeline.ranking import UnitRanking
 from dyexport.pipeline.settings import SYNTHETIC, BuildSettings
+from dyexport.progress import Progress
 from dyexport.stages.ledger import ProcessGroup
 from dyexport.training.accelerating import check_accelerate
 from dyexport.training.config import FinetuneConfig, TrainConfig
 from dyexport.training.cost import check_gpu, count_trainable, describe_memory
-from dyexport.training.data import LatentSource, ShardDirectory
+from dyexport.training.data import LatentSource
 from dyexport.training.data_files import read_prompts
 from dyexport.training.finetuning import finetune
 from dyexport.training.memory import FinetuningRun, Launch, choose_division, free_memory, release_memory
@@ -46,7 +43,6 @@ from dyexport.training.synthetic import generate
 from dyexport.training.trackers import check_installed
 from dyexport.training.trainer import TrainingProgress, train_static
 
-RANKING_POINTS = 8
 SHARDS, PROMPTS = "shards", "prompts.safetensors"  # of data under way
 
 
@@ -134,10 +130,11 @@ def make_synthetic(
         embedded = kept_prompts(scratch / PROMPTS, embed, prompts)
         release_memory()  # of the text encoders
     precision, device = settings.frozen_precision, torch.device(best_device())
-    backbone = load_static(str(static), preset)
-    lower_static(backbone, get_adapter(preset.backbone), precision, device)
+    loader = BlockLoader(str(static), preset)
+    loader.backbone.requires_grad_(False)
+    loader.load(precision, device)
     with bf16_products(device, enabled=precision != "fp32"):
-        generate(backbone, preset, settings.sampling, shards, progress, prompts=embedded, group=group)
+        generate(loader.backbone, preset, settings.sampling, shards, progress, prompts=embedded, group=group)
     if group.is_main_process:
         _link(shards, out)
 
@@ -176,29 +173,20 @@ def text_encoders(settings: BuildSettings, source: Path | None) -> str | None:
     return preset.hub_id
 
 
-def calibration_inputs(settings: BuildSettings, source: LatentSource | None) -> NoisedInputs:
-    """Return calibration inputs: noised training latents of the model's own size if there are any, else noise."""
-    batch = settings.recipe.calibration.samples
-    own = torch.empty(0) if source is None else _own_rows(source)
-    if source is None or not len(own):
-        return NoisedInputs(preset=settings.preset.for_noise(), batch_size=batch, seed=settings.seed)
-    rows = own[torch.linspace(0, len(own) - 1, min(len(own), CALIBRATION_SAMPLES)).long()]
-    return NoisedInputs(preset=settings.preset, batch_size=batch, seed=settings.seed, clean=source.batch(rows))
-
-
-def _own_rows(source: LatentSource) -> torch.Tensor:
-    return source.own_rows() if isinstance(source, ShardDirectory) else torch.arange(len(source))
-
-
 def make_dynamic(
     settings: BuildSettings,
     static: Path,
     source: LatentSource | None,
+    ranking: UnitRanking,
     scratch: Path,
+    loading: Progress,
     progress: TrainingProgress,
     out: Path,
 ) -> None:
-    """Write the dynamic checkpoint: that of the user, a random one, or the static model with new routers."""
+    """Write the dynamic checkpoint: that of the user, a random one, or the static model with new routers.
+
+    ``ranking`` is for a model that is trained; ``loading`` reports how much of its weights is read.
+    """
     preset = settings.preset
     if settings.routers == "given":
         model = load_with_routers(Path(str(settings.checkpoint)), preset, stream=True)
@@ -217,24 +205,30 @@ def make_dynamic(
         save_dynamic(attach_routers(backbone, settings), out, preset, backbone=static)
     else:
         assert source is not None
-        model = _finetuned(settings, static, source, scratch, progress)
+        model = _finetuned(settings, static, source, ranking.order(), scratch, loading, progress)
         save_dynamic(model, out, preset, weights=trained_weights(model))
 
 
 def _finetuned(
-    settings: BuildSettings, static: Path, source: LatentSource, scratch: Path, progress: TrainingProgress
+    settings: BuildSettings,
+    static: Path,
+    source: LatentSource,
+    order: Mapping[str, Tensor],
+    scratch: Path,
+    loading: Progress,
+    progress: TrainingProgress,
 ) -> DynamicTransformer:
-    """Return the static model with its most important units first, trained under the budget."""
+    """Return the static model with its units in a new order, trained under the budget."""
     assert settings.budget is not None
-    preset = settings.preset
-    model = attach_routers(load_static(str(static), preset), settings)
-    points = trajectory_points(preset.timestep_range, RANKING_POINTS)
-    inputs = calibration_inputs(settings, source)
-    rank_units(model, inputs, [float(t) for t in points], lambda done, total: progress(done, total, {}))
-    run = finetuning_run(settings)
+    preset, device, run = settings.preset, best_device(), finetuning_run(settings)
     assert run is not None
     division = agreed(choose_division(run, free_memory(), Launch.current()))
-    lower_base(model, settings.frozen_precision, best_device())
+    loader = BlockLoader(str(static), preset)
+    model = attach_routers(loader.backbone, settings)
+    for part in model.parts().values():
+        part.to(device)
+    loader.load(settings.frozen_precision, device, order, loading)
+    model.order = order
     config = FinetuneConfig(
         **asdict(settings.finetune_schedule),
         seed=settings.seed,

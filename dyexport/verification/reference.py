@@ -83,7 +83,7 @@ def _inputs(preset: Preset, seed: int) -> NoisedInputs:
             data = digits("held-out")
         except MissingDependencyError:
             return NoisedInputs(preset=preset, batch_size=BATCH, seed=seed)
-        return NoisedInputs(preset=preset, batch_size=BATCH, seed=seed, clean=data.batch(torch.arange(len(data))))
+        return NoisedInputs(preset=preset, batch_size=BATCH, seed=seed, clean=data)
     return NoisedInputs(preset=preset, batch_size=BATCH, seed=seed)
 
 

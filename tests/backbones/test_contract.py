@@ -15,12 +15,12 @@ from dyexport.calibration.tokens import measure_tokens
 from dyexport.calibration.widths import choose_widths, meet_budget, read_widths
 from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.importance import rank_units, unit_importance
+from dyexport.models.importance import unit_importance
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone
 from dyexport.slicing.merging import updated_names
 from tests.backbones.tiny import EARLY, LATE, noised, t_at
-from tests.factories import tiny_model, tiny_preset
+from tests.factories import rank_units, tiny_model, tiny_preset
 from tests.slicing.cut import Cutter
 
 pytestmark = pytest.mark.parametrize("backbone", BACKBONES)

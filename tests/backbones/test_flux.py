@@ -18,10 +18,11 @@ from dyexport.bundle.spec import TokenRouterKind
 from dyexport.calibration.widths import read_widths
 from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.importance import rank_units, unit_importance
+from dyexport.models.importance import unit_importance
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
 from dyexport.presets import PRESETS
+from tests.factories import rank_units
 
 PRESET = PRESETS["flux-tiny"]
 assert isinstance(PRESET, FluxPreset)

@@ -15,10 +15,11 @@ from dyexport.backbones.latte.preset import LattePreset
 from dyexport.calibration.widths import read_widths
 from dyexport.flops import FlopsModel
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.importance import rank_units, unit_importance
+from dyexport.models.importance import unit_importance
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic
 from dyexport.presets import PRESETS
+from tests.factories import rank_units
 
 PRESET = PRESETS["latte-tiny"]
 assert isinstance(PRESET, LattePreset)

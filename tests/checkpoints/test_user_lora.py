@@ -23,11 +23,11 @@ from dyexport.checkpoints.weight_files import WEIGHTS, link_weights, write_shard
 from dyexport.errors import CheckpointError
 from dyexport.lora import LoraFile
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.importance import rank_units
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_backbone, random_dynamic
 from dyexport.presets import get_preset
 from tests.checkpoints import lora_styles as styles
+from tests.factories import rank_units
 from tests.pipeline.tiny import TINY
 
 FLUX = get_preset("flux-tiny")

@@ -15,7 +15,7 @@ from dyexport.encoding.encode import Encoding
 from dyexport.encoding.settings import EncodeSettings
 from dyexport.errors import UsageError
 from dyexport.models.random_weights import random_dynamic
-from dyexport.pipeline.steps import calibration_inputs
+from dyexport.pipeline.calibration_inputs import calibration_inputs
 from dyexport.presets import get_preset
 from dyexport.training.config import FinetuneConfig
 from dyexport.training.data import ShardDirectory, open_source
@@ -112,7 +112,8 @@ def test_calibration_takes_pictures_of_the_size_of_the_model(source: ShardDirect
     settings = tiny_settings(tmp_path, model=FLUX.name)
     clean = calibration_inputs(settings, source).clean
     assert clean is not None
-    assert torch.equal(clean.latents, source.batch(torch.tensor([1, 2])).latents)
+    assert len(clean) == 2
+    assert torch.equal(clean.batch(torch.arange(2)).latents, source.batch(torch.tensor([1, 2])).latents)
 
 
 def test_training_takes_batches_of_all_sizes(latents: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from dyexport.backbones import BACKBONES, get_adapter
 from dyexport.backbones.recipe import BasePrecision
+from dyexport.checkpoints.blockwise import BlockLoader
+from dyexport.checkpoints.static import save_static
 from dyexport.lora import LoraSpec
 from dyexport.models.devices import bf16_products
 from dyexport.models.dynamic import DynamicOutput, DynamicTransformer
-from dyexport.models.frozen_base import BaseWeights, FrozenLinear, lower_base, lower_static
+from dyexport.models.frozen_base import BaseWeights, FrozenLinear, lower_base
 from dyexport.models.random_weights import random_backbone, random_dynamic
 from tests.backbones.tiny import noised
 from tests.factories import tiny_preset
@@ -90,10 +93,13 @@ def test_embedders_that_routers_read_stay_in_fp32() -> None:
 
 
 @torch.no_grad()
-def test_a_static_model_samples_data_in_the_storage_of_the_base() -> None:
+def test_a_static_model_samples_data_in_the_storage_of_the_base(tmp_path: Path) -> None:
     preset = tiny_preset("flux")
-    lower, static = random_backbone(preset), random_backbone(preset)
-    lower_static(lower, get_adapter("flux"), "nf4", "cpu")
+    static = random_backbone(preset)
+    save_static(static, tmp_path)
+    loader = BlockLoader(str(tmp_path), preset)
+    lower = loader.backbone.requires_grad_(False)
+    loader.load("nf4", "cpu")
     assert sum(value.nbytes for value in lower.parameters()) < sum(value.nbytes for value in static.parameters()) / 3
     assert not any(value.requires_grad for value in lower.parameters())
     static.load_state_dict({name: value.float() for name, value in BaseWeights(lower).items()})

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dyexport.models import importance
-from dyexport.models.importance import rank_units, unit_importance
+from dyexport.models.importance import unit_importance
 from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
 from dyexport.presets import get_preset
-from tests.factories import tiny_model, tiny_preset
+from tests.factories import rank_units, tiny_model, tiny_preset
 
 INPUTS = NoisedInputs(preset=tiny_preset(), batch_size=16)
 
