@@ -146,10 +146,12 @@ def recipe_line(recipe: Mapping[str, Any], trainable: Mapping[str, float]) -> st
 
 def tracking_line(settings: BuildSettings) -> str:
     """Say where the curves and pictures of training can be seen."""
+    from dyexport.pipeline.work_directory import TRACKING
     from dyexport.training.trackers import TENSORBOARD
 
-    line = f"training is recorded in {settings.tracking}"
-    return f"{line}; tensorboard --logdir {settings.tracking}" if settings.tracker == TENSORBOARD else line
+    folder = settings.work / TRACKING
+    line = f"training is recorded in {folder}"
+    return f"{line}; tensorboard --logdir {folder}" if settings.tracker == TENSORBOARD else line
 
 
 @contextmanager

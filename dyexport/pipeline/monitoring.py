@@ -9,6 +9,7 @@ from dyexport.encoding.decoding import PictureDecoder
 from dyexport.encoding.settings import find_vae
 from dyexport.pipeline.pictures import pipeline_of
 from dyexport.pipeline.settings import BuildSettings
+from dyexport.pipeline.work_directory import TRACKING
 from dyexport.training.data import held_out
 from dyexport.training.evaluation import EvaluationSettings
 from dyexport.training.tracking import Monitoring
@@ -18,7 +19,7 @@ def monitoring_of(settings: BuildSettings, scratch: Path) -> Monitoring:
     """Return what is kept of the run of a stage, which has its state in ``scratch``."""
     labels = {"data": settings.data_source, "checkpoint": settings.checkpoint, "dyexport": __version__}
     return Monitoring(
-        directory=settings.tracking / scratch.name,
+        directory=settings.work / TRACKING / scratch.name,
         tracker=settings.tracker,
         labels={name: value for name, value in labels.items() if value is not None},
         evaluation=_evaluation(settings) if settings.evaluate_every else None,

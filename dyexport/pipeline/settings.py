@@ -50,8 +50,7 @@ class BuildSettings:
     checkpoint       diffusers directory, file or hub id; None: published weights, or training from scratch
     random_weights   True to make the weights at random, to measure speed
     data             'digits', 'emoji', 'synthetic', 'synthetic:FILE' of prompts, or a directory of latents or pictures
-    vae              VAE for pictures, of the data or of evaluations, a directory or hub id; None: that of the
-                     checkpoint's pipeline
+    vae              VAE of pictures, a directory or hub id; None: that of the checkpoint's pipeline
     synthetic        how synthetic data is sampled
     engines          K, the number of engines
     targets          engine formats
@@ -222,11 +221,6 @@ class BuildSettings:
     def trains(self) -> bool:
         """True if a stage of the build trains."""
         return self.routers == "trained" or self.from_scratch
-
-    @property
-    def tracking(self) -> Path:
-        """Directory of the curves and pictures of training, with a folder for each run."""
-        return self.work / "tracking"
 
     @property
     def slow_stages(self) -> frozenset[str]:

@@ -14,6 +14,7 @@ from dyexport.stages.ledger import Ledger, NullListener
 from dyexport.stages.locking import held
 
 LOCK = ".dyexport.lock"  # also what a work directory is known by
+TRACKING = "tracking"  # folder of the curves and pictures of training, with a folder for each run
 
 
 @contextmanager

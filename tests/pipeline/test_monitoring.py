@@ -18,6 +18,7 @@ from dyexport.pipeline.monitoring import monitoring_of
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.pipeline.stage_settings import control_settings, dynamic_settings, static_settings
 from dyexport.pipeline.steps import check_training
+from dyexport.pipeline.work_directory import TRACKING
 from dyexport.stages.ledger import NullListener
 from dyexport.training.evaluation import GAP, PROMPTS
 from tests.pipeline.test_low_memory import trained_settings
@@ -69,7 +70,7 @@ def test_pictures_of_prompts_are_decoded_by_the_vae(tmp_path: Path) -> None:
     settings = trained_settings(tmp_path, vae=str(tmp_path / "vae"), evaluate_every=6, base_precision="nf4")
     with opened(settings, NullListener()) as build:
         finetune_model(build)
-    (folder,) = settings.tracking.iterdir()
+    (folder,) = (settings.work / TRACKING).iterdir()
     assert steps_of(folder, "evaluation/") == [0, 6]
     assert len(list((folder / "pictures").iterdir())) == 2
     width, height = Image.open(folder / "pictures" / "step-00000006.png").size
