@@ -1,15 +1,17 @@
 """cache-dit around diffusers' module, eager: its DBCache, which always runs the first block and caches the rest.
 
-The threshold is fitted to the share of the cost that is to remain. Warm-up is an eighth of the steps, at most the
-default of 8. It caches residuals of blocks of diffusers' module, so it cannot be applied to engines.
+The threshold is fitted to the share of the cost that is to remain, for several limits on the steps that are cached in
+a row; the limit with the smallest error on a pilot is taken. Warm-up is an eighth of the steps, at most the default
+of 8. It caches residuals of blocks of diffusers' module, so it cannot be applied to engines.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+from bisect import bisect_left
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +24,23 @@ from dyexport.runtime.stock import stock_class
 PACKAGE = "cache_dit"
 FIRST_BLOCKS = 1  # always computed
 MOST_WARMUP = 8
-SEARCH = tuple(2.0**power for power in range(-10, 5))  # thresholds
+THRESHOLDS = tuple(2.0**power for power in range(-10, 5))
+LIMITS = (None, 1, 2, 3, 4, 6)  # on cached steps in a row
+NEAR = 0.05  # of the cost that is to remain: what a fit may miss
+
+
+class CacheSetting(NamedTuple):
+    """Threshold on the relative change of a residual, and limit on the steps that are cached in a row."""
+
+    threshold: float
+    limit: int | None = None
+
+
+class Pilot(NamedTuple):
+    """Cost of a few samples over that of one dense evaluation, and their error."""
+
+    cost: float
+    error: float
 
 
 def is_installed() -> bool:
@@ -46,7 +64,7 @@ class CacheDitNetwork:
     ``warmup`` None is an eighth of the steps.
     """
 
-    def __init__(self, module: Any, steps: int, threshold: float, warmup: int | None = None) -> None:
+    def __init__(self, module: Any, steps: int, setting: CacheSetting, warmup: int | None = None) -> None:
         import cache_dit
         from cache_dit.caching.patch_functors import DiTPatchFunctor
 
@@ -60,7 +78,8 @@ class CacheDitNetwork:
         self._config = cache_dit.DBCacheConfig(
             Fn_compute_blocks=FIRST_BLOCKS,
             Bn_compute_blocks=0,
-            residual_diff_threshold=threshold,
+            residual_diff_threshold=setting.threshold,
+            max_continuous_cached_steps=-1 if setting.limit is None else setting.limit,
             max_warmup_steps=min(MOST_WARMUP, steps // 8) if warmup is None else warmup,
             num_inference_steps=steps,
         )
@@ -106,6 +125,21 @@ def cost_of(shares: list[float], cached: float) -> float:
     return float(sum(share + (1 - share) * cached for share in shares))
 
 
-def fitted_threshold(costs: Callable[[float], float], target: float) -> float:
-    """Return the threshold whose cost on a pilot comes closest to a target; of equals the lowest."""
-    return min(SEARCH, key=lambda threshold: (abs(costs(threshold) - target), threshold))
+def fitted_setting(pilot: Callable[[CacheSetting], Pilot], target: float) -> CacheSetting:
+    """Return the setting with the smallest error among those whose cost is near a target, or the nearest one.
+
+    The cost falls as the threshold rises.
+    """
+    known = {setting: pilot(setting) for setting in (_nearest(pilot, limit, target) for limit in LIMITS)}
+    near = [setting for setting, found in known.items() if abs(found.cost - target) <= NEAR * target]
+    if near:
+        return min(near, key=lambda setting: known[setting].error)
+    return min(known, key=lambda setting: abs(known[setting].cost - target))
+
+
+def _nearest(pilot: Callable[[CacheSetting], Pilot], limit: int | None, target: float) -> CacheSetting:
+    """Return the setting of a limit whose cost is nearest to a target; of equals the lowest threshold."""
+    settings = [CacheSetting(threshold, limit) for threshold in THRESHOLDS]
+    first = bisect_left(settings, -target, key=lambda setting: -pilot(setting).cost)  # that costs no more
+    candidates = settings[max(first - 1, 0) : first + 1]
+    return min(candidates, key=lambda setting: (abs(pilot(setting).cost - target), setting.threshold))

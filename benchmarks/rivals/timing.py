@@ -10,7 +10,7 @@ from operator import add
 
 import torch
 
-from benchmarks.rivals.cache_dit_network import CacheDitNetwork, is_installed, supports
+from benchmarks.rivals.cache_dit_network import CacheDitNetwork, CacheSetting, is_installed, supports
 from benchmarks.rivals.costs import (
     CACHED,
     COMPILED,
@@ -142,7 +142,7 @@ def _module_variants(bundle: Bundle, settings: TimingSettings) -> dict[Key, Vari
         variants[DIFFUSERS, COMPILED] = stock_variant(torch.compile(module, dynamic=False), spec, batch, "cpu")
     if is_installed() and supports(spec):
         module = torch.nn.Module.to(stock_transformer(spec), dtype=DTYPES[spec.precision])
-        cached = CacheDitNetwork(module, MANY_STEPS, threshold=1e9, warmup=0)
+        cached = CacheDitNetwork(module, MANY_STEPS, CacheSetting(threshold=1e9), warmup=0)
         variants[DIFFUSERS, CACHED] = stock_variant(cached, spec, batch, "cpu")
     return variants
 

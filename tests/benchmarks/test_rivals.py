@@ -13,7 +13,13 @@ import pytest
 import torch
 
 from benchmarks.rivals.__main__ import main
-from benchmarks.rivals.cache_dit_network import cached_step_cost, cost_of, fitted_threshold
+from benchmarks.rivals.cache_dit_network import (
+    CacheSetting,
+    Pilot,
+    cached_step_cost,
+    cost_of,
+    fitted_setting,
+)
 from benchmarks.rivals.chart import save_chart
 from benchmarks.rivals.costs import dense_composition, part, slim_composition
 from benchmarks.rivals.measure import Point
@@ -231,7 +237,19 @@ def test_a_cached_step_of_cache_dit_costs_its_first_block_and_what_is_outside_bl
     expected = (flops.gated / TINY.depth + flops.static) / flops.dense
     assert cached_step_cost(flops) == pytest.approx(expected)
     assert cost_of([1.0, 0.5, 0.0], 0.2) == pytest.approx(1.0 + 0.6 + 0.2)
-    assert fitted_threshold(lambda threshold: 8 / (1 + threshold), target=4.0) == 1.0
+
+
+def test_cache_dit_is_fitted_to_a_cost_and_then_to_the_smallest_error() -> None:
+    """A limit bounds the cost from below; among limits that reach the cost the one with the smallest error is best."""
+    errors = {None: 0.9, 1: 0.1, 2: 0.5, 3: 0.3, 4: 0.6, 6: 0.8}
+
+    def pilot(setting: CacheSetting) -> Pilot:
+        least = 0.0 if setting.limit is None else 8 / (1 + setting.limit)
+        return Pilot(max(8 / (1 + setting.threshold), least), errors[setting.limit])
+
+    assert fitted_setting(pilot, target=4.0) == CacheSetting(1.0, 1)
+    assert fitted_setting(pilot, target=8 / 3) == CacheSetting(2.0, 3)
+    assert fitted_setting(lambda setting: Pilot(8.0 + (setting.limit or 9), 0.0), target=4.0).limit == 1
 
 
 def test_every_step_is_served_by_the_engine_of_its_timestep(sit_tiny: Bundle) -> None:
