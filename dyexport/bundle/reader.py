@@ -114,8 +114,8 @@ class Bundle:
 
     @property
     def label(self) -> str:
-        """What tells the files of one of several budgets apart: ``0.3``; '' for the default budget."""
-        return "" if self.manifest.folder is None else f"{self.manifest.budget:g}"
+        """What tells the files of one of several budgets apart: ``0.3``; '' in a bundle of one."""
+        return f"{self.manifest.budget:g}" if self.manifest.budgets else ""
 
     def path(self, name: str) -> Path:
         """Return the path of a file of which each budget has one, such as its tables."""

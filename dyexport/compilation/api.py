@@ -33,7 +33,7 @@ from dyexport.stages.locking import locked_output
 class CompiledTarget:
     """Result for one target: the networks that were compiled, with seconds, and those that were ``up_to_date``.
 
-    Networks of a budget that is not the default one have its label: ``segment-00@0.3``. ``elapsed`` is the wall time of
+    Networks of one of several budgets have its label: ``segment-00@0.3``. ``elapsed`` is the wall time of
     this run in seconds; engines are compiled at the same time. ``bytes`` are those of the target's engines in the
     bundle.
     """

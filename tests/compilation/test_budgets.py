@@ -46,7 +46,7 @@ def test_compile_makes_the_plans_that_a_build_makes_for_every_budget(rtx: Any, t
     (result,) = compile_for(root)
 
     assert result.up_to_date == ()
-    assert set(result.seconds) == NETWORKS | {"segment-00@0.3", "conditioning@0.3"}
+    assert set(result.seconds) == {f"{name}@0.5" for name in NETWORKS} | {"segment-00@0.3", "conditioning@0.3"}
     first, second = (Bundle.open(root, budget=budget) for budget in BUDGETS)
     assert set(first.engine_paths(RTX)) == set(second.engine_paths(RTX)) == NETWORKS
     assert first.engine_paths(RTX)[DENSE] == second.engine_paths(RTX)[DENSE]
@@ -97,7 +97,9 @@ def test_a_budget_without_the_dense_network(rtx: Any, tmp_path: Path) -> None:
 def test_packages_of_every_budget_compute_what_its_graphs_do(tmp_path: Path) -> None:
     root = build(tiny_settings(tmp_path, budgets=BUDGETS)).root
     (result,) = compile_for(root, "torch", tensorrt=TensorrtSettings())
-    assert set(result.seconds) == {"segment-00", "conditioning", "segment-00@0.3", "conditioning@0.3"}
+    assert set(result.seconds) == {
+        f"{name}@{budget:g}" for budget in BUDGETS for name in ("segment-00", "conditioning")
+    }
     inputs = NoisedInputs(preset=TINY, batch_size=2).at(0.4)
     transformer, graphs = load(root, target="torch"), load(root)
     for budget in BUDGETS:
