@@ -89,7 +89,7 @@ class Conditioner:
         self.device = device
         self.seconds = 0.0  # in the engine, in total
         self._resident = resident
-        self._memory = memory // TRAJECTORIES
+        self._memory = memory
         self._current: list[_Trajectory] = []  # most recently used last
         self._expected: list[float] = []  # timesteps of the last trajectory
 
@@ -125,7 +125,11 @@ class Conditioner:
     def _following(self, trajectory: _Trajectory, t: float) -> list[float]:
         """Return ``t`` and the timesteps expected after it, as many as the cache holds."""
         after = self._expected[self._expected.index(t) :] if t in self._expected else [t]
-        return after[: max(self._memory // self._row_bytes(trajectory.batch), 1)]
+        return after[: max(self._room(trajectory) // self._row_bytes(trajectory.batch), 1)]
+
+    def _room(self, trajectory: _Trajectory) -> int:
+        """Return the bytes that a trajectory's rows may take: all of them if there are no conditions to have others."""
+        return self._memory // TRAJECTORIES if trajectory.conditions else self._memory
 
     def _compute(self, trajectory: _Trajectory, timesteps: list[float]) -> None:
         import torch
@@ -137,7 +141,7 @@ class Conditioner:
         begin = perf_counter()
         modulation = self.engine.run({"timestep": t, **tiled})["modulation"]  # (S * B, M)
         self.seconds += perf_counter() - begin
-        if (len(trajectory.rows) + len(timesteps)) * self._row_bytes(batch) > self._memory:
+        if (len(trajectory.rows) + len(timesteps)) * self._row_bytes(batch) > self._room(trajectory):
             trajectory.rows.clear()
         trajectory.rows |= dict(zip(timesteps, modulation.split(batch), strict=True))
         if not self._resident:

@@ -181,6 +181,22 @@ def test_memory_is_bounded(rows: int) -> None:
     assert max(len(asked) for asked in engine.asked) == min(rows, len(STEPS))
 
 
+def test_the_only_trajectory_has_all_of_the_memory() -> None:
+    """Without conditions every sample has the same rows."""
+    io = EngineIO(
+        inputs=(TensorSpec(name="timestep", dtype="float32", shape=("rows",)),),
+        outputs=(TensorSpec(name="modulation", dtype="float32", shape=("rows", 2)),),
+    )
+    runs = []
+    for rows in (len(STEPS), len(STEPS) - 1):
+        engine = FakeEngine(io, lambda inputs: {"modulation": inputs["timestep"][:, None].expand(-1, 2)})
+        conditioner = Conditioner(engine, memory=rows * 2 * 4)
+        for _ in range(3):
+            assert [conditioner.at(t, {})[0, 0].item() for t in STEPS] == STEPS
+        runs.append(engine.runs)
+    assert runs[0] == len(STEPS) < runs[1]
+
+
 def test_room_for_less_than_a_row_still_works() -> None:
     conditioner, engine = make(memory=1)
     for label in (3, 4):
