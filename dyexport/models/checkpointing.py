@@ -29,17 +29,23 @@ class BlockCheckpoints:
     """Function that diffusers calls in place of a block: it keeps the block's inputs and drops its activations.
 
     By the time of the backward pass the gates are closed. They are reopened with the masks and the noise of the
-    forward pass, so that the gradients are those without checkpointing.
+    forward pass, so that the gradients are those without checkpointing. With ``stop_early`` a recomputation leaves out
+    what no gradient needs.
     """
 
-    def __init__(self, blocks: Sequence[GatedBlock]) -> None:
-        self.blocks = blocks
+    def __init__(self, blocks: Sequence[GatedBlock], *, stop_early: bool = True) -> None:
+        self.blocks, self.stop_early = blocks, stop_early
 
     def __call__(self, block: nn.Module, *inputs: Any) -> Any:
         gated = next(gated for gated in self.blocks if gated.block is block)
         # No block samples from torch's generator: gate noise has another one, and nothing runs in train mode.
         return checkpoint(
-            block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, gated)
+            block,
+            *inputs,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=partial(_contexts, gated),
+            early_stop=self.stop_early,
         )
 
 

@@ -248,11 +248,15 @@ class DynamicTransformer(nn.Module):
             self.td_lora.follow(None)
 
     def checkpoint_blocks(self) -> None:
-        """Keep the inputs of blocks for a backward pass, which recomputes the rest (gradient checkpointing)."""
+        """Keep the inputs of blocks for a backward pass, which recomputes the rest (gradient checkpointing).
+
+        Blocks of a streamed model are recomputed to their end, since a layer's weights are freed after it.
+        """
         blocks = self.adapter.blocks(self.backbone)
         loras = [None] * len(blocks) if self.td_lora is None else self.td_lora.block_loras
         gated = [GatedBlock(*parts) for parts in zip(blocks, self._gates, loras, strict=True)]
-        cast(Any, self.backbone).enable_gradient_checkpointing(BlockCheckpoints(gated))
+        streamed = next(self.backbone.parameters()).is_meta
+        cast(Any, self.backbone).enable_gradient_checkpointing(BlockCheckpoints(gated, stop_early=not streamed))
 
     @contextmanager
     def _following(self, run: GatedPass) -> Iterator[None]:

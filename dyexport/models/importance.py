@@ -57,16 +57,19 @@ def importance_by_pass(
 
 @contextmanager
 def _recomputing(model: DynamicTransformer, *, enabled: bool) -> Iterator[None]:
-    """Turn gradient checkpointing on inside the context: a backward pass recomputes activations block by block."""
+    """Turn gradient checkpointing on inside the context: a backward pass recomputes activations block by block.
+
+    A streamed backbone always does so, but by itself does not reopen the gates of TD-LoRA.
+    """
     backbone = cast(Any, model.backbone)
-    if not enabled or backbone.is_gradient_checkpointing:  # as a streamed backbone always is
-        yield
-        return
-    model.checkpoint_blocks()
+    streamed = backbone.is_gradient_checkpointing
+    if enabled or streamed:
+        model.checkpoint_blocks()
     try:
         yield
     finally:
-        backbone.disable_gradient_checkpointing()
+        if enabled and not streamed:
+            backbone.disable_gradient_checkpointing()
 
 
 def _at(

@@ -11,6 +11,7 @@ from dyexport.backbones.base import Preset
 from dyexport.checkpoints.dynamic import load_dynamic, save_dynamic
 from dyexport.checkpoints.static import load_static
 from dyexport.checkpoints.streaming import must_stream
+from dyexport.lora import LoraSpec
 from dyexport.models.devices import bf16_products
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.importance import unit_importance
@@ -18,6 +19,8 @@ from dyexport.models.inputs import NoisedInputs
 from dyexport.models.random_weights import random_dynamic
 from dyexport.presets import get_preset
 from tests.factories import tiny_preset
+
+LORA = LoraSpec(rank=2, experts=2, alpha=2)
 
 
 @pytest.fixture(params=["dit", "flux-tiny", "latte-tiny", "qwen-image-tiny"])
@@ -46,7 +49,12 @@ def test_a_streamed_model_computes_the_same(preset: Preset, saved: Path) -> None
     assert torch.equal(streamed.forward_dense(inputs), load_static(str(saved), preset, stream=True)(**inputs).sample)
 
 
-def test_importance_is_the_same_and_leaves_nothing_in_memory(preset: Preset, saved: Path) -> None:
+@pytest.mark.parametrize("td_lora", [None, LORA], ids=["", "td-lora"])
+def test_importance_is_the_same_and_leaves_nothing_in_memory(
+    preset: Preset, tmp_path: Path, td_lora: LoraSpec | None
+) -> None:
+    saved = tmp_path / "model"
+    save_dynamic(random_dynamic(preset, td_lora=td_lora), saved, preset)
     inputs = NoisedInputs(preset=preset, batch_size=2)
     streamed, whole = load_dynamic(saved, stream=True)[0], load_dynamic(saved)[0]
     before = resident(streamed)
