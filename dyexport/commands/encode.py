@@ -19,7 +19,6 @@ from dyexport.console import (
     emit,
     format_bytes,
     pairs,
-    stderr,
 )
 from dyexport.files import check_writable
 
@@ -119,15 +118,15 @@ def encode(
     with _phases() as progress:
         from dyexport.encoding.encode import INDEX, Encoding, check_output
         from dyexport.stages.locking import locked_output
+        from dyexport.training.data_record import warn_of_scale
 
         encoding = Encoding(settings, folder_of_pictures)
         check_output(out, encoding)
         with locked_output(out):
             out.mkdir(parents=True, exist_ok=True)
             encoded = encoding.write(encoding.samples(out / INDEX, progress), out, progress)
+    warn_of_scale(encoded.record, out)
     payload = _payload(encoding, encoded)
-    if (warning := _warning(payload)) is not None:
-        stderr().print(warning, markup=False, soft_wrap=True)
     emit(payload, as_json=json, human=lambda console: console.print(pairs([*_lines(payload)])))
 
 
@@ -136,6 +135,7 @@ def _payload(encoding: Encoding, encoded: Encoded) -> Mapping[str, Any]:
     return {
         "latents": str(encoded.directory),
         "model": None if preset is None else preset.name,
+        "vae": None if (source := encoding.pictures.source) is None else source.place,
         "pictures": len(encoding.folder.pictures),
         "samples": record.samples,
         "classes": None if record.classes is None else list(record.classes),
@@ -150,26 +150,22 @@ def _payload(encoding: Encoding, encoded: Encoded) -> Mapping[str, Any]:
     }
 
 
-def _warning(payload: Mapping[str, Any]) -> str | None:
-    """Return a warning if a VAE made latents of another scale than models are trained at."""
-    from dyexport.training.data import SCALES
-
-    if not payload["scaling"] or SCALES[0] <= payload["std"] <= SCALES[1]:
-        return None
-    return (
-        f"Warning: the latents have a standard deviation of {payload['std']:.3g}, and models are trained at about 1; "
-        "check that the VAE is the model's and that its config.json has its scaling_factor."
-    )
-
-
 def _lines(payload: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "latents", payload["latents"]
+    yield "pictures", f"{payload['pictures']}{_cropped(payload)}"
     kept = f" ({payload['reused']} of {payload['shards']} shards were there)" if payload["reused"] else ""
     yield "samples", f"{payload['samples']} of shape {tuple(payload['shape'])}{kept}"
     if payload["classes"] is not None:
         yield "classes", str(len(payload["classes"]))
+    if payload["vae"] is not None:
+        yield "VAE", payload["vae"]
     yield "mean, standard deviation", f"{payload['mean']:.3f}, {payload['std']:.3f}"
     yield "on disk", format_bytes(payload["bytes"])
+
+
+def _cropped(payload: Mapping[str, Any]) -> str:
+    side = f"{payload['size']} x {payload['size']} px"
+    return f", cropped to {side}" if payload["sizes"] == 1 else f", cropped to {payload['sizes']} sizes of about {side}"
 
 
 @contextmanager

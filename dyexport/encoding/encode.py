@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
@@ -22,7 +24,7 @@ from dyexport.encoding.index import Contents, read_contents
 from dyexport.encoding.layout import Picture, PictureFolder
 from dyexport.encoding.pixels import read_pixels
 from dyexport.encoding.settings import EncodeSettings
-from dyexport.errors import CheckpointError, UsageError
+from dyexport.errors import CheckpointError, DyexportWarning, UsageError
 from dyexport.stages.file_records import digest_of
 from dyexport.training.data_record import DataRecord, read_record
 from dyexport.training.state import ORIGIN, origin_of, write_tensors
@@ -129,19 +131,17 @@ class Encoding:
         reading = partial(progress, READING)
         files = [picture.file for picture in pictures]
         contents = read_contents(files, index, lambda done, total: reading(done, total, ""))
-        mirrored = (False, True) if self.settings.flip else (False,)
+        sizes = [nearest(content.size, self.pictures.buckets) for content in contents]
+        _warn_of_small(files, contents, sizes)
+        rows = sorted(
+            zip(pictures, contents, sizes, strict=True), key=lambda row: self.pictures.buckets.index(row[2])
+        )  # those of one size next to each other
         samples = [
-            Sample(picture=picture, sha256=sha256, size=size, mirrored=flip, caption=picture.caption)
-            for picture, sha256, size in self._sized(pictures, contents)
-            for flip in mirrored
+            Sample(picture=picture, sha256=content.sha256, size=size, mirrored=mirrored, caption=picture.caption)
+            for picture, content, size in rows
+            for mirrored in ((False, True) if self.settings.flip else (False,))
         ]
         return samples if self.captions is None else list(_with_unconditional(samples, self.captions.unconditional))
-
-    def _sized(self, pictures: Sequence[Picture], contents: Sequence[Contents]) -> list[tuple[Picture, str, Size]]:
-        """Return pictures with the sizes that they are cropped to, those of one size next to each other."""
-        sizes = (nearest(content.size, self.pictures.buckets) for content in contents)
-        sized = zip(pictures, (content.sha256 for content in contents), sizes, strict=True)
-        return sorted(sized, key=lambda row: self.pictures.buckets.index(row[2]))
 
     def digest_of(self, samples: Sequence[Sample]) -> str:
         """Identify samples by everything that they depend on."""
@@ -150,7 +150,7 @@ class Encoding:
     def write(self, samples: Sequence[Sample], out: Path, progress: EncodingProgress) -> Encoded:
         """Write the shards that are missing, and the record."""
         out.mkdir(parents=True, exist_ok=True)
-        classes = None if self.captions is not None else self.folder.classes
+        classes = self.folder.classes or None
         scaling = self.pictures.format.scaling(self.pictures.config)
         record = DataRecord(options=self.options, scaling=scaling, classes=classes)
         record.save(out)  # not complete
@@ -213,12 +213,12 @@ class Encoding:
         height, width = samples[0].size
         size = max(min(BATCH_PIXELS // (height * width), MOST_AT_ONCE), 1)
         batches = [samples[start : start + size] for start in range(0, len(samples), size)]
-        read = partial(read_pixels, height=height, width=width, grayscale=self.pictures.grayscale)
         latents: list[Tensor] = []
-        for batch, pixels in _ahead(batches, lambda rows: read([(row.picture.file, row.mirrored) for row in rows])):
-            advance(sum(map(len, latents)))
-            latents.append(self.pictures.encode(pixels))
-            _check_finite(latents[-1], batch)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for batch, pixels in _ahead(batches, pool, grayscale=self.pictures.grayscale):
+                advance(sum(map(len, latents)))
+                latents.append(self.pictures.encode(pixels))
+                _check_finite(latents[-1], batch)
         if self.captions is None:
             labels = torch.tensor([row.picture.label for row in samples])
             return {"latents": torch.cat(latents), "labels": labels}
@@ -257,17 +257,36 @@ def _with_unconditional(samples: Sequence[Sample], prompt: str | None) -> Iterat
             yield replace(sample, caption=prompt)
 
 
+def _warn_of_small(files: Sequence[Path], contents: Sequence[Contents], sizes: Sequence[Size]) -> None:
+    """Warn of pictures that are smaller than what they are cropped to."""
+    small = [
+        (file, content.size, size)
+        for file, content, size in zip(files, contents, sizes, strict=True)
+        if content.size.height < size.height or content.size.width < size.width
+    ]
+    if small:
+        file, own, size = min(small, key=lambda row: min(row[1]))
+        warnings.warn(
+            f"{len(small)} of {len(files)} pictures are enlarged, and so are blurred: the smallest, {file}, is "
+            f"{own.width} x {own.height} px and becomes {size.width} x {size.height}; remove them, or give larger ones",
+            DyexportWarning,
+            stacklevel=2,
+        )
+
+
 def _ahead(
-    batches: Sequence[Sequence[Sample]], read: Callable[[Sequence[Sample]], Tensor]
+    batches: Sequence[Sequence[Sample]], pool: Executor, *, grayscale: bool
 ) -> Iterator[tuple[Sequence[Sample], Tensor]]:
-    """Yield batches with their pixels; the next one is read while one is encoded."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(read, batches[0])
-        for place, batch in enumerate(batches):
-            pixels = coming.result()
-            if place + 1 < len(batches):
-                coming = pool.submit(read, batches[place + 1])
-            yield batch, pixels
+    """Yield batches with their pixels; the pictures of the next one are read while one is encoded."""
+
+    def read(sample: Sample) -> Tensor:
+        return read_pixels(sample.picture.file, sample.size, mirrored=sample.mirrored, grayscale=grayscale)
+
+    coming = [pool.submit(read, sample) for sample in batches[0]]
+    for batch, following in zip(batches, [*batches[1:], ()], strict=True):
+        pixels = torch.stack([picture.result() for picture in coming])
+        coming = [pool.submit(read, sample) for sample in following]
+        yield batch, pixels
 
 
 def _latents_of(shard: Path) -> Tensor:

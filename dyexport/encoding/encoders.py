@@ -97,7 +97,8 @@ class PictureEncoder:
         if self.format.several_sizes and self.shape()[1:] == preset.latent_shape[1:]:
             return
         made = f"{self.side} px make latents {self.shape()}, and {preset.name} takes {preset.latent_shape}"
-        cure = "give --vae with the model's own" if settings.size is None else "leave --size out"
+        other_size = settings.size not in (None, self._default_side(preset))
+        cure = "leave --size out" if other_size and not self.format.several_sizes else "give --vae with the model's own"
         raise UsageError(f"{made}; {cure}")
 
 
@@ -173,7 +174,6 @@ def _read_config(source: VaeSource, kind: str) -> dict[str, Any]:
 
 
 def _unreadable(kind: str, source: VaeSource, error: Exception) -> CheckpointError:
-    place = "/".join(part for part in source if part)
     return CheckpointError(
-        f"cannot read an {kind} from {place}: {reason(error).removesuffix('.')}; give --vae with a local copy"
+        f"cannot read an {kind} from {source.place}: {reason(error).removesuffix('.')}; give --vae with a local copy"
     )

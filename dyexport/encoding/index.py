@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dyexport.encoding.buckets import Size
-from dyexport.errors import DataError, reason
+from dyexport.encoding.pixels import check_range, problem_of
+from dyexport.errors import DataError
 from dyexport.files import storage_errors
 from dyexport.progress import Progress
 
@@ -68,18 +69,22 @@ def _read(picture: Path) -> Contents | str:
     try:
         content = picture.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
+            check_range(image)
             width, height = image.size
             turned = image.getexif().get(ORIENTATION) in QUARTER_TURNS
             image.draft("RGB", (1, 1))
             image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return reason(error).removesuffix(".")
+        return problem_of(error)
     return Contents(hashlib.sha256(content).hexdigest(), Size(width, height) if turned else Size(height, width))
 
 
 def _seal(picture: Path) -> str:
     """Identify the state of a file by its path, size, and times of modification and of change."""
-    status = picture.stat()
+    try:
+        status = picture.stat()
+    except OSError as error:  # a link to nothing
+        raise _error([(picture, problem_of(error))]) from error
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {picture.absolute()}"
 
 

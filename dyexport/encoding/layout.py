@@ -1,4 +1,4 @@
-"""Folders of pictures: subfolders that are classes, or pictures with captions. Imports no torch.
+"""Folders of pictures: subfolders that are classes, or metadata with labels or captions. Imports no torch.
 
 Layouts are those of Hugging Face ``datasets``' imagefolder, whose splits may be the top-level folders. What can be
 checked without opening a picture is checked here.
@@ -6,13 +6,16 @@ checked without opening a picture is checked here.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dyexport.encoding.captions import METADATA, SIDECAR, read_captions
-from dyexport.encoding.walking import PICTURES, files_below, is_picture_name, pictures_below
-from dyexport.errors import DataError, UsageError
+from dyexport.encoding.captions import SIDECAR, read_captions
+from dyexport.encoding.labels import LABEL, read_labels
+from dyexport.encoding.metadata import METADATA, has_column
+from dyexport.encoding.walking import OTHER_FORMATS, PICTURES, files_below, is_picture_name, pictures_below
+from dyexport.errors import DataError, DyexportWarning, UsageError
 
 TRAIN = ("train", "training")
 SPLITS = frozenset({*TRAIN, "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"})
@@ -29,7 +32,10 @@ class Picture:
 
 @dataclass(frozen=True, kw_only=True)
 class PictureFolder:
-    """Pictures in the order of their labels and names. ``classes`` are names by label, () for captions."""
+    """Pictures in the order of their labels and names.
+
+    ``classes`` are names by label; () for captions, and for labels that are numbers.
+    """
 
     root: Path
     pictures: tuple[Picture, ...]
@@ -55,8 +61,9 @@ def read_folder(
     """List the pictures of a folder with their labels or captions.
 
     ``takes_labels`` is None where the model is not known: the folder must then have classes. ``names`` is a file with
-    the name of a class per line, in the order of the labels; by default they are the subfolders' names, sorted.
-    Raises ``DataError`` for anything but one whole layout, and ``UsageError`` for a split that does not exist.
+    the name of a class per line, in the order of the labels; by default they are the names that occur, sorted.
+    Raises ``DataError`` for anything but one whole layout, and ``UsageError`` for a split that does not exist. Warns of
+    pictures in formats that are not read.
     """
     if not folder.is_dir():
         problem = "is no directory" if folder.exists() else "does not exist"
@@ -64,11 +71,27 @@ def read_folder(
     root = _split_of(folder, split)
     if next(pictures_below(root), None) is None:
         raise DataError(f"{root} holds no pictures ({', '.join(PICTURES)}); give a folder that does")
+    _warn_of_other_formats(root)
     if takes_labels is False:
         if names is not None:
             raise UsageError("--classes names class labels, and this model takes captions; leave it out")
         return _with_captions(root)
-    return _with_labels(root, names, known=takes_labels is not None)
+    classes = None if names is None else _read_names(names)
+    if has_column(root, LABEL):
+        return _with_labels_of_metadata(root, classes)
+    return _with_labels_of_folders(root, classes, known=takes_labels is not None)
+
+
+def _warn_of_other_formats(root: Path) -> None:
+    others = [file for file in files_below(root) if file.suffix.lower() in OTHER_FORMATS]
+    if others:
+        formats = ", ".join(sorted({file.suffix.lower() for file in others}))
+        warnings.warn(
+            f"{root} holds pictures in formats that are not read ({formats}), such as "
+            f"{others[0].relative_to(root)}; {len(others)} are left out; save them as PNG or JPEG to use them",
+            DyexportWarning,
+            stacklevel=2,
+        )
 
 
 def _split_of(folder: Path, split: str | None) -> Path:
@@ -87,7 +110,18 @@ def _split_of(folder: Path, split: str | None) -> Path:
     return folder / chosen
 
 
-def _with_labels(root: Path, names: Path | None, *, known: bool) -> PictureFolder:
+def _with_labels_of_metadata(root: Path, names: tuple[str, ...] | None) -> PictureFolder:
+    files = sorted(pictures_below(root))
+    labels, classes = read_labels(root, files, names)
+    return _labeled(root, [Picture(file=file, label=labels[file]) for file in files], classes)
+
+
+def _labeled(root: Path, pictures: list[Picture], classes: tuple[str, ...]) -> PictureFolder:
+    in_order = sorted(pictures, key=lambda one: (one.label, one.file))
+    return PictureFolder(root=root, pictures=tuple(in_order), classes=classes)
+
+
+def _with_labels_of_folders(root: Path, names: tuple[str, ...] | None, *, known: bool) -> PictureFolder:
     folders = sorted(entry for entry in _visible(root) if entry.is_dir())
     lone = next((entry for entry in sorted(_visible(root)) if _is_picture(entry)), None)
     captions = _first_captions(root)
@@ -102,20 +136,21 @@ def _with_labels(root: Path, names: Path | None, *, known: bool) -> PictureFolde
             "put each picture into the subfolder of its class"
         )
     if lone is not None:
-        raise DataError(f"{root} holds pictures and no subfolders; put each picture into the subfolder of its class")
-    classes = tuple(folder.name for folder in folders) if names is None else _read_names(names)
+        raise DataError(
+            f"{root} holds pictures and no subfolders; put each picture into the subfolder of its class, or add "
+            f"{METADATA[0]} with the columns file_name and {LABEL}"
+        )
+    classes = names or tuple(folder.name for folder in folders)
     labels = {name: label for label, name in enumerate(classes)}
     pictures: list[Picture] = []
     for folder in folders:
         if folder.name not in labels:
-            raise DataError(f"the subfolder {folder.name!r} is no line of --classes {names}; add it, or remove it")
+            raise DataError(f"the subfolder {folder.name!r} is no line of --classes; add it, or remove it")
         files = sorted(pictures_below(folder))
         if not files:
             raise DataError(f"class {folder.name!r} holds no pictures: {folder}; add some, or remove the folder")
         pictures += [Picture(file=file, label=labels[folder.name]) for file in files]
-    return PictureFolder(
-        root=root, pictures=tuple(sorted(pictures, key=lambda one: (one.label, one.file))), classes=classes
-    )
+    return _labeled(root, pictures, classes)
 
 
 def _read_names(file: Path) -> tuple[str, ...]:

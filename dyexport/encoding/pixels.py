@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
+from dyexport.encoding.buckets import Size
 from dyexport.errors import DataError, reason
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+SIXTEEN_BITS = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
+NO_RANGE = frozenset({"I", "F"})  # 32 bits, of which black and white are not known
 
-def read_pixels(pictures: Sequence[tuple[Path, bool]], height: int, width: int, *, grayscale: bool = False) -> Tensor:
-    """Read pictures, some of them mirrored, to pixels (B, C, height, width) in [-1, 1].
+
+def read_pixels(file: Path, size: Size, *, mirrored: bool = False, grayscale: bool = False) -> Tensor:
+    """Read a picture to pixels (C, height, width) in [-1, 1].
 
     The shorter side is resized to fit and the center is cropped, as diffusers' ``VaeImageProcessor`` does in mode
     ``crop``. Raises ``DataError`` naming a file that cannot be decoded.
     """
-    opened = [open_picture(file) for file, _ in pictures]
-    pixels = _processor(grayscale).preprocess(opened, height=height, width=width, resize_mode="crop")
-    return torch.stack([one.flip(-1) if mirrored else one for one, (_, mirrored) in zip(pixels, pictures, strict=True)])
+    processor, opened = _processor(grayscale), open_picture(file)
+    pixels: Tensor = processor.preprocess(opened, height=size.height, width=size.width, resize_mode="crop")[0]
+    return pixels.flip(-1) if mirrored else pixels
 
 
 def open_picture(file: Path) -> Image:
@@ -33,15 +36,36 @@ def open_picture(file: Path) -> Image:
 
     try:
         with Image.open(file) as image:
+            check_range(image)
             upright = ImageOps.exif_transpose(image)
+            if upright.mode in SIXTEEN_BITS:  # ``convert`` would clip it to white
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             if not upright.has_transparency_data:
                 return upright.convert("RGB")
             over = upright.convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read the picture {file}: {reason(error)}; remove it, or save it again") from error
+        raise DataError(f"cannot read the picture {file}: {problem_of(error)}; remove it, or save it again") from error
     white = Image.new("RGBA", over.size, "white")
     white.alpha_composite(over)
     return white.convert("RGB")
+
+
+def check_range(image: Image) -> None:
+    """Raise ``ValueError`` for pixels of 32 bits."""
+    if image.mode in NO_RANGE:
+        kind = "whole numbers" if image.mode == "I" else "floating-point numbers"
+        raise ValueError(f"its pixels are {kind} of 32 bits, whose range is not known")
+
+
+def problem_of(error: Exception) -> str:
+    """Return why a picture cannot be opened."""
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no picture, or is damaged"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return reason(error).removesuffix(".")
 
 
 @cache

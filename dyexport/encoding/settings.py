@@ -13,7 +13,7 @@ from dyexport.backbones.base import Preset
 from dyexport.checkpoints.locate import is_hub_id
 from dyexport.checkpoints.structure import resolve_preset
 from dyexport.encoding.layout import PictureFolder, read_folder
-from dyexport.errors import CheckpointError, UsageError
+from dyexport.errors import CheckpointError, DataError, UsageError
 from dyexport.presets import get_preset
 from dyexport.training.data_record import check_classes
 
@@ -26,6 +26,11 @@ class VaeSource(NamedTuple):
 
     source: str
     subfolder: str | None
+
+    @property
+    def place(self) -> str:
+        """Source and folder as one path."""
+        return "/".join(part for part in self if part)
 
 
 def find_vae(vae: str | None, pipeline: str | None) -> VaeSource | None:
@@ -134,8 +139,20 @@ class EncodeSettings:
         """List the pictures. Raises ``DataError`` for a layout or classes that do not fit the model."""
         folder = read_folder(self.folder, takes_labels=self.takes_labels, split=self.split, names=self.classes)
         if self.preset is not None and self.preset.classes:
-            check_classes(folder.classes, self.preset.classes, str(folder.root), self.preset.name)
+            _check_labels(folder, self.preset)
         return folder
+
+
+def _check_labels(folder: PictureFolder, preset: Preset) -> None:
+    if folder.classes:
+        check_classes(folder.classes, preset.classes, str(folder.root), preset.name)
+        return
+    largest = max(folder.pictures, key=lambda picture: picture.label or 0)
+    if (largest.label or 0) >= preset.classes:
+        raise DataError(
+            f"{folder.name_of(largest)} in {folder.root} has the label {largest.label}, outside [0, {preset.classes}), "
+            f"the classes of {preset.name}; correct it, or choose another model"
+        )
 
 
 def _preset_of(pipeline: str) -> Preset:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dyexport.checkpoints.locate import is_hub_id
+from dyexport.checkpoints.locate import TRANSFORMER, is_hub_id
 from dyexport.encoding.layout import is_picture_folder
 from dyexport.encoding.settings import CONFIG, VAE, EncodeSettings
 from dyexport.training.data_files import BUILT_IN
+
+INDEX = "model_index.json"  # of a pipeline
 
 if TYPE_CHECKING:
     from dyexport.pipeline.settings import BuildSettings
@@ -35,9 +37,12 @@ def picture_settings(settings: BuildSettings) -> EncodeSettings:
 def pipeline_of(settings: BuildSettings) -> str | None:
     """Return the pipeline with the VAE of a checkpoint, or of the published model; None if none is known."""
     if settings.checkpoint is not None:
-        for folder in (Path(settings.checkpoint), Path(settings.checkpoint).parent):
+        checkpoint = Path(settings.checkpoint)
+        parent = checkpoint.parent
+        in_pipeline = checkpoint.name == TRANSFORMER or (parent / INDEX).is_file()
+        for folder in (checkpoint, parent) if in_pipeline else (checkpoint,):
             if (folder / VAE / CONFIG).is_file():
                 return str(folder)
-        if not Path(settings.checkpoint).exists() and is_hub_id(settings.checkpoint):
+        if not checkpoint.exists() and is_hub_id(settings.checkpoint):
             return settings.checkpoint
     return settings.preset.hub_id

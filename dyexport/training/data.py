@@ -20,19 +20,12 @@ from dyexport.emoji import load_emoji
 from dyexport.errors import DataError
 from dyexport.models.conditions import GRID, Batch, Column
 from dyexport.training.data_files import DIGITS, EMOJI, check_source, shard_files
-from dyexport.training.data_record import read_record
+from dyexport.training.data_record import SCALES, read_record, warn_of_scale
 
 FLOATS, INTEGERS = ("F32", "F16", "BF16", "F64"), ("I64", "I32", "I16", "I8", "U8")  # as safetensors names them
 Grid = tuple[int, int]  # rows and columns of tokens
 ROWS = 256  # samples read at a time
 SCALE_ROWS = 64  # samples whose standard deviation is taken
-SCALES = (0.5, 2.0)
-"""Standard deviations of latents that training takes.
-
-A VAE's ``scaling_factor`` makes it about 1 (arXiv 2112.10752 appendix G), for which noise schedules are made. Latents
-that were not scaled have the inverse of the factor: 5.5 for 0.18215, 2.8 for 0.3611. Scaled twice, they have the
-factor.
-"""
 
 
 class LatentSource(Protocol):
@@ -54,14 +47,17 @@ class LatentSource(Protocol):
 def open_source(spec: str, preset: Preset) -> LatentSource:
     """Open ``digits``, ``emoji``, or a directory of safetensors files with ``latents`` and conditions.
 
-    Latents of unknown origin must have the scale that models are trained at. Raises ``DataError``.
+    Latents of unknown origin must have the scale that models are trained at; of encoded ones with another scale there
+    is a warning. Raises ``DataError``.
     """
     check_source(spec, preset)
     if spec in BUILT_IN:
         return BUILT_IN[spec]("train")
     record = read_record(Path(spec))
     source = ShardDirectory(Path(spec), preset, {} if record is None else record.grids)
-    if record is None and not preset.pixel_space:
+    if record is not None:
+        warn_of_scale(record, Path(spec))
+    elif not preset.pixel_space:
         source.check_scale()
     return source
 

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
 
 from dyexport.bundle.records import Frozen, first_problem
-from dyexport.errors import DataError
+from dyexport.errors import DataError, DyexportWarning
 from dyexport.files import write_atomically
 
 RECORD = "encoding.json"
 VERSION = 1
+SCALES = (0.5, 2.0)
+"""Standard deviations of latents that training takes.
+
+A VAE's ``scaling_factor`` makes it about 1 (arXiv 2112.10752 appendix G), for which noise schedules are made. Latents
+that were not scaled have the inverse of the factor: 5.5 for 0.18215, 2.8 for 0.3611. Scaled twice, they have the
+factor.
+"""
 
 
 class DataRecord(Frozen):
     """Record of what latents were encoded from.
 
     ``options`` decide what all shards hold, ``scaling`` what latents were shifted and scaled by. ``classes`` are names
-    by label; None for captions. ``grids`` are rows and columns of tokens by shard, of those that are not of the model's
-    own size. ``samples``, ``mean`` and ``std`` are those of the latents, None until ``complete``.
+    by label; None for captions, and for labels that are numbers. ``grids`` are rows and columns of tokens by shard, of
+    those that are not of the model's own size. ``samples``, ``mean`` and ``std`` are those of the latents, None until
+    ``complete``.
     """
 
     version: int = VERSION
@@ -72,4 +81,15 @@ def check_classes(names: tuple[str, ...], classes: int, source: str, model: str)
         raise DataError(
             f"{source} has {len(names)} classes ({shown}) and {model} {classes}; encode with a folder for each class, "
             "or with --classes, a file that names all of them"
+        )
+
+
+def warn_of_scale(record: DataRecord, directory: Path) -> None:
+    """Warn if a VAE made latents of another scale than models are trained at."""
+    if record.scaling and record.std is not None and not SCALES[0] <= record.std <= SCALES[1]:
+        warnings.warn(
+            f"the latents in {directory} have a standard deviation of {record.std:.3g}, and models are trained at "
+            "about 1; check that the VAE is the model's and that its config.json has its scaling_factor",
+            DyexportWarning,
+            stacklevel=3,
         )

@@ -17,7 +17,7 @@ from dyexport.backbones.base import Preset
 from dyexport.checkpoints.static import save_static
 from dyexport.cli import app
 from dyexport.digits import load_digits
-from dyexport.errors import DataError, UsageError
+from dyexport.errors import DataError, DyexportWarning, UsageError
 from dyexport.models.random_weights import random_backbone
 from dyexport.pipeline.build import make_static_model, opened
 from dyexport.pipeline.settings import BuildSettings
@@ -81,9 +81,12 @@ def test_encoding_prints_what_it_made(tmp_path: Path) -> None:
     small_vae().save_pretrained(tmp_path / "vae")
     words = ["encode", class_folder(tmp_path / "pictures"), "--vae", tmp_path / "vae", "--size", 16]
     for line in ("6 of shape (4, 2, 2)", "6 of shape (4, 2, 2) (1 of 1 shards were there)"):
-        done = CliRunner().invoke(app, [*map(str, words), "-o", str(tmp_path / "latents")])
-        assert line in " ".join(done.stdout.split())
-        assert "Warning: the latents have a standard deviation of 0." in done.stderr
+        with pytest.warns(DyexportWarning, match=r"the latents in .* have a standard deviation of 0\."):
+            done = CliRunner().invoke(app, [*map(str, words), "-o", str(tmp_path / "latents")])
+        printed = " ".join(done.stdout.split())
+        assert line in printed
+        assert "pictures 6, cropped to 16 x 16 px" in printed
+        assert f"VAE{tmp_path / 'vae'}" in "".join(done.stdout.split())
 
 
 def stages_of(built: dict[str, Any]) -> dict[str, str]:
@@ -144,6 +147,11 @@ def test_what_a_build_cannot_encode_is_refused_early(digits: Path, pipeline: Pat
     settings = {"model": MODEL, "budget": 0.5, "out": tmp_path / "out", "work": tmp_path / "work", "data": str(digits)}
     with pytest.raises(UsageError, match="encoding pictures takes a VAE; give --vae"):
         BuildSettings(**settings, checkpoint=str(pipeline / "transformer" / "diffusion_pytorch_model.safetensors"))
+    shutil.copytree(pipeline, tmp_path / "vae-nearby")
+    (tmp_path / "vae-nearby" / "transformer").rename(tmp_path / "vae-nearby" / "model")
+    with pytest.raises(UsageError, match="encoding pictures takes a VAE; give --vae"):
+        BuildSettings(**settings, checkpoint=str(tmp_path / "vae-nearby" / "model"))
+    BuildSettings(**settings, checkpoint=str(pipeline / "transformer"))
     few = class_folder(tmp_path / "pictures")
     with pytest.raises(DataError, match=r"has 2 classes \(cats, dogs\) and dit-encoded 10"):
         BuildSettings(**{**settings, "data": str(few)}, checkpoint=str(pipeline))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from safetensors.torch import load_file
 
 from dyexport.backbones.sampling import dtype_argument
 from dyexport.digits import load_digits
+from dyexport.encoding.buckets import Size
 from dyexport.encoding.encode import Encoding, check_output
 from dyexport.encoding.settings import EncodeSettings
-from dyexport.errors import CheckpointError, DataError, DyexportError, UsageError
+from dyexport.errors import CheckpointError, DataError, DyexportError, DyexportWarning, UsageError
 from dyexport.presets import get_preset
 from dyexport.training.data import open_source
 from dyexport.training.data_record import read_record
@@ -156,10 +158,80 @@ def test_transparent_and_turned_pictures(vae: Path, tmp_path: Path) -> None:
     wide = Image.new("RGB", (16, 8))
     wide.paste((255, 255, 255), (0, 0, 8, 8))
     wide.save(tmp_path / "turned.png", exif=exif)
-    clear, turned = read_pixels([(tmp_path / "clear.png", False), (tmp_path / "turned.png", False)], 16, 8)
+    clear, turned = (read_pixels(tmp_path / name, Size(16, 8)) for name in ("clear.png", "turned.png"))
     assert (clear == 1).all()
     assert (turned[:, :8] == 1).all()
     assert (turned[:, 8:] == -1).all()
+
+
+def test_gray_pictures_of_16_bits_keep_their_values(tmp_path: Path) -> None:
+    from dyexport.encoding.pixels import read_pixels
+
+    values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    for name in ("gray.png", "gray.tiff"):
+        Image.fromarray(values).save(tmp_path / name)
+        pixels = read_pixels(tmp_path / name, Size(8, 8))
+        expected = torch.from_numpy(values.astype(np.float32) / 32767.5 - 1)
+        torch.testing.assert_close(pixels, expected.expand(3, 8, 8), atol=1 / 127, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("int32", "whole numbers"), ("float32", "floating-point numbers")])
+def test_pixels_without_a_range_are_refused(kind: str, name: str, vae: Path, tmp_path: Path) -> None:
+    folder = class_folder(tmp_path / "pictures", count=1)
+    Image.fromarray(np.ones((40, 40), dtype=kind)).save(folder / "cats" / "wide.tiff")
+    with pytest.raises(DataError, match=f"cats/wide.tiff: its pixels are {name} of 32 bits, .*; remove it, or save"):
+        encode(settings_of(folder, vae), tmp_path / "latents")
+
+
+def test_what_is_no_picture_is_named_in_words(vae: Path, tmp_path: Path) -> None:
+    folder = class_folder(tmp_path / "pictures", count=1)
+    (folder / "cats" / "1.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"cats/1.jpg: it is no picture, or is damaged; remove it"):
+        encode(settings_of(folder, vae), tmp_path / "latents")
+    (folder / "cats" / "1.jpg").unlink()
+    (folder / "cats" / "1.jpg").symlink_to("gone")
+    with pytest.raises(DataError, match=r"cannot read the picture .*cats/1.jpg: No such file or directory; remove it"):
+        encode(settings_of(folder, vae), tmp_path / "latents")
+
+
+def test_enlarged_pictures_are_warned_of(vae: Path, tmp_path: Path) -> None:
+    folder = class_folder(tmp_path / "pictures", count=1)  # 40 x 24
+    picture(folder / "cats" / "tiny.png", width=50, height=7)
+    with pytest.warns(DyexportWarning, match=r"3 of 3 .* enlarged.*tiny.png, is 50 x 7 px and becomes 32 x 32"):
+        encode(settings_of(folder, vae), tmp_path / "latents")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DyexportWarning)
+        settings = EncodeSettings(folder=class_folder(tmp_path / "large", count=1), vae=str(vae), size=24)
+        Encoding(settings).samples(tmp_path / "index", lambda *_: None)
+
+
+def test_latents_are_readable_as_other_files_are(vae: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    encode(settings_of(class_folder(tmp_path / "pictures", count=1), vae), tmp_path / "latents")
+    modes = {file.stat().st_mode for file in (*(tmp_path / "latents").iterdir(), tmp_path / "file")}
+    assert len(modes) == 1
+
+
+def test_labels_that_are_numbers_need_no_names(vae: Path, tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    for number in range(2):
+        picture(root / f"{number}.png", seed=number)
+    (root / "metadata.csv").write_text("file_name,label\n0.png,1\n1.png,0\n")
+    encoded = encode(settings_of(root, vae), tmp_path / "latents")
+    assert encoded.record.classes is None
+    assert rows_of(tmp_path / "latents")["labels"].tolist() == [0, 1]
+    assert len(open_source(str(tmp_path / "latents"), replace(MODEL, classes=1000))) == 2
+    (root / "metadata.csv").write_text("file_name,label\n0.png,2\n1.png,0\n")
+    with pytest.raises(DataError, match=r"0.png in .* has the label 2, outside \[0, 2\), the classes of dit-encoded"):
+        encode(settings_of(root, vae), tmp_path / "other")
+
+
+def test_training_on_latents_of_another_scale_is_warned_of(tmp_path: Path) -> None:
+    small_vae(scaling_factor=0.001).save_pretrained(tmp_path / "vae")
+    folder = class_folder(tmp_path / "pictures", count=1)
+    encode(settings_of(folder, tmp_path / "vae"), tmp_path / "latents")
+    with pytest.warns(DyexportWarning, match=r"the latents in .* have a standard deviation of .*; check that the VAE"):
+        open_source(str(tmp_path / "latents"), MODEL)
 
 
 def test_corrupt_pictures_are_named_before_anything_is_encoded(vae: Path, tmp_path: Path) -> None:

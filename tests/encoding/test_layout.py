@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from dyexport.encoding.layout import is_picture_folder, read_folder
-from dyexport.errors import DataError, DyexportError
+from dyexport.errors import DataError, DyexportError, DyexportWarning
 
 
 def files(root: Path, *names: str) -> Path:
@@ -93,7 +94,11 @@ def write(root: Path, name: str, text: str) -> None:
     [
         ([], {}, "holds no pictures"),
         (["a.txt"], {"takes_labels": False}, "holds no pictures"),
-        (["1.png"], {}, "holds pictures and no subfolders; put each picture into the subfolder of its class"),
+        (
+            ["1.png"],
+            {},
+            "holds pictures and no subfolders; .* or add metadata.jsonl with the columns file_name and label",
+        ),
         (["1.png", "cats/2.png"], {}, r"holds pictures in itself \(1.png\) and in subfolders \(cats\)"),
         (["cats/1.png", "dogs/note.md"], {}, "class 'dogs' holds no pictures"),
         (["cats/1.png", "cats/1.txt"], {"takes_labels": None}, r"has captions \(cats/1.txt\).*give --pipeline"),
@@ -116,13 +121,15 @@ def test_other_layouts_are_refused(names: list[str], options: dict[str, object],
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("metadata.jsonl", '{"file_name": "2.png", "text": "x"}', "line 1: a caption without a picture, 2.png"),
-        ("metadata.jsonl", '{"text": "x"}', "line 1: no file_name"),
+        ("metadata.jsonl", '{"file_name": "2.png", "text": "x"}', "line 1: no picture 2.png in .*; add it, or remove"),
+        ("metadata.jsonl", '{"text": "x"}', r"line 1: no file_name among its columns \(text\)"),
         ("metadata.jsonl", '\n{"file_name": "1.png"}', "line 2: no caption"),
         ("metadata.jsonl", '{"file_name": "1.png", "text": "x", "prompt": "y"}', "both text and prompt"),
-        ("metadata.jsonl", '{"file_name": "1.png", "text": "x"}\n' * 2, "line 2: 1.png has a caption already"),
-        ("metadata.jsonl", "[1]", "line 1 is no JSON object; write one picture per line"),
-        ("metadata.jsonl", "{", "cannot read .*metadata.jsonl"),
+        ("metadata.jsonl", '{"file_name": "1.png", "text": "x"}\n' * 2, "line 2: 1.png is described in line 1 too"),
+        ("metadata.jsonl", '{"file_name": "1.png", "text": 5}', "line 1: text is 5; give a text"),
+        ("metadata.jsonl", "[1]", "metadata.jsonl, line 1: no JSON object; write one picture per line"),
+        ("metadata.jsonl", "\n\n{", "cannot read .*metadata.jsonl, line 3: .* at character 2; write one JSON object"),
+        ("metadata.csv", "file_name;text\n1.png;x\n", r"line 2: no file_name among its columns \(file_name;text\)"),
         ("metadata.csv", 'file_name,text\n1.png,"x', "cannot read .*metadata.csv"),
         ("metadata.csv", "file_name,label\n1.png,x\n", "line 2: no caption"),
     ],
@@ -131,6 +138,97 @@ def test_wrong_metadata_is_named(name: str, text: str, message: str, tmp_path: P
     write(files(tmp_path, "1.png"), name, text)
     with pytest.raises(DataError, match=message):
         read_folder(tmp_path, takes_labels=False)
+
+
+def test_text_files_of_no_picture_may_lie_next_to_metadata(tmp_path: Path) -> None:
+    write(files(tmp_path, "1.png", "LICENSE.txt"), "metadata.jsonl", '{"file_name": "1.png", "text": "a fox"}')
+    assert captions_of(tmp_path) == {"1.png": "a fox"}
+
+
+def labels_of(root: Path, names: Path | None = None) -> tuple[dict[str, int | None], tuple[str, ...]]:
+    folder = read_folder(root, takes_labels=True, names=names)
+    return {folder.name_of(picture): picture.label for picture in folder.pictures}, folder.classes
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "labels", "classes"),
+    [
+        ("metadata.jsonl", ('"dog"', '"cat"', '"dog"'), (1, 0, 1), ("cat", "dog")),
+        ("metadata.jsonl", ("3", "0", "1"), (3, 0, 1), ()),
+        ("metadata.jsonl", ('"10"', '"2"', '"2"'), (0, 1, 1), ("10", "2")),
+        ("metadata.csv", ("dog", "cat", "dog"), (1, 0, 1), ("cat", "dog")),
+        ("metadata.csv", ("10", "2", "0"), (10, 2, 0), ()),
+    ],
+)
+def test_labels_of_metadata(
+    name: str, values: tuple[str, ...], labels: tuple[int, ...], classes: tuple[str, ...], tmp_path: Path
+) -> None:
+    pictures = ("1.png", "2.png", "more/3.png")
+    files(tmp_path, *pictures)
+    rows = zip(pictures, values, strict=True)
+    if name.endswith(".csv"):
+        lines = ["file_name,text,label", *(f"{file},a fox,{value}" for file, value in rows)]
+    else:
+        lines = [f'{{"file_name": "{file}", "text": "a fox", "label": {value}}}' for file, value in rows]
+    (tmp_path / name).write_text("\n".join(lines))
+    assert labels_of(tmp_path) == (dict(zip(pictures, labels, strict=True)), classes)
+    assert set(captions_of(tmp_path).values()) == {"a fox"}
+
+
+def test_a_file_of_names_has_the_classes_of_metadata(tmp_path: Path) -> None:
+    root, names = tmp_path / "pictures", tmp_path / "names.txt"
+    write(files(root, "1.png"), "metadata.jsonl", '{"file_name": "1.png", "label": "dog"}')
+    names.write_text("dog\nbird\ncat\n")
+    assert labels_of(root, names) == ({"1.png": 0}, ("dog", "bird", "cat"))
+    write(root, "metadata.jsonl", '{"file_name": "1.png", "label": 2}')
+    assert labels_of(root, names) == ({"1.png": 2}, ("dog", "bird", "cat"))
+    for value, message in (("3", "label is 3, and --classes names 3; add lines"), ('"cow"', "'cow' is no line of")):
+        write(root, "metadata.jsonl", f'{{"file_name": "1.png", "label": {value}}}')
+        with pytest.raises(DataError, match=f"line 1: .*{message}"):
+            labels_of(root, names)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"file_name": "1.png", "label": "a"}'], "pictures without labels in .*: 2.png; add a line"),
+        (['{"file_name": "1.png", "label": 1}', '{"file_name": "2.png", "label": "a"}'], "two kinds, 'a' and 1"),
+        (['{"file_name": "1.png", "label": -1}', '{"file_name": "2.png", "label": 0}'], "line 1: label is -1"),
+        (['{"file_name": "1.png", "label": 1}', '{"file_name": "2.png"}'], "line 2: label is None; give the name of"),
+        (['{"file_name": "1.png", "label": true}', '{"file_name": "2.png", "label": 0}'], "line 1: label is True"),
+    ],
+)
+def test_wrong_labels_are_named(lines: list[str], message: str, tmp_path: Path) -> None:
+    write(files(tmp_path, "1.png", "2.png"), "metadata.jsonl", "\n".join(lines))
+    with pytest.raises(DataError, match=message):
+        labels_of(tmp_path)
+
+
+def test_pictures_in_other_formats_are_not_left_out_silently(tmp_path: Path) -> None:
+    files(tmp_path, "cats/1.png", "cats/2.HEIC", "dogs/1.png", "dogs/2.gif", "dogs/3.gif")
+    with pytest.warns(DyexportWarning, match=r"\(.gif, .heic\), such as cats/2.HEIC; 3 are left out; save them as PNG"):
+        assert len(read_folder(tmp_path, takes_labels=True).pictures) == 2
+
+
+def test_links_that_lead_back_are_not_followed(tmp_path: Path) -> None:
+    root = tmp_path / "pictures"
+    files(root, "cats/1.png", "dogs/1.png")
+    files(tmp_path, "elsewhere/2.png")
+    (root / "cats" / "more").symlink_to(tmp_path / "elsewhere")
+    for name, target in (("up", root), ("itself", root / "cats"), ("above", tmp_path)):
+        (root / "cats" / name).symlink_to(target)
+    (tmp_path / "elsewhere" / "back").symlink_to(root / "cats")
+    assert labels_of(root)[0] == {"cats/1.png": 0, "cats/more/2.png": 0, "dogs/1.png": 1}
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files(tmp_path, "cats/1.png")
+    monkeypatch.chdir(tmp_path / "cats")
+    for _ in range(20):  # a path that is too long to be opened
+        os.mkdir("d" * 250)
+        os.chdir("d" * 250)
+    with pytest.raises(DataError, match=r"cannot list the folder .*: File name too long; make it readable, or remove"):
+        read_folder(tmp_path, takes_labels=True)
 
 
 def test_a_folder_of_latents_is_none_of_pictures(tmp_path: Path) -> None:
