@@ -1,4 +1,4 @@
-"""What a build keeps of its training runs: where curves and pictures go, and how a model is evaluated meanwhile."""
+"""Curves and pictures that a build keeps of its training runs, and the settings of evaluations."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ Point = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Monitoring:
-    """What is kept of a run besides its weights.
+    """Settings of the curves, pictures and evaluations of a run.
 
     directory   place of its metrics, its pictures and the files of some trackers
     tracker     accelerate's name of a tracker that gets the metrics too
@@ -76,19 +76,21 @@ class KeptLog(RunLog):
         record = _read_record(self.directory)
         if record.get("run") != run:
             record = {}
-            remove(self.directory)
+            with storage_errors(self.directory):
+                remove(self.directory)
         points = _read_points(self.directory / METRICS)
         kept = [point for point in points if point["step"] <= step]
         self.evaluated = max((int(point["step"]) for point in kept if _is_evaluation(point)), default=-1)
         follows = monitoring.tracker is not None and record.get("tracker") == monitoring.tracker
         values = {name: _plain(value) for name, value in {**monitoring.labels, **hyperparameters}.items()}
-        record = {"run": run, "id": record.get("id", uuid4().hex[:8]), "tracker": monitoring.tracker}
+        latest = max((int(point["step"]) for point in points), default=-1)
+        sent = max(latest, record.get("sent", -1)) if follows else -1
+        record = {"run": run, "id": record.get("id", uuid4().hex[:8]), "tracker": monitoring.tracker, "sent": sent}
         self._tracker = None
         if monitoring.tracker is not None:
             self._tracker = _Tracker(monitoring.tracker, self.directory, record["id"])
             if follows:
-                latest = max((int(point["step"]) for point in points), default=-1)
-                self._tracker.resume(step, latest)
+                self._tracker.resume(step, sent)
             else:
                 self._tracker.start(values, kept)
         self._file = self._open(kept)
@@ -171,29 +173,23 @@ class _Tracker:
         for point in points:
             self.log(point)
 
-    def resume(self, step: int, latest: int) -> None:
-        """Resume a run that has points up to ``latest``, after ``step``.
+    def resume(self, step: int, sent: int) -> None:
+        """Resume a run after ``step``, to which points up to step ``sent`` were sent.
 
         TensorBoard drops what is later. Others keep it, and the same steps, which give the same points, are left out.
         """
         self._open(purge_step=step + 1)
-        self._sent = -1 if self._name == TENSORBOARD else latest
+        self._sent = -1 if self._name == TENSORBOARD else sent
 
     def _open(self, purge_step: int) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        folder, label = self._directory, f"{self._directory.name}-{self._run}"
-        arguments: dict[str, dict[str, Any]] = {
-            TENSORBOARD: {"run_name": folder.name, "logging_dir": folder.parent, "purge_step": purge_step},
-            "wandb": {"name": label, "id": label, "resume": "allow", "dir": str(folder)},
-            "trackio": {"name": label, "resume": "allow"},
-            "aim": {"logging_dir": folder},
-            "mlflow": {"logging_dir": folder},
-        }
-        folder.mkdir(parents=True, exist_ok=True)
+        with storage_errors(self._directory):
+            self._directory.mkdir(parents=True, exist_ok=True)
         try:
-            kind = LOGGER_TYPE_TO_CLASS[self._name]
-            self._tracker = kind(**{_project_of(self._name): PROJECT, **arguments.get(self._name, {})})
+            self._tracker = LOGGER_TYPE_TO_CLASS[self._name](
+                **tracker_arguments(self._name, self._directory, self._run, purge_step)
+            )
             self._tracker.start()
         except Exception as error:  # each library raises its own
             why = f"{self._name} does not start ({reason(error)})"
@@ -230,9 +226,18 @@ class _Tracker:
             warnings.warn(f"{self._name} failed ({reason(error)}); {kept}", DyexportWarning, stacklevel=2)
 
 
-def _project_of(tracker: str) -> str:
-    """Return the argument of a tracker's class that names the project."""
-    return "experiment_name" if tracker == "mlflow" else "run_name"
+def tracker_arguments(name: str, folder: Path, run: str, purge_step: int) -> dict[str, Any]:
+    """Return the arguments of accelerate's class of a tracker, for a ``run`` that is kept in ``folder``."""
+    label = f"{folder.name}-{run}"
+    arguments: dict[str, dict[str, Any]] = {
+        TENSORBOARD: {"run_name": folder.name, "logging_dir": folder.parent, "purge_step": purge_step},
+        "wandb": {"name": label, "id": label, "resume": "allow", "dir": str(folder)},
+        "trackio": {"name": label, "resume": "allow"},
+        "aim": {"logging_dir": folder},
+        "mlflow": {"logging_dir": folder},
+    }
+    project = "experiment_name" if name == "mlflow" else "run_name"  # as accelerate calls it
+    return {project: PROJECT, **arguments.get(name, {})}
 
 
 def _read_record(directory: Path) -> dict[str, Any]:

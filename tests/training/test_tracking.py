@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from dataclasses import replace
@@ -15,8 +16,8 @@ from dyexport.errors import DyexportError, DyexportWarning, MissingDependencyErr
 from dyexport.training.config import FinetuneConfig
 from dyexport.training.finetuning import DynamicTrainer
 from dyexport.training.metrics import mean_metrics
-from dyexport.training.trackers import check_installed, check_tracker
-from dyexport.training.tracking import METRICS, RECORD, KeptLog, Monitoring
+from dyexport.training.trackers import TRACKERS, check_installed, check_tracker
+from dyexport.training.tracking import METRICS, RECORD, KeptLog, Monitoring, tracker_arguments
 from tests.training.helpers import DYNAMIC, SIT, blobs, dynamic, same, weights
 
 CONFIG = replace(DYNAMIC, steps=40, checkpoint_every=15)
@@ -145,6 +146,9 @@ def test_a_tracker_without_a_way_back_gets_no_step_twice(tmp_path: Path, monkeyp
     stopped(tmp_path, "aim")
     assert [step for step, _ in sent] == [10, 15, 20, "finished"]
     sent.clear()
+    stopped(tmp_path, "aim", stop=17)
+    assert [step for step, _ in sent] == ["finished"]
+    sent.clear()
     tracked(tmp_path, "aim").train()
     assert [step for step, _ in sent] == [30, 40, "finished"]
 
@@ -262,9 +266,9 @@ def test_a_tracker_that_is_not_installed_names_the_command(monkeypatch: pytest.M
         check_installed("swanlab")
 
 
-def test_trackers_are_those_of_accelerate() -> None:
-    from accelerate.utils import LoggerType
+def test_trackers_are_those_of_accelerate(tmp_path: Path) -> None:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    from dyexport.training.trackers import TRACKERS
-
-    assert {str(kind) for kind in LoggerType} - {"all"} == set(TRACKERS)
+    assert set(LOGGER_TYPE_TO_CLASS) == set(TRACKERS)
+    for name, kind in LOGGER_TYPE_TO_CLASS.items():
+        inspect.signature(kind).bind(**tracker_arguments(name, tmp_path, "run", 0))
