@@ -80,11 +80,11 @@ class KeptLog(RunLog):
                 remove(self.directory)
         points = _read_points(self.directory / METRICS)
         kept = [point for point in points if point["step"] <= step]
-        self.evaluated = max((int(point["step"]) for point in kept if _is_evaluation(point)), default=-1)
+        self.evaluated = _last_steps(kept)[EVALUATION]
         follows = monitoring.tracker is not None and record.get("tracker") == monitoring.tracker
         values = {name: _plain(value) for name, value in {**monitoring.labels, **hyperparameters}.items()}
-        latest = max((int(point["step"]) for point in points), default=-1)
-        sent = max(latest, record.get("sent", -1)) if follows else -1
+        before = record.get("sent", {}) if follows else {}
+        sent = {kind: max(step, before.get(kind, -1)) if follows else -1 for kind, step in _last_steps(points).items()}
         record = {"run": run, "id": record.get("id", uuid4().hex[:8]), "tracker": monitoring.tracker, "sent": sent}
         self._tracker = None
         if monitoring.tracker is not None:
@@ -163,7 +163,7 @@ class _Tracker:
         self._name = name
         self._directory = directory
         self._run = run
-        self._sent = -1  # steps up to this one are there already
+        self._sent: Mapping[str, int] = {}  # steps that are there already, up to this one, by kind of point
         self._tracker: Any = None
 
     def start(self, hyperparameters: Mapping[str, Any], points: list[Point]) -> None:
@@ -173,13 +173,13 @@ class _Tracker:
         for point in points:
             self.log(point)
 
-    def resume(self, step: int, sent: int) -> None:
-        """Resume a run after ``step``, to which points up to step ``sent`` were sent.
+    def resume(self, step: int, sent: Mapping[str, int]) -> None:
+        """Resume a run after ``step``. ``sent`` are the last steps that it has, by kind of point.
 
         TensorBoard drops what is later. Others keep it, and the same steps, which give the same points, are left out.
         """
         self._open(purge_step=step + 1)
-        self._sent = -1 if self._name == TENSORBOARD else sent
+        self._sent = {} if self._name == TENSORBOARD else sent
 
     def _open(self, purge_step: int) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -197,12 +197,12 @@ class _Tracker:
 
     def log(self, point: Point) -> None:
         step = int(point["step"])
-        if step > self._sent:
+        if step > self._sent.get(_kind(point), -1):
             self._call(lambda tracker: tracker.log({k: v for k, v in point.items() if k != "step"}, step=step))
 
     def show(self, name: str, picture: Image, step: int) -> None:
         """Show a picture, where the tracker takes any."""
-        if step <= self._sent:
+        if step <= self._sent.get(EVALUATION, -1):
             return
         import numpy as np
 
@@ -259,8 +259,13 @@ def _read_points(path: Path) -> list[Point]:
     return points
 
 
-def _is_evaluation(point: Point) -> bool:
-    return any(name.startswith(f"{EVALUATION}/") for name in point)
+def _kind(point: Point) -> str:
+    return EVALUATION if any(name.startswith(f"{EVALUATION}/") for name in point) else TRAIN
+
+
+def _last_steps(points: list[Point]) -> dict[str, int]:
+    """Return the last step of each kind of point; -1 where there is none."""
+    return {kind: max((int(p["step"]) for p in points if _kind(p) == kind), default=-1) for kind in (TRAIN, EVALUATION)}
 
 
 def _line(point: Point) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -74,3 +76,29 @@ class Pixels:
 
     def __call__(self, latents: torch.Tensor) -> torch.Tensor:
         return latents.clamp(-1, 1)
+
+
+def listening_tracker(monkeypatch: pytest.MonkeyPatch, fails_at: int | None = None) -> list[tuple[Any, Any]]:
+    """Register a tracker with accelerate, as applications register theirs, under the name of one not installed."""
+    from accelerate import tracking
+
+    sent: list[tuple[Any, Any]] = []
+
+    class Listening(tracking.GeneralTracker):
+        name = "aim"
+        requires_logging_directory = False
+        tracker = None
+
+        def __init__(self, run_name: str, logging_dir: Path) -> None:
+            super().__init__()
+
+        def log(self, values: dict[str, float], step: int | None = None, **kwargs: Any) -> None:
+            if step == fails_at:
+                raise ConnectionError("the service is down")
+            sent.append((step, values))
+
+        def finish(self) -> None:
+            sent.append(("finished", None))
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "aim", Listening)
+    return sent

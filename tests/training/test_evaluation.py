@@ -25,7 +25,18 @@ from dyexport.training.finetuning import DynamicTrainer
 from dyexport.training.losses import flops_ratio
 from dyexport.training.tracking import METRICS, PICTURES, Monitoring
 from dyexport.training.trainer import Trainer
-from tests.training.helpers import DIT, DYNAMIC, SIT, Pixels, backbone, blobs, dynamic, same, weights
+from tests.training.helpers import (
+    DIT,
+    DYNAMIC,
+    SIT,
+    Pixels,
+    backbone,
+    blobs,
+    dynamic,
+    listening_tracker,
+    same,
+    weights,
+)
 
 CONFIG = replace(DYNAMIC, steps=10, batch_size=16)
 EVERY = 4
@@ -211,10 +222,11 @@ def test_a_resumed_run_has_each_evaluation_once(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("evaluation/diffusion")] == DUE
 
 
-def test_an_evaluation_that_a_kill_prevented_is_made_up_for(tmp_path: Path) -> None:
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state of step 4 was saved, and the run ended before it was evaluated."""
+    sent = listening_tracker(monkeypatch)
     config = replace(CONFIG, checkpoint_every=4)
-    run = trainer(tmp_path, config=config, monitored=monitoring(tmp_path))
+    run = trainer(tmp_path, config=config, monitored=monitoring(tmp_path, tracker="aim"))
     evaluate = run.evaluate
 
     def interrupted() -> None:
@@ -226,8 +238,10 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         run.train()
     assert [line["step"] for line in evaluations(tmp_path)] == [0]
-    trainer(tmp_path, config=config, monitored=monitoring(tmp_path)).train()
+    trainer(tmp_path, config=config, monitored=monitoring(tmp_path, tracker="aim")).train()
     assert [line["step"] for line in evaluations(tmp_path)] == DUE
+    points = [(step, "evaluation/diffusion" in values) for step, values in sent if values is not None]
+    assert points == [(0, True), (4, False), (4, True), (8, False), (8, True), (10, False), (10, True)]
 
 
 def test_training_data_stands_in_where_none_is_held_out(tmp_path: Path) -> None:

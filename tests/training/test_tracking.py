@@ -18,7 +18,7 @@ from dyexport.training.finetuning import DynamicTrainer
 from dyexport.training.metrics import mean_metrics
 from dyexport.training.trackers import TRACKERS, check_installed, check_tracker
 from dyexport.training.tracking import METRICS, RECORD, KeptLog, Monitoring, tracker_arguments
-from tests.training.helpers import DYNAMIC, SIT, blobs, dynamic, same, weights
+from tests.training.helpers import DYNAMIC, SIT, blobs, dynamic, listening_tracker, same, weights
 
 CONFIG = replace(DYNAMIC, steps=40, checkpoint_every=15)
 POINTS = [10, 15, 20, 30, 40]  # every ten steps, and where a state is saved
@@ -151,32 +151,6 @@ def test_a_tracker_without_a_way_back_gets_no_step_twice(tmp_path: Path, monkeyp
     sent.clear()
     tracked(tmp_path, "aim").train()
     assert [step for step, _ in sent] == [30, 40, "finished"]
-
-
-def listening_tracker(monkeypatch: pytest.MonkeyPatch, fails_at: int | None = None) -> list[tuple[Any, Any]]:
-    """Register a tracker with accelerate, as applications register theirs, under the name of one not installed."""
-    from accelerate import tracking
-
-    sent: list[tuple[Any, Any]] = []
-
-    class Listening(tracking.GeneralTracker):
-        name = "aim"
-        requires_logging_directory = False
-        tracker = None
-
-        def __init__(self, run_name: str, logging_dir: Path) -> None:
-            super().__init__()
-
-        def log(self, values: dict[str, float], step: int | None = None, **kwargs: Any) -> None:
-            if step == fails_at:
-                raise ConnectionError("the service is down")
-            sent.append((step, values))
-
-        def finish(self) -> None:
-            sent.append(("finished", None))
-
-    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "aim", Listening)
-    return sent
 
 
 def test_a_tracker_that_fails_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
