@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SIXTEEN_BITS = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
+KEPT = 2  # times the part that is cropped
 NO_RANGE = frozenset({"I", "F"})  # 32 bits, of which black and white are not known
 
 
@@ -25,9 +27,18 @@ def read_pixels(file: Path, size: Size, *, mirrored: bool = False, grayscale: bo
     The shorter side is resized to fit and the center is cropped, as diffusers' ``VaeImageProcessor`` does in mode
     ``crop``. Raises ``DataError`` naming a file that cannot be decoded.
     """
-    processor, opened = _processor(grayscale), open_picture(file)
+    processor, opened = _processor(grayscale), without_ends(open_picture(file), size)
     pixels: Tensor = processor.preprocess(opened, height=size.height, width=size.width, resize_mode="crop")[0]
     return pixels.flip(-1) if mirrored else pixels
+
+
+def without_ends(image: Image, size: Size) -> Image:
+    """Crop the ends of a picture that is much longer than ``size``: resized as a whole it can take gigabytes."""
+    scale = max(size.height / image.height, size.width / image.width)
+    height = min(image.height, ceil(KEPT * size.height / scale))
+    width = min(image.width, ceil(KEPT * size.width / scale))
+    top, left = (image.height - height) // 2, (image.width - width) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def open_picture(file: Path) -> Image:

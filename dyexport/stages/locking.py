@@ -25,7 +25,7 @@ def locked_output(out: Path) -> Iterator[None]:
     lock = place / LOCK if inside else place.with_name(f"{LOCK}-{place.name}")
     with storage_errors(out):
         lock.parent.mkdir(parents=True, exist_ok=True)
-    with held(lock, f"another build or compile is writing {out}; wait for it, or give another directory"):
+    with held(lock, f"another command is writing {out}; wait for it, or give another directory"):
         try:
             with storage_errors(out):
                 clear_partials(place)

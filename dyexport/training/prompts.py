@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 from typing import Any, cast
@@ -55,9 +56,25 @@ def open_text_encoders(source: str, preset: Preset, *, device: str, cure: str) -
 def embed_texts(pipe: Any, texts: Sequence[str], conditioning: PromptConditioning) -> Conditions:
     """Embed texts a few at a time, on the pipeline's device; returns them on the CPU."""
     parts = [list(texts[start : start + EMBEDDED_AT_ONCE]) for start in range(0, len(texts), EMBEDDED_AT_ONCE)]
-    with torch.inference_mode():
+    with torch.inference_mode(), _errors_only():
         rows = [conditioning.embed(pipe, part) for part in parts]
     return {name: torch.cat([row[name].cpu() for row in rows]) for name in rows[0]}
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Silence libraries, which print each text that a tokenizer cuts: CLIP cuts most captions that T5 reads."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    levels = [(logging, logging.get_verbosity()) for logging in (of_diffusers, of_transformers)]
+    try:
+        for logging, _ in levels:
+            logging.set_verbosity_error()
+        yield
+    finally:
+        for logging, level in levels:
+            logging.set_verbosity(level)
 
 
 def kept_prompts(file: Path, embed: Callable[[], Conditions], origin: str) -> Conditions:

@@ -178,7 +178,7 @@ def test_files_of_the_user_stay(rtx: Any, root: Path) -> None:
 
 
 def test_two_compilations_of_one_bundle_exclude_each_other(root: Path, rtx: Any) -> None:
-    with locked_output(root), pytest.raises(StorageError, match=f"another build or compile is writing {root}"):
+    with locked_output(root), pytest.raises(StorageError, match=f"another command is writing {root}"):
         compile_for(root)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -102,6 +103,24 @@ def test_packed_latents_and_captions_are_those_of_the_pipeline(tmp_path: Path) -
     assert len(open_source(str(tmp_path / "latents"), preset)) == 2
 
 
+def test_captions_that_are_cut_are_not_printed(tmp_path: Path) -> None:
+    folder = captioned(tmp_path / "pictures", count=1)
+    (folder / "0.txt").write_text("a picture of it " * 200)
+    printed: list[str] = []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: printed.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    settings = EncodeSettings.complete(folder, model="flux-tiny", pipeline=str(save_pipeline(tmp_path / "flux")))
+    try:
+        for logger in loggers:
+            logger.addHandler(listener)
+        encode(settings, tmp_path / "latents")
+    finally:
+        for logger in loggers:
+            logger.removeHandler(listener)
+    assert not [line for line in printed if "sequence" in line]
+
+
 def test_captions_under_classifier_free_guidance_come_with_the_unconditional_prompt(tmp_path: Path) -> None:
     folder, pipeline = captioned(tmp_path / "p"), save_qwen_image_pipeline(tmp_path / "qwen")
     preset = get_preset("qwen-image-tiny")
@@ -162,6 +181,20 @@ def test_transparent_and_turned_pictures(vae: Path, tmp_path: Path) -> None:
     assert (clear == 1).all()
     assert (turned[:, :8] == 1).all()
     assert (turned[:, 8:] == -1).all()
+
+
+def test_a_very_long_picture_is_cropped_before_it_is_resized(tmp_path: Path) -> None:
+    from dyexport.encoding.pixels import open_picture, read_pixels, without_ends
+
+    for width, height in ((3, 3000), (3000, 3)):
+        opened = without_ends(open_picture(picture(tmp_path / "long.png", width=width, height=height)), Size(64, 64))
+        assert sorted(opened.size) == [3, 6]
+    ramp = np.broadcast_to(np.linspace(0, 255, 600, dtype=np.uint8), (16, 600))
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    expected = pixels_of([tmp_path / "ramp.png"], 32)[0]
+    torch.testing.assert_close(read_pixels(tmp_path / "ramp.png", Size(32, 32)), expected, atol=2 / 127.5, rtol=0)
+    whole = Image.new("RGB", (60, 40))
+    assert without_ends(whole, Size(32, 32)).size == whole.size
 
 
 def test_gray_pictures_of_16_bits_keep_their_values(tmp_path: Path) -> None:
@@ -336,6 +369,7 @@ def test_latents_of_other_options_are_not_replaced(vae: Path, tmp_path: Path) ->
         ({"size": 30}, "--size is 30, and this VAE takes multiples of 8"),
         ({"size": 64}, r"64 px make latents \(4, 8, 8\), and dit-encoded takes \(4, 4, 4\); leave --size out"),
         ({"preset": replace(MODEL, in_channels=16)}, "takes .16, 4, 4.; give --vae with the model's own"),
+        ({"preset": replace(MODEL, in_channels=16), "size": 32}, "takes .16, 4, 4.; give --vae with the model's own"),
         ({"preset": replace(MODEL, classes=1000)}, r"has 2 classes \(cats, dogs\) and dit-encoded 1000"),
         ({"vae": "PICTURES"}, "cannot read an AutoencoderKL from"),
         ({"classes": Path("gone")}, "cannot read --classes gone"),

@@ -228,10 +228,10 @@ def test_nothing_but_a_bundle_is_taken_for_one(root: Path, out: Path) -> None:
 
 def test_one_build_at_a_time_writes_a_bundle(out: Path) -> None:
     with locked_output(out):
-        with pytest.raises(StorageError, match="another build or compile is writing"), locked_output(out):
+        with pytest.raises(StorageError, match="another command is writing"), locked_output(out):
             pass
         out.mkdir()
-        with pytest.raises(StorageError, match="another build or compile is writing"), locked_output(out):
+        with pytest.raises(StorageError, match="another command is writing"), locked_output(out):
             pass
     with locked_output(out):
         pass

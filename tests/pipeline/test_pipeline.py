@@ -82,7 +82,7 @@ def test_damage_to_a_stage_is_repaired(settings: BuildSettings, victim: str) -> 
 
 def test_a_bundle_is_refused_at_once_while_another_build_writes_it(settings: BuildSettings) -> None:
     with locked_output(settings.out), opened(settings, NullListener()) as run:
-        with pytest.raises(StorageError, match="another build or compile is writing"):
+        with pytest.raises(StorageError, match="another command is writing"):
             build_bundle(run)
         assert run.ledger.outcomes == {}
 
