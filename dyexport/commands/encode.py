@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dyexport.commands import options
+from dyexport.commands.stages import stage_lines
 from dyexport.console import (
     DebugOption,
-    Interrupted,
     JsonOption,
-    StageLines,
-    chatter_on_stderr,
     emit,
     format_bytes,
     pairs,
@@ -171,16 +169,13 @@ def _cropped(payload: Mapping[str, Any]) -> str:
 @contextmanager
 def _phases() -> Iterator[EncodingProgress]:
     """Show the progress of each phase on stderr. Ctrl-C becomes ``Interrupted``."""
-    try:
-        with chatter_on_stderr(), StageLines() as lines:
-            started: set[str] = set()
+    with stage_lines("shard") as lines:
+        started: set[str] = set()
 
-            def progress(phase: str, done: int, total: int, detail: str) -> None:
-                if phase not in started:
-                    started.add(phase)
-                    lines.started(phase, "")
-                lines.advanced(phase, done, total, detail)
+        def progress(phase: str, done: int, total: int, detail: str) -> None:
+            if phase not in started:
+                started.add(phase)
+                lines.started(phase, "")
+            lines.advanced(phase, done, total, detail)
 
-            yield progress
-    except KeyboardInterrupt as error:
-        raise Interrupted("interrupted; the same command goes on after the last finished shard") from error
+        yield progress

@@ -113,13 +113,13 @@ def _same(value: Any) -> Any:
 
 
 @contextmanager
-def stage_lines() -> Iterator[StageLines]:
-    """Show stages on stderr; Ctrl-C becomes ``Interrupted``."""
+def stage_lines(kept: str = "stage") -> Iterator[StageLines]:
+    """Show stages on stderr; Ctrl-C becomes ``Interrupted``, which names what a command keeps when it is finished."""
     try:
         with chatter_on_stderr(), StageLines() as lines:
             yield lines
     except KeyboardInterrupt as error:
-        raise Interrupted("interrupted; the same command goes on after the last finished stage") from error
+        raise Interrupted(f"interrupted; the same command goes on after the last finished {kept}") from error
 
 
 def recipe_line(recipe: Mapping[str, Any], trainable: Mapping[str, float]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,11 +19,11 @@ from torch import Tensor
 
 from dyexport.encoding.buckets import Size, nearest
 from dyexport.encoding.encoders import CaptionEncoder, PictureEncoder
-from dyexport.encoding.index import Contents, read_contents
+from dyexport.encoding.index import read_contents, warn_of_small
 from dyexport.encoding.layout import Picture, PictureFolder
 from dyexport.encoding.pixels import read_pixels
 from dyexport.encoding.settings import EncodeSettings
-from dyexport.errors import CheckpointError, DyexportWarning, UsageError
+from dyexport.errors import CheckpointError, UsageError
 from dyexport.stages.file_records import digest_of
 from dyexport.training.data_record import DataRecord, read_record
 from dyexport.training.state import ORIGIN, origin_of, write_tensors
@@ -132,7 +131,7 @@ class Encoding:
         files = [picture.file for picture in pictures]
         contents = read_contents(files, index, lambda done, total: reading(done, total, ""))
         sizes = [nearest(content.size, self.pictures.buckets) for content in contents]
-        _warn_of_small(files, contents, sizes)
+        warn_of_small(files, contents, sizes)
         rows = sorted(
             zip(pictures, contents, sizes, strict=True), key=lambda row: self.pictures.buckets.index(row[2])
         )  # those of one size next to each other
@@ -255,23 +254,6 @@ def _with_unconditional(samples: Sequence[Sample], prompt: str | None) -> Iterat
         yield sample
         if prompt is not None and place % WITH_CAPTION == 0:
             yield replace(sample, caption=prompt)
-
-
-def _warn_of_small(files: Sequence[Path], contents: Sequence[Contents], sizes: Sequence[Size]) -> None:
-    """Warn of pictures that are smaller than what they are cropped to."""
-    small = [
-        (file, content.size, size)
-        for file, content, size in zip(files, contents, sizes, strict=True)
-        if content.size.height < size.height or content.size.width < size.width
-    ]
-    if small:
-        file, own, size = min(small, key=lambda row: min(row[1]))
-        warnings.warn(
-            f"{len(small)} of {len(files)} pictures are enlarged, and so are blurred: the smallest, {file}, is "
-            f"{own.width} x {own.height} px and becomes {size.width} x {size.height}; remove them, or give larger ones",
-            DyexportWarning,
-            stacklevel=2,
-        )
 
 
 def _ahead(

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from dyexport.encoding.buckets import Size
 from dyexport.encoding.pixels import check_range, problem_of
-from dyexport.errors import DataError
+from dyexport.errors import DataError, DyexportWarning
 from dyexport.files import storage_errors
 from dyexport.progress import Progress
 
@@ -53,6 +54,23 @@ def read_contents(pictures: Sequence[Path], index: Path, progress: Progress) -> 
     if unreadable:
         raise _error(unreadable)
     return [known[seal] for seal in seals]
+
+
+def warn_of_small(files: Sequence[Path], contents: Sequence[Contents], sizes: Sequence[Size]) -> None:
+    """Warn of pictures that are smaller than what they are cropped to."""
+    small = [
+        (file, content.size, size)
+        for file, content, size in zip(files, contents, sizes, strict=True)
+        if content.size.height < size.height or content.size.width < size.width
+    ]
+    if small:
+        file, own, size = min(small, key=lambda row: min(row[1]))
+        warnings.warn(
+            f"{len(small)} of {len(files)} pictures are enlarged, and so are blurred: the smallest, {file}, is "
+            f"{own.width} x {own.height} px and becomes {size.width} x {size.height}; remove them, or give larger ones",
+            DyexportWarning,
+            stacklevel=2,
+        )
 
 
 def _error(unreadable: Sequence[tuple[Path, str]]) -> DataError:
