@@ -139,7 +139,8 @@ def recipe_line(recipe: Mapping[str, Any], trainable: Mapping[str, float]) -> st
         parts += [f"{name} {value}" for name, value in trainable_lines(trainable)]
     if recipe["repair"]:
         parts.append("projections repaired by least squares")
-    parts.append(f"data {recipe['data'] or 'noise'}")
+    encoded = "" if recipe["vae"] is None else f", encoded by the VAE in {recipe['vae']}"
+    parts.append(f"data {recipe['data'] or 'noise'}{encoded}")
     parts.append(f"stored in {recipe['precision']}, calibrated in {recipe['calibration_precision']}")
     return f"recipe: {'; '.join(parts)}"
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from dyexport.pipeline.pictures import vae_of_pictures
+
 if TYPE_CHECKING:
     from dyexport.pipeline.settings import BuildSettings
 
@@ -19,6 +21,7 @@ def recipe_values(settings: BuildSettings) -> dict[str, Any]:
         "widths": settings.planned_widths,
         "token_router": settings.token_router_kind,
         "data": settings.data_source,
+        "vae": vae_of_pictures(settings),
         "from_scratch": asdict(settings.static_schedule) if settings.from_scratch else None,
         "finetune": asdict(settings.finetune_schedule) if trained else None,
         "td_lora": None if lora is None else lora.model_dump(),

@@ -34,6 +34,14 @@ def picture_settings(settings: BuildSettings) -> EncodeSettings:
     return EncodeSettings(folder=Path(str(settings.data_source)), preset=preset, vae=settings.vae, pipeline=pipeline)
 
 
+def vae_of_pictures(settings: BuildSettings) -> str | None:
+    """Return the place of the VAE that encodes the pictures of a build; None for other data and for pixels."""
+    if picture_folder(settings) is None:
+        return None
+    source = picture_settings(settings).vae_source
+    return None if source is None else source.place
+
+
 def pipeline_of(settings: BuildSettings) -> str | None:
     """Return the pipeline with the VAE of a checkpoint, or of the published model; None if none is known."""
     if settings.checkpoint is not None:

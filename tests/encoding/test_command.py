@@ -97,7 +97,9 @@ def test_a_build_encodes_pictures_itself_and_once(digits: Path, pipeline: Path, 
     folder = shutil.copytree(digits, tmp_path / "pictures")
     build = ["finetune", "--checkpoint", pipeline, "--data", folder, "--budget", "0.5", "--finetune-steps", "0"]
     work = tmp_path / "work"
-    first = run(*build, "--work", work)
+    done = CliRunner().invoke(app, [*map(str, build), "--work", str(work), "--json"], catch_exceptions=False)
+    assert f"data {folder}, encoded by the VAE in {pipeline}/vae; stored" in done.stderr
+    first = json.loads(done.stdout)
     assert stages_of(first)["encoded"] == "done"
     assert stages_of(run(*build, "--work", work))["encoded"] == "reused"
     assert not (work / "training").exists()
