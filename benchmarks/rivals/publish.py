@@ -22,16 +22,19 @@ def marker(model: str) -> tuple[str, str]:
 
 
 def publish(model: str, text: str, chart: Path, pages: Sequence[Path]) -> None:
-    """Put text and a chart between the comments of every page. Raises ``UsageError`` for a page without them."""
+    """Put text and a chart between the comments of every page that has them. Raises ``UsageError`` if none has."""
     begin, end = marker(model)
     place = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
     contents = {}
     for page in pages:
         content = page.read_text(encoding="utf-8")
         if (found := place.search(content)) is None:
-            raise UsageError(f"{page} has no place for the summary of {model}; add the lines {begin} and {end}")
+            continue
         link = f"![{ALT.format(model=model)}]({os.path.relpath(chart, page.parent)})"
         between = "\n".join([begin, text.rstrip(), "", link, end])
         contents[page] = content[: found.start()] + between + content[found.end() :]
+    if not contents:
+        names = " or ".join(map(str, pages))
+        raise UsageError(f"no page has a place for the summary of {model}; add the lines {begin} and {end} to {names}")
     for page, content in contents.items():
         write_atomically(page, content.encode())

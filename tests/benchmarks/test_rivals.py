@@ -169,14 +169,16 @@ def test_the_chart_has_a_line_for_each_variant(rows: list[Row], tmp_path: Path) 
 
 
 def test_a_summary_is_put_between_its_marks(tmp_path: Path) -> None:
-    page, (begin, end) = tmp_path / "page.md", marker("sit-tiny")
+    page, other, (begin, end) = tmp_path / "page.md", tmp_path / "other.md", marker("sit-tiny")
+    other.write_text("of another model")
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     for _ in range(2):
-        publish("sit-tiny", "a \\1 table\n", tmp_path / "docs" / "chart.svg", (page,))
+        publish("sit-tiny", "a \\1 table\n", tmp_path / "docs" / "chart.svg", (other, page))
+    assert other.read_text() == "of another model"
     text = page.read_text()
     assert text.startswith(f"before\n{begin}\na \\1 table\n\n![Frechet")
     assert text.endswith(f"(docs/chart.svg)\n{end}\nafter\n")
-    with pytest.raises(UsageError, match="has no place for the summary of sit-digits"):
+    with pytest.raises(UsageError, match="no page has a place for the summary of sit-digits"):
         publish("sit-digits", "a table", tmp_path / "chart.svg", (page,))
 
 
