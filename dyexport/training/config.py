@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
+
+import numpy as np
 
 from dyexport.backbones.recipe import BasePrecision, Optimizer
 from dyexport.errors import BudgetError, UsageError
 from dyexport.models.routers import WIDTH_BIAS
 
+GOLDEN_SECTION = (math.sqrt(5) - 1) / 2
 WITHOUT_EFFECT = ("checkpoint_every", "checkpointing", "micro_batch")  # on the trained weights, apart from rounding
 ADDED = {
     "budgets": (),
@@ -80,7 +84,7 @@ class TrainConfig:
 class FinetuneConfig(TrainConfig):
     """DyDiT fine-tuning: the FLOPs ratio (lambda) falls from 1 to ``budget``.
 
-    budgets   two or more, ascending, that the model is trained for in place of ``budget``: one at each step, in turn
+    budgets   two or more, ascending, that the model is trained for in place of ``budget``: one at each step
     warmup    share of the run, at its start, over which lambda falls
     complete  share of the run, at its start, that trains the dense model too
     anneal    share of the run over which gate noise falls to zero; it ends where ``settle`` begins
@@ -107,8 +111,16 @@ class FinetuneConfig(TrainConfig):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "in [0, 1], a share of the run")
 
     def budget_at(self, step: int) -> float:
-        """Return the budget that a step trains for."""
-        return self.budgets[step % len(self.budgets)] if self.budgets else self.budget
+        """Return the budget that a step trains for.
+
+        Several have shares of the steps that are inverse to them, since small ones need more training, and are spread
+        evenly over the run: step s takes that at the fraction of s + 1/2 times the golden section.
+        """
+        if not self.budgets:
+            return self.budget
+        ends = np.cumsum([1 / budget for budget in self.budgets])
+        place = (step + 0.5) * GOLDEN_SECTION % 1 * ends[-1]
+        return self.budgets[min(int(np.searchsorted(ends, place, side="right")), len(self.budgets) - 1)]
 
     def target(self, step: int) -> float:
         """Return lambda at a step: 1 at the start, the step's budget after the warm-up."""

@@ -11,6 +11,17 @@ def test_lambda_falls_linearly_then_stays() -> None:
     assert [config.target(step) for step in (0, 25, 50, 99)] == pytest.approx([1.0, 0.7, 0.4, 0.4])
 
 
+def test_small_budgets_have_more_steps_and_all_are_spread_over_the_run() -> None:
+    budgets = (0.3, 0.5, 0.7)
+    config = FinetuneConfig(steps=2500, budgets=budgets)
+    steps = [config.budget_at(step) for step in range(config.steps)]
+    for begin in range(0, config.steps, 250):
+        counts = [steps[begin : begin + 250].count(budget) for budget in budgets]
+        assert counts == pytest.approx(
+            [250 * (1 / budget) / sum(1 / each for each in budgets) for budget in budgets], abs=3
+        )
+
+
 def test_gate_noise_is_gone_at_the_last_step() -> None:
     config = FinetuneConfig(steps=100, anneal=0.2, settle=0.4)
     assert [config.noise_scale(step) for step in (0, 39)] == [1.0, 1.0]
