@@ -66,3 +66,14 @@ class BlockLoader:
                 value = torch.empty(parameter.shape, dtype=parameter.dtype)
                 value.copy_(self.weights[f"{name}.{leaf}" if name else leaf])
                 setattr(child, leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
+
+
+def load_frozen(source: str, preset: Preset, precision: BasePrecision, device: torch.device | str) -> nn.Module:
+    """Load a stock module that is not trained, as ``BlockLoader.load`` does.
+
+    One thread at a time: accelerate changes ``nn.Module`` while the module is made. Raises ``CheckpointError``.
+    """
+    loader = BlockLoader(source, preset)
+    loader.backbone.requires_grad_(False)
+    loader.load(precision, device)
+    return loader.backbone

@@ -15,7 +15,7 @@ from torch import Tensor
 from dyexport.backbones import get_adapter
 from dyexport.backbones.recipe import BasePrecision
 from dyexport.calibration.widths import trajectory_points
-from dyexport.checkpoints.blockwise import BlockLoader
+from dyexport.checkpoints.blockwise import load_frozen
 from dyexport.checkpoints.static import load_static
 from dyexport.checkpoints.streaming import must_stream
 from dyexport.models.devices import best_device, bf16_products
@@ -83,7 +83,5 @@ def dense_model(settings: BuildSettings, static: Path, precision: BasePrecision,
     if device == "cpu" and must_stream(preset.parameters, settings.memory):
         backbone = load_static(str(static), preset, stream=True)
     else:
-        loader = BlockLoader(str(static), preset)
-        backbone = loader.backbone.requires_grad_(False)
-        loader.load(precision, device)
+        backbone = load_frozen(str(static), preset, precision, device)
     return DynamicTransformer(backbone, get_adapter(preset.backbone), heads=preset.heads, tokens=False)

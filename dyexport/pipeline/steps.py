@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dyexport.backbones import get_adapter
 from dyexport.backbones.recipe import Schedule
-from dyexport.checkpoints.blockwise import BlockLoader
+from dyexport.checkpoints.blockwise import BlockLoader, load_frozen
 from dyexport.checkpoints.dynamic import load_with_routers, save_dynamic
 from dyexport.checkpoints.locate import find_checkpoint
 from dyexport.checkpoints.static import adopt_static, load_static, save_static
@@ -130,11 +130,9 @@ def make_synthetic(
         embedded = kept_prompts(scratch / PROMPTS, embed, prompts)
         release_memory()  # of the text encoders
     precision, device = settings.frozen_precision, torch.device(best_device())
-    loader = BlockLoader(str(static), preset)
-    loader.backbone.requires_grad_(False)
-    loader.load(precision, device)
+    backbone = load_frozen(str(static), preset, precision, device)
     with bf16_products(device, enabled=precision != "fp32"):
-        generate(loader.backbone, preset, settings.sampling, shards, progress, prompts=embedded, group=group)
+        generate(backbone, preset, settings.sampling, shards, progress, prompts=embedded, group=group)
     if group.is_main_process:
         _link(shards, out)
 

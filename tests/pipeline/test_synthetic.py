@@ -8,16 +8,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Lock
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from dyexport.checkpoints.blockwise import load_frozen
 from dyexport.checkpoints.static import WEIGHTS, save_static
 from dyexport.errors import UsageError
 from dyexport.models.random_weights import random_backbone
+from dyexport.pipeline import steps
 from dyexport.pipeline.build import build_bundle, finetune_model, make_static_model, opened
 from dyexport.pipeline.model_stages import static_model
 from dyexport.pipeline.run import Run
@@ -200,7 +202,14 @@ class Member:
         return value
 
 
-def test_the_members_of_a_group_share_the_shards(tmp_path: Path) -> None:
+def test_the_members_of_a_group_share_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_at_a_time = Lock()
+
+    def load_in_turn(*arguments: Any) -> Any:
+        with one_at_a_time:
+            return load_frozen(*arguments)
+
+    monkeypatch.setattr(steps, "load_frozen", load_in_turn)
     sampled = SyntheticConfig(samples=2 * SHARD_SAMPLES + 2, steps=2)
     settings = tiny_settings(tmp_path / "group", **SYNTHETIC, synthetic=sampled)
     listeners, barrier, said = [RecordingListener(), RecordingListener()], Barrier(2), [""]
