@@ -114,7 +114,7 @@ class Bundle:
 
     @property
     def label(self) -> str:
-        """What tells the files of one of several budgets apart: ``0.3``; '' in a bundle of one."""
+        """The text in names of files and networks of one of several budgets: ``0.3``; '' in a bundle of one."""
         return f"{self.manifest.budget:g}" if self.manifest.budgets else ""
 
     def path(self, name: str) -> Path:
