@@ -17,6 +17,7 @@ from benchmarks.rivals.bundles import memory_of, open_bundles, time_bundles
 from benchmarks.rivals.cache_dit_network import PACKAGE, is_installed, supports
 from benchmarks.rivals.costs import flops_of
 from benchmarks.rivals.measure import Study, train_all
+from benchmarks.rivals.pictures import pictures_of
 from benchmarks.rivals.report import Report, publish_summary, write
 from benchmarks.rivals.tables import rows_of
 from benchmarks.rivals.times import measured_memory, measured_times
@@ -76,6 +77,7 @@ def _compare(options: argparse.Namespace, lines: StageLines, made: dict[str, Any
         timings = measured_times(family.work, models, points, _timing(options), lines, again=not options.no_time)
         memory = measured_memory(family.work, models, options.batch, lines)
     rows = rows_of(points, options.seeds, dense_gflops=_gflops(study.spec), timings=timings, memory=memory)
+    pictures, caption = pictures_of(models, variants, options.seeds) or (None, "")
     return Report(
         model=options.model,
         made=made,
@@ -85,6 +87,8 @@ def _compare(options: argparse.Namespace, lines: StageLines, made: dict[str, Any
         sampling=sampling,
         repeats=options.repeats,
         real=study.scorer.frechet_real,
+        pictures=pictures,
+        caption=caption,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dyexport.errors import UsageError
@@ -13,28 +14,49 @@ from dyexport.files import write_atomically
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = (ROOT / "README.md", DOCS / "why-not.md")
-ALT = "Frechet distance of {model} and its rivals over the FLOPs of one picture"
 
 
-def marker(model: str) -> tuple[str, str]:
-    """Return the comments before and after the summary of a model."""
-    return f"<!-- rivals {model} -->", f"<!-- /rivals {model} -->"
+@dataclass(frozen=True)
+class Part:
+    """Text and a figure, for the place of a page between ``<!-- name -->`` and ``<!-- /name -->``."""
+
+    name: str
+    text: str
+    figure: Path
+    alternative: str
+
+    @property
+    def comments(self) -> tuple[str, str]:
+        return comments(self.name)
+
+    def placed(self, page: str, folder: Path) -> str | None:
+        """Return a page with this part in its place; None for a page without a place."""
+        begin, end = self.comments
+        place = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
+        if (found := place.search(page)) is None:
+            return None
+        link = f"![{self.alternative}]({os.path.relpath(self.figure, folder)})"
+        between = "\n".join([begin, self.text.rstrip(), "", link, end])
+        return page[: found.start()] + between + page[found.end() :]
 
 
-def publish(model: str, text: str, chart: Path, pages: Sequence[Path]) -> None:
-    """Put text and a chart between the comments of every page that has them. Raises ``UsageError`` if none has."""
-    begin, end = marker(model)
-    place = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
+def comments(name: str) -> tuple[str, str]:
+    """Return the comments before and after a place."""
+    return f"<!-- {name} -->", f"<!-- /{name} -->"
+
+
+def publish(parts: Sequence[Part], pages: Sequence[Path]) -> None:
+    """Put each part into every page that has a place for it. Raises ``UsageError`` if none has one for the first."""
     contents = {}
     for page in pages:
         content = page.read_text(encoding="utf-8")
-        if (found := place.search(content)) is None:
-            continue
-        link = f"![{ALT.format(model=model)}]({os.path.relpath(chart, page.parent)})"
-        between = "\n".join([begin, text.rstrip(), "", link, end])
-        contents[page] = content[: found.start()] + between + content[found.end() :]
+        for part in parts:
+            if (placed := part.placed(content, page.parent)) is not None:
+                contents[page] = content = placed
+            elif part is parts[0]:
+                break
     if not contents:
-        names = " or ".join(map(str, pages))
-        raise UsageError(f"no page has a place for the summary of {model}; add the lines {begin} and {end} to {names}")
+        (begin, end), names = parts[0].comments, " or ".join(map(str, pages))
+        raise UsageError(f"no page has a place for {parts[0].name}; add the lines {begin} and {end} to {names}")
     for page, content in contents.items():
         write_atomically(page, content.encode())

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from benchmarks.quality import CONTROL, write_results
 from benchmarks.rivals.chart import save_chart
-from benchmarks.rivals.publish import DOCS, PAGES, publish
+from benchmarks.rivals.publish import DOCS, PAGES, Part, publish
 from benchmarks.rivals.tables import Row, as_csv, markdown_table, summary
 from benchmarks.rivals.timing import Timings
 from benchmarks.rivals.variants import DYNAMIC, REUSE, WIDTHS
+from dyexport.bench.pictures import save_png
 from dyexport.errors import UsageError
 from dyexport.evaluation.settings import SamplingConfig
 from dyexport.files import write_atomically
@@ -26,7 +30,7 @@ class Report:
     """All rows, and how they were measured.
 
     ``made`` describes the machine and the command, ``remarks`` say what is missing. Without ``sampling`` there is no
-    quality.
+    quality, and without ``pictures`` samples are no pictures.
     """
 
     model: str
@@ -37,6 +41,8 @@ class Report:
     sampling: SamplingConfig | None = None
     repeats: int = 0
     real: float | None = None
+    pictures: Image.Image | None = None
+    caption: str = ""
 
     @property
     def stem(self) -> str:
@@ -82,40 +88,55 @@ class Report:
         return "\n".join(parts)
 
     def summary(self) -> str:
-        """Return the table for README and docs, with the command that makes it."""
+        """Return the table for README and docs, with the command that trains, times and scores all of it."""
         budgets = {row.variant.budget for row in self.rows if row.variant.budget is not None}
         steps = sorted({row.steps for row in self.rows}.intersection(SUMMARY_STEPS))
         table = summary(self.rows, steps, sorted(budgets))
         assert self.sampling is not None, "the summary is of quality"
         samples = f"{self.repeats} x {self.sampling.samples} samples"
+        spreads = any(len(row.seeds) > 1 for row in self.rows)
+        seeds = "mean and extremes over training seeds" if spreads else "one training seed"
+        timed = any(row.time is not None for row in self.rows)
         return (
-            f"{table}\n`{self.model}`, {samples}: Frechet distance, mean and extremes over training seeds.\n"
-            "Cost and time of a picture are in evaluations of the dense network. "
-            f"Made by `python -m benchmarks.rivals --model {self.model} --publish`."
+            f"{table}\n`{self.model}`, {samples}: Frechet distance, {seeds}.\n"
+            f"{'Cost and time' if timed else 'Cost'} of a picture in evaluations of the dense network. "
+            f"Made by `{self._whole_command()}`."
         )
+
+    def _whole_command(self) -> str:
+        """Return the command without the options that keep what earlier runs trained and timed."""
+        return re.sub(r" --no-(train|time)\b", "", str(self.made["command"]))
 
 
 def write(report: Report, results: Path) -> None:
-    """Write the tables, and the chart where something is scored."""
+    """Write the tables, the chart where something is scored, and the pictures."""
     file = results / f"{report.stem}.json"
     write_results(file, report.as_json(), report.markdown())
     write_atomically(file.with_suffix(".csv"), as_csv(report.rows).encode())
     if any(row.frechet is not None for row in report.rows):
         title = f"{report.model}: what a picture costs and how good it is"
         save_chart(report.rows, results / f"{report.stem}.svg", title=title, real=report.real)
+    if report.pictures is not None:
+        save_png(report.pictures, results / f"{report.stem}.png")
 
 
 def publish_summary(report: Report, results: Path, pages: Sequence[Path] = PAGES, docs: Path = DOCS) -> None:
-    """Put the summary and the chart, which is among the results, into README and docs.
+    """Put the summary, the chart and the pictures, which are among the results, into README and docs.
 
     Raises ``UsageError`` for a page without a place for it, and for a report without quality or with missing seeds.
     """
     chart = docs / f"{report.stem}.svg"
-    if report.sampling is None or not (made := results / chart.name).exists():
+    if report.sampling is None or not (results / chart.name).exists():
         raise UsageError("--publish is for quality, and nothing is scored; leave it out")
     there = {row.variant.name for row in report.rows}
     lacking = {row.variant.name for row in report.rows if row.missing} | ({CONTROL, WIDTHS, REUSE, DYNAMIC} - there)
     if lacking:
         raise UsageError(f"--publish needs every seed of {min(lacking)}; train what is missing, or leave it out")
-    publish(report.model, report.summary(), chart, pages)
-    write_atomically(chart, made.read_bytes())
+    quality = f"Frechet distance of {report.model} and its rivals over the FLOPs of one picture"
+    parts = [Part(f"rivals {report.model}", report.summary(), chart, quality)]
+    if report.pictures is not None:
+        pictures = docs / f"{report.stem}.png"
+        parts.append(Part(f"pictures {report.model}", f"*{report.caption}*", pictures, f"Pictures by {report.model}"))
+    publish(parts, pages)
+    for part in parts:
+        write_atomically(part.figure, (results / part.figure.name).read_bytes())

@@ -143,12 +143,22 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.cost:.2f}",
         f"{row.gflops:.3g}",
         time_text(row.time),
-        "" if row.frechet is None else f"{row.frechet.mean:.3f} ({row.frechet.low:.3f} to {row.frechet.high:.3f})",
+        "" if row.frechet is None else spread_text(row.frechet),
         "" if row.class_accuracy is None else f"{row.class_accuracy.mean:.1%}",
         "" if row.psnr is None else f"{row.psnr.mean:.1f} dB",
         "" if row.memory is None else f"{row.memory / 1e6:.1f} MB",
         seeds_text(row),
     )
+
+
+def spread_text(spread: Spread, *, bold: bool = False) -> str:
+    """Return the mean of distances, and the extremes where there is more than one."""
+    mean = f"**{_digits(spread.mean)}**" if bold else _digits(spread.mean)
+    return mean if spread.low == spread.high else f"{mean} ({_digits(spread.low)} to {_digits(spread.high)})"
+
+
+def _digits(distance: float) -> str:
+    return f"{distance:.3f}" if distance < 10 else f"{distance:.1f}"
 
 
 def time_text(time: Ratio | None) -> str:
@@ -230,7 +240,5 @@ def _best(rows: Sequence[Row | None]) -> float | None:
 def _summary_cell(row: Row | None, best: float | None) -> str:
     if row is None or row.frechet is None:
         return ""
-    spread = row.frechet
-    score = f"**{spread.mean:.3f}**" if spread.mean == best else f"{spread.mean:.3f}"
     time = "" if row.time is None or row.time.value is None else f", time {row.time.value:.1f}"
-    return f"{score} ({spread.low:.3f} to {spread.high:.3f}), cost {row.cost:.1f}{time}"
+    return f"{spread_text(row.frechet, bold=row.frechet.mean == best)}, cost {row.cost:.1f}{time}"

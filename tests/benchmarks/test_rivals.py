@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks.rivals.__main__ import main
 from benchmarks.rivals.cache_dit_network import (
@@ -23,10 +24,10 @@ from benchmarks.rivals.cache_dit_network import (
 from benchmarks.rivals.chart import save_chart
 from benchmarks.rivals.costs import dense_composition, part, slim_composition
 from benchmarks.rivals.measure import Point
-from benchmarks.rivals.publish import marker, publish
+from benchmarks.rivals.publish import Part, comments, publish
 from benchmarks.rivals.report import Report, publish_summary
 from benchmarks.rivals.reuse import ReusingNetwork, decisions, relative_change, threshold_for
-from benchmarks.rivals.tables import Row, as_csv, markdown_table, rows_of, summary
+from benchmarks.rivals.tables import Row, Spread, as_csv, markdown_table, rows_of, spread_text, summary
 from benchmarks.rivals.timing import Timings
 from benchmarks.rivals.variants import CONTROL, DENSE, DYNAMIC, MODELS, REUSE, WIDTHS, Variant, variants_of
 from benchmarks.rivals.variants import equal_flops_steps as equal
@@ -150,6 +151,8 @@ def test_the_summary_has_four_rows_for_each_budget_and_marks_the_best_whoever_it
     ] * 2
     assert len(summary(rows, (8,), (0.3, 0.5)).splitlines()[2:]) == 8
     assert "| 0.355 (0.350 to 0.360), cost 4.0 |" in lines[0]
+    assert "| **0.130**, cost 4.0 |" in lines[1], "one model, one evaluation: no extremes"
+    assert spread_text(Spread(mean=60.04, low=58.0, high=62.11)) == "60.0 (58.0 to 62.1)"
 
 
 def test_csv_and_json_have_every_row(rows: list[Row]) -> None:
@@ -168,25 +171,33 @@ def test_the_chart_has_a_line_for_each_variant(rows: list[Row], tmp_path: Path) 
     assert all(color in text for color in ("#0072b2", "#111111", "#e69f00", "#009e73"))
 
 
-def test_a_summary_is_put_between_its_marks(tmp_path: Path) -> None:
-    page, other, (begin, end) = tmp_path / "page.md", tmp_path / "other.md", marker("sit-tiny")
+def test_parts_are_put_into_their_places(tmp_path: Path) -> None:
+    page, short, other = (tmp_path / f"{name}.md" for name in ("page", "short", "other"))
+    table, pictures = comments("rivals sit-tiny"), comments("pictures sit-tiny")
     other.write_text("of another model")
-    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    short.write_text("\n".join(table))
+    page.write_text("\n".join(["before", *table, "between", *pictures, "after\n"]))
+    parts = [
+        Part("rivals sit-tiny", "a \\1 table\n", tmp_path / "docs" / "chart.svg", "Distances"),
+        Part("pictures sit-tiny", "*Rows*", tmp_path / "docs" / "samples.png", "Pictures"),
+    ]
     for _ in range(2):
-        publish("sit-tiny", "a \\1 table\n", tmp_path / "docs" / "chart.svg", (other, page))
+        publish(parts, (other, page, short))
     assert other.read_text() == "of another model"
-    text = page.read_text()
-    assert text.startswith(f"before\n{begin}\na \\1 table\n\n![Frechet")
-    assert text.endswith(f"(docs/chart.svg)\n{end}\nafter\n")
-    with pytest.raises(UsageError, match="no page has a place for the summary of sit-digits"):
-        publish("sit-digits", "a table", tmp_path / "chart.svg", (page,))
+    summary = f"{table[0]}\na \\1 table\n\n![Distances](docs/chart.svg)\n{table[1]}"
+    assert short.read_text() == summary
+    sheet = f"{pictures[0]}\n*Rows*\n\n![Pictures](docs/samples.png)\n{pictures[1]}"
+    assert page.read_text() == f"before\n{summary}\nbetween\n{sheet}\nafter\n"
+    with pytest.raises(UsageError, match="no page has a place for rivals sit-tiny"):
+        publish(parts, (other,))
 
 
 def test_a_summary_that_lacks_seeds_is_not_published(rows: list[Row], tmp_path: Path) -> None:
     chart, page = "rivals_sit-digits.svg", tmp_path / "page.md"
     (tmp_path / chart).write_text("<svg/>")
-    page.write_text("\n".join(marker("sit-digits")))
-    settings = {"model": "sit-digits", "made": {}, "remarks": (), "timings": None, "sampling": SamplingConfig()}
+    page.write_text("\n".join(comments("rivals sit-digits")))
+    made = {"command": "python -m benchmarks.rivals --no-train --no-time --publish"}
+    settings = {"model": "sit-digits", "made": made, "remarks": (), "timings": None, "sampling": SamplingConfig()}
     places = {"pages": (page,), "docs": tmp_path / "docs"}
     late = [replace(row, missing=(1,)) if row.variant.name == WIDTHS else row for row in rows]
     with pytest.raises(UsageError, match="needs every seed of static"):
@@ -194,6 +205,11 @@ def test_a_summary_that_lacks_seeds_is_not_published(rows: list[Row], tmp_path: 
     assert not (tmp_path / "docs").exists()
     publish_summary(Report(rows=rows, **settings), tmp_path, **places)
     assert "| **dynamic, lambda 0.5** |" in page.read_text()
+    assert "mean and extremes over training seeds" in page.read_text()
+    assert (
+        "Cost of a picture in evaluations of the dense network. Made by `python -m benchmarks.rivals --publish`."
+        in page.read_text()
+    )
     assert (tmp_path / "docs" / chart).read_text() == "<svg/>"
 
 
@@ -301,6 +317,8 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert by_name["dynamic", 4]["memory"] > 0
     assert all(row["frechet"]["mean"] > 0 and row["time"] is not None for row in whole["rows"])
     assert (tmp_path / f"rivals_{TINY.name}.svg").exists()
+    width, height = Image.open(tmp_path / f"rivals_{TINY.name}.png").size
+    assert width > height > 0, "4 rows of 10 classes"
     bundle = tmp_path / "work" / "dynamic-0.5-seed0"
     main(["--bundles", str(bundle), "--steps", "2", "--results", str(tmp_path), "--rounds", "4", "--models", "dense"])
     timed = json.loads((tmp_path / f"rivals_{TINY.name}_times.json").read_text())
