@@ -34,7 +34,7 @@ def merge_error(model: DynamicTransformer, inputs: NoisedInputs, segment: Segmen
     merged = segment.model_copy(update={"merged": True})
     random, squared_error, squared_norm = np.random.default_rng(seed), 0.0, 0.0
     for repeat in range(SAMPLES):
-        arguments = inputs.at(float(np.float32(random.uniform(segment.start, segment.end))), repeat)
+        arguments = inputs.at(float(np.float32(random.uniform(segment.start, segment.end))), repeat, model.device)
         exact = model(arguments).sample.double()
         with merged_gates(model, merged):
             squared_error += float((model(arguments).sample - exact).square().sum())

@@ -94,12 +94,14 @@ def measure_network_ranges(
     networks, errors = {}, []
     for index, segment in enumerate(plan.segments):
         points = _points(segment.start, segment.end, points_per_segment)
-        magnitudes = measure_ranges(model.backbone, model, inputs, points, every, progress)
+        magnitudes = measure_ranges(model.backbone, model, inputs, points, every, progress, model.device)
         errors.append(quantization_error(model, inputs, segment, magnitudes, quantization))
         networks[segment_name(index)] = _by_weight(linears, magnitudes)
     if dense is not None:
         points = _points(*tables[0].timestep_range, points_per_segment)
-        magnitudes = measure_ranges(dense, partial(model.adapter.run, dense), inputs, points, every, progress)
+        magnitudes = measure_ranges(
+            dense, partial(model.adapter.run, dense), inputs, points, every, progress, model.device
+        )
         networks[DENSE] = _by_weight(linears, magnitudes)
     return Ranges(networks=networks, errors=tuple(errors))
 

@@ -41,8 +41,12 @@ def measure_ranges(
     points: Sequence[float],
     linears: Iterable[LinearInput],
     progress: Progress = no_progress,
+    device: torch.device | str = "cpu",
 ) -> dict[LinearInput, float]:
-    """Measure ranges over calibration inputs at ``points``, values of t; ``run`` is a pass through the backbone."""
+    """Measure ranges over calibration inputs at ``points``, values of t.
+
+    ``run`` is a pass through the backbone, which is on ``device``.
+    """
     ranges = dict.fromkeys(linears, 0.0)
 
     def watch(linear: LinearInput, module: nn.Module, read: tuple[Tensor, ...]) -> None:
@@ -50,7 +54,7 @@ def measure_ranges(
 
     with _hooked(backbone, ((linear, partial(watch, linear)) for linear in ranges)):
         for chunk in inputs.chunks(points, progress):
-            run(inputs.over(chunk))
+            run(inputs.over(chunk, device=device))
     return ranges
 
 
@@ -67,7 +71,7 @@ def quantization_error(
     points = np.random.default_rng(seed).uniform(segment.start, segment.end, SAMPLES).astype(np.float32)
     squared_error = squared_norm = 0.0
     for chunk in inputs.chunks(points.tolist()):
-        arguments = inputs.over(chunk)
+        arguments = inputs.over(chunk, device=model.device)
         exact = model(arguments).sample.double()
         with fake_quantized(model.backbone, ranges, quantization):
             squared_error += float((model(arguments).sample - exact).square().sum())

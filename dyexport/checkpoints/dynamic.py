@@ -26,15 +26,16 @@ from torch import Tensor, nn
 
 from dyexport.backbones import get_adapter
 from dyexport.backbones.base import Preset, RouterKind
+from dyexport.backbones.recipe import BasePrecision
 from dyexport.bundle.records import Frozen, first_problem
 from dyexport.bundle.spec import TokenRouterKind
 from dyexport.bundle.tables import WidthTable
 from dyexport.checkpoints.locate import CONFIG
+from dyexport.checkpoints.placement import load_placed
 from dyexport.checkpoints.static import (
     ORDER,
     fill,
     load_backbone,
-    load_static,
     meta_backbone,
     open_checkpoint,
     read_order,
@@ -132,17 +133,24 @@ def load_with_routers(source: Path, preset: Preset, *, stream: bool = False) -> 
 
 
 def _dynamic(
-    backbone: nn.Module, preset: Preset, spec: DynamicSpec, parts: Mapping[str, Mapping[str, Tensor]], stream: bool
+    backbone: nn.Module,
+    preset: Preset,
+    spec: DynamicSpec,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    stream: bool,
+    device: str = "cpu",
 ) -> DynamicTransformer:
-    """Make a dynamic model and fill its ``parts`` with their weights."""
+    """Make a dynamic model on ``device``, where its backbone is, and fill its ``parts`` with their weights."""
     with meta_parameters(stream):
         model = spec.attach(backbone, preset)
     if stream:
-        stream_routers(model.block_routers, parts["routers"])
+        stream_routers(model.block_routers, parts["routers"], device)
         if model.td_lora is not None:
-            model.td_lora.to_empty(device="cpu")
+            model.td_lora.to_empty(device=device)
     for name, module in model.parts().items():
         fill(module, parts[name])
+        if not stream:
+            module.to(device)
     return model.eval()
 
 
@@ -159,17 +167,22 @@ def open_widths(model: DynamicTransformer, preset: Preset) -> None:
     model.table = WidthTable(grid=np.array([start]), end=end, heads=heads, groups=groups)
 
 
-def load_dynamic(directory: Path, *, stream: bool = False) -> tuple[DynamicTransformer, Preset]:
-    """Load a dynamic checkpoint and its preset. Raises ``CheckpointError`` naming what does not fit."""
+def load_dynamic(
+    directory: Path, *, stream: bool = False, device: str = "cpu", base: BasePrecision = "fp32"
+) -> tuple[DynamicTransformer, Preset]:
+    """Load a dynamic checkpoint and its preset, as a ``Placement`` says.
+
+    Raises ``CheckpointError`` naming what does not fit.
+    """
     spec = read_spec(directory)
     preset = spec.get_preset()
-    backbone: Any = load_static(str(directory), preset, stream=stream)
+    backbone: Any = load_placed(str(directory), preset, stream=stream, device=device, base=base)
     with torch.device("meta"):
         expected = spec.attach(meta_backbone(preset, backbone.config), preset).parts()
     parts = {name: StoredWeights(directory / PARTS[name]) for name in expected}
     for name, module in expected.items():
         check_weights(parts[name], module.state_dict(), directory / PARTS[name], preset.name)
-    model = _dynamic(backbone, preset, spec, parts, stream)
+    model = _dynamic(backbone, preset, spec, parts, stream, device)
     if (directory / TABLE).is_file():
         model.table = _read_table(directory / TABLE, model)
     if (directory / ORDER).is_file():

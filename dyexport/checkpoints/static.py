@@ -131,22 +131,22 @@ def _check_copies(weights: Mapping[str, Tensor], preset: Preset, config: Mapping
             )
 
 
-def load_static(source: str, preset: Preset, *, stream: bool = False) -> nn.Module:
-    """Load a stock backbone in fp32; routers in a published file are ignored.
+def load_static(source: str, preset: Preset, *, stream: bool = False, device: str = "cpu") -> nn.Module:
+    """Load a stock backbone in fp32 onto ``device``; routers in a published file are ignored.
 
     With ``stream`` the weights stay on disk, and each is read when its layer runs. Raises ``CheckpointError``.
     """
-    return load_backbone(open_checkpoint(source, preset), preset, stream=stream)
+    return load_backbone(open_checkpoint(source, preset), preset, stream=stream, device=device)
 
 
-def load_backbone(checkpoint: Checkpoint, preset: Preset, *, stream: bool) -> nn.Module:
+def load_backbone(checkpoint: Checkpoint, preset: Preset, *, stream: bool, device: str = "cpu") -> nn.Module:
     """Make a stock backbone with the weights of a checkpoint."""
     adapter = get_adapter(preset.backbone)
     if stream:
-        return stream_backbone(adapter, checkpoint.config, checkpoint.weights).eval()
+        return stream_backbone(adapter, checkpoint.config, checkpoint.weights, device).eval()
     backbone = adapter.build(checkpoint.config)
     fill(backbone, checkpoint.weights)
-    return backbone.eval()
+    return backbone.eval().to(device)
 
 
 @torch.no_grad()

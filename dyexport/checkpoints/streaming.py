@@ -34,10 +34,15 @@ def must_stream(parameters: int, memory: int | None = None) -> bool:
     return parameters * torch.float32.itemsize > room
 
 
-def stream_backbone(adapter: Adapter, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
-    """Make a stock module in fp32 whose weights stay on disk, and its buffers in memory."""
+def stream_backbone(
+    adapter: Adapter, config: Mapping[str, Any], weights: Mapping[str, Tensor], device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Make a stock module in fp32 that runs on ``device``. Its weights stay on disk, its buffers are on ``device``."""
     backbone: Any = empty_backbone(adapter, config, weights)
-    _stream(backbone.named_modules(), weights)
+    for module in backbone.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    _stream(backbone.named_modules(), weights, device)
     # Stopping a recomputation as early as possible would leave a layer's weights behind.
     backbone.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, early_stop=False))
     return backbone
@@ -65,18 +70,25 @@ def meta_parameters(stream: bool) -> AbstractContextManager[None]:
     return init_empty_weights(include_buffers=False) if stream else nullcontext()
 
 
-def stream_routers(routers: Sequence[BlockRouter], weights: Mapping[str, Tensor]) -> None:
-    """Stream the large layers of routers on the meta device, and allocate the small ones, which calibration changes."""
+def stream_routers(
+    routers: Sequence[BlockRouter], weights: Mapping[str, Tensor], device: torch.device | str = "cpu"
+) -> None:
+    """Stream the large layers of routers on the meta device, and allocate the small ones, which calibration changes.
+
+    All run on ``device``.
+    """
     for index, router in enumerate(routers):
         named = {f"{index}.{name}": module for name, module in router.named_modules()}
         large = {name: module for name, module in named.items() if isinstance(module, Fp32Linear)}
         for name in named.keys() - large.keys():
-            named[name].to_empty(device="cpu", recurse=False)
-        _stream(large.items(), weights)
+            named[name].to_empty(device=device, recurse=False)
+        _stream(large.items(), weights, device)
 
 
-def _stream(modules: Iterable[tuple[str, nn.Module]], weights: Mapping[str, Tensor]) -> None:
-    """Hook named modules so that each reads its weights from ``weights`` when it runs, and frees them after."""
+def _stream(
+    modules: Iterable[tuple[str, nn.Module]], weights: Mapping[str, Tensor], device: torch.device | str
+) -> None:
+    """Hook named modules so that each reads its weights onto ``device`` when it runs, and frees them after."""
     for name, module in modules:
         parameters = list(module.parameters(recurse=False))
         if not parameters:
@@ -84,7 +96,8 @@ def _stream(modules: Iterable[tuple[str, nn.Module]], weights: Mapping[str, Tens
         for parameter in parameters:
             parameter.requires_grad_(False)
         prefix = f"{name}." if name else ""
-        hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=PrefixedDataset(weights, prefix))
+        weights_map = PrefixedDataset(weights, prefix)
+        hook = AlignDevicesHook(execution_device=device, offload=True, weights_map=weights_map)
         add_hook_to_module(module, hook)
 
 

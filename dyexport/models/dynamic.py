@@ -173,9 +173,9 @@ class DynamicTransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the computation. Streamed weights are on the meta device until they are used."""
-        device = next(self.backbone.parameters()).device
-        return torch.device("cpu") if device.type == "meta" else device
+        """Device of the computation. Streamed weights, which are not routers' biases, are on the meta device."""
+        devices = (value.device for value in self.parameters() if not value.is_meta)
+        return next(devices, torch.device("cpu"))
 
     def _timestep_embedding(self, timestep: Tensor) -> Tensor:
         """Compute the input of width routers: (B,) -> (B, C)."""
@@ -199,7 +199,7 @@ class DynamicTransformer(nn.Module):
     def fix_budget(self, budget: float) -> None:
         """Keep the routers of one budget; one between two of ``budgets`` gets logits between theirs."""
         for router in self.block_routers:
-            router.fix_budget(budget_shares(self.budgets, budget))
+            router.fix_budget(budget_shares(self.budgets, budget).to(self.device))
         self.budgets, self.budget = (), None
 
     def width_gates(self, timestep: Tensor, noise: GateNoise | None = None) -> tuple[Tensor, Tensor]:

@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dyexport.backbones.base import Inputs
+from dyexport.backbones.base import Inputs, Preset
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 from dyexport.progress import Progress, no_progress
 
 PROBES = 4
-KEPT = 2**26  # block output elements per pass; a backward pass keeps about 100 bytes for each: 7 GB
+KEPT = 2**26  # block output elements per pass: 7 GB
+BYTES = 100  # that a backward pass keeps for each of them, unless blocks are recomputed
+BLOCKS = 60  # what one keeps while it is recomputed, with gradients, in inputs of blocks
 
 
 def unit_importance(
@@ -53,6 +55,13 @@ def importance_by_pass(
     with _recomputing(model, enabled=rows * model.depth * inputs.preset.hidden_size > KEPT):
         for chunk in inputs.chunks(timesteps[done:], lambda now, _: progress(done + now, len(timesteps))):
             yield _at(model, inputs, chunk, probes)
+
+
+def memory_of_pass(preset: Preset, rows: int) -> int:
+    """Estimate the bytes of activations in a forward and backward pass of ``rows`` tokens, recomputed or not."""
+    elements = rows * preset.hidden_size
+    kept = BYTES * elements * preset.depth if elements * preset.depth <= KEPT else 0
+    return max(kept, torch.float32.itemsize * elements * (preset.depth + BLOCKS))
 
 
 @contextmanager

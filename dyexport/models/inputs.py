@@ -52,13 +52,15 @@ class Chosen:
 class NoisedInputs:
     """Random inputs at any t: the same seed and t give the same tensors.
 
-    ``clean`` has latents to which noise is added; without them the inputs are pure noise.
+    ``clean`` has latents to which noise is added; without them the inputs are pure noise. ``rows_per_pass`` is the
+    number of tokens that a pass may have.
     """
 
     preset: Preset
     batch_size: int
     seed: int = 0
     clean: Samples | None = None
+    rows_per_pass: int = ROWS
 
     def at(self, t: float, repeat: int = 0, device: torch.device | str = "cpu") -> Inputs:
         """Return one batch at ``t``; every ``repeat`` is another random batch."""
@@ -81,7 +83,7 @@ class NoisedInputs:
     @property
     def per_pass(self) -> int:
         """Number of timesteps that fit into one pass."""
-        return max(ROWS // self.rows, 1)
+        return max(self.rows_per_pass // self.rows, 1)
 
     def chunks(self, timesteps: Sequence[float], progress: Progress = no_progress) -> Iterator[tuple[float, ...]]:
         """Yield timesteps in groups that fit into one pass: a streamed model reads its weights once per group."""

@@ -32,9 +32,8 @@ from dyexport.calibration.widths import (
     trajectory_points,
 )
 from dyexport.checkpoints.dynamic import dynamic_weights, load_dynamic, ranked_biases, read_spec, save_dynamic
-from dyexport.checkpoints.static import load_static
+from dyexport.checkpoints.placement import load_placed
 from dyexport.checkpoints.stored_weights import StoredWeights
-from dyexport.checkpoints.streaming import must_stream
 from dyexport.checkpoints.structure import read_config
 from dyexport.errors import BudgetError, DyexportWarning
 from dyexport.flops import FlopsModel
@@ -42,6 +41,7 @@ from dyexport.models.devices import bf16_products
 from dyexport.models.dynamic import DynamicTransformer
 from dyexport.models.inputs import NoisedInputs
 from dyexport.pipeline.networks import OwnDense
+from dyexport.pipeline.placing import place
 from dyexport.pipeline.repair import save_repaired
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.pipeline.steps import trainable
@@ -68,8 +68,8 @@ def make_calibrated(
     preset = settings.preset
     lora = read_spec(dynamic).td_lora
     plain = lora is not None and lora.experts == 1
-    stream = must_stream(preset.parameters, settings.memory) and not plain
-    model, _ = load_dynamic(dynamic, stream=stream)
+    placement, inputs = place(settings, inputs, bf16=settings.calibrates_in_bf16, whole=plain)
+    model, _ = load_dynamic(dynamic, **placement)
     if model.budgets:
         assert settings.budget is not None
         model.fix_budget(settings.budget)
@@ -83,11 +83,11 @@ def make_calibrated(
                 settings, model, model.backbone, inputs, phases("comparison before repair")
             )
             save_repaired(settings, model, dynamic, inputs, phases("repair"), out)
-            model, _ = load_dynamic(out, stream=stream)
+            model, _ = load_dynamic(out, **placement)
         else:
             save_dynamic(model, out, preset, backbone=None if plain else dynamic)
         changed = settings.repairs or settings.routers == "trained" or lora is not None
-        dense = load_static(str(static), preset, stream=stream) if changed else model.backbone
+        dense = load_placed(str(static), preset, **placement) if changed else model.backbone
         _measure(settings, model, dense, inputs, phases, out, metrics)
 
 
@@ -180,10 +180,10 @@ def _distance(
     points = trajectory_points(settings.preset.timestep_range, settings.recipe.calibration.compared).tolist()
     distance = norm = torch.zeros((), dtype=torch.float64)
     for chunk in inputs.chunks(points, progress):
-        arguments = inputs.over(chunk)
+        arguments = inputs.over(chunk, device=model.device)
         expected = model.adapter.run(dense, arguments)  # (B, ...)
-        distance = distance + (model(arguments).sample - expected).double().square().sum()
-        norm = norm + expected.double().square().sum()
+        distance = distance + (model(arguments).sample - expected).double().square().sum().cpu()
+        norm = norm + expected.double().square().sum().cpu()
     return float(distance / norm)
 
 
@@ -191,7 +191,8 @@ def make_magnitudes(
     settings: BuildSettings, calibrated: Path, inputs: NoisedInputs, progress: Progress, out: Path
 ) -> None:
     """Write the largest magnitude of each layer's output."""
-    model, preset = load_dynamic(calibrated, stream=must_stream(settings.preset.parameters, settings.memory))
+    placement, inputs = place(settings, inputs)
+    model, preset = load_dynamic(calibrated, **placement)
     points = trajectory_points(preset.timestep_range, settings.recipe.calibration.compared)
     magnitudes = measure_magnitudes(model, inputs, points.tolist(), progress)
     out.write_text(json.dumps(magnitudes, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -218,8 +219,8 @@ def merge_lora(
 ) -> tuple[tuple[Segment, ...], tuple[float, ...]]:
     """Merge the TD-LoRA of segments where that costs little; return the segments, and the cost in each."""
     assert settings.merge_tolerance is not None
-    stream = must_stream(settings.preset.parameters, settings.memory)
-    return merge_segments(load_dynamic(directory, stream=stream)[0], inputs, segments, settings.merge_tolerance)
+    placement, inputs = place(settings, inputs)
+    return merge_segments(load_dynamic(directory, **placement)[0], inputs, segments, settings.merge_tolerance)
 
 
 def calibrated_reader(directory: Path, spec: ModelSpec) -> Read:
@@ -246,8 +247,8 @@ def make_ranges(
     out: Path,
 ) -> None:
     """Write the ranges of what quantized linear layers read, and what quantization costs."""
-    stream = must_stream(settings.preset.parameters, settings.memory)
-    model, preset = load_dynamic(calibrated, stream=stream)
-    dense = load_static(str(static), preset, stream=stream) if settings.baseline else None
+    placement, inputs = place(settings, inputs)
+    model, preset = load_dynamic(calibrated, **placement)
+    dense = load_placed(str(static), preset, **placement) if settings.baseline else None
     ranges = measure_network_ranges(model, dense, settings.recipe.calibration.ranges, plan, tables, inputs, progress)
     out.write_text(ranges.model_dump_json(indent=1) + "\n", encoding="utf-8")
