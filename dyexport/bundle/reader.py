@@ -112,6 +112,10 @@ class Bundle:
         others = [budget for budget in default.manifest.budgets if budget != default.manifest.budget]
         return [default, *(Bundle.open(default.root, budget=budget, check_hashes=False) for budget in others)]
 
+    def manifests(self) -> list[Manifest]:
+        """Return the manifest of each budget, the default one's first."""
+        return [bundle.manifest for bundle in self.at_each_budget()]
+
     @property
     def label(self) -> str:
         """The text in names of files and networks of one of several budgets: ``0.3``; '' in a bundle of one."""

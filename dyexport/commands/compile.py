@@ -69,7 +69,7 @@ def compile(
 
     Needs neither the checkpoint nor the work directory of the build. Repeat the command to resume.
     """
-    from dyexport.bundle.manifest_file import MANIFEST, read_manifest
+    from dyexport.bundle.reader import Bundle
     from dyexport.compilation.settings import CompileSettings
     from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 
@@ -83,7 +83,7 @@ def compile(
         device=device,
         jobs=jobs,
     )
-    settings.check_for(read_manifest(bundle / MANIFEST))  # before libraries are loaded
+    settings.check_for(Bundle.open(bundle, check_hashes=False).manifests())  # before libraries are loaded
     lines = EngineLines()
     try:
         with chatter_on_stderr(), lines:

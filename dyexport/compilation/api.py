@@ -92,7 +92,7 @@ def compile_bundle(
     root = Path(os.path.realpath(path))
     manifest = read_manifest(root / MANIFEST)  # refuses anything else before a builder is loaded
     root = base_of(root, manifest)
-    settings.check_for(manifest)
+    settings.check_for(Bundle.open(root, check_hashes=False).manifests())
     targets = tuple(dict.fromkeys(settings.targets))
     compilers = {target: _compiler(target, settings) for target in targets if TARGETS[target].compiled}
     if len(compilers) == len(targets) and not work_folder(root).exists():

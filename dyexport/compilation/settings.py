@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -41,9 +42,10 @@ class CompileSettings:
             if not any(option in TARGETS[target].options for target in self.targets):
                 raise UsageError(f"{name} does nothing for {' and '.join(self.targets)}; leave it out")
 
-    def check_for(self, manifest: Manifest) -> None:
-        """Raise ``UsageError`` for a profile with a dimension that the networks of a bundle do not have."""
-        check_profiles(manifest.model, manifest.plan.segments, self.tensorrt)
+    def check_for(self, manifests: Sequence[Manifest]) -> None:
+        """Raise ``UsageError`` for a profile with a dimension that no network has at any budget of a bundle."""
+        segments = [segment for manifest in manifests for segment in manifest.plan.segments]
+        check_profiles(manifests[0].model, segments, self.tensorrt)
 
     def _given(self) -> list[tuple[Option, str]]:
         """Return the options that are not at their defaults, and how they are written."""

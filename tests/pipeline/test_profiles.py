@@ -8,7 +8,9 @@ import pytest
 
 from dyexport.bundle.plan import TokenPath
 from dyexport.bundle.plan_info import Profile
+from dyexport.bundle.reader import Bundle
 from dyexport.bundle.spec import ModelSpec
+from dyexport.compilation.settings import CompileSettings
 from dyexport.errors import UsageError
 from dyexport.exporters.tensorrt_profiles import (
     TensorrtSettings,
@@ -22,6 +24,7 @@ from dyexport.pipeline.golden import BATCH, golden_preset
 from dyexport.presets import get_preset
 from dyexport.slicing.slicer import slice_conditioning, slice_segment, spec_of
 from tests.exporters.networks import ONE_BLOCK_EACH, half_width, slice_context
+from tests.pipeline.tiny import TINY
 
 
 def test_profiles_are_the_models_own_sizes_unless_given() -> None:
@@ -51,6 +54,18 @@ def test_a_dimension_of_some_networks_is_taken() -> None:
     assert "slots" not in masked.keys() | conditioning.keys()
     with pytest.raises(UsageError, match="'slots'; sit-digits has batch"):
         check_profiles(spec, segments[:1], settings)
+
+
+def test_a_dimension_of_one_budget_is_taken(sit_tiny: Bundle) -> None:
+    plan = sit_tiny.manifest.plan
+    settings = CompileSettings(targets=("tensorrt-rtx",), tensorrt=TensorrtSettings(profiles=("slots=4:4:16",)))
+    masked, dynamic = (
+        sit_tiny.manifest.model_copy(update={"plan": plan.model_copy(update={"segments": (half_width(TINY, path),)})})
+        for path in ("masked", "dynamic")
+    )
+    settings.check_for([masked, dynamic])
+    with pytest.raises(UsageError, match="'slots'; sit-tiny has batch"):
+        settings.check_for([masked])
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen-image", "latte"])
