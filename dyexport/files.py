@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from dyexport.errors import StorageError
 
 PARTIAL = ".partial-"
+TENSORS = ".safetensors"
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _numbers = count()
@@ -37,16 +39,34 @@ def replacing(path: Path, *, follow_symlinks: bool = True) -> Iterator[Path]:
         check_replaceable(place)
         place.parent.mkdir(parents=True, exist_ok=True)
         clear_partials(place)
-        partial = place.with_name(f"{PARTIAL}{os.getpid()}-{next(_numbers)}-{place.name}")
+        partial = _partial(place)
         _in_use.add(partial)
         try:
             yield partial
+            _share_tensors(partial, place)
             sync(partial)
             put(partial, place)
             flush(place.parent)
         finally:
             remove(partial)
             _in_use.discard(partial)
+
+
+def _partial(place: Path) -> Path:
+    return place.with_name(f"{PARTIAL}{os.getpid()}-{next(_numbers)}-{place.name}")
+
+
+def _share_tensors(path: Path, place: Path) -> None:
+    """Give new files of tensors the mode of any new file: safetensors lets only their owner read them."""
+    found = path.rglob(f"*{TENSORS}") if path.is_dir() else [path] if path.suffix == TENSORS else []
+    private = [file for file in found if file.stat().st_nlink == 1 and not file.stat().st_mode & 0o077]
+    if private:
+        probe = _partial(place)
+        with probe.open("wb") as new:
+            mode = stat.S_IMODE(os.fstat(new.fileno()).st_mode)
+        remove(probe)
+        for file in private:
+            file.chmod(mode)
 
 
 def check_replaceable(path: Path) -> None:

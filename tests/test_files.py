@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dyexport.errors import StorageError
 from dyexport.files import replacing, storage_errors
@@ -152,3 +154,26 @@ def test_a_full_disk_is_blamed_on_what_is_written(tmp_path: Path) -> None:
             shutil.copyfile(tmp_path / "source", tmp_path / "other")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_tensors_are_readable_by_whom_other_files_are(tmp_path: Path, umask: int) -> None:
+    """Others' files keep their modes, as do files of tensors that have another name elsewhere."""
+    (tmp_path / "linked.safetensors").touch(0o600)
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / "one.safetensors") as partial:
+            save_file({"a": np.zeros(1)}, partial)
+        with replacing(tmp_path / "folder") as partial:
+            (partial / "deep").mkdir(parents=True)
+            save_file({"a": np.zeros(1)}, partial / "deep" / "two.safetensors")
+            (partial / "notes.txt").touch(0o600)
+            os.link(tmp_path / "linked.safetensors", partial / "linked.safetensors")
+        (tmp_path / "plain").touch()
+    finally:
+        os.umask(before)
+    names = ("one.safetensors", "folder/deep/two.safetensors", "folder/notes.txt", "linked.safetensors", "plain")
+    one, two, notes, linked, plain = ((tmp_path / name).stat().st_mode & 0o777 for name in names)
+    assert one == two == plain == 0o666 & ~umask
+    assert notes == linked == 0o600
+    assert {path.name for path in tmp_path.iterdir()} == {"one.safetensors", "folder", "linked.safetensors", "plain"}

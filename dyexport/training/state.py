@@ -26,10 +26,7 @@ class SavedState(NamedTuple):
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file atomically. Raises ``StorageError``."""
     with replacing(path) as partial:
-        partial.touch()
-        mode = partial.stat().st_mode  # safetensors lets only the owner read what it writes
         save_file({name: value.detach().contiguous() for name, value in tensors.items()}, partial, dict(metadata))
-        partial.chmod(mode)
 
 
 def origin_of(path: Path) -> str | None:
