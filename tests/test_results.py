@@ -9,7 +9,7 @@ import pytest
 from dyexport.commands.results import error_line, untrained_line
 from dyexport.commands.stages import recipe_line
 from dyexport.pipeline.settings import BuildSettings
-from dyexport.pipeline.steps import trainable
+from dyexport.pipeline.training_cost import trainable
 
 
 @pytest.mark.parametrize(

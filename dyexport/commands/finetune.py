@@ -48,7 +48,7 @@ def finetune(
     settings = settings_of(context)
     with building(settings) as run:
         from dyexport.pipeline.build import finetune_model
-        from dyexport.pipeline.steps import trainable
+        from dyexport.pipeline.training_cost import trainable
 
         payload: dict[str, Any] = {
             "checkpoint": str(finetune_model(run).dynamic.path),

@@ -160,7 +160,7 @@ def building(settings: BuildSettings, without: frozenset[str] = frozenset()) -> 
     """Open a build. Stages in ``without`` must have been done before; they are not run."""
     with stage_lines() as lines:
         from dyexport.pipeline.build import opened
-        from dyexport.pipeline.steps import check_training, trainable, training_memory
+        from dyexport.pipeline.training_cost import check_training, trainable, training_memory
 
         if not without and (memory := training_memory(settings)):
             stderr().print(memory, soft_wrap=True, markup=False)

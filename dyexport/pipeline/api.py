@@ -12,7 +12,7 @@ from dyexport.errors import DyexportWarning, missing_extras
 from dyexport.pipeline.build import build_bundle, opened
 from dyexport.pipeline.output import replaced_notice
 from dyexport.pipeline.settings import BuildSettings
-from dyexport.pipeline.steps import check_training
+from dyexport.pipeline.training_cost import check_training
 from dyexport.stages.ledger import NullListener, Reporter
 
 Progress = Callable[[str, int, int], None]

@@ -44,7 +44,7 @@ from dyexport.pipeline.networks import OwnDense
 from dyexport.pipeline.placing import place
 from dyexport.pipeline.repair import save_repaired
 from dyexport.pipeline.settings import BuildSettings
-from dyexport.pipeline.steps import trainable
+from dyexport.pipeline.training_cost import trainable
 from dyexport.progress import Progress
 from dyexport.slicing.merging import merging_reader
 from dyexport.slicing.recipes import Read

@@ -22,25 +22,22 @@ from dyexport.errors import CheckpointError
 from dyexport.files import hard_linked
 from dyexport.models.devices import best_device, bf16_products
 from dyexport.models.dynamic import DynamicTransformer
-from dyexport.models.frozen_base import BaseWeights, check_base_precision
+from dyexport.models.frozen_base import BaseWeights
 from dyexport.models.random_weights import random_backbone, random_dynamic
 from dyexport.pipeline.monitoring import monitoring_of
 from dyexport.pipeline.ranking import UnitRanking
-from dyexport.pipeline.settings import SYNTHETIC, BuildSettings
+from dyexport.pipeline.settings import BuildSettings
+from dyexport.pipeline.training_cost import finetuning_run
 from dyexport.progress import Progress
 from dyexport.stages.ledger import ProcessGroup
-from dyexport.training.accelerating import check_accelerate
 from dyexport.training.config import FinetuneConfig, TrainConfig
-from dyexport.training.cost import check_gpu, count_trainable, describe_memory
 from dyexport.training.data import LatentSource
 from dyexport.training.data_files import read_prompts
 from dyexport.training.finetuning import finetune
-from dyexport.training.memory import FinetuningRun, Launch, choose_division, free_memory, release_memory
-from dyexport.training.optimizers import check_optimizer
+from dyexport.training.memory import Launch, choose_division, free_memory, release_memory
 from dyexport.training.processes import agreed
 from dyexport.training.prompts import embed_prompts, kept_prompts
 from dyexport.training.synthetic import generate
-from dyexport.training.trackers import check_installed
 from dyexport.training.trainer import TrainingProgress, train_static
 
 SHARDS, PROMPTS = "shards", "prompts.safetensors"  # of data under way
@@ -267,50 +264,3 @@ def _untrained(settings: BuildSettings, backbone: nn.Module) -> DynamicTransform
         token_router=settings.token_router_kind,
         budgets=sorted(settings.budgets),
     )
-
-
-def finetuning_run(settings: BuildSettings) -> FinetuningRun | None:
-    """Return the parameters of the cost of fine-tuning; None for a build that does not fine-tune."""
-    if settings.routers != "trained":
-        return None
-    return FinetuningRun(
-        preset=settings.preset,
-        schedule=settings.finetune_schedule,
-        router=settings.router_kind,
-        token_router=settings.token_router_kind,
-        td_lora=settings.lora,
-        distill=settings.recipe.distill,
-        base_precision=settings.frozen_precision,
-        optimizer=settings.optimizer,
-        checkpointing=settings.checkpointing,
-        micro_batch=settings.micro_batch,
-        synthetic=settings.sampling if settings.data_source == SYNTHETIC else None,
-    )
-
-
-def trainable(settings: BuildSettings) -> dict[str, float]:
-    """Count trained parameters; {} for a build that does not fine-tune."""
-    run = finetuning_run(settings)
-    return {} if run is None else count_trainable(run)
-
-
-def training_memory(settings: BuildSettings) -> str | None:
-    """Describe the memory that fine-tuning takes here; None for a build that does not fine-tune."""
-    run = finetuning_run(settings)
-    return None if run is None else describe_memory(run, free_memory(), Launch.current())
-
-
-def check_training(settings: BuildSettings) -> str | None:
-    """Describe what fine-tuning a model that needs a GPU takes; None for any other build.
-
-    Raises ``DyexportError`` without a GPU with enough free memory, ``UsageError`` for settings of accelerate that
-    training does not support, and ``MissingDependencyError``.
-    """
-    run = finetuning_run(settings)
-    if run is not None or settings.from_scratch:
-        check_accelerate(settings.frozen_precision)
-        check_base_precision(settings.frozen_precision)
-        check_optimizer(settings.optimizer)
-        if settings.tracker is not None:
-            check_installed(settings.tracker)
-    return check_gpu(run) if run is not None and settings.recipe.needs_gpu else None

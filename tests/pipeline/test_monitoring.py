@@ -17,7 +17,7 @@ from dyexport.pipeline.build import finetune_model, opened
 from dyexport.pipeline.monitoring import monitoring_of
 from dyexport.pipeline.settings import BuildSettings
 from dyexport.pipeline.stage_settings import control_settings, dynamic_settings, static_settings
-from dyexport.pipeline.steps import check_training
+from dyexport.pipeline.training_cost import check_training
 from dyexport.pipeline.work_directory import TRACKING
 from dyexport.stages.ledger import NullListener
 from dyexport.training.evaluation import GAP, PROMPTS

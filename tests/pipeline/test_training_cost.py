@@ -17,7 +17,7 @@ from dyexport.errors import CheckpointError, DataError, DyexportError, UsageErro
 from dyexport.lora import LoraSpec
 from dyexport.pipeline import steps
 from dyexport.pipeline.settings import BuildSettings
-from dyexport.pipeline.steps import check_training
+from dyexport.pipeline.training_cost import check_training, finetuning_run, trainable, training_memory
 from dyexport.presets import get_preset
 from dyexport.training import cost
 from dyexport.training.cost import TrainingCost, check_fits, measured_speed
@@ -38,7 +38,7 @@ SCHEDULE = LOW_RANK_FINETUNING.finetune_lora
 
 
 def run_of(settings: BuildSettings) -> FinetuningRun:
-    run = steps.finetuning_run(settings)
+    run = finetuning_run(settings)
     assert run is not None
     return run
 
@@ -116,7 +116,7 @@ def test_effort_grows_with_what_is_asked(flux: BuildSettings, latents: str) -> N
 )
 def test_memory_is_that_of_the_rank_asked_for(flux: BuildSettings, spec: LoraSpec) -> None:
     asked = replace(flux, td_lora=spec)
-    trained = {settings: steps.trainable(settings)["trainable_parameters"] for settings in (flux, asked)}
+    trained = {settings: trainable(settings)["trainable_parameters"] for settings in (flux, asked)}
     more = estimate(asked).memory.total - estimate(flux).memory.total
     assert more == pytest.approx(20 * (trained[asked] - trained[flux]))  # weight, gradient, two moments, average
 
@@ -173,8 +173,8 @@ def test_it_is_described_on_every_machine(flux: BuildSettings) -> None:
         r".* GB activations, recomputed; \d+ GB if kept\), 2 of 8 samples at a time; 48 GB free",
         text,
     )
-    assert steps.training_memory(flux) is not None
-    assert steps.training_memory(replace(flux, finetune_steps=0)) is None
+    assert training_memory(flux) is not None
+    assert training_memory(replace(flux, finetune_steps=0)) is None
 
 
 def test_the_text_of_videos_is_data_too(tmp_path: Path) -> None:
