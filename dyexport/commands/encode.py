@@ -96,7 +96,7 @@ def encode(
 ) -> None:
     """Encode a folder of pictures to the latents that --data takes.
 
-    Latents are written in shards; the same command continues after the last one.
+    The same command continues after the last shard that is finished, and encodes only what is new.
     """
     from dyexport.encoding.settings import EncodeSettings
 
@@ -151,7 +151,7 @@ def _payload(encoding: Encoding, encoded: Encoded) -> Mapping[str, Any]:
 def _lines(payload: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "latents", payload["latents"]
     yield "pictures", f"{payload['pictures']}{_cropped(payload)}"
-    kept = f" ({payload['reused']} of {payload['shards']} shards were there)" if payload["reused"] else ""
+    kept = f" ({payload['reused']} were there)" if payload["reused"] else ""
     yield "samples", f"{payload['samples']} of shape {tuple(payload['shape'])}{kept}"
     if payload["classes"] is not None:
         yield "classes", str(len(payload["classes"]))

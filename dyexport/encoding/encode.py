@@ -1,12 +1,15 @@
-"""Pictures to shards of latents. A shard that exists, and was made of the same, is never made again."""
+"""Pictures to shards of latents. Nothing that a shard holds is encoded again.
+
+Shards depend on the pictures and settings alone, not on which were there before: samples are in the order of their
+contents, and are encoded one by one, since results of a network differ in the last bits between sizes of a batch.
+"""
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
 from math import isqrt
@@ -17,77 +20,34 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dyexport.encoding.buckets import Size, nearest
+from dyexport.encoding.buckets import nearest
 from dyexport.encoding.encoders import CaptionEncoder, PictureEncoder
 from dyexport.encoding.index import read_contents, warn_of_small
-from dyexport.encoding.layout import Picture, PictureFolder
-from dyexport.encoding.pixels import read_pixels
+from dyexport.encoding.layout import PictureFolder
+from dyexport.encoding.moments import Moments
+from dyexport.encoding.samples import Sample, in_order
 from dyexport.encoding.settings import EncodeSettings
-from dyexport.errors import CheckpointError, UsageError
+from dyexport.encoding.stored_rows import PICTURES, PROMPTS, StoredRows, column_of
+from dyexport.errors import UsageError
 from dyexport.stages.file_records import digest_of
 from dyexport.training.data_record import DataRecord, read_record
 from dyexport.training.state import ORIGIN, origin_of, write_tensors
 
 INDEX = "pictures.jsonl"  # next to the shards
 READING, ENCODING = "reading pictures", "encoding"  # phases of progress
-SHARD = "latents-{:06d}.safetensors"
+SHARD, SHARDS = "latents-{:06d}.safetensors", "latents-*.safetensors"
+REPLACED = ".replaced"  # suffix of a shard of other samples, whose rows are still needed
 SHARD_BYTES = 2**26
 FEWEST, MOST = 16, 256  # samples of a shard
-BATCH_PIXELS = 2**20  # encoded at a time
-MOST_AT_ONCE = 64  # pictures encoded at a time
-DIGITS = 6  # of statistics: the last ones depend on which shards were read again
-WITH_CAPTION = 9  # samples with their caption to one without, for classifier-free guidance
+DIGITS = 6  # of statistics
 
 EncodingProgress = Callable[[str, int, int, str], None]
 """Called with the name of a phase, the amount of work done, the amount in total, and a remark."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One row of the data: a picture, perhaps mirrored, with the digest of its file and the size it is cropped to."""
-
-    picture: Picture
-    sha256: str
-    size: Size
-    mirrored: bool = False
-    caption: str | None = None
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Inputs that the row depends on."""
-        return self.sha256, *self.size, self.mirrored, self.picture.label, self.caption
-
-
-@dataclass(frozen=True, kw_only=True)
-class Moments:
-    """Number, sum and sum of squares of latents."""
-
-    count: int = 0
-    total: float = 0.0
-    squares: float = 0.0
-
-    @classmethod
-    def of(cls, values: Tensor) -> Moments:
-        exact = values.double()
-        return cls(count=values.numel(), total=float(exact.sum()), squares=float(exact.square().sum()))
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(
-            count=self.count + other.count, total=self.total + other.total, squares=self.squares + other.squares
-        )
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.count
-
-    @property
-    def std(self) -> float:
-        return math.sqrt(max(self.squares / self.count - self.mean**2, 0.0))
-
-
-@dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """A directory of latents, its record, the number of sizes of pictures, and how many shards were there before."""
+    """A directory of latents with its record, and numbers: sizes of pictures, shards, samples that were not encoded."""
 
     directory: Path
     record: DataRecord
@@ -126,49 +86,55 @@ class Encoding:
 
     def samples(self, index: Path, progress: EncodingProgress) -> list[Sample]:
         """Read all pictures that ``index`` does not know, and list the samples. Raises ``DataError``."""
-        pictures = self.folder.pictures
+        pictures, buckets = self.folder.pictures, self.pictures.buckets
         reading = partial(progress, READING)
         files = [picture.file for picture in pictures]
         contents = read_contents(files, index, lambda done, total: reading(done, total, ""))
-        sizes = [nearest(content.size, self.pictures.buckets) for content in contents]
+        sizes = [nearest(content.size, buckets) for content in contents]
         warn_of_small(files, contents, sizes)
-        rows = sorted(
-            zip(pictures, contents, sizes, strict=True), key=lambda row: self.pictures.buckets.index(row[2])
-        )  # those of one size next to each other
         samples = [
             Sample(picture=picture, sha256=content.sha256, size=size, mirrored=mirrored, caption=picture.caption)
-            for picture, content, size in rows
+            for picture, content, size in zip(pictures, contents, sizes, strict=True)
             for mirrored in ((False, True) if self.settings.flip else (False,))
         ]
-        return samples if self.captions is None else list(_with_unconditional(samples, self.captions.unconditional))
+        return in_order(samples, buckets, None if self.captions is None else self.captions.unconditional)
 
     def digest_of(self, samples: Sequence[Sample]) -> str:
         """Identify samples by everything that they depend on."""
         return digest_of([self.options, [sample.key for sample in samples]])
 
-    def write(self, samples: Sequence[Sample], out: Path, progress: EncodingProgress) -> Encoded:
-        """Write the shards that are missing, and the record."""
+    def write(
+        self, samples: Sequence[Sample], out: Path, progress: EncodingProgress, earlier: Iterable[Path] = ()
+    ) -> Encoded:
+        """Write the shards that are missing, and the record.
+
+        Rows are copied from the shards that are in ``out``, and from those of ``earlier`` encodings, where these have
+        them. A shard of other samples is removed once no row of it is needed.
+        """
         out.mkdir(parents=True, exist_ok=True)
-        classes = self.folder.classes or None
         scaling = self.pictures.format.scaling(self.pictures.config)
-        record = DataRecord(options=self.options, scaling=scaling, classes=classes)
+        record = DataRecord(options=self.options, scaling=scaling, classes=self.folder.classes or None)
         record.save(out)  # not complete
-        moments, reused, shards = Moments(), 0, list(self._shards(samples, out))
-        for path in set(out.glob(SHARD.format(0).replace("000000", "*"))) - {path for path, _ in shards}:
-            path.unlink()
-        done = 0
-        for path, rows in shards:
-            advance = partial(_advance, progress, done, len(samples))
-            origin = self.digest_of(rows)
-            if origin_of(path) == origin:
-                reused += 1
-                moments += Moments.of(_latents_of(path))
-            else:
-                tensors = self._encode(rows, advance)
-                write_tensors(path, tensors, {ORIGIN: origin})
+        shards = dict(self._shards(samples, out))
+        missing = {path: rows for path, rows in shards.items() if origin_of(path) != self.digest_of(rows)}
+        replaced = _set_aside(out, shards.keys() - missing.keys())
+        stored = StoredRows([*replaced, *earlier] if missing else [])
+        removable = self._removable(replaced, stored, missing)
+        moments, reused, done = Moments(), 0, 0
+        for path, rows in shards.items():
+            if path in missing:
+                advance = partial(_advance, progress, done, len(samples))
+                tensors = self._encode(rows, stored, advance)
+                write_tensors(path, tensors, {ORIGIN: self.digest_of(rows)})
                 moments += Moments.of(tensors["latents"])
+                reused += sum(self._picture_digest(row) in stored for row in rows)
+                for file in removable[path]:
+                    file.unlink()
+            else:
+                moments += Moments.of(_latents_of(path))
+                reused += len(rows)
             done += len(rows)
-            advance(len(rows))
+            _advance(progress, 0, len(samples), done)
         record = record.model_copy(
             update={
                 "complete": True,
@@ -194,12 +160,25 @@ class Encoding:
         for number, part in enumerate(parts):
             yield out / SHARD.format(number), part
 
-    def _grids(self, shards: Sequence[tuple[Path, Sequence[Sample]]]) -> dict[str, tuple[int, int]]:
+    def _removable(
+        self, replaced: Sequence[Path], stored: StoredRows, missing: Mapping[Path, Sequence[Sample]]
+    ) -> Mapping[Path, Sequence[Path]]:
+        """Group replaced shards by the missing shard that is the last to need them; remove those that none needs."""
+        last = {file: path for path, rows in missing.items() for file in stored.files(self._digests(rows))}
+        removable: dict[Path, list[Path]] = defaultdict(list)
+        for file in replaced:
+            if file in last:
+                removable[last[file]].append(file)
+            else:
+                file.unlink()
+        return removable
+
+    def _grids(self, shards: Mapping[Path, Sequence[Sample]]) -> dict[str, tuple[int, int]]:
         """Return the rows and columns of tokens of shards, by name, where they are not the model's own."""
         preset = self.settings.preset
         if preset is None or not self.pictures.format.several_sizes:
             return {}
-        grids = {path.name: self.pictures.grid(rows[0].size) for path, rows in shards}
+        grids = {path.name: self.pictures.grid(rows[0].size) for path, rows in shards.items()}
         own = isqrt(preset.tokens)
         return {name: grid for name, grid in grids.items() if grid != (own, own)}
 
@@ -207,21 +186,41 @@ class Encoding:
         latents = 4 * math.prod(self.pictures.shape())
         return latents if self.captions is None else latents + self.captions.bytes_of_prompt
 
-    def _encode(self, samples: Sequence[Sample], advance: Callable[[int], None]) -> Mapping[str, Tensor]:
-        """Encode the rows of one shard, by the columns of a data file."""
-        height, width = samples[0].size
-        size = max(min(BATCH_PIXELS // (height * width), MOST_AT_ONCE), 1)
-        batches = [samples[start : start + size] for start in range(0, len(samples), size)]
-        latents: list[Tensor] = []
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for batch, pixels in _ahead(batches, pool, grayscale=self.pictures.grayscale):
-                advance(sum(map(len, latents)))
-                latents.append(self.pictures.encode(pixels))
-                _check_finite(latents[-1], batch)
+    def _picture_digest(self, sample: Sample) -> bytes:
+        return self.pictures.digest_of(sample.pixels)
+
+    def _digests(self, samples: Iterable[Sample]) -> Iterator[bytes]:
+        """Yield digests of the latents and of the embedded captions of samples."""
+        for sample in samples:
+            yield self._picture_digest(sample)
+            if self.captions is not None:
+                yield self.captions.digest_of(sample.caption or "")
+
+    def _encode(
+        self, samples: Sequence[Sample], stored: StoredRows, advance: Callable[[int], None]
+    ) -> Mapping[str, Tensor]:
+        """Return the columns of one shard, encoding what is not stored."""
+        pictures = [self._picture_digest(sample) for sample in samples]
+        latents = {digest: row["latents"] for digest, row in stored.read(pictures, ["latents"]).items()}
+        unknown = {digest: sample for digest, sample in zip(pictures, samples, strict=True) if digest not in latents}
+        for digest, encoded in zip(unknown, self.pictures.latents(list(unknown.values())), strict=True):
+            advance(len(latents))
+            latents[digest] = encoded
+        tensors = {"latents": torch.cat([latents[digest] for digest in pictures]), PICTURES: column_of(pictures)}
         if self.captions is None:
-            labels = torch.tensor([row.picture.label for row in samples])
-            return {"latents": torch.cat(latents), "labels": labels}
-        return {"latents": torch.cat(latents), **self.captions.embed([row.caption or "" for row in samples])}
+            return {**tensors, "labels": torch.tensor([sample.picture.label for sample in samples])}
+        return {**tensors, **self._prompts([sample.caption or "" for sample in samples], stored)}
+
+    def _prompts(self, captions: Sequence[str], stored: StoredRows) -> Mapping[str, Tensor]:
+        """Return embedded captions by column (n, ...), with their digests."""
+        assert self.captions is not None
+        digests = [self.captions.digest_of(caption) for caption in captions]
+        rows = stored.read(digests, self.captions.columns)
+        for digest, caption in zip(digests, captions, strict=True):
+            if digest not in rows:
+                rows[digest] = self.captions.embed(caption)
+        columns = {name: torch.cat([rows[digest][name] for digest in digests]) for name in self.captions.columns}
+        return {**columns, PROMPTS: column_of(digests)}
 
 
 def check_output(out: Path, encoding: Encoding) -> None:
@@ -248,27 +247,11 @@ def check_output(out: Path, encoding: Encoding) -> None:
             raise UsageError(f"-o {out} holds latents of another {name}; give another directory, or delete this one")
 
 
-def _with_unconditional(samples: Sequence[Sample], prompt: str | None) -> Iterator[Sample]:
-    """Yield samples, and after each nine of them one of them again with the unconditional prompt."""
-    for place, sample in enumerate(samples):
-        yield sample
-        if prompt is not None and place % WITH_CAPTION == 0:
-            yield replace(sample, caption=prompt)
-
-
-def _ahead(
-    batches: Sequence[Sequence[Sample]], pool: Executor, *, grayscale: bool
-) -> Iterator[tuple[Sequence[Sample], Tensor]]:
-    """Yield batches with their pixels; the pictures of the next one are read while one is encoded."""
-
-    def read(sample: Sample) -> Tensor:
-        return read_pixels(sample.picture.file, sample.size, mirrored=sample.mirrored, grayscale=grayscale)
-
-    coming = [pool.submit(read, sample) for sample in batches[0]]
-    for batch, following in zip(batches, [*batches[1:], ()], strict=True):
-        pixels = torch.stack([picture.result() for picture in coming])
-        coming = [pool.submit(read, sample) for sample in following]
-        yield batch, pixels
+def _set_aside(out: Path, whole: Collection[Path]) -> list[Path]:
+    """Rename the shards in a directory but for those that are whole, and return all that were ever set aside."""
+    for path in [path for path in out.glob(SHARDS) if path not in whole]:
+        path.rename(path.with_name(f"{origin_of(path)}{REPLACED}"))
+    return sorted(out.glob(f"*{REPLACED}"))
 
 
 def _latents_of(shard: Path) -> Tensor:
@@ -276,13 +259,6 @@ def _latents_of(shard: Path) -> Tensor:
     with safe_open(shard, framework="pt") as file:
         latents: Tensor = file.get_tensor("latents")
     return latents
-
-
-def _check_finite(latents: Tensor, samples: Sequence[Sample]) -> None:
-    finite = latents.flatten(1).isfinite().all(dim=1)  # (B,)
-    if not finite.all():
-        file = samples[int(finite.logical_not().nonzero()[0])].picture.file
-        raise CheckpointError(f"the VAE makes NaN or infinity of {file}; give --vae with weights that are whole")
 
 
 def _advance(progress: EncodingProgress, before: int, total: int, done: int) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property, partial
 from inspect import Parameter, signature
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -15,12 +19,15 @@ from torch import Tensor
 from dyexport.backbones import get_conditioning
 from dyexport.backbones.base import Preset, PromptConditioning
 from dyexport.encoding.buckets import Size, bucket_sizes
+from dyexport.encoding.pixels import read_pixels
+from dyexport.encoding.samples import Sample
 from dyexport.encoding.settings import EncodeSettings, VaeSource
 from dyexport.errors import CheckpointError, UsageError, reason
 from dyexport.models.devices import best_device
 from dyexport.stages.file_records import describe, digest_of
 from dyexport.training.prompts import embed_texts, open_text_encoders
 
+READ_AHEAD = 16  # pictures
 TEXT_PARTS = ("text_encoder*", "tokenizer*", "model_index.json")  # of a pipeline's directory
 
 
@@ -61,6 +68,27 @@ class PictureEncoder:
         if not folder.is_dir():
             return f"{self.source.source} {self.source.subfolder or ''}"
         return _digest_of_files(sorted(file for file in folder.iterdir() if file.is_file()))
+
+    def digest_of(self, pixels: tuple[Any, ...]) -> bytes:
+        """Identify latents by the inputs of their pixels, and by what encodes them."""
+        return bytes.fromhex(digest_of([type(self.format).__name__, self.digest, self.grayscale, pixels]))
+
+    def latents(self, samples: Sequence[Sample]) -> Iterator[Tensor]:
+        """Encode samples one by one to latents (1, ...), while the pictures of the next ones are read.
+
+        Raises ``DataError`` for a picture that changed, and ``CheckpointError`` for latents that are not finite.
+        """
+        read, following = partial(_pixels_of, grayscale=self.grayscale), iter(samples)
+        coming: deque[Future[Tensor]] = deque()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for sample in samples:
+                coming.extend(pool.submit(read, one) for one in islice(following, READ_AHEAD - len(coming)))
+                latents = self.encode(coming.popleft().result()[None]).contiguous()
+                if not latents.isfinite().all():
+                    raise CheckpointError(
+                        f"the VAE makes NaN or infinity of {sample.picture.file}; give --vae with whole weights"
+                    )
+                yield latents
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -127,17 +155,30 @@ class CaptionEncoder:
         parts = sorted(path for kind in TEXT_PARTS for path in Path(self.pipeline).glob(kind))
         return _digest_of_files(parts) if parts else self.pipeline
 
-    def embed(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
-        """Embed captions to the columns of a data file (n, ...); equal ones are embedded once."""
-        places = {caption: place for place, caption in enumerate(dict.fromkeys(captions))}
-        embedded = embed_texts(self._pipe, tuple(places), self._conditioning)
-        rows = torch.tensor([places[caption] for caption in captions])
-        return {column.name: embedded[column.argument][rows] for column in self._conditioning.columns}
+    def digest_of(self, caption: str) -> bytes:
+        """Identify an embedded caption, by its text and by what embeds it."""
+        return bytes.fromhex(digest_of([self.preset.backbone, self.preset.text_tokens, self.digest, caption]))
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns of a data file that hold embedded captions."""
+        return [column.name for column in self._conditioning.columns]
+
+    def embed(self, caption: str) -> Mapping[str, Tensor]:
+        """Embed a caption to the columns of a data file (1, ...)."""
+        embedded = embed_texts(self._pipe, (caption,), self._conditioning)
+        return {column.name: embedded[column.argument] for column in self._conditioning.columns}
 
     @cached_property
     def _pipe(self) -> Any:
         cure = "give --pipeline with a local copy"
         return open_text_encoders(self.pipeline, self.preset, device=best_device(), cure=cure)
+
+
+def _pixels_of(sample: Sample, grayscale: bool) -> Tensor:
+    return read_pixels(
+        sample.picture.file, sample.size, mirrored=sample.mirrored, grayscale=grayscale, sha256=sample.sha256
+    )
 
 
 def _digest_of_files(paths: Sequence[Path]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 from functools import cache
 from math import ceil
 from pathlib import Path
@@ -21,13 +23,15 @@ KEPT = 2  # times the part that is cropped
 NO_RANGE = frozenset({"I", "F"})  # 32 bits, of which black and white are not known
 
 
-def read_pixels(file: Path, size: Size, *, mirrored: bool = False, grayscale: bool = False) -> Tensor:
+def read_pixels(
+    file: Path, size: Size, *, mirrored: bool = False, grayscale: bool = False, sha256: str | None = None
+) -> Tensor:
     """Read a picture to pixels (C, height, width) in [-1, 1].
 
     The shorter side is resized to fit and the center is cropped, as diffusers' ``VaeImageProcessor`` does in mode
-    ``crop``. Raises ``DataError`` naming a file that cannot be decoded.
+    ``crop``. Raises ``DataError`` naming a file that cannot be decoded, or whose SHA-256 is another one.
     """
-    processor, opened = _processor(grayscale), without_ends(open_picture(file), size)
+    processor, opened = _processor(grayscale), without_ends(open_picture(file, sha256), size)
     pixels: Tensor = processor.preprocess(opened, height=size.height, width=size.width, resize_mode="crop")[0]
     return pixels.flip(-1) if mirrored else pixels
 
@@ -41,12 +45,18 @@ def without_ends(image: Image, size: Size) -> Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def open_picture(file: Path) -> Image:
-    """Open a picture in RGB: upright, and on white where it is transparent. Raises ``DataError``."""
+def open_picture(file: Path, sha256: str | None = None) -> Image:
+    """Open a picture in RGB: upright, and on white where it is transparent.
+
+    Raises ``DataError`` for a file that cannot be decoded, and for one that has another SHA-256.
+    """
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(file) as image:
+        content = file.read_bytes()
+        if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+            raise DataError(f"the picture {file} changed while pictures were encoded; repeat the command")
+        with Image.open(io.BytesIO(content)) as image:
             check_range(image)
             upright = ImageOps.exif_transpose(image)
             if upright.mode in SIXTEEN_BITS:  # ``convert`` would clip it to white

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from dyexport.backbones.recipe import Schedule
 from dyexport.calibration.precision import headroom
 from dyexport.checkpoints.locate import CONFIG
 from dyexport.digests import sha256_of
-from dyexport.encoding.encode import INDEX, READING, Encoding
+from dyexport.encoding.encode import INDEX, READING, SHARDS, Encoding
 from dyexport.lora import LoraFile, lora_sources
 from dyexport.pipeline import calibrate, steps
 from dyexport.pipeline.calibration_inputs import calibration_inputs
@@ -82,7 +82,7 @@ def static_model(run: Run, source: Path | None, data: Data | None) -> Outcome:
 
 
 def encoded_data(run: Run) -> Data:
-    """Encode pictures."""
+    """Encode pictures, but for those that an earlier build in this work directory encoded."""
     settings, group = run.settings, run.ledger.group
     chosen = {**model_key(settings), **data_settings(settings)}
     scratch, digest = run.scratch("encoded", chosen), ""
@@ -95,10 +95,17 @@ def encoded_data(run: Run) -> Data:
         run.listener.finished(READING, perf_counter() - begin, reused=False)
         digest = encoding.digest_of(samples)
         progress = partial(_encoding_progress, run)
-        make = partial(steps.make_encoded, encoding, samples, scratch, progress)
+        make = partial(steps.make_encoded, encoding, samples, _encoded_before(run), scratch, progress)
     inputs = {"samples": group.broadcast(digest)}
     outcome = run.stage("encoded", "encoded", inputs, make, chosen=chosen, scratch=scratch)
     return Data(source=open_source(str(outcome.path), settings.preset))
+
+
+def _encoded_before(run: Run) -> Iterator[Path]:
+    """Yield the shards of earlier encodings, of any settings, that are not damaged."""
+    stages = [record for name, record in run.ledger.records.items() if name.partition(" ")[0] == "encoded"]
+    known = {file.sha256 for record in stages for file in record.files.values()}
+    return (file for file in sorted(run.settings.work.glob(f"encoded*/{SHARDS}")) if sha256_of(file) in known)
 
 
 def _not_here(out: Path) -> None:

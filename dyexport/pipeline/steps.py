@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,8 @@ from dyexport.checkpoints.blockwise import BlockLoader, load_frozen
 from dyexport.checkpoints.dynamic import load_with_routers, save_dynamic
 from dyexport.checkpoints.locate import find_checkpoint
 from dyexport.checkpoints.static import adopt_static, load_static, save_static
-from dyexport.encoding.encode import Encoding, EncodingProgress, Sample
+from dyexport.encoding.encode import Encoding, EncodingProgress
+from dyexport.encoding.samples import Sample
 from dyexport.errors import CheckpointError
 from dyexport.files import hard_linked
 from dyexport.models.devices import best_device, bf16_products
@@ -135,10 +136,18 @@ def make_synthetic(
 
 
 def make_encoded(
-    encoding: Encoding, samples: Sequence[Sample], scratch: Path, progress: EncodingProgress, out: Path
+    encoding: Encoding,
+    samples: Sequence[Sample],
+    earlier: Iterable[Path],
+    scratch: Path,
+    progress: EncodingProgress,
+    out: Path,
 ) -> None:
-    """Encode pictures. Finished shards are kept in ``scratch``, where a stopped run resumes."""
-    encoding.write(samples, scratch / SHARDS, progress)
+    """Encode pictures but for those that shards of ``earlier`` encodings hold.
+
+    Finished shards are kept in ``scratch``, where a stopped run resumes.
+    """
+    encoding.write(samples, scratch / SHARDS, progress, earlier)
     _link(scratch / SHARDS, out)
 
 

@@ -80,7 +80,7 @@ def test_two_commands_make_a_bundle_of_pictures(digits: Path, pipeline: Path, tm
 def test_encoding_prints_what_it_made(tmp_path: Path) -> None:
     small_vae().save_pretrained(tmp_path / "vae")
     words = ["encode", class_folder(tmp_path / "pictures"), "--vae", tmp_path / "vae", "--size", 16]
-    for line in ("6 of shape (4, 2, 2)", "6 of shape (4, 2, 2) (1 of 1 shards were there)"):
+    for line in ("6 of shape (4, 2, 2)", "6 of shape (4, 2, 2) (6 were there)"):
         with pytest.warns(DyexportWarning, match=r"the latents in .* have a standard deviation of 0\."):
             done = CliRunner().invoke(app, [*map(str, words), "-o", str(tmp_path / "latents")])
         printed = " ".join(done.stdout.split())
@@ -143,6 +143,34 @@ def test_an_interrupted_build_keeps_the_shards_that_it_has(pipeline: Path, tmp_p
         begins.append(listener.reports[:2])
     assert begins[0][1] < 256
     assert begins[1] == [256, 256]
+
+
+def test_a_build_encodes_what_it_has_not_encoded_before(pipeline: Path, tmp_path: Path) -> None:
+    folder = class_folder(tmp_path / "pictures", count=30, classes=tuple("0123456789"))
+    settings = BuildSettings(
+        checkpoint=str(pipeline),
+        budget=0.5,
+        out=tmp_path / "out",
+        work=tmp_path / "work",
+        data=str(folder),
+        finetune_steps=0,
+    )
+
+    def reports() -> list[int]:
+        """Make the static model, and return how far encoding had come at each report."""
+        listener = StopsAt(1000)
+        with opened(settings, listener) as run_:
+            make_static_model(run_)
+        return listener.reports
+
+    assert len(reports()) > 300  # one for each picture
+    (folder / "9" / "29.png").unlink()
+    assert reports() == [256, 299]  # one for each shard, of rows that are copied
+    shard = tmp_path / "work" / "encoded" / "latents-000001.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert reports()[:3] == [256, 256, 257]
+    assert shard.read_bytes() == whole
 
 
 def test_what_a_build_cannot_encode_is_refused_early(digits: Path, pipeline: Path, tmp_path: Path) -> None:
