@@ -36,8 +36,10 @@ class PictureDecoder:
         if self.preset.pixel_space:
             return self._format.decode(None, latents).cpu().clamp(-1, 1)
         vae = self._vae.to(best_device())
-        pixels = [self._format.decode(vae, one.to(vae.device, vae.dtype)).float().cpu() for one in latents.split(1)]
-        vae.to("cpu")
+        try:
+            pixels = [self._format.decode(vae, one.to(vae.device, vae.dtype)).float().cpu() for one in latents.split(1)]
+        finally:
+            vae.to("cpu")
         return torch.cat(pixels).clamp(-1, 1)
 
     @cached_property

@@ -178,16 +178,22 @@ class Evaluation:
     def picture(self, networks: Networks) -> Image | None:
         """Sample a picture: one row of samples for each budget, the same noise and conditions in each.
 
-        None, after a warning, if latents of this model cannot be decoded.
+        None, after a warning, if latents of this model cannot be decoded, or if memory runs out.
         """
         if self._decoder is None:
             return None
         try:
             self._decoder.open()
+            return self._sampled(networks, self._decoder)
         except (CheckpointError, DataError) as error:
-            self._decoder = None
-            warnings.warn(f"evaluations have no pictures: {error}", DyexportWarning, stacklevel=2)
-            return None
+            why = str(error)
+        except torch.OutOfMemoryError:  # after which training goes on with what it has
+            why = "the GPU has no memory left to sample and decode them; give a smaller --micro-batch to see them"
+        self._decoder = None
+        warnings.warn(f"evaluations have no pictures: {why}", DyexportWarning, stacklevel=2)
+        return None
+
+    def _sampled(self, networks: Networks, decoder: Decoder) -> Image:
         conditions = self._conditions()
         count = len(next(iter(conditions.values())))
         generator = step_generator(self.batches.seed, PICTURE, "evaluation")
@@ -198,7 +204,7 @@ class Evaluation:
                 self._samples(predict, {name: values[part] for name, values in conditions.items()}, noise[part])
                 for part in _chunks(torch.arange(count), self.per_pass)
             ]
-            rows.append(self._decoder(torch.cat(parts)))
+            rows.append(decoder(torch.cat(parts)))
         return _picture(rows)
 
     def _samples(self, predict: Predict, conditions: Conditions, noise: Tensor) -> Tensor:

@@ -10,16 +10,19 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from dyexport.errors import DyexportError, DyexportWarning, reason
-from dyexport.files import remove, replacing, storage_errors, write_atomically
-from dyexport.training.trackers import TENSORBOARD
+from pydantic import ValidationError
+
+from dyexport.bundle.records import Frozen
+from dyexport.errors import DyexportWarning, reason
+from dyexport.files import flush, remove, replacing, storage_errors, write_atomically
+from dyexport.training.trackers import TENSORBOARD, Tracker
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,12 +30,11 @@ if TYPE_CHECKING:
     from dyexport.training.evaluation import EvaluationSettings
 
 METRICS, RECORD, PICTURES = "metrics.jsonl", "run.json", "pictures"
-PROJECT = "dyexport"  # of trackers that have projects
-TRAIN, EVALUATION = "train", "evaluation"  # prefixes of metrics
+TRAIN, EVALUATION = "train", "evaluation"  # kinds of points, and prefixes of their metrics
 
 Values = Mapping[str, float]
-Point = dict[str, float]
-"""A line of the file of metrics: ``step``, the number of steps done, and metrics by name."""
+Point = dict[str, Any]
+"""A line of the file of metrics: ``step``, the number of steps done, and metrics by name; None: not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,21 @@ class Monitoring:
     evaluation: EvaluationSettings | None = None
 
 
+class RunRecord(Frozen):
+    """The contents of ``run.json``.
+
+    ``sent`` has the last step that the tracker has, by kind of point. Unless it is ``behind``, it also has all points
+    that were written to the file of metrics since.
+    """
+
+    run: str
+    id: str
+    tracker: str | None
+    sent: dict[str, int]
+    behind: bool = False
+    hyperparameters: dict[str, bool | int | float | str]
+
+
 class RunLog:
     """A log that keeps nothing: that of processes other than the main one."""
 
@@ -61,6 +78,10 @@ class RunLog:
 
     def evaluation(self, step: int, values: Values, picture: Image | None) -> None:
         """Keep the result of an evaluation after ``step`` steps."""
+        self.evaluated = step
+
+    def sync(self) -> None:
+        """Flush all points to the disk, as is a saved state that they come before."""
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -72,37 +93,41 @@ class KeptLog(RunLog):
     """The log of the main process. ``step`` is the number of steps done, from which ``run`` goes on."""
 
     def __init__(self, monitoring: Monitoring, run: str, step: int, hyperparameters: Mapping[str, Any]) -> None:
-        self.directory = monitoring.directory
-        record = _read_record(self.directory)
-        if record.get("run") != run:
-            record = {}
+        self.directory, self.metrics = monitoring.directory, monitoring.directory / METRICS
+        old = _read_record(self.directory)
+        if old is None or old.run != run:
+            old = None
             with storage_errors(self.directory):
                 remove(self.directory)
-        points = _read_points(self.directory / METRICS)
-        kept = [point for point in points if point["step"] <= step]
+        points = _read_points(self.metrics)
+        kept = [point for point in points if _step(point) <= step]
         self.evaluated = _last_steps(kept)[EVALUATION]
-        follows = monitoring.tracker is not None and record.get("tracker") == monitoring.tracker
-        values = {name: _plain(value) for name, value in {**monitoring.labels, **hyperparameters}.items()}
-        before = record.get("sent", {}) if follows else {}
-        sent = {kind: max(step, before.get(kind, -1)) if follows else -1 for kind, step in _last_steps(points).items()}
-        record = {"run": run, "id": record.get("id", uuid4().hex[:8]), "tracker": monitoring.tracker, "sent": sent}
-        self._tracker = None
+        follows = old is not None and old.tracker == monitoring.tracker
+        self._sent = _sent(old, points) if old is not None and follows else _last_steps([])
+        self._record = RunRecord(
+            run=run,
+            id=uuid4().hex[:8] if old is None else old.id,
+            tracker=monitoring.tracker,
+            sent=self._sent,
+            hyperparameters={name: _plain(value) for name, value in {**monitoring.labels, **hyperparameters}.items()},
+        )
+        self._write_record(behind=True)  # before points are dropped that the tracker has
+        write_atomically(self.metrics, "".join(map(_line, kept)).encode())
+        self._tracker: Tracker | None = None
         if monitoring.tracker is not None:
-            self._tracker = _Tracker(monitoring.tracker, self.directory, record["id"])
-            if follows:
-                self._tracker.resume(step, sent)
-            else:
-                self._tracker.start(values, kept)
-        self._file = self._open(kept)
-        write_atomically(self.directory / RECORD, json.dumps({**record, "hyperparameters": values}, indent=1).encode())
+            self._start(monitoring.tracker, kept)
         self._since = perf_counter()
 
-    def _open(self, kept: list[Point]) -> IO[str]:
-        """Write the points that are kept, and open the file to add others."""
-        path = self.directory / METRICS
-        write_atomically(path, "".join(map(_line, kept)).encode())
-        with storage_errors(path):
-            return path.open("a", encoding="utf-8")
+    def _start(self, name: str, kept: list[Point]) -> None:
+        """Start the tracker, and send it what it lacks of the points that are kept."""
+        if name == TENSORBOARD:  # which drops the others when it starts
+            self._sent = {kind: min(last, self._sent[kind]) for kind, last in _last_steps(kept).items()}
+        record, purge_step = self._record, max(self._sent.values()) + 1
+        self._tracker = Tracker(name, self.directory, record.id, purge_step, record.hyperparameters)
+        for point in kept:
+            self._send(point)
+        if self._tracker is not None:
+            self._write_record(behind=False)
 
     def training(self, step: int, samples: int, values: Values) -> None:
         now = perf_counter()
@@ -112,12 +137,14 @@ class KeptLog(RunLog):
 
     def evaluation(self, step: int, values: Values, picture: Image | None) -> None:
         if picture is not None:
-            with replacing(self.directory / PICTURES / f"step-{step:08d}.png") as partial:
+            with replacing(self._picture(step)) as partial:
                 picture.save(partial, format="PNG")
-            if self._tracker is not None:
-                self._tracker.show(f"{EVALUATION}/{PICTURES}", picture, step)
         self._add(step, {f"{EVALUATION}/{name}": value for name, value in values.items()})
-        self.evaluated = step
+        super().evaluation(step, values, picture)
+
+    def sync(self) -> None:
+        with storage_errors(self.metrics):
+            flush(self.metrics)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -125,20 +152,55 @@ class KeptLog(RunLog):
         yield
         self._since += perf_counter() - begin
 
+    def close(self) -> None:
+        """Close the tracker."""
+        self._track(Tracker.close)
+
+    def _picture(self, step: int) -> Path:
+        return self.directory / PICTURES / f"step-{step:08d}.png"
+
     def _add(self, step: int, values: Values) -> None:
         """Send a point to the tracker, and then to the file: a kill between them repeats it, and loses nothing."""
-        point = {"step": step, **{name: value for name, value in values.items() if math.isfinite(value)}}
-        if self._tracker is not None:
-            self._tracker.log(point)
-        with storage_errors(self.directory / METRICS):
-            self._file.write(_line(point))
-            self._file.flush()
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        point: Point = {"step": step, **finite}
+        self._send(point)
+        with storage_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(_line(point))
 
-    def close(self) -> None:
-        """Close the file and the tracker."""
-        self._file.close()
-        if self._tracker is not None:
-            self._tracker.close()
+    def _send(self, point: Point) -> None:
+        """Send a point to the tracker, unless it has it; an evaluation with its picture."""
+        step, kind = _step(point), _kind(point)
+        if step <= self._sent[kind]:
+            return
+        values = {name: value for name, value in point.items() if name != "step" and value is not None}
+
+        def send(tracker: Tracker) -> None:
+            if kind == EVALUATION and self._picture(step).exists():
+                tracker.show(step, f"{EVALUATION}/{PICTURES}", self._picture(step))
+            tracker.log(step, values)
+            self._sent[kind] = step
+
+        self._track(send)
+
+    def _track(self, use: Callable[[Tracker], object]) -> None:
+        """Use the tracker. One that fails is given up, with a warning: it must not end hours of training."""
+        if self._tracker is None:
+            return
+        try:
+            use(self._tracker)
+        except Exception as error:  # each library raises its own
+            self._tracker = None
+            self._write_record(behind=True)
+            warnings.warn(
+                f"{self._record.tracker} failed ({reason(error)}) and gets no more points; training is not affected, "
+                f"{self.metrics} has all curves, and if the run is resumed the tracker gets the missing ones",
+                DyexportWarning,
+                stacklevel=2,
+            )
+
+    def _write_record(self, *, behind: bool) -> None:
+        record = self._record.model_copy(update={"sent": self._sent, "behind": behind})
+        write_atomically(self.directory / RECORD, record.model_dump_json(indent=1).encode())
 
 
 @contextmanager
@@ -156,107 +218,24 @@ def opened_log(
         log.close()
 
 
-class _Tracker:
-    """One of accelerate's trackers. One that fails while training goes on is given up, with a warning."""
-
-    def __init__(self, name: str, directory: Path, run: str) -> None:
-        self._name = name
-        self._directory = directory
-        self._run = run
-        self._sent: Mapping[str, int] = {}  # steps that are there already, up to this one, by kind of point
-        self._tracker: Any = None
-
-    def start(self, hyperparameters: Mapping[str, Any], points: list[Point]) -> None:
-        """Start a run, with the points of a time when it was not tracked."""
-        self._open(purge_step=0)
-        self._tracker.store_init_configuration(dict(hyperparameters))
-        for point in points:
-            self.log(point)
-
-    def resume(self, step: int, sent: Mapping[str, int]) -> None:
-        """Resume a run after ``step``. ``sent`` are the last steps that it has, by kind of point.
-
-        TensorBoard drops what is later. Others keep it, and the same steps, which give the same points, are left out.
-        """
-        self._open(purge_step=step + 1)
-        self._sent = {} if self._name == TENSORBOARD else sent
-
-    def _open(self, purge_step: int) -> None:
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-        with storage_errors(self._directory):
-            self._directory.mkdir(parents=True, exist_ok=True)
-        try:
-            self._tracker = LOGGER_TYPE_TO_CLASS[self._name](
-                **tracker_arguments(self._name, self._directory, self._run, purge_step)
-            )
-            self._tracker.start()
-        except Exception as error:  # each library raises its own
-            why = f"{self._name} does not start ({reason(error)})"
-            raise DyexportError(f"--tracker {why}; set it up, or leave --tracker out") from error
-
-    def log(self, point: Point) -> None:
-        step = int(point["step"])
-        if step > self._sent.get(_kind(point), -1):
-            self._call(lambda tracker: tracker.log({k: v for k, v in point.items() if k != "step"}, step=step))
-
-    def show(self, name: str, picture: Image, step: int) -> None:
-        """Show a picture, where the tracker takes any."""
-        if step <= self._sent.get(EVALUATION, -1):
-            return
-        import numpy as np
-
-        if self._name == TENSORBOARD:
-            images = np.asarray(picture)[None]  # (1, H, W, 3)
-            self._call(lambda tracker: tracker.log_images({name: images}, step=step, dataformats="NHWC"))
-        elif self._name in ("wandb", "swanlab"):
-            self._call(lambda tracker: tracker.log_images({name: [picture]}, step=step))
-
-    def close(self) -> None:
-        self._call(lambda tracker: tracker.finish())
-
-    def _call(self, use: Callable[[Any], object]) -> None:
-        if self._tracker is None:
-            return
-        try:
-            use(self._tracker)
-        except Exception as error:  # a service that is down must not end hours of training
-            self._tracker = None
-            kept = f"training goes on, and {self._directory / METRICS} has all curves"
-            warnings.warn(f"{self._name} failed ({reason(error)}); {kept}", DyexportWarning, stacklevel=2)
-
-
-def tracker_arguments(name: str, folder: Path, run: str, purge_step: int) -> dict[str, Any]:
-    """Return the arguments of accelerate's class of a tracker, for a ``run`` that is kept in ``folder``."""
-    label = f"{folder.name}-{run}"
-    arguments: dict[str, dict[str, Any]] = {
-        TENSORBOARD: {"run_name": folder.name, "logging_dir": folder.parent, "purge_step": purge_step},
-        "wandb": {"name": label, "id": label, "resume": "allow", "dir": str(folder)},
-        "trackio": {"name": label, "resume": "allow"},
-        "aim": {"logging_dir": folder},
-        "mlflow": {"logging_dir": folder},
-    }
-    project = "experiment_name" if name == "mlflow" else "run_name"  # as accelerate calls it
-    return {project: PROJECT, **arguments.get(name, {})}
-
-
-def _read_record(directory: Path) -> dict[str, Any]:
+def _read_record(directory: Path) -> RunRecord | None:
     try:
-        record: dict[str, Any] = json.loads((directory / RECORD).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return record
+        return RunRecord.model_validate_json((directory / RECORD).read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def _read_points(path: Path) -> list[Point]:
-    """Read the points of a file, whose last line a kill may have cut."""
+    """Read the points of a file, without lines that a kill or a full disk has cut."""
     points: list[Point] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError):
             points.append(json.loads(line))
-        except ValueError:
-            break
     return points
+
+
+def _step(point: Point) -> int:
+    return int(point["step"])
 
 
 def _kind(point: Point) -> str:
@@ -265,7 +244,14 @@ def _kind(point: Point) -> str:
 
 def _last_steps(points: list[Point]) -> dict[str, int]:
     """Return the last step of each kind of point; -1 where there is none."""
-    return {kind: max((int(p["step"]) for p in points if _kind(p) == kind), default=-1) for kind in (TRAIN, EVALUATION)}
+    return {kind: max((_step(p) for p in points if _kind(p) == kind), default=-1) for kind in (TRAIN, EVALUATION)}
+
+
+def _sent(record: RunRecord, points: list[Point]) -> dict[str, int]:
+    """Return the last steps that a tracker has, from the record and the file of metrics that a run left."""
+    if record.behind:
+        return record.sent
+    return {kind: max(last, record.sent.get(kind, -1)) for kind, last in _last_steps(points).items()}
 
 
 def _line(point: Point) -> str:

@@ -250,7 +250,7 @@ class Trainer(Generic[Config]):
             networks = self.networks()
             values = evaluation.metrics(networks, partial(self.accelerator.reduce, reduction="sum"))
             picture = evaluation.picture(networks) if self.accelerator.is_main_process else None
-        self.log.evaluation(self.step, values, picture)
+            self.log.evaluation(self.step, values, picture)
 
     def _report(self) -> None:
         """Report every step, which may take minutes, with the latest metrics that were read."""
@@ -263,6 +263,7 @@ class Trainer(Generic[Config]):
         self._read_metrics()
         with self.log.paused():
             if self.accelerator.is_main_process:
+                self.log.sync()
                 save_state(self.path, SavedState(self.step, self.tensors()), self.run)
             self.accelerator.wait_for_everyone()
 

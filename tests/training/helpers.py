@@ -19,6 +19,7 @@ from dyexport.presets import get_preset
 from dyexport.training.config import FinetuneConfig
 from dyexport.training.data import MemorySource
 from dyexport.training.finetuning import DynamicTrainer
+from dyexport.training.trainer import Trainer
 
 SIT = replace(get_preset("sit-digits"), name="tiny-sit", hidden_size=16, heads=4, layers=2, patch_size=2)
 DIT = replace(SIT, name="tiny-dit", backbone="dit", learn_sigma=True)
@@ -78,11 +79,35 @@ class Pixels:
         return latents.clamp(-1, 1)
 
 
-def listening_tracker(monkeypatch: pytest.MonkeyPatch, fails_at: int | None = None) -> list[tuple[Any, Any]]:
-    """Register a tracker with accelerate, as applications register theirs, under the name of one not installed."""
+class Stopped(Exception):
+    """A run that ended early."""
+
+
+def stop(run: Trainer[Any], step: int, method: str = "advance") -> None:
+    """Let a trainer raise ``Stopped`` in place of a call of ``method`` after ``step`` steps."""
+    call = getattr(run, method)
+
+    def call_or_stop() -> None:
+        if run.step == step:
+            raise Stopped
+        call()
+
+    setattr(run, method, call_or_stop)
+
+
+def listening_tracker(monkeypatch: pytest.MonkeyPatch, fails_at: object = None) -> list[tuple[Any, Any]]:
+    """Register a tracker with accelerate, as applications register theirs, under the name of one not installed.
+
+    Returns what it gets: "started" with the hyperparameters, each step with its values, and "finished".
+    """
     from accelerate import tracking
 
-    sent: list[tuple[Any, Any]] = []
+    got: list[tuple[Any, Any]] = []
+
+    def get(what: Any, values: Any) -> None:
+        if what == fails_at:
+            raise ConnectionError("the service is down")
+        got.append((what, values))
 
     class Listening(tracking.GeneralTracker):
         name = "aim"
@@ -92,13 +117,14 @@ def listening_tracker(monkeypatch: pytest.MonkeyPatch, fails_at: int | None = No
         def __init__(self, run_name: str, logging_dir: Path) -> None:
             super().__init__()
 
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            get("started", values)
+
         def log(self, values: dict[str, float], step: int | None = None, **kwargs: Any) -> None:
-            if step == fails_at:
-                raise ConnectionError("the service is down")
-            sent.append((step, values))
+            get(step, values)
 
         def finish(self) -> None:
-            sent.append(("finished", None))
+            get("finished", None)
 
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "aim", Listening)
-    return sent
+    return got

@@ -30,11 +30,13 @@ from tests.training.helpers import (
     DYNAMIC,
     SIT,
     Pixels,
+    Stopped,
     backbone,
     blobs,
     dynamic,
     listening_tracker,
     same,
+    stop,
     weights,
 )
 
@@ -47,6 +49,16 @@ BUDGETS = (0.3, 0.6)
 class NoVae(Pixels):
     def open(self) -> None:
         raise CheckpointError("no VAE is known for it; give --vae to see pictures")
+
+
+class Full(Pixels):
+    """A decoder for which the GPU has no memory after the first picture."""
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().__call__(latents)
 
 
 def held_out() -> MemorySource:
@@ -200,19 +212,33 @@ def test_without_a_vae_there_are_losses_and_one_warning(tmp_path: Path) -> None:
     assert not (tmp_path / "curves" / PICTURES).exists()
 
 
+def test_pictures_end_where_memory_does_and_training_goes_on(tmp_path: Path) -> None:
+    with pytest.warns(
+        DyexportWarning, match="have no pictures: the GPU has no memory .*; give a smaller --micro-batch"
+    ):
+        trainer(tmp_path, monitored=monitoring(tmp_path, Full())).train()
+    assert [line["step"] for line in evaluations(tmp_path)] == DUE
+    assert [path.name for path in (tmp_path / "curves" / PICTURES).iterdir()] == ["step-00000000.png"]
+
+
+def test_a_tracker_that_comes_later_gets_the_pictures_so_far(tmp_path: Path) -> None:
+    config = replace(CONFIG, checkpoint_every=4)
+    run = trainer(tmp_path, config=config, monitored=monitoring(tmp_path))
+    stop(run, 9)
+    with pytest.raises(Stopped):
+        run.train()
+    trainer(tmp_path, config=config, monitored=monitoring(tmp_path, tracker="tensorboard")).train()
+    events = EventAccumulator(str(tmp_path / "curves"))
+    events.Reload()
+    assert [image.step for image in events.Images("evaluation/pictures")] == DUE
+
+
 def test_a_resumed_run_has_each_evaluation_once(tmp_path: Path) -> None:
     config = replace(CONFIG, checkpoint_every=4)
     trainer(tmp_path / "whole", config=config, monitored=monitoring(tmp_path / "whole")).train()
     run = trainer(tmp_path, config=config, monitored=monitoring(tmp_path, tracker="tensorboard"))
-    advance = run.advance
-
-    def stop() -> None:
-        if run.step == 9:
-            raise KeyboardInterrupt
-        advance()
-
-    run.advance = stop  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
+    stop(run, 9)
+    with pytest.raises(Stopped):
         run.train()
     assert [line["step"] for line in evaluations(tmp_path)] == [0, 4, 8]
     trainer(tmp_path, config=config, monitored=monitoring(tmp_path, tracker="tensorboard")).train()
@@ -224,23 +250,16 @@ def test_a_resumed_run_has_each_evaluation_once(tmp_path: Path) -> None:
 
 def test_an_evaluation_that_a_kill_prevented_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state of step 4 was saved, and the run ended before it was evaluated."""
-    sent = listening_tracker(monkeypatch)
+    got = listening_tracker(monkeypatch)
     config = replace(CONFIG, checkpoint_every=4)
     run = trainer(tmp_path, config=config, monitored=monitoring(tmp_path, tracker="aim"))
-    evaluate = run.evaluate
-
-    def interrupted() -> None:
-        if run.step == 4:
-            raise KeyboardInterrupt
-        evaluate()
-
-    run.evaluate = interrupted  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
+    stop(run, 4, "evaluate")
+    with pytest.raises(Stopped):
         run.train()
     assert [line["step"] for line in evaluations(tmp_path)] == [0]
     trainer(tmp_path, config=config, monitored=monitoring(tmp_path, tracker="aim")).train()
     assert [line["step"] for line in evaluations(tmp_path)] == DUE
-    points = [(step, "evaluation/diffusion" in values) for step, values in sent if values is not None]
+    points = [(step, "evaluation/diffusion" in values) for step, values in got if isinstance(step, int)]
     assert points == [(0, True), (4, False), (4, True), (8, False), (8, True), (10, False), (10, True)]
 
 

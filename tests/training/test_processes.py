@@ -20,7 +20,7 @@ from dyexport.training.processes import find_process_group
 from dyexport.training.synthetic import SHARD_SAMPLES, generate
 from dyexport.training.synthetic_config import SyntheticConfig
 from dyexport.training.tracking import METRICS, Monitoring
-from tests.training.helpers import SIT, Pixels, backbone, blobs, dynamic, same, weights
+from tests.training.helpers import SIT, Pixels, Stopped, backbone, blobs, dynamic, same, stop, weights
 
 ROOT = Path(__file__).parents[2]
 Weights = dict[str, torch.Tensor]
@@ -39,30 +39,20 @@ def sample(directory: Path, group: ProcessGroup | None = None) -> int:
     return reports[-1]
 
 
-class Stopped(Exception):
-    """A run that ended early."""
-
-
 def run(
-    work_dir: Path, micro_batch: int | None = None, stop: int | None = None, monitoring: Monitoring | None = None
+    work_dir: Path, micro_batch: int | None = None, until: int | None = None, monitoring: Monitoring | None = None
 ) -> tuple[list[list[float]], Weights]:
     """Loss and ratio of every step; noisy gates, so that noise must be shared out too.
 
-    Raises ``Stopped`` in every process after step ``stop``.
+    Raises ``Stopped`` in every process after step ``until``.
     """
     model = dynamic(SIT)
     for router in model.routers:
         router.shift(-14.0, tokens=True)
     config = replace(CONFIG, micro_batch=micro_batch, checkpointing=True)
     trainer = DynamicTrainer(model, SIT, blobs(SIT), config, work_dir=work_dir, monitoring=monitoring)
-    advance = trainer.advance
-
-    def advance_or_stop() -> None:
-        if trainer.step == stop:
-            raise Stopped
-        advance()
-
-    trainer.advance = advance_or_stop  # type: ignore[method-assign]
+    if until is not None:
+        stop(trainer, until)
     result = trainer.train()
     return [[point.diffusion, point.flops_ratio] for point in result.history], weights(model)
 
@@ -72,7 +62,7 @@ def evaluated(directory: Path, expected: Weights) -> None:
     settings = EvaluationSettings(every=3, source=None, decoder=Pixels())
     monitoring = Monitoring(directory=directory / "curves", evaluation=settings)
     with pytest.raises(Stopped):
-        run(directory / "evaluated", micro_batch=2, stop=6, monitoring=monitoring)
+        run(directory / "evaluated", micro_batch=2, until=6, monitoring=monitoring)
     _, found = run(directory / "evaluated", micro_batch=2, monitoring=monitoring)
     assert same(found, expected)
 
@@ -87,7 +77,7 @@ def runs(directory: Path) -> dict[str, list[list[float]]]:
     whole, _ = run(directory / "whole")
     divided, expected = run(directory / "divided", micro_batch=2)
     with pytest.raises(Stopped):
-        run(directory / "stopped", micro_batch=2, stop=5)
+        run(directory / "stopped", micro_batch=2, until=5)
     resumed, found = run(directory / "stopped", micro_batch=2)
     assert same(found, expected)
     assert resumed == divided

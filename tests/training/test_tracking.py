@@ -2,78 +2,35 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
+import os
+import resource
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from PIL import Image
 
-from dyexport.errors import DyexportError, DyexportWarning, MissingDependencyError, UsageError
-from dyexport.training.config import FinetuneConfig
+from dyexport.errors import StorageError
+from dyexport.files import remove, write_atomically
 from dyexport.training.finetuning import DynamicTrainer
 from dyexport.training.metrics import mean_metrics
-from dyexport.training.trackers import TRACKERS, check_installed, check_tracker
-from dyexport.training.tracking import METRICS, RECORD, KeptLog, Monitoring, tracker_arguments
+from dyexport.training.tracking import METRICS, RECORD, Monitoring, opened_log
+from tests.pipeline.faults import Writes, each_write
 from tests.training.helpers import DYNAMIC, SIT, blobs, dynamic, listening_tracker, same, weights
-
-CONFIG = replace(DYNAMIC, steps=40, checkpoint_every=15)
-POINTS = [10, 15, 20, 30, 40]  # every ten steps, and where a state is saved
-SPEED = "train/samples_per_second"
-
-
-class Stopped(Exception):
-    """A run that ended early."""
-
-
-def tracked(
-    root: Path, tracker: str | None = "tensorboard", config: FinetuneConfig = CONFIG, stop: int | None = None
-) -> DynamicTrainer:
-    """Return a trainer that raises ``Stopped`` after step ``stop``."""
-    model = dynamic(SIT)
-    monitoring = Monitoring(directory=root / "curves", tracker=tracker, labels={"data": "blobs"})
-    run = DynamicTrainer(model, SIT, blobs(SIT), config, work_dir=root, monitoring=monitoring)
-    total = run.total
-
-    def total_or_stop(losses: Any) -> Any:
-        if run.step == stop:
-            raise Stopped
-        return total(losses)
-
-    run.total = total_or_stop  # type: ignore[method-assign]
-    return run
-
-
-def stopped(root: Path, tracker: str | None = "tensorboard", stop: int = 23) -> None:
-    with pytest.raises(Stopped):
-        tracked(root, tracker, stop=stop).train()
-
-
-def points(root: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (root / "curves" / METRICS).read_text().splitlines()]
-
-
-def without_speed(lines: list[dict[str, float]]) -> list[dict[str, float]]:
-    assert all(line[SPEED] > 0 for line in lines)
-    return [{name: value for name, value in line.items() if name != SPEED} for line in lines]
-
-
-def curves(root: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read the scalars of a run from the event files of TensorBoard: step and value by name."""
-    events = EventAccumulator(str(root / "curves"))
-    events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def as_curves(lines: list[dict[str, float]]) -> dict[str, list[tuple[int, float]]]:
-    names = dict.fromkeys(name for line in lines for name in line if name != "step")
-    return {
-        name: [(int(line["step"]), pytest.approx(line[name], rel=1e-6)) for line in lines if name in line]
-        for name in names
-    }
+from tests.training.tracked import (
+    CONFIG,
+    POINTS,
+    SPEED,
+    as_curves,
+    curves,
+    points,
+    remembering_tracker,
+    stopped,
+    tracked,
+    without_speed,
+)
 
 
 def test_curves_have_what_was_trained(tmp_path: Path) -> None:
@@ -123,7 +80,7 @@ def test_a_stopped_run_goes_on_with_its_curves(tmp_path: Path) -> None:
 
 
 def test_a_run_that_starts_over_starts_its_curves_over(tmp_path: Path) -> None:
-    stopped(tmp_path, stop=13)  # before the first state
+    stopped(tmp_path, step=13)  # before the first state
     tracked(tmp_path).train()
     assert [line["step"] for line in points(tmp_path)] == POINTS
     assert curves(tmp_path) == as_curves(points(tmp_path))
@@ -133,77 +90,122 @@ def test_a_run_that_starts_over_starts_its_curves_over(tmp_path: Path) -> None:
     assert curves(tmp_path) == as_curves(points(tmp_path))
 
 
-def test_a_tracker_that_comes_later_gets_the_curves_so_far(tmp_path: Path) -> None:
-    stopped(tmp_path, tracker=None)
-    assert curves(tmp_path) == {}
+def test_metrics_that_are_not_finite_are_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation without a finite metric is known to be made, so a resumed run does not repeat it."""
+    got = listening_tracker(monkeypatch)
+    monitoring = Monitoring(directory=tmp_path / "curves", tracker="aim")
+    with opened_log(monitoring, "run", 0, {}) as log:
+        log.training(10, 80, {"diffusion": 1.0, "gradient_norm": math.inf})
+        log.evaluation(10, {"diffusion": math.nan}, None)
+    train, evaluation = points(tmp_path)
+    assert train.items() >= {"step": 10, "train/diffusion": 1.0, "train/gradient_norm": None}.items()
+    assert evaluation == {"step": 10, "evaluation/diffusion": None}
+    assert [(what, set(values)) for what, values in got[1:-1]] == [(10, {"train/diffusion", SPEED}), (10, set())]
+    with opened_log(monitoring, "run", 10, {}) as log:
+        assert log.evaluated == 10
+
+
+def test_a_full_disk_ends_the_run_with_the_cure_and_a_resumed_one_has_every_point(tmp_path: Path) -> None:
+    monitoring = Monitoring(directory=tmp_path / "curves")
+    metrics, limits = monitoring.directory / METRICS, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill() -> None:
+        """Log until a line no longer fits."""
+        with opened_log(monitoring, "run", 0, {}) as log:
+            log.training(10, 80, {"diffusion": 1.0})
+            resource.setrlimit(resource.RLIMIT_FSIZE, (metrics.stat().st_size + 20, limits[1]))
+            log.training(20, 80, {"diffusion": 2.0})
+
+    try:
+        with pytest.raises(StorageError, match=r"metrics.jsonl: .*; make room"):
+            fill()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not metrics.read_bytes().endswith(b"\n")
+    with opened_log(monitoring, "run", 10, {}) as log:
+        log.training(20, 80, {"diffusion": 3.0})
+    assert [(line["step"], line["train/diffusion"]) for line in points(tmp_path)] == [(10, 1.0), (20, 3.0)]
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 1', b"\0\0\0", b"\xff\n"])
+def test_damaged_lines_are_left_out(tmp_path: Path, damage: bytes) -> None:
+    stopped(tmp_path)
+    before = points(tmp_path)
+    with (tmp_path / "curves" / METRICS).open("ab") as file:
+        file.write(damage)
     tracked(tmp_path).train()
     assert [line["step"] for line in points(tmp_path)] == POINTS
-    assert curves(tmp_path) == as_curves(points(tmp_path))
+    assert points(tmp_path)[:2] == before[:2]
 
 
-def test_a_tracker_without_a_way_back_gets_no_step_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent = listening_tracker(monkeypatch)
-    stopped(tmp_path, "aim")
-    assert [step for step, _ in sent] == [10, 15, 20, "finished"]
-    sent.clear()
-    stopped(tmp_path, "aim", stop=17)
-    assert [step for step, _ in sent] == ["finished"]
-    sent.clear()
-    tracked(tmp_path, "aim").train()
-    assert [step for step, _ in sent] == [30, 40, "finished"]
-
-
-def test_a_tracker_that_fails_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent = listening_tracker(monkeypatch, fails_at=20)
-    with pytest.warns(DyexportWarning, match=r"aim failed \(the service is down\); training goes on, and .*metrics"):
-        tracked(tmp_path, "aim").train()
-    assert [step for step, _ in sent] == [10, 15]
-    assert [line["step"] for line in points(tmp_path)] == POINTS
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_what_ends_a_run_closes_its_tracker(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
-) -> None:
-    sent = listening_tracker(monkeypatch)
-    run = tracked(tmp_path, "aim")
-
-    def interrupt(step: int, *_: Any) -> None:
-        if step == 12:
-            raise error
-
-    run.progress = interrupt
-    with pytest.raises(error):
-        run.train()
-    assert [step for step, _ in sent] == [10, "finished"]
-
-
-def test_a_loss_that_is_not_finite_closes_the_tracker_and_keeps_the_last_state(
+def test_points_are_on_the_disk_before_a_state_that_follows_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent = listening_tracker(monkeypatch)
-    run = tracked(tmp_path, "aim")
-    total = run.total
+    """A machine that loses power keeps only what was synced."""
+    run = tracked(tmp_path)
+    synced: list[tuple[str, int]] = []
+    fsync = os.fsync
 
-    def spoil(losses: Any) -> Any:
-        losses.diffusion.data.mul_(math.nan if run.step == 17 else 1.0)
-        return total(losses)
+    def listen(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        kind = (
+            "points" if path == tmp_path / "curves" / METRICS else "state" if path.name.endswith(run.path.name) else ""
+        )
+        synced.extend([(kind, run.step)] if kind else [])
+        fsync(descriptor)
 
-    run.total = spoil  # type: ignore[method-assign]
-    with pytest.raises(DyexportError, match="loss is nan at step 17"):
-        run.train()
-    assert [step for step, _ in sent] == [10, 15, "finished"]
-    assert [line["step"] for line in points(tmp_path)] == [10, 15]
-    resumed = tracked(tmp_path, "aim")
-    resumed.resume()
-    assert resumed.step == 15
+    monkeypatch.setattr(os, "fsync", listen)
+    run.train()
+    assert synced == [(kind, step) for step in (15, 30, 40) for kind in ("points", "state")]
 
 
-def test_metrics_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
-    log = KeptLog(Monitoring(directory=tmp_path / "curves"), "run", 0, {})
-    log.training(10, 80, {"diffusion": 1.0, "gradient_norm": math.inf})
-    log.close()
-    assert without_speed(points(tmp_path)) == [{"step": 10, "train/diffusion": 1.0}]
+def test_a_run_that_is_killed_at_any_write_goes_on_with_its_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tracker, which has no way back, has every point too; one of them twice at most."""
+    root, got = tmp_path / "root", tmp_path / "got"
+    monitoring, state = Monitoring(directory=root / "curves", tracker="aim"), root / "state"
+    remembering_tracker(monkeypatch, got)
+
+    def work(writes: Writes | None = None) -> None:
+        """Do what a trainer of four steps does, which saves its state and is evaluated after every second one."""
+        step = int(state.read_text()) if state.exists() else 0
+        with opened_log(monitoring, "run", step, {}) as log:
+            while True:
+                if step % 2 == 0 and log.evaluated < step:
+                    log.evaluation(step, {"diffusion": float(step)}, Image.new("RGB", (2, 2)))
+                if step == 4:
+                    return
+                step += 1
+                log.training(step, 8, {"diffusion": float(step)})
+                if step % 2 == 0:
+                    log.sync()
+                    write_atomically(state, str(step).encode())
+
+    def reset() -> None:
+        remove(root)
+        remove(got)
+
+    kills = 0
+    for change, end in each_write(root, "kill", work, reset):
+        assert end == "killed"
+        work()
+        assert [
+            (line["step"], *line.keys() & {"train/diffusion", "evaluation/diffusion"}) for line in points(root)
+        ] == [
+            (0, "evaluation/diffusion"),
+            (1, "train/diffusion"),
+            (2, "train/diffusion"),
+            (2, "evaluation/diffusion"),
+            (3, "train/diffusion"),
+            (4, "train/diffusion"),
+            (4, "evaluation/diffusion"),
+        ], change
+        sent = got.read_text().splitlines()
+        assert set(sent) == {f"{line['step']} {[*line][1]}" for line in points(root)}, change
+        assert len(sent) <= len(set(sent)) + 1, change
+        kills += 1
+    assert kills > 20
 
 
 def test_several_budgets_have_a_curve_each(tmp_path: Path) -> None:
@@ -217,32 +219,3 @@ def test_several_budgets_have_a_curve_each(tmp_path: Path) -> None:
     }
     assert last["train/target/0.3"] == pytest.approx(0.3)
     assert last["train/target/0.6"] == pytest.approx(0.6)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("tensorbord", "--tracker is 'tensorbord'; did you mean 'tensorboard'?"),
-        ("print", "--tracker is 'print'; use one of tensorboard, trackio, wandb"),
-    ],
-)
-def test_an_unknown_tracker_is_refused(name: str, message: str) -> None:
-    with pytest.raises(UsageError, match=message.replace("?", r"\?")):
-        check_tracker(name)
-
-
-def test_a_tracker_that_is_not_installed_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_installed("tensorboard")
-    monkeypatch.setattr("dyexport.training.trackers.find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r"run: pip install 'dyexport\[tracking\]'"):
-        check_installed("tensorboard")
-    with pytest.raises(MissingDependencyError, match="swanlab is not installed; run: pip install swanlab"):
-        check_installed("swanlab")
-
-
-def test_trackers_are_those_of_accelerate(tmp_path: Path) -> None:
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    assert set(LOGGER_TYPE_TO_CLASS) == set(TRACKERS)
-    for name, kind in LOGGER_TYPE_TO_CLASS.items():
-        inspect.signature(kind).bind(**tracker_arguments(name, tmp_path, "run", 0))
