@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dyexport.encoding.buckets import nearest
 from dyexport.encoding.encoders import CaptionEncoder, PictureEncoder
-from dyexport.encoding.index import read_contents, warn_of_small
+from dyexport.encoding.index import read_contents, warn_of_profiles, warn_of_small
 from dyexport.encoding.layout import PictureFolder
 from dyexport.encoding.moments import Moments
 from dyexport.encoding.samples import Sample, in_order
@@ -92,8 +92,16 @@ class Encoding:
         contents = read_contents(files, index, lambda done, total: reading(done, total, ""))
         sizes = [nearest(content.size, buckets) for content in contents]
         warn_of_small(files, contents, sizes)
+        warn_of_profiles(files, contents)
         samples = [
-            Sample(picture=picture, sha256=content.sha256, size=size, mirrored=mirrored, caption=picture.caption)
+            Sample(
+                picture=picture,
+                sha256=content.sha256,
+                size=size,
+                profiled=content.profile == "converted",
+                mirrored=mirrored,
+                caption=picture.caption,
+            )
             for picture, content, size in zip(pictures, contents, sizes, strict=True)
             for mirrored in ((False, True) if self.settings.flip else (False,))
         ]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from dyexport.encoding.buckets import Size
 from dyexport.encoding.pixels import check_range, problem_of
+from dyexport.encoding.profiles import Profile, profile_of
 from dyexport.errors import DataError, DyexportWarning
 from dyexport.files import storage_errors
 from dyexport.progress import Progress
@@ -24,10 +25,11 @@ ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # of EXIF
 
 
 class Contents(NamedTuple):
-    """A picture that was read: its SHA-256, and its size when it is upright."""
+    """A picture that was read: its SHA-256, its size when it is upright, and how its color profile is treated."""
 
     sha256: str
     size: Size
+    profile: Profile
 
 
 def read_contents(pictures: Sequence[Path], index: Path, progress: Progress) -> list[Contents]:
@@ -48,7 +50,7 @@ def read_contents(pictures: Sequence[Path], index: Path, progress: Progress) -> 
                     unreadable.append((picture, read))
                 else:
                     known[seal] = read
-                    file.write(f"{json.dumps([seal, read.sha256, *read.size])}\n")
+                    file.write(f"{json.dumps([seal, read.sha256, *read.size, read.profile])}\n")
             file.flush()
             progress(len(pictures) - len(unread) + start + len(chunk), len(pictures))
     if unreadable:
@@ -73,6 +75,18 @@ def warn_of_small(files: Sequence[Path], contents: Sequence[Contents], sizes: Se
         )
 
 
+def warn_of_profiles(files: Sequence[Path], contents: Sequence[Contents]) -> None:
+    """Warn of pictures whose color profile is ignored."""
+    broken = [file for file, content in zip(files, contents, strict=True) if content.profile == "broken"]
+    if broken:
+        warnings.warn(
+            f"{len(broken)} of {len(files)} pictures, such as {broken[0]}, have a color profile that is damaged or of "
+            "another kind of picture, and are read as sRGB; save them in sRGB if their colors are wrong",
+            DyexportWarning,
+            stacklevel=2,
+        )
+
+
 def _error(unreadable: Sequence[tuple[Path, str]]) -> DataError:
     (first, problem), others = unreadable[0], [str(picture) for picture, _ in unreadable[1:]]
     rest = f"; so are {', '.join(others[:SHOWN])}" if others else ""
@@ -89,12 +103,14 @@ def _read(picture: Path) -> Contents | str:
         with Image.open(io.BytesIO(content)) as image:
             check_range(image)
             width, height = image.size
+            profile = profile_of(image)
             turned = image.getexif().get(ORIENTATION) in QUARTER_TURNS
             image.draft("RGB", (1, 1))
             image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return problem_of(error)
-    return Contents(hashlib.sha256(content).hexdigest(), Size(width, height) if turned else Size(height, width))
+    size = Size(width, height) if turned else Size(height, width)
+    return Contents(hashlib.sha256(content).hexdigest(), size, profile)
 
 
 def _seal(picture: Path) -> str:
@@ -111,11 +127,11 @@ def _known(index: Path) -> dict[str, Contents]:
 
 
 def _lines(index: Path) -> Iterator[tuple[str, Contents]]:
-    """Yield seals and contents; a line that a kill cut short is left out."""
+    """Yield seals and contents; a line that a kill cut short, or without a profile, is left out."""
     with index.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
-                seal, sha256, height, width = json.loads(line)
+                seal, sha256, height, width, profile = json.loads(line)
             except ValueError:
                 continue
-            yield seal, Contents(sha256, Size(height, width))
+            yield seal, Contents(sha256, Size(height, width), profile)

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from dyexport.encoding.buckets import Size
+from dyexport.encoding.profiles import in_srgb
 from dyexport.errors import DataError, reason
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def without_ends(image: Image, size: Size) -> Image:
 
 
 def open_picture(file: Path, sha256: str | None = None) -> Image:
-    """Open a picture in RGB: upright, and on white where it is transparent.
+    """Open a picture in sRGB: upright, and on white where it is transparent.
 
     Raises ``DataError`` for a file that cannot be decoded, and for one that has another SHA-256.
     """
@@ -58,9 +59,7 @@ def open_picture(file: Path, sha256: str | None = None) -> Image:
             raise DataError(f"the picture {file} changed while pictures were encoded; repeat the command")
         with Image.open(io.BytesIO(content)) as image:
             check_range(image)
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in SIXTEEN_BITS:  # ``convert`` would clip it to white
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            upright = in_srgb(_in_eight_bits(ImageOps.exif_transpose(image)))
             if not upright.has_transparency_data:
                 return upright.convert("RGB")
             over = upright.convert("RGBA")
@@ -69,6 +68,17 @@ def open_picture(file: Path, sha256: str | None = None) -> Image:
     white = Image.new("RGBA", over.size, "white")
     white.alpha_composite(over)
     return white.convert("RGB")
+
+
+def _in_eight_bits(image: Image) -> Image:
+    """Reduce a gray picture of 16 bits, which ``convert`` would clip to white."""
+    from PIL.Image import fromarray
+
+    if image.mode not in SIXTEEN_BITS:
+        return image
+    reduced = fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    reduced.info["icc_profile"] = image.info.get("icc_profile")
+    return reduced
 
 
 def check_range(image: Image) -> None:

@@ -14,18 +14,22 @@ WITH_CAPTION = 9  # samples with their caption to one without, for classifier-fr
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One row of the data: a picture, perhaps mirrored, with the digest of its file and the size it is cropped to."""
+    """One row of the data: a picture, perhaps mirrored, with the digest of its file and the size it is cropped to.
+
+    ``profiled`` is True for a picture that is converted by its color profile.
+    """
 
     picture: Picture
     sha256: str
     size: Size
+    profiled: bool = False
     mirrored: bool = False
     caption: str | None = None
 
     @property
     def pixels(self) -> tuple[Any, ...]:
         """Inputs that the pixels depend on."""
-        return self.sha256, *self.size, self.mirrored
+        return self.sha256, *self.size, self.mirrored, self.profiled
 
     @property
     def key(self) -> tuple[Any, ...]:
