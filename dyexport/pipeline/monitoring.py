@@ -12,6 +12,7 @@ from dyexport.pipeline.settings import BuildSettings
 from dyexport.pipeline.work_directory import TRACKING
 from dyexport.training.data import held_out
 from dyexport.training.evaluation import EvaluationSettings
+from dyexport.training.trackers import check_installed
 from dyexport.training.tracking import Monitoring
 
 
@@ -26,10 +27,23 @@ def monitoring_of(settings: BuildSettings, scratch: Path) -> Monitoring:
     )
 
 
+def check_monitoring(settings: BuildSettings) -> None:
+    """Check, before hours of other work, what training runs are watched with.
+
+    Raises ``MissingDependencyError`` for a tracker that is not installed, and ``CheckpointError`` for a VAE that is
+    given and cannot be read.
+    """
+    if settings.tracker is not None:
+        check_installed(settings.tracker)
+    if settings.vae is not None and settings.evaluate_every:
+        _decoder(settings).open()
+
+
 def _evaluation(settings: BuildSettings) -> EvaluationSettings:
-    """Return how a model is evaluated. Raises ``CheckpointError`` for a VAE that is given and cannot be read."""
+    source = held_out(settings.data_source)
+    return EvaluationSettings(every=settings.evaluate_every, source=source, decoder=_decoder(settings))
+
+
+def _decoder(settings: BuildSettings) -> PictureDecoder:
     preset = settings.preset
-    decoder = PictureDecoder(preset, None if preset.pixel_space else find_vae(settings.vae, pipeline_of(settings)))
-    if settings.vae is not None:
-        decoder.open()
-    return EvaluationSettings(every=settings.evaluate_every, source=held_out(settings.data_source), decoder=decoder)
+    return PictureDecoder(preset, None if preset.pixel_space else find_vae(settings.vae, pipeline_of(settings)))

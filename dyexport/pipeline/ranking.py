@@ -50,7 +50,7 @@ class UnitRanking:
     progress: Progress = no_progress
 
     def order(self) -> dict[str, Tensor]:
-        """Rank in the main process for all: places before ranking, most important first, as ``order_of`` does."""
+        """Return the new order of units, as ``order_of`` does. The main process ranks them, and the others wait."""
         order: dict[str, Tensor] = {}
         if self.group.is_main_process:
             state = load_state(self.file, self.origin)

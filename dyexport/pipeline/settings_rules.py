@@ -124,12 +124,13 @@ RULES = (
         "--data {s.data} names prompts, and {s.preset.name} samples from class labels; give --data synthetic",
     ),
     Rule(
-        lambda s: s.vae is not None and picture_folder(s) is None and not s.evaluate_every,
-        "--vae encodes pictures, and --data is {s.data_source}; give a folder of pictures, or leave --vae out",
-    ),
-    Rule(
         lambda s: s.vae is not None and picture_folder(s) is None and s.preset.pixel_space,
         "{s.preset.name} samples pixels, which no VAE decodes; leave --vae out",
+    ),
+    Rule(
+        lambda s: s.vae is not None and picture_folder(s) is None and not s.evaluate_every,
+        "--vae encodes pictures, and --data is {s.data_source}; give a folder of pictures, or --evaluate-every to see "
+        "samples, or leave --vae out",
     ),
     Rule(
         lambda s: s.synthetic is not None and s.data_source != "synthetic",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dyexport.models.frozen_base import check_base_precision
+from dyexport.pipeline.monitoring import check_monitoring
 from dyexport.pipeline.settings import SYNTHETIC, BuildSettings
 from dyexport.training.accelerating import check_accelerate
 from dyexport.training.cost import check_gpu, count_trainable, describe_memory
 from dyexport.training.memory import FinetuningRun, Launch, free_memory
 from dyexport.training.optimizers import check_optimizer
-from dyexport.training.trackers import check_installed
 
 
 def finetuning_run(settings: BuildSettings) -> FinetuningRun | None:
@@ -46,13 +46,12 @@ def check_training(settings: BuildSettings) -> str | None:
     """Describe what fine-tuning a model that needs a GPU takes; None for any other build.
 
     Raises ``DyexportError`` without a GPU with enough free memory, ``UsageError`` for settings of accelerate that
-    training does not support, and ``MissingDependencyError``.
+    training does not support, ``CheckpointError`` for a VAE that cannot be read, and ``MissingDependencyError``.
     """
     run = finetuning_run(settings)
     if run is not None or settings.from_scratch:
         check_accelerate(settings.frozen_precision)
         check_base_precision(settings.frozen_precision)
         check_optimizer(settings.optimizer)
-        if settings.tracker is not None:
-            check_installed(settings.tracker)
+        check_monitoring(settings)
     return check_gpu(run) if run is not None and settings.recipe.needs_gpu else None

@@ -208,7 +208,7 @@ class Evaluation:
         return _picture(rows)
 
     def _samples(self, predict: Predict, conditions: Conditions, noise: Tensor) -> Tensor:
-        """Sample latents; a model of prompts without classifier-free guidance, whose empty prompt is not known."""
+        """Sample latents. A model of prompts has no classifier-free guidance, since its empty prompt is not known."""
         default, device = self.preset.sampling, self.batches.device
         unconditional = null_labels(self.preset, conditions) if self.preset.classes else None
         denoise = new_denoiser(predict, self.preset, conditions, unconditional, default.guidance, device)

@@ -53,7 +53,7 @@ def load_state(path: Path, run: str) -> SavedState | None:
                 return None
             return SavedState(int(metadata["step"]), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (OSError, SafetensorError, KeyError) as error:
-        raise CheckpointError(f"cannot read {path} ({error}); delete it to train from the start") from error
+        raise CheckpointError(f"cannot read {path} ({error}); delete it to start over") from error
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ class RunLog:
         self.evaluated = step
 
     def sync(self) -> None:
-        """Flush all points to the disk, as is a saved state that they come before."""
+        """Flush all points to the disk. They must be there before a saved state that follows them."""
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -185,7 +185,7 @@ def test_what_a_build_cannot_encode_is_refused_early(digits: Path, pipeline: Pat
     few = class_folder(tmp_path / "pictures")
     with pytest.raises(DataError, match=r"has 2 classes \(cats, dogs\) and dit-encoded 10"):
         BuildSettings(**{**settings, "data": str(few)}, checkpoint=str(pipeline))
-    with pytest.raises(UsageError, match="--vae encodes pictures, and --data is digits"):
+    with pytest.raises(UsageError, match="dit-digits samples pixels, which no VAE decodes"):
         BuildSettings(**{**settings, "model": "dit-digits", "data": "digits"}, vae=str(pipeline))
     with pytest.raises(DataError, match="latte-tiny makes videos"):
         BuildSettings(**{**settings, "model": "latte-tiny"}, random_weights=True, vae=str(pipeline))

@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dyexport.cli import app
-from dyexport.errors import MissingDependencyError, UsageError
+from dyexport.errors import CheckpointError, MissingDependencyError, UsageError
 from dyexport.pipeline.build import finetune_model, opened
 from dyexport.pipeline.monitoring import monitoring_of
 from dyexport.pipeline.settings import BuildSettings
@@ -101,11 +101,20 @@ def test_what_has_no_effect_is_refused(tmp_path: Path, values: dict[str, Any], m
 
 def test_a_vae_is_for_pictures_of_evaluations_too(tmp_path: Path) -> None:
     settings = trained_settings(tmp_path)
-    with pytest.raises(UsageError, match=r"--vae encodes pictures, and --data is .*leave --vae out"):
+    with pytest.raises(UsageError, match=r"--vae encodes pictures, and --data is .*or --evaluate-every to see samples"):
         replace(settings, vae="somewhere")
     assert replace(settings, vae="somewhere", evaluate_every=5).vae == "somewhere"
-    with pytest.raises(UsageError, match="sit-tiny samples pixels, which no VAE decodes; leave --vae out"):
-        tiny_settings(tmp_path, vae="somewhere", evaluate_every=5, **DIGITS)
+    for every in (0, 5):
+        with pytest.raises(UsageError, match="sit-tiny samples pixels, which no VAE decodes; leave --vae out"):
+            tiny_settings(tmp_path, vae="somewhere", evaluate_every=every, **DIGITS)
+
+
+def test_a_vae_that_cannot_be_read_is_refused_at_once(tmp_path: Path) -> None:
+    settings = trained_settings(tmp_path, vae=str(tmp_path / "nowhere"), evaluate_every=5)
+    with pytest.raises(
+        CheckpointError, match=r"cannot read an AutoencoderKL from .*nowhere.*; give --vae with a local"
+    ):
+        check_training(settings)
 
 
 def test_a_tracker_that_is_not_installed_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
