@@ -102,6 +102,7 @@ class MissingDependencyError(DyexportError):
 EXTRAS = dict.fromkeys(("accelerate", "onnx", "onnx_ir", "onnxscript", "peft"), "build") | {
     "bitsandbytes": "low-memory",
     "onnxruntime": "cpu",
+    "pyarrow": "parquet",
     "torchmetrics": "eval",
     "transformers": "prompts",
 }

@@ -297,7 +297,7 @@ def test_what_is_imported_is_declared(path: Path) -> None:
     source = path.read_text()
     assert third_party(source, at_once=True) <= declared() | (declared("build") if builds else set())
     assert third_party(source, at_once=False) <= declared() | declared(
-        *RUN_EXTRAS, *(("build", "low-memory") if builds else ())
+        *RUN_EXTRAS, *(("build", "low-memory", "parquet") if builds else ())
     )
 
 

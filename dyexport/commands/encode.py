@@ -34,8 +34,8 @@ def encode(
     folder: Annotated[
         Path,
         typer.Argument(
-            help="Pictures in a subfolder for each class, or with captions: metadata.jsonl, metadata.csv, or a .txt "
-            "file next to each picture.",
+            help="Pictures in a subfolder for each class, or with captions: metadata.jsonl, .csv or .parquet, or a "
+            ".txt file next to each picture.",
             metavar="FOLDER",
             show_default=False,
         ),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dyexport.encoding.metadata import Row, read_metadata
+from dyexport.encoding.metadata import CSV, Row, read_metadata
 from dyexport.errors import DataError
 
 LABEL = "label"
+NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 
 
 def read_labels(
@@ -37,19 +39,19 @@ def read_labels(
         _check_numbers(rows, numbers, names)
         return numbers, names or ()
     classes = names or tuple(occurring)
-    if unknown := [picture for picture, value in values.items() if value not in classes]:
+    places = {name: label for label, name in enumerate(classes)}
+    if unknown := [picture for picture, value in values.items() if value not in places]:
         row = rows[unknown[0]]
         raise DataError(f"{row}: label {values[unknown[0]]!r} is no line of --classes; add it, or remove the picture")
-    places = {name: label for label, name in enumerate(classes)}
     return {picture: places[str(value)] for picture, value in values.items()}, classes
 
 
 def _value(row: Row) -> str | int:
-    """Return the number or the name in a row. CSV has no types: digits are a number."""
+    """Return the number or the name in a row. CSV has no types: digits are a number, and ``1.0`` is no name."""
     value = row.values.get(LABEL)
-    if isinstance(value, str) and row.file.suffix == ".csv" and value.strip().isdecimal():
-        return int(value)
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str) and row.file.suffix == CSV and NUMBER.fullmatch(value.strip()):
+        value = int(value) if value.strip().isdecimal() else value
+    elif isinstance(value, str) and value.strip():
         return value.strip()
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value

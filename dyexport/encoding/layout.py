@@ -171,8 +171,8 @@ def _with_captions(root: Path) -> PictureFolder:
     if missing := [file for file in files if file not in captions]:
         first, others = missing[0].relative_to(root), f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DataError(
-            f"pictures without captions in {root}: {first}{others}; add a line to metadata.jsonl or "
-            f"metadata.csv, or a text file {first.with_suffix(SIDECAR)}"
+            f"pictures without captions in {root}: {first}{others}; add a row to {METADATA[0]} or another metadata "
+            f"file, or a text file {first.with_suffix(SIDECAR)}"
         )
     return PictureFolder(root=root, pictures=tuple(Picture(file=file, caption=captions[file]) for file in files))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -125,19 +126,39 @@ def test_other_layouts_are_refused(names: list[str], options: dict[str, object],
         ("metadata.jsonl", '{"text": "x"}', r"line 1: no file_name among its columns \(text\)"),
         ("metadata.jsonl", '\n{"file_name": "1.png"}', "line 2: no caption"),
         ("metadata.jsonl", '{"file_name": "1.png", "text": "x", "prompt": "y"}', "both text and prompt"),
-        ("metadata.jsonl", '{"file_name": "1.png", "text": "x"}\n' * 2, "line 2: 1.png is described in line 1 too"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "1.png", "text": "x"}\n' * 2,
+            "jsonl, line 2: 1.png is described in .*jsonl, line 1 too; keep one",
+        ),
         ("metadata.jsonl", '{"file_name": "1.png", "text": 5}', "line 1: text is 5; give a text"),
         ("metadata.jsonl", "[1]", "metadata.jsonl, line 1: no JSON object; write one picture per line"),
         ("metadata.jsonl", "\n\n{", "cannot read .*metadata.jsonl, line 3: .* at character 2; write one JSON object"),
         ("metadata.csv", "file_name;text\n1.png;x\n", r"line 2: no file_name among its columns \(file_name;text\)"),
-        ("metadata.csv", 'file_name,text\n1.png,"x', "cannot read .*metadata.csv"),
+        ("metadata.csv", 'file_name,text\n1.png,"x', "cannot read .*metadata.csv, line 2: "),
+        (
+            "metadata.csv",
+            "file_name,text\n1.png,a fox, red\n",
+            "line 2: it has more fields than the 2 columns; put texts",
+        ),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.gif", "text": "x"}',
+            "line 1: a.gif is not read: .* none of .png, .*; save it",
+        ),
         ("metadata.csv", "file_name,label\n1.png,x\n", "line 2: no caption"),
     ],
 )
 def test_wrong_metadata_is_named(name: str, text: str, message: str, tmp_path: Path) -> None:
-    write(files(tmp_path, "1.png"), name, text)
-    with pytest.raises(DataError, match=message):
-        read_folder(tmp_path, takes_labels=False)
+    write(files(tmp_path / "pictures", "1.png"), name, text)
+    write(tmp_path / "pictures", "a.gif", "")
+    with pytest.warns(DyexportWarning, match="a.gif"), pytest.raises(DataError, match=message):
+        read_folder(tmp_path / "pictures", takes_labels=False)
+
+
+def test_a_folder_may_be_named_by_a_detour(tmp_path: Path) -> None:
+    write(files(tmp_path / "a", "1.png", "b/2.png"), "metadata.csv", "file_name,text\n1.png,a fox\n./b/2.png,an owl\n")
+    assert captions_of(tmp_path / "a" / "b" / "..") == {"1.png": "a fox", "b/2.png": "an owl"}
 
 
 def test_text_files_of_no_picture_may_lie_next_to_metadata(tmp_path: Path) -> None:
@@ -195,12 +216,30 @@ def test_a_file_of_names_has_the_classes_of_metadata(tmp_path: Path) -> None:
         (['{"file_name": "1.png", "label": 1}', '{"file_name": "2.png", "label": "a"}'], "two kinds, 'a' and 1"),
         (['{"file_name": "1.png", "label": -1}', '{"file_name": "2.png", "label": 0}'], "line 1: label is -1"),
         (['{"file_name": "1.png", "label": 1}', '{"file_name": "2.png"}'], "line 2: label is None; give the name of"),
+        (['{"file_name": "1.png"}', '{"file_name": "2.png", "label": 0}'], "line 1: label is None; give the name of a"),
         (['{"file_name": "1.png", "label": true}', '{"file_name": "2.png", "label": 0}'], "line 1: label is True"),
     ],
 )
 def test_wrong_labels_are_named(lines: list[str], message: str, tmp_path: Path) -> None:
     write(files(tmp_path, "1.png", "2.png"), "metadata.jsonl", "\n".join(lines))
     with pytest.raises(DataError, match=message):
+        labels_of(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["1.0", "-1", "+2", "3."])
+def test_numbers_of_csv_that_are_no_labels_are_not_names(value: str, tmp_path: Path) -> None:
+    write(files(tmp_path, "1.png"), "metadata.csv", f"file_name,label\n1.png,{value}\n")
+    with pytest.raises(
+        DataError, match=rf"line 2: label is '{re.escape(value)}'; give the name of a class, or a whole"
+    ):
+        labels_of(tmp_path)
+
+
+def test_labels_of_classes_with_pictures_in_subfolders_are_read(tmp_path: Path) -> None:
+    """Labels that only some rows have are refused: the subfolders are not taken for classes in their place."""
+    lines = ['{"file_name": "a/1.png"}', '{"file_name": "b/2.png", "label": "fox"}']
+    write(files(tmp_path, "a/1.png", "b/2.png"), "metadata.jsonl", "\n".join(lines))
+    with pytest.raises(DataError, match="line 1: label is None"):
         labels_of(tmp_path)
 
 
