@@ -37,8 +37,8 @@ def check_installed(name: str) -> None:
 class Tracker:
     """One of accelerate's trackers, started for a ``run`` that is kept in ``folder``.
 
-    If TensorBoard has steps from ``purge_step`` on, it drops them; others keep them. Methods raise whatever the library
-    raises. Raises ``DyexportError`` if it does not start.
+    It has the steps of the run before ``purge_step``. TensorBoard drops later ones, and others keep them. Methods raise
+    whatever the library raises. Raises ``DyexportError`` if it does not start.
     """
 
     def __init__(self, name: str, folder: Path, run: str, purge_step: int, hyperparameters: Mapping[str, Any]) -> None:
@@ -84,7 +84,9 @@ def tracker_arguments(name: str, folder: Path, run: str, purge_step: int) -> dic
         "wandb": {"name": label, "id": label, "resume": "allow", "dir": str(folder)},
         "trackio": {"name": label, "resume": "allow"},
         "aim": {"logging_dir": folder},
-        "mlflow": {"logging_dir": folder},
+        "dvclive": {"dir": str(folder / "dvclive"), "dvcyaml": str(folder / "dvc.yaml"), "resume": purge_step > 0},
+        "mlflow": {"run_name": label},
+        "swanlab": {"experiment_name": label, "logdir": str(folder / "swanlab")},
     }
     project = "experiment_name" if name == "mlflow" else "run_name"  # as accelerate calls it
     return {project: PROJECT, **arguments.get(name, {})}

@@ -144,6 +144,13 @@ def test_a_tracker_that_is_not_installed_names_the_command(monkeypatch: pytest.M
         check_installed("swanlab")
 
 
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "aim", "dvclive", "swanlab"])
+def test_files_of_trackers_are_in_the_folder_of_the_run(name: str, tmp_path: Path) -> None:
+    """Those that write files would otherwise write them to the current directory, over those of another run."""
+    values = tracker_arguments(name, tmp_path / "run", "id", 0).values()
+    assert any(Path(str(value)).is_relative_to(tmp_path) for value in values)
+
+
 def test_trackers_are_those_of_accelerate(tmp_path: Path) -> None:
     assert set(LOGGER_TYPE_TO_CLASS) == set(TRACKERS)
     for name, kind in LOGGER_TYPE_TO_CLASS.items():
