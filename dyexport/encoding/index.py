@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dyexport.encoding.buckets import Size
-from dyexport.encoding.pixels import check_range, problem_of
+from dyexport.encoding.pixels import QUARTER_TURNS, check_range, orientation_of, problem_of
 from dyexport.encoding.profiles import Profile, profile_of
 from dyexport.errors import DataError, DyexportWarning
 from dyexport.files import storage_errors
@@ -21,7 +21,6 @@ from dyexport.progress import Progress
 
 CHUNK = 256  # pictures between two reports
 SHOWN = 3  # names in a message
-ORIENTATION, QUARTER_TURNS = 0x0112, (5, 6, 7, 8)  # of EXIF
 
 
 class Contents(NamedTuple):
@@ -102,12 +101,12 @@ def _read(picture: Path) -> Contents | str:
         content = picture.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
             check_range(image)
-            width, height = image.size
-            profile = profile_of(image)
-            turned = image.getexif().get(ORIENTATION) in QUARTER_TURNS
-            image.draft("RGB", (1, 1))
+            profile, whole = profile_of(image), image.size
+            reduced = image.draft("RGB", (1, 1)) is not None
             image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            width, height = whole if reduced else image.size
+            turned = orientation_of(image) in QUARTER_TURNS
+    except Exception as error:  # damaged files raise what Pillow's parsers and struct raise
         return problem_of(error)
     size = Size(width, height) if turned else Size(height, width)
     return Contents(hashlib.sha256(content).hexdigest(), size, profile)

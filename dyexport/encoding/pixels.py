@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL.Image import Transpose
 from torch import Tensor
 
 from dyexport.encoding.buckets import Size
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
 
 SIXTEEN_BITS = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
 KEPT = 2  # times the part that is cropped
+ORIENTATION = 0x0112  # of EXIF
+UPRIGHT, QUARTER_TURNS = 1, frozenset({5, 6, 7, 8})
+TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
 NO_RANGE = frozenset({"I", "F"})  # 32 bits, of which black and white are not known
 
 
@@ -51,7 +63,7 @@ def open_picture(file: Path, sha256: str | None = None) -> Image:
 
     Raises ``DataError`` for a file that cannot be decoded, and for one that has another SHA-256.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         content = file.read_bytes()
@@ -59,15 +71,33 @@ def open_picture(file: Path, sha256: str | None = None) -> Image:
             raise DataError(f"the picture {file} changed while pictures were encoded; repeat the command")
         with Image.open(io.BytesIO(content)) as image:
             check_range(image)
-            upright = in_srgb(_in_eight_bits(ImageOps.exif_transpose(image)))
+            upright = in_srgb(_in_eight_bits(_turned(image)))
             if not upright.has_transparency_data:
                 return upright.convert("RGB")
             over = upright.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # damaged files raise what Pillow's parsers and struct raise
         raise DataError(f"cannot read the picture {file}: {problem_of(error)}; remove it, or save it again") from error
     white = Image.new("RGBA", over.size, "white")
     white.alpha_composite(over)
     return white.convert("RGB")
+
+
+def orientation_of(image: Image) -> int:
+    """Return the orientation in the EXIF data of a picture that is loaded: Pillow turns TIFF files as it loads them."""
+    orientation = image.getexif().get(ORIENTATION)
+    return orientation if orientation in TURNS else UPRIGHT
+
+
+def _turned(image: Image) -> Image:
+    """Turn a picture upright.
+
+    Pillow's ``exif_transpose`` also writes all EXIF data again, which fails where an entry is damaged.
+    """
+    image.load()
+    orientation = orientation_of(image)
+    return image if orientation == UPRIGHT else image.transpose(TURNS[orientation])
 
 
 def _in_eight_bits(image: Image) -> Image:

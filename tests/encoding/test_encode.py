@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import struct
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
@@ -18,13 +19,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, QwenImagePipeline
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from dyexport.backbones.sampling import dtype_argument
 from dyexport.digits import load_digits
 from dyexport.encoding.buckets import Size
 from dyexport.encoding.encode import Encoding, check_output
+from dyexport.encoding.index import read_contents
+from dyexport.encoding.pixels import open_picture, read_pixels, without_ends
 from dyexport.encoding.settings import EncodeSettings
 from dyexport.errors import CheckpointError, DataError, DyexportError, DyexportWarning, UsageError
 from dyexport.presets import get_preset
@@ -184,8 +187,6 @@ def test_pictures_of_a_model_of_pixels_need_no_vae(tmp_path: Path) -> None:
 
 
 def test_transparent_and_turned_pictures(vae: Path, tmp_path: Path) -> None:
-    from dyexport.encoding.pixels import read_pixels
-
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
@@ -198,9 +199,36 @@ def test_transparent_and_turned_pictures(vae: Path, tmp_path: Path) -> None:
     assert (turned[:, 8:] == -1).all()
 
 
-def test_a_very_long_picture_is_cropped_before_it_is_resized(tmp_path: Path) -> None:
-    from dyexport.encoding.pixels import open_picture, read_pixels, without_ends
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".png", ".tiff", ".jpg", ".webp"])
+def test_pictures_of_every_orientation_are_upright(suffix: str, orientation: int, tmp_path: Path) -> None:
+    quarters = Image.fromarray(np.array([[0, 80], [160, 255]], dtype=np.uint8)).resize(
+        (32, 16), Image.Resampling.NEAREST
+    )
+    exif, file = Image.Exif(), tmp_path / f"picture{suffix}"
+    exif[0x0112] = orientation
+    quarters.convert("RGB").save(file, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(file))
+    assert np.array_equal(np.asarray(open_picture(file)), np.asarray(upright))
+    (contents,) = read_contents([file], tmp_path / "index", lambda *_: None)
+    assert contents.size == (upright.height, upright.width) == ((16, 32) if orientation < 5 else (32, 16))
 
+
+def test_a_picture_whose_exif_data_are_damaged_is_turned(tmp_path: Path) -> None:
+    """Pillow reads the orientation of this file, and fails to write its other entries."""
+    exif, file = Image.Exif(), tmp_path / "picture.jpg"
+    exif[0x0112], exif[0x010E] = 6, "a text"
+    picture(tmp_path / "plain.png")
+    Image.open(tmp_path / "plain.png").save(file, exif=exif)
+    content = file.read_bytes()
+    assert b"\x01\x0e\x00\x02" in content
+    file.write_bytes(content.replace(b"\x01\x0e\x00\x02", b"\x01\x16\x00\x02"))  # a number, and so no text
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(Image.open(file))
+    assert open_picture(file).size == (24, 40)
+
+
+def test_a_very_long_picture_is_cropped_before_it_is_resized(tmp_path: Path) -> None:
     for width, height in ((3, 3000), (3000, 3)):
         opened = without_ends(open_picture(picture(tmp_path / "long.png", width=width, height=height)), Size(64, 64))
         assert sorted(opened.size) == [3, 6]
@@ -213,8 +241,6 @@ def test_a_very_long_picture_is_cropped_before_it_is_resized(tmp_path: Path) -> 
 
 
 def test_gray_pictures_of_16_bits_keep_their_values(tmp_path: Path) -> None:
-    from dyexport.encoding.pixels import read_pixels
-
     values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
     for name in ("gray.png", "gray.tiff"):
         Image.fromarray(values).save(tmp_path / name)
