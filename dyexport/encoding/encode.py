@@ -122,10 +122,12 @@ class Encoding:
         out.mkdir(parents=True, exist_ok=True)
         scaling = self.pictures.format.scaling(self.pictures.config)
         record = DataRecord(options=self.options, scaling=scaling, classes=self.folder.classes or None)
-        record.save(out)  # not complete
         shards = dict(self._shards(samples, out))
         missing = {path: rows for path, rows in shards.items() if origin_of(path) != self.digest_of(rows)}
-        replaced = _set_aside(out, shards.keys() - missing.keys())
+        whole = shards.keys() - missing.keys()
+        if missing or whole != set(out.glob(SHARDS)):
+            record.save(out)  # not complete
+        replaced = _set_aside(out, whole)
         stored = StoredRows([*replaced, *earlier] if missing else [])
         removable = self._removable(replaced, stored, missing)
         moments, reused, done = Moments(), 0, 0

@@ -15,7 +15,7 @@ from dyexport.encoding.captions import SIDECAR, read_captions
 from dyexport.encoding.labels import LABEL, read_labels
 from dyexport.encoding.metadata import METADATA, has_column
 from dyexport.encoding.walking import OTHER_FORMATS, PICTURES, files_below, is_picture_name, pictures_below
-from dyexport.errors import DataError, DyexportWarning, UsageError
+from dyexport.errors import DataError, DyexportWarning, UsageError, reason
 
 TRAIN = ("train", "training")
 SPLITS = frozenset({*TRAIN, "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"})
@@ -103,10 +103,16 @@ def _split_of(folder: Path, split: str | None) -> Path:
         if split is not None:
             raise UsageError(f"--split is {split!r}, and {folder} has no splits as its subfolders; leave it out")
         return folder
-    chosen = split or next((name for name in splits if name.lower() in TRAIN), None)
+    chosen = next((name for name in splits if name.lower() in TRAIN), None) if split is None else split
     if chosen not in splits:
         asked = "" if split is None else f", not {split!r}"
         raise UsageError(f"{folder} has the splits {', '.join(splits)}{asked}; give one of them as --split")
+    if metadata := [entry.name for entry in entries if entry.name in METADATA]:
+        warnings.warn(
+            f"{metadata[0]} in {folder} is not read, for {folder} has splits; move its rows to {folder / chosen}",
+            DyexportWarning,
+            stacklevel=3,
+        )
     return folder / chosen
 
 
@@ -124,8 +130,7 @@ def _labeled(root: Path, pictures: list[Picture], classes: tuple[str, ...]) -> P
 def _with_labels_of_folders(root: Path, names: tuple[str, ...] | None, *, known: bool) -> PictureFolder:
     folders = sorted(entry for entry in _visible(root) if entry.is_dir())
     lone = next((entry for entry in sorted(_visible(root)) if _is_picture(entry)), None)
-    captions = _first_captions(root)
-    if not known and captions is not None:
+    if not known and (captions := _first_captions(root)) is not None:
         raise DataError(
             f"{root} has captions ({captions.relative_to(root)}), which a model of prompts takes; "
             "give --pipeline with its text encoders, or --model with a model of classes to ignore them"
@@ -157,7 +162,10 @@ def _read_names(file: Path) -> tuple[str, ...]:
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read --classes {file}: {error}; give the name of a class per line") from error
+        why = (error.strerror if isinstance(error, OSError) else None) or reason(error)
+        raise DataError(
+            f"cannot read --classes {file}: {why}; give a text file in UTF-8 with a class per line"
+        ) from error
     names = tuple(line for line in lines if line)
     if not names or len(set(names)) < len(names):
         problem = "names a class twice" if names else "names no class"

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import unicodedata
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def read_metadata(root: Path, pictures: Collection[Path]) -> dict[Path, Row]:
     The column ``file_name`` is relative to the folder of the file. Raises ``DataError`` for a row without a picture,
     for two rows of one picture, and for files that cannot be read.
     """
-    known = {os.path.normpath(picture): picture for picture in pictures}
+    known = {_key(picture): picture for picture in pictures}
     described: dict[Path, Row] = {}
     for row in (row for file in metadata_files(root) for row in rows_of(file)):
         name = row.values.get(FILE_NAME)
@@ -51,17 +52,21 @@ def read_metadata(root: Path, pictures: Collection[Path]) -> dict[Path, Row]:
             raise DataError(
                 f"{row}: no {FILE_NAME} among its columns ({columns}); name the picture, relative to {row.file.parent}"
             )
-        place = os.path.normpath(row.file.parent / name)
-        if (picture := known.get(place)) is None:
-            raise _unknown(row, name, root, exists=os.path.exists(place))
+        if (picture := known.get(_key(row.file.parent / name))) is None:
+            raise _unknown(row, name, root)
         if picture in described:
             raise DataError(f"{row}: {name} is described in {described[picture]} too; keep one of them")
         described[picture] = row
     return described
 
 
-def _unknown(row: Row, name: str, root: Path, *, exists: bool) -> DataError:
-    if exists:
+def _key(file: Path) -> str:
+    """Return a path without detours, in composed characters: archives of macOS have names in decomposed ones."""
+    return unicodedata.normalize("NFC", os.path.normpath(file))
+
+
+def _unknown(row: Row, name: str, root: Path) -> DataError:
+    if (row.file.parent / name).exists():
         return DataError(
             f"{row}: {name} is not read: it is hidden, outside {root}, or none of {', '.join(PICTURES)}; save it as a "
             "PNG in the folder, or remove the row"
@@ -136,5 +141,7 @@ def text_of(file: Path) -> str:
     """Read a text file. Raises ``DataError``."""
     try:
         return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror or reason(error)}; make it readable") from error
+    except UnicodeDecodeError as error:
         raise DataError(f"cannot read {file}: {reason(error)}; save it as UTF-8") from error

@@ -97,6 +97,19 @@ def test_only_new_pictures_are_encoded(
     assert (open_source(str(out), MODEL_16).name == before) == (change is rename)
 
 
+def test_latents_that_are_up_to_date_can_be_read_at_every_moment(settings: EncodeSettings, tmp_path: Path) -> None:
+    out = tmp_path / "latents"
+    encode(settings, out)
+    encoding = Encoding(settings)
+    reads: list[int] = []
+
+    def progress(phase: str, done: int, total: int, detail: str) -> None:
+        reads.append(len(open_source(str(out), MODEL_16)))
+
+    encoding.write(encoding.samples(out / "pictures.jsonl", progress), out, progress)
+    assert set(reads) == {28}
+
+
 def test_a_folder_that_is_copied_and_renamed_gives_the_same_data(settings: EncodeSettings, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     for number, file in enumerate(sorted(settings.folder.rglob("*.png"), reverse=True)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,12 @@ def write(root: Path, name: str, text: str) -> None:
         (["cats/1.png"], {"split": "train"}, "--split is 'train', and .* has no splits"),
         (["val/cats/1.png", "test/cats/1.png"], {}, "has the splits test, val; give one of them as --split"),
         (["train/cats/1.png"], {"split": "dev"}, "has the splits train, not 'dev'"),
+        (["train/cats/1.png"], {"split": ""}, "has the splits train, not ''"),
+        (
+            ["cats/1.png"],
+            {"names": Path("gone")},
+            "cannot read --classes gone: No such file or directory; give a text file",
+        ),
     ],
 )
 def test_other_layouts_are_refused(names: list[str], options: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -159,6 +166,31 @@ def test_wrong_metadata_is_named(name: str, text: str, message: str, tmp_path: P
 def test_a_folder_may_be_named_by_a_detour(tmp_path: Path) -> None:
     write(files(tmp_path / "a", "1.png", "b/2.png"), "metadata.csv", "file_name,text\n1.png,a fox\n./b/2.png,an owl\n")
     assert captions_of(tmp_path / "a" / "b" / "..") == {"1.png": "a fox", "b/2.png": "an owl"}
+
+
+def test_names_may_be_in_composed_and_in_decomposed_characters(tmp_path: Path) -> None:
+    names = [unicodedata.normalize(form, "caf\u00e9.png") for form in ("NFD", "NFC")]
+    write(files(tmp_path, names[0]), "metadata.csv", f"file_name,text\n{names[1]},a cup\n")
+    assert captions_of(tmp_path) == {names[0]: "a cup"}
+
+
+def test_metadata_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    files(tmp_path, "1.png", "metadata.csv")
+    (tmp_path / "metadata.csv").write_bytes(b"file_name,text\n1.png,caf\xe9\n")
+    with pytest.raises(DataError, match=r"cannot read .*metadata.csv: 'utf-8' codec .*; save it as UTF-8"):
+        captions_of(tmp_path)
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "metadata.csv").symlink_to("gone")
+    with pytest.raises(DataError, match=r"cannot read .*metadata.csv: No such file or directory; make it readable"):
+        captions_of(tmp_path)
+
+
+def test_metadata_next_to_splits_are_warned_of(tmp_path: Path) -> None:
+    files(tmp_path, "train/cats/1.png", "test/cats/2.png", "metadata.csv")
+    with pytest.warns(
+        DyexportWarning, match=r"metadata.csv in .* is not read, for .* has splits; move its rows to .*train"
+    ):
+        assert labels_of(tmp_path)[1] == ("cats",)
 
 
 def test_text_files_of_no_picture_may_lie_next_to_metadata(tmp_path: Path) -> None:
