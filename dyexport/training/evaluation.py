@@ -170,10 +170,7 @@ class Evaluation:
         clean, conditions = batches.source.batch(indices)
         generators = [step_generator(batches.seed, NOISE + row, "evaluation") for row in rows.tolist()]
         noise = torch.stack([torch.randn(clean.shape[1:], generator=each) for each in generators])
-        device = batches.device
-        noised = batches.objective.noisy(clean.to(device), noise.to(device), uniform.to(device))
-        moved = {name: values.to(device) for name, values in conditions.items()}
-        return NoisyBatch(batches.conditioning.inputs(noised.latents, noised.timestep, moved), noised)
+        return batches.noisy(clean, conditions, noise, uniform)
 
     def picture(self, networks: Networks) -> Image | None:
         """Sample a picture: one row of samples for each budget, the same noise and conditions in each.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dyexport.backbones.base import Conditioning
+from dyexport.models.conditions import Conditions
 from dyexport.models.inputs import seeded_generator
 from dyexport.training.data import LatentSource, random_rows
 from dyexport.training.losses import DiffusionObjective, NoisyBatch
@@ -69,7 +70,11 @@ class NoisyBatches:
         dropped = self.share.of(torch.rand(self.batch_size, generator=data) < self.dropout)
         clean, conditions = self.source.batch(indices)
         conditions = self.conditioning.drop(conditions, dropped)
-        noised = self.objective.noisy(clean.to(self.device), self._noise(step, clean), uniform.to(self.device))
+        return self.noisy(clean, conditions, self._noise(step, clean), uniform)
+
+    def noisy(self, clean: Tensor, conditions: Conditions, noise: Tensor, uniform: Tensor) -> NoisyBatch:
+        """Add noise to clean latents (B, ...), at times given by ``uniform`` (B,) in [0, 1], on the device."""
+        noised = self.objective.noisy(clean.to(self.device), noise.to(self.device), uniform.to(self.device))
         moved = {name: values.to(self.device) for name, values in conditions.items()}
         return NoisyBatch(self.conditioning.inputs(noised.latents, noised.timestep, moved), noised)
 
