@@ -159,6 +159,7 @@ def test_points_are_on_the_disk_before_a_state_that_follows_them(
     assert synced == [(kind, step) for step in (15, 30, 40) for kind in ("points", "state")]
 
 
+@pytest.mark.build
 def test_a_run_that_is_killed_at_any_write_goes_on_with_its_curves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
