@@ -107,9 +107,12 @@ def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text_of(file), newline=""), strict=True)
     try:
+        columns = reader.fieldnames or ()
+        if twice := next((name for name in columns if columns.count(name) > 1), None):
+            raise _unreadable(file, reader.line_num, f"it names the column {twice} twice", "keep one of them")
         for values in reader:
             if None in values:
-                problem = f"it has more fields than the {len(reader.fieldnames or ())} columns"
+                problem = f"it has more fields than the {len(columns)} columns"
                 raise _unreadable(file, reader.line_num, problem, "put texts with commas into double quotes")
             yield reader.line_num, values
     except csv.Error as error:

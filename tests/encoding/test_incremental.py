@@ -97,6 +97,22 @@ def test_only_new_pictures_are_encoded(
     assert (open_source(str(out), MODEL_16).name == before) == (change is rename)
 
 
+def test_an_update_takes_little_space(settings: EncodeSettings, tmp_path: Path) -> None:
+    """Shards that were replaced are removed as the update proceeds, not after it."""
+    out = tmp_path / "latents"
+    encode(settings, out)
+    add(settings.folder)
+    encoding = Encoding(settings)
+    files: list[int] = []
+
+    def progress(phase: str, done: int, total: int, detail: str) -> None:
+        files.append(len([file for file in out.iterdir() if file.suffix in (".safetensors", ".replaced")]))
+
+    shards = encoding.write(encoding.samples(out / "pictures.jsonl", progress), out, progress).shards
+    assert max(files) <= shards + 2
+    assert files[-1] == shards
+
+
 def test_latents_that_are_up_to_date_can_be_read_at_every_moment(settings: EncodeSettings, tmp_path: Path) -> None:
     out = tmp_path / "latents"
     encode(settings, out)

@@ -153,6 +153,7 @@ def test_other_layouts_are_refused(names: list[str], options: dict[str, object],
             '{"file_name": "a.gif", "text": "x"}',
             "line 1: a.gif is not read: .* none of .png, .*; save it",
         ),
+        ("metadata.csv", "file_name,text,text\n1.png,a,b\n", "line 1: it names the column text twice; keep one of"),
         ("metadata.csv", "file_name,label\n1.png,x\n", "line 2: no caption"),
     ],
 )
