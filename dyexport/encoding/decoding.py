@@ -26,9 +26,17 @@ class PictureDecoder:
 
     def open(self) -> None:
         """Raise ``CheckpointError`` or ``DataError`` if latents of this model cannot be decoded."""
-        _ = self._format
-        if not self.preset.pixel_space:
-            _ = self._vae
+        form = self._format
+        if self.preset.pixel_space:
+            return
+        config = self._vae.config
+        assert self.source is not None  # or there would be no VAE
+        side = form.side(self.preset, config)
+        if (shape := form.shape(config, side, side)) != self.preset.latent_shape:
+            takes = f"{self.preset.name} takes {self.preset.latent_shape}"
+            raise CheckpointError(
+                f"the VAE in {self.source.place} has latents {shape}, and {takes}; give its own --vae"
+            )
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:

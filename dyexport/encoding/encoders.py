@@ -190,6 +190,7 @@ def open_vae(source: VaeSource, kind: str) -> Any:
     """Open a VAE of a class in diffusers, on the CPU. Raises ``CheckpointError``."""
     import diffusers
 
+    _read_config(source, kind)  # raises for one of another class, which might load in part
     try:
         vae = getattr(diffusers, kind).from_pretrained(source.source, subfolder=source.subfolder)
     except (OSError, ValueError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import AutoencoderKLQwenImage
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -109,12 +110,18 @@ def test_a_vae_is_for_pictures_of_evaluations_too(tmp_path: Path) -> None:
             tiny_settings(tmp_path, vae="somewhere", evaluate_every=every, **DIGITS)
 
 
-def test_a_vae_that_cannot_be_read_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_vae_that_is_not_the_models_is_refused_at_once(tmp_path: Path) -> None:
     settings = trained_settings(tmp_path, vae=str(tmp_path / "nowhere"), evaluate_every=5)
-    with pytest.raises(
-        CheckpointError, match=r"cannot read an AutoencoderKL from .*nowhere.*; give --vae with a local"
-    ):
-        check_training(settings)
+    small_vae(latent_channels=8).save_pretrained(tmp_path / "wide")
+    other = AutoencoderKLQwenImage(base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False])
+    other.save_pretrained(tmp_path / "other")
+    for vae, message in {
+        "nowhere": "cannot read an AutoencoderKL from .*nowhere.*; give --vae with a local copy",
+        "wide": r"the VAE in .*wide has latents \(16, 32\), and .* takes \(16, 16\); give its own --vae",
+        "other": "holds a AutoencoderKLQwenImage, and this model takes an AutoencoderKL; give another --vae",
+    }.items():
+        with pytest.raises(CheckpointError, match=message):
+            check_training(replace(settings, vae=str(tmp_path / vae)))
 
 
 def test_a_tracker_that_is_not_installed_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
