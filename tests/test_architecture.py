@@ -64,6 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backbones.engine_sizes": {"bundle"},
     "noise_schedule": {"backbones", "errors"},
     "flops": {"backbones", "backbones.flops", "lora"},
+    "pictures": {"errors"},
     "presets": {"errors", "backbones", "backbones.preset"},
     "lora": {"arguments", "errors"},
     "bundle": {"errors", "digests", "lora"},
@@ -75,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": CONTRACTS | BUILD_ROLES | {"models", "slicing"},
     "exporters": CONTRACTS | {"models", "slicing"},
     "training": CONTRACTS | BUILD_ROLES | {"models", "slicing"},
-    "encoding": CONTRACTS | BUILD_ROLES | {"checkpoints", "models", "training"},
+    "encoding": CONTRACTS | BUILD_ROLES | {"checkpoints", "models", "pictures", "training"},
     "engines": {"errors", "files", "bundle", "tensorrt_api"},
     "runtime": {"arguments", "errors", "files", "bundle", "engines", "progress", "backbones", "backbones.preset"}
     | RUN_ROLES,
@@ -114,7 +115,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "samples",
     },
     "evaluation": {"arguments", "digits", "emoji", "errors", "files", "bundle", "engines", "noise_schedule", "progress"}
-    | {"backbones", "backbones.pipeline", "backbones.preset", "bench", "runtime"},
+    | {"backbones", "backbones.pipeline", "backbones.preset", "bench", "pictures", "runtime"},
     "doctor": {"errors", "bundle", "engines", "runtime", "tensorrt_api"},
     **{role: CONTRACTS | BUILD_ROLES | {"models", "slicing"} for role in BUILD_ROLES},
     **{role: {"errors", "bundle", "runtime", "backbones", "backbones.preset"} for role in RUN_ROLES},

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dyexport.encoding.buckets import Size
-from dyexport.encoding.pixels import QUARTER_TURNS, check_range, orientation_of, problem_of
-from dyexport.encoding.profiles import Profile, profile_of
 from dyexport.errors import DataError, DyexportWarning
 from dyexport.files import storage_errors
+from dyexport.pictures.opening import QUARTER_TURNS, check_range, orientation_of, problem_of
+from dyexport.pictures.profiles import Profile, profile_of
 from dyexport.progress import Progress
 
 CHUNK = 256  # pictures between two reports

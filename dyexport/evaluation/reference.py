@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from dyexport.errors import DataError, reason
 from dyexport.evaluation.data_sets import DATA_SETS
 from dyexport.evaluation.extractors.base import FeatureExtractor
+from dyexport.pictures.opening import open_picture
 from dyexport.progress import Progress, no_progress
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -76,15 +77,7 @@ def _read_folder(
     folder: Path, extractor: FeatureExtractor, shape: tuple[int, ...], device: Any, progress: Progress
 ) -> Reference:
     files = picture_files(folder)
-    return _features((_open(file) for file in files), len(files), extractor, shape, device, progress)
-
-
-def _open(file: Path) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read the picture {file}: {reason(error)}; remove it, or save it again") from error
+    return _features((open_picture(file) for file in files), len(files), extractor, shape, device, progress)
 
 
 def _image(value: np.ndarray) -> Image.Image:

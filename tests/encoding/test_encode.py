@@ -27,9 +27,10 @@ from dyexport.digits import load_digits
 from dyexport.encoding.buckets import Size
 from dyexport.encoding.encode import Encoding, check_output
 from dyexport.encoding.index import read_contents
-from dyexport.encoding.pixels import open_picture, read_pixels, without_ends
+from dyexport.encoding.pixels import read_pixels, without_ends
 from dyexport.encoding.settings import EncodeSettings
 from dyexport.errors import CheckpointError, DataError, DyexportError, DyexportWarning, UsageError
+from dyexport.pictures.opening import open_picture
 from dyexport.presets import get_preset
 from dyexport.training.data import open_source
 from dyexport.training.data_record import read_record

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image, ImageCms
 
 from dyexport.encoding.encode import Encoding
-from dyexport.encoding.pixels import open_picture
 from dyexport.encoding.settings import EncodeSettings
 from dyexport.errors import DyexportWarning
+from dyexport.pictures.opening import open_picture
 from tests.encoding import color_profiles as profiles
 from tests.encoding.folders import class_folder, encode
 from tests.pipeline.tiny_pipeline import small_vae

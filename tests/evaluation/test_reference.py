@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from dyexport.errors import DataError
 from dyexport.evaluation.extractors.latents import LatentFeatures
 from dyexport.evaluation.reference import BATCH, read_reference
+from dyexport.pictures.opening import open_picture
+from tests.encoding import color_profiles
 
 SHAPE = (3, 4, 4)
 RNG = np.random.default_rng(0)
@@ -49,6 +51,22 @@ def test_pictures_of_another_size_are_resized_and_counted(tmp_path: Path) -> Non
     assert values[:, 0].tolist() == pytest.approx([0, 0.2, 0.4, 0.8], abs=1e-6)
     gray = read_reference(str(tmp_path), LatentFeatures(), (1, 4, 4))
     assert gray.features.shape == (4, 16)
+
+
+def test_pictures_are_opened_as_those_of_training_are(tmp_path: Path) -> None:
+    """On white where they are transparent, 16 bits as 8, colors by their profile."""
+    profile = color_profiles.matrix_profile(
+        color_profiles.ADOBE, color_profiles.gamma_curve(color_profiles.ADOBE_GAMMA)
+    )
+    Image.new("RGBA", (4, 4), (0, 0, 0, 51)).save(tmp_path / "0.png")
+    Image.fromarray(np.full((4, 4), 153 << 8, dtype=np.uint16)).save(tmp_path / "1.png")
+    Image.new("RGB", (4, 4), (200, 100, 50)).save(tmp_path / "2.png", icc_profile=profile)
+    transparent, deep, wide = read(tmp_path).reshape(3, 3, 16)[..., 0]
+    assert transparent.tolist() == pytest.approx([0.8] * 3)
+    assert deep.tolist() == pytest.approx([0.6] * 3)
+    expected = np.asarray(open_picture(tmp_path / "2.png"))[0, 0]
+    assert wide.tolist() == pytest.approx(expected / 255)
+    assert expected[0] > 210, "redder than the stored value"
 
 
 @pytest.mark.parametrize("name", ["pictures", "arr_0"])
