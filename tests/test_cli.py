@@ -136,6 +136,7 @@ def test_bad_usage_is_one_sentence_and_exit_code_2(
         ([*BUILD, "--budget", "0.5", "-o", "/proc/bundle"], "cannot write /proc/bundle"),
         (["verify", "nowhere"], "nowhere does not exist; give the directory of a bundle"),
         (["compile", "me/b", "--target", "torch"], "if it is on the hub: hf download me/b --local-dir b"),
+        (["inspect", "me/b"], "give the directory of a bundle; if it is on the hub: hf download me/b --local-dir b"),
         (
             ["build", "--model", "dit-s-2", "-b", "0.5", "--checkpoint", "./gone", "--finetune-steps", "0"],
             "./gone does not exist",

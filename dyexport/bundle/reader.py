@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dyexport.bundle.manifest import FileRecord, Manifest
-from dyexport.bundle.manifest_file import MANIFEST, TOKENS, WIDTHS, read_manifest
+from dyexport.bundle.manifest_file import MANIFEST, TOKENS, WIDTHS, check_folder, read_manifest
 from dyexport.bundle.plan import ALLOCATES
 from dyexport.bundle.records import REPLACE
 from dyexport.bundle.tables import BoolArray, TokenStats, WidthTable
@@ -78,6 +78,7 @@ class Bundle:
         Raises ``BundleError`` for a missing, truncated or altered file, a path outside the bundle,
         or a schema newer than this version of dyexport reads, and ``UsageError`` for a budget that it lacks.
         """
+        check_folder(Path(root))  # by the name that was given, which may be one on the hub
         root = Path(os.path.realpath(root))
         if budget is not None:
             root = root_at(root, budget)

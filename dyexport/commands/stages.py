@@ -161,13 +161,13 @@ def building(settings: BuildSettings, without: frozenset[str] = frozenset()) -> 
     with stage_lines() as lines:
         from dyexport.pipeline.build import opened
         from dyexport.pipeline.training_cost import check_training, trainable, training_memory
+        from dyexport.training.processes import is_first_process
 
-        if not without and (memory := training_memory(settings)):
-            stderr().print(memory, soft_wrap=True, markup=False)
-        if not without and (note := check_training(settings)):
-            stderr().print(note, soft_wrap=True)
-        stderr().print(recipe_line(settings.effective_recipe(), trainable(settings)), soft_wrap=True, markup=False)
+        notes = [] if without else [training_memory(settings), check_training(settings)]
+        notes.append(recipe_line(settings.effective_recipe(), trainable(settings)))
         if settings.trains and not without and (settings.tracker or settings.evaluate_every):
-            stderr().print(tracking_line(settings), soft_wrap=True, markup=False)
+            notes.append(tracking_line(settings))
+        for note in filter(None, notes) if is_first_process() else ():
+            stderr().print(note, soft_wrap=True, markup=False)
         with opened(settings, lines, without=without) as run:
             yield run

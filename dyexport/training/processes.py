@@ -41,6 +41,11 @@ def agreed(value: T) -> T:
     return values[0]
 
 
+def is_first_process() -> bool:
+    """Return whether this process is the first of its group, before the group is formed."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def find_process_group() -> ProcessGroup:
     """Return the processes that this one was started with."""
     return AccelerateProcesses() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else SingleProcess()

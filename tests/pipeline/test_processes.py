@@ -34,6 +34,7 @@ def test_two_processes_finetune_as_one_does(tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("recipe") == 1, "the other process is silent"
     together, _ = load_dynamic(Path(json.loads(done.stdout)["checkpoint"]))
 
     alone = tiny_settings(tmp_path / "one", random_weights=False, train_steps=3, finetune_steps=3)
