@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 from dyexport.errors import UsageError
@@ -68,7 +68,9 @@ def check_seed(value: Any, name: str = "seed") -> int:
 
 
 def check_batch(labels: Sequence[int]) -> None:
-    """Check the number of class labels of a batch."""
+    """Check that class labels are a list, and their number."""
+    if not isinstance(labels, Sized):
+        raise UsageError(f"labels are {shown(labels)}; give a list of classes, such as [3, 7]")
     if len(labels) > SAMPLES:
         raise UsageError(f"there are {len(labels)} labels; give up to {SAMPLES} at a time")
 
@@ -76,9 +78,14 @@ def check_batch(labels: Sequence[int]) -> None:
 def check_labels(labels: Sequence[int], classes: int) -> None:
     """Check the class labels of a batch."""
     check_batch(labels)
+    cure = f"labels must be in [0, {classes}], {classes} being no class"
     for label in labels:
-        if not 0 <= label <= classes:
-            raise UsageError(f"labels must be in [0, {classes}], {classes} being no class: {label}")
+        try:
+            known = 0 <= operator.index(label) <= classes
+        except TypeError:  # text or a fraction
+            known = False
+        if not known:
+            raise UsageError(f"{cure}: {shown(label)}")
 
 
 def check_side(value: Any, name: str) -> int:

@@ -25,7 +25,12 @@ from contextlib import contextmanager
 
 
 def reason(error: BaseException) -> str:
-    """Return the first line of a vendor's message, or the name of an exception without one."""
+    """Return the first line of a vendor's message, or the name of an exception without one.
+
+    Errors of the operating system are returned without their number and the path, which callers name.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

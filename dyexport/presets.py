@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,9 +28,21 @@ def get_preset(name: str) -> Preset:
     """Return the preset called ``name``. Raises ``UsageError`` that suggests the most similar name."""
     if name in PRESETS:
         return PRESETS[name]
-    near = difflib.get_close_matches(name, PRESETS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PRESETS)}"
+    names = {_spelled(_repository(preset.hub_id)): preset.name for preset in PRESETS.values() if preset.hub_id}
+    names |= {known: known for known in PRESETS}
+    spellings = (_spelled(_repository(name)), _spelled(name))  # of a hub id, and of a name such as DiT-XL/2
+    near = [close for spelling in spellings for close in difflib.get_close_matches(spelling, names, n=1)]
+    hint = f"did you mean {names[near[0]]!r}?" if near else f"known: {', '.join(PRESETS)}"
     raise UsageError(f"unknown model {name!r}; {hint}")
+
+
+def _repository(hub_id: str) -> str:
+    return hub_id.rpartition("/")[2]
+
+
+def _spelled(name: str) -> str:
+    """Return a name spelled as presets are: ``dit-xl-2`` for ``DiT-XL/2``."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 
 def preset_class(stock: object) -> type[Preset]:

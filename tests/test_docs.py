@@ -129,6 +129,13 @@ def test_links_become_those_of_the_site() -> None:
     assert with_site_links("![x](docs/figures/x.png)", "", "index.md") == "![x](figures/x.png)"
 
 
+def test_the_start_page_has_every_page_of_the_menu() -> None:
+    menu = re.findall(r"^ +- .*: (\S+\.md)$", text_of(ROOT / "mkdocs.yml"), re.MULTILINE)
+    start = with_site_links(text_of(ROOT / "docs" / "index.md"), "docs", "index.md")
+    assert len(menu) > 30
+    assert [page for page in menu if page != "index.md" and f"]({page})" not in start] == []
+
+
 def test_docstrings_become_markdown() -> None:
     text = "Summary.\n\nname    a text\n        that goes on\nx, y    two\n\n>>> load()\n1\n\nNo columns here."
     listed = "`name`\n:   a text that goes on\n\n`x`, `y`\n:   two\n"

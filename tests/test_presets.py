@@ -41,9 +41,21 @@ def test_latte_is_the_published_one() -> None:
     assert (preset.depth, preset.latent_shape, preset.tokens) == (56, (4, 16, 64, 64), 16384)
 
 
-def test_unknown_names_come_with_a_hint() -> None:
-    with pytest.raises(UsageError, match="did you mean 'flux-tiny'"):
-        get_preset("flux-tniy")
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("flux-tniy", "flux-tiny"),
+        ("flux-dev", "flux"),
+        ("FLUX.1-dev", "flux"),
+        ("black-forest-labs/FLUX.1-schnell", "flux-schnell"),
+        ("DiT-XL/2", "dit-xl-2"),
+        ("facebook/DiT-XL-2-256", "dit-xl-2"),
+        ("qwen_image", "qwen-image"),
+    ],
+)
+def test_unknown_names_come_with_a_hint(name: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=f"did you mean '{meant}'"):
+        get_preset(name)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -112,6 +112,8 @@ def test_latents_are_no_pictures(latents: TinyBundle, tmp_path: Path) -> None:
         ({"seed": -1}, "seed is -1"),
         ({"seed": [1, 2], "labels": [1]}, "2 seeds for 1 samples"),
         ({"labels": [11]}, "labels must be in"),
+        ({"labels": 3}, r"labels are 3; give a list of classes, such as \[3, 7\]"),
+        ({"labels": ["a"]}, "labels must be in"),
         ({"labels": []}, "labels must be in"),
         ({"scheduler": "ddim"}, "use euler"),
     ],

@@ -40,6 +40,16 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     return command
 
 
+def test_a_file_is_no_work_directory(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    code, stdout, stderr = run(
+        "build", "--model", "sit-tiny", "--budget", "0.5", "--random-weights", "--work", "file", "-o", "bundle"
+    )
+    assert (code, stdout) == (2, "")
+    assert "--work file is a file; give a directory" in stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 @pytest.fixture
 def recorded(tmp_path: Path) -> BuildSettings:
     """Settings that no default agrees with, in a work directory."""

@@ -95,6 +95,8 @@ def narrow_table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> 
     shown = "".join(f", {name} {value}" for name, value in same.items() if value)
     table = as_table(title + shown, *filled([column for column in columns if column[0] not in same], rows))
     table.box, table.collapse_padding, table.pad_edge = SIMPLE_HEAD, True, False
+    for column in table.columns:
+        column.no_wrap = column.header in ("target", "variant", "call")  # numbers may fold, names are read
     return table
 
 

@@ -194,7 +194,7 @@ class Bundle:
         paths = {e.network: self.base / e.path for e in self.manifest.engines if e.target == target}
         if not paths:
             built = ", ".join(sorted({e.target for e in self.manifest.engines}))
-            cure = f"run: dyexport compile {self.root} --target {target}"
+            cure = f"run: dyexport compile {self.base} --target {target}"
             if target in TARGETS and TARGETS[target].static_tokens and self.manifest.plan.allocates:
                 cure = f"build it with --token-path dynamic, since {target} cannot run the path {ALLOCATES!r}"
             raise TargetError(f"{self.root} has no {target!r} engines; it was built for {built}; {cure}")
@@ -215,15 +215,21 @@ def base_of(root: Path, manifest: Manifest) -> Path:
 
 
 def root_at(root: Path, budget: float) -> Path:
-    """Return the folder of a budget's manifest, from that of any. Raises ``UsageError`` for a budget it lacks."""
+    """Return the folder of a budget's manifest, from that of any. Raises ``UsageError`` for a budget it lacks, and
+    ``BundleError`` for a folder that was not copied.
+    """
     manifest = read_manifest(root / MANIFEST)
+    base = base_of(root, manifest)
     if budget == manifest.budget:
         return root
     if budget not in manifest.budgets:
-        raise UsageError(f"budget is {budget:g}; {root} {_known_budgets(manifest)}")
-    base = base_of(root, manifest)
+        raise UsageError(f"budget is {budget:g}; {base} {_known_budgets(manifest)}")
     folder = read_manifest(base / MANIFEST).folder_of(budget)
-    return base if folder is None else base / folder
+    if folder is None:
+        return base
+    if not os.path.lexists(base / folder / MANIFEST):
+        raise BundleError(f"{base / folder / MANIFEST} is missing; {REPLACE}")
+    return base / folder
 
 
 def _digest(path: Path) -> str | None:

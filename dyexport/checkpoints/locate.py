@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dyexport.bundle.manifest_file import MANIFEST
 from dyexport.errors import CheckpointError
 
 CONFIG = "config.json"
 TRANSFORMER = "transformer"  # folder of a pipeline
+DYNAMIC = "dynamic"  # folder of a work directory: a checkpoint with routers
 SAFETENSORS, GGUF = ".safetensors", ".gguf"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 KINDS = (SAFETENSORS, *PICKLES, GGUF)  # suffixes of files of weights
@@ -65,6 +67,13 @@ def _find_local(path: Path) -> Path | None:
     for candidate in (path, path / TRANSFORMER):
         if (candidate / CONFIG).is_file():
             return candidate
+    if (path / DYNAMIC / CONFIG).is_file():
+        raise CheckpointError(f"{path} is the work directory of a build; give its checkpoint, {path / DYNAMIC}")
+    if (path / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{path} is a bundle, which has engines and no checkpoint; give the checkpoint that it was built from, or "
+            f"{DYNAMIC} in the work directory of its build"
+        )
     raise CheckpointError(f"{path} has no {CONFIG}; --checkpoint takes a diffusers directory, a file or a hub id")
 
 

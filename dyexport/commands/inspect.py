@@ -38,6 +38,8 @@ def inspect(
 ) -> None:
     """Show the segments of a bundle and a heat map of its widths over t and depth."""
     ExplicitOptions(context).refuse(engine is not None, "--engine shows a plan, which has no heat map", "png")
+    if png is not None and png.suffix.lower() not in ("", ".png"):
+        raise UsageError(f"--png is {png}; a picture goes into .png")
     bundle = at_budget(bundle, budget)
     if engine is not None:
         _inspect_plan(bundle, engine, json)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -66,7 +67,13 @@ def _show_memory(name: str, json: bool) -> None:
     payload = {"model": name, "batch": run.schedule.batch_size, "cards_gb": list(CARDS), "settings": rows}
 
     def show(console: Console) -> None:
-        table = Table(title=f"Fine-tuning {name}: estimated GB of one GPU, and samples at a time that fit")
+        table = Table(
+            title=f"Fine-tuning {name}: estimated GB of one GPU, and samples at a time that fit",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
         table.add_column("base")
         table.add_column("optimizer", no_wrap=True)
         for header in ("weights", "training", "a sample", *(f"{card} GB" for card in CARDS)):

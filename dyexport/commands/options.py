@@ -146,7 +146,7 @@ EnginesOption = Annotated[
     int | None,
     _option(
         ENGINES,
-        "Number of engines that sampling switches between. Default: 4, or 8 for small models.",
+        "Number of engines that sampling switches between. Default: 4, or 8 for models of size S and B.",
         "--engines",
         "-k",
         metavar="K",

@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 
+from dyexport.bundle.manifest import Manifest
 from dyexport.bundle.manifest_file import MANIFEST, read_manifest
+from dyexport.bundle.plan import SegmentPlan
 from dyexport.bundle.reader import Bundle, base_of
 from dyexport.bundle.targets import ONNX, TARGETS
 from dyexport.bundle.token_paths import token_path_refusal
@@ -21,7 +23,7 @@ from dyexport.compilation.settings import CompileSettings
 from dyexport.compilation.warming import Announce, announce_nothing, warm_engines
 from dyexport.digests import remember
 from dyexport.engines.networks import check_networks
-from dyexport.errors import EngineBuildError, missing_extras
+from dyexport.errors import EngineBuildError, MissingDependencyError, missing_extras
 from dyexport.exporters.tensorrt_profiles import TensorrtSettings
 from dyexport.files import remove, storage_errors, user_cache
 from dyexport.progress import Progress
@@ -94,7 +96,7 @@ def compile_bundle(
     root = base_of(root, manifest)
     settings.check_for(Bundle.open(root, check_hashes=False).manifests())
     targets = tuple(dict.fromkeys(settings.targets))
-    compilers = {target: _compiler(target, settings) for target in targets if TARGETS[target].compiled}
+    compilers = {target: _compiler(target, settings, root, manifest) for target in targets if TARGETS[target].compiled}
     if len(compilers) == len(targets) and not work_folder(root).exists():
         bundles = _checked(root)
         if not any(stale_jobs(bundle, compiler) for compiler in compilers.values() for bundle in bundles):
@@ -124,9 +126,13 @@ def _checked(root: Path) -> list[Bundle]:
     return bundles
 
 
-def _compiler(target: str, settings: CompileSettings) -> Compiler:
+def _compiler(target: str, settings: CompileSettings, root: Path, manifest: Manifest) -> Compiler:
     options = CompileOptions(tensorrt=settings.tensorrt, device=settings.device)
-    return get_compiler(target, options, user_cache() / "timings")
+    try:
+        return get_compiler(target, options, user_cache() / "timings")
+    except (MissingDependencyError, EngineBuildError):
+        _check_token_path(root, manifest.plan, target)  # which no builder and no GPU would change
+        raise
 
 
 def _compile_target(
@@ -139,7 +145,8 @@ def _compile_target(
 ) -> CompiledTarget:
     """Compile the networks of a bundle at each budget, the default one first, for one target."""
     target = compiler.target
-    _check_token_path(bundles, target)
+    for bundle in bundles:
+        _check_token_path(bundle.root, bundle.manifest.plan, target)
     before = _networks(bundles, target)
     stale = [stale_jobs(bundle, compiler) for bundle in bundles]
     jobs = [job for each in stale for job in each]
@@ -219,16 +226,16 @@ def _progress(listener: BuildListener, stage: str) -> Progress:
     return partial(listener.advanced, stage)
 
 
-def _check_token_path(bundles: Sequence[Bundle], target: str) -> None:
-    for bundle in bundles:
-        if (refusal := token_path_refusal(bundle.manifest.plan, target)) is not None:
-            raise EngineBuildError(f"{bundle.root} {refusal}")
+def _check_token_path(root: Path, plan: SegmentPlan, target: str) -> None:
+    if (refusal := token_path_refusal(plan, target)) is not None:
+        raise EngineBuildError(f"{root} {refusal}")
 
 
 def _warm(
     bundles: Sequence[Bundle], target: str, settings: CompileSettings, listener: BuildListener, announce: Announce
 ) -> CompiledTarget:
-    _check_token_path(bundles, target)
+    for bundle in bundles:
+        _check_token_path(bundle.root, bundle.manifest.plan, target)
     begin = perf_counter()
     seconds: dict[str, float] = {}
     for bundle in bundles:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -282,7 +282,7 @@ class BuildSettings:
 
 def budget_settings(budget: float | Sequence[float] | None) -> dict[str, Any]:
     """Return the fields of one budget, or of several, of which the first is the default one."""
-    if budget is None or isinstance(budget, (int, float)):
+    if isinstance(budget, str) or not isinstance(budget, Iterable):
         return {"budget": budget, "budgets": ()}
     budgets = tuple(budget)
     return {"budget": budgets[0] if budgets else None, "budgets": budgets if len(budgets) > 1 else ()}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from dyexport.arguments import check_memory, check_seed, whole_number
+from dyexport.arguments import check_memory, check_seed, shown, whole_number
 from dyexport.backbones.base import UnitChoice
 from dyexport.backbones.recipe import BasePrecision, Checkpointing, Optimizer
 from dyexport.bundle.spec import Precision, Quantization, TokenRouterKind, Widths
@@ -68,9 +69,11 @@ def _check_targets(targets: Sequence[str]) -> None:
             raise UsageError(f"unknown target {target!r}; known: {', '.join(TARGETS)}")
 
 
-def _check_budget(budget: float) -> None:
-    if not 0 < budget <= 1:
-        raise BudgetError(f"budget is {budget:g}; give a FLOPs ratio in (0, 1], such as 0.5")
+def _check_budget(budget: object) -> None:
+    number = float(budget) if isinstance(budget, Real) and not isinstance(budget, bool) else None
+    if number is None or not 0 < number <= 1:
+        value = shown(repr(budget)) if number is None else f"{number:g}"
+        raise BudgetError(f"budget is {value}; give a FLOPs ratio in (0, 1], such as 0.5")
 
 
 def _check_budgets(budgets: Sequence[float]) -> None:

@@ -25,6 +25,8 @@ def locked(work: Path) -> Iterator[None]:
     ``UsageError``. If no stage was made, no directory is left behind, unless it recorded settings before: a build that
     was stopped in its first stage resumes by them.
     """
+    if work.is_file():
+        raise UsageError(f"--work {work} is a file; give a directory")
     with storage_errors(work):
         work.mkdir(parents=True, exist_ok=True)
         if any(work.iterdir()) and not (work / LOCK).is_file() and not Ledger(work, NullListener()).records:

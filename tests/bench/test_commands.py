@@ -139,6 +139,13 @@ def test_inspect_shows_and_writes_the_heat_map(run: Any, ddpm: TinyBundle, tmp_p
     assert Image.open(tmp_path / "w.png").width > 100
 
 
+def test_the_heat_map_is_no_jpeg(run: Any, ddpm: TinyBundle, tmp_path: Path) -> None:
+    code, stdout, stderr = run("inspect", ddpm.root, "--png", tmp_path / "w.jpg")
+    assert (code, stdout) == (2, "")
+    assert "a picture goes into .png" in stderr
+    assert not (tmp_path / "w.jpg").exists()
+
+
 def test_the_heat_map_fits_a_narrow_terminal(run: Any, ddpm: TinyBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "50")
     lines = run("inspect", ddpm.root)[1].splitlines()

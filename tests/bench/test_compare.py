@@ -180,6 +180,15 @@ def test_tables_show_the_numbers(report: BenchReport) -> None:
     assert f"{report.network_flops_ratio:.3f}" in text
 
 
+def test_names_are_whole_in_eighty_columns(report: BenchReport) -> None:
+    doubtful = Ratio(value=None, low=17.01, high=342.58)
+    first = replace(report.headline, over_dense=doubtful, over_compiled=doubtful, over_eager=doubtful)
+    rows = (first, *report.rows[1:], replace(report.rows[-1], target="diffusers", variant="torch.compile"))
+    text = rendered(*bench_tables(replace(report, rows=rows)), width=80)
+    names = {row.variant for row in rows if row.segment is None}
+    assert [name for name in names if not re.search(rf"^ *\S+ +{re.escape(name)} ", text, re.MULTILINE)] == []
+
+
 def test_a_ratio_that_cannot_be_trusted_is_not_printed(report: BenchReport) -> None:
     doubtful = replace(report.headline, over_dense=Ratio(value=None, low=1.31, high=1.92))
     changed = replace(report, rows=(doubtful, *report.rows[1:]))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dyexport.bundle.spec import TokenRouterKind
 from dyexport.checkpoints.dynamic import load_dynamic, save_dynamic
+from dyexport.checkpoints.locate import find_local
 from dyexport.checkpoints.static import WEIGHTS, load_static, save_static
 from dyexport.errors import CheckpointError
 from dyexport.models.inputs import NoisedInputs
@@ -212,6 +213,20 @@ def test_a_broken_index_is_refused(static: Path, content: str) -> None:
     shard(static).write_text(content)
     with pytest.raises(CheckpointError, match="is not an index of shards"):
         load_static(str(static), tiny_preset())
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("dynamic/config.json", "is the work directory of a build; give its checkpoint, .*/dynamic"),
+        ("manifest.json", "is a bundle, which has engines and no checkpoint"),
+    ],
+)
+def test_what_a_build_wrote_next_to_checkpoints_is_named(tmp_path: Path, file: str, message: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(CheckpointError, match=message):
+        find_local(str(tmp_path))
 
 
 def test_of_several_variants_none_is_guessed(static: Path) -> None:

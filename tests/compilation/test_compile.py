@@ -258,6 +258,14 @@ def test_a_bundle_whose_tokens_are_allocated_by_data_is_refused(rtx: Any, sit_ti
     assert everything_in(tmp_path) == sorted(f"bundle/{name}" for name in everything_in(sit_tiny.root))
 
 
+def test_nobody_installs_a_builder_in_vain(sit_tiny: Bundle) -> None:
+    """Without TensorRT-RTX, the error is what would be refused with it."""
+    done = without(("tensorrt_rtx",), "compile", str(sit_tiny.root), "--target", RTX)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "--token-path dynamic" in done.stderr
+    assert "pip install" not in done.stderr
+
+
 def test_what_runs_graphs_on_a_gpu_says_so_without_one(root: Path, rtx: Any) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -111,7 +111,7 @@ def test_what_makes_no_sense_is_refused(run: Run, latents: Path, arguments: tupl
     [
         (("--real", "nowhere"), "--real is nowhere, which does not exist"),
         (("--vae", "nowhere"), "cannot read an AutoencoderKL from nowhere"),
-        (("--prompts", "nowhere"), "cannot read --prompts nowhere"),
+        (("--prompts", "nowhere"), "cannot read --prompts nowhere: No such file or directory; give a text file"),
     ],
 )
 def test_what_is_not_there_is_named(run: Run, latents: Path, arguments: tuple[str, ...], message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import dyexport
 from dyexport.bundle.reader import Bundle
 from dyexport.checkpoints.dynamic import load_dynamic
-from dyexport.errors import BudgetError, BundleError, UsageError
+from dyexport.errors import BudgetError, BundleError, TargetError, UsageError
 from dyexport.models.inputs import NoisedInputs
 from dyexport.pipeline.build import finetune_model, opened
 from dyexport.pipeline.settings import BuildSettings
@@ -48,6 +49,18 @@ def test_the_first_budget_is_the_default_and_all_are_listed(bundle: Bundle) -> N
         assert opened.manifest.budget == budget
         assert opened.manifest.plan.flops_ratio == pytest.approx(budget, abs=0.01)
         assert opened.budgets == bundle.budgets
+
+
+def test_a_copy_without_a_budget_is_damaged(bundle: Bundle, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(bundle.root, root, ignore=shutil.ignore_patterns("budgets"))
+    with pytest.raises(BundleError, match=r"budgets/0\.3/manifest\.json is missing; copy the bundle again"):
+        Bundle.open(root, budget=0.3)
+
+
+def test_engines_of_every_budget_are_compiled_by_one_command(bundle: Bundle) -> None:
+    with pytest.raises(TargetError, match=f"run: dyexport compile {bundle.root} --target torch"):
+        Bundle.open(bundle.root, budget=0.3).engine_paths("torch")
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

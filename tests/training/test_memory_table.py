@@ -37,6 +37,13 @@ def test_a_table_says_which_cards_hold_which_settings(capsys: pytest.CaptureFixt
     assert "2*" in text
 
 
+def test_the_table_fits_eighty_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    table = printed(capsys, "--memory", "flux").partition("A batch has")[0]
+    assert max(map(len, table.splitlines())) <= 80
+    assert "…" not in table
+
+
 def test_a_model_that_trains_all_weights_has_no_frozen_base() -> None:
     run = run_of_recipe(get_preset("dit-xl-2"))
     rows = memory_table(run)
