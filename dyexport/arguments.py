@@ -78,14 +78,13 @@ def check_batch(labels: Sequence[int]) -> None:
 def check_labels(labels: Sequence[int], classes: int) -> None:
     """Check the class labels of a batch."""
     check_batch(labels)
-    cure = f"labels must be in [0, {classes}], {classes} being no class"
     for label in labels:
         try:
             known = 0 <= operator.index(label) <= classes
         except TypeError:  # text or a fraction
             known = False
         if not known:
-            raise UsageError(f"{cure}: {shown(label)}")
+            raise UsageError(f"labels must be in [0, {classes}], {classes} being no class: {shown(label)}")
 
 
 def check_side(value: Any, name: str) -> int:

@@ -30,7 +30,7 @@ def get_preset(name: str) -> Preset:
         return PRESETS[name]
     names = {_spelled(_repository(preset.hub_id)): preset.name for preset in PRESETS.values() if preset.hub_id}
     names |= {known: known for known in PRESETS}
-    spellings = (_spelled(_repository(name)), _spelled(name))  # of a hub id, and of a name such as DiT-XL/2
+    spellings = (_spelled(_repository(name)), _spelled(name))  # of a hub id, and of a name with a slash
     near = [close for spelling in spellings for close in difflib.get_close_matches(spelling, names, n=1)]
     hint = f"did you mean {names[near[0]]!r}?" if near else f"known: {', '.join(PRESETS)}"
     raise UsageError(f"unknown model {name!r}; {hint}")
@@ -41,7 +41,7 @@ def _repository(hub_id: str) -> str:
 
 
 def _spelled(name: str) -> str:
-    """Return a name spelled as presets are: ``dit-xl-2`` for ``DiT-XL/2``."""
+    """Return a name in lower case, with hyphens in place of dots, slashes and underscores, as presets are spelled."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 

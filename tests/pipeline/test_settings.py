@@ -46,7 +46,7 @@ def settings(tmp_path: Path, **values: Any) -> BuildSettings:
         ({"budget": float("nan")}, "budget is nan"),
         ({"budget": "0.5"}, "budget is '0.5'; give a FLOPs ratio"),
         ({"budget": True}, "budget is True"),
-        ({"budget": (0.5, "a")}, "budget is 'a'"),
+        ({"budgets": (0.5, "a")}, "budget is 'a'"),
         ({"budget": float("inf")}, "budget is inf"),
         ({"engines": 0}, "--engines is 0"),
         ({"quantize": "int3"}, "--quantize is 'int3'; use int8 or fp8"),
