@@ -70,7 +70,7 @@ def _check_targets(targets: Sequence[str]) -> None:
 
 
 def _check_budget(budget: object) -> None:
-    number = float(budget) if isinstance(budget, Real) and not isinstance(budget, bool) else None
+    number = float(budget) if not isinstance(budget, bool) and isinstance(budget, Real) else None
     if number is None or not 0 < number <= 1:
         value = shown(repr(budget)) if number is None else f"{number:g}"
         raise BudgetError(f"budget is {value}; give a FLOPs ratio in (0, 1], such as 0.5")
