@@ -20,9 +20,9 @@ from dyexport.engines.registry import EngineOptions, engine_files, get_backend, 
 class EngineFit:
     """Fitness of a machine for the engines of one target in a bundle.
 
-    ``engines`` is how many there are, the dense network included, and ``fitting`` how many run; the rest do not for
-    ``reason``. ``weight_bytes`` is of all engines that sampling uses together, ``least_bytes`` of the largest one and
-    the conditioning: what has to be in memory at a time.
+    ``engines`` is how many there are at all budgets, the dense network included, and ``fitting`` how many run; the rest
+    do not for ``reason``. ``weight_bytes`` is of all engines that sampling uses together at the default budget,
+    ``least_bytes`` of the largest one and the conditioning: what has to be in memory at a time.
     ``free_bytes`` is the free memory of ``device``. ``compile`` is the command that makes engines for this machine.
     """
 
@@ -80,17 +80,19 @@ def _fit(bundle: Bundle, path: Path, verdict: Verdict, machine: Machine, finding
 
 
 def _paths(bundle: Bundle, target: str) -> list[Path]:
-    """Return the engine files of all networks; none if the bundle lacks the target.
+    """Return the engine files of all networks at all budgets; none if the bundle lacks the target.
 
-    Those that sampling uses come first: the segments and their conditioning.
+    Those that sampling uses at the default budget come first: the segments and their conditioning.
     """
-    files = engine_files(target)
-    if files not in {engine.target for engine in bundle.manifest.engines}:
-        return []
-    found = bundle.engine_paths(files)
-    segments = [segment_name(index) for index in range(len(bundle.manifest.plan.segments))]
-    sampled = [found.pop(network) for network in (*segments, CONDITIONING)]
-    return [*sampled, *found.values()]
+    files, paths = engine_files(target), dict[Path, None]()  # ordered; budgets share the dense network
+    for each in bundle.at_each_budget():
+        if files not in {engine.target for engine in each.manifest.engines}:
+            continue
+        found = each.engine_paths(files)
+        segments = [segment_name(index) for index in range(len(each.manifest.plan.segments))]
+        paths |= dict.fromkeys(found.pop(network) for network in (*segments, CONDITIONING))
+        paths |= dict.fromkeys(found.values())
+    return list(paths)
 
 
 def _refusal(bundle: Bundle, target: str) -> str | None:
@@ -98,7 +100,7 @@ def _refusal(bundle: Bundle, target: str) -> str | None:
     described, quantization = TARGETS[target], bundle.manifest.model.quantization
     if described.from_modules and quantization is not None:
         return f"cannot be compiled: its linear layers are in {quantization}, which only its ONNX graphs have"
-    if not described.static_tokens or not bundle.manifest.plan.allocates:
+    if not described.static_tokens or not any(manifest.plan.allocates for manifest in bundle.manifests()):
         return None
     verb = "compiled" if described.compiled else "run"
     return f"cannot be {verb}: its engines skip tokens on the path {ALLOCATES!r}; build it with --token-path dynamic"

@@ -13,6 +13,9 @@ import torch
 import dyexport
 from dyexport.bundle.reader import Bundle
 from dyexport.checkpoints.dynamic import load_dynamic
+from dyexport.doctor.bundles import fit_bundle
+from dyexport.doctor.probing import Findings
+from dyexport.doctor.targets import judge_all
 from dyexport.errors import BudgetError, BundleError, TargetError, UsageError
 from dyexport.models.inputs import NoisedInputs
 from dyexport.pipeline.build import finetune_model, opened
@@ -24,6 +27,7 @@ from dyexport.serving.triton_repository import Deployment, deploy
 from dyexport.stages.ledger import NullListener
 from dyexport.verification.settings import VerifySettings
 from dyexport.verification.verify import verify_bundle
+from tests.doctor.machines import machine
 from tests.pipeline.tiny import TINY, build, hashes, redone, tiny_settings
 
 BUDGETS = (0.5, 0.3)
@@ -61,6 +65,14 @@ def test_a_copy_without_a_budget_is_damaged(bundle: Bundle, tmp_path: Path) -> N
 def test_engines_of_every_budget_are_compiled_by_one_command(bundle: Bundle) -> None:
     with pytest.raises(TargetError, match=f"run: dyexport compile {bundle.root} --target torch"):
         Bundle.open(bundle.root, budget=0.3).engine_paths("torch")
+
+
+def test_doctor_counts_the_engines_of_every_budget(bundle: Bundle, tmp_path: Path) -> None:
+    here = machine(tmp_path / "no-files")
+    fits = fit_bundle(bundle, bundle.root, judge_all(here), here, Findings())
+    onnx = next(fit for fit in fits if fit.target == "onnx")
+    paths = {path for each in bundle.at_each_budget() for path in each.engine_paths("onnx").values()}
+    assert onnx.engines == onnx.fitting == len(paths) > len(bundle.engine_paths("onnx"))
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
