@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from dyexport.arguments import check_memory, check_seed, shown, whole_number
-from dyexport.backbones.base import UnitChoice
+from dyexport.backbones.base import Preset, UnitChoice
 from dyexport.backbones.recipe import BasePrecision, Checkpointing, Optimizer
 from dyexport.bundle.spec import Precision, Quantization, TokenRouterKind, Widths
 from dyexport.bundle.targets import TARGETS
@@ -94,7 +95,20 @@ def _check_tolerance(tolerance: float) -> None:
         raise UsageError(f"--merge-tolerance is {tolerance}; give a relative MSE, such as 1e-4")
 
 
+def _check_model(model: object) -> None:
+    if not isinstance(model, str | Preset):
+        raise UsageError(f"--model is {shown(repr(model))}; give the name of a preset, such as 'flux'")
+
+
+def _check_path(option: str, path: object) -> None:
+    if not isinstance(path, str | os.PathLike):
+        raise UsageError(f"{option} is {shown(repr(path))}; give the path of a directory")
+
+
 VALUE_CHECKS: Mapping[str, Callable[[Any], object]] = {
+    "model": _check_model,
+    "out": lambda value: _check_path("-o", value),
+    "work": lambda value: _check_path("--work", value),
     "engines": lambda value: PlanSettings(engines=value),
     "token_path": lambda value: PlanSettings(engines=1, token_path=value),
     "targets": _check_targets,

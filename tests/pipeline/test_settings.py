@@ -33,13 +33,16 @@ LORA = LoraSpec(rank=2, alpha=2)
 
 def settings(tmp_path: Path, **values: Any) -> BuildSettings:
     given = {"model": "dit-s-2", "budget": 0.5, "random_weights": True, **values}
-    return BuildSettings(out=tmp_path / "out", work=tmp_path / "work", **given)
+    return BuildSettings(**{"out": tmp_path / "out", "work": tmp_path / "work", **given})
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"model": "dit-s-3"}, "unknown model 'dit-s-3'; did you mean 'dit-s-2'"),
+        ({"model": 5}, "--model is 5; give the name of a preset"),
+        ({"out": 3}, "-o is 3; give the path of a directory"),
+        ({"work": b"w"}, "--work is b'w'; give the path of a directory"),
         ({"budget": 0.0}, "budget is 0"),
         ({"budget": 1.5}, "budget is 1.5"),
         ({"budget": -0.5}, "budget is -0.5"),
