@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="sit-digits")
     parser.add_argument("--work", type=Path, help="folder of models and scores; default: out/rivals/MODEL")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.3, 0.5, 0.7])
+    parser.add_argument("--alone", type=float, nargs="+", help="budgets with a model for each too; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of fine-tuning")
     parser.add_argument("--train-steps", type=int, help="of the static model; default: its recipe's")
     parser.add_argument("--finetune-steps", type=int, help="default: the recipe's")
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         baseline=True,
     )
     with chatter_on_stderr(), StageLines() as lines:
-        models = trained_models(family, options.budgets, options.seeds, lines)
+        models = trained_models(family, options.budgets, options.alone or options.budgets, options.seeds, lines)
         if options.train_only:
             return
         protocol = Protocol(sampling=SamplingConfig(samples=options.samples, guidance=1.0), repeats=options.repeats)
@@ -81,20 +82,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def trained_models(
-    family: Family, budgets: Sequence[float], seeds: Sequence[int], lines: StageLines
+    family: Family, budgets: Sequence[float], alone: Sequence[float], seeds: Sequence[int], lines: StageLines
 ) -> list[tuple[dict[str, Any], Trained]]:
-    """Train what is missing; return each model at each budget, with its labels."""
+    """Train what is missing; return each model at each budget, with its labels.
+
+    Budgets in ``alone`` have a model for each too.
+    """
     static = train(family.static, STATIC, lines)
     models: list[tuple[dict[str, Any], Trained]] = []
     for seed in seeds:
         names = "-".join(f"{budget:g}" for budget in budgets)
-        settings = family.tuned(f"several-{names}", static.path, seed, budget=budgets[0], budgets=tuple(budgets))
-        train(settings, BUNDLE, lines)
+        several = family.tuned(f"several-{names}", static.path, seed, budget=budgets[0], budgets=tuple(budgets))
+        train(several, BUNDLE, lines)
         for budget in budgets:
             labels = {"budget": budget, "seed": seed}
-            models.append(({**labels, "trained_for": "all"}, _opened(settings.out, budget)))
-            alone = family.tuned(f"dynamic-{budget:g}", static.path, seed, budget=budget)
-            models.append(({**labels, "trained_for": "one"}, train(alone, BUNDLE, lines)))
+            models.append(({**labels, "trained_for": "all"}, _opened(several.out, budget)))
+            if budget in alone:
+                single = family.tuned(f"dynamic-{budget:g}", static.path, seed, budget=budget)
+                models.append(({**labels, "trained_for": "one"}, train(single, BUNDLE, lines)))
     return models
 
 
@@ -119,14 +124,16 @@ def markdown(whole: Mapping[str, Any]) -> str:
     rows = []
     for budget in budgets:
         for trained_for in ("all", "one"):
-            same = [cells[budget, trained_for, seed] for seed in seeds]
+            same = [cells[key] for seed in seeds if (key := (budget, trained_for, seed)) in cells]
+            if not same:
+                continue
             values = [[row["scores"][str(count)]["frechet"] for row in same] for count in whole["steps"]]
             shown = [f"{mean(each):.3f} ({', '.join(f'{value:.3f}' for value in each)})" for each in values]
             rows.append((f"{budget:g}", trained_for, f"{mean(row['flops_ratio'] for row in same):.3f}", *shown))
     heads = ("budget", "trained for", "lambda as run", *(f"Frechet, {count} steps" for count in whole["steps"]))
     share = whole["weight_bytes_all"] / whole["weight_bytes_one"]
     return (
-        f"{whole['model']}: one model for {len(budgets)} budgets, and a model for each, fine-tuned for as many steps. "
+        f"{whole['model']}: one model for {len(budgets)} budgets, and models for one, fine-tuned for as many steps. "
         f"Frechet distance of {whole['repeats']} x {whole['sampling']['samples']} samples from the same noise: mean "
         f"and values of seeds {', '.join(map(str, seeds))}. Weights of all budgets in one bundle: {share:.2f} of the "
         "largest single one's.\n\n" + as_markdown(heads, rows)
