@@ -215,8 +215,9 @@ def base_of(root: Path, manifest: Manifest) -> Path:
 
 
 def root_at(root: Path, budget: float) -> Path:
-    """Return the folder of a budget's manifest, from that of any. Raises ``UsageError`` for a budget it lacks, and
-    ``BundleError`` for a folder that was not copied.
+    """Return the folder of a budget's manifest, from that of any.
+
+    Raises ``UsageError`` for a budget that the bundle lacks, and ``BundleError`` for a folder that was not copied.
     """
     manifest = read_manifest(root / MANIFEST)
     base = base_of(root, manifest)

@@ -19,7 +19,7 @@ MODELS = 2  # the dynamic one and the dense one that it is compared with
 
 
 class Placement(TypedDict):
-    """How a model is loaded for calibration.
+    """Loading of a model for calibration.
 
     device  of the computation
     stream  whether weights stay on disk, and each is read when its layer runs

@@ -1,4 +1,4 @@
-"""What fine-tuning takes: its memory, its trained parameters, and whether this machine can do it."""
+"""Demands of fine-tuning: its memory, its trained parameters, and whether this machine meets them."""
 
 from __future__ import annotations
 

@@ -125,16 +125,21 @@ class StopsAt(NullListener):
                 raise KeyboardInterrupt
 
 
-def test_an_interrupted_build_keeps_the_shards_that_it_has(pipeline: Path, tmp_path: Path) -> None:
-    folder = class_folder(tmp_path / "pictures", count=30, classes=tuple("0123456789"))
-    settings = BuildSettings(
+def settings_of(pipeline: Path, folder: Path, place: Path) -> BuildSettings:
+    """Settings of a build from a folder of pictures that trains nothing."""
+    return BuildSettings(
         checkpoint=str(pipeline),
         budget=0.5,
-        out=tmp_path / "out",
-        work=tmp_path / "work",
+        out=place / "out",
+        work=place / "work",
         data=str(folder),
         finetune_steps=0,
     )
+
+
+def test_an_interrupted_build_keeps_the_shards_that_it_has(pipeline: Path, tmp_path: Path) -> None:
+    folder = class_folder(tmp_path / "pictures", count=30, classes=tuple("0123456789"))
+    settings = settings_of(pipeline, folder, tmp_path)
     begins = []
     for samples in (256, 300):
         listener = StopsAt(samples)
@@ -147,14 +152,7 @@ def test_an_interrupted_build_keeps_the_shards_that_it_has(pipeline: Path, tmp_p
 
 def test_a_build_encodes_what_it_has_not_encoded_before(pipeline: Path, tmp_path: Path) -> None:
     folder = class_folder(tmp_path / "pictures", count=30, classes=tuple("0123456789"))
-    settings = BuildSettings(
-        checkpoint=str(pipeline),
-        budget=0.5,
-        out=tmp_path / "out",
-        work=tmp_path / "work",
-        data=str(folder),
-        finetune_steps=0,
-    )
+    settings = settings_of(pipeline, folder, tmp_path)
 
     def reports() -> list[int]:
         """Make the static model, and return how far encoding had come at each report."""

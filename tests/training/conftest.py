@@ -1,4 +1,4 @@
-"""What tests of training may count on."""
+"""Fixtures of training tests."""
 
 from __future__ import annotations
 
