@@ -318,7 +318,7 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert all(row["frechet"]["mean"] > 0 and row["time"] is not None for row in whole["rows"])
     assert (tmp_path / f"rivals_{TINY.name}.svg").exists()
     width, height = Image.open(tmp_path / f"rivals_{TINY.name}.png").size
-    assert width > height > 0, "4 rows of 10 classes"
+    assert round(10 * height / width) == 4, "2 rows of 10 classes for each of two networks"
     bundle = tmp_path / "work" / "dynamic-0.5-seed0"
     main(["--bundles", str(bundle), "--steps", "2", "--results", str(tmp_path), "--rounds", "4", "--models", "dense"])
     timed = json.loads((tmp_path / f"rivals_{TINY.name}_times.json").read_text())
